@@ -1,0 +1,1 @@
+//! Checkpoint folders: reading Hugging Face models, reading and writing AutoGPTQ files.

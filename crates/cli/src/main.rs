@@ -1,0 +1,2 @@
+//! The gptq command.
+fn main() {}

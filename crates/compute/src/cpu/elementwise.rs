@@ -1,0 +1,62 @@
+//! Row-wise and element-wise operations of a Llama block.
+
+use ndarray::{Array2, Axis};
+use rayon::prelude::*;
+
+use super::rows::into_matrix;
+use super::simd;
+use crate::rope::RopeTable;
+
+/// Rows handed to one task: enough work to pay for scheduling, small enough to balance.
+const ROWS_PER_TASK: usize = 64;
+
+/// x / sqrt(mean(x²) + eps) · gain, with the mean in f32 as PyTorch loaders compute it.
+pub(crate) fn rms_norm(x: &Array2<f32>, gain: &[f32], eps: f32) -> Array2<f32> {
+    let (rows, cols) = x.dim();
+    let mut out = vec![0.0_f32; rows * cols];
+    out.par_chunks_mut(cols * ROWS_PER_TASK).enumerate().for_each(|(task, band)| {
+        for (i, out) in band.chunks_mut(cols).enumerate() {
+            let row = x.row(task * ROWS_PER_TASK + i);
+            let mean = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / cols as f64;
+            let inverse = 1.0 / (mean as f32 + eps).sqrt();
+            for ((o, &v), g) in out.iter_mut().zip(row).zip(gain) {
+                *o = v * inverse * g;
+            }
+        }
+    });
+    into_matrix(out, rows, cols)
+}
+
+/// Rotates (x_i, x_{i+half}) of every head by the angle of the row's position in its window.
+pub(crate) fn rope(x: &mut Array2<f32>, table: &RopeTable, seq_len: usize) {
+    let half = table.half;
+    let mut rows: Vec<_> = x.axis_iter_mut(Axis(0)).collect();
+    rows.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(i, row)| {
+        let at = (i % seq_len) * half;
+        let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
+        let Some(row) = row.as_slice_mut() else { return };
+        for head in row.chunks_exact_mut(2 * half) {
+            let (low, high) = head.split_at_mut(half);
+            for ((l, h), (c, s)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
+                (*l, *h) = (*l * c - *h * s, *h * c + *l * s);
+            }
+        }
+    });
+}
+
+/// silu(gate) · up, in place of `gate`.
+pub(crate) fn silu_mul(mut gate: Array2<f32>, up: &Array2<f32>) -> Array2<f32> {
+    let mut rows: Vec<_> = gate.axis_iter_mut(Axis(0)).collect();
+    rows.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(i, gate)| {
+        if let (Some(gate), Some(up)) = (gate.as_slice_mut(), up.row(i).as_slice()) {
+            simd::silu_mul(gate, up);
+        }
+    });
+    gate
+}
+
+/// True when no value is NaN or infinite.
+pub(crate) fn all_finite(x: &Array2<f32>) -> bool {
+    let rows: Vec<_> = x.axis_iter(Axis(0)).collect();
+    rows.par_iter().with_min_len(ROWS_PER_TASK).all(|row| row.iter().all(|v| v.is_finite()))
+}

@@ -1,0 +1,14 @@
+//! The host backend: f32 data, f64 factorisations, ndarray over matrixmultiply, rayon over tiles.
+//!
+//! Work is always cut into tiles of fixed size and each tile is summed in a fixed order, so results
+//! do not depend on the number of threads.
+
+pub(crate) mod attention;
+pub(crate) mod elementwise;
+pub(crate) mod gram;
+pub(crate) mod head;
+pub mod linalg;
+pub(crate) mod matmul;
+pub(crate) mod rows;
+mod simd;
+mod tiles;

@@ -1,0 +1,32 @@
+//! Bringing rows of stored matrices to f32.
+
+use ndarray::{Array2, Axis};
+use rayon::prelude::*;
+
+use crate::host::HostMatrix;
+
+/// The whole matrix as f32.
+pub(crate) fn upload(matrix: HostMatrix<'_>) -> Array2<f32> {
+    let mut out = vec![0.0; matrix.rows() * matrix.cols()];
+    out.par_chunks_mut(matrix.cols().max(1))
+        .enumerate()
+        .for_each(|(row, values)| matrix.read_row(row, values));
+    into_matrix(out, matrix.rows(), matrix.cols())
+}
+
+/// Rows `ids`, in that order; the caller has checked the range.
+pub(crate) fn gather(table: HostMatrix<'_>, ids: &[u32]) -> Array2<f32> {
+    let mut out = Array2::zeros((ids.len(), table.cols()));
+    for (mut row, &id) in out.axis_iter_mut(Axis(0)).zip(ids) {
+        if let Some(values) = row.as_slice_mut() {
+            table.read_row(id as usize, values);
+        }
+    }
+    out
+}
+
+/// `values` as a matrix; the lengths agree by construction at each call.
+pub(crate) fn into_matrix(values: Vec<f32>, rows: usize, cols: usize) -> Array2<f32> {
+    #[expect(clippy::expect_used, reason = "every caller allocates rows × cols values")]
+    Array2::from_shape_vec((rows, cols), values).expect("rows × cols values")
+}

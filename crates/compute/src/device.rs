@@ -1,0 +1,205 @@
+//! Where matrices live and who multiplies them.
+//!
+//! Every operation of a Llama block is a method here, dispatched on the device. Shapes are checked
+//! on entry, so that the code behind need not.
+
+use ndarray::Array2;
+
+use crate::cpu;
+use crate::error::{Error, Result, ensure_shape};
+use crate::host::HostMatrix;
+use crate::rope::RopeTable;
+use crate::tensor::{Storage, Tensor};
+
+/// A processor that holds tensors and computes on them.
+#[derive(Clone, Debug, Default)]
+pub enum Device {
+    /// The host: f32 data, all cores of the current rayon pool.
+    #[default]
+    Cpu,
+}
+
+/// Heads and window length of a causal attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Features of one head.
+    pub head_dim: usize,
+    /// Tokens of one window; rows of the operands are whole windows.
+    pub seq_len: usize,
+}
+
+impl Device {
+    /// The device's name for reports.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Cpu => format!("cpu ({} threads)", rayon::current_num_threads()),
+        }
+    }
+
+    /// Copies a matrix to the device; values are exact on the CPU (f32).
+    #[expect(clippy::unnecessary_wraps, reason = "allocation can fail on other devices")]
+    pub fn upload(&self, matrix: HostMatrix<'_>) -> Result<Tensor> {
+        match self {
+            Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::upload(matrix)))),
+        }
+    }
+
+    /// Copies f32 values `[rows, cols]` to the device.
+    #[expect(clippy::unnecessary_wraps, reason = "allocation can fail on other devices")]
+    pub fn upload_f32(&self, values: Array2<f32>) -> Result<Tensor> {
+        match self {
+            Self::Cpu => Ok(Tensor(Storage::Cpu(values))),
+        }
+    }
+
+    /// Rows `ids` of `table`: token embeddings `[ids.len(), table.cols]`.
+    pub fn gather_rows(&self, table: HostMatrix<'_>, ids: &[u32]) -> Result<Tensor> {
+        if let Some(&row) = ids.iter().find(|&&id| id as usize >= table.rows()) {
+            return Err(Error::RowOutOfRange { row: row as usize, rows: table.rows() });
+        }
+        match self {
+            Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::gather(table, ids)))),
+        }
+    }
+
+    /// x / rms(x) · gain, row by row: `gain` holds x.cols() values.
+    pub fn rms_norm(&self, x: &Tensor, gain: &[f32], eps: f32) -> Result<Tensor> {
+        ensure_shape(x.cols() == gain.len(), "rms_norm", x.shape(), (1, gain.len()))?;
+        match &x.0 {
+            Storage::Cpu(a) => Ok(Tensor(Storage::Cpu(cpu::elementwise::rms_norm(a, gain, eps)))),
+        }
+    }
+
+    /// x · wᵀ: `[tokens, in] · [out, in]ᵀ → [tokens, out]`.
+    pub fn linear(&self, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+        ensure_shape(x.cols() == w.cols(), "linear", x.shape(), w.shape())?;
+        match (&x.0, &w.0) {
+            (Storage::Cpu(x), Storage::Cpu(w)) => {
+                let mut out = Array2::zeros((x.nrows(), w.nrows()));
+                cpu::matmul::matmul_nt(x.view(), w.view(), 0.0, out.view_mut());
+                Ok(Tensor(Storage::Cpu(out)))
+            }
+        }
+    }
+
+    /// residual += x · wᵀ.
+    pub fn linear_add(&self, x: &Tensor, w: &Tensor, residual: &mut Tensor) -> Result<()> {
+        ensure_shape(x.cols() == w.cols(), "linear_add", x.shape(), w.shape())?;
+        let out = (x.rows(), w.rows());
+        ensure_shape(residual.shape() == out, "linear_add", out, residual.shape())?;
+        match (&x.0, &w.0, &mut residual.0) {
+            (Storage::Cpu(x), Storage::Cpu(w), Storage::Cpu(r)) => {
+                cpu::matmul::matmul_nt(x.view(), w.view(), 1.0, r.view_mut());
+                Ok(())
+            }
+        }
+    }
+
+    /// Rotates each head of `x` `[windows · seq_len, heads · head_dim]` by its position in place.
+    pub fn rope(&self, x: &mut Tensor, table: &RopeTable, seq_len: usize) -> Result<()> {
+        let need = (seq_len, 2 * table.half);
+        ensure_shape(
+            seq_len <= table.positions()
+                && x.rows().is_multiple_of(seq_len)
+                && x.cols().is_multiple_of(2 * table.half),
+            "rope",
+            x.shape(),
+            need,
+        )?;
+        match &mut x.0 {
+            Storage::Cpu(a) => cpu::elementwise::rope(a, table, seq_len),
+        }
+        Ok(())
+    }
+
+    /// Causal attention per window: softmax(q kᵀ / √head_dim) v, `[tokens, heads · head_dim]`.
+    pub fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
+    ) -> Result<Tensor> {
+        let queries = (q.rows(), shape.heads * shape.head_dim);
+        let keys = (q.rows(), shape.kv_heads * shape.head_dim);
+        ensure_shape(
+            q.shape() == queries && q.rows().is_multiple_of(shape.seq_len),
+            "attention",
+            q.shape(),
+            queries,
+        )?;
+        ensure_shape(k.shape() == keys, "attention", k.shape(), keys)?;
+        ensure_shape(v.shape() == keys, "attention", v.shape(), keys)?;
+        match (&q.0, &k.0, &v.0) {
+            (Storage::Cpu(q), Storage::Cpu(k), Storage::Cpu(v)) => {
+                Ok(Tensor(Storage::Cpu(cpu::attention::causal(q, k, v, shape))))
+            }
+        }
+    }
+
+    /// silu(gate) · up, element by element.
+    pub fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        ensure_shape(gate.shape() == up.shape(), "silu_mul", gate.shape(), up.shape())?;
+        match (gate.0, &up.0) {
+            (Storage::Cpu(gate), Storage::Cpu(up)) => {
+                Ok(Tensor(Storage::Cpu(cpu::elementwise::silu_mul(gate, up))))
+            }
+        }
+    }
+
+    /// −log p(target) in nats for rows of final hidden states `[tokens, hidden]` under the head
+    /// `[vocab, hidden]`; `targets` has one id a row.
+    pub fn token_nll(&self, hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        ensure_shape(hidden.cols() == head.cols(), "token_nll", hidden.shape(), head.shape())?;
+        ensure_shape(
+            hidden.rows() == targets.len(),
+            "token_nll",
+            hidden.shape(),
+            (targets.len(), 1),
+        )?;
+        if let Some(&row) = targets.iter().find(|&&t| t as usize >= head.rows()) {
+            return Err(Error::RowOutOfRange { row: row as usize, rows: head.rows() });
+        }
+        match (&hidden.0, &head.0) {
+            (Storage::Cpu(h), Storage::Cpu(w)) => Ok(cpu::head::token_nll(h, w, targets)),
+        }
+    }
+
+    /// KL(p‖q) in nats a row, p and q being the next-token distributions of two pairs of final
+    /// hidden states and heads over the same vocabulary.
+    pub fn token_kl(&self, p: (&Tensor, &Tensor), q: (&Tensor, &Tensor)) -> Result<Vec<f32>> {
+        for (hidden, head) in [p, q] {
+            ensure_shape(hidden.cols() == head.cols(), "token_kl", hidden.shape(), head.shape())?;
+        }
+        ensure_shape(p.0.rows() == q.0.rows(), "token_kl", p.0.shape(), q.0.shape())?;
+        ensure_shape(p.1.rows() == q.1.rows(), "token_kl", p.1.shape(), q.1.shape())?;
+        match (&p.0.0, &p.1.0, &q.0.0, &q.1.0) {
+            (Storage::Cpu(ph), Storage::Cpu(pw), Storage::Cpu(qh), Storage::Cpu(qw)) => {
+                Ok(cpu::head::token_kl((ph, pw), (qh, qw)))
+            }
+        }
+    }
+
+    /// U, upper triangular with UᵀU = H⁻¹, of a symmetric positive definite H `[n, n]`.
+    ///
+    /// # Errors
+    /// [`Error::NotPositiveDefinite`] when the Cholesky factor does not exist.
+    pub fn inverse_upper_factor(&self, hessian: Tensor) -> Result<Tensor> {
+        let shape = hessian.shape();
+        ensure_shape(shape.0 == shape.1, "inverse_upper_factor", shape, shape)?;
+        match hessian.0 {
+            Storage::Cpu(h) => Ok(Tensor(Storage::Cpu(cpu::linalg::inverse_upper_factor(&h)?))),
+        }
+    }
+
+    /// True when every value is finite.
+    pub fn all_finite(&self, x: &Tensor) -> Result<bool> {
+        match &x.0 {
+            Storage::Cpu(a) => Ok(cpu::elementwise::all_finite(a)),
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! Devices, and the dozen matrix operations that a Llama block and GPTQ need.
+//!
+//! [`Device`] says where matrices live and who multiplies them; [`Tensor`] is a row-major matrix on
+//! one device. The CPU path computes in f32 with f64 factorisations: it is the oracle for every
+//! kernel and the fallback of every command. This crate knows nothing of files, models or recipes,
+//! and it is the only one that may hold `unsafe` code besides the readers' mmap.
+
+mod cpu;
+mod device;
+mod error;
+mod gram;
+mod host;
+mod rope;
+mod tensor;
+
+pub use cpu::linalg;
+pub use cpu::matmul::matmul_nt;
+pub use device::{AttentionShape, Device};
+pub use error::{Error, Result};
+pub use gram::{Gram, HessianPrep};
+pub use host::{FloatType, HostMatrix};
+pub use rope::RopeTable;
+pub use tensor::Tensor;

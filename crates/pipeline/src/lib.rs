@@ -1,0 +1,1 @@
+//! Calibration, the block walk, quantisation runs, perplexity, plans and sweeps.

@@ -1,0 +1,1 @@
+//! GPTQ: grids, the solver and its recipes, as functions of weights and Hessians.
