@@ -1,1 +1,42 @@
 //! Checkpoint folders: reading Hugging Face models, reading and writing AutoGPTQ files.
+//!
+//! A *checkpoint* is a folder of weights and config. This crate knows what such a folder looks
+//! like, and nothing about how its weights are made or used: no GPU, no network, no numerics
+//! beyond exact conversions between stored types.
+//!
+//! - Reading: [`Checkpoint::open`] maps the weight files and hands out [`TensorRef`] views, or a
+//!   whole quantised linear as a [`GptqLinear`].
+//! - Writing: [`plan_files`] says to the byte what a quantised checkpoint will be, and
+//!   [`CheckpointWriter`] fills it in any order and publishes it by one rename.
+//! - Finding: [`resolve_model`] and [`resolve_dataset`] look a Hub id up in the local cache.
+
+mod bits;
+mod config;
+mod dtype;
+mod error;
+mod gptq;
+mod header;
+mod hub_cache;
+mod json;
+mod layout;
+mod partial;
+mod quantize_config;
+mod reader;
+mod side_files;
+mod tensor;
+mod writer;
+
+pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows, unpack_transposed};
+pub use config::{LinearShape, ModelConfig};
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use gptq::GptqLinear;
+pub use hub_cache::{resolve_dataset, resolve_model};
+pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
+pub use quantize_config::{CheckpointFormat, QuantizeConfig};
+pub use reader::Checkpoint;
+pub use tensor::TensorRef;
+pub use writer::{CheckpointWriter, Written};
+
+// Tensors move between memory and files by reinterpreting bytes, and safetensors is little-endian.
+const _: () = assert!(cfg!(target_endian = "little"), "only little-endian targets are supported");

@@ -1,0 +1,358 @@
+//! What can go wrong with a checkpoint folder.
+//!
+//! One enum for the crate. A variant is named after the cause and carries the tensor, file and
+//! shape that a user needs in order to act; the message says what to do where that is not obvious.
+//! Sources are kept as sources, so that a caller printing the chain does not repeat them.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of this crate's fallible functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A failure to read, check or write a checkpoint.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused a file operation.
+    #[error("Cannot {action} `{}`", path.display())]
+    Io {
+        /// What was attempted, as a verb phrase.
+        action: &'static str,
+        /// The file or folder concerned.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A file that should be JSON is not, or has another structure than expected.
+    #[error("`{}` is not valid JSON of the expected form", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why parsing stopped.
+        source: serde_json::Error,
+    },
+    /// A configuration value is missing, malformed or contradicts another one.
+    #[error("`{}`: `{key}` {reason}", path.display())]
+    InvalidConfig {
+        /// The configuration file.
+        path: PathBuf,
+        /// The key at fault.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A configuration value that is meaningful but not supported here.
+    #[error("`{}`: `{key}` is `{value}`, which is not supported; only {supported} is", path.display())]
+    UnsupportedConfig {
+        /// The configuration file.
+        path: PathBuf,
+        /// The key at fault.
+        key: String,
+        /// Its value, as JSON.
+        value: String,
+        /// What would be accepted.
+        supported: &'static str,
+    },
+    /// The folder holds no weight file that can be read.
+    #[error(
+        "`{}` has no weights: expected `model.safetensors` or `model.safetensors.index.json`",
+        dir.display()
+    )]
+    NoWeights {
+        /// The checkpoint folder.
+        dir: PathBuf,
+    },
+    /// The folder only holds PyTorch pickles.
+    #[error(
+        "`{}` only has PyTorch `.bin` weights, which are not supported yet; convert it to \
+         safetensors first",
+        dir.display()
+    )]
+    BinWeights {
+        /// The checkpoint folder.
+        dir: PathBuf,
+    },
+    /// A quantised folder with several candidates and nothing that chooses among them.
+    #[error(
+        "`{}` has {count} safetensors files and none is named by its quantisation config; set \
+         `model_file_base_name` in `quantize_config.json`",
+        dir.display()
+    )]
+    AmbiguousWeights {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// How many candidates there are.
+        count: usize,
+    },
+    /// The index names a weight file that is not there.
+    #[error("`{}` names the shard `{shard}`, which is missing; download it again", index.display())]
+    MissingShard {
+        /// The index file.
+        index: PathBuf,
+        /// The shard's name as written there.
+        shard: String,
+    },
+    /// The index places a tensor in a shard that does not hold it.
+    #[error("`{}` places tensor `{tensor}` in `{shard}`, which does not hold it", index.display())]
+    IndexMismatch {
+        /// The index file.
+        index: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The shard's name as written in the index.
+        shard: String,
+    },
+    /// A weight file that breaks the safetensors format.
+    #[error("`{}` is not a valid safetensors file: {reason}", path.display())]
+    InvalidHeader {
+        /// The weight file.
+        path: PathBuf,
+        /// What is wrong, naming the tensor where one is at fault.
+        reason: String,
+    },
+    /// A tensor that the checkpoint should have is not there.
+    #[error("`{}` has no tensor `{tensor}`", dir.display())]
+    MissingTensor {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor is stored in a type that this crate does not read.
+    #[error("Tensor `{tensor}` is stored as `{dtype}`; only F32, F16, BF16 and I32 are supported")]
+    UnsupportedDType {
+        /// The tensor.
+        tensor: String,
+        /// Its stored type.
+        dtype: String,
+    },
+    /// A tensor is stored in another type than its role requires.
+    #[error("Tensor `{tensor}` is stored as `{found}`, expected {expected}")]
+    DType {
+        /// The tensor.
+        tensor: String,
+        /// What its role requires.
+        expected: &'static str,
+        /// What the file holds.
+        found: &'static str,
+    },
+    /// A tensor has another shape than the configuration implies.
+    #[error("Tensor `{tensor}` has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor.
+        tensor: String,
+        /// The shape that the configuration implies.
+        expected: Vec<usize>,
+        /// The shape found.
+        found: Vec<usize>,
+    },
+    /// A tensor holds a NaN or an infinity.
+    #[error("Tensor `{tensor}` holds `{value}` at flat index {index}; the weights are damaged")]
+    NonFinite {
+        /// The tensor.
+        tensor: String,
+        /// Flat row-major index of the first offender.
+        index: usize,
+        /// The value found.
+        value: f32,
+    },
+    /// A finite value does not fit in fp16.
+    #[error("Tensor `{tensor}` holds `{value}` at flat index {index}, which overflows fp16")]
+    F16Overflow {
+        /// The tensor.
+        tensor: String,
+        /// Flat row-major index of the first offender.
+        index: usize,
+        /// The value found.
+        value: f32,
+    },
+    /// A quantised linear has a bias, which a Llama linear never has.
+    #[error("Tensor `{tensor}` holds non-zero values, but Llama linears have no bias")]
+    LinearBias {
+        /// The bias tensor.
+        tensor: String,
+    },
+    /// A column belongs to a group that does not exist.
+    #[error("Tensor `{tensor}` assigns column {index} to group {group}, but there are {groups}")]
+    GroupIndex {
+        /// The tensor.
+        tensor: String,
+        /// The column, an index into `in_features`.
+        index: usize,
+        /// The group found.
+        group: i32,
+        /// How many groups the linear has.
+        groups: usize,
+    },
+    /// A quantised linear was asked of a checkpoint without a quantisation config.
+    #[error("`{}` is not a GPTQ checkpoint: it has no quantisation config", dir.display())]
+    NotQuantised {
+        /// The checkpoint folder.
+        dir: PathBuf,
+    },
+    /// A code width that the format does not have.
+    #[error("Cannot use {bits} bits; GPTQ files hold 2, 3, 4 or 8")]
+    UnsupportedBits {
+        /// The width asked for.
+        bits: u8,
+    },
+    /// A linear whose sides the format cannot hold.
+    #[error(
+        "Linear `{linear}` is {in_features} -> {out_features}; the AutoGPTQ format needs both to \
+         be non-zero multiples of 32"
+    )]
+    LinearSize {
+        /// The linear.
+        linear: String,
+        /// Its input width.
+        in_features: usize,
+        /// Its output width.
+        out_features: usize,
+    },
+    /// A buffer has another length than its shape says.
+    #[error("`{what}` has {found} elements, expected {expected}")]
+    Length {
+        /// The buffer or tensor.
+        what: String,
+        /// Elements that the shape implies.
+        expected: usize,
+        /// Elements found.
+        found: usize,
+    },
+    /// A value that does not fit its field.
+    #[error("`{what}` holds {value} at flat index {index}, expected {min} to {max}")]
+    ValueRange {
+        /// The buffer or tensor.
+        what: &'static str,
+        /// Flat index of the first offender.
+        index: usize,
+        /// The value found.
+        value: u32,
+        /// Smallest value allowed.
+        min: u32,
+        /// Largest value allowed.
+        max: u32,
+    },
+    /// Values to be packed do not fill whole 32-bit words.
+    #[error("Cannot pack {len} values per row: a multiple of 32 is needed")]
+    PackLength {
+        /// Values per packed row or column.
+        len: usize,
+    },
+    /// Metadata given by the caller collides with a key that the writer sets.
+    #[error("Metadata key `{key}` is set by the writer; choose another name")]
+    ReservedMetadata {
+        /// The key.
+        key: String,
+    },
+    /// The output exists and is not an empty folder.
+    #[error(
+        "Output `{}` already exists and is not an empty folder; remove it or choose another name",
+        path.display()
+    )]
+    OutputExists {
+        /// The output folder asked for.
+        path: PathBuf,
+    },
+    /// The working folder's name is taken by something this crate did not make.
+    #[error(
+        "Working folder `{}` exists and was not made by this program; move it away or choose \
+         another output",
+        path.display()
+    )]
+    ForeignPartial {
+        /// The working folder.
+        path: PathBuf,
+    },
+    /// Another run is writing the same output.
+    #[error("Another run is writing `{}`; wait for it or choose another output", path.display())]
+    PartialInUse {
+        /// The working folder.
+        path: PathBuf,
+    },
+    /// The disk cannot hold the checkpoint.
+    #[error(
+        "`{}` has {available} bytes free, but the checkpoint needs {needed}; free some space or \
+         choose another disk",
+        path.display()
+    )]
+    DiskSpace {
+        /// The folder whose file system was asked.
+        path: PathBuf,
+        /// Bytes that the plan needs.
+        needed: u64,
+        /// Bytes that are free.
+        available: u64,
+    },
+    /// A tensor was handed to the writer that the plan does not have.
+    #[error("Tensor `{tensor}` is not part of the planned checkpoint")]
+    UnplannedTensor {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor was handed to the writer a second time.
+    #[error("Tensor `{tensor}` was already written")]
+    WrittenTwice {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The writer was asked to publish a checkpoint that is not complete.
+    #[error("Cannot finish the checkpoint: {count} tensors were not written ({examples})")]
+    MissingTensors {
+        /// How many are missing.
+        count: usize,
+        /// The first of them.
+        examples: String,
+    },
+    /// The writer was used after it had failed and cleaned up.
+    #[error("Writing `{}` failed earlier and its partial files were removed", path.display())]
+    WriterFailed {
+        /// The output folder.
+        path: PathBuf,
+    },
+    /// An id that cannot name a Hub repository or revision.
+    #[error("`{id}` is neither an existing path nor a valid Hub id of the form `org/name`")]
+    InvalidHubId {
+        /// The id as given.
+        id: String,
+    },
+    /// A Hub revision that cannot be one.
+    #[error("`{revision}` is not a valid Hub revision")]
+    InvalidRevision {
+        /// The revision as given.
+        revision: String,
+    },
+    /// A Hub repository or revision that is not in the local cache.
+    #[error(
+        "`{id}` at revision `{revision}` is neither a local path nor in the Hub cache (looked in \
+         `{}`); this build never downloads, as if HF_HUB_OFFLINE were set: give a local folder, \
+         or set HF_HOME to a cache that holds it",
+        looked_in.display()
+    )]
+    NotInHubCache {
+        /// The id as given.
+        id: String,
+        /// The revision looked for.
+        revision: String,
+        /// The place that would hold it.
+        looked_in: PathBuf,
+    },
+    /// No environment variable says where the cache is.
+    #[error("Cannot locate the Hub cache: set HF_HOME, or give a local folder")]
+    NoHubCache,
+}
+
+impl Error {
+    /// For `map_err`: an I/O failure with its action and path.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// For `map_err`: a JSON failure with its path.
+    pub(crate) fn json(path: &Path) -> impl FnOnce(serde_json::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Json { path, source }
+    }
+}

@@ -1,0 +1,242 @@
+//! The working folder of a checkpoint in the making.
+//!
+//! A checkpoint grows in `NAME.partial` beside `NAME` and appears under its name by one rename, so
+//! nothing half-made is ever found there. The folder holds a locked marker file: the marker tells
+//! a left-over of ours, which the next run may delete, from a folder that happens to have the name;
+//! the lock tells a left-over from another run that is still at work.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+const MARKER: &str = ".gptq-partial";
+
+/// A working folder. Dropped before [`Partial::publish`], it is removed.
+#[derive(Debug)]
+pub(crate) struct Partial {
+    path: PathBuf,
+    out: PathBuf,
+    /// Holds the lock for as long as the folder is ours.
+    marker: File,
+    published: bool,
+}
+
+impl Partial {
+    /// Makes an empty working folder for `out`, over a left-over of an interrupted run.
+    pub(crate) fn create(out: &Path) -> Result<Self> {
+        refuse_occupied(out)?;
+        let path = partial_path(out)?;
+        remove_left_over(&path)?;
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
+        fs::create_dir(&path).map_err(Error::io("create", &path))?;
+        let marker_path = path.join(MARKER);
+        let marker = File::create_new(&marker_path).map_err(Error::io("create", &marker_path))?;
+        lock(&marker, &path)?;
+        Ok(Self { path, out: out.to_owned(), marker, published: false })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn out(&self) -> &Path {
+        &self.out
+    }
+
+    /// Writes a whole small file and makes sure that it is on disk.
+    pub(crate) fn write(&self, name: &Path, bytes: &[u8]) -> Result<()> {
+        let path = self.path.join(name);
+        fs::write(&path, bytes).map_err(Error::io("write", &path))?;
+        File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("write", &path))
+    }
+
+    /// Gives the folder its final name.
+    pub(crate) fn publish(mut self) -> Result<PathBuf> {
+        sync_dir(&self.path)?;
+        // Renaming onto an empty folder replaces it; one that was filled meanwhile is an error.
+        fs::rename(&self.path, &self.out).map_err(Error::io("create", &self.out))?;
+        self.published = true;
+        // The marker goes last: a crash before this line leaves either a left-over that is known
+        // as ours, or a complete checkpoint with a hidden empty file.
+        let marker = self.out.join(MARKER);
+        fs::remove_file(&marker).map_err(Error::io("remove", &marker))?;
+        sync_dir(&self.out)?;
+        sync_dir(parent_of(&self.out))?;
+        Ok(self.out.clone())
+    }
+
+    /// Removes the folder now, for a writer that failed but lives on.
+    pub(crate) fn discard(&mut self) {
+        if self.published {
+            return;
+        }
+        // Nothing better can be done about a folder that cannot be removed: it keeps its name and
+        // its marker, and the next run removes it.
+        drop(fs::remove_dir_all(&self.path));
+        drop(self.marker.unlock());
+        self.published = true;
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        self.discard();
+    }
+}
+
+/// `NAME.partial` beside `NAME`.
+fn partial_path(out: &Path) -> Result<PathBuf> {
+    let Some(name) = out.file_name() else {
+        // `/` and `..` cannot be renamed to.
+        return Err(Error::OutputExists { path: out.to_owned() });
+    };
+    let mut name = name.to_os_string();
+    name.push(".partial");
+    Ok(out.with_file_name(name))
+}
+
+/// The folder that holds `path`; a bare name lies in the current one.
+pub(crate) fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// An output must not exist, or be an empty folder.
+fn refuse_occupied(out: &Path) -> Result<()> {
+    match fs::read_dir(out) {
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(_) => Err(Error::OutputExists { path: out.to_owned() }),
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+            Err(Error::OutputExists { path: out.to_owned() })
+        }
+        Err(e) => Err(Error::io("inspect", out)(e)),
+    }
+}
+
+fn remove_left_over(path: &Path) -> Result<()> {
+    // Not `exists`: a link must never be followed into somebody's folder.
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io("inspect", path)(e)),
+        Ok(meta) if !meta.is_dir() => return Err(Error::ForeignPartial { path: path.to_owned() }),
+        Ok(_) => {}
+    }
+    let marker_path = path.join(MARKER);
+    match OpenOptions::new().write(true).open(&marker_path) {
+        Ok(marker) => {
+            lock(&marker, path)?;
+            fs::remove_dir_all(path).map_err(Error::io("remove", path))
+        }
+        // A run that died before its marker leaves an empty folder, which only an empty one matches.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            fs::remove_dir(path).map_err(|_| Error::ForeignPartial { path: path.to_owned() })
+        }
+        Err(e) => Err(Error::io("open", &marker_path)(e)),
+    }
+}
+
+fn lock(marker: &File, path: &Path) -> Result<()> {
+    match marker.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(Error::PartialInUse { path: path.to_owned() }),
+        // Some network file systems have no locks; the marker alone has to do there.
+        Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+        Err(TryLockError::Error(e)) => Err(Error::io("lock", path)(e)),
+    }
+}
+
+fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", path))
+}
+
+/// Checks that the file system of `dir` can take `needed` bytes.
+pub(crate) fn check_space(dir: &Path, needed: u64) -> Result<()> {
+    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("inspect", dir)(e.into()))?;
+    require_space(dir, stat.f_bavail.saturating_mul(stat.f_frsize), needed)
+}
+
+fn require_space(dir: &Path, available: u64, needed: u64) -> Result<()> {
+    if available >= needed {
+        return Ok(());
+    }
+    Err(Error::DiskSpace { path: dir.to_owned(), needed, available })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dropped_folder_is_removed_and_a_published_one_renamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("deep/model");
+        let partial = Partial::create(&out).unwrap();
+        assert!(partial.path().ends_with("deep/model.partial"));
+        drop(partial);
+        assert!(!dir.path().join("deep/model.partial").exists());
+
+        fs::create_dir(&out).unwrap();
+        let partial = Partial::create(&out).unwrap();
+        partial.write(Path::new("a"), b"x").unwrap();
+        assert_eq!(partial.publish().unwrap(), out);
+        let names: Vec<_> = fs::read_dir(&out).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["a"]);
+    }
+
+    #[test]
+    fn occupied_outputs_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "x").unwrap();
+        for out in [dir.path().to_owned(), dir.path().join("file"), PathBuf::from("/")] {
+            let error = Partial::create(&out).unwrap_err();
+            assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_our_left_overs_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, partial) = (dir.path().join("m"), dir.path().join("m.partial"));
+        fs::create_dir(&partial).unwrap();
+        fs::write(partial.join("precious"), "x").unwrap();
+        assert!(matches!(Partial::create(&out), Err(Error::ForeignPartial { .. })));
+        assert!(partial.join("precious").exists());
+        fs::write(partial.join(MARKER), "").unwrap();
+        drop(Partial::create(&out).unwrap());
+        assert!(!partial.exists());
+        let target = dir.path().join("elsewhere");
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join(MARKER), "").unwrap();
+        std::os::unix::fs::symlink(&target, &partial).unwrap();
+        assert!(matches!(Partial::create(&out), Err(Error::ForeignPartial { .. })));
+        assert!(target.exists());
+    }
+
+    #[test]
+    fn a_running_writer_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("m");
+        let running = Partial::create(&out).unwrap();
+        assert!(matches!(Partial::create(&out), Err(Error::PartialInUse { .. })));
+        assert!(running.path().exists());
+    }
+
+    #[test]
+    fn space_is_compared_and_both_numbers_named() {
+        require_space(Path::new("d"), 10, 10).unwrap();
+        let message = require_space(Path::new("d"), 9, 10).unwrap_err().to_string();
+        assert!(message.contains("9 bytes free") && message.contains("needs 10"), "{message}");
+        let dir = tempfile::tempdir().unwrap();
+        check_space(dir.path(), 1).unwrap();
+        assert!(matches!(check_space(dir.path(), u64::MAX), Err(Error::DiskSpace { .. })));
+    }
+}

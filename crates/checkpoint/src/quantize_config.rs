@@ -1,0 +1,325 @@
+//! quantize_config.json and config.json's `quantization_config`: what a loader needs to know.
+//!
+//! The text has two readers that set its limits. AutoGPTQ up to 0.4 hands every key of
+//! quantize_config.json to a constructor and dies on one that it does not know, so nothing beyond
+//! its own keys may appear there; transformers reads config.json and requires `quant_method`.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::{Bits, Error, Layout, Result, json};
+
+/// File name of the quantisation settings.
+pub(crate) const FILE: &str = "quantize_config.json";
+
+/// How zeros are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckpointFormat {
+    /// `gptq`, or v1: a zero is stored minus one. The only format that is written.
+    Gptq,
+    /// `gptq_v2`: a zero is stored as it is.
+    GptqV2,
+}
+
+/// How a checkpoint is quantised.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizeConfig {
+    /// Code width.
+    pub bits: Bits,
+    /// Columns of a group; `None` is -1 in the file: all of in_features.
+    pub group_size: Option<usize>,
+    /// Damp as a fraction of the Hessian's mean diagonal.
+    pub damp_percent: f64,
+    /// Columns were solved by descending diagonal of the Hessian.
+    pub desc_act: bool,
+    /// Symmetric grid.
+    pub sym: bool,
+    /// Each linear was solved with the linears before it quantised.
+    pub true_sequential: bool,
+    /// Name of the weight file without `.safetensors`; `None` means AutoGPTQ's own scheme.
+    pub model_file_base_name: Option<String>,
+    /// How zeros are stored.
+    pub checkpoint_format: CheckpointFormat,
+}
+
+impl QuantizeConfig {
+    /// A symmetric, true-sequential branch in `model.safetensors`, as this program makes them.
+    #[must_use]
+    pub fn new(bits: Bits, group_size: Option<usize>, damp_percent: f64, desc_act: bool) -> Self {
+        Self {
+            bits,
+            group_size,
+            damp_percent,
+            desc_act,
+            sym: true,
+            true_sequential: true,
+            model_file_base_name: Some("model".to_owned()),
+            checkpoint_format: CheckpointFormat::Gptq,
+        }
+    }
+
+    /// Parses the text of a quantize_config.json, or a `quantization_config`; `file` is for
+    /// messages.
+    ///
+    /// # Errors
+    /// [`Error::Json`], [`Error::InvalidConfig`] for missing or impossible settings, and
+    /// [`Error::UnsupportedConfig`] for ones that change the meaning of the tensors.
+    pub fn parse(text: &str, file: &Path) -> Result<Self> {
+        let map = serde_json::from_str(text).map_err(Error::json(file))?;
+        Self::from_map(&map, file)
+    }
+
+    /// Reads quantize_config.json, or else `quantization_config` of the config; `None` for a dense
+    /// checkpoint.
+    pub(crate) fn load(dir: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
+        let file = dir.join(FILE);
+        match std::fs::read_to_string(&file) {
+            Ok(text) => Self::parse(&text, &file).map(Some),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let file = dir.join("config.json");
+                match config.get("quantization_config") {
+                    None | Some(Value::Null) => Ok(None),
+                    Some(Value::Object(map)) => Self::from_map(map, &file).map(Some),
+                    Some(other) => Err(Error::InvalidConfig {
+                        path: file,
+                        key: "quantization_config".to_owned(),
+                        reason: format!("is `{other}`, expected an object"),
+                    }),
+                }
+            }
+            Err(e) => Err(Error::io("read", &file)(e)),
+        }
+    }
+
+    fn from_map(map: &Map<String, Value>, file: &Path) -> Result<Self> {
+        let keys = Keys { map, file };
+        keys.only("quant_method", |v| v == "gptq", "`gptq`")?;
+        keys.only("is_marlin_format", |v| v == false, "`false`")?;
+        keys.only("lm_head", |v| v == false, "`false`")?;
+        keys.only(
+            "dynamic",
+            |v| v.as_object().is_some_and(Map::is_empty),
+            "the same for all linears",
+        )?;
+        keys.only("pack_dtype", |v| v == "int32", "`int32`")?;
+        keys.only("checkpoint_format", |v| v == "gptq" || v == "gptq_v2", "`gptq` or `gptq_v2`")?;
+        let v2 = keys.get("checkpoint_format").is_some_and(|v| v == "gptq_v2");
+        Ok(Self {
+            bits: keys.bits()?,
+            group_size: keys.group_size()?,
+            damp_percent: keys.typed("damp_percent", 0.01, Value::as_f64)?,
+            desc_act: keys.typed("desc_act", false, Value::as_bool)?,
+            sym: keys.typed("sym", true, Value::as_bool)?,
+            true_sequential: keys.typed("true_sequential", true, Value::as_bool)?,
+            model_file_base_name: keys.base_name()?,
+            checkpoint_format: if v2 { CheckpointFormat::GptqV2 } else { CheckpointFormat::Gptq },
+        })
+    }
+
+    /// Groups of a linear with this input width; a last group may be ragged.
+    #[must_use]
+    pub fn groups(&self, in_features: usize) -> usize {
+        self.group_size.map_or(1, |size| in_features.div_ceil(size))
+    }
+
+    /// Name of the weight file without `.safetensors`.
+    #[must_use]
+    pub fn file_stem(&self) -> String {
+        let scheme = || format!("gptq_model-{}bit-{}g", self.bits, self.stored_group_size());
+        self.model_file_base_name.clone().unwrap_or_else(scheme)
+    }
+
+    /// The group size as files say it: -1 for all of in_features.
+    pub(crate) fn stored_group_size(&self) -> i64 {
+        self.group_size.map_or(-1, |size| size as i64)
+    }
+
+    /// Text of quantize_config.json: indent 2, no newline at the end.
+    ///
+    /// # Errors
+    /// [`Error::Json`] if the text cannot be made.
+    pub fn file_text(&self, layout: Layout) -> Result<String> {
+        json::indented(&self.keys(layout)).map_err(Error::json(Path::new(FILE)))
+    }
+
+    /// Text of config.json: the base's keys in their order, `quantization_config` last.
+    pub(crate) fn config_text(&self, base: &Map<String, Value>, layout: Layout) -> Result<String> {
+        let mut config = base.clone();
+        config.shift_remove("quantization_config");
+        let mut keys = self.keys(layout);
+        if layout == Layout::Modern {
+            keys.insert("checkpoint_format".to_owned(), json!("gptq"));
+        }
+        keys.insert("quant_method".to_owned(), json!("gptq"));
+        config.insert("quantization_config".to_owned(), Value::Object(keys));
+        json::indented(&config).map_err(Error::json(Path::new("config.json")))
+    }
+
+    /// AutoGPTQ's keys in its order: those of 0.3 for the published branches, with the
+    /// `static_groups` that 0.4 adds otherwise.
+    fn keys(&self, layout: Layout) -> Map<String, Value> {
+        let static_groups = (layout == Layout::Modern).then(|| ("static_groups", json!(false)));
+        [
+            ("bits", json!(self.bits.get())),
+            ("group_size", json!(self.stored_group_size())),
+            ("damp_percent", json!(self.damp_percent)),
+            ("desc_act", json!(self.desc_act)),
+        ]
+        .into_iter()
+        .chain(static_groups)
+        .chain([
+            ("sym", json!(self.sym)),
+            ("true_sequential", json!(self.true_sequential)),
+            ("model_name_or_path", Value::Null),
+            ("model_file_base_name", json!(self.model_file_base_name)),
+        ])
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect()
+    }
+}
+
+/// Typed access to the keys, with errors that name them.
+struct Keys<'a> {
+    map: &'a Map<String, Value>,
+    file: &'a Path,
+}
+
+impl Keys<'_> {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    fn invalid(&self, key: &str, reason: String) -> Error {
+        Error::InvalidConfig { path: self.file.to_owned(), key: key.to_owned(), reason }
+    }
+
+    /// Refuses a key with any value but the accepted ones; absent is fine.
+    fn only(&self, key: &str, ok: impl Fn(&Value) -> bool, supported: &'static str) -> Result<()> {
+        let Some(value) = self.get(key).filter(|value| !ok(value)) else { return Ok(()) };
+        let (path, key) = (self.file.to_owned(), key.to_owned());
+        Err(Error::UnsupportedConfig { path, key, value: value.to_string(), supported })
+    }
+
+    fn typed<T>(&self, key: &str, default: T, read: impl Fn(&Value) -> Option<T>) -> Result<T> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        read(value).ok_or_else(|| self.invalid(key, format!("is `{value}`, of the wrong type")))
+    }
+
+    fn bits(&self) -> Result<Bits> {
+        let value = self.map.get("bits").unwrap_or(&Value::Null);
+        let bits = value.as_u64().and_then(|bits| u8::try_from(bits).ok());
+        bits.and_then(|bits| Bits::new(bits).ok())
+            .ok_or_else(|| self.invalid("bits", format!("is `{value}`, expected 2, 3, 4 or 8")))
+    }
+
+    fn group_size(&self) -> Result<Option<usize>> {
+        let value = self.map.get("group_size").unwrap_or(&Value::Null);
+        match value.as_i64() {
+            Some(-1) => Ok(None),
+            Some(size @ 1..=0x1000_0000) => Ok(Some(size as usize)),
+            _ => Err(self.invalid("group_size", format!("is `{value}`, expected -1 or positive"))),
+        }
+    }
+
+    /// A base name becomes a path, so it has to be a plain file name.
+    fn base_name(&self) -> Result<Option<String>> {
+        let key = "model_file_base_name";
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let name = value.as_str().filter(|name| is_file_name(name)).map(str::to_owned);
+        name.map(Some)
+            .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected a plain file name")))
+    }
+}
+
+/// Whether a name from a file stays inside the folder that it is joined to.
+pub(crate) fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(group_size: Option<usize>, desc_act: bool) -> QuantizeConfig {
+        QuantizeConfig::new(Bits::Four, group_size, 0.01, desc_act)
+    }
+
+    #[test]
+    fn card_text_has_the_published_bytes() {
+        let text = |group_size, act| config(group_size, act).file_text(Layout::Card).unwrap();
+        assert_eq!(
+            text(None, true),
+            "{\n  \"bits\": 4,\n  \"group_size\": -1,\n  \"damp_percent\": 0.01,\n  \
+             \"desc_act\": true,\n  \"sym\": true,\n  \"true_sequential\": true,\n  \
+             \"model_name_or_path\": null,\n  \"model_file_base_name\": \"model\"\n}"
+        );
+        assert_eq!(text(None, true).len(), 186);
+        assert_eq!(text(Some(32), true).len(), 186);
+        assert_eq!(text(Some(128), true).len(), 187);
+        assert_eq!(text(Some(128), false).len(), 188);
+    }
+
+    #[test]
+    fn config_json_has_the_published_length() {
+        // The published base is 629 bytes without its newline, and its quantised form 888.
+        let base: Map<String, Value> =
+            serde_json::from_str(r#"{"z": 1, "rms_norm_eps": 1e-05}"#).unwrap();
+        let before = json::indented(&base).unwrap();
+        assert_eq!(before, "{\n  \"z\": 1,\n  \"rms_norm_eps\": 1e-05\n}");
+        let added = |group_size, act| {
+            let text = config(group_size, act).config_text(&base, Layout::Card).unwrap();
+            assert!(text.ends_with("\"quant_method\": \"gptq\"\n  }\n}"));
+            text.len() - before.len()
+        };
+        assert_eq!(added(Some(64), true), 888 - 629);
+        assert_eq!(added(Some(128), true), 889 - 629);
+        assert_eq!(added(Some(128), false), 890 - 629);
+    }
+
+    #[test]
+    fn a_former_quantisation_is_replaced_and_order_kept() {
+        let base = r#"{"z":1,"quantization_config":{},"a":2,"b":3}"#;
+        let base: Map<String, Value> = serde_json::from_str(base).unwrap();
+        let text = config(Some(32), true).config_text(&base, Layout::Modern).unwrap();
+        let read: Map<String, Value> = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.keys().collect::<Vec<_>>(), ["z", "a", "b", "quantization_config"]);
+    }
+
+    #[test]
+    fn modern_adds_only_what_autogptq_0_4_knows() {
+        let text = config(None, true).file_text(Layout::Modern).unwrap();
+        assert!(text.contains("\"desc_act\": true,\n  \"static_groups\": false,\n  \"sym\""));
+        assert!(!text.contains("quant_method") && !text.contains("checkpoint_format"));
+    }
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        for group_size in [None, Some(32)] {
+            for layout in [Layout::Card, Layout::Modern] {
+                let written = config(group_size, true);
+                let text = written.file_text(layout).unwrap();
+                assert_eq!(QuantizeConfig::parse(&text, Path::new("f")).unwrap(), written);
+            }
+        }
+    }
+
+    #[test]
+    fn other_formats_and_nonsense_are_refused() {
+        for (rest, named) in [
+            (r#""quant_method":"awq""#, "quant_method"),
+            (r#""is_marlin_format":true"#, "is_marlin_format"),
+            (r#""dynamic":{"x":{}}"#, "dynamic"),
+            (r#""checkpoint_format":"marlin""#, "checkpoint_format"),
+            (r#""bits":5"#, "bits"),
+            (r#""group_size":0"#, "group_size"),
+            (r#""desc_act":"yes""#, "desc_act"),
+            (r#""model_file_base_name":"../x""#, "model_file_base_name"),
+        ] {
+            let text = format!(r#"{{"bits":4,"group_size":128,{rest}}}"#);
+            let message = QuantizeConfig::parse(&text, Path::new("f")).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+        assert!(QuantizeConfig::parse("", Path::new("f")).is_err());
+    }
+}

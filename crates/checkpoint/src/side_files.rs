@@ -1,0 +1,167 @@
+//! The small files of a source that belong to every checkpoint made from it: tokeniser,
+//! generation settings, chat template, licences.
+//!
+//! What is carried is decided by what is not: weights in any format, configs that the writer makes
+//! itself, the source's own README, hidden files. A licence may lie in a folder of its own, so one
+//! level of folders is looked into.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::partial::Partial;
+use crate::{Error, Result};
+
+/// Larger files are weights of some kind, whatever their name.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// Extensions of weights and of archives of weights.
+const WEIGHTS: [&str; 11] = [
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "gguf",
+    "onnx",
+    "h5",
+    "msgpack",
+    "tflite",
+    "partial",
+];
+
+/// Files that the writer makes, or that describe the source only.
+const NOT_CARRIED: [&str; 4] =
+    ["config.json", "quantize_config.json", "quant_config.json", "README.md"];
+
+/// Copies the source's side files into the working folder.
+pub(crate) fn carry(source: &Path, partial: &Partial) -> Result<()> {
+    for name in listed(source)? {
+        let path = source.join(&name);
+        let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
+        if meta.is_file() && carried(&name, meta.len()) {
+            copy(source, &name, partial)?;
+        } else if meta.is_dir() && carried_dir(&path, &name) {
+            carry_dir(source, &name, partial)?;
+        }
+    }
+    Ok(())
+}
+
+fn carry_dir(source: &Path, dir: &Path, partial: &Partial) -> Result<()> {
+    let mut made = false;
+    for name in listed(&source.join(dir))? {
+        let name = dir.join(name);
+        let path = source.join(&name);
+        let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
+        if !meta.is_file() || !carried(&name, meta.len()) {
+            continue;
+        }
+        if !made {
+            let to = partial.path().join(dir);
+            fs::create_dir(&to).map_err(Error::io("create", &to))?;
+            made = true;
+        }
+        copy(source, &name, partial)?;
+    }
+    Ok(())
+}
+
+/// Copies contents only: the cache's files are links, and often read-only.
+fn copy(source: &Path, name: &Path, partial: &Partial) -> Result<()> {
+    let from = source.join(name);
+    let bytes = fs::read(&from).map_err(Error::io("read", &from))?;
+    partial.write(name, &bytes)
+}
+
+/// Names in a folder, sorted, without dangling links.
+fn listed(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let entry = entry.map_err(Error::io("list", dir))?;
+        if entry.path().exists() {
+            names.push(PathBuf::from(entry.file_name()));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn carried(path: &Path, bytes: u64) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    // The one hidden file that belongs to a repository says which files are stored as blobs.
+    let hidden = name.starts_with('.') && name != ".gitattributes";
+    !hidden
+        && bytes <= MAX_BYTES
+        && !NOT_CARRIED.contains(&&*name)
+        && !name.ends_with(".index.json")
+        && !WEIGHTS.contains(&&*extension)
+}
+
+/// Folders that are no checkpoints themselves, such as an earlier output inside the source.
+fn carried_dir(path: &Path, name: &Path) -> bool {
+    let hidden = name.to_string_lossy().starts_with('.');
+    let weights = name.extension().is_some_and(|e| WEIGHTS.iter().any(|w| e == *w));
+    !hidden && !weights && !path.join("config.json").exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_files_are_carried_and_weights_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("source");
+        let yes = [
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer.model",
+            "chat_template.jinja",
+            "LICENSE.txt",
+            "Notice",
+            ".gitattributes",
+            "LLAMA 2 LICENSE/LICENSE.txt",
+        ];
+        let no = [
+            "config.json",
+            "quantize_config.json",
+            "README.md",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+            "training_args.bin",
+            ".DS_Store",
+            ".cache/x",
+            "original/consolidated.00.pth",
+            "quantised/config.json",
+            "quantised/tokenizer.json",
+            "a/b/too_deep.txt",
+        ];
+        for name in yes.iter().chain(&no) {
+            let path = source.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, name).unwrap();
+        }
+        std::os::unix::fs::symlink("nowhere", source.join("dangling.txt")).unwrap();
+        let read_only = source.join("tokenizer.json");
+        let mut mode = fs::metadata(&read_only).unwrap().permissions();
+        mode.set_readonly(true);
+        fs::set_permissions(&read_only, mode).unwrap();
+
+        // The output may lie inside the source; it is not carried into itself.
+        let partial = Partial::create(&source.join("out")).unwrap();
+        carry(&source, &partial).unwrap();
+        for name in yes {
+            let to = partial.path().join(name);
+            assert_eq!(fs::read_to_string(&to).unwrap(), name);
+            assert!(!fs::metadata(&to).unwrap().permissions().readonly());
+        }
+        for name in no {
+            assert!(!partial.path().join(name).exists(), "{name}");
+        }
+        assert!(!partial.path().join("original").exists());
+        assert!(!partial.path().join("out.partial").exists());
+    }
+}

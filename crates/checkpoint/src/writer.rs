@@ -1,0 +1,325 @@
+//! Writing a quantised checkpoint as a stream.
+//!
+//! All shapes follow from the configuration, so headers are written first and each tensor goes to
+//! its final place as soon as it is solved, in any order; the files are sparse until then. The
+//! folder is a [`Partial`] until [`CheckpointWriter::finish`] gives it its name.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use serde_json::{Map, Value, json};
+
+use crate::partial::{Partial, check_space};
+use crate::{
+    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, ModelConfig, QuantizeConfig, Result,
+    TensorRef, TensorSpec, json as python_json, plan_files, quantize_config, side_files,
+};
+
+/// Values of a dense tensor converted at a time, so that an embedding never doubles in memory.
+const COPY_VALUES: usize = 1 << 20;
+
+/// A checkpoint being written. Dropped before [`CheckpointWriter::finish`], it leaves nothing.
+#[derive(Debug)]
+pub struct CheckpointWriter {
+    partial: Partial,
+    source_dir: PathBuf,
+    config: ModelConfig,
+    quantize: QuantizeConfig,
+    layout: Layout,
+    plan: FilePlan,
+    files: Vec<File>,
+    /// Every planned tensor.
+    slots: BTreeMap<String, Slot>,
+    failed: bool,
+}
+
+/// Where a tensor goes.
+#[derive(Debug)]
+struct Slot {
+    file: usize,
+    offset: u64,
+    spec: TensorSpec,
+    written: bool,
+}
+
+/// A complete checkpoint.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// Its folder.
+    pub dir: PathBuf,
+    /// Names of the weight files.
+    pub files: Vec<String>,
+    /// Bytes of the weight files.
+    pub bytes: u64,
+}
+
+impl CheckpointWriter {
+    /// Prepares `out`: makes the working folder, checks the disk, and writes all headers. `source`
+    /// gives the model's shape and, at the end, its tokeniser and other small files.
+    ///
+    /// # Errors
+    /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`],
+    /// [`Error::DiskSpace`], everything that [`plan_files`] refuses, and [`Error::Io`].
+    pub fn create(
+        out: &Path,
+        source: &Checkpoint,
+        quantize: &QuantizeConfig,
+        layout: Layout,
+        extra_metadata: &BTreeMap<String, String>,
+        max_shard_bytes: Option<u64>,
+    ) -> Result<Self> {
+        let config = source.config().clone();
+        let plan = plan_files(&config, quantize, layout, extra_metadata, max_shard_bytes)?;
+        let partial = Partial::create(out)?;
+        check_space(partial.path(), plan.total_bytes)?;
+        let mut writer = Self {
+            partial,
+            source_dir: source.dir().to_owned(),
+            config,
+            quantize: quantize.clone(),
+            layout,
+            plan,
+            files: Vec::new(),
+            slots: BTreeMap::new(),
+            failed: false,
+        };
+        writer.write_headers()?;
+        writer.write_frequencies()?;
+        Ok(writer)
+    }
+
+    /// What the files will be.
+    #[must_use]
+    pub fn plan(&self) -> &FilePlan {
+        &self.plan
+    }
+
+    /// Names of the dense tensors (embedding, norms, head) that are still to be written, sorted.
+    #[must_use]
+    pub fn missing(&self) -> Vec<String> {
+        let dense =
+            |name: &str| name.ends_with("norm.weight") || !name.starts_with("model.layers.");
+        let missing = self.slots.iter().filter(|(name, slot)| !slot.written && dense(name));
+        missing.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Writes the tensors of a quantised linear, and its zero bias in the `card` layout. `prefix`
+    /// is the full name, such as `model.layers.0.self_attn.q_proj`.
+    ///
+    /// # Errors
+    /// A linear that disagrees with itself or with the plan, [`Error::WrittenTwice`], and
+    /// [`Error::Io`]. Unless it is the last, nothing was written.
+    pub fn write_linear(&mut self, prefix: &str, linear: &GptqLinear) -> Result<()> {
+        linear.check(prefix)?;
+        let (words, groups) = (linear.bits.words(linear.in_features), linear.groups);
+        let zero_words = linear.bits.words(linear.out_features);
+        let bias = vec![f16::ZERO; linear.out_features];
+        let mut tensors: Vec<(&str, DType, Vec<usize>, &[u8])> = vec![
+            ("qweight", DType::I32, vec![words, linear.out_features], bytes(&linear.qweight)),
+            ("qzeros", DType::I32, vec![groups, zero_words], bytes(&linear.qzeros)),
+            ("scales", DType::F16, vec![groups, linear.out_features], bytes(&linear.scales)),
+            ("g_idx", DType::I32, vec![linear.in_features], bytes(&linear.g_idx)),
+        ];
+        if self.layout == Layout::Card {
+            tensors.push(("bias", DType::F16, vec![linear.out_features], bytes(&bias)));
+        }
+        for (leaf, dtype, shape, _) in &tensors {
+            self.slot(&format!("{prefix}.{leaf}"), *dtype, Some(shape))?;
+        }
+        for (leaf, _, _, bytes) in tensors {
+            self.put(&format!("{prefix}.{leaf}"), bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a dense F16 tensor, row-major in its planned shape.
+    ///
+    /// # Errors
+    /// [`Error::UnplannedTensor`], [`Error::WrittenTwice`], [`Error::DType`], [`Error::Length`] and
+    /// [`Error::Io`].
+    pub fn write_f16(&mut self, name: &str, values: &[f16]) -> Result<()> {
+        let slot = self.slot(name, DType::F16, None)?;
+        let expected = slot.spec.shape.iter().product();
+        if values.len() != expected {
+            return Err(Error::Length { what: name.to_owned(), expected, found: values.len() });
+        }
+        self.put(name, bytes(values))
+    }
+
+    /// Writes a tensor of the source as fp16, rounded to nearest, ties to even.
+    ///
+    /// # Errors
+    /// As [`CheckpointWriter::write_f16`], with [`Error::Shape`] for another shape than planned,
+    /// and [`Error::F16Overflow`].
+    pub fn copy_dense(&mut self, name: &str, tensor: &TensorRef<'_>) -> Result<()> {
+        if !tensor.dtype.is_float() {
+            let (tensor, found) = (tensor.name.to_owned(), tensor.dtype.name());
+            return Err(Error::DType { tensor, expected: "F32, F16 or BF16", found });
+        }
+        let slot = self.slot(name, DType::F16, Some(tensor.shape))?;
+        let (file, offset) = (slot.file, slot.offset);
+        let mut values = vec![f16::ZERO; COPY_VALUES.min(tensor.len())];
+        for start in (0..tensor.len()).step_by(COPY_VALUES) {
+            let count = COPY_VALUES.min(tensor.len() - start);
+            let values = &mut values[..count];
+            tensor.read_f16(start, values)?;
+            self.write_at(file, offset + 2 * start as u64, bytes(values))?;
+        }
+        self.mark(name);
+        Ok(())
+    }
+
+    /// Completes the checkpoint: configuration, carried files, index; then syncs everything and
+    /// gives the folder its name. `config` is the config.json to carry instead of the source's.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensors`] naming the first that were never written, and [`Error::Io`]; the
+    /// working folder is removed in every case.
+    pub fn finish(self, config: Option<&Map<String, Value>>) -> Result<Written> {
+        self.check_alive()?;
+        self.check_complete()?;
+        for (file, shard) in self.files.iter().zip(&self.plan.shards) {
+            let path = self.partial.path().join(&shard.file_name);
+            file.sync_all().map_err(Error::io("write", &path))?;
+        }
+        side_files::carry(&self.source_dir, &self.partial)?;
+        let config = config.unwrap_or(self.config.raw());
+        let text = self.quantize.config_text(config, self.layout)?;
+        self.partial.write(Path::new("config.json"), text.as_bytes())?;
+        let text = self.quantize.file_text(self.layout)?;
+        self.partial.write(Path::new(quantize_config::FILE), text.as_bytes())?;
+        if self.plan.shards.len() > 1 {
+            let name = format!("{}.safetensors.index.json", self.quantize.file_stem());
+            self.partial.write(Path::new(&name), self.index_text()?.as_bytes())?;
+        }
+        let Self { partial, plan, .. } = self;
+        let files = plan.shards.into_iter().map(|shard| shard.file_name).collect();
+        Ok(Written { dir: partial.publish()?, files, bytes: plan.total_bytes })
+    }
+
+    fn write_headers(&mut self) -> Result<()> {
+        for (file, shard) in self.plan.shards.iter().enumerate() {
+            let path = self.partial.path().join(&shard.file_name);
+            let handle = File::create_new(&path).map_err(Error::io("create", &path))?;
+            handle.set_len(shard.size).map_err(Error::io("write", &path))?;
+            handle.write_all_at(&shard.header, 0).map_err(Error::io("write", &path))?;
+            self.files.push(handle);
+            for tensor in &shard.tensors {
+                let (offset, spec) = (tensor.offset, tensor.spec.clone());
+                self.slots.insert(spec.name.clone(), Slot { file, offset, spec, written: false });
+            }
+        }
+        Ok(())
+    }
+
+    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold.
+    fn write_frequencies(&mut self) -> Result<()> {
+        let (theta, dim) = (self.config.rope_theta, self.config.head_dim);
+        let frequency = |i: usize| {
+            // The exponent and the power are rounded to f32 as in the original computation.
+            let exponent = (2 * i) as f32 / dim as f32;
+            1.0 / theta.powf(f64::from(exponent)) as f32
+        };
+        let values: Vec<f32> = (0..dim / 2).map(frequency).collect();
+        let names: Vec<String> =
+            self.slots.keys().filter(|name| name.ends_with(".inv_freq")).cloned().collect();
+        for name in names {
+            self.put(&name, bytes(&values))?;
+        }
+        Ok(())
+    }
+
+    /// The slot of a tensor that may be written now, in this type and shape.
+    fn slot(&self, name: &str, dtype: DType, shape: Option<&[usize]>) -> Result<&Slot> {
+        self.check_alive()?;
+        let tensor = name.to_owned();
+        let Some(slot) = self.slots.get(name) else {
+            return Err(Error::UnplannedTensor { tensor });
+        };
+        if slot.written {
+            return Err(Error::WrittenTwice { tensor });
+        }
+        if slot.spec.dtype != dtype {
+            let (expected, found) = (slot.spec.dtype.name(), dtype.name());
+            return Err(Error::DType { tensor, expected, found });
+        }
+        match shape {
+            Some(shape) if slot.spec.shape != shape => {
+                let (expected, found) = (slot.spec.shape.clone(), shape.to_vec());
+                Err(Error::Shape { tensor, expected, found })
+            }
+            _ => Ok(slot),
+        }
+    }
+
+    /// Writes a checked tensor's bytes at their place.
+    fn put(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let Some(slot) = self.slots.get(name) else {
+            return Err(Error::UnplannedTensor { tensor: name.to_owned() });
+        };
+        self.write_at(slot.file, slot.offset, bytes)?;
+        self.mark(name);
+        Ok(())
+    }
+
+    fn mark(&mut self, name: &str) {
+        if let Some(slot) = self.slots.get_mut(name) {
+            slot.written = true;
+        }
+    }
+
+    /// A failed write gives the disk back at once: it is most likely full, and the caller may hold
+    /// on to the writer for long.
+    fn write_at(&mut self, file: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.files[file].write_all_at(bytes, offset).map_err(|source| {
+            let path = self.partial.path().join(&self.plan.shards[file].file_name);
+            self.failed = true;
+            self.files.clear();
+            self.partial.discard();
+            Error::Io { action: "write", path, source }
+        })
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        if self.failed {
+            return Err(Error::WriterFailed { path: self.partial.out().to_owned() });
+        }
+        Ok(())
+    }
+
+    fn check_complete(&self) -> Result<()> {
+        let missing: Vec<&str> =
+            self.slots.iter().filter(|(_, s)| !s.written).map(|(name, _)| name.as_str()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let first = missing.iter().take(5).map(|name| format!("`{name}`"));
+        let mut examples = first.collect::<Vec<_>>().join(", ");
+        if missing.len() > 5 {
+            examples.push_str(", ...");
+        }
+        Err(Error::MissingTensors { count: missing.len(), examples })
+    }
+
+    /// The index of a sharded checkpoint, as transformers writes it.
+    fn index_text(&self) -> Result<String> {
+        let mut total = 0;
+        let mut weight_map = Map::new();
+        for (name, slot) in &self.slots {
+            total += slot.spec.bytes();
+            weight_map.insert(name.clone(), json!(self.plan.shards[slot.file].file_name));
+        }
+        let mut index = Map::new();
+        index.insert("metadata".to_owned(), json!({ "total_size": total }));
+        index.insert("weight_map".to_owned(), Value::Object(weight_map));
+        let text = python_json::indented(&index).map_err(Error::json(self.partial.path()))?;
+        Ok(text + "\n")
+    }
+}
+
+fn bytes<T: bytemuck::NoUninit>(values: &[T]) -> &[u8] {
+    bytemuck::cast_slice(values)
+}
