@@ -1,1 +1,19 @@
 //! GPTQ: grids, the solver and its recipes, as functions of weights and Hessians.
+//!
+//! The data's way: a [`gptq_compute::Gram`] of a linear's inputs becomes a [`Factored`] Hessian
+//! ([`factor`]), shared by all linears with the same inputs; [`solve`] turns each weight matrix into
+//! a [`Quantised`] one. [`round_to_nearest`] is the baseline without calibration. Nothing here knows
+//! files or models.
+
+mod error;
+mod grid;
+mod hessian;
+mod rtn;
+mod solver;
+mod spec;
+
+pub use error::{Error, Result};
+pub use hessian::{Factored, factor};
+pub use rtn::round_to_nearest;
+pub use solver::{Quantised, solve};
+pub use spec::{QuantSpec, Recipe};

@@ -1,0 +1,110 @@
+//! From a Gram to the factor that the solver walks along: dead columns, order, damping.
+
+use gptq_compute::{Device, Gram, HessianPrep, Tensor};
+
+use crate::error::{Error, Result};
+use crate::spec::QuantSpec;
+
+/// How often damping is raised tenfold before a Hessian is given up.
+const DAMP_RETRIES: u32 = 2;
+
+/// The factored Hessian of a linear's inputs, shared by all linears that read the same inputs
+/// (q, k, v; gate, up): one order of columns for all of them, as fused loaders need.
+#[derive(Clone, Debug)]
+pub struct Factored {
+    /// Column j of the solve is column `order[j]` of the weights.
+    pub order: Vec<u32>,
+    /// Columns (of the weights) that no token used.
+    pub dead: Vec<bool>,
+    /// U, upper triangular with UᵀU = H⁻¹, in solve order `[in, in]`.
+    pub upper: Tensor,
+    /// Fraction of mean(diag H) that was added in the end.
+    pub damp: f64,
+    /// How often damping had to be raised; 0 is the normal case.
+    pub damp_retries: u32,
+}
+
+/// Prepares and factors H = `scale` · Gram (scale is 2 / windows).
+///
+/// # Errors
+/// [`Error::NotFinite`] when the diagonal holds NaN or infinities, [`Error::NotPositiveDefinite`]
+/// when raising the damping did not help.
+pub fn factor(device: &Device, gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
+    let mut diagonal: Vec<f32> = gram.diagonal()?.iter().map(|d| d * scale).collect();
+    if diagonal.iter().any(|d| !d.is_finite()) {
+        return Err(Error::NotFinite { what: "The Hessian" });
+    }
+    let dead: Vec<bool> = diagonal.iter().map(|&d| d == 0.0).collect();
+    for (d, _) in diagonal.iter_mut().zip(&dead).filter(|(_, dead)| **dead) {
+        *d = 1.0;
+    }
+    let order = solve_order(&diagonal, spec.act_order);
+    let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / diagonal.len() as f64;
+    let mut damp = spec.damp;
+    for damp_retries in 0.. {
+        let prep = HessianPrep { scale, order: &order, dead: &dead, damp: (damp * mean) as f32 };
+        match gram.upper_factor(&prep) {
+            Ok(upper) => return Ok(Factored { order, dead, upper, damp, damp_retries }),
+            Err(source @ gptq_compute::Error::NotPositiveDefinite { .. }) => {
+                if damp_retries == DAMP_RETRIES {
+                    return Err(Error::NotPositiveDefinite { damp, source });
+                }
+                damp *= 10.0;
+            }
+            Err(other) => return Err(other.into()),
+        }
+    }
+    unreachable!("the loop returns at the last retry")
+}
+
+/// Columns by descending diagonal, ties in column order, so that every loader, run and device sees
+/// the same `g_idx`; or the natural order.
+fn solve_order(diagonal: &[f32], act_order: bool) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..diagonal.len() as u32).collect();
+    if act_order {
+        order.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]));
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::Recipe;
+    use ndarray::{Array2, array};
+
+    fn spec(act_order: bool) -> QuantSpec {
+        QuantSpec { bits: 4, group_size: None, act_order, damp: 0.01, recipe: Recipe::AutoGptq }
+    }
+
+    #[test]
+    fn ties_keep_column_order_and_dead_columns_count_as_one() {
+        let gram = Gram::from_host(Array2::from_diag(&array![2.0, 0.0, 3.0, 2.0, 0.5]));
+        let f = factor(&Device::Cpu, &gram, 1.0, &spec(true)).unwrap();
+        assert_eq!(f.order, [2, 0, 3, 1, 4]);
+        assert_eq!(f.dead, [false, true, false, false, false]);
+        let damp = 0.01 * (2.0 + 1.0 + 3.0 + 2.0 + 0.5) / 5.0;
+        let u = f.upper.as_host();
+        assert!((u[[3, 3]] - 1.0 / (1.0 + damp as f32).sqrt()).abs() < 1e-6);
+        assert_eq!(f.damp_retries, 0);
+    }
+
+    #[test]
+    fn an_indefinite_hessian_gets_more_damp_and_says_so() {
+        // Eigenvalues 1 ± 1.05: 1 % of damping is not enough, 10 % is.
+        let gram = Gram::from_host(array![[1.0, 1.05], [1.05, 1.0]]);
+        let f = factor(&Device::Cpu, &gram, 1.0, &spec(false)).unwrap();
+        assert_eq!(f.damp_retries, 1);
+        assert!((f.damp - 0.1).abs() < 1e-12);
+        let hopeless = Gram::from_host(array![[1.0, 9.0], [9.0, 1.0]]);
+        assert!(matches!(
+            factor(&Device::Cpu, &hopeless, 1.0, &spec(false)),
+            Err(Error::NotPositiveDefinite { .. })
+        ));
+        let nan = Gram::from_host(array![[f32::NAN, 0.0], [0.0, 1.0]]);
+        assert!(matches!(
+            factor(&Device::Cpu, &nan, 1.0, &spec(false)),
+            Err(Error::NotFinite { .. })
+        ));
+    }
+}

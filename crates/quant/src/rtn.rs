@@ -1,0 +1,56 @@
+//! Round to nearest: every weight on its own, the baseline that calibration must beat.
+
+use half::f16;
+use ndarray::Array2;
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::grid::{absmax_scale, code};
+use crate::solver::{Quantised, stored_scales};
+use crate::spec::QuantSpec;
+use gptq_compute::{Device, Tensor};
+
+/// Quantises `weight` `[out, in]` with the AutoGPTQ scale of each group and the nearest code on the
+/// grid that the file will hold (fp16 scales).
+pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Quantised> {
+    spec.validate()?;
+    let w = weight.as_host();
+    let (out_features, in_features) = w.dim();
+    let group = spec.group_columns(in_features);
+    let groups = in_features.div_ceil(group);
+    let (zero, max_code) = (f32::from(spec.zero()), spec.max_code());
+
+    let mut codes = vec![0_u8; out_features * in_features];
+    let mut values = Array2::<f32>::zeros(w.dim());
+    let mut rows: Vec<_> = values.rows_mut().into_iter().collect();
+    let scales: Vec<Vec<f32>> = codes
+        .par_chunks_mut(in_features)
+        .zip(rows.par_iter_mut())
+        .enumerate()
+        .map(|(row, (codes, values))| {
+            let row: Vec<f32> = w.row(row).to_vec();
+            let mut scales = Vec::with_capacity(groups);
+            for (g, columns) in row.chunks(group).enumerate() {
+                let scale = f16::from_f32(absmax_scale(columns, max_code)).to_f32();
+                for (i, &v) in columns.iter().enumerate() {
+                    let q = code(v, scale, zero, max_code);
+                    codes[g * group + i] = q as u8;
+                    values[g * group + i] = scale * (q - zero);
+                }
+                scales.push(scale);
+            }
+            scales
+        })
+        .collect();
+    if values.iter().any(|v| !v.is_finite()) {
+        return Err(Error::NotFinite { what: "The weight" });
+    }
+    Ok(Quantised {
+        codes,
+        scales: stored_scales(&scales, groups)?,
+        groups,
+        g_idx: (0..in_features).map(|j| (j / group) as u32).collect(),
+        weight: device.upload_f32(values)?,
+        loss: None,
+    })
+}

@@ -1,0 +1,88 @@
+//! What a branch asks of the solver.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// A named set of solver choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recipe {
+    /// AutoGPTQ 0.3–0.7's numerics, oddities included.
+    AutoGptq,
+    /// Round to nearest: no calibration.
+    Rtn,
+}
+
+impl Recipe {
+    /// The name used on the command line and in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AutoGptq => "autogptq",
+            Self::Rtn => "rtn",
+        }
+    }
+
+    /// True when the recipe needs the Hessians of calibration windows.
+    pub fn calibrates(self) -> bool {
+        self != Self::Rtn
+    }
+}
+
+impl std::str::FromStr for Recipe {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "autogptq" => Ok(Self::AutoGptq),
+            "rtn" => Ok(Self::Rtn),
+            _ => Err(format!("`{text}` is no recipe; use autogptq or rtn")),
+        }
+    }
+}
+
+/// Bits, groups, order and damping of one branch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantSpec {
+    /// Width of a code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Consecutive columns that share a scale; `None` is all of in_features.
+    pub group_size: Option<usize>,
+    /// Solve columns by descending diag(H).
+    pub act_order: bool,
+    /// Fraction of mean(diag H) added to the diagonal.
+    pub damp: f64,
+    /// The solver's choices.
+    pub recipe: Recipe,
+}
+
+impl QuantSpec {
+    /// Checks every field.
+    pub fn validate(&self) -> Result<()> {
+        if !matches!(self.bits, 2 | 3 | 4 | 8) {
+            return Err(Error::Bits { bits: self.bits });
+        }
+        if self.group_size == Some(0) {
+            return Err(Error::GroupSize);
+        }
+        if !(self.damp > 0.0 && self.damp < 1.0) {
+            return Err(Error::Damp { damp: self.damp });
+        }
+        Ok(())
+    }
+
+    /// Largest code.
+    pub fn max_code(&self) -> f32 {
+        ((1_u32 << self.bits) - 1) as f32
+    }
+
+    /// Code of 0.0 on the symmetric grid.
+    pub fn zero(&self) -> u8 {
+        1 << (self.bits - 1)
+    }
+
+    /// Columns of a group for a linear of `in_features`.
+    pub fn group_columns(&self, in_features: usize) -> usize {
+        self.group_size.unwrap_or(in_features).min(in_features)
+    }
+}

@@ -1,0 +1,520 @@
+//! The GPU solver against f64: factors, scales, codes, packing, and reading packed weights.
+//!
+//! A code that lies near a rounding tie may fall either way, and a different code changes every
+//! later one of its row; so codes are not compared with another solver's one by one. Instead the
+//! device's own codes are replayed in f64: at each column the weight, corrected for the device's
+//! earlier choices, must round to the device's code, and each scale must follow from the weights at
+//! the time. The host's solver must reach the same loss. Errors print as fractions of a tolerance.
+//! `GPTQ_GPU_TIMING=1` adds the sizes of a 70B model, with the times that were predicted; ask for
+//! `--release`, `--nocapture` and one test thread.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports its errors")]
+
+#[path = "gpu_solve/replay.rs"]
+mod replay;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use gptq_compute::cuda::{
+    self, ClipSearch, Cuda, GroupWeights, Library, PackedLinear, Precision, SolveOptions, Solved,
+    Timer,
+};
+use gptq_compute::{Device, Error, HessianPrep, Tensor, linalg};
+use gptq_quant::{Factored, QuantSpec, Recipe};
+use half::f16;
+use ndarray::{Array2, s};
+use rayon::prelude::*;
+
+use replay::{Case, Plan, Replay};
+
+/// Opens the first card, or says why the test is skipped.
+fn card() -> Option<(Device, Arc<Cuda>)> {
+    if let Some(library) = [Library::Driver, Library::Nvrtc].into_iter().find(|l| !l.is_present()) {
+        println!("skipped: {} is not present", library.file());
+        return None;
+    }
+    match Device::cuda(0) {
+        Ok(device @ Device::Cuda(_)) => {
+            let Device::Cuda(cuda) = &device else { return None };
+            let cuda = Arc::clone(cuda);
+            Some((device, cuda))
+        }
+        Ok(_) => None,
+        Err(Error::NoSuchDevice { .. }) => {
+            println!("skipped: no card");
+            None
+        }
+        Err(error) => panic!("the card does not open: {error}"),
+    }
+}
+
+/// Prints `error` as a fraction of `tolerance`, and fails beyond it (or on NaN).
+fn within(what: &str, error: f64, tolerance: f64) {
+    println!(
+        "{what}: error {error:.2e} = {:.4} of the tolerance {tolerance:.0e}",
+        error / tolerance
+    );
+    assert!(error <= tolerance, "{what}: {error:e} exceeds {tolerance:e}");
+}
+
+/// Values in −1..1 from a hash of the index.
+fn noise(seed: usize, i: usize) -> f32 {
+    let mut x = (i as u64).wrapping_add((seed as u64) << 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((x >> 40) as f32) / (1_u32 << 23) as f32 - 1.0
+}
+
+fn weights(rows: usize, n: usize) -> Array2<f32> {
+    let heavy = |v: f32| v * v * v + 0.1 * v;
+    let mut w = Array2::from_shape_fn((rows, n), |(r, j)| heavy(noise(1, r * n + j)));
+    w.mapv_inplace(|v| f16::from_f32(v).to_f32());
+    // Rows that take the scale's odd branches: no negative value, nothing but zeros.
+    w.row_mut(1).mapv_inplace(f32::abs);
+    w.row_mut(2).fill(0.0);
+    w
+}
+
+/// A Gram of correlated inputs of different sizes; column 3 is dead.
+fn gram(n: usize) -> Array2<f32> {
+    let tokens = 2 * n + 8;
+    let size = |j: usize| 0.2 + 2.0 * noise(5, j).abs();
+    let mut x = Array2::from_shape_fn((tokens, n), |(t, j)| {
+        (noise(2, t * n + j) + 0.5 * noise(3, t * 8 + j % 8)) * size(j)
+    });
+    if n > 3 {
+        x.column_mut(3).fill(0.0);
+    }
+    x.t().dot(&x)
+}
+
+/// A Gram whose lower triangle is poisoned: nothing may read it.
+fn upload_gram(device: &Device, gram: &Array2<f32>) -> Tensor {
+    let poisoned =
+        Array2::from_shape_fn(gram.dim(), |(i, j)| if i <= j { gram[[i, j]] } else { f32::NAN });
+    device.upload_f32(poisoned).unwrap()
+}
+
+fn relative(found: &Array2<f32>, exact: &Array2<f32>) -> f64 {
+    let norm = |a: Array2<f64>| a.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let exact = exact.mapv(f64::from);
+    norm(found.mapv(f64::from) - &exact) / norm(exact)
+}
+
+#[test]
+fn factors_match_f64() {
+    let Some((device, _)) = card() else { return };
+    for (n, act_order) in [
+        (1, false),
+        (31, true),
+        (32, false),
+        (33, true),
+        (64, true),
+        (160, true),
+        (1000, true),
+        (1088, false),
+        (2500, true),
+    ] {
+        let gram = gram(n);
+        let plan = Plan::new(&gram, act_order);
+        let exact = linalg::inverse_upper_factor(&plan.hessian(&gram)).unwrap();
+        let (upper, precision) =
+            cuda::upper_factor(&upload_gram(&device, &gram), &plan.prep()).unwrap();
+        let upper = upper.to_host().unwrap();
+        assert_eq!(precision, Precision::F32);
+        within(&format!("factor n={n}"), relative(&upper, &exact), 1e-4);
+        assert!(
+            upper.indexed_iter().all(|((i, j), &v)| i <= j || v == 0.0),
+            "n={n}: below diagonal"
+        );
+    }
+}
+
+#[test]
+fn a_factor_that_f32_cannot_make_is_made_in_f64() {
+    let Some((device, _)) = card() else { return };
+    // 256 pairs [p q; q r] with r the first f32 above q² / p: f32 rounds about half of their second
+    // pivots to zero or below, f64 none.
+    let n = 512;
+    let mut gram = Array2::<f32>::zeros((n, n));
+    for i in (0..n).step_by(2) {
+        let (p, q) = (2.0 + noise(9, i), 1.5 + 0.5 * noise(9, i + 1));
+        let least = f64::from(q) * f64::from(q) / f64::from(p) * (1.0 + 2e-9);
+        let near = least as f32;
+        let r = if f64::from(near) < least { near.next_up() } else { near };
+        gram[[i, i]] = p;
+        gram[[i, i + 1]] = q;
+        gram[[i + 1, i]] = q;
+        gram[[i + 1, i + 1]] = r;
+    }
+    let order: Vec<u32> = (0..n as u32).collect();
+    let dead = vec![false; n];
+    let prep = HessianPrep { scale: 1.0, order: &order, dead: &dead, damp: 0.0 };
+    let exact = linalg::inverse_upper_factor(&gram).unwrap();
+    let (upper, precision) = cuda::upper_factor(&upload_gram(&device, &gram), &prep).unwrap();
+    assert_eq!(precision, Precision::F64);
+    within("factor in f64", relative(&upper.to_host().unwrap(), &exact), 1e-6);
+
+    let mut indefinite = Array2::from_diag_elem(n, 2.0_f32);
+    indefinite[[70, 70]] = -1.0;
+    match cuda::upper_factor(&upload_gram(&device, &indefinite), &prep) {
+        Err(Error::NotPositiveDefinite { n: 512, pivot, value }) => {
+            println!("indefinite: pivot {pivot}, value {value}");
+            assert_eq!(pivot, 70);
+        }
+        other => panic!("an indefinite matrix gave {:?}", other.map(|f| f.1)),
+    }
+}
+
+/// Solves on the device, replays every row, and checks the weights and the packed words.
+fn check_case(name: &str, device: &Device, case: &Case<'_>) -> f64 {
+    let (rows, n) = case.w.dim();
+    let weight = device.upload(gptq_compute::HostMatrix::new(
+        half_bytes(case.w).as_slice(),
+        gptq_compute::FloatType::F16,
+        rows,
+        n,
+    ));
+    let upper = device.upload_f32(case.upper.clone()).unwrap();
+    let p = case.asymmetric.map(|p| device.upload_f32(p.clone()).unwrap());
+    let options = SolveOptions { asymmetric: p.as_ref(), ..case.options };
+    let plan = case.plan;
+    let solved = cuda::solve(&weight.unwrap(), &upper, &plan.order, &plan.dead, &options).unwrap();
+    let codes = solved.codes().unwrap();
+    let groups = n.div_ceil(case.group());
+    let mut replay = Replay::default();
+    for row in 0..rows {
+        let code: Vec<u8> = plan.order.iter().map(|&c| codes[row * n + c as usize]).collect();
+        let scale: Vec<f32> = (0..groups).map(|g| solved.scales[g * rows + row]).collect();
+        case.replay(row, &code, &scale, &mut replay);
+    }
+    within(&format!("{name}: codes, steps beyond half"), replay.code, 2e-3);
+    within(&format!("{name}: scales"), replay.scale, 1e-4);
+    within(&format!("{name}: loss"), (solved.loss / replay.loss - 1.0).abs(), 1e-4);
+    check_outputs(case, &solved, &codes);
+    solved.loss
+}
+
+fn half_bytes(w: &Array2<f32>) -> Vec<u8> {
+    w.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect()
+}
+
+/// The fp16 weights follow from codes and scales, and the packed words from the codes.
+fn check_outputs(case: &Case<'_>, solved: &Solved, codes: &[u8]) {
+    let (rows, n) = case.w.dim();
+    let bits = usize::from(case.options.bits);
+    let zero = (1_u32 << (bits - 1)) as f32;
+    let weight = solved.weight.to_host().unwrap();
+    for (place, &c) in case.plan.order.iter().enumerate() {
+        for row in 0..rows {
+            let scale = solved.scales[place / case.group() * rows + row];
+            let want = f16::from_f32(scale * (f32::from(codes[row * n + c as usize]) - zero));
+            assert_eq!(weight[[row, c as usize]], want.to_f32(), "weight {row},{c}");
+        }
+    }
+    if n.is_multiple_of(32) {
+        assert_eq!(solved.pack().unwrap(), packed(codes, rows, n, bits), "packed words");
+    } else {
+        assert!(matches!(solved.pack(), Err(Error::Unsupported { .. })));
+    }
+}
+
+/// The bit streams of codes `[rows, n]` down the columns of `[n / 32 · bits, rows]`.
+fn packed(codes: &[u8], rows: usize, n: usize, bits: usize) -> Vec<u32> {
+    let mut words = vec![0_u32; n / 32 * bits * rows];
+    for (i, &code) in codes.iter().enumerate() {
+        let (row, column) = (i / n, i % n);
+        for b in 0..bits {
+            let bit = column * bits + b;
+            words[bit / 32 * rows + row] |= u32::from(code >> b & 1) << (bit % 32);
+        }
+    }
+    words
+}
+
+fn options(bits: u8, group_size: Option<usize>) -> SolveOptions<'static> {
+    SolveOptions {
+        bits,
+        group_size,
+        group_weights: GroupWeights::Stale,
+        half_scales: false,
+        half_values: false,
+        search: None,
+        asymmetric: None,
+    }
+}
+
+#[test]
+fn autogptq_solves_like_the_host() {
+    let Some((device, _)) = card() else { return };
+    // Ragged rows, ragged blocks, more than one window, groups below, at, beside and above a block.
+    for (rows, n, bits, group, act_order) in [
+        (70, 160, 4, Some(128), true),
+        (64, 384, 3, None, true),
+        (70, 384, 4, None, false),
+        (37, 1056, 4, Some(32), true),
+        (5, 1056, 2, Some(96), false),
+        (65, 1344, 3, Some(128), true),
+        (16, 1344, 8, Some(200), true),
+        (9, 2200, 4, Some(1500), true),
+        (4, 100, 4, Some(7), true),
+    ] {
+        let (w, gram) = (weights(rows, n), gram(n));
+        let plan = Plan::new(&gram, act_order);
+        let upper = linalg::inverse_upper_factor(&plan.hessian(&gram)).unwrap();
+        let options = options(bits, group);
+        let case = Case { w: &w, upper: &upper, asymmetric: None, plan: &plan, options };
+        let name = format!("{rows}x{n} {bits} bit group {group:?} act-order {act_order}");
+        let loss = check_case(&name, &device, &case);
+
+        let spec =
+            QuantSpec { bits, group_size: group, act_order, damp: 0.01, recipe: Recipe::AutoGptq };
+        let factored = Factored {
+            order: plan.order.clone(),
+            dead: plan.dead.clone(),
+            upper: Tensor::from_host(upper.clone()),
+            damp: 0.01,
+            damp_retries: 0,
+        };
+        let host = gptq_quant::solve(&Device::Cpu, &Tensor::from_host(w.clone()), &factored, &spec)
+            .unwrap();
+        within(&format!("{name}: loss, host's"), (loss / host.loss.unwrap() - 1.0).abs(), 5e-3);
+    }
+}
+
+#[test]
+fn the_other_choices_are_solved() {
+    let Some((device, _)) = card() else { return };
+    let (rows, n) = (41, 1200);
+    let (w, gram) = (weights(rows, n), gram(n));
+    let plan = Plan::new(&gram, true);
+    let upper = linalg::inverse_upper_factor(&plan.hessian(&gram)).unwrap();
+    let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
+    let search = Some(ClipSearch { ratios: &ratios, importance: &plan.importance });
+    let p = Array2::from_shape_fn(
+        (n, n),
+        |(i, j)| if j > i { 1e-3 * noise(8, i * n + j) } else { 0.0 },
+    );
+    for (name, group, search, asymmetric) in [
+        ("fresh", Some(32), None, None),
+        ("fresh, searched", Some(128), search, None),
+        ("fresh, searched, odd groups", Some(100), search, None),
+        ("fresh, searched, one group", None, search, None),
+        ("fresh, asymmetric", Some(192), search, Some(&p)),
+    ] {
+        let options = SolveOptions {
+            group_weights: GroupWeights::Fresh,
+            half_scales: true,
+            half_values: true,
+            search,
+            ..options(4, group)
+        };
+        let case = Case { w: &w, upper: &upper, asymmetric, plan: &plan, options };
+        check_case(name, &device, &case);
+    }
+    let case = Case {
+        w: &w,
+        upper: &upper,
+        asymmetric: Some(&p),
+        plan: &plan,
+        options: options(3, Some(128)),
+    };
+    check_case("stale, asymmetric", &device, &case);
+}
+
+#[test]
+fn solves_are_deterministic_and_refuse_what_does_not_fit() {
+    let Some((device, _)) = card() else { return };
+    let (rows, n) = (130, 1184);
+    let (w, gram) = (weights(rows, n), gram(n));
+    let plan = Plan::new(&gram, true);
+    let upper = cuda::upper_factor(&upload_gram(&device, &gram), &plan.prep()).unwrap().0;
+    let weight = device.upload_f32(w.clone()).unwrap();
+    let solve =
+        |options: &SolveOptions<'_>| cuda::solve(&weight, &upper, &plan.order, &plan.dead, options);
+    let (a, b) = (solve(&options(4, Some(64))).unwrap(), solve(&options(4, Some(64))).unwrap());
+    assert_eq!(a.codes().unwrap(), b.codes().unwrap());
+    assert_eq!((a.loss.to_bits(), &a.scales), (b.loss.to_bits(), &b.scales));
+    // Rows are independent: a slice of them gives the same codes.
+    let part = device.upload_f32(w.slice(s![64..100, ..]).to_owned()).unwrap();
+    let part = cuda::solve(&part, &upper, &plan.order, &plan.dead, &options(4, Some(64))).unwrap();
+    let whole = a.codes().unwrap();
+    let part = part.codes().unwrap();
+    let differing = part.iter().zip(&whole[64 * n..]).filter(|(a, b)| a != b).count();
+    println!("codes that depend on the number of rows: {differing} of {}", part.len());
+
+    assert!(solve(&options(5, None)).is_err());
+    assert!(solve(&options(4, Some(0))).is_err());
+    let twice = vec![0_u32; n];
+    assert!(cuda::solve(&weight, &upper, &twice, &plan.dead, &options(4, None)).is_err());
+    let mut poisoned = w;
+    poisoned[[7, 7]] = f32::NAN;
+    let poisoned = device.upload_f32(poisoned).unwrap();
+    let solved =
+        cuda::solve(&poisoned, &upper, &plan.order, &plan.dead, &options(4, None)).unwrap();
+    assert!(!solved.loss.is_finite());
+}
+
+#[test]
+fn packed_weights_are_read() {
+    let Some((_, cuda)) = card() else { return };
+    let (rows, cols, groups) = (96, 544, 5);
+    let bits_of = |seed: usize, count: usize| -> Vec<u32> {
+        (0..count)
+            .map(|i| (noise(seed, i).to_bits() << 9) ^ (noise(seed + 1, i).to_bits() >> 3))
+            .collect()
+    };
+    for bits in [2_usize, 3, 4, 8] {
+        let qweight = bits_of(20, cols / 32 * bits * rows);
+        let qzeros = bits_of(30, groups * rows / 32 * bits);
+        let scales: Vec<f16> =
+            (0..groups * rows).map(|i| f16::from_f32(noise(40, i) * 0.02)).collect();
+        let g_idx: Vec<i32> = (0..cols).map(|k| (k * 7 % groups) as i32).collect();
+        for zero_offset in [0, 1] {
+            let packed = PackedLinear {
+                bits: bits as u8,
+                rows,
+                cols,
+                qweight: &qweight,
+                qzeros: &qzeros,
+                scales: &scales,
+                g_idx: &g_idx,
+                zero_offset,
+            };
+            let weight = cuda::dequantise(&cuda, &packed).unwrap().to_host().unwrap();
+            let stream = |words: &dyn Fn(usize) -> u32, at: usize| -> u32 {
+                (0..bits)
+                    .map(|b| (words((at * bits + b) / 32) >> ((at * bits + b) % 32) & 1) << b)
+                    .sum()
+            };
+            for ((r, k), &found) in weight.indexed_iter() {
+                let g = g_idx[k] as usize;
+                let code = stream(&|word| qweight[word * rows + r], k);
+                let zero = stream(&|word| qzeros[g * (rows / 32 * bits) + word], r);
+                let steps = code as f32 - (zero + u32::from(zero_offset)) as f32;
+                let want = f16::from_f32(scales[g * rows + r].to_f32() * steps).to_f32();
+                assert_eq!(found, want, "{bits} bits, output {r}, input {k}");
+            }
+        }
+        let beyond = vec![groups as i32; cols];
+        let packed = PackedLinear {
+            bits: bits as u8,
+            rows,
+            cols,
+            qweight: &qweight,
+            qzeros: &qzeros,
+            scales: &scales,
+            g_idx: &beyond,
+            zero_offset: 1,
+        };
+        assert!(matches!(cuda::dequantise(&cuda, &packed), Err(Error::RowOutOfRange { .. })));
+    }
+}
+
+/// The median of three timed runs after a warm-up.
+fn median(cuda: &Arc<Cuda>, mut run: impl FnMut()) -> Duration {
+    run();
+    let mut times: Vec<Duration> = (0..3)
+        .map(|_| {
+            let timer = Timer::start(cuda).unwrap();
+            run();
+            timer.stop().unwrap()
+        })
+        .collect();
+    times.sort();
+    times[1]
+}
+
+fn report(what: &str, took: Duration, operations: f64, predicted_ms: f64) {
+    let ms = took.as_secs_f64() * 1e3;
+    println!(
+        "{what}: {ms:.2} ms (predicted {predicted_ms:.1}), {:.1} TFLOP/s",
+        operations / took.as_secs_f64() / 1e12
+    );
+}
+
+#[test]
+fn times_of_a_70b_model() {
+    if std::env::var_os("GPTQ_GPU_TIMING").is_none() {
+        println!("skipped: GPTQ_GPU_TIMING is not set");
+        return;
+    }
+    let Some((device, cuda)) = card() else { return };
+    // Predicted for one H100: f32 products at 50 TFLOP/s, memory at 3 TB/s.
+    for (n, predicted) in [(8192, 14.0), (28672, 380.0)] {
+        let upper = time_factor(&device, &cuda, n, predicted);
+        let shapes: &[(usize, f64, f64)] = match n {
+            8192 => &[(8192, 14.0, 17.0), (28672, 43.0, 55.0)],
+            _ => &[(8192, 142.0, 155.0)],
+        };
+        for &(rows, plain, searched) in shapes {
+            time_solve(&device, &cuda, &upper, (rows, n), (plain, searched));
+        }
+    }
+}
+
+fn random_halves(device: &Device, seed: usize, rows: usize, n: usize) -> Tensor {
+    let mut bytes = vec![0_u8; 2 * rows * n];
+    bytes.par_chunks_mut(2 * n).enumerate().for_each(|(row, bytes)| {
+        for (j, half) in bytes.chunks_exact_mut(2).enumerate() {
+            half.copy_from_slice(&f16::from_f32(noise(seed, row * n + j)).to_le_bytes());
+        }
+    });
+    let matrix = gptq_compute::HostMatrix::new(&bytes, gptq_compute::FloatType::F16, rows, n);
+    device.upload(matrix).unwrap()
+}
+
+fn time_factor(device: &Device, cuda: &Arc<Cuda>, n: usize, predicted: f64) -> Tensor {
+    let tokens = 4096;
+    let mut gram = device.gram(n).unwrap();
+    device.gram_add(&mut gram, &random_halves(device, 60, tokens, n)).unwrap();
+    let order: Vec<u32> = scattered(n);
+    let dead = vec![false; n];
+    let scale = 2.0 / tokens as f32;
+    let prep = HessianPrep { scale, order: &order, dead: &dead, damp: 0.01 };
+    cuda.reset_peak();
+    let held = cuda.memory().unwrap().held;
+    let mut upper = gram.upper_factor(&prep).unwrap();
+    let took = median(cuda, || upper = gram.upper_factor(&prep).unwrap());
+    report(&format!("factor {n}"), took, 2.0 * (n as f64).powi(3) / 3.0, predicted);
+    let peak = cuda.memory().unwrap().peak - held;
+    println!("factor {n}: {:.2} GiB beside the Gram", peak as f64 / (1_u64 << 30) as f64);
+    upper
+}
+
+/// A permutation that scatters neighbours: n has no factor in common with the step.
+fn scattered(n: usize) -> Vec<u32> {
+    (0..n).map(|i| (i * 4099 % n) as u32).collect()
+}
+
+fn time_solve(
+    device: &Device,
+    cuda: &Arc<Cuda>,
+    upper: &Tensor,
+    (rows, n): (usize, usize),
+    (plain, searched): (f64, f64),
+) {
+    let weight = random_halves(device, 70, rows, n);
+    let (order, dead) = (scattered(n), vec![false; n]);
+    let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
+    let importance = vec![1.0; n];
+    let operations = rows as f64 * (n as f64).powi(2);
+    let mut solved = None;
+    for (search, predicted) in
+        [(None, plain), (Some(ClipSearch { ratios: &ratios, importance: &importance }), searched)]
+    {
+        let options = SolveOptions { search, ..options(4, Some(128)) };
+        let took = median(cuda, || {
+            solved = Some(cuda::solve(&weight, upper, &order, &dead, &options).unwrap());
+        });
+        let what = if search.is_some() { "solve, searched" } else { "solve" };
+        report(&format!("{what} {rows}x{n} group 128"), took, operations, predicted);
+    }
+    let solved = solved.unwrap();
+    assert!(solved.loss.is_finite());
+    let took = median(cuda, || {
+        solved.pack().unwrap();
+    });
+    report(&format!("pack {rows}x{n} to the host"), took, 0.0, (rows * n / 2) as f64 / 25e6);
+}

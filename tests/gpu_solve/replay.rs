@@ -1,0 +1,174 @@
+//! A solve, replayed in f64 along the codes that the device chose.
+
+use std::ops::Range;
+
+use gptq_compute::HessianPrep;
+use gptq_compute::cuda::{GroupWeights, SolveOptions};
+use half::f16;
+use ndarray::Array2;
+
+/// The order, dead columns and damped diagonal of a Gram.
+pub(crate) struct Plan {
+    pub(crate) order: Vec<u32>,
+    pub(crate) dead: Vec<bool>,
+    pub(crate) damp: f32,
+    /// diag(H) in solve order, undamped.
+    pub(crate) importance: Vec<f32>,
+}
+
+pub(crate) const SCALE: f32 = 0.25;
+
+impl Plan {
+    pub(crate) fn new(gram: &Array2<f32>, act_order: bool) -> Self {
+        let dead: Vec<bool> = gram.diag().iter().map(|&d| d == 0.0).collect();
+        let diagonal: Vec<f32> =
+            gram.diag().iter().map(|&d| if d == 0.0 { 1.0 } else { d * SCALE }).collect();
+        let mut order: Vec<u32> = (0..dead.len() as u32).collect();
+        if act_order {
+            order.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]));
+        }
+        let damp = 0.01 * diagonal.iter().sum::<f32>() / diagonal.len() as f32;
+        let importance = order.iter().map(|&c| diagonal[c as usize]).collect();
+        Self { order, dead, damp, importance }
+    }
+
+    pub(crate) fn prep(&self) -> HessianPrep<'_> {
+        HessianPrep { scale: SCALE, order: &self.order, dead: &self.dead, damp: self.damp }
+    }
+
+    /// The damped Hessian in solve order.
+    pub(crate) fn hessian(&self, gram: &Array2<f32>) -> Array2<f32> {
+        Array2::from_shape_fn(gram.dim(), |(i, j)| {
+            let (a, b) = (self.order[i] as usize, self.order[j] as usize);
+            let value = gram[[a.min(b), a.max(b)]] * SCALE;
+            match (i == j, self.dead[a]) {
+                (true, true) => 1.0 + self.damp,
+                (true, false) => value + self.damp,
+                (false, _) => value,
+            }
+        })
+    }
+}
+
+/// What a replay of the device's codes in f64 finds.
+#[derive(Default)]
+pub(crate) struct Replay {
+    /// How far beyond half a step a weight lay from its code's value, in steps.
+    pub(crate) code: f64,
+    /// Relative error of a scale, or of the loss that a searched scale is left with.
+    pub(crate) scale: f64,
+    pub(crate) loss: f64,
+}
+
+/// The inputs of a solve, on the host.
+pub(crate) struct Case<'a> {
+    pub(crate) w: &'a Array2<f32>,
+    pub(crate) upper: &'a Array2<f32>,
+    pub(crate) asymmetric: Option<&'a Array2<f32>>,
+    pub(crate) plan: &'a Plan,
+    pub(crate) options: SolveOptions<'a>,
+}
+
+impl Case<'_> {
+    fn n(&self) -> usize {
+        self.w.ncols()
+    }
+
+    pub(crate) fn group(&self) -> usize {
+        self.options.group_size.unwrap_or(self.n())
+    }
+
+    /// `code(j)` and `scale(g)` are the device's for solve column j and group g of this row.
+    pub(crate) fn replay(&self, row: usize, code: &[u8], scale: &[f32], out: &mut Replay) {
+        let n = self.n();
+        let source = |c: u32, zeroed: bool| {
+            if zeroed && self.plan.dead[c as usize] {
+                0.0
+            } else {
+                f64::from(self.w[[row, c as usize]])
+            }
+        };
+        let original: Vec<f64> = self.plan.order.iter().map(|&c| source(c, false)).collect();
+        let mut now: Vec<f64> = self.plan.order.iter().map(|&c| source(c, true)).collect();
+        let stale = self.options.group_weights == GroupWeights::Stale;
+        let mut outer = now.clone();
+        let zero = f64::from(1_u32 << (self.options.bits - 1));
+        for j in 0..n {
+            if j.is_multiple_of(128) {
+                outer.clone_from(&now);
+            }
+            if j.is_multiple_of(self.group()) {
+                let seen = match (stale, self.options.group_size) {
+                    (true, None) => &original,
+                    (true, Some(_)) => &outer,
+                    (false, _) => &now,
+                };
+                let columns = j..(j + self.group()).min(n);
+                let error =
+                    self.scale_error(&seen[columns.clone()], columns, scale[j / self.group()]);
+                out.scale = out.scale.max(error);
+            }
+            let step = f64::from(scale[j / self.group()]);
+            let chosen = f64::from(code[j]);
+            let steps = now[j] / step + zero - chosen;
+            let clipped =
+                (chosen == 0.0 && steps < 0.0) || (chosen == 2.0 * zero - 1.0 && steps > 0.0);
+            if !clipped {
+                out.code = out.code.max(steps.abs() - 0.5);
+            }
+            let mut value = step * (chosen - zero);
+            if self.options.half_values {
+                value = f64::from(f16::from_f64(value).to_f32());
+            }
+            let error = (now[j] - value) / f64::from(self.upper[[j, j]]);
+            out.loss += error * error;
+            let weight = now[j];
+            for k in j + 1..n {
+                now[k] -= error * f64::from(self.upper[[j, k]]);
+                if let Some(p) = self.asymmetric {
+                    // Within the block the weight is spread, beyond it the quantised one.
+                    let near =
+                        block_of(j, n, self.options.group_size.filter(|_| !stale)).contains(&k);
+                    now[k] += if near { weight } else { value } * f64::from(p[[j, k]]);
+                }
+            }
+        }
+    }
+
+    /// How wrong a scale is for the weights it was computed from.
+    fn scale_error(&self, w: &[f64], columns: Range<usize>, found: f32) -> f64 {
+        let max_code = f64::from((1_u32 << self.options.bits) - 1);
+        let low = w.iter().fold(0.0_f64, |a, &v| a.min(v));
+        let high = w.iter().fold(0.0_f64, |a, &v| a.max(v));
+        let absmax = high.max(-low);
+        let half = |s: f64| {
+            if self.options.half_scales { f64::from(f16::from_f64(s).to_f32()) } else { s }
+        };
+        let slack = if self.options.half_scales { 1e-3 } else { 0.0 };
+        let Some(search) = self.options.search else {
+            let range = if low < 0.0 { 2.0 * absmax } else { high };
+            let range = if absmax == 0.0 { 2.0 } else { range };
+            return ((f64::from(found) - half(range / max_code)).abs() / f64::from(found) - slack)
+                .max(0.0);
+        };
+        let zero = (max_code + 1.0) / 2.0;
+        let loss = |s: f64| -> f64 {
+            let value = |v: f64| s * (v / s).round_ties_even().clamp(-zero, max_code - zero);
+            let terms = w.iter().zip(&search.importance[columns.clone()]);
+            terms.map(|(&v, &h)| f64::from(h) * (value(v) - v).powi(2)).sum()
+        };
+        let base = 2.0 * if absmax == 0.0 { 1.0 } else { absmax } / max_code;
+        let best =
+            search.ratios.iter().map(|&r| loss(half(f64::from(r) * base))).fold(f64::MAX, f64::min);
+        if best == 0.0 { 0.0 } else { (loss(f64::from(found)) / best - 1.0).max(0.0) }
+    }
+}
+
+/// The columns that the solver takes together with column j.
+fn block_of(j: usize, n: usize, group: Option<usize>) -> Range<usize> {
+    let g = group.unwrap_or(n);
+    let start = j / g * g;
+    // Blocks of 128 from each group's start, or from column 0.
+    let first = start + (j - start) / 128 * 128;
+    first..(first + 128).min(start + g).min(n)
+}
