@@ -3,9 +3,12 @@
 //! Every operation of a Llama block is a method here, dispatched on the device. Shapes are checked
 //! on entry, so that the code behind need not.
 
+use std::sync::Arc;
+
 use ndarray::Array2;
 
 use crate::cpu;
+use crate::cuda::{self, Cuda, MemoryInfo, Parked};
 use crate::error::{Error, Result, ensure_shape};
 use crate::host::HostMatrix;
 use crate::rope::RopeTable;
@@ -17,6 +20,19 @@ pub enum Device {
     /// The host: f32 data, all cores of the current rayon pool.
     #[default]
     Cpu,
+    /// An NVIDIA card: fp16 weights and activations, f32 sums and hidden states.
+    Cuda(Arc<Cuda>),
+}
+
+/// A tensor that takes no device memory until it is fetched: see [`Device::park`].
+#[derive(Debug)]
+pub struct ParkedTensor(ParkedStorage);
+
+#[derive(Debug)]
+enum ParkedStorage {
+    /// On the CPU, where a tensor is in host memory anyway.
+    Here(Tensor),
+    Cuda(Parked),
 }
 
 /// Heads and window length of a causal attention.
@@ -33,36 +49,100 @@ pub struct AttentionShape {
 }
 
 impl Device {
+    /// NVIDIA card `ordinal`, with its kernels compiled.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Self::Cuda(Cuda::new(ordinal)?))
+    }
+
+    /// The first NVIDIA card that the kernels support, or else the CPU. A card that is there but
+    /// does not open is an error: running on the CPU instead would take hours and say nothing.
+    pub fn best() -> Result<Self> {
+        match cuda::probe().cards.iter().find(|card| card.supported) {
+            Some(card) => Self::cuda(card.ordinal),
+            None => Ok(Self::Cpu),
+        }
+    }
+
+    /// Memory of the card and how much of it this device holds; none on the CPU.
+    pub fn memory(&self) -> Result<Option<MemoryInfo>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(cuda) => cuda.memory().map(Some),
+        }
+    }
+
+    /// Waits for all queued work; what failed on the way is reported under the name of `stage`.
+    pub fn synchronize(&self, stage: &'static str) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            Self::Cuda(cuda) => cuda.synchronize(stage),
+        }
+    }
+
+    /// Moves a tensor out of device memory, beside the work that is queued next.
+    pub fn park(&self, x: Tensor) -> Result<ParkedTensor> {
+        match x.0 {
+            Storage::Cuda(m) => Ok(ParkedTensor(ParkedStorage::Cuda(cuda::park::park(m)?))),
+            storage @ Storage::Cpu(_) => Ok(ParkedTensor(ParkedStorage::Here(Tensor(storage)))),
+        }
+    }
+
+    /// Brings a parked tensor back; only work queued from now on waits for it.
+    pub fn fetch(&self, parked: ParkedTensor) -> Result<Tensor> {
+        match parked.0 {
+            ParkedStorage::Here(x) => Ok(x),
+            ParkedStorage::Cuda(parked) => Ok(Tensor(Storage::Cuda(cuda::park::fetch(parked)?))),
+        }
+    }
+
     /// The device's name for reports.
     pub fn name(&self) -> String {
         match self {
+            Self::Cuda(cuda) => format!("cuda ({}, {})", cuda.name(), cuda.arch()),
             Self::Cpu => format!("cpu ({} threads)", rayon::current_num_threads()),
         }
     }
 
-    /// Copies a matrix to the device; values are exact on the CPU (f32).
-    #[expect(clippy::unnecessary_wraps, reason = "allocation can fail on other devices")]
+    /// Copies a matrix to the device: exact on the CPU (f32), rounded to fp16 on a GPU.
+    ///
+    /// # Errors
+    /// [`Error::HalfOverflow`] when a value is not finite in fp16, on a GPU.
     pub fn upload(&self, matrix: HostMatrix<'_>) -> Result<Tensor> {
         match self {
             Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::upload(matrix)))),
+            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::transfer::upload(cuda, matrix)?))),
         }
     }
 
     /// Copies f32 values `[rows, cols]` to the device.
-    #[expect(clippy::unnecessary_wraps, reason = "allocation can fail on other devices")]
     pub fn upload_f32(&self, values: Array2<f32>) -> Result<Tensor> {
         match self {
             Self::Cpu => Ok(Tensor(Storage::Cpu(values))),
+            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::Matrix::upload_f32(cuda, &values)?))),
         }
     }
 
-    /// Rows `ids` of `table`: token embeddings `[ids.len(), table.cols]`.
+    /// Rows `ids` of `table`: token embeddings `[ids.len(), table.cols]`, f32 on every device.
     pub fn gather_rows(&self, table: HostMatrix<'_>, ids: &[u32]) -> Result<Tensor> {
         if let Some(&row) = ids.iter().find(|&&id| id as usize >= table.rows()) {
             return Err(Error::RowOutOfRange { row: row as usize, rows: table.rows() });
         }
         match self {
             Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::gather(table, ids)))),
+            Self::Cuda(cuda) => {
+                Ok(Tensor(Storage::Cuda(cuda::transfer::gather(cuda, table, ids)?)))
+            }
+        }
+    }
+
+    /// Rows `rows` of `x`, in that order.
+    pub fn select_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        if let Some(&row) = rows.iter().find(|&&row| row as usize >= x.rows()) {
+            return Err(Error::RowOutOfRange { row: row as usize, rows: x.rows() });
+        }
+        match &x.0 {
+            Storage::Cpu(a) => Ok(Tensor(Storage::Cpu(cpu::rows::select(a, rows)))),
+            Storage::Cuda(m) => Ok(Tensor(Storage::Cuda(cuda::elementwise::select_rows(m, rows)?))),
         }
     }
 
@@ -71,6 +151,9 @@ impl Device {
         ensure_shape(x.cols() == gain.len(), "rms_norm", x.shape(), (1, gain.len()))?;
         match &x.0 {
             Storage::Cpu(a) => Ok(Tensor(Storage::Cpu(cpu::elementwise::rms_norm(a, gain, eps)))),
+            Storage::Cuda(m) => {
+                Ok(Tensor(Storage::Cuda(cuda::elementwise::rms_norm(m, gain, eps)?)))
+            }
         }
     }
 
@@ -83,6 +166,10 @@ impl Device {
                 cpu::matmul::matmul_nt(x.view(), w.view(), 0.0, out.view_mut());
                 Ok(Tensor(Storage::Cpu(out)))
             }
+            (Storage::Cuda(x), Storage::Cuda(w)) => {
+                Ok(Tensor(Storage::Cuda(cuda::gemm::linear(x, w)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: "linear" }),
         }
     }
 
@@ -96,6 +183,10 @@ impl Device {
                 cpu::matmul::matmul_nt(x.view(), w.view(), 1.0, r.view_mut());
                 Ok(())
             }
+            (Storage::Cuda(x), Storage::Cuda(w), Storage::Cuda(r)) => {
+                cuda::gemm::linear_add(x, w, r)
+            }
+            _ => Err(Error::DeviceMismatch { op: "linear_add" }),
         }
     }
 
@@ -112,6 +203,7 @@ impl Device {
         )?;
         match &mut x.0 {
             Storage::Cpu(a) => cpu::elementwise::rope(a, table, seq_len),
+            Storage::Cuda(m) => cuda::elementwise::rope(m, table, seq_len)?,
         }
         Ok(())
     }
@@ -138,6 +230,10 @@ impl Device {
             (Storage::Cpu(q), Storage::Cpu(k), Storage::Cpu(v)) => {
                 Ok(Tensor(Storage::Cpu(cpu::attention::causal(q, k, v, shape))))
             }
+            (Storage::Cuda(q), Storage::Cuda(k), Storage::Cuda(v)) => {
+                Ok(Tensor(Storage::Cuda(cuda::attention::causal(q, k, v, shape)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: "attention" }),
         }
     }
 
@@ -148,6 +244,10 @@ impl Device {
             (Storage::Cpu(gate), Storage::Cpu(up)) => {
                 Ok(Tensor(Storage::Cpu(cpu::elementwise::silu_mul(gate, up))))
             }
+            (Storage::Cuda(gate), Storage::Cuda(up)) => {
+                Ok(Tensor(Storage::Cuda(cuda::elementwise::silu_mul(gate, up)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: "silu_mul" }),
         }
     }
 
@@ -166,6 +266,8 @@ impl Device {
         }
         match (&hidden.0, &head.0) {
             (Storage::Cpu(h), Storage::Cpu(w)) => Ok(cpu::head::token_nll(h, w, targets)),
+            (Storage::Cuda(h), Storage::Cuda(w)) => cuda::head::token_nll(h, w, targets),
+            _ => Err(Error::DeviceMismatch { op: "token_nll" }),
         }
     }
 
@@ -181,18 +283,10 @@ impl Device {
             (Storage::Cpu(ph), Storage::Cpu(pw), Storage::Cpu(qh), Storage::Cpu(qw)) => {
                 Ok(cpu::head::token_kl((ph, pw), (qh, qw)))
             }
-        }
-    }
-
-    /// U, upper triangular with UᵀU = H⁻¹, of a symmetric positive definite H `[n, n]`.
-    ///
-    /// # Errors
-    /// [`Error::NotPositiveDefinite`] when the Cholesky factor does not exist.
-    pub fn inverse_upper_factor(&self, hessian: Tensor) -> Result<Tensor> {
-        let shape = hessian.shape();
-        ensure_shape(shape.0 == shape.1, "inverse_upper_factor", shape, shape)?;
-        match hessian.0 {
-            Storage::Cpu(h) => Ok(Tensor(Storage::Cpu(cpu::linalg::inverse_upper_factor(&h)?))),
+            (Storage::Cuda(ph), Storage::Cuda(pw), Storage::Cuda(qh), Storage::Cuda(qw)) => {
+                cuda::head::token_kl((ph, pw), (qh, qw))
+            }
+            _ => Err(Error::DeviceMismatch { op: "token_kl" }),
         }
     }
 
@@ -200,6 +294,7 @@ impl Device {
     pub fn all_finite(&self, x: &Tensor) -> Result<bool> {
         match &x.0 {
             Storage::Cpu(a) => Ok(cpu::elementwise::all_finite(a)),
+            Storage::Cuda(m) => cuda::elementwise::all_finite(m),
         }
     }
 }

@@ -41,6 +41,92 @@ pub enum Error {
         /// Value found where a positive one is needed.
         value: f64,
     },
+    /// Operands live on different devices.
+    #[error("Operation `{op}` got operands that live on different devices")]
+    DeviceMismatch {
+        /// The operation.
+        op: &'static str,
+    },
+    /// An operand is stored in another type than the operation takes.
+    #[error("Operation `{op}` needs {needs} values on this device")]
+    WrongType {
+        /// The operation.
+        op: &'static str,
+        /// The type it takes.
+        needs: &'static str,
+    },
+    /// A device cannot run an operation at this size.
+    #[error("Operation `{op}` is not available on this device: {reason}")]
+    Unsupported {
+        /// The operation.
+        op: &'static str,
+        /// What it cannot do.
+        reason: String,
+    },
+    /// Stored values are too large for fp16.
+    #[error("{count} values are not finite in fp16; the largest fp16 value is 65504")]
+    HalfOverflow {
+        /// Number of such values.
+        count: usize,
+    },
+    /// A CUDA library is not installed or not found.
+    #[error("CUDA library `{library}` was not found: {hint}")]
+    MissingLibrary {
+        /// File name of the library.
+        library: &'static str,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The machine has no such card.
+    #[error("GPU {ordinal} does not exist: {count} found")]
+    NoSuchDevice {
+        /// The number asked for.
+        ordinal: usize,
+        /// Cards present.
+        count: usize,
+    },
+    /// The card is older than the kernels support.
+    #[error("GPU `{name}` has compute capability {found}; 8.0 or newer is needed")]
+    UnsupportedDevice {
+        /// Name of the card.
+        name: String,
+        /// Its compute capability.
+        found: String,
+    },
+    /// A kernel does not compile: usually a compiler too old for the card.
+    #[error("Kernel file `{file}` does not compile for {arch}:\n{log}")]
+    KernelCompilation {
+        /// The file, in `kernels/`.
+        file: String,
+        /// The architecture compiled for.
+        arch: String,
+        /// What the compiler says.
+        log: String,
+    },
+    /// Device memory is used up.
+    #[error(
+        "Out of GPU memory during {stage}: {} MiB wanted, {} MiB held, {} MiB left; \
+         use fewer or shorter windows, or raise the GPU memory budget",
+        wanted >> 20, held >> 20, free >> 20
+    )]
+    OutOfMemory {
+        /// What was being done.
+        stage: &'static str,
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes held by this device's tensors.
+        held: usize,
+        /// Bytes left on the card within the budget.
+        free: usize,
+    },
+    /// A CUDA call failed, or an earlier kernel did and this call found out.
+    #[error("CUDA failed during {stage}")]
+    Cuda {
+        /// What was being done.
+        stage: &'static str,
+        /// What the library says.
+        source: crate::cuda::Fault,
+    },
 }
 
 /// Checks that two shapes are as an operation needs them.

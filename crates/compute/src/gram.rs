@@ -2,13 +2,13 @@
 
 use ndarray::Array2;
 
-use crate::error::Result;
+use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
-use crate::{Device, cpu};
+use crate::{Device, cpu, cuda};
 
 /// XᵀX of the inputs of one or several linears, accumulated in f32 over chunks of tokens.
 ///
-/// Only the upper triangle is kept up to date; [`Gram::hessian`] reads nothing else.
+/// Only the upper triangle is kept up to date; [`Gram::upper_factor`] reads nothing else.
 #[derive(Clone, Debug)]
 pub struct Gram {
     pub(crate) sum: Storage,
@@ -32,6 +32,7 @@ impl Gram {
     pub fn order(&self) -> usize {
         match &self.sum {
             Storage::Cpu(a) => a.nrows(),
+            Storage::Cuda(m) => m.rows(),
         }
     }
 
@@ -39,17 +40,59 @@ impl Gram {
     pub fn diagonal(&self) -> Result<Vec<f32>> {
         match &self.sum {
             Storage::Cpu(a) => Ok(a.diag().to_vec()),
+            Storage::Cuda(m) => cuda::gram::diagonal(m),
         }
     }
 
-    /// The symmetric, damped, reordered Hessian `[n, n]` in f32.
-    pub fn hessian(&self, prep: &HessianPrep<'_>) -> Result<Tensor> {
+    /// U, upper triangular with `UᵀU = H⁻¹`, of the Hessian H that `prep` describes, in solve order.
+    ///
+    /// The CPU factors in f64; a GPU in f32, and in f64 when f32 finds a pivot that is not positive.
+    ///
+    /// # Errors
+    /// [`Error::NotPositiveDefinite`] when the Cholesky factor does not exist.
+    pub fn upper_factor(&self, prep: &HessianPrep<'_>) -> Result<Tensor> {
         match &self.sum {
-            Storage::Cpu(a) => Ok(Tensor(Storage::Cpu(cpu::gram::hessian(a, prep)))),
+            Storage::Cpu(a) => {
+                let hessian = cpu::gram::hessian(a, prep);
+                Ok(Tensor(Storage::Cpu(cpu::linalg::inverse_upper_factor(&hessian)?)))
+            }
+            Storage::Cuda(m) => {
+                let sum = Tensor(Storage::Cuda(m.clone()));
+                Ok(cuda::upper_factor(&sum, prep)?.0)
+            }
         }
     }
 
-    /// A Gram from a full symmetric matrix in host memory: tests and golden files.
+    /// Σ over rows r of w of r G rᵀ: the energy of the outputs x · wᵀ over all accumulated tokens.
+    pub fn quadratic_form(&self, w: &Tensor) -> Result<f64> {
+        ensure_shape(
+            w.cols() == self.order(),
+            "quadratic_form",
+            w.shape(),
+            (self.order(), self.order()),
+        )?;
+        match (&self.sum, &w.0) {
+            (Storage::Cpu(sum), Storage::Cpu(w)) => Ok(cpu::gram::quadratic_form(sum, w)),
+            (Storage::Cuda(sum), Storage::Cuda(w)) => cuda::gram::quadratic_form(sum, w),
+            _ => Err(Error::DeviceMismatch { op: "quadratic_form" }),
+        }
+    }
+
+    /// The full symmetric matrix in host memory, unscaled.
+    pub fn to_host(&self) -> Result<Array2<f32>> {
+        let mut full = match &self.sum {
+            Storage::Cpu(a) => a.clone(),
+            Storage::Cuda(m) => m.to_host()?,
+        };
+        for i in 1..full.nrows() {
+            for j in 0..i {
+                full[[i, j]] = full[[j, i]];
+            }
+        }
+        Ok(full)
+    }
+
+    /// A Gram on the CPU from a full symmetric matrix: tests and golden files.
     pub fn from_host(sum: Array2<f32>) -> Self {
         Self { sum: Storage::Cpu(sum) }
     }
@@ -57,10 +100,20 @@ impl Gram {
 
 impl Device {
     /// An empty Gram of order `n`.
-    #[expect(clippy::unnecessary_wraps, reason = "allocation can fail on other devices")]
     pub fn gram(&self, n: usize) -> Result<Gram> {
         match self {
             Self::Cpu => Ok(Gram { sum: Storage::Cpu(Array2::zeros((n, n))) }),
+            Self::Cuda(cuda) => Ok(Gram { sum: Storage::Cuda(cuda::gram::zeros(cuda, n)?) }),
+        }
+    }
+
+    /// A Gram of this device from a full symmetric matrix in host memory.
+    pub fn gram_from(&self, sum: Array2<f32>) -> Result<Gram> {
+        match self {
+            Self::Cpu => Ok(Gram::from_host(sum)),
+            Self::Cuda(cuda) => {
+                Ok(Gram { sum: Storage::Cuda(cuda::Matrix::upload_f32(cuda, &sum)?) })
+            }
         }
     }
 
@@ -68,6 +121,8 @@ impl Device {
     pub fn gram_add(&self, gram: &mut Gram, x: &Tensor) -> Result<()> {
         match (&mut gram.sum, &x.0) {
             (Storage::Cpu(sum), Storage::Cpu(x)) => cpu::gram::accumulate(sum, x.view()),
+            (Storage::Cuda(sum), Storage::Cuda(x)) => cuda::gram::accumulate(sum, x),
+            _ => Err(Error::DeviceMismatch { op: "gram_add" }),
         }
     }
 }

@@ -6,18 +6,21 @@
 //! and it is the only one that may hold `unsafe` code besides the readers' mmap.
 
 mod cpu;
+pub mod cuda;
 mod device;
 mod error;
 mod gram;
 mod host;
+mod laps;
 mod rope;
 mod tensor;
 
 pub use cpu::linalg;
 pub use cpu::matmul::matmul_nt;
-pub use device::{AttentionShape, Device};
+pub use device::{AttentionShape, Device, ParkedTensor};
 pub use error::{Error, Result};
 pub use gram::{Gram, HessianPrep};
 pub use host::{FloatType, HostMatrix};
+pub use laps::Laps;
 pub use rope::RopeTable;
 pub use tensor::Tensor;

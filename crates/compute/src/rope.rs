@@ -1,11 +1,15 @@
 //! Rotary position embedding tables.
 
+use crate::cuda::DeviceTableCell;
+
 /// Cosines and sines of the rotary angles, one row a position, `head_dim / 2` columns.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     pub(crate) cos: Vec<f32>,
     pub(crate) sin: Vec<f32>,
     pub(crate) half: usize,
+    /// The copy of the first GPU that used the table.
+    pub(crate) on_cuda: DeviceTableCell,
 }
 
 impl RopeTable {
@@ -24,7 +28,7 @@ impl RopeTable {
                 sin.push(angle.sin() as f32);
             }
         }
-        Self { cos, sin, half }
+        Self { cos, sin, half, on_cuda: DeviceTableCell::new() }
     }
 
     /// Number of positions covered.

@@ -2,9 +2,13 @@
 
 use ndarray::Array2;
 
+use crate::cuda;
+use crate::error::Result;
+
 /// A row-major matrix: activations `[tokens, features]` or weights `[out_features, in_features]`.
 ///
-/// On the CPU the values are f32.
+/// On the CPU the values are f32. On a GPU weights and activations are fp16, hidden states and solver
+/// matrices f32.
 #[derive(Clone, Debug)]
 pub struct Tensor(pub(crate) Storage);
 
@@ -13,6 +17,8 @@ pub struct Tensor(pub(crate) Storage);
 pub(crate) enum Storage {
     /// Host memory.
     Cpu(Array2<f32>),
+    /// Memory of an NVIDIA card.
+    Cuda(cuda::Matrix),
 }
 
 impl Tensor {
@@ -35,6 +41,7 @@ impl Tensor {
     pub fn shape(&self) -> (usize, usize) {
         match &self.0 {
             Storage::Cpu(a) => a.dim(),
+            Storage::Cuda(m) => m.shape(),
         }
     }
 
@@ -43,20 +50,37 @@ impl Tensor {
         let (rows, cols) = self.shape();
         match &self.0 {
             Storage::Cpu(_) => rows * cols * size_of::<f32>(),
+            Storage::Cuda(m) => m.bytes(),
         }
     }
 
-    /// The values in host memory, without a copy where they are there already.
+    /// A copy of the values in host memory.
+    pub fn to_host(&self) -> Result<Array2<f32>> {
+        match &self.0 {
+            Storage::Cpu(a) => Ok(a.clone()),
+            Storage::Cuda(m) => m.to_host(),
+        }
+    }
+
+    /// The values of a CPU tensor, without a copy.
+    ///
+    /// # Panics
+    /// When the tensor is on another device; [`Tensor::to_host`] reads any.
     pub fn as_host(&self) -> &Array2<f32> {
         match &self.0 {
             Storage::Cpu(a) => a,
+            Storage::Cuda(_) => panic!("a GPU tensor was read as a CPU tensor"),
         }
     }
 
-    /// The values in host memory, for writing.
+    /// The values of a CPU tensor, for writing.
+    ///
+    /// # Panics
+    /// When the tensor is on another device.
     pub fn as_host_mut(&mut self) -> &mut Array2<f32> {
         match &mut self.0 {
             Storage::Cpu(a) => a,
+            Storage::Cuda(_) => panic!("a GPU tensor was written as a CPU tensor"),
         }
     }
 }

@@ -40,9 +40,38 @@ pub(crate) fn hessian(sum: &Array2<f32>, prep: &HessianPrep<'_>) -> Array2<f32> 
     })
 }
 
+/// Σ over rows r of w of r G rᵀ, from the upper triangle of G.
+pub(crate) fn quadratic_form(sum: &Array2<f32>, w: &Array2<f32>) -> f64 {
+    // r G rᵀ = 2 Σ_{i<j} + Σ_i, so halving the diagonal of the upper triangle gives half of it.
+    let half = Array2::from_shape_fn(sum.dim(), |(i, j)| match i.cmp(&j) {
+        std::cmp::Ordering::Less => sum[[i, j]],
+        std::cmp::Ordering::Equal => sum[[i, j]] / 2.0,
+        std::cmp::Ordering::Greater => 0.0,
+    });
+    let bands: Vec<_> = w.axis_chunks_iter(ndarray::Axis(0), TILE).collect();
+    let energies: Vec<f64> = bands
+        .into_par_iter()
+        .map(|band| {
+            let product = band.dot(&half);
+            product.iter().zip(band.iter()).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+        })
+        .collect();
+    2.0 * energies.iter().sum::<f64>()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_quadratic_form_is_the_energy_of_the_outputs() {
+        let x = Array2::from_shape_fn((40, 30), |(i, j)| ((i * 31 + j * 17) % 13) as f32 - 6.0);
+        let w = Array2::from_shape_fn((7, 30), |(i, j)| ((i * 5 + j * 3) % 11) as f32 - 5.0);
+        let mut sum = Array2::zeros((30, 30));
+        accumulate(&mut sum, x.view()).unwrap();
+        let exact = x.dot(&w.t()).iter().map(|&y| f64::from(y) * f64::from(y)).sum::<f64>();
+        assert!((quadratic_form(&sum, &w) / exact - 1.0).abs() < 1e-6);
+    }
 
     #[test]
     fn chunks_add_up_and_the_hessian_is_permuted_and_damped() {

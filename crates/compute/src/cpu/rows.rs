@@ -25,6 +25,15 @@ pub(crate) fn gather(table: HostMatrix<'_>, ids: &[u32]) -> Array2<f32> {
     out
 }
 
+/// Rows of a matrix in host memory; the caller has checked the range.
+pub(crate) fn select(x: &Array2<f32>, rows: &[u32]) -> Array2<f32> {
+    let mut out = Array2::zeros((rows.len(), x.ncols()));
+    for (mut to, &from) in out.axis_iter_mut(Axis(0)).zip(rows) {
+        to.assign(&x.row(from as usize));
+    }
+    out
+}
+
 /// `values` as a matrix; the lengths agree by construction at each call.
 pub(crate) fn into_matrix(values: Vec<f32>, rows: usize, cols: usize) -> Array2<f32> {
     #[expect(clippy::expect_used, reason = "every caller allocates rows × cols values")]

@@ -1,0 +1,56 @@
+//! Launch of the causal attention kernel.
+
+use cudarc::driver::{LaunchConfig, PushKernelArg};
+
+use super::error::Stage;
+use super::matrix::{Matrix, ensure_same_card};
+use crate::device::AttentionShape;
+use crate::error::{Error, Result};
+
+/// Queries and keys of a block, and threads; as in `attention.cu`.
+const QUERIES: usize = 128;
+const KEYS: usize = 64;
+const THREADS: u32 = 128;
+
+/// softmax(q kᵀ / √`head_dim`) v, causal, window by window; the caller has checked the shapes.
+pub(crate) fn causal(q: &Matrix, k: &Matrix, v: &Matrix, shape: AttentionShape) -> Result<Matrix> {
+    const OP: &str = "attention";
+    let AttentionShape { heads, kv_heads, head_dim, seq_len } = shape;
+    ensure_same_card(OP, &[q, k, v])?;
+    let cuda = q.cuda();
+    let mut out = Matrix::uninit_f16(cuda, OP, q.shape())?;
+    if q.rows() == 0 {
+        return Ok(out);
+    }
+    let shared = (QUERIES + 2 * KEYS) * (head_dim + 8) * 2;
+    let function = cuda.kernel_with_shared("attention.cu", kernel_name(head_dim)?, shared)?;
+    let config = LaunchConfig {
+        grid_dim: (seq_len.div_ceil(QUERIES) as u32, heads as u32, (q.rows() / seq_len) as u32),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: shared as u32,
+    };
+    let (heads, kv_heads, window) = (heads as i32, kv_heads as i32, seq_len as i32);
+    // The kernel's exponential is of base 2.
+    let scale = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
+    let mut launch = cuda.stream().launch_builder(&function);
+    launch.arg(q.f16(OP)?).arg(k.f16(OP)?).arg(v.f16(OP)?).arg(out.f16_mut(OP)?);
+    launch.arg(&heads).arg(&kv_heads).arg(&window).arg(&scale);
+    // SAFETY: the arguments are the kernel's; rows are whole windows and columns whole heads.
+    unsafe { launch.launch(config) }.stage(OP)?;
+    Ok(out)
+}
+
+fn kernel_name(head_dim: usize) -> Result<&'static str> {
+    match head_dim {
+        16 => Ok("attention_16"),
+        32 => Ok("attention_32"),
+        64 => Ok("attention_64"),
+        80 => Ok("attention_80"),
+        96 => Ok("attention_96"),
+        128 => Ok("attention_128"),
+        _ => Err(Error::Unsupported {
+            op: "attention",
+            reason: format!("head_dim {head_dim} is none of 16, 32, 64, 80, 96, 128"),
+        }),
+    }
+}

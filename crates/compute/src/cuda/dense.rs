@@ -1,0 +1,317 @@
+//! Products and Cholesky factors of blocks of row-major matrices, in f32 or f64.
+//!
+//! The libraries are column-major. A row-major matrix is the transpose of the column-major matrix in
+//! the same memory, so C = A B is asked for as Cᵀ = Bᵀ Aᵀ, and the lower triangle of a row-major
+//! matrix is the upper one of the library's: no copies. f32 products use the f32 units; TF32 is
+//! never asked for.
+
+use std::ffi::{c_int, c_void};
+use std::marker::PhantomData;
+
+use cudarc::cublas::{result as cublas, sys as blas};
+use cudarc::cusolver::sys as dn;
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
+
+use super::context::Cuda;
+use super::error::Stage;
+use crate::error::{Error, Result};
+
+/// A type that the solver computes in.
+pub(super) trait Real: DeviceRepr + Copy + Into<f64> {
+    const ONE: Self;
+    const MINUS_ONE: Self;
+    const ZERO: Self;
+    /// Names of this type's kernels.
+    const KERNELS: Names;
+    const DATA: blas::cudaDataType;
+    const COMPUTE: blas::cublasComputeType_t;
+
+    /// Values of workspace that [`Real::potrf`] needs.
+    ///
+    /// # Safety
+    /// The handle is valid and `a` points at an `n × n` matrix on its device.
+    unsafe fn potrf_size(
+        handle: dn::cusolverDnHandle_t,
+        n: c_int,
+        a: *mut Self,
+        size: &mut c_int,
+    ) -> dn::cusolverStatus_t;
+
+    /// Queues the factorisation of the row-major lower triangle of `a` in place.
+    ///
+    /// # Safety
+    /// As for [`Real::potrf_size`]; `work` holds `size` values, `info` one, all on the device.
+    unsafe fn potrf(
+        handle: dn::cusolverDnHandle_t,
+        n: c_int,
+        a: *mut Self,
+        work: *mut Self,
+        size: c_int,
+        info: *mut c_int,
+    ) -> dn::cusolverStatus_t;
+}
+
+/// Kernels that exist once for each type.
+pub(super) struct Names {
+    pub(super) hessian_prep: &'static str,
+    pub(super) tri_inverse: &'static str,
+    pub(super) zero_upper: &'static str,
+}
+
+macro_rules! real {
+    ($type:ty, $suffix:literal, $data:ident, $compute:ident, $size:ident, $potrf:ident) => {
+        impl Real for $type {
+            const ONE: Self = 1.0;
+            const MINUS_ONE: Self = -1.0;
+            const ZERO: Self = 0.0;
+            const KERNELS: Names = Names {
+                hessian_prep: concat!("hessian_prep_", $suffix),
+                tri_inverse: concat!("tri_inverse_", $suffix),
+                zero_upper: concat!("zero_upper_", $suffix),
+            };
+            const DATA: blas::cudaDataType = blas::cudaDataType::$data;
+            const COMPUTE: blas::cublasComputeType_t = blas::cublasComputeType_t::$compute;
+
+            unsafe fn potrf_size(
+                handle: dn::cusolverDnHandle_t,
+                n: c_int,
+                a: *mut Self,
+                size: &mut c_int,
+            ) -> dn::cusolverStatus_t {
+                let triangle = dn::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+                // SAFETY: the caller's contract, and `size` is a valid place for the result.
+                unsafe { dn::$size(handle, triangle, n, a, n, size) }
+            }
+
+            unsafe fn potrf(
+                handle: dn::cusolverDnHandle_t,
+                n: c_int,
+                a: *mut Self,
+                work: *mut Self,
+                size: c_int,
+                info: *mut c_int,
+            ) -> dn::cusolverStatus_t {
+                let triangle = dn::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+                // SAFETY: the caller's contract.
+                unsafe { dn::$potrf(handle, triangle, n, a, n, work, size, info) }
+            }
+        }
+    };
+}
+
+real!(f32, "f32", CUDA_R_32F, CUBLAS_COMPUTE_32F, cusolverDnSpotrf_bufferSize, cusolverDnSpotrf);
+real!(f64, "f64", CUDA_R_64F, CUBLAS_COMPUTE_64F, cusolverDnDpotrf_bufferSize, cusolverDnDpotrf);
+
+/// A block of a row-major matrix on the device, by address: blocks of one matrix are read and
+/// written in one product, which slices with lifetimes could not say.
+#[derive(Debug)]
+pub(super) struct Block<T> {
+    address: u64,
+    ld: usize,
+    values: PhantomData<*mut T>,
+}
+
+impl<T> Clone for Block<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Block<T> {}
+
+impl<T> Block<T> {
+    /// The matrix in `slice`, whose rows are `ld` values, for reading.
+    pub(super) fn of(cuda: &Cuda, slice: &CudaSlice<T>, ld: usize) -> Self {
+        let (address, _record) = slice.device_ptr(cuda.stream());
+        Self { address, ld, values: PhantomData }
+    }
+
+    /// The matrix in `slice`, whose rows are `ld` values, for writing.
+    pub(super) fn of_mut(cuda: &Cuda, slice: &mut CudaSlice<T>, ld: usize) -> Self {
+        let (address, _record) = slice.device_ptr_mut(cuda.stream());
+        Self { address, ld, values: PhantomData }
+    }
+
+    /// The block whose first value is in this row and column.
+    pub(super) fn at(self, row: usize, col: usize) -> Self {
+        let offset = (row * self.ld + col) * size_of::<T>();
+        Self { address: self.address + offset as u64, ..self }
+    }
+
+    /// Address of the first value, as a kernel's argument.
+    pub(super) fn address(&self) -> &u64 {
+        &self.address
+    }
+}
+
+/// A product `[m, k] · [k, n]`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Product {
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+/// Products of one shape whose operands lie at equal distances.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Batch {
+    pub(super) count: usize,
+    /// Values from one product's operand to the next one's, for a, b and c.
+    pub(super) strides: [usize; 3],
+}
+
+/// Queues c = alpha · a · b + beta · c.
+///
+/// # Safety
+/// The blocks lie within live device memory of `cuda`, which stays allocated until the queue has
+/// passed this product; c overlaps neither a nor b.
+pub(super) unsafe fn multiply<T: Real>(
+    cuda: &Cuda,
+    stage: &'static str,
+    shape: Product,
+    (alpha, beta): (T, T),
+    (a, b, c): (Block<T>, Block<T>, Block<T>),
+) -> Result<()> {
+    if shape.m == 0 || shape.n == 0 || shape.k == 0 {
+        return Ok(());
+    }
+    let [m, n, k] = [int(shape.m)?, int(shape.n)?, int(shape.k)?];
+    let none = blas::cublasOperation_t::CUBLAS_OP_N;
+    cuda.context().bind_to_thread().stage(stage)?;
+    // SAFETY: the caller vouches for the blocks; the scalars outlive the call, which reads them.
+    unsafe {
+        cublas::gemm_ex(
+            *cuda.blas().handle(),
+            none,
+            none,
+            n,
+            m,
+            k,
+            (&raw const alpha).cast(),
+            b.address as *const c_void,
+            T::DATA,
+            int(b.ld)?,
+            a.address as *const c_void,
+            T::DATA,
+            int(a.ld)?,
+            (&raw const beta).cast(),
+            c.address as *mut c_void,
+            T::DATA,
+            int(c.ld)?,
+            T::COMPUTE,
+            blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .stage(stage)
+}
+
+/// Queues c = alpha · a · b for a batch of products.
+///
+/// # Safety
+/// As for [`multiply`], for every product of the batch.
+pub(super) unsafe fn multiply_batch<T: Real>(
+    cuda: &Cuda,
+    stage: &'static str,
+    shape: Product,
+    batch: Batch,
+    alpha: T,
+    (a, b, c): (Block<T>, Block<T>, Block<T>),
+) -> Result<()> {
+    if batch.count == 0 {
+        return Ok(());
+    }
+    let [m, n, k] = [int(shape.m)?, int(shape.n)?, int(shape.k)?];
+    let [stride_a, stride_b, stride_c] = batch.strides.map(|s| s as i64);
+    let (none, zero) = (blas::cublasOperation_t::CUBLAS_OP_N, T::ZERO);
+    cuda.context().bind_to_thread().stage(stage)?;
+    // SAFETY: the caller vouches for the blocks; the scalars outlive the call, which reads them.
+    unsafe {
+        cublas::gemm_strided_batched_ex(
+            *cuda.blas().handle(),
+            none,
+            none,
+            n,
+            m,
+            k,
+            (&raw const alpha).cast(),
+            b.address as *const c_void,
+            T::DATA,
+            int(b.ld)?,
+            stride_b,
+            a.address as *const c_void,
+            T::DATA,
+            int(a.ld)?,
+            stride_a,
+            (&raw const zero).cast(),
+            c.address as *mut c_void,
+            T::DATA,
+            int(c.ld)?,
+            stride_c,
+            int(batch.count)?,
+            T::COMPUTE,
+            blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .stage(stage)
+}
+
+/// Replaces the lower triangle of a symmetric `n × n` matrix by its lower Cholesky factor and waits
+/// for it; what is above the diagonal is arbitrary afterwards.
+///
+/// # Errors
+/// [`Error::NotPositiveDefinite`] with the pivot in the order of factorisation.
+pub(super) fn cholesky<T: Real>(cuda: &Cuda, a: &mut CudaSlice<T>, n: usize) -> Result<()> {
+    const STAGE: &str = "the Cholesky factorisation";
+    let order = int(n)?;
+    let block = Block::of_mut(cuda, a, n);
+    cuda.context().bind_to_thread().stage(STAGE)?;
+    let solver = cuda.solver();
+    let mut size = 0;
+    // SAFETY: the handle is valid and `a` holds n × n values.
+    unsafe { T::potrf_size(solver.cu(), order, block.address as *mut T, &mut size) }
+        .result()
+        .stage(STAGE)?;
+    let mut work = cuda.uninit::<T>(STAGE, usize::try_from(size).unwrap_or(0))?;
+    let mut info = cuda.zeros::<i32>(STAGE, 1)?;
+    let work = Block::of_mut(cuda, work.make_mut(cuda)?, 1);
+    let report = Block::of_mut(cuda, info.make_mut(cuda)?, 1);
+    // SAFETY: as above; the workspace is as large as was asked for, and both buffers live until the
+    // read of `info` below has waited for the queue.
+    unsafe {
+        T::potrf(
+            solver.cu(),
+            order,
+            block.address as *mut T,
+            work.address as *mut T,
+            size,
+            report.address as *mut c_int,
+        )
+    }
+    .result()
+    .stage(STAGE)?;
+    let info = cuda.read(STAGE, info.slice(), 1)?;
+    match info.first().copied().unwrap_or(0) {
+        0 => Ok(()),
+        failed => {
+            let pivot = usize::try_from(failed - 1).unwrap_or(0).min(n - 1);
+            Err(Error::NotPositiveDefinite { n, pivot, value: read(cuda, a, pivot * (n + 1))? })
+        }
+    }
+}
+
+/// One value of device memory; waits for the queue.
+fn read<T: Real>(cuda: &Cuda, slice: &CudaSlice<T>, at: usize) -> Result<f64> {
+    const STAGE: &str = "reading a pivot";
+    let mut value = [T::ZERO];
+    cuda.stream().memcpy_dtoh(&slice.slice(at..at + 1), &mut value).stage(STAGE)?;
+    cuda.synchronize(STAGE)?;
+    Ok(value[0].into())
+}
+
+/// A size as the libraries take it.
+pub(super) fn int(value: usize) -> Result<c_int> {
+    c_int::try_from(value).map_err(|_| Error::Unsupported {
+        op: "matrix product",
+        reason: format!("a side of {value} does not fit 32 bits"),
+    })
+}

@@ -1,0 +1,193 @@
+//! Launches of the row-wise and element-wise kernels.
+
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use half::f16;
+
+use super::buffer::Buffer;
+use super::context::Cuda;
+use super::error::Stage;
+use super::matrix::{Matrix, Values, ensure_same_card};
+use crate::error::Result;
+use crate::rope::RopeTable;
+
+/// A block of 256 threads for each of `rows` rows.
+pub(super) fn block_per_row(rows: usize) -> LaunchConfig {
+    LaunchConfig { grid_dim: (rows as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 }
+}
+
+/// x / rms(x) · gain as fp16, from hidden states in f32 or from fp16.
+pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
+    const OP: &str = "rms_norm";
+    let cuda = x.cuda();
+    let mut out = Matrix::uninit_f16(cuda, OP, x.shape())?;
+    if x.rows() == 0 {
+        return Ok(out);
+    }
+    let gain = cuda.copied(OP, gain)?;
+    let cols = x.cols() as i32;
+    let name = match x.values() {
+        Values::F32(_) => "rms_norm_f32",
+        Values::F16(_) => "rms_norm_f16",
+    };
+    let function = cuda.kernel("rms_norm.cu", name)?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    match x.values() {
+        Values::F32(values) => launch.arg(values.slice()),
+        Values::F16(values) => launch.arg(values.slice()),
+    };
+    launch.arg(gain.slice()).arg(out.f16_mut(OP)?).arg(&cols).arg(&eps);
+    // SAFETY: the arguments are the kernel's; x and out hold rows × cols values, gain cols.
+    unsafe { launch.launch(block_per_row(x.rows())) }.stage(OP)?;
+    Ok(out)
+}
+
+/// Cosines and sines on the card that used the table first.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceTable {
+    cuda: std::sync::Weak<Cuda>,
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+}
+
+/// Where a [`RopeTable`] keeps its copy on a card.
+pub(crate) type DeviceTableCell = OnceLock<DeviceTable>;
+
+fn device_table(cuda: &Arc<Cuda>, table: &RopeTable) -> Result<DeviceTable> {
+    if let Some(kept) = table.on_cuda.get()
+        && std::ptr::eq(kept.cuda.as_ptr(), Arc::as_ptr(cuda))
+    {
+        return Ok(kept.clone());
+    }
+    let fresh = DeviceTable {
+        cuda: Arc::downgrade(cuda),
+        cos: cuda.copied("rope", &table.cos)?,
+        sin: cuda.copied("rope", &table.sin)?,
+    };
+    // Another card keeps the place, when it came first.
+    let _ = table.on_cuda.set(fresh.clone());
+    Ok(fresh)
+}
+
+/// Rotates every head of x by its row's position, in place.
+pub(crate) fn rope(x: &mut Matrix, table: &RopeTable, seq_len: usize) -> Result<()> {
+    const OP: &str = "rope";
+    let cuda = Arc::clone(x.cuda());
+    let angles = device_table(&cuda, table)?;
+    if x.rows() == 0 {
+        return Ok(());
+    }
+    let config = LaunchConfig { block_dim: (128, 1, 1), ..block_per_row(x.rows()) };
+    let heads = (x.cols() / (2 * table.half)) as i32;
+    let (half, seq_len) = (table.half as i32, seq_len as i32);
+    let function = cuda.kernel("rope.cu", "rope")?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    launch.arg(x.f16_mut(OP)?).arg(angles.cos.slice()).arg(angles.sin.slice());
+    launch.arg(&heads).arg(&half).arg(&seq_len);
+    // SAFETY: the arguments are the kernel's; the caller has checked that cols is heads × 2 half
+    // and that the table covers seq_len positions.
+    unsafe { launch.launch(config) }.stage(OP)?;
+    Ok(())
+}
+
+/// silu(gate) · up, in place of `gate`.
+pub(crate) fn silu_mul(mut gate: Matrix, up: &Matrix) -> Result<Matrix> {
+    const OP: &str = "silu_mul";
+    ensure_same_card(OP, &[&gate, up])?;
+    let cuda = Arc::clone(gate.cuda());
+    let count = gate.rows() * gate.cols();
+    let n = count as i64;
+    let function = cuda.kernel("silu_mul.cu", "silu_mul")?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    launch.arg(gate.f16_mut(OP)?).arg(up.f16(OP)?).arg(&n);
+    // SAFETY: the arguments are the kernel's, and both matrices hold n values.
+    unsafe { launch.launch(cuda.spread(count.div_ceil(8))) }.stage(OP)?;
+    Ok(gate)
+}
+
+/// True when every value is finite; waits for all queued work.
+pub(crate) fn all_finite(x: &Matrix) -> Result<bool> {
+    const OP: &str = "all_finite";
+    let cuda = x.cuda();
+    let count = x.rows() * x.cols();
+    let n = count as i64;
+    let mut bad = cuda.zeros::<u32>(OP, 1)?;
+    let name = match x.values() {
+        Values::F16(_) => "finite_f16",
+        Values::F32(_) => "finite_f32",
+    };
+    let function = cuda.kernel("finite.cu", name)?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    match x.values() {
+        Values::F16(values) => launch.arg(values.slice()),
+        Values::F32(values) => launch.arg(values.slice()),
+    };
+    launch.arg(&n).arg(bad.make_mut(cuda)?);
+    // SAFETY: the arguments are the kernel's, and x holds n values.
+    unsafe { launch.launch(cuda.spread(count)) }.stage(OP)?;
+    Ok(cuda.read(OP, bad.slice(), 1)? == [0])
+}
+
+/// Rows `ids` of x, in that order and in x's type; the caller has checked the range.
+pub(crate) fn select_rows(x: &Matrix, ids: &[u32]) -> Result<Matrix> {
+    const OP: &str = "select_rows";
+    let cuda = x.cuda();
+    let shape = (ids.len(), x.cols());
+    let mut out = match x.values() {
+        Values::F16(_) => Matrix::uninit_f16(cuda, OP, shape)?,
+        Values::F32(_) => Matrix::uninit_f32(cuda, OP, shape)?,
+    };
+    if ids.is_empty() {
+        return Ok(out);
+    }
+    let stride = (x.bytes() / x.rows().max(1)) as i64;
+    let ids_there = cuda.copied(OP, ids)?;
+    let function = cuda.kernel("select_rows.cu", "select_rows")?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    match x.values() {
+        Values::F16(values) => {
+            launch.arg(values.slice()).arg(ids_there.slice()).arg(out.f16_mut(OP)?)
+        }
+        Values::F32(values) => {
+            launch.arg(values.slice()).arg(ids_there.slice()).arg(out.f32_mut(OP)?)
+        }
+    };
+    launch.arg(&stride);
+    // SAFETY: the arguments are the kernel's; every id is a row of x, and out has a row for each.
+    unsafe { launch.launch(block_per_row(ids.len())) }.stage(OP)?;
+    Ok(out)
+}
+
+/// x as fp16; shared when it is fp16 already. Values past fp16 become infinite.
+pub(crate) fn to_f16(x: &Matrix) -> Result<Matrix> {
+    let Values::F32(values) = x.values() else { return Ok(x.clone()) };
+    let out = converted::<f32, f16>(x, values, "f32_to_f16")?;
+    Ok(Matrix::from_f16(x.cuda(), x.shape(), out))
+}
+
+/// x as f32; shared when it is f32 already.
+pub(crate) fn to_f32(x: &Matrix) -> Result<Matrix> {
+    let Values::F16(values) = x.values() else { return Ok(x.clone()) };
+    let out = converted::<f16, f32>(x, values, "f16_to_f32")?;
+    Ok(Matrix::from_f32(x.cuda(), x.shape(), out))
+}
+
+fn converted<A: DeviceRepr, B: DeviceRepr>(
+    x: &Matrix,
+    values: &Buffer<A>,
+    name: &'static str,
+) -> Result<Buffer<B>> {
+    const OP: &str = "converting values";
+    let cuda = x.cuda();
+    let count = x.rows() * x.cols();
+    let n = count as i64;
+    let mut out = cuda.uninit::<B>(OP, count)?;
+    let mut ignored = cuda.zeros::<u32>(OP, 1)?;
+    let function = cuda.kernel("convert.cu", name)?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    launch.arg(values.slice()).arg(out.make_mut(cuda)?).arg(&n).arg(ignored.make_mut(cuda)?);
+    // SAFETY: the arguments are the kernel's for these two types; both buffers hold n values.
+    unsafe { launch.launch(cuda.spread(count / 2)) }.stage(OP)?;
+    Ok(out)
+}

@@ -1,0 +1,54 @@
+//! The NVIDIA backend: cudarc, kernels compiled at run time, cuBLAS and cuSOLVER.
+//!
+//! Nothing of CUDA is needed to build or start this program. Libraries are opened when a device is
+//! first asked for (`libraries`), kernels are compiled for the card present and kept on disk
+//! (`nvrtc`, `cache`, `kernels`), and all work of one [`Cuda`] is queued on one stream, so
+//! that a buffer may be freed or reused as soon as its last use has been queued. A second stream
+//! carries uploads (`transfer`) and moves parked tensors to and from pinned host memory (`park`).
+//!
+//! Activations and weights are fp16, row-major. Hidden states between blocks are f32: adding
+//! hundreds of small updates to a few large features is where fp16 loses perplexity and where
+//! bf16-trained models overflow it. Grams, Hessians and solver matrices are f32.
+
+#![expect(unsafe_code, reason = "kernel launches and C libraries; each use states why it is sound")]
+
+pub(crate) mod attention;
+pub(crate) mod buffer;
+mod cache;
+mod context;
+mod dense;
+pub(crate) mod elementwise;
+mod error;
+mod factor;
+pub(crate) mod gemm;
+pub(crate) mod gram;
+pub(crate) mod head;
+pub(crate) mod kernels;
+mod libraries;
+pub(crate) mod matrix;
+mod memory;
+mod nvrtc;
+mod order;
+mod pack;
+pub(crate) mod park;
+mod plan;
+mod probe;
+mod solve;
+mod timing;
+pub(crate) mod transfer;
+
+pub use context::Cuda;
+pub use error::Fault;
+pub use factor::{Precision, upper_factor};
+pub use kernels::{KernelReport, compile_all, kernel_files};
+pub use libraries::Library;
+pub use memory::MemoryInfo;
+pub use pack::{PackedLinear, dequantise};
+pub use park::Parked;
+pub use probe::{Card, LibraryFacts, Probe, probe};
+pub use solve::{ClipSearch, GroupWeights, SolveOptions, Solved, solve};
+pub use timing::Timer;
+
+pub(crate) use elementwise::DeviceTableCell;
+pub(crate) use matrix::Matrix;
+pub(crate) use timing::Mark;

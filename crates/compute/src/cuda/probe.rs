@@ -1,0 +1,128 @@
+//! Facts about the CUDA installation, for `doctor` and bug reports; nothing here fails.
+
+use std::path::PathBuf;
+
+use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::{CudaContext, result};
+use cudarc::{cublaslt, cusolver, driver, nccl};
+
+use super::libraries::Library;
+use super::{cache, nvrtc};
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// CUDA version that the driver supports, major and minor.
+    pub driver: Option<(i32, i32)>,
+    /// Each library this program can use.
+    pub libraries: Vec<LibraryFacts>,
+    /// The cards, in the driver's order.
+    pub cards: Vec<Card>,
+    /// Folder of compiled kernels.
+    pub cache: Option<PathBuf>,
+}
+
+/// One library.
+#[derive(Clone, Debug)]
+pub struct LibraryFacts {
+    /// The library.
+    pub library: Library,
+    /// True when it can be opened.
+    pub present: bool,
+    /// Its version, where it tells one.
+    pub version: Option<String>,
+}
+
+/// One card.
+#[derive(Clone, Debug)]
+pub struct Card {
+    /// Number for `Device::cuda`.
+    pub ordinal: usize,
+    /// The vendor's name.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (i32, i32),
+    /// Bytes of memory.
+    pub memory: usize,
+    /// True when the kernels of this program can run on it.
+    pub supported: bool,
+}
+
+/// Looks for the driver, the libraries and the cards.
+pub fn probe() -> Probe {
+    let libraries = Library::ALL
+        .into_iter()
+        .map(|library| {
+            let present = library.is_present();
+            LibraryFacts { library, present, version: version(library).filter(|_| present) }
+        })
+        .collect();
+    Probe { driver: driver_version(), libraries, cards: cards(), cache: cache::folder() }
+}
+
+fn driver_version() -> Option<(i32, i32)> {
+    let mut version = 0;
+    if !Library::Driver.is_present() {
+        return None;
+    }
+    // SAFETY: the library is present and the pointer is valid for a write.
+    unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result().ok()?;
+    Some((version / 1000, version % 1000 / 10))
+}
+
+fn version(library: Library) -> Option<String> {
+    if !library.is_present() {
+        return None;
+    }
+    let dotted = |v: usize, major: usize, minor: usize| {
+        format!("{}.{}.{}", v / major, v % major / minor, v % minor)
+    };
+    let mut number = 0;
+    match library {
+        Library::Driver => driver_version().map(|(major, minor)| format!("CUDA {major}.{minor}")),
+        Library::Nvrtc => nvrtc::version().ok().map(|(major, minor)| format!("{major}.{minor}")),
+        // SAFETY: the library is present; the call takes nothing.
+        Library::CublasLt => {
+            Some(dotted(unsafe { cublaslt::sys::cublasLtGetVersion() }, 10_000, 100))
+        }
+        // Its own version call needs a handle, hence a card; it ships with cuBLASLt.
+        Library::Cublas => None,
+        Library::Cusolver => {
+            // SAFETY: the library is present and the pointer is valid for a write.
+            let status = unsafe { cusolver::sys::cusolverGetVersion(&raw mut number) };
+            status.result().ok().map(|()| dotted(number as usize, 1000, 100))
+        }
+        Library::Nccl => {
+            // SAFETY: as above.
+            let status = unsafe { nccl::sys::ncclGetVersion(&raw mut number) };
+            status.result().ok().map(|_| dotted(number as usize, 10_000, 100))
+        }
+    }
+}
+
+fn cards() -> Vec<Card> {
+    if !Library::Driver.is_present() {
+        return Vec::new();
+    }
+    let count = CudaContext::device_count().unwrap_or(0);
+    (0..count.max(0) as usize).filter_map(card).collect()
+}
+
+/// Reads a card without opening a context on it.
+fn card(ordinal: usize) -> Option<Card> {
+    let device = result::device::get(i32::try_from(ordinal).ok()?).ok()?;
+    let attribute = |which| {
+        // SAFETY: `device` came from the driver just above.
+        unsafe { result::device::get_attribute(device, which) }.ok()
+    };
+    let major = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    Some(Card {
+        ordinal,
+        name: result::device::get_name(device).ok()?,
+        capability: (major, minor),
+        // SAFETY: as above.
+        memory: unsafe { result::device::total_mem(device) }.ok()?,
+        supported: major >= 8,
+    })
+}
