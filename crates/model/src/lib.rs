@@ -1,1 +1,15 @@
 //! The Llama forward pass on a compute device, block by block, in stages.
+//!
+//! A model is never in memory as a whole: [`Model`] knows the checkpoint and the tables that every
+//! block shares, [`Model::load_block`] brings one block's weights to the device, and [`Block`]
+//! offers the pieces between two linears as separate stages, so that calibration can look at (and
+//! replace) each linear's weights on the way. [`Block::forward`] is nothing but the stages in order.
+
+mod block;
+mod error;
+mod model;
+mod values;
+
+pub use block::{Block, LinearId, Stage};
+pub use error::{Error, Result};
+pub use model::{Head, Model, SourcePrecision};

@@ -1,0 +1,160 @@
+//! One decoder block: its weights, and its forward pass cut between the linears.
+
+use gptq_compute::{AttentionShape, Device, RopeTable, Tensor};
+
+use crate::error::Result;
+
+/// A linear of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinearId {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// Attention output.
+    O,
+    /// Gate of the MLP.
+    Gate,
+    /// Up projection of the MLP.
+    Up,
+    /// Down projection of the MLP.
+    Down,
+}
+
+impl LinearId {
+    /// All linears, in the order of [`gptq_checkpoint::ModelConfig::block_linears`].
+    pub const ALL: [Self; 7] =
+        [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+}
+
+/// Linears that read the same inputs; the order in which a block is calibrated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// q, k and v read the normed hidden states.
+    Qkv,
+    /// o reads the heads' contexts.
+    Output,
+    /// gate and up read the normed hidden states after attention.
+    GateUp,
+    /// down reads silu(gate) · up.
+    Down,
+}
+
+impl Stage {
+    /// The stages in forward order.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::Output, Self::GateUp, Self::Down];
+
+    /// The linears of this stage.
+    pub fn linears(self) -> &'static [LinearId] {
+        match self {
+            Self::Qkv => &[LinearId::Q, LinearId::K, LinearId::V],
+            Self::Output => &[LinearId::O],
+            Self::GateUp => &[LinearId::Gate, LinearId::Up],
+            Self::Down => &[LinearId::Down],
+        }
+    }
+}
+
+/// A decoder block on a device.
+#[derive(Debug)]
+pub struct Block {
+    pub(crate) index: usize,
+    /// Indexed by [`LinearId`]; each `[out_features, in_features]`.
+    pub(crate) linears: [Tensor; 7],
+    pub(crate) input_norm: Vec<f32>,
+    pub(crate) post_attention_norm: Vec<f32>,
+    pub(crate) norm_eps: f32,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+}
+
+impl Block {
+    /// Position in the model, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Weights of a linear `[out_features, in_features]`.
+    pub fn linear(&self, id: LinearId) -> &Tensor {
+        &self.linears[id as usize]
+    }
+
+    /// Replaces a linear's weights, by what its quantised form dequantises to.
+    pub fn set_linear(&mut self, id: LinearId, weight: Tensor) {
+        self.linears[id as usize] = weight;
+    }
+
+    /// Inputs of q, k, v: the normed hidden states `[tokens, hidden]`.
+    pub fn attention_input(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
+        Ok(device.rms_norm(hidden, &self.input_norm, self.norm_eps)?)
+    }
+
+    /// Input of o from the inputs of q, k, v: projections, rotary embedding, causal attention.
+    pub fn attention_context(
+        &self,
+        device: &Device,
+        input: &Tensor,
+        rope: &RopeTable,
+        seq_len: usize,
+    ) -> Result<Tensor> {
+        let mut q = device.linear(input, self.linear(LinearId::Q))?;
+        let mut k = device.linear(input, self.linear(LinearId::K))?;
+        let v = device.linear(input, self.linear(LinearId::V))?;
+        device.rope(&mut q, rope, seq_len)?;
+        device.rope(&mut k, rope, seq_len)?;
+        let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
+        let shape = AttentionShape { heads, kv_heads, head_dim, seq_len };
+        Ok(device.attention(&q, &k, &v, shape)?)
+    }
+
+    /// Adds o(context) to the hidden states.
+    pub fn attention_output(
+        &self,
+        device: &Device,
+        context: &Tensor,
+        hidden: &mut Tensor,
+    ) -> Result<()> {
+        Ok(device.linear_add(context, self.linear(LinearId::O), hidden)?)
+    }
+
+    /// Inputs of gate and up: the hidden states after attention, normed.
+    pub fn mlp_input(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
+        Ok(device.rms_norm(hidden, &self.post_attention_norm, self.norm_eps)?)
+    }
+
+    /// Input of down: silu(gate(input)) · up(input), `[tokens, intermediate]`.
+    pub fn mlp_activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
+        let gate = device.linear(input, self.linear(LinearId::Gate))?;
+        let up = device.linear(input, self.linear(LinearId::Up))?;
+        Ok(device.silu_mul(gate, &up)?)
+    }
+
+    /// Adds down(activation) to the hidden states.
+    pub fn mlp_output(
+        &self,
+        device: &Device,
+        activation: &Tensor,
+        hidden: &mut Tensor,
+    ) -> Result<()> {
+        Ok(device.linear_add(activation, self.linear(LinearId::Down), hidden)?)
+    }
+
+    /// The whole block over whole windows of `seq_len` tokens, in place of `hidden`.
+    pub fn forward(
+        &self,
+        device: &Device,
+        hidden: &mut Tensor,
+        rope: &RopeTable,
+        seq_len: usize,
+    ) -> Result<()> {
+        let input = self.attention_input(device, hidden)?;
+        let context = self.attention_context(device, &input, rope, seq_len)?;
+        self.attention_output(device, &context, hidden)?;
+        let input = self.mlp_input(device, hidden)?;
+        let activation = self.mlp_activation(device, &input)?;
+        self.mlp_output(device, &activation, hidden)
+    }
+}

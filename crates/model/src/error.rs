@@ -1,0 +1,31 @@
+//! What can go wrong while a model is loaded or run.
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of the forward pass.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Reading the checkpoint failed.
+    #[error(transparent)]
+    Checkpoint(#[from] gptq_checkpoint::Error),
+    /// The device failed.
+    #[error(transparent)]
+    Compute(#[from] gptq_compute::Error),
+    /// Windows longer than the model's context.
+    #[error(
+        "Windows of {seq_len} tokens do not fit the model's context of {max} (max_position_embeddings); use --seq-len {max} or less"
+    )]
+    ContextExceeded {
+        /// Tokens of a window.
+        seq_len: usize,
+        /// The model's limit.
+        max: usize,
+    },
+    /// A weight holds integers.
+    #[error("Tensor `{tensor}` holds I32 values where a floating-point weight is needed")]
+    IntegerWeight {
+        /// The tensor's name.
+        tensor: String,
+    },
+}
