@@ -1,1 +1,27 @@
 //! Calibration, the block walk, quantisation runs, perplexity, plans and sweeps.
+//!
+//! The two jobs walk a model block by block with the hidden states of all windows held:
+//! [`quantise`] in stages, looking at each linear's inputs on the way; [`perplexity`] with plain
+//! forwards. [`sweep`] runs both for every branch of a [`config`]. Text becomes windows in
+//! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
+
+pub mod bench;
+pub mod calibration;
+pub mod config;
+pub mod dataset;
+mod error;
+pub mod evaluation;
+pub mod identity;
+pub mod perplexity;
+pub mod plan;
+pub mod progress;
+pub mod protocol;
+pub mod python_random;
+pub mod quantise;
+mod states;
+pub mod sweep;
+pub mod text_error;
+mod text_files;
+pub mod tokens;
+
+pub use error::{Error, Result};

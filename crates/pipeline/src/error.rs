@@ -1,0 +1,91 @@
+//! What can go wrong in a run; everything below is carried with the tensor or block it concerns.
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of a run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Datasets, tokenisers, calibration recipes.
+    #[error(transparent)]
+    Text(#[from] crate::text_error::TextError),
+    /// Reading or writing a checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] gptq_checkpoint::Error),
+    /// The forward pass.
+    #[error(transparent)]
+    Model(#[from] gptq_model::Error),
+    /// The device.
+    #[error(transparent)]
+    Compute(#[from] gptq_compute::Error),
+    /// The solver, at a linear.
+    #[error("Cannot quantise `{linear}`: {source}")]
+    Solve {
+        /// The linear's prefix in the checkpoint.
+        linear: String,
+        /// What the solver said.
+        source: gptq_quant::Error,
+    },
+    /// A choice of bits, groups or damping that no solver takes.
+    #[error(transparent)]
+    Spec(gptq_quant::Error),
+    /// Activations that are no longer numbers.
+    #[error(
+        "NaN or infinite activations at the inputs of `{linear}`; the source model is damaged or overflows there"
+    )]
+    Activations {
+        /// The first linear that reads them.
+        linear: String,
+    },
+    /// Damping had to be raised under `--strict`.
+    #[error(
+        "The Hessian of `{linear}` needed damping {damp} instead of {asked}, which --strict forbids; raise --damp or calibrate on more windows"
+    )]
+    Strict {
+        /// The linear's prefix.
+        linear: String,
+        /// Damping that worked.
+        damp: f64,
+        /// Damping asked for.
+        asked: f64,
+    },
+    /// The source holds quantised linears already.
+    #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
+    AlreadyQuantised(PathBuf),
+    /// A sweep file that cannot be read.
+    #[error("Cannot read `{}`: {source}", path.display())]
+    ReadConfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A sweep file that does not say what it should.
+    #[error("`{file}` is not a sweep configuration: {message}")]
+    Config {
+        /// The file, or the name of a built-in configuration.
+        file: String,
+        /// What is wrong, with the place.
+        message: String,
+    },
+    /// A branch that a configuration does not have.
+    #[error("No branch `{branch}` in `{file}`; it has {known}")]
+    UnknownBranch {
+        /// The name asked for.
+        branch: String,
+        /// The configuration.
+        file: String,
+        /// Names that exist.
+        known: String,
+    },
+    /// Two evaluations that cannot be compared token by token.
+    #[error("KL needs two models of one vocabulary, but they have {base} and {other} entries")]
+    Vocabulary {
+        /// Entries of the base model.
+        base: usize,
+        /// Entries of the other model.
+        other: usize,
+    },
+}

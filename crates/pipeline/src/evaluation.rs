@@ -1,0 +1,51 @@
+//! The evaluation text of a model: dataset, join, tokens, windows.
+
+use gptq_checkpoint::Checkpoint;
+use serde::Serialize;
+
+use crate::config::EvaluationSpec;
+use crate::error::Result;
+use crate::identity::{DatasetIdentity, contaminated};
+use crate::protocol::EvalWindow;
+use crate::tokens::TextTokenizer;
+
+/// Text to evaluate on, cut into windows.
+#[derive(Clone, Debug, Serialize)]
+pub struct EvalText {
+    /// Protocol name.
+    pub protocol: String,
+    /// The dataset.
+    pub dataset: String,
+    /// Tokens of the whole text.
+    pub tokens_in_text: usize,
+    /// Tokens of a window.
+    pub seq_len: usize,
+    /// True when the model was calibrated on the same split: its perplexity is optimistic.
+    pub contaminated: bool,
+    /// The windows.
+    #[serde(skip)]
+    pub windows: Vec<EvalWindow>,
+}
+
+/// Reads, encodes and cuts the text with the checkpoint's own tokeniser.
+pub fn evaluation_text(
+    checkpoint: &Checkpoint,
+    spec: &EvaluationSpec,
+    calibrated_on: Option<&DatasetIdentity>,
+) -> Result<EvalText> {
+    let config = checkpoint.config();
+    let tokenizer = TextTokenizer::open(checkpoint.dir(), config.vocab_size)?;
+    let dataset = spec.dataset.load()?;
+    let ids = tokenizer.encode(&spec.protocol.join().text(&dataset.rows))?;
+    let context = config.max_position_embeddings;
+    let seq_len = spec.seq_len.unwrap_or_else(|| spec.protocol.default_seq_len(context));
+    let windows = spec.protocol.windows(&ids, seq_len, tokenizer.bos(), spec.max_windows)?;
+    Ok(EvalText {
+        protocol: spec.protocol.name().to_owned(),
+        dataset: dataset.identity.name.clone(),
+        tokens_in_text: ids.len(),
+        seq_len,
+        contaminated: calibrated_on.is_some_and(|c| contaminated(c, &dataset.identity)),
+        windows,
+    })
+}

@@ -1,0 +1,54 @@
+//! How a run tells its caller what it is doing; drawing belongs to the caller.
+
+use serde::Serialize;
+
+/// A quantised linear in a report.
+#[derive(Clone, Debug, Serialize)]
+pub struct LinearReport {
+    /// Prefix in the checkpoint.
+    pub name: String,
+    /// Energy of the output error over energy of the outputs, on the calibration windows; `None`
+    /// for recipes without calibration.
+    pub relative_error: Option<f64>,
+    /// Damping that was used in the end.
+    pub damp: Option<f64>,
+    /// How often damping had to be raised.
+    pub damp_retries: u32,
+}
+
+/// A finished block in a report.
+#[derive(Clone, Debug, Serialize)]
+pub struct BlockReport {
+    /// Position in the model.
+    pub block: usize,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// Its linears in calibration order.
+    pub linears: Vec<LinearReport>,
+}
+
+impl BlockReport {
+    /// Mean of the linears' relative errors, where they have one.
+    pub fn mean_error(&self) -> Option<f64> {
+        let errors: Vec<f64> = self.linears.iter().filter_map(|l| l.relative_error).collect();
+        if errors.is_empty() {
+            None
+        } else {
+            Some(errors.iter().sum::<f64>() / errors.len() as f64)
+        }
+    }
+}
+
+/// Listens to a run.
+pub trait Progress: Sync {
+    /// A phase of `steps` steps begins.
+    fn begin(&self, phase: &str, steps: usize);
+    /// One step of the phase is done.
+    fn step(&self);
+    /// A block was quantised: also a step.
+    fn block(&self, report: &BlockReport);
+    /// The phase is over.
+    fn end(&self);
+    /// Something that the user should know, but that stops nothing.
+    fn warn(&self, message: &str);
+}
