@@ -1,2 +1,28 @@
-//! The gptq command.
-fn main() {}
+//! The `gptq` command: arguments in, one command run, an exit code out.
+//!
+//! Results go to stdout; progress, warnings and errors to stderr. Exit codes: 0 success, 1 the
+//! user's input (or their disk), 2 a fault of the program itself.
+
+mod args;
+mod commands;
+mod exit;
+mod printer;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::Cli;
+use printer::Printer;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return exit::usage(&error),
+    };
+    let printer = Printer::new(cli.quiet, cli.no_progress);
+    match commands::run(cli.command, &printer) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => exit::report(&error),
+    }
+}

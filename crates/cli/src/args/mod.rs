@@ -1,0 +1,224 @@
+//! The command line as typed, and the checks that turn it into what the pipeline takes.
+
+mod values;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use gptq_checkpoint::Layout;
+use gptq_pipeline::calibration::CalibrationOverrides;
+use gptq_pipeline::dataset::DatasetSpec;
+use gptq_pipeline::protocol::Protocol;
+use gptq_quant::Recipe;
+
+pub(crate) use values::GroupSize;
+
+/// Quantise Llama models with GPTQ and prove the result.
+#[derive(Debug, Parser)]
+#[command(name = "gptq", version, propagate_version = true)]
+pub(crate) struct Cli {
+    /// Print warnings, errors and results only
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// Print lines instead of progress bars, on a terminal too
+    #[arg(long, global = true)]
+    pub(crate) no_progress: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Quantize(Box<QuantizeArgs>),
+    Ppl(PplArgs),
+    Plan(PlanArgs),
+    Inspect(InspectArgs),
+    Sweep(SweepArgs),
+    Bench(BenchArgs),
+}
+
+/// Make one quantised checkpoint
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  gptq quantize ./SmolLM2-135M --out ./SmolLM2-135M-4bit-128g --bits 4 --group-size 128
+  gptq quantize stabilityai/StableBeluga2 --branch gptq-4bit-32g-actorder_True --out ./4bit-32g")]
+pub(crate) struct QuantizeArgs {
+    /// Folder of the dense model, or a Hub id in the local Hugging Face cache
+    pub(crate) model: String,
+    /// Folder to make; it must not exist, or be empty
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Bits of a weight: 2, 3, 4 or 8 [default: 4]
+    #[arg(long)]
+    pub(crate) bits: Option<u8>,
+    /// Input features that share a scale: a number, or none for all [default: 128]
+    #[arg(long, value_name = "N|none")]
+    pub(crate) group_size: Option<GroupSize>,
+    /// Solve columns in order of importance [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) act_order: Option<bool>,
+    /// Fraction of the Hessian's mean diagonal added to it [default: 0.01]
+    #[arg(long)]
+    pub(crate) damp: Option<f64>,
+    /// Solver choices: autogptq, or rtn (round to nearest, no calibration) [default: autogptq]
+    #[arg(long)]
+    pub(crate) recipe: Option<Recipe>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
+    /// Tensors beside the quantised ones: modern, or card as published in 2023 [default: modern]
+    #[arg(long)]
+    pub(crate) layout: Option<Layout>,
+    /// Take the settings of this branch of --config; options given here win
+    #[arg(long, value_name = "NAME")]
+    pub(crate) branch: Option<String>,
+    /// Sweep configuration that holds --branch [default: the built-in stablebeluga2]
+    #[arg(long, value_name = "FILE", requires = "branch")]
+    pub(crate) config: Option<String>,
+    /// Split the weights into files of at most this size, such as 5GB
+    #[arg(long, value_name = "SIZE", value_parser = values::parse_bytes)]
+    pub(crate) max_shard_size: Option<u64>,
+    /// Treat raised damping as an error
+    #[arg(long)]
+    pub(crate) strict: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to calibrate on.
+#[derive(Debug, Args)]
+pub(crate) struct CalibrationArgs {
+    /// Calibration recipe: wikitext2, card, or a TOML file [default: wikitext2]
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) calib: Option<String>,
+    /// Text instead of the recipe's: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet
+    #[arg(long, value_name = "DATASET")]
+    pub(crate) calib_dataset: Option<DatasetSpec>,
+    /// Number of calibration windows instead of the recipe's
+    #[arg(long, value_name = "N")]
+    pub(crate) windows: Option<usize>,
+    /// Tokens of a calibration window instead of the recipe's
+    #[arg(long, value_name = "N")]
+    pub(crate) seq_len: Option<usize>,
+    /// Seed of the windows' positions instead of the recipe's
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+}
+
+impl CalibrationArgs {
+    /// The values that replace a recipe's.
+    pub(crate) fn overrides(&self) -> CalibrationOverrides {
+        CalibrationOverrides {
+            dataset: self.calib_dataset.clone(),
+            windows: self.windows,
+            seq_len: self.seq_len,
+            seed: self.seed,
+        }
+    }
+}
+
+/// Measure the perplexity of a dense model or a GPTQ checkpoint
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  gptq ppl ./SmolLM2-135M-4bit-128g
+  gptq ppl ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --max-windows 8 --json
+  gptq ppl ./model --protocol llama-cpp --dataset ./book.txt")]
+pub(crate) struct PplArgs {
+    /// Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
+    pub(crate) model: String,
+    /// How the text is cut and scored: paper, llama-cpp or strided
+    #[arg(long, default_value = "paper")]
+    pub(crate) protocol: Protocol,
+    /// Text to score: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet
+    #[arg(long, default_value = "Salesforce/wikitext:wikitext-2-raw-v1:test")]
+    pub(crate) dataset: DatasetSpec,
+    /// Tokens of a window [default: 2048 (paper), 512 (llama-cpp), the context (strided)]
+    #[arg(long, value_name = "N")]
+    pub(crate) seq_len: Option<usize>,
+    /// Stop after this many windows
+    #[arg(long, value_name = "N")]
+    pub(crate) max_windows: Option<usize>,
+    /// Dense model to compare with: adds its perplexity and the KL divergence from it
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) base: Option<String>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Predict sizes, memory and work of every branch from config.json alone
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  gptq plan stabilityai/StableBeluga2 --config configs/stablebeluga2.toml")]
+pub(crate) struct PlanArgs {
+    /// Folder that holds config.json, or a Hub id in the local Hugging Face cache
+    pub(crate) model: String,
+    /// Sweep configuration
+    #[arg(long, value_name = "FILE", default_value = gptq_pipeline::config::BUILT_IN)]
+    pub(crate) config: String,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show what a checkpoint holds
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  gptq inspect ./SmolLM2-135M-4bit-128g")]
+pub(crate) struct InspectArgs {
+    /// Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
+    pub(crate) checkpoint: String,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Make and measure every branch of a configuration
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  gptq sweep configs/demo.toml
+  gptq sweep configs/stablebeluga2.toml --only main --out ./branches")]
+pub(crate) struct SweepArgs {
+    /// Sweep configuration
+    pub(crate) config: String,
+    /// Folder for the branches, one folder each
+    #[arg(long, value_name = "DIR", default_value = "branches")]
+    pub(crate) out: PathBuf,
+    /// Only this branch; may be repeated
+    #[arg(long, value_name = "BRANCH")]
+    pub(crate) only: Vec<String>,
+    /// Dense model instead of the configuration's
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
+    /// Print the table as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Measure this machine's matrix products and solver
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  gptq bench --width smollm2")]
+pub(crate) struct BenchArgs {
+    /// Model width of the shapes: tiny, smollm2, 7b, 13b or 70b
+    #[arg(long, default_value = "smollm2")]
+    pub(crate) width: gptq_pipeline::bench::Width,
+    /// Tokens of the activations
+    #[arg(long, default_value_t = 2048)]
+    pub(crate) tokens: usize,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

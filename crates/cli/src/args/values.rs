@@ -1,0 +1,57 @@
+//! Values that need more than a `FromStr` of a number.
+
+use std::str::FromStr;
+
+/// `--group-size`: a number of input features, or all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GroupSize(pub(crate) Option<usize>);
+
+impl FromStr for GroupSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        match text.parse() {
+            Ok(n) if n > 0 => Ok(Self(Some(n))),
+            _ => Err("use a positive number, or none for one scale a row".to_owned()),
+        }
+    }
+}
+
+/// Parses `5GB`, `500MB`, `2GiB` or plain bytes.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit {
+        "" | "B" => 1,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return Err(format!("`{unit}` is no unit; use B, MB, GB, MiB or GiB")),
+    };
+    match number.trim().parse::<u64>().ok().and_then(|n| n.checked_mul(factor)) {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err("use a whole number and a unit, such as 5GB".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_groups_are_read_as_typed() {
+        assert_eq!(parse_bytes("5GB"), Ok(5_000_000_000));
+        assert_eq!(parse_bytes("2GiB"), Ok(2 << 30));
+        assert_eq!(parse_bytes("123"), Ok(123));
+        for wrong in ["", "GB", "0", "5 apples", "-1GB", "99999999999999GB"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!("none".parse(), Ok(GroupSize(None)));
+        assert_eq!("128".parse(), Ok(GroupSize(Some(128))));
+        assert!("0".parse::<GroupSize>().is_err());
+    }
+}

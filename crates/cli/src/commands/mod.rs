@@ -1,0 +1,57 @@
+//! One file a command: from checked arguments to printed results.
+
+mod bench;
+mod inspect;
+mod plan;
+mod ppl;
+mod quantize;
+mod sweep;
+mod table;
+
+use std::io::Write;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::args::Command;
+use crate::printer::Printer;
+
+/// Runs a command.
+pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
+    match command {
+        Command::Quantize(args) => quantize::run(&args, printer),
+        Command::Ppl(args) => ppl::run(&args, printer),
+        Command::Plan(args) => plan::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Sweep(args) => sweep::run(&args, printer),
+        Command::Bench(args) => bench::run(&args),
+    }
+}
+
+/// Writes a result to stdout.
+fn print_result(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    if !text.ends_with('\n') {
+        out.write_all(b"\n")?;
+    }
+    Ok(out.flush()?)
+}
+
+/// Writes a result to stdout as indented JSON.
+fn print_json(value: &impl Serialize) -> Result<()> {
+    print_result(&serde_json::to_string_pretty(value)?)
+}
+
+/// Opens a model or checkpoint by folder or Hub id.
+fn open_checkpoint(model: &str) -> Result<gptq_checkpoint::Checkpoint> {
+    Ok(gptq_checkpoint::Checkpoint::open(&gptq_checkpoint::resolve_model(model, None)?)?)
+}
+
+/// Peak memory of this process in bytes: `VmHWM` where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}

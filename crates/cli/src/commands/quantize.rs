@@ -1,0 +1,165 @@
+//! `gptq quantize`: one branch, from a dense model to a finished folder.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use gptq_checkpoint::Layout;
+use gptq_compute::Device;
+use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
+use gptq_pipeline::config::{BUILT_IN, SweepConfig};
+use gptq_pipeline::progress::BlockReport;
+use gptq_pipeline::quantise::{QuantiseJob, quantise};
+use gptq_pipeline::tokens::TextTokenizer;
+use gptq_quant::{QuantSpec, Recipe};
+use serde::Serialize;
+
+use super::table::size;
+use super::{open_checkpoint, peak_memory, print_json, print_result};
+use crate::args::QuantizeArgs;
+use crate::printer::Printer;
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Output<'a> {
+    out: &'a std::path::Path,
+    recipe: &'static str,
+    bits: u8,
+    group_size: Option<usize>,
+    act_order: bool,
+    damp: f64,
+    calibration: Option<CalibrationOutput<'a>>,
+    file_bytes: u64,
+    seconds: f64,
+    peak_memory_bytes: Option<u64>,
+    damp_retries: u32,
+    blocks: &'a [BlockReport],
+}
+
+#[derive(Serialize)]
+struct CalibrationOutput<'a> {
+    dataset: &'a str,
+    windows: usize,
+    seq_len: usize,
+    sha256: &'a str,
+}
+
+/// Settings after branch and options were merged.
+struct Settings {
+    spec: QuantSpec,
+    layout: Layout,
+    calibration: CalibrationRecipe,
+}
+
+pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
+    let start = Instant::now();
+    let Settings { spec, layout, calibration } = settings(args)?;
+    spec.validate()?;
+    let source = open_checkpoint(&args.model)?;
+    let calibration =
+        if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
+    let job = QuantiseJob {
+        source: &source,
+        device: Device::Cpu,
+        spec: spec.clone(),
+        calibration: calibration.as_ref(),
+        layout,
+        out: args.out.clone(),
+        max_shard_bytes: args.max_shard_size,
+        strict: args.strict,
+    };
+    let outcome = quantise(&job, printer)?;
+    let output = Output {
+        out: &outcome.written.dir,
+        recipe: spec.recipe.name(),
+        bits: spec.bits,
+        group_size: spec.group_size,
+        act_order: spec.act_order,
+        damp: spec.damp,
+        calibration: calibration.as_ref().map(|c| CalibrationOutput {
+            dataset: &c.dataset.name,
+            windows: c.windows.len(),
+            seq_len: c.windows.first().map_or(0, Vec::len),
+            sha256: &c.sha256,
+        }),
+        file_bytes: outcome.written.bytes,
+        seconds: start.elapsed().as_secs_f64(),
+        peak_memory_bytes: peak_memory(),
+        damp_retries: outcome.damp_retries,
+        blocks: &outcome.blocks,
+    };
+    if args.json { print_json(&output) } else { print_result(&summary(&output)) }
+}
+
+/// The branch's settings, or the defaults, with the options given on the command line on top.
+fn settings(args: &QuantizeArgs) -> Result<Settings> {
+    let mut settings = match &args.branch {
+        Some(name) => {
+            let config = SweepConfig::open(args.config.as_deref().unwrap_or(BUILT_IN))?;
+            Settings {
+                spec: config.branch(name)?.spec.clone(),
+                layout: config.layout,
+                calibration: config.calibration,
+            }
+        }
+        None => Settings {
+            spec: QuantSpec {
+                bits: 4,
+                group_size: Some(128),
+                act_order: true,
+                damp: 0.01,
+                recipe: Recipe::AutoGptq,
+            },
+            layout: Layout::Modern,
+            calibration: CalibrationRecipe::open("wikitext2")?,
+        },
+    };
+    let spec = &mut settings.spec;
+    spec.bits = args.bits.unwrap_or(spec.bits);
+    spec.group_size = args.group_size.map_or(spec.group_size, |g| g.0);
+    spec.act_order = args.act_order.unwrap_or(spec.act_order);
+    spec.damp = args.damp.unwrap_or(spec.damp);
+    spec.recipe = args.recipe.unwrap_or(spec.recipe);
+    settings.layout = args.layout.unwrap_or(settings.layout);
+    if let Some(name) = &args.calibration.calib {
+        settings.calibration = CalibrationRecipe::open(name)?;
+    }
+    settings.calibration = settings.calibration.with(args.calibration.overrides())?;
+    Ok(settings)
+}
+
+/// Draws the calibration windows with the model's own tokeniser.
+pub(super) fn sample(
+    source: &gptq_checkpoint::Checkpoint,
+    recipe: &CalibrationRecipe,
+    printer: &Printer,
+) -> Result<Calibration> {
+    let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size)?;
+    let calibration = recipe.sample(&tokenizer)?;
+    printer.note(&format!(
+        "calibrating on {} windows × {} tokens of {}",
+        calibration.windows.len(),
+        recipe.seq_len,
+        calibration.dataset.name
+    ));
+    Ok(calibration)
+}
+
+fn summary(output: &Output<'_>) -> String {
+    let dir = output.out.display();
+    let mut text = format!(
+        "{dir}: {} bits, group size {}, {}, {} in {:.1} s",
+        output.bits,
+        super::table::group(output.group_size),
+        output.recipe,
+        size(output.file_bytes),
+        output.seconds,
+    );
+    if let Some(peak) = output.peak_memory_bytes {
+        text.push_str(&format!(", peak memory {}", size(peak)));
+    }
+    if output.damp_retries > 0 {
+        text.push_str(&format!("\ndamping was raised for {} linears", output.damp_retries));
+    }
+    text.push_str(&format!("\nMeasure it: gptq ppl {dir}\n"));
+    text
+}

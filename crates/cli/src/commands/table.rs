@@ -1,0 +1,42 @@
+//! Tables for people, and the few number formats that they use.
+
+use comfy_table::{CellAlignment, Table};
+
+/// A borderless table; `left` names the number of leading columns that hold text.
+pub(crate) fn table(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(header);
+    table.add_rows(rows);
+    for (i, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 2));
+        if i >= left {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+/// Decimal gigabytes as model cards give them.
+pub(crate) fn gigabytes(bytes: u64) -> String {
+    format!("{:.2} GB", bytes as f64 / 1e9)
+}
+
+/// Bytes in a unit that keeps three digits or so.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..10_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        10_000_000..10_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => gigabytes(bytes),
+    }
+}
+
+/// `none` or the number of columns.
+pub(crate) fn group(group_size: Option<usize>) -> String {
+    group_size.map_or_else(|| "none".to_owned(), |n| n.to_string())
+}
+
+/// `yes` or `no`.
+pub(crate) fn yes_no(value: bool) -> String {
+    if value { "yes" } else { "no" }.to_owned()
+}

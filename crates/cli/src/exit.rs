@@ -1,0 +1,54 @@
+//! How errors are shown and which exit code they get.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+const USER: u8 = 1;
+const INTERNAL: u8 = 2;
+
+/// clap's own messages: help and version are no errors; a wrong command line is the user's.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    // A closed pipe is the reader's choice, not a failure of ours.
+    let _ = error.print();
+    if error.use_stderr() { ExitCode::from(USER) } else { ExitCode::SUCCESS }
+}
+
+/// Prints `error: …` with its causes, and a hint where one is known.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    if is_broken_pipe(error) {
+        return ExitCode::SUCCESS;
+    }
+    let mut message = format!("error: {error}");
+    let mut shown = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Many errors embed their source's text already.
+        if !shown.contains(&cause) {
+            message.push_str(&format!("\nCaused by: {cause}"));
+            shown = cause;
+        }
+    }
+    let _ = writeln!(std::io::stderr(), "{message}");
+    ExitCode::from(if is_internal(error) { INTERNAL } else { USER })
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}
+
+/// Shapes are checked where files are read, so a mismatch inside a device operation is our fault.
+fn is_internal(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        matches!(
+            cause.downcast_ref::<gptq_compute::Error>(),
+            Some(
+                gptq_compute::Error::ShapeMismatch { .. }
+                    | gptq_compute::Error::RowOutOfRange { .. }
+            )
+        )
+    })
+}

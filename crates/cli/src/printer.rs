@@ -1,0 +1,107 @@
+//! Everything that is not a result: progress bars, block lines, warnings. All on stderr.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use gptq_pipeline::progress::{BlockReport, Progress};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Prints progress as bars on a terminal and as lines elsewhere.
+pub(crate) struct Printer {
+    quiet: bool,
+    bars: bool,
+    phase: Mutex<Option<Phase>>,
+}
+
+struct Phase {
+    name: String,
+    bar: ProgressBar,
+    start: Instant,
+    done: usize,
+    steps: usize,
+}
+
+impl Printer {
+    /// `quiet` leaves only warnings and errors; `no_progress` replaces bars by lines.
+    pub(crate) fn new(quiet: bool, no_progress: bool) -> Self {
+        let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
+        Self { quiet, bars, phase: Mutex::new(None) }
+    }
+
+    /// A line about what is being done.
+    pub(crate) fn note(&self, message: &str) {
+        if !self.quiet {
+            self.line(message);
+        }
+    }
+
+    fn line(&self, message: &str) {
+        let phase = self.phase();
+        match phase.as_ref() {
+            Some(phase) if self.bars => phase.bar.suspend(|| write_stderr(message)),
+            _ => write_stderr(message),
+        }
+    }
+
+    fn phase(&self) -> std::sync::MutexGuard<'_, Option<Phase>> {
+        // A panic while drawing must not hide the error that a poisoned lock would.
+        self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Writes a line; a closed stderr is nobody's concern.
+fn write_stderr(message: &str) {
+    let _ = writeln!(std::io::stderr(), "{message}");
+}
+
+impl Progress for Printer {
+    fn begin(&self, phase: &str, steps: usize) {
+        let target =
+            if self.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(steps as u64), target);
+        let template = "{prefix:>12} {wide_bar} block {pos}/{len}  {elapsed} elapsed, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_prefix(phase.to_owned());
+        if self.bars {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        *self.phase() =
+            Some(Phase { name: phase.to_owned(), bar, start: Instant::now(), done: 0, steps });
+    }
+
+    fn step(&self) {
+        if let Some(phase) = self.phase().as_mut() {
+            phase.done += 1;
+            phase.bar.inc(1);
+        }
+    }
+
+    fn block(&self, report: &BlockReport) {
+        self.step();
+        if self.bars {
+            return;
+        }
+        let steps = self.phase().as_ref().map_or(0, |p| p.steps);
+        let error =
+            report.mean_error().map_or_else(String::new, |e| format!("  relative error {e:.3e}"));
+        self.note(&format!("block {}/{steps}{error}  {:.2} s", report.block + 1, report.seconds));
+    }
+
+    fn end(&self) {
+        let Some(phase) = self.phase().take() else { return };
+        phase.bar.finish_and_clear();
+        self.note(&format!(
+            "{}: {} blocks in {:.1} s",
+            phase.name,
+            phase.done,
+            phase.start.elapsed().as_secs_f64()
+        ));
+    }
+
+    fn warn(&self, message: &str) {
+        self.line(&format!("warning: {message}"));
+    }
+}
