@@ -277,8 +277,7 @@ fn autogptq_solves_like_the_host() {
             damp: 0.01,
             damp_retries: 0,
         };
-        let host = gptq_quant::solve(&Device::Cpu, &Tensor::from_host(w.clone()), &factored, &spec)
-            .unwrap();
+        let host = gptq_quant::solve(&Tensor::from_host(w.clone()), &factored, &spec).unwrap();
         within(&format!("{name}: loss, host's"), (loss / host.loss.unwrap() - 1.0).abs(), 5e-3);
     }
 }

@@ -45,6 +45,11 @@ impl Tensor {
         }
     }
 
+    /// True when the values are in host memory: the CPU's tensors.
+    pub fn is_host(&self) -> bool {
+        matches!(self.0, Storage::Cpu(_))
+    }
+
     /// Bytes held on the device.
     pub fn bytes(&self) -> usize {
         let (rows, cols) = self.shape();

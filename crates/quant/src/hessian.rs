@@ -1,6 +1,6 @@
 //! From a Gram to the factor that the solver walks along: dead columns, order, damping.
 
-use gptq_compute::{Device, Gram, HessianPrep, Tensor};
+use gptq_compute::{Gram, HessianPrep, Tensor};
 
 use crate::error::{Error, Result};
 use crate::spec::QuantSpec;
@@ -29,7 +29,7 @@ pub struct Factored {
 /// # Errors
 /// [`Error::NotFinite`] when the diagonal holds NaN or infinities, [`Error::NotPositiveDefinite`]
 /// when raising the damping did not help.
-pub fn factor(device: &Device, gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
+pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
     let mut diagonal: Vec<f32> = gram.diagonal()?.iter().map(|d| d * scale).collect();
     if diagonal.iter().any(|d| !d.is_finite()) {
         return Err(Error::NotFinite { what: "The Hessian" });
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn ties_keep_column_order_and_dead_columns_count_as_one() {
         let gram = Gram::from_host(Array2::from_diag(&array![2.0, 0.0, 3.0, 2.0, 0.5]));
-        let f = factor(&Device::Cpu, &gram, 1.0, &spec(true)).unwrap();
+        let f = factor(&gram, 1.0, &spec(true)).unwrap();
         assert_eq!(f.order, [2, 0, 3, 1, 4]);
         assert_eq!(f.dead, [false, true, false, false, false]);
         let damp = 0.01 * (2.0 + 1.0 + 3.0 + 2.0 + 0.5) / 5.0;
@@ -93,18 +93,15 @@ mod tests {
     fn an_indefinite_hessian_gets_more_damp_and_says_so() {
         // Eigenvalues 1 ± 1.05: 1 % of damping is not enough, 10 % is.
         let gram = Gram::from_host(array![[1.0, 1.05], [1.05, 1.0]]);
-        let f = factor(&Device::Cpu, &gram, 1.0, &spec(false)).unwrap();
+        let f = factor(&gram, 1.0, &spec(false)).unwrap();
         assert_eq!(f.damp_retries, 1);
         assert!((f.damp - 0.1).abs() < 1e-12);
         let hopeless = Gram::from_host(array![[1.0, 9.0], [9.0, 1.0]]);
         assert!(matches!(
-            factor(&Device::Cpu, &hopeless, 1.0, &spec(false)),
+            factor(&hopeless, 1.0, &spec(false)),
             Err(Error::NotPositiveDefinite { .. })
         ));
         let nan = Gram::from_host(array![[f32::NAN, 0.0], [0.0, 1.0]]);
-        assert!(matches!(
-            factor(&Device::Cpu, &nan, 1.0, &spec(false)),
-            Err(Error::NotFinite { .. })
-        ));
+        assert!(matches!(factor(&nan, 1.0, &spec(false)), Err(Error::NotFinite { .. })));
     }
 }

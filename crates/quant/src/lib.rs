@@ -6,8 +6,10 @@
 //! files or models.
 
 mod error;
+mod gpu;
 mod grid;
 mod hessian;
+mod host;
 mod rtn;
 mod solver;
 mod spec;
@@ -15,5 +17,5 @@ mod spec;
 pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
 pub use rtn::round_to_nearest;
-pub use solver::{Quantised, solve};
+pub use solver::{Codes, Quantised, solve};
 pub use spec::{QuantSpec, Recipe};

@@ -1,4 +1,6 @@
 //! Round to nearest: every weight on its own, the baseline that calibration must beat.
+//!
+//! Always computed on the host: it is one pass over the weights.
 
 use half::f16;
 use ndarray::Array2;
@@ -6,15 +8,15 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::grid::{absmax_scale, code};
-use crate::solver::{Quantised, stored_scales};
+use crate::solver::{Codes, Quantised, by_group, stored_scales};
 use crate::spec::QuantSpec;
-use gptq_compute::{Device, Tensor};
+use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 
 /// Quantises `weight` `[out, in]` with the AutoGPTQ scale of each group and the nearest code on the
 /// grid that the file will hold (fp16 scales).
 pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Quantised> {
     spec.validate()?;
-    let w = weight.as_host();
+    let w = weight.to_host()?;
     let (out_features, in_features) = w.dim();
     let group = spec.group_columns(in_features);
     let groups = in_features.div_ceil(group);
@@ -45,12 +47,15 @@ pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> R
     if values.iter().any(|v| !v.is_finite()) {
         return Err(Error::NotFinite { what: "The weight" });
     }
+    let flat = values.as_slice().unwrap_or_default();
+    let bytes = bytemuck::cast_slice(flat);
+    let matrix = HostMatrix::new(bytes, FloatType::F32, out_features, in_features);
     Ok(Quantised {
-        codes,
-        scales: stored_scales(&scales, groups)?,
+        codes: Codes::Plain(codes),
+        scales: stored_scales(&by_group(&scales, groups), out_features)?,
         groups,
         g_idx: (0..in_features).map(|j| (j / group) as u32).collect(),
-        weight: device.upload_f32(values)?,
+        weight: device.upload(matrix)?,
         loss: None,
     })
 }

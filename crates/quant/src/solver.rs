@@ -1,31 +1,27 @@
-//! The GPTQ solver on the host: column by column, each error spread over the columns to come.
-//!
-//! Frantar et al., arXiv 2210.17323, with AutoGPTQ's order of operations (the `autogptq` recipe).
-//! Output rows are independent, so a task owns a band of rows from the first column to the last.
+//! Quantising one linear along a factored Hessian, on the device that holds its weights.
 
-use gptq_compute::{Device, Tensor};
+use gptq_compute::Tensor;
 use half::f16;
-use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
-use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::grid::{absmax_scale, code};
 use crate::hessian::Factored;
 use crate::spec::QuantSpec;
+use crate::{gpu, host};
 
-/// Columns whose errors are spread one by one; the columns after them get one product per block.
-/// AutoGPTQ's value, and part of its numerics: group scales are read from weights updated only at
-/// block ends.
-const BLOCK: usize = 128;
-/// Rows of a task: a fixed size, so that sums do not depend on the number of threads.
-const ROWS_PER_TASK: usize = 64;
+/// Codes of a linear.
+#[derive(Clone, Debug)]
+pub enum Codes {
+    /// One byte a code `[out, in]`, row-major.
+    Plain(Vec<u8>),
+    /// The file's `qweight` `[in / 32 · bits, out]`: a GPU packs before it copies.
+    Packed(Vec<u32>),
+}
 
 /// A quantised linear, columns in the weights' own order.
 #[derive(Clone, Debug)]
 pub struct Quantised {
-    /// Codes `[out, in]`, row-major.
-    pub codes: Vec<u8>,
+    /// The codes, in the form the device gives them.
+    pub codes: Codes,
     /// Scales `[groups, out]`, as the file stores them.
     pub scales: Vec<f16>,
     /// Number of groups.
@@ -38,168 +34,38 @@ pub struct Quantised {
     pub loss: Option<f64>,
 }
 
-/// A band of rows while it is solved; everything is in solve order.
-struct Band {
-    weight: Array2<f32>,
-    codes: Array2<u8>,
-    /// Dequantised values.
-    values: Array2<f32>,
-    /// One vector of scales a row.
-    scales: Vec<Vec<f32>>,
-    loss: f64,
-}
-
 /// Quantises `weight` `[out, in]` given the factored Hessian of its inputs.
 ///
 /// # Errors
 /// [`Error::NotFinite`] for NaN or infinite weights, [`Error::ScaleRange`] for a scale beyond fp16.
-pub fn solve(
-    device: &Device,
-    weight: &Tensor,
-    factored: &Factored,
-    spec: &QuantSpec,
-) -> Result<Quantised> {
+pub fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
     spec.validate()?;
-    let w = weight.as_host();
-    let (out_features, in_features) = w.dim();
-    let starts: Vec<usize> = (0..out_features).step_by(ROWS_PER_TASK).collect();
-    let bands: Vec<Band> = starts
-        .into_par_iter()
-        .map(|start| {
-            let end = (start + ROWS_PER_TASK).min(out_features);
-            solve_band(w.slice(s![start..end, ..]), factored, spec)
-        })
-        .collect();
-
-    let group = spec.group_columns(in_features);
-    let groups = in_features.div_ceil(group);
-    let mut codes = vec![0_u8; out_features * in_features];
-    let mut values = vec![0.0_f32; out_features * in_features];
-    let band_len = ROWS_PER_TASK * in_features;
-    codes
-        .par_chunks_mut(band_len)
-        .zip(values.par_chunks_mut(band_len))
-        .zip(&bands)
-        .for_each(|((codes, values), band)| unpermute(band, &factored.order, codes, values));
-    if values.par_iter().any(|v| !v.is_finite()) {
-        return Err(Error::NotFinite { what: "The weight" });
+    if weight.is_host() {
+        host::solve(weight, factored, spec)
+    } else {
+        gpu::solve(weight, factored, spec)
     }
-    let scales: Vec<Vec<f32>> = bands.iter().flat_map(|b| b.scales.iter().cloned()).collect();
-    let mut g_idx = vec![0; in_features];
-    for (j, &column) in factored.order.iter().enumerate() {
+}
+
+/// Group of each column, where groups are consecutive columns in solve order.
+pub(crate) fn group_index(order: &[u32], group: usize) -> Vec<u32> {
+    let mut g_idx = vec![0; order.len()];
+    for (j, &column) in order.iter().enumerate() {
         g_idx[column as usize] = (j / group) as u32;
     }
-    let loss = bands.iter().map(|b| b.loss).sum();
-    #[expect(clippy::expect_used, reason = "out × in values were allocated above")]
-    let values = Array2::from_shape_vec((out_features, in_features), values).expect("out × in");
-    Ok(Quantised {
-        codes,
-        scales: stored_scales(&scales, groups)?,
-        groups,
-        g_idx,
-        weight: device.upload_f32(values)?,
-        loss: Some(loss),
-    })
+    g_idx
 }
 
-/// Scales `[rows][groups]` as the file's fp16 `[groups, rows]`.
-pub(crate) fn stored_scales(scales: &[Vec<f32>], groups: usize) -> Result<Vec<f16>> {
-    let rows = scales.len();
-    let mut stored = vec![f16::ZERO; groups * rows];
-    for (row, scales) in scales.iter().enumerate() {
-        for (group, &scale) in scales.iter().enumerate() {
-            let half = f16::from_f32(scale);
-            if !half.is_finite() {
-                return Err(Error::ScaleRange { scale, row, group });
-            }
-            stored[group * rows + row] = half;
-        }
-    }
-    Ok(stored)
-}
-
-/// Puts a band's columns back into the weights' order; values rounded to fp16, the type in which
-/// AutoGPTQ keeps the layer while it calibrates the next ones.
-fn unpermute(band: &Band, order: &[u32], codes: &mut [u8], values: &mut [f32]) {
-    let n = order.len();
-    for row in 0..band.codes.nrows() {
-        for (j, &column) in order.iter().enumerate() {
-            let at = row * n + column as usize;
-            codes[at] = band.codes[[row, j]];
-            values[at] = f16::from_f32(band.values[[row, j]]).to_f32();
-        }
+/// f32 scales `[groups, rows]` as the file's fp16.
+pub(crate) fn stored_scales(scales: &[f32], rows: usize) -> Result<Vec<f16>> {
+    let stored: Vec<f16> = scales.iter().map(|&scale| f16::from_f32(scale)).collect();
+    match stored.iter().position(|half| !half.is_finite()) {
+        None => Ok(stored),
+        Some(at) => Err(Error::ScaleRange { scale: scales[at], row: at % rows, group: at / rows }),
     }
 }
 
-/// Solves a band of rows `[rows, in]`.
-fn solve_band(w: ArrayView2<'_, f32>, factored: &Factored, spec: &QuantSpec) -> Band {
-    let (rows, n) = w.dim();
-    let upper = factored.upper.as_host();
-    let group = spec.group_columns(n);
-    let mut band = Band {
-        weight: Array2::from_shape_fn((rows, n), |(r, j)| {
-            let column = factored.order[j] as usize;
-            if factored.dead[column] { 0.0 } else { w[[r, column]] }
-        }),
-        codes: Array2::zeros((rows, n)),
-        values: Array2::zeros((rows, n)),
-        scales: vec![Vec::with_capacity(n.div_ceil(group)); rows],
-        loss: 0.0,
-    };
-    if spec.group_size.is_none() {
-        // One scale for the row, from the weights as they were before dead columns were zeroed.
-        for (scales, row) in band.scales.iter_mut().zip(w.rows()) {
-            scales.push(absmax_scale(&row.to_vec(), spec.max_code()));
-        }
-    }
-    let mut errors = Array2::<f32>::zeros((rows, BLOCK));
-    for start in (0..n).step_by(BLOCK) {
-        let end = (start + BLOCK).min(n);
-        let mut errors = errors.slice_mut(s![.., ..end - start]);
-        solve_block(&mut band, upper, start..end, group, spec, &mut errors);
-        let mut rest = band.weight.slice_mut(s![.., end..]);
-        general_mat_mul(-1.0, &errors, &upper.slice(s![start..end, end..]), 1.0, &mut rest);
-    }
-    band
-}
-
-/// Solves the columns of one block for every row of the band; leaves their scaled errors in
-/// `errors` `[rows, columns]` and the band's own weights untouched, since group scales inside the
-/// block are read from them.
-fn solve_block(
-    band: &mut Band,
-    upper: &Array2<f32>,
-    columns: std::ops::Range<usize>,
-    group: usize,
-    spec: &QuantSpec,
-    errors: &mut ArrayViewMut2<'_, f32>,
-) {
-    let (zero, max_code) = (f32::from(spec.zero()), spec.max_code());
-    let n = band.weight.ncols();
-    let mut current = vec![0.0_f32; columns.len()];
-    for (r, mut errors) in errors.axis_iter_mut(Axis(0)).enumerate() {
-        let outer = band.weight.row(r);
-        let Some(outer) = outer.as_slice() else { return };
-        current.copy_from_slice(&outer[columns.clone()]);
-        for (i, j) in columns.clone().enumerate() {
-            if spec.group_size.is_some() && j.is_multiple_of(group) {
-                let members = &outer[j..(j + group).min(n)];
-                band.scales[r].push(absmax_scale(members, max_code));
-            }
-            let scale = band.scales[r][j / group];
-            let w = current[i];
-            let q = code(w, scale, zero, max_code);
-            let value = scale * (q - zero);
-            let row = upper.row(j);
-            let Some(row) = row.as_slice() else { return };
-            let error = (w - value) / row[j];
-            for (c, u) in current[i..].iter_mut().zip(&row[j..columns.end]) {
-                *c -= error * u;
-            }
-            band.codes[[r, j]] = q as u8;
-            band.values[[r, j]] = value;
-            errors[i] = error;
-            band.loss += f64::from(error) * f64::from(error);
-        }
-    }
+/// Scales `[rows][groups]`, as rows were solved, in the file's order `[groups, rows]`.
+pub(crate) fn by_group(scales: &[Vec<f32>], groups: usize) -> Vec<f32> {
+    (0..groups).flat_map(|group| scales.iter().map(move |row| row[group])).collect()
 }

@@ -1,0 +1,104 @@
+//! What the GPU tests share: the device, random values and comparisons.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+
+use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use gptq_compute::cuda::probe;
+use gptq_compute::{Device, FloatType, Tensor};
+use half::{bf16, f16};
+use ndarray::Array2;
+
+/// The first card; without one, the reason is printed and the test should return. An installation
+/// that has a card but cannot use it fails, as does any when `GPTQ_REQUIRE_GPU=1`.
+pub fn gpu() -> Option<Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| {
+        let found = probe();
+        if found.cards.iter().any(|card| card.supported) {
+            return Some(Device::best().unwrap());
+        }
+        let required = std::env::var("GPTQ_REQUIRE_GPU").is_ok_and(|v| v == "1");
+        assert!(!required, "no GPU of compute capability 8.0 or newer: {found:?}");
+        None
+    });
+    if device.is_none() {
+        println!("skipped: no GPU of compute capability 8.0 or newer was found");
+    }
+    device.clone()
+}
+
+/// A small generator (`SplitMix64`), seeded by the clock; the seed is printed.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let seed = now.as_nanos() as u64;
+        println!("seed {seed}");
+        Self(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// Roughly normal values of this standard deviation, each exact in fp16.
+    pub fn halves(&mut self, rows: usize, cols: usize, deviation: f32) -> Array2<f32> {
+        Array2::from_shape_simple_fn((rows, cols), || {
+            // The sum of four uniform values has a third of a unit's variance.
+            let bits = self.next();
+            let sum: f32 = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65536.0).sum();
+            f16::from_f32((sum - 2.0) * 1.732 * deviation).to_f32()
+        })
+    }
+}
+
+pub fn round_to_half(values: &Array2<f32>) -> Array2<f32> {
+    values.mapv(|v| f16::from_f32(v).to_f32())
+}
+
+/// The bytes of a file that holds `values` as `dtype`.
+pub fn bytes_of(values: &Array2<f32>, dtype: FloatType) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(values.len() * dtype.size());
+    for &v in values {
+        match dtype {
+            FloatType::F32 => bytes.extend(v.to_le_bytes()),
+            FloatType::F16 => bytes.extend(f16::from_f32(v).to_le_bytes()),
+            FloatType::BF16 => bytes.extend(bf16::from_f32(v).to_le_bytes()),
+        }
+    }
+    bytes
+}
+
+/// Compares with the CPU's result: the root of the summed squared error, and a fifth of the largest
+/// error, both relative to the result, must stay within `tolerance`. Prints which fraction they take.
+#[track_caller]
+pub fn check(what: &str, got: &Tensor, want: &Array2<f32>, tolerance: f64) {
+    let got = got.to_host().unwrap();
+    assert_eq!(got.dim(), want.dim(), "{what}");
+    let (mut error, mut norm, mut worst, mut largest) = (0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64);
+    for (&a, &b) in got.iter().zip(want) {
+        let (a, b) = (f64::from(a), f64::from(b));
+        assert!(a.is_finite(), "{what}: {a} for {b}");
+        error += (a - b) * (a - b);
+        norm += b * b;
+        worst = worst.max((a - b).abs());
+        largest = largest.max(b.abs());
+    }
+    let relative = if error == 0.0 { 0.0 } else { (error / norm).sqrt() };
+    let peak = if worst == 0.0 { 0.0 } else { worst / largest / 5.0 };
+    let fraction = relative.max(peak) / tolerance;
+    println!("{what}: {fraction:.3} of its tolerance (error {relative:.2e}, worst {worst:.2e})");
+    assert!(fraction < 1.0, "{what}: error {relative:e}, worst {worst:e} of {largest:e}");
+}
