@@ -1,8 +1,8 @@
 //! JSON text as Python's `json.dumps(indent=2)` writes it.
 //!
 //! Published checkpoints were written by Python, and our files should equal them byte for byte.
-//! serde_json's pretty printer agrees with it in everything but floats: Python writes `1e-05`
-//! where Rust writes `1e-5`, and switches to exponents at other magnitudes.
+//! The pretty printer of `serde_json` agrees with it in everything but floats: Python writes
+//! `1e-05` where Rust writes `1e-5`, and switches to exponents at other magnitudes.
 
 use std::io::{self, Write};
 

@@ -1,7 +1,7 @@
-//! quantize_config.json and config.json's `quantization_config`: what a loader needs to know.
+//! `quantize_config.json` and config.json's `quantization_config`: what a loader needs to know.
 //!
 //! The text has two readers that set its limits. AutoGPTQ up to 0.4 hands every key of
-//! quantize_config.json to a constructor and dies on one that it does not know, so nothing beyond
+//! `quantize_config.json` to a constructor and dies on one that it does not know, so nothing beyond
 //! its own keys may appear there; transformers reads config.json and requires `quant_method`.
 
 use std::path::Path;
@@ -27,7 +27,7 @@ pub enum CheckpointFormat {
 pub struct QuantizeConfig {
     /// Code width.
     pub bits: Bits,
-    /// Columns of a group; `None` is -1 in the file: all of in_features.
+    /// Columns of a group; `None` is -1 in the file: all of `in_features`.
     pub group_size: Option<usize>,
     /// Damp as a fraction of the Hessian's mean diagonal.
     pub damp_percent: f64,
@@ -59,7 +59,7 @@ impl QuantizeConfig {
         }
     }
 
-    /// Parses the text of a quantize_config.json, or a `quantization_config`; `file` is for
+    /// Parses the text of a `quantize_config.json`, or a `quantization_config`; `file` is for
     /// messages.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl QuantizeConfig {
         Self::from_map(&map, file)
     }
 
-    /// Reads quantize_config.json, or else `quantization_config` of the config; `None` for a dense
+    /// Reads `quantize_config.json`, or else `quantization_config` of the config; `None` for a dense
     /// checkpoint.
     pub(crate) fn load(dir: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
         let file = dir.join(FILE);
@@ -130,12 +130,12 @@ impl QuantizeConfig {
         self.model_file_base_name.clone().unwrap_or_else(scheme)
     }
 
-    /// The group size as files say it: -1 for all of in_features.
+    /// The group size as files say it: -1 for all of `in_features`.
     pub(crate) fn stored_group_size(&self) -> i64 {
         self.group_size.map_or(-1, |size| size as i64)
     }
 
-    /// Text of quantize_config.json: indent 2, no newline at the end.
+    /// Text of `quantize_config.json`: indent 2, no newline at the end.
     ///
     /// # Errors
     /// [`Error::Json`] if the text cannot be made.

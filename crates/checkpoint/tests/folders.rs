@@ -1,5 +1,7 @@
 //! Whole folders through the public API: written, opened again, damaged, refused.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking, as tests do")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -299,6 +301,9 @@ fn the_config_may_be_replaced() {
     assert!(fs::read_to_string(out.join("config.json")).unwrap().contains("\"float16\""));
 }
 
+/// Damage done to a folder.
+type Change = Box<dyn Fn(&Path)>;
+
 /// Changes a written folder and says how opening it, or reading a linear of it, fails.
 fn damage(change: impl Fn(&Path)) -> Error {
     let folder = source(false);
@@ -325,8 +330,8 @@ fn edit(path: &Path, from: &str, to: &str) {
 
 /// The first shard: it holds the embedding and the start of block 0.
 fn first_shard(dir: &Path) -> PathBuf {
-    let found = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
-    found.filter(|p| p.to_string_lossy().contains("model-00001-of-")).next().unwrap()
+    let mut found = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    found.find(|p| p.to_string_lossy().contains("model-00001-of-")).unwrap()
 }
 
 /// Bytes of a tensor in its shard, changed in place.
@@ -354,7 +359,7 @@ fn overwrite(dir: &Path, tensor: &str, bytes: &[u8]) {
 fn damaged_folders_say_which_file_and_tensor() {
     let q = "model.layers.0.self_attn.q_proj";
     let index = |dir: &Path| dir.join("model.safetensors.index.json");
-    let cases: Vec<(Box<dyn Fn(&Path)>, &[&str])> = vec![
+    let cases: Vec<(Change, &[&str])> = vec![
         (Box::new(|d| fs::remove_file(first_shard(d)).unwrap()), &["model-00001-of", "missing"]),
         (
             Box::new(|d| {
@@ -400,7 +405,7 @@ fn damaged_folders_say_which_file_and_tensor() {
         ),
         (
             Box::new(|d| {
-                edit(&d.join("config.json"), "\"hidden_size\": 64", "\"hidden_size\": 128")
+                edit(&d.join("config.json"), "\"hidden_size\": 64", "\"hidden_size\": 128");
             }),
             &["q_proj.", "[2, 64]", "[4, 128]"],
         ),

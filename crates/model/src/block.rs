@@ -60,36 +60,58 @@ impl Stage {
 /// A decoder block on a device.
 #[derive(Debug)]
 pub struct Block {
-    pub(crate) index: usize,
-    /// Indexed by [`LinearId`]; each `[out_features, in_features]`.
-    pub(crate) linears: [Tensor; 7],
-    pub(crate) input_norm: Vec<f32>,
-    pub(crate) post_attention_norm: Vec<f32>,
-    pub(crate) norm_eps: f32,
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    pub(crate) head_dim: usize,
+    parts: BlockParts,
+}
+
+/// What a block is made of.
+#[derive(Debug)]
+pub struct BlockParts {
+    /// Position in the model, from 0.
+    pub index: usize,
+    /// The seven weights `[out_features, in_features]`, in the order of [`LinearId::ALL`].
+    pub linears: Vec<Tensor>,
+    /// Gain of the norm before attention.
+    pub input_norm: Vec<f32>,
+    /// Gain of the norm before the MLP.
+    pub post_attention_norm: Vec<f32>,
+    /// Added to mean squares in norms.
+    pub norm_eps: f32,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
 }
 
 impl Block {
+    /// A block of these parts.
+    ///
+    /// # Panics
+    /// When there are not seven linears.
+    pub fn new(parts: BlockParts) -> Self {
+        assert_eq!(parts.linears.len(), LinearId::ALL.len(), "linears of a block");
+        Self { parts }
+    }
+
     /// Position in the model, from 0.
     pub fn index(&self) -> usize {
-        self.index
+        self.parts.index
     }
 
     /// Weights of a linear `[out_features, in_features]`.
     pub fn linear(&self, id: LinearId) -> &Tensor {
-        &self.linears[id as usize]
+        &self.parts.linears[id as usize]
     }
 
     /// Replaces a linear's weights, by what its quantised form dequantises to.
     pub fn set_linear(&mut self, id: LinearId, weight: Tensor) {
-        self.linears[id as usize] = weight;
+        self.parts.linears[id as usize] = weight;
     }
 
     /// Inputs of q, k, v: the normed hidden states `[tokens, hidden]`.
     pub fn attention_input(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
-        Ok(device.rms_norm(hidden, &self.input_norm, self.norm_eps)?)
+        Ok(device.rms_norm(hidden, &self.parts.input_norm, self.parts.norm_eps)?)
     }
 
     /// Input of o from the inputs of q, k, v: projections, rotary embedding, causal attention.
@@ -105,7 +127,8 @@ impl Block {
         let v = device.linear(input, self.linear(LinearId::V))?;
         device.rope(&mut q, rope, seq_len)?;
         device.rope(&mut k, rope, seq_len)?;
-        let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
+        let (heads, kv_heads, head_dim) =
+            (self.parts.heads, self.parts.kv_heads, self.parts.head_dim);
         let shape = AttentionShape { heads, kv_heads, head_dim, seq_len };
         Ok(device.attention(&q, &k, &v, shape)?)
     }
@@ -122,7 +145,7 @@ impl Block {
 
     /// Inputs of gate and up: the hidden states after attention, normed.
     pub fn mlp_input(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
-        Ok(device.rms_norm(hidden, &self.post_attention_norm, self.norm_eps)?)
+        Ok(device.rms_norm(hidden, &self.parts.post_attention_norm, self.parts.norm_eps)?)
     }
 
     /// Input of down: silu(gate(input)) · up(input), `[tokens, intermediate]`.

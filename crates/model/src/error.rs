@@ -28,4 +28,12 @@ pub enum Error {
         /// The tensor's name.
         tensor: String,
     },
+    /// A weight that is not finite in fp16.
+    #[error("Tensor `{tensor}`: {source}")]
+    Overflow {
+        /// The tensor's name.
+        tensor: String,
+        /// What the device found.
+        source: gptq_compute::Error,
+    },
 }

@@ -10,6 +10,6 @@ mod error;
 mod model;
 mod values;
 
-pub use block::{Block, LinearId, Stage};
+pub use block::{Block, BlockParts, LinearId, Stage};
 pub use error::{Error, Result};
 pub use model::{Head, Model, SourcePrecision};

@@ -1,9 +1,10 @@
 //! A checkpoint as a model: embeddings, blocks one at a time, final norm and head.
 
-use gptq_checkpoint::{Checkpoint, LinearShape, ModelConfig};
+use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig};
+use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, RopeTable, Tensor};
 
-use crate::block::Block;
+use crate::block::{Block, BlockParts};
 use crate::error::{Error, Result};
 use crate::values::Values;
 
@@ -113,10 +114,8 @@ impl<'a> Model<'a> {
         for shape in &shapes {
             linears.push(self.load_linear(&format!("{prefix}.{}", shape.name), shape)?);
         }
-        #[expect(clippy::expect_used, reason = "block_linears has seven entries")]
-        let linears = <[Tensor; 7]>::try_from(linears).expect("seven linears");
         let norm = |name: &str| self.vector(&format!("{prefix}.{name}.weight"));
-        Ok(Block {
+        Ok(Block::new(BlockParts {
             index,
             linears,
             input_norm: norm("input_layernorm")?,
@@ -125,7 +124,7 @@ impl<'a> Model<'a> {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
-        })
+        }))
     }
 
     /// Loads the final norm and the head (the embeddings, where they are tied).
@@ -143,20 +142,61 @@ impl<'a> Model<'a> {
     fn load_linear(&self, name: &str, shape: &LinearShape) -> Result<Tensor> {
         let (rows, cols) = (shape.out_features, shape.in_features);
         if self.checkpoint.has_gptq_linear(name) {
-            let values = self.checkpoint.gptq_linear(name, shape)?.dequantise();
-            let bytes = bytemuck::cast_slice(&values);
-            let matrix = HostMatrix::new(bytes, FloatType::F32, rows, cols);
-            return Ok(self.device.upload(matrix)?);
+            let linear = self.checkpoint.gptq_linear(name, shape)?;
+            for leaf in ["qweight", "qzeros", "scales", "g_idx"] {
+                self.checkpoint.release(&format!("{name}.{leaf}"));
+            }
+            return self.dequantise(&linear);
         }
         self.matrix(&format!("{name}.weight"), rows, cols)
+    }
+
+    /// What a quantised linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.
+    fn dequantise(&self, linear: &GptqLinear) -> Result<Tensor> {
+        let (rows, cols) = (linear.out_features, linear.in_features);
+        match &self.device {
+            Device::Cpu => {
+                let values = linear.dequantise();
+                let bytes = bytemuck::cast_slice(&values);
+                Ok(self.device.upload(HostMatrix::new(bytes, FloatType::F32, rows, cols))?)
+            }
+            Device::Cuda(cuda) => {
+                let packed = PackedLinear {
+                    bits: linear.bits.get(),
+                    rows,
+                    cols,
+                    qweight: &linear.qweight,
+                    qzeros: &linear.qzeros,
+                    scales: &linear.scales,
+                    g_idx: bytemuck::cast_slice(&linear.g_idx),
+                    zero_offset: 1,
+                };
+                Ok(dequantise(cuda, &packed)?)
+            }
+        }
     }
 
     /// Brings a dense weight `[rows, cols]` to the device and gives its pages back.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
         let tensor = self.checkpoint.tensor_shaped(name, &[rows, cols])?;
-        tensor.check_finite()?;
-        let values = Values::read(&tensor, self.precision)?;
-        let matrix = self.device.upload(values.matrix(rows, cols))?;
+        let matrix = match &self.device {
+            Device::Cpu => {
+                tensor.check_finite()?;
+                let values = Values::read(&tensor, self.precision)?;
+                self.device.upload(values.matrix(rows, cols))?
+            }
+            // A GPU's weights are fp16 whatever the precision; it rounds, and looks for values
+            // that are not finite afterwards, on its own.
+            Device::Cuda(_) => {
+                let values = Values::read(&tensor, SourcePrecision::Stored)?;
+                self.device.upload(values.matrix(rows, cols)).map_err(|source| match source {
+                    gptq_compute::Error::HalfOverflow { .. } => {
+                        Error::Overflow { tensor: name.to_owned(), source }
+                    }
+                    other => Error::Compute(other),
+                })?
+            }
+        };
         self.checkpoint.release(name);
         Ok(matrix)
     }

@@ -1,35 +1,45 @@
-//! Synthetic measurements of the operations that a run spends its time in.
+//! Synthetic measurements: matrix products, and a whole block calibrated as a run would.
 //!
-//! Random data, one warm-up, the median of several runs. On the CPU the yardstick of a matrix
-//! product is matrixmultiply alone: one thread's rate on the same shape, times the threads.
+//! Random data, warm-ups, medians. A matrix product on the CPU is held against matrixmultiply alone:
+//! one thread's rate on the same shape, times the threads. Stages of a block on a GPU are held
+//! against what one H100 80GB reaches on the stage's operations (see [`floor_rate`]).
 
 use std::time::Instant;
 
-use gptq_compute::{Device, Tensor};
-use gptq_quant::{QuantSpec, Recipe, factor, solve};
+use gptq_compute::{Device, FloatType, HostMatrix, RopeTable};
+use gptq_model::{Block, BlockParts, LinearId};
+use gptq_quant::{QuantSpec, Recipe};
+use half::f16;
 use ndarray::Array2;
+use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
-use crate::python_random::PythonRandom;
+use crate::calibrate::{Calibrator, StageSeconds};
+use crate::error::Result;
+use crate::memory::Parking;
+use crate::stash::Stash;
+use crate::states::{States, chunk_tokens};
 
 /// Runs of each measurement; the median is reported.
-const RUNS: usize = 5;
+const RUNS: usize = 3;
 
 /// Shapes of a named model's block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Width {
-    name: &'static str,
+    /// The name on the command line.
+    pub name: &'static str,
     hidden: usize,
     intermediate: usize,
+    heads: usize,
+    kv_heads: usize,
 }
 
 const WIDTHS: [Width; 5] = [
-    Width { name: "tiny", hidden: 256, intermediate: 768 },
-    Width { name: "smollm2", hidden: 576, intermediate: 1536 },
-    Width { name: "7b", hidden: 4096, intermediate: 11008 },
-    Width { name: "13b", hidden: 5120, intermediate: 13824 },
-    Width { name: "70b", hidden: 8192, intermediate: 28672 },
+    Width { name: "tiny", hidden: 256, intermediate: 768, heads: 4, kv_heads: 2 },
+    Width { name: "smollm2", hidden: 576, intermediate: 1536, heads: 9, kv_heads: 3 },
+    Width { name: "7b", hidden: 4096, intermediate: 11008, heads: 32, kv_heads: 32 },
+    Width { name: "13b", hidden: 5120, intermediate: 13824, heads: 40, kv_heads: 40 },
+    Width { name: "70b", hidden: 8192, intermediate: 28672, heads: 64, kv_heads: 8 },
 ];
 
 impl std::str::FromStr for Width {
@@ -40,6 +50,23 @@ impl std::str::FromStr for Width {
             let names: Vec<&str> = WIDTHS.iter().map(|w| w.name).collect();
             format!("use one of {}", names.join(", "))
         })
+    }
+}
+
+impl Width {
+    fn head_dim(self) -> usize {
+        self.hidden / self.heads
+    }
+
+    /// Rows and columns of a linear.
+    fn linear(self, id: LinearId) -> (usize, usize) {
+        let (h, i, kv) = (self.hidden, self.intermediate, self.kv_heads * self.head_dim());
+        match id {
+            LinearId::Q | LinearId::O => (h, h),
+            LinearId::K | LinearId::V => (kv, h),
+            LinearId::Gate | LinearId::Up => (i, h),
+            LinearId::Down => (h, i),
+        }
     }
 }
 
@@ -54,67 +81,82 @@ pub struct Measurement {
     pub seconds: f64,
     /// Operations counted, one multiply-add being two.
     pub operations: f64,
-    /// Operations a second of the yardstick, where there is one.
-    pub yardstick: Option<f64>,
+    /// Operations a second.
+    pub rate: f64,
+    /// The rate over the yardstick's, where there is one.
+    pub fraction: Option<f64>,
 }
 
 impl Measurement {
-    /// Operations a second.
-    pub fn rate(&self) -> f64 {
-        self.operations / self.seconds
-    }
-
-    /// Rate over the yardstick's.
-    pub fn fraction(&self) -> Option<f64> {
-        self.yardstick.map(|y| self.rate() / y)
+    fn new(
+        operation: &str,
+        shape: String,
+        seconds: f64,
+        operations: f64,
+        yardstick: Option<f64>,
+    ) -> Self {
+        let rate = operations / seconds;
+        let fraction = yardstick.map(|y| rate / y);
+        Self { operation: operation.to_owned(), shape, seconds, operations, rate, fraction }
     }
 }
 
-/// Measures every stage of a block of this width with `tokens` rows of activations.
-pub fn bench(device: &Device, width: Width, tokens: usize) -> Result<Vec<Measurement>> {
-    let (h, i) = (width.hidden, width.intermediate);
+/// A block calibrated on synthetic data.
+#[derive(Clone, Debug, Serialize)]
+pub struct BlockBench {
+    /// Shape of the block.
+    pub width: Width,
+    /// Windows and tokens of each.
+    pub windows: usize,
+    /// Tokens of a window.
+    pub seq_len: usize,
+    /// What waited in host memory.
+    pub parking: Parking,
+    /// Median wall-clock seconds of a block.
+    pub seconds: f64,
+    /// Peak of device memory in bytes; `null` on the CPU.
+    pub peak_device_bytes: Option<usize>,
+    /// The stages of the median run.
+    pub stages: Vec<Measurement>,
+}
+
+/// Products of the block's three shapes on the CPU, against matrixmultiply alone.
+pub fn bench_products(width: Width, tokens: usize) -> Result<Vec<Measurement>> {
+    let device = Device::Cpu;
     let mut all = Vec::new();
-    for (name, n, m) in [("linear (q)", h, h), ("linear (gate)", h, i), ("linear (down)", i, h)] {
-        all.push(linear(device, name, tokens, n, m)?);
+    for (name, id) in [("q", LinearId::Q), ("gate", LinearId::Gate), ("down", LinearId::Down)] {
+        let (rows, cols) = width.linear(id);
+        let (x, w) = (uniform(tokens, cols, 1), uniform(rows, cols, 2));
+        let operations = 2.0 * tokens as f64 * cols as f64 * rows as f64;
+        let alone = median(|| {
+            std::hint::black_box(x.dot(&w.t()));
+            Ok(())
+        })?;
+        let (x, w) = (device.upload_f32(x)?, device.upload_f32(w)?);
+        let seconds = median(|| {
+            std::hint::black_box(device.linear(&x, &w)?);
+            Ok(())
+        })?;
+        let yardstick = operations / alone * rayon::current_num_threads() as f64;
+        let shape = format!("{tokens}×{cols}×{rows}");
+        all.push(Measurement::new(
+            &format!("linear ({name})"),
+            shape,
+            seconds,
+            operations,
+            Some(yardstick),
+        ));
     }
-    for n in [h, i] {
-        let x = device.upload_f32(random(tokens, n))?;
-        let mut gram = device.gram(n)?;
-        let seconds = median(|| Ok(device.gram_add(&mut gram, &x)?))?;
-        let operations = tokens as f64 * (n * n) as f64;
-        all.push(measurement("gram (triangle)", format!("{tokens}×{n}"), seconds, operations));
-    }
-    solver(device, h, h, &mut all)?;
     Ok(all)
 }
 
-fn linear(
+/// Calibrates a synthetic block: 4 bits, group size 128, act-order, recipe `autogptq`.
+pub fn bench_block(
     device: &Device,
-    name: &str,
-    tokens: usize,
-    in_features: usize,
-    out_features: usize,
-) -> Result<Measurement> {
-    let (x, w) = (random(tokens, in_features), random(out_features, in_features));
-    let operations = 2.0 * tokens as f64 * in_features as f64 * out_features as f64;
-    let alone = median(|| {
-        std::hint::black_box(x.dot(&w.t()));
-        Ok(())
-    })?;
-    let (x, w) = (device.upload_f32(x)?, device.upload_f32(w)?);
-    let seconds = median(|| {
-        std::hint::black_box(device.linear(&x, &w)?);
-        Ok(())
-    })?;
-    let shape = format!("{tokens}×{in_features}×{out_features}");
-    let threads = rayon::current_num_threads() as f64;
-    Ok(Measurement {
-        yardstick: Some(operations / alone * threads),
-        ..measurement(name, shape, seconds, operations)
-    })
-}
-
-fn solver(device: &Device, n: usize, rows: usize, all: &mut Vec<Measurement>) -> Result<()> {
+    width: Width,
+    (windows, seq_len): (usize, usize),
+    parking: Parking,
+) -> Result<BlockBench> {
     let spec = QuantSpec {
         bits: 4,
         group_size: Some(128),
@@ -122,29 +164,127 @@ fn solver(device: &Device, n: usize, rows: usize, all: &mut Vec<Measurement>) ->
         damp: 0.01,
         recipe: Recipe::AutoGptq,
     };
-    let mut gram = device.gram(n)?;
-    device.gram_add(&mut gram, &device.upload_f32(random(2 * n, n))?)?;
-    let failed = |source| Error::Solve { linear: "benchmark".to_owned(), source };
-    let mut factored = None;
-    let seconds = median(|| {
-        factored = Some(factor(device, &gram, 1.0, &spec).map_err(failed)?);
-        Ok(())
-    })?;
-    let cube = (n * n * n) as f64;
-    all.push(measurement("factor (f64)", format!("{n}×{n}"), seconds, 2.0 / 3.0 * cube));
-    let Some(factored) = factored else { return Ok(()) };
-    let weight: Tensor = device.upload_f32(random(rows, n))?;
-    let seconds = median(|| {
-        std::hint::black_box(solve(device, &weight, &factored, &spec).map_err(failed)?);
-        Ok(())
-    })?;
-    let operations = rows as f64 * (n * n) as f64;
-    all.push(measurement("solve (4-bit 128g)", format!("{rows}×{n}"), seconds, operations));
-    Ok(())
+    let rope = RopeTable::new(10_000.0, width.head_dim(), seq_len);
+    let calibrator = Calibrator {
+        device,
+        rope: &rope,
+        spec: &spec,
+        windows,
+        parking,
+        name: &|_, id| format!("{id:?}"),
+    };
+    let mut runs: Vec<(f64, StageSeconds)> = Vec::new();
+    // The first run compiles, allocates and fills caches.
+    for run in 0..=RUNS {
+        let mut block = synthetic_block(device, width)?;
+        let mut states = synthetic_states(device, width, (windows, seq_len), parking)?;
+        device.synchronize("preparing the benchmark")?;
+        let start = Instant::now();
+        let done = calibrator.block(&mut block, &mut states, &mut |_, stored| {
+            std::hint::black_box(stored);
+            Ok(())
+        })?;
+        device.synchronize("the benchmark")?;
+        if run > 0 {
+            runs.push((start.elapsed().as_secs_f64(), done.stages));
+        }
+    }
+    runs.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (seconds, stages) = runs.swap_remove(RUNS / 2);
+    let gpu = matches!(device, Device::Cuda(_));
+    let stages = stages
+        .into_iter()
+        .map(|(name, seconds)| {
+            let operations = stage_operations(name, width, windows, seq_len);
+            let floor = if gpu { floor_rate(name) } else { None };
+            Measurement::new(name, String::new(), seconds, operations, floor)
+        })
+        .collect();
+    Ok(BlockBench {
+        width,
+        windows,
+        seq_len,
+        parking,
+        seconds,
+        peak_device_bytes: device.memory()?.map(|m| m.peak),
+        stages,
+    })
 }
 
-fn measurement(operation: &str, shape: String, seconds: f64, operations: f64) -> Measurement {
-    Measurement { operation: operation.to_owned(), shape, seconds, operations, yardstick: None }
+/// Operations of a stage over a block.
+fn stage_operations(stage: &str, width: Width, windows: usize, seq_len: usize) -> f64 {
+    let tokens = (windows * seq_len) as f64;
+    let inputs = [width.hidden, width.hidden, width.hidden, width.intermediate].map(|n| n as f64);
+    let all = LinearId::ALL.map(|id| width.linear(id));
+    match stage {
+        // Causal attention: half of the scores' square, and as much again for the contexts.
+        "forward" => {
+            let attention = 2.0 * tokens * seq_len as f64 * width.hidden as f64;
+            attention + all.iter().map(|(r, c)| 2.0 * tokens * (r * c) as f64).sum::<f64>()
+        }
+        "gram" => inputs.iter().map(|n| tokens * n * n).sum(),
+        "factor" => inputs.iter().map(|n| 2.0 / 3.0 * n * n * n).sum(),
+        "solve" => all.iter().map(|(r, c)| (r * c * c) as f64).sum(),
+        _ => 0.0,
+    }
+}
+
+/// Operations a second that one H100 80GB (SXM, CUDA 13.0) was measured to reach: cuBLAS fp16
+/// products and causal attention in the proportion of a 70B block; triangular Grams by fp16
+/// products; cuSOLVER's potrf and a triangular inverse at its rate; fp32 trailing updates, with
+/// 0.15 s a block for the columns inside blocks of 128.
+fn floor_rate(stage: &str) -> Option<f64> {
+    match stage {
+        "forward" => Some(0.935e15 / 1.26),
+        "gram" => Some(0.54e15 / 0.78),
+        "factor" => Some(16.8e12 / 0.45),
+        "solve" => Some(12.0e12 / 0.38),
+        _ => None,
+    }
+}
+
+fn synthetic_block(device: &Device, width: Width) -> Result<Block> {
+    let mut linears = Vec::with_capacity(LinearId::ALL.len());
+    for (seed, id) in LinearId::ALL.into_iter().enumerate() {
+        let (rows, cols) = width.linear(id);
+        // Outputs keep the size of inputs: standard deviation 1/√in.
+        let values = halves(rows, cols, seed as u64, (3.0 / cols as f32).sqrt());
+        let bytes = bytemuck::cast_slice(&values);
+        linears.push(device.upload(HostMatrix::new(bytes, FloatType::F16, rows, cols))?);
+    }
+    Ok(Block::new(BlockParts {
+        index: 0,
+        linears,
+        input_norm: vec![1.0; width.hidden],
+        post_attention_norm: vec![1.0; width.hidden],
+        norm_eps: 1e-5,
+        heads: width.heads,
+        kv_heads: width.kv_heads,
+        head_dim: width.head_dim(),
+    }))
+}
+
+/// Hidden states as random rows of a random table, as embeddings are.
+fn synthetic_states(
+    device: &Device,
+    width: Width,
+    (windows, seq_len): (usize, usize),
+    parking: Parking,
+) -> Result<States> {
+    const ROWS: usize = 1024;
+    let values = halves(ROWS, width.hidden, 99, 1.0);
+    let table = HostMatrix::new(bytemuck::cast_slice(&values), FloatType::F16, ROWS, width.hidden);
+    let most = (chunk_tokens(device) / seq_len).max(1);
+    let chunks = windows.div_ceil(most);
+    let mut hidden = Stash::new(device, chunks, parking.hidden());
+    for chunk in 0..chunks {
+        let tokens = most.min(windows - chunk * most) * seq_len;
+        let ids: Vec<u32> = (0..tokens)
+            .map(|t| (mix((chunk * most * seq_len + t) as u64) % ROWS as u64) as u32)
+            .collect();
+        hidden.put(chunk, device.gather_rows(table, &ids)?)?;
+    }
+    Ok(States { hidden, seq_lens: vec![seq_len; chunks] })
 }
 
 /// Median seconds of [`RUNS`] runs after a warm-up.
@@ -160,10 +300,27 @@ fn median(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(seconds[RUNS / 2])
 }
 
-/// Reproducible values in −1..1.
-fn random(rows: usize, cols: usize) -> Array2<f32> {
-    let mut rng = PythonRandom::new((rows * 31 + cols) as u64);
-    Array2::from_shape_simple_fn((rows, cols), || {
-        (rng.up_to(1 << 24) as f64 / f64::from(1 << 23) - 1.0) as f32
-    })
+/// Reproducible bits (the finaliser of SplitMix64).
+fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ (x >> 31)
+}
+
+/// A reproducible value in −1..1.
+fn noise(index: u64) -> f32 {
+    (mix(index) >> 40) as f32 / (1 << 23) as f32 - 1.0
+}
+
+fn uniform(rows: usize, cols: usize, seed: u64) -> Array2<f32> {
+    Array2::from_shape_fn((rows, cols), |(i, j)| noise((seed << 40) + (i * cols + j) as u64))
+}
+
+/// fp16 values in −scale..scale, row-major.
+fn halves(rows: usize, cols: usize, seed: u64, scale: f32) -> Vec<f16> {
+    (0..rows * cols)
+        .into_par_iter()
+        .map(|i| f16::from_f32(noise((seed << 40) + i as u64) * scale))
+        .collect()
 }

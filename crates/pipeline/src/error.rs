@@ -88,4 +88,7 @@ pub enum Error {
         /// Entries of the other model.
         other: usize,
     },
+    /// A thread ended without saying why.
+    #[error("The thread that was {0} the checkpoint ended unexpectedly")]
+    Thread(&'static str),
 }

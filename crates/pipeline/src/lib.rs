@@ -6,18 +6,21 @@
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
 
 pub mod bench;
+mod calibrate;
 pub mod calibration;
 pub mod config;
 pub mod dataset;
 mod error;
 pub mod evaluation;
 pub mod identity;
+pub mod memory;
 pub mod perplexity;
 pub mod plan;
 pub mod progress;
 pub mod protocol;
 pub mod python_random;
 pub mod quantise;
+mod stash;
 mod states;
 pub mod sweep;
 pub mod text_error;

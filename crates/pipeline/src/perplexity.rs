@@ -6,10 +6,11 @@ use gptq_quant::{QuantSpec, round_to_nearest};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::memory::parking;
 use crate::progress::Progress;
 use crate::protocol::EvalWindow;
-use crate::quantise::linear_name;
-use crate::states::{chunk_ranges, embed, forward};
+use crate::quantise::{linear_name, next_block, read_ahead};
+use crate::states::{chunk_ranges, chunk_tokens, embed, forward};
 
 /// Normed final hidden states of every scored position, with the tokens that follow them.
 ///
@@ -66,22 +67,29 @@ fn walk(
     prepare: impl Fn(&mut Block) -> Result<()>,
 ) -> Result<Scored> {
     let tokens: Vec<&[u32]> = windows.iter().map(|w| w.tokens.as_slice()).collect();
-    let mut chunks = embed(model, &tokens)?;
+    let count = windows.iter().map(|w| w.tokens.len()).sum();
+    let parked = parking(model.device(), model.config(), count)?;
+    let mut states = embed(model, &tokens, parked.hidden())?;
     let blocks = model.config().num_hidden_layers;
     progress.begin("perplexity", blocks);
-    for index in 0..blocks {
-        let mut block = model.load_block(index)?;
-        prepare(&mut block)?;
-        forward(model, &block, &mut chunks)?;
-        progress.step();
-    }
+    std::thread::scope(|scope| {
+        let ahead = read_ahead(scope, model);
+        for _ in 0..blocks {
+            let mut block = next_block(&ahead)?;
+            prepare(&mut block)?;
+            forward(model, &block, &mut states)?;
+            progress.step();
+        }
+        Ok::<_, Error>(())
+    })?;
     progress.end();
 
     let head = model.load_head()?;
-    let mut scored = Vec::with_capacity(chunks.len());
-    for (chunk, range) in chunks.into_iter().zip(chunk_ranges(&tokens)) {
+    let ranges = chunk_ranges(&tokens, chunk_tokens(model.device()));
+    let mut scored = Vec::with_capacity(ranges.len());
+    for (chunk, range) in ranges.into_iter().enumerate() {
         let (rows, targets) = scored_rows(&windows[range]);
-        let rows = model.device().select_rows(&chunk.hidden, &rows)?;
+        let rows = model.device().select_rows(&states.hidden.take(chunk)?, &rows)?;
         scored.push((head.norm(model.device(), &rows)?, targets));
     }
     Ok(Scored { chunks: scored, head, windows: windows.len() })

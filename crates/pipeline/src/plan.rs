@@ -7,6 +7,7 @@ use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::memory::{MemoryPlan, plan_cpu, plan_gpu};
 use crate::quantise::quantize_config;
 
 /// Cost of one branch.
@@ -15,7 +16,9 @@ pub struct BranchPlan {
     /// Bytes of all weight files; exact.
     pub file_bytes: u64,
     /// Host memory of a CPU run at its highest point.
-    pub host_bytes: u64,
+    pub cpu_bytes: u64,
+    /// Memory of a run on a GPU of the given size.
+    pub gpu: MemoryPlan,
     /// Arithmetic of the run.
     pub work: Work,
 }
@@ -40,34 +43,25 @@ impl Work {
     }
 }
 
-/// Plans a branch; `metadata` is what the `modern` layout would carry beside its own keys.
+/// Plans a branch; `metadata` is what the `modern` layout would carry beside its own keys,
+/// `gpu_memory` the bytes of the card.
 pub fn plan_branch(
     model: &ModelConfig,
     spec: &QuantSpec,
     layout: Layout,
     metadata: &BTreeMap<String, String>,
     (windows, seq_len): (usize, usize),
+    gpu_memory: u64,
 ) -> Result<BranchPlan> {
     let files = plan_files(model, &quantize_config(spec)?, layout, metadata, None)?;
     let calibrates = spec.recipe.calibrates();
+    let tokens = if calibrates { windows * seq_len } else { 0 };
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
-        host_bytes: host_bytes(model, if calibrates { windows * seq_len } else { 0 }),
+        cpu_bytes: plan_cpu(model, tokens),
+        gpu: plan_gpu(model, tokens, gpu_memory),
         work: if calibrates { work(model, windows, seq_len) } else { Work::default() },
     })
-}
-
-/// Peak of a CPU run: hidden states and one stage's inputs for all tokens, one block's weights, and
-/// the largest linear's Gram, damped Hessian (both f32) and f64 factor.
-fn host_bytes(model: &ModelConfig, tokens: usize) -> u64 {
-    let linears = model.block_linears();
-    let block: usize = linears.iter().map(|l| l.in_features * l.out_features).sum();
-    let widest = linears.iter().map(|l| l.in_features).max().unwrap_or(0);
-    let largest = linears.iter().map(|l| l.in_features * l.out_features).max().unwrap_or(0);
-    let states = tokens * (model.hidden_size + widest);
-    // While a linear is solved: its weights in solve order, the values made, codes (one byte each).
-    let solve = if tokens > 0 { widest * widest } else { 0 };
-    4 * (block + states + 3 * largest) as u64 + 16 * solve as u64
 }
 
 /// Operations of a run over `windows` windows of `seq_len` tokens.

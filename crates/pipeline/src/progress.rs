@@ -23,6 +23,8 @@ pub struct BlockReport {
     pub block: usize,
     /// Wall-clock seconds.
     pub seconds: f64,
+    /// Seconds by stage, as the device counted them; empty for recipes without calibration.
+    pub stages: std::collections::BTreeMap<&'static str, f64>,
     /// Its linears in calibration order.
     pub linears: Vec<LinearReport>,
 }

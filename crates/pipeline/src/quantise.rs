@@ -1,24 +1,31 @@
 //! The main job: every block calibrated, quantised and written, in one walk over the model.
 //!
-//! A block costs one forward pass. Each stage's inputs feed its Gram, the solved weights replace
-//! the dense ones, and the same inputs go through them to become the next stage's: what AutoGPTQ
-//! computes with five forwards a block, with the same mathematics.
+//! Three threads share it: one reads the next block ahead, this one computes, one packs and writes
+//! behind. Channels are bounded, so memory stays at two blocks of weights and a few linears.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
 use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, GptqLinear, Layout, ModelConfig, QuantizeConfig, Written,
+    pack_rows, pack_transposed,
 };
-use gptq_compute::{Device, Tensor};
-use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
-use gptq_quant::{QuantSpec, Quantised, factor, round_to_nearest, solve};
+use gptq_compute::Device;
+use gptq_model::{Block, LinearId, Model, SourcePrecision};
+use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
 
+use crate::calibrate::{Calibrated, Calibrator};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
+use crate::memory::{Parking, parking};
 use crate::progress::{BlockReport, LinearReport, Progress};
-use crate::states::{Chunk, embed};
+use crate::states::{States, embed};
+
+/// Quantised linears that may wait for the writer.
+const WRITE_BEHIND: usize = 4;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
@@ -59,7 +66,7 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
         return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
     }
     let config = quantize_config(&job.spec)?;
-    let mut writer = CheckpointWriter::create(
+    let writer = CheckpointWriter::create(
         &job.out,
         job.source,
         &config,
@@ -70,29 +77,194 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
     let model = Model::new(job.source, job.device.clone(), SourcePrecision::Half, seq_len)?;
-    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-    let mut walk = Walk {
-        windows: windows.len(),
-        chunks: if job.spec.recipe.calibrates() { embed(&model, &windows)? } else { Vec::new() },
-        model: &model,
-        job,
-        writer: &mut writer,
-        report: Vec::new(),
-    };
 
-    let blocks = model.config().num_hidden_layers;
-    let mut reports = Vec::with_capacity(blocks);
-    progress.begin("quantise", blocks);
-    for index in 0..blocks {
-        let report = walk.block(index, progress)?;
-        progress.block(&report);
-        reports.push(report);
-    }
-    progress.end();
+    let (reports, mut writer) = std::thread::scope(|scope| {
+        let (sender, writing) = write_behind(scope, writer, &job.spec);
+        let reports = walk(scope, &model, job, windows, &sender, progress);
+        drop(sender);
+        // A failed writer closes its channel, which stops the walk: its error is the cause.
+        let writer = join(writing)?;
+        Ok::<_, Error>((reports?, writer))
+    })?;
     copy_dense(job.source, &mut writer)?;
     let written = writer.finish(None)?;
     let damp_retries = reports.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum();
     Ok(QuantiseOutcome { written, blocks: reports, damp_retries })
+}
+
+/// All blocks in order; each is read while the one before is computed.
+fn walk<'scope, 'env>(
+    scope: &'scope Scope<'scope, 'env>,
+    model: &'env Model<'env>,
+    job: &QuantiseJob<'_>,
+    windows: &[Vec<u32>],
+    writer: &SyncSender<(String, Stored)>,
+    progress: &dyn Progress,
+) -> Result<Vec<BlockReport>> {
+    let blocks = model.config().num_hidden_layers;
+    progress.begin("quantise", blocks);
+    let ahead = read_ahead(scope, model);
+    let mut states = None;
+    let mut parked = Parking::Nothing;
+    if job.spec.recipe.calibrates() {
+        let tokens = windows.iter().map(Vec::len).sum();
+        parked = parking(model.device(), model.config(), tokens)?;
+        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        states = Some(embed(model, &windows, parked.hidden())?);
+    }
+    let mut reports = Vec::with_capacity(blocks);
+    for index in 0..blocks {
+        let start = Instant::now();
+        let mut block = next_block(&ahead)?;
+        let done = match &mut states {
+            Some(states) => {
+                let run = CalibratedRun { model, job, windows: windows.len(), parked };
+                run.block(&mut block, states, writer, progress)?
+            }
+            None => rounded(model, &block, job, writer)?,
+        };
+        let report = BlockReport {
+            block: index,
+            seconds: start.elapsed().as_secs_f64(),
+            stages: done.stages,
+            linears: done.linears,
+        };
+        progress.block(&report);
+        reports.push(report);
+    }
+    progress.end();
+    Ok(reports)
+}
+
+/// What every calibrated block of a job shares.
+struct CalibratedRun<'a> {
+    model: &'a Model<'a>,
+    job: &'a QuantiseJob<'a>,
+    windows: usize,
+    parked: Parking,
+}
+
+impl CalibratedRun<'_> {
+    fn block(
+        &self,
+        block: &mut Block,
+        states: &mut States,
+        writer: &SyncSender<(String, Stored)>,
+        progress: &dyn Progress,
+    ) -> Result<Calibrated> {
+        let calibrator = Calibrator {
+            device: self.model.device(),
+            rope: self.model.rope(),
+            spec: &self.job.spec,
+            windows: self.windows,
+            parking: self.parked,
+            name: &|block, id| linear_name(self.model, block, id),
+        };
+        let done = calibrator
+            .block(block, states, &mut |name, solved| send(writer, name, solved.clone()))?;
+        self.check_damping(&done.linears, progress)?;
+        Ok(done)
+    }
+
+    /// Raised damping is said once for each Hessian, or refused.
+    fn check_damping(&self, linears: &[LinearReport], progress: &dyn Progress) -> Result<()> {
+        let asked = self.job.spec.damp;
+        for linear in linears.iter().filter(|l| l.damp_retries > 0) {
+            let damp = linear.damp.unwrap_or(asked);
+            if self.job.strict {
+                return Err(Error::Strict { linear: linear.name.clone(), damp, asked });
+            }
+            progress.warn(&format!(
+                "the Hessian of `{}` is not positive definite at damping {asked}; used {damp}",
+                linear.name
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Reads blocks one ahead of their use, on a thread of its own.
+pub(crate) fn read_ahead<'scope, 'env>(
+    scope: &'scope Scope<'scope, 'env>,
+    model: &'env Model<'env>,
+) -> std::sync::mpsc::Receiver<gptq_model::Result<Block>> {
+    // A rendezvous: the block that waits here is the only one beside the one in use.
+    let (sender, receiver) = sync_channel(0);
+    scope.spawn(move || {
+        for index in 0..model.config().num_hidden_layers {
+            let block = model.load_block(index);
+            let failed = block.is_err();
+            // A closed channel means that the walk has failed elsewhere.
+            if sender.send(block).is_err() || failed {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+/// The next block, or why it could not be read.
+pub(crate) fn next_block(
+    ahead: &std::sync::mpsc::Receiver<gptq_model::Result<Block>>,
+) -> Result<Block> {
+    ahead.recv().map_err(|_| Error::Thread("reading"))?.map_err(Error::from)
+}
+
+/// Packs and writes linears on a thread of its own, which hands the writer back.
+fn write_behind<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    mut writer: CheckpointWriter,
+    spec: &QuantSpec,
+) -> (SyncSender<(String, Stored)>, ScopedJoinHandle<'scope, Result<CheckpointWriter>>) {
+    let (sender, receiver) = sync_channel::<(String, Stored)>(WRITE_BEHIND);
+    let spec = spec.clone();
+    let thread = scope.spawn(move || {
+        for (name, stored) in receiver {
+            writer.write_linear(&name, &packed(stored, &spec)?)?;
+        }
+        Ok(writer)
+    });
+    (sender, thread)
+}
+
+fn send(writer: &SyncSender<(String, Stored)>, name: &str, stored: Stored) -> Result<()> {
+    writer.send((name.to_owned(), stored)).map_err(|_| Error::Thread("writing"))
+}
+
+fn join(thread: ScopedJoinHandle<'_, Result<CheckpointWriter>>) -> Result<CheckpointWriter> {
+    thread.join().map_err(|_| Error::Thread("writing"))?
+}
+
+/// A solved linear in the file's form.
+fn packed(stored: Stored, spec: &QuantSpec) -> Result<GptqLinear> {
+    let Stored { out_features, in_features, codes, scales, groups, g_idx } = stored;
+    let bits = Bits::new(spec.bits)?;
+    let qweight = match codes {
+        Codes::Packed(words) => words,
+        Codes::Plain(codes) => pack_transposed(bits, &codes, out_features, in_features)?,
+    };
+    // Symmetric: one zero for all, stored minus one.
+    let zeros = vec![spec.zero() - 1; scales.len()];
+    let qzeros = pack_rows(bits, &zeros, groups, out_features)?;
+    Ok(GptqLinear { bits, in_features, out_features, groups, qweight, qzeros, scales, g_idx })
+}
+
+/// Every linear of a block on its own, without calibration.
+fn rounded(
+    model: &Model<'_>,
+    block: &Block,
+    job: &QuantiseJob<'_>,
+    writer: &SyncSender<(String, Stored)>,
+) -> Result<Calibrated> {
+    let mut linears = Vec::new();
+    for id in LinearId::ALL {
+        let name = linear_name(model, block, id);
+        let solved = round_to_nearest(model.device(), block.linear(id), &job.spec)
+            .map_err(|source| Error::Solve { linear: name.clone(), source })?;
+        send(writer, &name, solved.stored)?;
+        linears.push(LinearReport { name, relative_error: None, damp: None, damp_retries: 0 });
+    }
+    Ok(Calibrated { linears, stages: BTreeMap::new() })
 }
 
 /// Prefix of a linear's tensors in a checkpoint.
@@ -130,144 +302,4 @@ fn copy_dense(source: &Checkpoint, writer: &mut CheckpointWriter) -> Result<()> 
         writer.copy_dense(&name, &tensor)?;
     }
     Ok(())
-}
-
-/// The state of a walk over the blocks.
-struct Walk<'a> {
-    model: &'a Model<'a>,
-    job: &'a QuantiseJob<'a>,
-    writer: &'a mut CheckpointWriter,
-    chunks: Vec<Chunk>,
-    windows: usize,
-    /// Linears of the current block.
-    report: Vec<LinearReport>,
-}
-
-impl Walk<'_> {
-    fn block(&mut self, index: usize, progress: &dyn Progress) -> Result<BlockReport> {
-        let start = Instant::now();
-        let mut block = self.model.load_block(index)?;
-        if self.job.spec.recipe.calibrates() {
-            self.calibrated(&mut block, progress)?;
-        } else {
-            self.rounded(&block)?;
-        }
-        Ok(BlockReport {
-            block: index,
-            seconds: start.elapsed().as_secs_f64(),
-            linears: std::mem::take(&mut self.report),
-        })
-    }
-
-    /// The staged forward: look at a stage's inputs, solve its linears, go on with the solved ones.
-    fn calibrated(&mut self, block: &mut Block, progress: &dyn Progress) -> Result<()> {
-        let model = self.model;
-        let device = model.device();
-        let inputs = self.inputs(|chunk| block.attention_input(device, &chunk.hidden))?;
-        self.solve_stage(block, Stage::Qkv, &inputs, progress)?;
-
-        let mut contexts = Vec::with_capacity(inputs.len());
-        for (input, chunk) in inputs.into_iter().zip(&self.chunks) {
-            contexts.push(block.attention_context(device, &input, model.rope(), chunk.seq_len)?);
-        }
-        self.solve_stage(block, Stage::Output, &contexts, progress)?;
-        for (context, chunk) in contexts.into_iter().zip(&mut self.chunks) {
-            block.attention_output(device, &context, &mut chunk.hidden)?;
-        }
-
-        let inputs = self.inputs(|chunk| block.mlp_input(device, &chunk.hidden))?;
-        self.solve_stage(block, Stage::GateUp, &inputs, progress)?;
-        let mut activations = Vec::with_capacity(inputs.len());
-        for input in inputs {
-            activations.push(block.mlp_activation(device, &input)?);
-        }
-        self.solve_stage(block, Stage::Down, &activations, progress)?;
-        for (activation, chunk) in activations.into_iter().zip(&mut self.chunks) {
-            block.mlp_output(device, &activation, &mut chunk.hidden)?;
-        }
-        Ok(())
-    }
-
-    fn inputs(&self, of: impl Fn(&Chunk) -> gptq_model::Result<Tensor>) -> Result<Vec<Tensor>> {
-        Ok(self.chunks.iter().map(of).collect::<gptq_model::Result<_>>()?)
-    }
-
-    /// Gram, factor, and one solve for each linear of a stage.
-    fn solve_stage(
-        &mut self,
-        block: &mut Block,
-        stage: Stage,
-        inputs: &[Tensor],
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let device = self.model.device();
-        let spec = &self.job.spec;
-        let scale = 2.0 / self.windows as f32;
-        let first = linear_name(self.model, block, stage.linears()[0]);
-        let mut gram = device.gram(block.linear(stage.linears()[0]).cols())?;
-        for input in inputs {
-            device.gram_add(&mut gram, input)?;
-        }
-        let factored = factor(device, &gram, scale, spec).map_err(|source| match source {
-            gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.clone() },
-            source => Error::Solve { linear: first.clone(), source },
-        })?;
-        if factored.damp_retries > 0 {
-            if self.job.strict {
-                return Err(Error::Strict { linear: first, damp: factored.damp, asked: spec.damp });
-            }
-            progress.warn(&format!(
-                "the Hessian of `{first}` is not positive definite at damping {}; used {}",
-                spec.damp, factored.damp
-            ));
-        }
-        for &id in stage.linears() {
-            let name = linear_name(self.model, block, id);
-            let weight = block.linear(id);
-            let energy = gram.quadratic_form(weight)? * f64::from(scale);
-            let solved = solve(device, weight, &factored, spec)
-                .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-            self.write(&name, &solved)?;
-            self.report.push(LinearReport {
-                name,
-                relative_error: solved.loss.map(|loss| loss / energy.max(f64::MIN_POSITIVE)),
-                damp: Some(factored.damp),
-                damp_retries: factored.damp_retries,
-            });
-            block.set_linear(id, solved.weight);
-        }
-        Ok(())
-    }
-
-    /// Every linear on its own, without calibration.
-    fn rounded(&mut self, block: &Block) -> Result<()> {
-        for id in LinearId::ALL {
-            let name = linear_name(self.model, block, id);
-            let rounded = round_to_nearest(self.model.device(), block.linear(id), &self.job.spec)
-                .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-            self.write(&name, &rounded)?;
-            self.report.push(LinearReport {
-                name,
-                relative_error: None,
-                damp: None,
-                damp_retries: 0,
-            });
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, name: &str, solved: &Quantised) -> Result<()> {
-        let (out_features, in_features) = solved.weight.shape();
-        let zeros = vec![self.job.spec.zero(); solved.scales.len()];
-        let packed = GptqLinear::pack(
-            Bits::new(self.job.spec.bits)?,
-            in_features,
-            out_features,
-            &solved.codes,
-            &zeros,
-            &solved.scales,
-            &solved.g_idx,
-        )?;
-        Ok(self.writer.write_linear(name, &packed)?)
-    }
 }

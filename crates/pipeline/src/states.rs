@@ -3,39 +3,48 @@
 //! A model is walked layer by layer with the states of every window held, so a chunk is what one
 //! matrix product sees: several short windows, or one long one.
 
-use gptq_compute::Tensor;
+use gptq_compute::Device;
 use gptq_model::{Block, Model};
 
 use crate::error::Result;
+use crate::stash::Stash;
 
-/// Tokens of a chunk: products this tall run at full speed, and intermediates stay small.
-const CHUNK_TOKENS: usize = 4096;
-
-/// Whole windows of one length.
+/// Hidden states `[tokens, hidden]` of every chunk.
 #[derive(Debug)]
-pub(crate) struct Chunk {
-    pub(crate) hidden: Tensor,
-    pub(crate) seq_len: usize,
+pub(crate) struct States {
+    pub(crate) hidden: Stash,
+    /// Tokens of a window, for each chunk.
+    pub(crate) seq_lens: Vec<usize>,
+}
+
+/// Tokens of a chunk: as few as products still run at full speed with. A GPU's Gram adds 16,384
+/// tokens at a time, so multiples of that give the same sums however windows are cut.
+pub(crate) fn chunk_tokens(device: &Device) -> usize {
+    match device {
+        Device::Cpu => 4096,
+        Device::Cuda(_) => 16_384,
+    }
 }
 
 /// Embeds windows; consecutive windows of equal length share chunks.
-pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]]) -> Result<Vec<Chunk>> {
-    let mut chunks = Vec::new();
-    for range in chunk_ranges(windows) {
-        let seq_len = windows[range.start].len();
-        let ids: Vec<u32> = windows[range].concat();
-        chunks.push(Chunk { hidden: model.embed(&ids)?, seq_len });
+pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], park: bool) -> Result<States> {
+    let ranges = chunk_ranges(windows, chunk_tokens(model.device()));
+    let mut hidden = Stash::new(model.device(), ranges.len(), park);
+    let mut seq_lens = Vec::with_capacity(ranges.len());
+    for (chunk, range) in ranges.into_iter().enumerate() {
+        seq_lens.push(windows[range.start].len());
+        hidden.put(chunk, model.embed(&windows[range].concat())?)?;
     }
-    Ok(chunks)
+    Ok(States { hidden, seq_lens })
 }
 
 /// Ranges of windows that make up the chunks.
-pub(crate) fn chunk_ranges(windows: &[&[u32]]) -> Vec<std::ops::Range<usize>> {
+pub(crate) fn chunk_ranges(windows: &[&[u32]], tokens: usize) -> Vec<std::ops::Range<usize>> {
     let mut ranges = Vec::new();
     let mut start = 0;
     while start < windows.len() {
         let seq_len = windows[start].len();
-        let most = (CHUNK_TOKENS / seq_len.max(1)).max(1);
+        let most = (tokens / seq_len.max(1)).max(1);
         let same = windows[start..].iter().take(most).take_while(|w| w.len() == seq_len).count();
         ranges.push(start..start + same);
         start += same;
@@ -44,9 +53,11 @@ pub(crate) fn chunk_ranges(windows: &[&[u32]]) -> Vec<std::ops::Range<usize>> {
 }
 
 /// Runs a whole block over every chunk.
-pub(crate) fn forward(model: &Model<'_>, block: &Block, chunks: &mut [Chunk]) -> Result<()> {
-    for chunk in chunks {
-        block.forward(model.device(), &mut chunk.hidden, model.rope(), chunk.seq_len)?;
+pub(crate) fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<()> {
+    for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
+        let mut hidden = states.hidden.take(chunk)?;
+        block.forward(model.device(), &mut hidden, model.rope(), seq_len)?;
+        states.hidden.put(chunk, hidden)?;
     }
     Ok(())
 }
@@ -60,9 +71,9 @@ mod tests {
         let long = vec![0; 3000];
         let short = vec![0; 1000];
         let windows: Vec<&[u32]> = vec![&long, &short, &short, &short, &short, &short, &long];
-        assert_eq!(chunk_ranges(&windows), [0..1, 1..5, 5..6, 6..7]);
+        assert_eq!(chunk_ranges(&windows, 4096), [0..1, 1..5, 5..6, 6..7]);
         let huge = vec![0; 5000];
-        assert_eq!(chunk_ranges(&[&huge, &huge]), [0..1, 1..2]);
-        assert!(chunk_ranges(&[]).is_empty());
+        assert_eq!(chunk_ranges(&[&huge, &huge], 4096), [0..1, 1..2]);
+        assert!(chunk_ranges(&[], 4096).is_empty());
     }
 }

@@ -6,7 +6,7 @@ use gptq_compute::cuda::{self, GroupWeights, SolveOptions};
 
 use crate::error::{Error, Result};
 use crate::hessian::Factored;
-use crate::solver::{Codes, Quantised, group_index, stored_scales};
+use crate::solver::{Codes, Quantised, Stored, group_index, stored_scales};
 use crate::spec::QuantSpec;
 
 /// Quantises `weight` `[out, in]` in device memory; see [`crate::solve`].
@@ -29,10 +29,14 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     let group = spec.group_columns(n);
     let groups = n.div_ceil(group);
     Ok(Quantised {
-        codes: Codes::Packed(solved.pack()?),
-        scales: stored_scales(&solved.scales, rows)?,
-        groups,
-        g_idx: group_index(&factored.order, group),
+        stored: Stored {
+            out_features: rows,
+            in_features: n,
+            codes: Codes::Packed(solved.pack()?),
+            scales: stored_scales(&solved.scales, rows)?,
+            groups,
+            g_idx: group_index(&factored.order, group),
+        },
         loss: Some(solved.loss),
         weight: solved.weight,
     })

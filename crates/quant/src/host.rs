@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::grid::{absmax_scale, code};
 use crate::hessian::Factored;
-use crate::solver::{Codes, Quantised, by_group, group_index, stored_scales};
+use crate::solver::{Codes, Quantised, Stored, by_group, group_index, stored_scales};
 use crate::spec::QuantSpec;
 
 /// Columns whose errors are spread one by one; the columns after them get one product per block.
@@ -64,10 +64,14 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     #[expect(clippy::expect_used, reason = "out × in values were allocated above")]
     let values = Array2::from_shape_vec((out_features, in_features), values).expect("out × in");
     Ok(Quantised {
-        codes: Codes::Plain(codes),
-        scales: stored_scales(&by_group(&scales, groups), out_features)?,
-        groups,
-        g_idx: group_index(&factored.order, group),
+        stored: Stored {
+            out_features,
+            in_features,
+            codes: Codes::Plain(codes),
+            scales: stored_scales(&by_group(&scales, groups), out_features)?,
+            groups,
+            g_idx: group_index(&factored.order, group),
+        },
         weight: Tensor::from_host(values),
         loss: Some(loss),
     })

@@ -17,5 +17,5 @@ mod spec;
 pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
 pub use rtn::round_to_nearest;
-pub use solver::{Codes, Quantised, solve};
+pub use solver::{Codes, Quantised, Stored, solve};
 pub use spec::{QuantSpec, Recipe};

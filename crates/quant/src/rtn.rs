@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::grid::{absmax_scale, code};
-use crate::solver::{Codes, Quantised, by_group, stored_scales};
+use crate::solver::{Codes, Quantised, Stored, by_group, stored_scales};
 use crate::spec::QuantSpec;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 
@@ -51,10 +51,14 @@ pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> R
     let bytes = bytemuck::cast_slice(flat);
     let matrix = HostMatrix::new(bytes, FloatType::F32, out_features, in_features);
     Ok(Quantised {
-        codes: Codes::Plain(codes),
-        scales: stored_scales(&by_group(&scales, groups), out_features)?,
-        groups,
-        g_idx: (0..in_features).map(|j| (j / group) as u32).collect(),
+        stored: Stored {
+            out_features,
+            in_features,
+            codes: Codes::Plain(codes),
+            scales: stored_scales(&by_group(&scales, groups), out_features)?,
+            groups,
+            g_idx: (0..in_features).map(|j| (j / group) as u32).collect(),
+        },
         weight: device.upload(matrix)?,
         loss: None,
     })

@@ -17,17 +17,28 @@ pub enum Codes {
     Packed(Vec<u32>),
 }
 
-/// A quantised linear, columns in the weights' own order.
+/// What a file holds of a quantised linear, columns in the weights' own order.
 #[derive(Clone, Debug)]
-pub struct Quantised {
+pub struct Stored {
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// Columns of the weight.
+    pub in_features: usize,
     /// The codes, in the form the device gives them.
     pub codes: Codes,
-    /// Scales `[groups, out]`, as the file stores them.
+    /// Scales `[groups, out]`.
     pub scales: Vec<f16>,
     /// Number of groups.
     pub groups: usize,
     /// Group of each column `[in]`.
     pub g_idx: Vec<u32>,
+}
+
+/// A quantised linear.
+#[derive(Clone, Debug)]
+pub struct Quantised {
+    /// What goes into the file.
+    pub stored: Stored,
     /// The weights `[out, in]` that later stages of calibration see.
     pub weight: Tensor,
     /// tr((W − Ŵ) H (W − Ŵ)ᵀ) with the damped Hessian; `None` without calibration.

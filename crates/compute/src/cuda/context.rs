@@ -208,7 +208,13 @@ impl Cuda {
     /// Memory of the card and of this device.
     pub fn memory(&self) -> Result<MemoryInfo> {
         let (free, total) = self.context.mem_get_info().stage("reading memory")?;
-        Ok(MemoryInfo { free, total, held: self.memory.held(), peak: self.memory.peak() })
+        Ok(MemoryInfo {
+            free,
+            total,
+            held: self.memory.held(),
+            peak: self.memory.peak(),
+            budget: self.memory.budget(),
+        })
     }
 
     /// Starts a new peak from what is held now.

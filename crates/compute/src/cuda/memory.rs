@@ -13,6 +13,8 @@ pub struct MemoryInfo {
     pub held: usize,
     /// The most held at any time since the device was created or the peak was reset.
     pub peak: usize,
+    /// The most that may be held; `usize::MAX` when no budget was set.
+    pub budget: usize,
 }
 
 /// Counters shared by all buffers of a device.

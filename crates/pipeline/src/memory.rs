@@ -1,0 +1,146 @@
+//! How much memory a run needs, and what is kept where so that it fits.
+//!
+//! Bytes are counted from the model's shape. On a GPU three layouts are tried, fastest first:
+//! everything on the card; inputs of o and down parked in host memory; hidden states parked too.
+
+use gptq_checkpoint::ModelConfig;
+use gptq_compute::Device;
+use serde::Serialize;
+
+use crate::states::chunk_tokens;
+
+/// Which tensors wait in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Parking {
+    /// None: everything stays on the device.
+    Nothing,
+    /// Inputs of o and of down.
+    Activations,
+    /// Those, and the hidden states.
+    Everything,
+}
+
+impl Parking {
+    pub(crate) fn activations(self) -> bool {
+        self != Self::Nothing
+    }
+
+    pub(crate) fn hidden(self) -> bool {
+        self == Self::Everything
+    }
+}
+
+/// Predicted peaks of a run.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct MemoryPlan {
+    /// What waits in host memory.
+    pub parking: Parking,
+    /// Peak of device memory in bytes.
+    pub device_bytes: u64,
+    /// Peak of host memory in bytes, mapped files apart.
+    pub host_bytes: u64,
+}
+
+/// Part of a card that a run may fill: the rest is for the context, kernels and fragments.
+const USABLE: f64 = 0.94;
+
+/// Plans a calibrated run of `tokens` tokens on a GPU of `budget` bytes.
+pub fn plan_gpu(model: &ModelConfig, tokens: usize, budget: u64) -> MemoryPlan {
+    let plans = [Parking::Nothing, Parking::Activations, Parking::Everything]
+        .map(|parking| gpu_bytes(model, tokens, parking));
+    let usable = (budget as f64 * USABLE) as u64;
+    let fitting = plans.into_iter().find(|plan| plan.device_bytes <= usable);
+    // Where nothing fits, the smallest is tried: its out-of-memory error says what to lower.
+    fitting.unwrap_or(plans[2])
+}
+
+/// What a run on this device should park: nothing on the CPU.
+pub(crate) fn parking(
+    device: &Device,
+    model: &ModelConfig,
+    tokens: usize,
+) -> gptq_compute::Result<Parking> {
+    Ok(match device.memory()? {
+        None => Parking::Nothing,
+        Some(memory) => {
+            let budget = memory.budget.min(memory.free + memory.held);
+            plan_gpu(model, tokens, budget as u64).parking
+        }
+    })
+}
+
+/// Peaks on a GPU: fp16 weights and activations, f32 hidden states and matrices.
+fn gpu_bytes(model: &ModelConfig, tokens: usize, parking: Parking) -> MemoryPlan {
+    let linears = model.block_linears();
+    let weights: usize = linears.iter().map(|l| l.in_features * l.out_features).sum();
+    let widest = linears.iter().map(|l| l.in_features).max().unwrap_or(0);
+    let largest = linears.iter().map(|l| l.in_features * l.out_features).max().unwrap_or(0);
+    let rows = linears.iter().map(|l| l.out_features).max().unwrap_or(0);
+    let chunk = 16_384.min(tokens.max(1));
+    // Two blocks: the one computed and the one read ahead.
+    let blocks = 2 * 2 * weights;
+    let hidden = 4 * tokens * model.hidden_size;
+    let inputs = 2 * tokens * widest;
+    // A chunk in flight: gate, up and their product, hidden states coming and going.
+    let flight = chunk * (3 * 2 * model.intermediate_size + 3 * 4 * model.hidden_size);
+    // The Gram, U, and a quarter of it for the factor's workspace; then the solve (see
+    // `gptq_compute`): f32 weights, new fp16 weights, codes twice, a window of errors.
+    let solve = 9 * widest * widest + 8 * largest + 4 * 1024 * rows;
+    let parked = match parking {
+        Parking::Nothing => 0,
+        Parking::Activations => inputs,
+        Parking::Everything => inputs + hidden,
+    };
+    let kept = inputs + hidden - parked;
+    MemoryPlan {
+        parking,
+        device_bytes: (blocks + kept + (flight + 4 * widest * widest).max(solve)) as u64,
+        // Uploads go through pinned buffers; packed results wait for the writer.
+        host_bytes: (parked + 2 * weights) as u64 + (1 << 30),
+    }
+}
+
+/// Peak of a CPU run: hidden states and one stage's inputs for all tokens, two blocks' weights (one
+/// read ahead), and the largest linear's solve.
+pub fn plan_cpu(model: &ModelConfig, tokens: usize) -> u64 {
+    let linears = model.block_linears();
+    let block: usize = linears.iter().map(|l| l.in_features * l.out_features).sum();
+    let widest = linears.iter().map(|l| l.in_features).max().unwrap_or(0);
+    let largest = linears.iter().map(|l| l.in_features * l.out_features).max().unwrap_or(0);
+    // An embedding that is not fp16 in the source is rounded once, and the tokeniser, the program
+    // and the text take some tens of megabytes.
+    let fixed = 128 << 20;
+    let states = tokens * (model.hidden_size + widest);
+    // One chunk's gate and up.
+    let flight = chunk_tokens(&Device::Cpu).min(tokens) * 2 * model.intermediate_size;
+    // Weights in solve order, values twice, codes; Gram, Hessian and U in f32, the factor in f64.
+    let solve = if tokens > 0 { 20 * widest * widest } else { 0 } + 13 * largest;
+    (fixed + 4 * (2 * block + states + flight) + solve) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn llama_70b() -> ModelConfig {
+        let text = r#"{"model_type":"llama","hidden_size":8192,"intermediate_size":28672,
+            "num_hidden_layers":80,"num_attention_heads":64,"num_key_value_heads":8,
+            "vocab_size":32000,"max_position_embeddings":4096}"#;
+        ModelConfig::parse(text, std::path::Path::new("config.json")).unwrap()
+    }
+
+    #[test]
+    fn a_larger_card_parks_less() {
+        let model = llama_70b();
+        let tokens = 128 * 4096;
+        let plan = |gib: u64| plan_gpu(&model, tokens, gib << 30);
+        assert_eq!(plan(79).parking, Parking::Nothing);
+        assert_eq!(plan(48).parking, Parking::Activations);
+        assert_eq!(plan(24).parking, Parking::Everything);
+        assert!(plan(24).device_bytes <= 24 << 30);
+        // Host memory holds what the card does not: 17 GB of states and 30 GB of inputs.
+        assert!(plan(24).host_bytes > 47_000_000_000);
+        assert!(plan(79).host_bytes < 4_000_000_000);
+    }
+}
