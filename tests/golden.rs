@@ -5,6 +5,8 @@
 //! ragged groups. They are not part of the repository: set `GPTQ_SHARED` to the folder that holds
 //! `golden/`, or the test says that it was skipped.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic and report")]
+
 use std::path::PathBuf;
 
 use gptq_checkpoint::{Bits, GptqLinear};
@@ -114,7 +116,7 @@ fn check_case(file: &SafeTensors<'_>, name: &str, spec: &QuantSpec) -> usize {
     let (w, h) = (matrix(file, "weight"), matrix(file, "hessian"));
     let (out_features, in_features) = w.dim();
     let factored = factor(&Gram::from_host(h.clone()), 1.0, spec).unwrap();
-    let ours = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
+    let ours = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap().stored;
     let Codes::Plain(codes) = &ours.codes else { panic!("packed codes from the CPU") };
     let bits = Bits::new(spec.bits).unwrap();
     let zeros = vec![spec.zero(); ours.scales.len()];

@@ -338,9 +338,14 @@ pub enum Error {
         /// The place that would hold it.
         looked_in: PathBuf,
     },
-    /// No environment variable says where the cache is.
-    #[error("Cannot locate the Hub cache: set HF_HOME, or give a local folder")]
-    NoHubCache,
+    /// What is no local path may be in the cache, but no environment variable says where that is.
+    #[error(
+        "`{id}` is no local path, and no Hub cache is known: give a local folder, or set HF_HOME"
+    )]
+    NoHubCache {
+        /// The id as given.
+        id: String,
+    },
 }
 
 impl Error {

@@ -49,7 +49,7 @@ fn resolve(kind: &str, id: &str, revision: Option<&str>, root: Option<&Path>) ->
     if !revision.split('/').all(is_plain) {
         return Err(Error::InvalidRevision { revision: revision.to_owned() });
     }
-    let root = root.ok_or(Error::NoHubCache)?;
+    let root = root.ok_or_else(|| Error::NoHubCache { id: id.to_owned() })?;
     let repository = root.join(format!("{kind}--{}", id.replace('/', "--")));
     let reference = repository.join("refs").join(revision);
     let commit = if reference.is_file() {
@@ -95,7 +95,7 @@ mod tests {
         }
         assert!(find(Some("evil")).is_err());
         assert!(resolve("datasets", "org/name", None, Some(root.path())).is_err());
-        assert!(matches!(resolve("models", "org/name", None, None), Err(Error::NoHubCache)));
+        assert!(matches!(resolve("models", "org/name", None, None), Err(Error::NoHubCache { .. })));
     }
 
     #[test]

@@ -71,6 +71,7 @@ impl<'a> Model<'a> {
         let rope = RopeTable::new(config.rope_theta, config.head_dim, seq_len);
         let table =
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
+        table.check_finite()?;
         let embedding = Values::read(&table, precision)?;
         Ok(Self { checkpoint, device, precision, embedding, rope })
     }

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::calibrate::{Calibrator, StageSeconds};
 use crate::error::Result;
-use crate::memory::Parking;
+use crate::memory::{BlockSizes, Parking, parking};
 use crate::stash::Stash;
 use crate::states::{States, chunk_tokens};
 
@@ -155,7 +155,6 @@ pub fn bench_block(
     device: &Device,
     width: Width,
     (windows, seq_len): (usize, usize),
-    parking: Parking,
 ) -> Result<BlockBench> {
     let spec = QuantSpec {
         bits: 4,
@@ -164,6 +163,9 @@ pub fn bench_block(
         damp: 0.01,
         recipe: Recipe::AutoGptq,
     };
+    let linears = LinearId::ALL.map(|id| width.linear(id));
+    let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
+    let parking = parking(device, sizes, windows * seq_len)?;
     let rope = RopeTable::new(10_000.0, width.head_dim(), seq_len);
     let calibrator = Calibrator {
         device,

@@ -134,7 +134,7 @@ impl SweepConfig {
         if branches.is_empty() {
             return Err(invalid("it has no [[branch]]".to_owned()));
         }
-        let layout = raw.layout.parse().map_err(|e| invalid(format!("{e}")))?;
+        let layout = raw.layout.parse().map_err(invalid)?;
         let local = folder.join(&raw.calibration);
         let calibration = if raw.calibration.ends_with(".toml") && local.is_file() {
             CalibrationRecipe::open(&local.to_string_lossy())?

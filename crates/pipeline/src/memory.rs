@@ -42,13 +42,51 @@ pub struct MemoryPlan {
     pub host_bytes: u64,
 }
 
+/// The sizes of a block that memory depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockSizes {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the MLP.
+    pub intermediate: usize,
+    /// Weights of all linears.
+    pub weights: usize,
+    /// Largest in_features.
+    pub widest: usize,
+    /// Weights of the largest linear.
+    pub largest: usize,
+    /// Largest out_features.
+    pub rows: usize,
+}
+
+impl BlockSizes {
+    /// Sizes from every linear's rows and columns.
+    pub fn new(hidden: usize, intermediate: usize, linears: &[(usize, usize)]) -> Self {
+        let max = |of: fn(&(usize, usize)) -> usize| linears.iter().map(of).max().unwrap_or(0);
+        Self {
+            hidden,
+            intermediate,
+            weights: linears.iter().map(|(rows, cols)| rows * cols).sum(),
+            widest: max(|l| l.1),
+            largest: max(|l| l.0 * l.1),
+            rows: max(|l| l.0),
+        }
+    }
+
+    /// Sizes of a model's blocks.
+    pub fn of(model: &ModelConfig) -> Self {
+        let linears = model.block_linears().map(|l| (l.out_features, l.in_features));
+        Self::new(model.hidden_size, model.intermediate_size, &linears)
+    }
+}
+
 /// Part of a card that a run may fill: the rest is for the context, kernels and fragments.
 const USABLE: f64 = 0.94;
 
 /// Plans a calibrated run of `tokens` tokens on a GPU of `budget` bytes.
-pub fn plan_gpu(model: &ModelConfig, tokens: usize, budget: u64) -> MemoryPlan {
+pub fn plan_gpu(block: BlockSizes, tokens: usize, budget: u64) -> MemoryPlan {
     let plans = [Parking::Nothing, Parking::Activations, Parking::Everything]
-        .map(|parking| gpu_bytes(model, tokens, parking));
+        .map(|parking| gpu_bytes(block, tokens, parking));
     let usable = (budget as f64 * USABLE) as u64;
     let fitting = plans.into_iter().find(|plan| plan.device_bytes <= usable);
     // Where nothing fits, the smallest is tried: its out-of-memory error says what to lower.
@@ -56,37 +94,29 @@ pub fn plan_gpu(model: &ModelConfig, tokens: usize, budget: u64) -> MemoryPlan {
 }
 
 /// What a run on this device should park: nothing on the CPU.
-pub(crate) fn parking(
-    device: &Device,
-    model: &ModelConfig,
-    tokens: usize,
-) -> gptq_compute::Result<Parking> {
+pub fn parking(device: &Device, block: BlockSizes, tokens: usize) -> gptq_compute::Result<Parking> {
     Ok(match device.memory()? {
         None => Parking::Nothing,
         Some(memory) => {
             let budget = memory.budget.min(memory.free + memory.held);
-            plan_gpu(model, tokens, budget as u64).parking
+            plan_gpu(block, tokens, budget as u64).parking
         }
     })
 }
 
 /// Peaks on a GPU: fp16 weights and activations, f32 hidden states and matrices.
-fn gpu_bytes(model: &ModelConfig, tokens: usize, parking: Parking) -> MemoryPlan {
-    let linears = model.block_linears();
-    let weights: usize = linears.iter().map(|l| l.in_features * l.out_features).sum();
-    let widest = linears.iter().map(|l| l.in_features).max().unwrap_or(0);
-    let largest = linears.iter().map(|l| l.in_features * l.out_features).max().unwrap_or(0);
-    let rows = linears.iter().map(|l| l.out_features).max().unwrap_or(0);
+fn gpu_bytes(block: BlockSizes, tokens: usize, parking: Parking) -> MemoryPlan {
     let chunk = 16_384.min(tokens.max(1));
     // Two blocks: the one computed and the one read ahead.
-    let blocks = 2 * 2 * weights;
-    let hidden = 4 * tokens * model.hidden_size;
-    let inputs = 2 * tokens * widest;
+    let blocks = 2 * 2 * block.weights;
+    let hidden = 4 * tokens * block.hidden;
+    let inputs = 2 * tokens * block.widest;
     // A chunk in flight: gate, up and their product, hidden states coming and going.
-    let flight = chunk * (3 * 2 * model.intermediate_size + 3 * 4 * model.hidden_size);
+    let flight = chunk * (3 * 2 * block.intermediate + 3 * 4 * block.hidden);
     // The Gram, U, and a quarter of it for the factor's workspace; then the solve (see
     // `gptq_compute`): f32 weights, new fp16 weights, codes twice, a window of errors.
-    let solve = 9 * widest * widest + 8 * largest + 4 * 1024 * rows;
+    let square = block.widest * block.widest;
+    let solve = 9 * square + 8 * block.largest + 4 * 1024 * block.rows;
     let parked = match parking {
         Parking::Nothing => 0,
         Parking::Activations => inputs,
@@ -95,28 +125,25 @@ fn gpu_bytes(model: &ModelConfig, tokens: usize, parking: Parking) -> MemoryPlan
     let kept = inputs + hidden - parked;
     MemoryPlan {
         parking,
-        device_bytes: (blocks + kept + (flight + 4 * widest * widest).max(solve)) as u64,
+        device_bytes: (blocks + kept + (flight + 4 * square).max(solve)) as u64,
         // Uploads go through pinned buffers; packed results wait for the writer.
-        host_bytes: (parked + 2 * weights) as u64 + (1 << 30),
+        host_bytes: (parked + 2 * block.weights) as u64 + (1 << 30),
     }
 }
 
 /// Peak of a CPU run: hidden states and one stage's inputs for all tokens, two blocks' weights (one
 /// read ahead), and the largest linear's solve.
-pub fn plan_cpu(model: &ModelConfig, tokens: usize) -> u64 {
-    let linears = model.block_linears();
-    let block: usize = linears.iter().map(|l| l.in_features * l.out_features).sum();
-    let widest = linears.iter().map(|l| l.in_features).max().unwrap_or(0);
-    let largest = linears.iter().map(|l| l.in_features * l.out_features).max().unwrap_or(0);
+pub fn plan_cpu(block: BlockSizes, tokens: usize) -> u64 {
     // An embedding that is not fp16 in the source is rounded once, and the tokeniser, the program
     // and the text take some tens of megabytes.
     let fixed = 128 << 20;
-    let states = tokens * (model.hidden_size + widest);
+    let states = tokens * (block.hidden + block.widest);
     // One chunk's gate and up.
-    let flight = chunk_tokens(&Device::Cpu).min(tokens) * 2 * model.intermediate_size;
+    let flight = chunk_tokens(&Device::Cpu).min(tokens) * 2 * block.intermediate;
     // Weights in solve order, values twice, codes; Gram, Hessian and U in f32, the factor in f64.
-    let solve = if tokens > 0 { 20 * widest * widest } else { 0 } + 13 * largest;
-    (fixed + 4 * (2 * block + states + flight) + solve) as u64
+    let square = if tokens > 0 { 20 * block.widest * block.widest } else { 0 };
+    let solve = square + 13 * block.largest;
+    (fixed + 4 * (2 * block.weights + states + flight) + solve) as u64
 }
 
 #[cfg(test)]
@@ -132,9 +159,9 @@ mod tests {
 
     #[test]
     fn a_larger_card_parks_less() {
-        let model = llama_70b();
+        let block = BlockSizes::of(&llama_70b());
         let tokens = 128 * 4096;
-        let plan = |gib: u64| plan_gpu(&model, tokens, gib << 30);
+        let plan = |gib: u64| plan_gpu(block, tokens, gib << 30);
         assert_eq!(plan(79).parking, Parking::Nothing);
         assert_eq!(plan(48).parking, Parking::Activations);
         assert_eq!(plan(24).parking, Parking::Everything);

@@ -6,7 +6,7 @@ use gptq_quant::{QuantSpec, round_to_nearest};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::memory::parking;
+use crate::memory::{BlockSizes, parking};
 use crate::progress::Progress;
 use crate::protocol::EvalWindow;
 use crate::quantise::{linear_name, next_block, read_ahead};
@@ -68,7 +68,7 @@ fn walk(
 ) -> Result<Scored> {
     let tokens: Vec<&[u32]> = windows.iter().map(|w| w.tokens.as_slice()).collect();
     let count = windows.iter().map(|w| w.tokens.len()).sum();
-    let parked = parking(model.device(), model.config(), count)?;
+    let parked = parking(model.device(), BlockSizes::of(model.config()), count)?;
     let mut states = embed(model, &tokens, parked.hidden())?;
     let blocks = model.config().num_hidden_layers;
     progress.begin("perplexity", blocks);

@@ -7,7 +7,7 @@ use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::memory::{MemoryPlan, plan_cpu, plan_gpu};
+use crate::memory::{BlockSizes, MemoryPlan, plan_cpu, plan_gpu};
 use crate::quantise::quantize_config;
 
 /// Cost of one branch.
@@ -55,11 +55,12 @@ pub fn plan_branch(
 ) -> Result<BranchPlan> {
     let files = plan_files(model, &quantize_config(spec)?, layout, metadata, None)?;
     let calibrates = spec.recipe.calibrates();
+    let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
-        cpu_bytes: plan_cpu(model, tokens),
-        gpu: plan_gpu(model, tokens, gpu_memory),
+        cpu_bytes: plan_cpu(block, tokens),
+        gpu: plan_gpu(block, tokens, gpu_memory),
         work: if calibrates { work(model, windows, seq_len) } else { Work::default() },
     })
 }

@@ -20,7 +20,7 @@ use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
 use crate::calibrate::{Calibrated, Calibrator};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::memory::{Parking, parking};
+use crate::memory::{BlockSizes, Parking, parking};
 use crate::progress::{BlockReport, LinearReport, Progress};
 use crate::states::{States, embed};
 
@@ -108,7 +108,7 @@ fn walk<'scope, 'env>(
     let mut parked = Parking::Nothing;
     if job.spec.recipe.calibrates() {
         let tokens = windows.iter().map(Vec::len).sum();
-        parked = parking(model.device(), model.config(), tokens)?;
+        parked = parking(model.device(), BlockSizes::of(model.config()), tokens)?;
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         states = Some(embed(model, &windows, parked.hidden())?);
     }

@@ -1,5 +1,6 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
 
+mod device;
 mod values;
 
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use gptq_pipeline::dataset::DatasetSpec;
 use gptq_pipeline::protocol::Protocol;
 use gptq_quant::Recipe;
 
+pub(crate) use device::DeviceArgs;
 pub(crate) use values::GroupSize;
 
 /// Quantise Llama models with GPTQ and prove the result.
@@ -35,6 +37,7 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     Sweep(SweepArgs),
     Bench(BenchArgs),
+    Doctor(DoctorArgs),
 }
 
 /// Make one quantised checkpoint
@@ -80,6 +83,8 @@ pub(crate) struct QuantizeArgs {
     /// Treat raised damping as an error
     #[arg(long)]
     pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -141,6 +146,8 @@ pub(crate) struct PplArgs {
     /// Dense model to compare with: adds its perplexity and the KL divergence from it
     #[arg(long, value_name = "MODEL")]
     pub(crate) base: Option<String>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -156,6 +163,9 @@ pub(crate) struct PlanArgs {
     /// Sweep configuration
     #[arg(long, value_name = "FILE", default_value = gptq_pipeline::config::BUILT_IN)]
     pub(crate) config: String,
+    /// GPU memory to plan for
+    #[arg(long, value_name = "SIZE", default_value = "80GB", value_parser = values::parse_bytes)]
+    pub(crate) gpu_memory: u64,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -192,23 +202,41 @@ pub(crate) struct SweepArgs {
     pub(crate) model: Option<String>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Print the table as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// Measure this machine's matrix products and solver
+/// Measure this machine on a synthetic block
 #[derive(Debug, Args)]
-#[command(after_help = "Example:
-  gptq bench --width smollm2")]
+#[command(after_help = "Examples:
+  gptq bench
+  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda")]
 pub(crate) struct BenchArgs {
-    /// Model width of the shapes: tiny, smollm2, 7b, 13b or 70b
+    /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b
     #[arg(long, default_value = "smollm2")]
     pub(crate) width: gptq_pipeline::bench::Width,
-    /// Tokens of the activations
-    #[arg(long, default_value_t = 2048)]
-    pub(crate) tokens: usize,
+    /// Calibration windows
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = values::parse_count)]
+    pub(crate) windows: usize,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = values::parse_count)]
+    pub(crate) seq_len: usize,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show what this machine has for GPU runs, and what it lacks
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  gptq doctor")]
+pub(crate) struct DoctorArgs {
+    /// Print the facts as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }

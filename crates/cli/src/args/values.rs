@@ -38,6 +38,14 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Parses a number above zero.
+pub(crate) fn parse_count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("use a whole number above 0".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,29 +2,83 @@
 
 use anyhow::Result;
 use gptq_compute::Device;
-use gptq_pipeline::bench::{Measurement, bench};
+use gptq_pipeline::bench::{BlockBench, Measurement, bench_block, bench_products};
+use serde::Serialize;
 
-use super::table::table;
-use super::{print_json, print_result};
+use super::table::{gigabytes, table};
+use super::{peak_memory, print_json, print_result};
 use crate::args::BenchArgs;
+use crate::printer::Printer;
 
-pub(crate) fn run(args: &BenchArgs) -> Result<()> {
-    let device = Device::Cpu;
-    let measurements = bench(&device, args.width, args.tokens)?;
-    if args.json {
-        return print_json(&measurements);
-    }
-    let header = ["operation", "shape", "seconds", "GFLOP/s", "of matrixmultiply × threads"];
-    let rows: Vec<Vec<String>> = measurements.iter().map(cells).collect();
-    print_result(&format!("{}\n{}\n", table(&header, 2, &rows), device.name()))
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Output {
+    device: String,
+    block: BlockBench,
+    /// Matrix products alone; on the CPU only.
+    products: Vec<Measurement>,
+    peak_host_bytes: Option<u64>,
 }
 
-fn cells(m: &Measurement) -> Vec<String> {
+pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
+    let device = args.device.open(printer)?;
+    let products = match device {
+        Device::Cpu => bench_products(args.width, args.seq_len)?,
+        Device::Cuda(_) => Vec::new(),
+    };
+    let block = bench_block(&device, args.width, (args.windows, args.seq_len))?;
+    let output = Output { device: device.name(), block, products, peak_host_bytes: peak_memory() };
+    if args.json { print_json(&output) } else { print_result(&text(&output)) }
+}
+
+fn text(output: &Output) -> String {
+    let block = &output.block;
+    let mut text = format!(
+        "one {} block, {} windows × {}, 4-bit 128g act-order: {:.3} s on {}\n",
+        block.width.name, block.windows, block.seq_len, block.seconds, output.device
+    );
+    if let Some(peak) = block.peak_device_bytes {
+        text.push_str(&format!("peak device memory {}\n", gigabytes(peak as u64)));
+    }
+    let yardstick = if block.peak_device_bytes.is_some() { "of the H100 floor" } else { "" };
+    let header = ["stage", "seconds", "TFLOP", "TFLOP/s", yardstick];
+    let rows: Vec<Vec<String>> = block
+        .stages
+        .iter()
+        .map(|m| {
+            let counted = m.operations > 0.0;
+            let number =
+                |v: f64, digits| if counted { format!("{v:.digits$}") } else { String::new() };
+            vec![
+                m.operation.clone(),
+                format!("{:.4}", m.seconds),
+                number(m.operations / 1e12, 3),
+                number(m.rate / 1e12, 3),
+                percent(m.fraction),
+            ]
+        })
+        .collect();
+    text.push('\n');
+    text.push_str(&table(&header, 1, &rows));
+    if !output.products.is_empty() {
+        let header = ["product", "shape", "seconds", "GFLOP/s", "of matrixmultiply × threads"];
+        let rows: Vec<Vec<String>> = output.products.iter().map(product).collect();
+        text.push('\n');
+        text.push_str(&table(&header, 2, &rows));
+    }
+    text
+}
+
+fn product(m: &Measurement) -> Vec<String> {
     vec![
         m.operation.clone(),
         m.shape.clone(),
         format!("{:.4}", m.seconds),
-        format!("{:.1}", m.rate() / 1e9),
-        m.fraction().map_or_else(String::new, |f| format!("{:.0} %", f * 100.0)),
+        format!("{:.1}", m.rate / 1e9),
+        percent(m.fraction),
     ]
+}
+
+fn percent(fraction: Option<f64>) -> String {
+    fraction.map_or_else(String::new, |f| format!("{:.0} %", f * 100.0))
 }

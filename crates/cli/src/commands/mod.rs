@@ -1,6 +1,7 @@
 //! One file a command: from checked arguments to printed results.
 
 mod bench;
+mod doctor;
 mod inspect;
 mod plan;
 mod ppl;
@@ -24,7 +25,8 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Plan(args) => plan::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Sweep(args) => sweep::run(&args, printer),
-        Command::Bench(args) => bench::run(&args),
+        Command::Bench(args) => bench::run(&args, printer),
+        Command::Doctor(args) => doctor::run(&args),
     }
 }
 

@@ -29,7 +29,14 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     let windows = (config.calibration.windows, config.calibration.seq_len);
     let mut rows = Vec::new();
     for branch in &config.branches {
-        let plan = plan_branch(&model, &branch.spec, config.layout, &BTreeMap::new(), windows)?;
+        let plan = plan_branch(
+            &model,
+            &branch.spec,
+            config.layout,
+            &BTreeMap::new(),
+            windows,
+            args.gpu_memory,
+        )?;
         rows.push(Row {
             branch: branch.name.clone(),
             bits: branch.spec.bits,
@@ -41,14 +48,16 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     if args.json {
         return print_json(&rows);
     }
-    let header = ["branch", "bits", "group", "act-order", "bytes", "size", "host memory", "work"];
+    let header =
+        ["branch", "bits", "group", "act-order", "bytes", "size", "GPU", "host", "CPU run", "work"];
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
     print_result(&format!(
-        "{}\n{} windows × {} tokens of {}; host memory and work of one CPU run.\n",
+        "{}\n{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one.\n",
         table(&header, 1, &cells),
         windows.0,
         windows.1,
         config.calibration.dataset,
+        gigabytes(args.gpu_memory),
     ))
 }
 
@@ -60,7 +69,9 @@ fn cells(row: &Row) -> Vec<String> {
         yes_no(row.act_order),
         row.plan.file_bytes.to_string(),
         gigabytes(row.plan.file_bytes),
-        gigabytes(row.plan.host_bytes),
+        gigabytes(row.plan.gpu.device_bytes),
+        gigabytes(row.plan.gpu.host_bytes),
+        gigabytes(row.plan.cpu_bytes),
         format!("{:.3} PFLOP", row.plan.work.total() / 1e15),
     ]
 }

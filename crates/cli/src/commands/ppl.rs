@@ -24,6 +24,7 @@ struct Output<'a> {
     #[serde(flatten)]
     result: Perplexity,
     dtype: &'static str,
+    device: String,
     base: Option<Comparison<'a>>,
     seconds: f64,
     peak_memory_bytes: Option<u64>,
@@ -39,6 +40,7 @@ struct Comparison<'a> {
 
 pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     let start = Instant::now();
+    let device = args.device.open(printer)?;
     let checkpoint = open_checkpoint(&args.model)?;
     let spec = EvaluationSpec {
         dataset: args.dataset.clone(),
@@ -54,16 +56,20 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         text.dataset,
         text.protocol
     ));
-    let (scored, result) = evaluate(&checkpoint, &text, printer)?;
+    let (scored, result) = evaluate(&checkpoint, &device, &text, printer)?;
     let base = match &args.base {
-        Some(name) => Some(compare(name, &checkpoint, &text, &scored, printer)?),
+        Some(name) => Some(compare(name, (&checkpoint, &device), &text, &scored, printer)?),
         None => None,
     };
     let output = Output {
         model: &args.model,
         text: &text,
         result,
-        dtype: "f32",
+        dtype: match device {
+            Device::Cpu => "f32",
+            Device::Cuda(_) => "fp16",
+        },
+        device: device.name(),
         base,
         seconds: start.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory(),
@@ -73,10 +79,11 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
 
 fn evaluate(
     checkpoint: &Checkpoint,
+    device: &Device,
     text: &EvalText,
     printer: &Printer,
 ) -> Result<(Scored, Perplexity)> {
-    let model = Model::new(checkpoint, Device::Cpu, SourcePrecision::Stored, text.seq_len)?;
+    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
     let scored = score(&model, &text.windows, printer)?;
     let result = scored.perplexity(&model)?;
     Ok((scored, result))
@@ -85,14 +92,14 @@ fn evaluate(
 /// Measures the base model on the same windows.
 fn compare<'a>(
     name: &'a str,
-    checkpoint: &Checkpoint,
+    (checkpoint, device): (&Checkpoint, &Device),
     text: &EvalText,
     scored: &Scored,
     printer: &Printer,
 ) -> Result<Comparison<'a>> {
     let base = open_checkpoint(name)?;
-    let (base_scored, result) = evaluate(&base, text, printer)?;
-    let model = Model::new(checkpoint, Device::Cpu, SourcePrecision::Stored, text.seq_len)?;
+    let (base_scored, result) = evaluate(&base, device, text, printer)?;
+    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
     let kl = scored.kl_from(&base_scored, &model)?;
     Ok(Comparison { model: name, perplexity: result.perplexity, kl })
 }

@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use anyhow::Result;
 use gptq_checkpoint::Layout;
-use gptq_compute::Device;
 use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
 use gptq_pipeline::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::progress::BlockReport;
@@ -30,7 +29,9 @@ struct Output<'a> {
     calibration: Option<CalibrationOutput<'a>>,
     file_bytes: u64,
     seconds: f64,
+    device: String,
     peak_memory_bytes: Option<u64>,
+    peak_device_bytes: Option<usize>,
     damp_retries: u32,
     blocks: &'a [BlockReport],
 }
@@ -55,11 +56,12 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let Settings { spec, layout, calibration } = settings(args)?;
     spec.validate()?;
     let source = open_checkpoint(&args.model)?;
+    let device = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
     let job = QuantiseJob {
         source: &source,
-        device: Device::Cpu,
+        device: device.clone(),
         spec: spec.clone(),
         calibration: calibration.as_ref(),
         layout,
@@ -83,7 +85,9 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         }),
         file_bytes: outcome.written.bytes,
         seconds: start.elapsed().as_secs_f64(),
+        device: device.name(),
         peak_memory_bytes: peak_memory(),
+        peak_device_bytes: device.memory()?.map(|m| m.peak),
         damp_retries: outcome.damp_retries,
         blocks: &outcome.blocks,
     };
@@ -156,6 +160,9 @@ fn summary(output: &Output<'_>) -> String {
     );
     if let Some(peak) = output.peak_memory_bytes {
         text.push_str(&format!(", peak memory {}", size(peak)));
+    }
+    if let Some(peak) = output.peak_device_bytes {
+        text.push_str(&format!(" of host and {} of device", size(peak as u64)));
     }
     if output.damp_retries > 0 {
         text.push_str(&format!("\ndamping was raised for {} linears", output.damp_retries));

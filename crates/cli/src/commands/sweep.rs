@@ -1,7 +1,6 @@
 //! `gptq sweep`: every branch of a configuration, made and measured.
 
 use anyhow::Result;
-use gptq_compute::Device;
 use gptq_pipeline::calibration::CalibrationRecipe;
 use gptq_pipeline::config::{Branch, SweepConfig};
 use gptq_pipeline::sweep::{SweepReport, SweepRow, sweep};
@@ -23,9 +22,9 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     config.calibration = config.calibration.clone().with(args.calibration.overrides())?;
     let branches = selected(&config, &args.only)?;
     let source = open_checkpoint(&config.model)?;
+    let device = args.device.open(printer)?;
     let calibration = sample(&source, &config.calibration, printer)?;
-    let report =
-        sweep(&config, &branches, &source, &calibration, &Device::Cpu, &args.out, printer)?;
+    let report = sweep(&config, &branches, &source, &calibration, &device, &args.out, printer)?;
     if args.json { print_json(&report) } else { print_result(&text(&report)) }
 }
 

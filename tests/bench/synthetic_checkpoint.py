@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""A sharded dense Llama checkpoint of real width with random weights, for disk-to-disk timings.
+
+    synthetic_checkpoint.py OUT --blocks 4 --tokenizer tests/fixtures/demo-llama
+
+Needs torch and safetensors. One shard a block, as large models are stored; the tokeniser is copied
+from a small model, whose ids all lie inside the vocabulary.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB = 8192, 28672, 64, 8, 32000
+
+
+def weight(device, rows, columns):
+    """Random fp16 weights that keep the size of their inputs."""
+    return (torch.randn(rows, columns, device=device) / columns**0.5).half().cpu()
+
+
+def block(device, index):
+    kv = HIDDEN // HEADS * KV_HEADS
+    shapes = {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (kv, HIDDEN),
+        "self_attn.v_proj": (kv, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+    }
+    prefix = f"model.layers.{index}"
+    tensors = {f"{prefix}.{n}.weight": weight(device, *s) for n, s in shapes.items()}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.float16)
+    return tensors
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--tokenizer", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    outside = {
+        "model.embed_tokens.weight": torch.randn(VOCAB, HIDDEN, device=device).half().cpu(),
+        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.float16),
+        "lm_head.weight": weight(device, VOCAB, HIDDEN),
+    }
+    shards = [outside] + [block(device, i) for i in range(args.blocks)]
+    weight_map = {}
+    for i, tensors in enumerate(shards):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, args.out / name, metadata={"format": "pt"})
+        weight_map.update({tensor: name for tensor in tensors})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (args.out / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "num_hidden_layers": args.blocks, "vocab_size": VOCAB,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "bos_token_id": 1,
+        "tie_word_embeddings": False, "torch_dtype": "float16",
+    }
+    (args.out / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(args.tokenizer / name, args.out / name)
+
+
+if __name__ == "__main__":
+    main()
