@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -124,7 +124,7 @@ impl DatasetSpec {
     pub fn relative_to(mut self, folder: &Path) -> Self {
         if let Place::File(path, _) = &mut self.place {
             // An absolute path replaces `folder` in a join.
-            *path = folder.join(&path);
+            *path = tidy(&folder.join(&path));
         }
         self
     }
@@ -233,6 +233,21 @@ fn available_splits(snapshot: &Path) -> Result<String, TextError> {
     pairs.sort();
     pairs.dedup();
     Ok(if pairs.is_empty() { "no parquet files".to_owned() } else { pairs.join(", ") })
+}
+
+/// `a/../b` as `b`, for messages; only where the folder before `..` is named in the path itself.
+fn tidy(path: &Path) -> PathBuf {
+    let mut parts = PathBuf::new();
+    for part in path.components() {
+        let above = parts.components().next_back();
+        match (part, above) {
+            (Component::ParentDir, Some(Component::Normal(_))) => {
+                parts.pop();
+            }
+            _ => parts.push(part),
+        }
+    }
+    parts
 }
 
 impl FromStr for DatasetSpec {

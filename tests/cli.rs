@@ -1,0 +1,413 @@
+//! What the command prints, to the letter where it is stable: help, plans, inspections, mistakes.
+
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+mod util;
+
+use insta::assert_snapshot;
+use serde_json::{Value, json};
+use util::{Outcome, TinyLlama, Workdir, repository, words};
+
+const COMMANDS: [&str; 7] = ["quantize", "ppl", "plan", "inspect", "sweep", "bench", "doctor"];
+
+/// The bytes of each published branch's file, in the order of its model card, and the size that
+/// the card prints.
+const PUBLISHED: [(&str, u64, &str); 9] = [
+    ("gptq-4bit-32g-actorder_True", 40_663_178_576, "40.66 GB"),
+    ("gptq-4bit-64g-actorder_True", 37_989_309_744, "37.99 GB"),
+    ("gptq-4bit-128g-actorder_True", 36_652_374_384, "36.65 GB"),
+    ("gptq-4bit-128g-actorder_False", 36_652_374_384, "36.65 GB"),
+    ("main", 35_332_232_296, "35.33 GB"),
+    ("gptq-3bit-64g-actorder_True", 29_299_234_912, "29.30 GB"),
+    ("gptq-3bit-128g-actorder_True", 28_029_146_264, "28.03 GB"),
+    ("gptq-3bit-128g-actorder_False", 28_029_146_264, "28.03 GB"),
+    ("gptq-3bit--1g-actorder_True", 26_775_011_200, "26.78 GB"),
+];
+
+/// config.json of stabilityai/StableBeluga2, a Llama 2 of 70B parameters.
+const STABLEBELUGA2: &str = r#"{
+  "architectures": ["LlamaForCausalLM"],
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "hidden_act": "silu",
+  "hidden_size": 8192,
+  "initializer_range": 0.02,
+  "intermediate_size": 28672,
+  "max_position_embeddings": 4096,
+  "model_type": "llama",
+  "num_attention_heads": 64,
+  "num_hidden_layers": 80,
+  "num_key_value_heads": 8,
+  "pad_token_id": 0,
+  "pretraining_tp": 1,
+  "rms_norm_eps": 1e-05,
+  "rope_scaling": null,
+  "tie_word_embeddings": false,
+  "torch_dtype": "float32",
+  "transformers_version": "4.32.0.dev0",
+  "use_cache": true,
+  "vocab_size": 32000
+}"#;
+
+fn run(args: &[&str]) -> Outcome {
+    Workdir::new().gptq(args)
+}
+
+/// A folder with a tiny model and a text.
+fn tiny() -> Workdir {
+    let dir = Workdir::new();
+    TinyLlama::new().write(&dir.path("model"));
+    dir.write("text.txt", &words(400));
+    dir
+}
+
+fn demo() -> String {
+    repository().join("tests/fixtures/demo-llama").display().to_string()
+}
+
+#[test]
+fn help_lists_the_commands() {
+    assert_snapshot!(run(&["--help"]).snapshot(), @r"
+    exit code 0
+    --- stdout
+    Quantise Llama models with GPTQ and prove the result
+
+    Usage: gptq [OPTIONS] <COMMAND>
+
+    Commands:
+      quantize  Make one quantised checkpoint
+      ppl       Measure the perplexity of a dense model or a GPTQ checkpoint
+      plan      Predict sizes, memory and work of every branch from config.json alone
+      inspect   Show what a checkpoint holds
+      sweep     Make and measure every branch of a configuration
+      bench     Measure this machine on a synthetic block
+      doctor    Show what this machine has for GPU runs, and what it lacks
+      help      Print this message or the help of the given subcommand(s)
+
+    Options:
+      -q, --quiet        Print warnings, errors and results only
+          --no-progress  Print lines instead of progress bars, on a terminal too
+      -h, --help         Print help
+      -V, --version      Print version
+    ");
+}
+
+#[test]
+fn every_command_explains_itself() {
+    let listed = run(&["--help"]).stdout;
+    for command in COMMANDS {
+        let help = run(&[command, "--help"]);
+        let usage = format!("Usage: gptq {command} ");
+        assert!(help.ok().contains(&usage), "{}", help.stdout);
+        assert!(help.stdout.contains("Example"), "{command} shows no example");
+        assert!(help.stdout.contains("--json"), "{command} prints numbers for people only");
+        assert!(help.stdout.lines().all(|line| line.len() <= 100), "{}", help.stdout);
+        assert_eq!(run(&["help", command]).stdout, help.stdout);
+        let summary = help.stdout.lines().next().unwrap();
+        assert!(listed.contains(summary), "{command}: {summary}");
+    }
+    assert_snapshot!(run(&["inspect", "--help"]).snapshot(), @r"
+    exit code 0
+    --- stdout
+    Show what a checkpoint holds
+
+    Usage: gptq inspect [OPTIONS] <CHECKPOINT>
+
+    Arguments:
+      <CHECKPOINT>  Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
+
+    Options:
+          --json         Print the result as JSON
+      -q, --quiet        Print warnings, errors and results only
+          --no-progress  Print lines instead of progress bars, on a terminal too
+      -h, --help         Print help
+      -V, --version      Print version
+
+    Example:
+      gptq inspect ./SmolLM2-135M-4bit-128g
+    ");
+}
+
+#[test]
+fn the_version_is_the_packages() {
+    let version = concat!("gptq ", env!("CARGO_PKG_VERSION"), "\n");
+    assert_eq!(run(&["--version"]).ok(), version);
+}
+
+#[test]
+fn the_plan_of_stablebeluga2_is_what_was_published() {
+    let dir = Workdir::new();
+    dir.write("StableBeluga2/config.json", STABLEBELUGA2);
+    let text = dir.gptq(&["plan", "StableBeluga2"]);
+    let json = dir.gptq(&["plan", "StableBeluga2", "--json"]).json();
+    let lines: Vec<&str> = text.ok().lines().collect();
+    for (i, (branch, bytes, size)) in PUBLISHED.into_iter().enumerate() {
+        assert_eq!(json[i]["branch"], branch);
+        assert_eq!(json[i]["file_bytes"], bytes);
+        let line = lines[i + 1];
+        assert!(line.starts_with(&format!("{branch} ")), "{line}");
+        assert!(line.contains(&format!(" {bytes}  {size}")), "{line}");
+    }
+    assert_eq!(json.as_array().unwrap().len(), PUBLISHED.len());
+    assert_eq!(text.stderr, "");
+}
+
+#[test]
+fn the_repositorys_configuration_plans_the_same() {
+    let dir = Workdir::new();
+    dir.write("StableBeluga2/config.json", STABLEBELUGA2);
+    let file = repository().join("configs/stablebeluga2.toml").display().to_string();
+    let from_file = dir.gptq(&["plan", "StableBeluga2", "--config", &file, "--json"]).json();
+    assert_eq!(from_file, dir.gptq(&["plan", "StableBeluga2", "--json"]).json());
+}
+
+#[test]
+fn the_demo_model_is_inspected() {
+    let dir = Workdir::new();
+    std::os::unix::fs::symlink(demo(), dir.path("demo")).unwrap();
+    assert_snapshot!(dir.gptq(&["inspect", "demo"]).snapshot(), @r"
+    exit code 0
+    --- stdout
+    folder      demo
+    blocks      5
+    width       256 hidden, 768 MLP
+    heads       4 query, 2 key/value
+    vocabulary  2048
+    weights     8923.5 kB (8923544 bytes)
+    tensors     47 (47 F16)
+    quantised   no
+    ");
+    let json = dir.gptq(&["inspect", "demo", "--json"]).json();
+    assert_eq!(json["quantization"], Value::Null);
+    assert_eq!(json["dtypes"], json!({"F16": 47}));
+    assert_eq!(json["file_bytes"], 8_923_544);
+}
+
+#[test]
+fn a_run_is_summarised() {
+    let dir = tiny();
+    let calibration = ["--calib-dataset", "text.txt", "--windows", "4", "--seq-len", "32"];
+    let fixed = ["quantize", "model", "--out", "out", "--device", "cpu", "--bits", "3"];
+    let made = dir.gptq(&[&fixed[..], &calibration].concat());
+    assert!(made.stdout.starts_with("out: 3 bits, group size 128, autogptq, "), "{}", made.stdout);
+    assert!(made.ok().ends_with("\nMeasure it: gptq ppl out\n"), "{}", made.stdout);
+    assert!(made.stderr.contains("\nblock 2/2  relative error "), "{}", made.stderr);
+    assert_snapshot!(dir.gptq(&["inspect", "out"]).snapshot(), @r"
+    exit code 0
+    --- stdout
+    folder      out
+    blocks      2
+    width       64 hidden, 96 MLP
+    heads       4 query, 2 key/value
+    vocabulary  64
+    weights     52.5 kB (52504 bytes)
+    tensors     63 (21 F16, 42 I32)
+    quantised   3 bits, group size 128, act-order yes, damp 0.01
+    linears     14 in 29.0 kB, 3.777 bits a weight
+    ");
+    let measure = ["ppl", "out", "--device", "cpu", "--dataset", "text.txt", "--seq-len", "32"];
+    let measured = dir.gptq(&measure);
+    assert!(measured.ok().starts_with("perplexity "), "{}", measured.stdout);
+    assert!(
+        measured.stdout.ends_with("(paper, text.txt, 12 windows × 32, 372 tokens scored, f32)\n")
+    );
+    // Nothing but results, warnings and errors.
+    assert_eq!(dir.gptq(&[&measure[..], &["--quiet"]].concat()).stderr, "");
+}
+
+#[test]
+fn a_run_without_calibration_prints_this() {
+    let rounded = ["quantize", "model", "--out", "out", "--device", "cpu", "--recipe", "rtn"];
+    let outcome = tiny().gptq(&rounded).snapshot();
+    // The device's name counts this machine's threads.
+    let threads = outcome.lines().find(|line| line.starts_with("device: cpu")).unwrap();
+    assert_snapshot!(outcome.replace(threads, "device: cpu"), @r"
+    exit code 0
+    --- stdout
+    out: 4 bits, group size 128, rtn, 60.2 kB in [N] s, peak memory [N] MB
+    Measure it: gptq ppl out
+    --- stderr
+    device: cpu
+    block 1/2  [N] s
+    block 2/2  [N] s
+    quantise: 2 blocks in [N] s
+    ");
+}
+
+#[test]
+fn every_command_speaks_json() {
+    let dir = tiny();
+    let calibration = ["--calib-dataset", "text.txt", "--windows", "4", "--seq-len", "32"];
+    let cpu = ["--device", "cpu", "--json"];
+    let fixed = ["quantize", "model", "--out", "out"];
+    let quantize = dir.gptq(&[&fixed[..], &calibration, &cpu].concat()).json();
+    for key in ["bits", "group_size", "act_order", "damp", "file_bytes", "seconds", "blocks"] {
+        assert!(!quantize[key].is_null(), "{key}: {quantize}");
+    }
+    assert_eq!(quantize["blocks"].as_array().unwrap().len(), 2);
+    assert_eq!(quantize["calibration"]["windows"], 4);
+    let fixed = ["ppl", "out", "--base", "model", "--dataset", "text.txt", "--seq-len", "32"];
+    let ppl = dir.gptq(&[&fixed[..], &cpu].concat()).json();
+    for key in ["perplexity", "protocol", "dataset", "tokens", "windows", "seq_len", "dtype"] {
+        assert!(!ppl[key].is_null(), "{key}: {ppl}");
+    }
+    assert!(ppl["base"]["kl"].is_number(), "{ppl}");
+    let config = "model = \"model\"\ncalibration = \"card\"\nrecipe = \"autogptq\"\ndamp = 0.01\n\
+        [evaluation]\ndataset = \"text.txt\"\nprotocol = \"paper\"\nseq_len = 32\n\
+        [[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 32\nact_order = true\n\
+        [[branch]]\nname = \"b\"\nbits = 3\ngroup_size = \"none\"\nact_order = false\n";
+    dir.write("sweep.toml", config);
+    let sweep = |only: &[&str], out: &str| {
+        let fixed = ["sweep", "sweep.toml", "--out", out];
+        dir.gptq(&[&fixed[..], &calibration, &cpu, only].concat()).json()
+    };
+    let all = sweep(&[], "all");
+    assert_eq!(all["rows"].as_array().unwrap().len(), 2);
+    // The text was calibrated on, and the report says so.
+    assert_eq!(all["evaluation"]["contaminated"], true);
+    let one = sweep(&["--only", "b"], "one");
+    assert_eq!(one["rows"][0]["result"], all["rows"][1]["result"]);
+    for args in [
+        &["plan", "model", "--config", "sweep.toml", "--json"][..],
+        &["inspect", "out", "--json"],
+        &["doctor", "--json"],
+        &[
+            "bench",
+            "--width",
+            "tiny",
+            "--windows",
+            "1",
+            "--seq-len",
+            "64",
+            "--device",
+            "cpu",
+            "--json",
+        ],
+    ] {
+        let value = dir.gptq(args).json();
+        assert!(value.is_object() || value.is_array(), "{args:?}: {value}");
+    }
+}
+
+#[test]
+fn mistyped_commands_are_the_users() {
+    assert_snapshot!(run(&["frobnicate"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: unrecognized subcommand 'frobnicate'
+
+    Usage: gptq [OPTIONS] <COMMAND>
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["quantize", "model"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: the following required arguments were not provided:
+      --out <DIR>
+
+    Usage: gptq quantize --out <DIR> <MODEL>
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["quantize", "m", "--out", "o", "--group-size", "0"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: invalid value '0' for '--group-size <N|none>': use a positive number, or none for one scale a row
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["ppl", "m", "--protocol", "mine"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: invalid value 'mine' for '--protocol <PROTOCOL>': Protocol `mine` is unknown; choose paper, llama-cpp or strided
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["ppl", "m", "--dataset", "a:b"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: invalid value 'a:b' for '--dataset <DATASET>': Dataset `a:b` cannot be read: it is not three parts with `:` between them, nor a file of a known kind; give `ORG/NAME:CONFIG:SPLIT`, or the path of a .txt, .jsonl or .parquet file
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["ppl", "m", "--device", "tpu"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: invalid value 'tpu' for '--device <DEVICE>': use cpu, cuda or cuda:N
+
+    For more information, try '--help'.
+    ");
+    // Help and no command at all: the same text, but only one of them was asked for.
+    let nothing = run(&[]);
+    assert_eq!((nothing.code, nothing.stdout.as_str()), (1, ""));
+    assert_eq!(nothing.stderr, run(&["--help"]).stdout);
+}
+
+#[test]
+fn values_that_no_branch_can_have_are_refused() {
+    let dir = tiny();
+    let quantize = |option: &[&str]| {
+        dir.gptq(&[&["quantize", "model", "--out", "out", "--device", "cpu"], option].concat())
+    };
+    assert_snapshot!(quantize(&["--bits", "5"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: 5 bits are not supported; use 2, 3, 4 or 8
+    ");
+    assert_snapshot!(quantize(&["--damp", "1.5"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: Damping 1.5 is not supported; use a number above 0 and below 1
+    ");
+    quantize(&["--calib", "nope"]).refused(&["nope", "card", "wikitext2"]);
+    quantize(&["--recipe", "magic"]).refused(&["magic", "autogptq", "rtn"]);
+    quantize(&["--gpu-memory", "1GB"]).refused(&["--gpu-memory"]);
+    quantize(&["--branch", "nain"]).refused(&["`nain`", "main", "gptq-4bit-32g-actorder_True"]);
+    let demo = repository().join("configs/demo.toml").display().to_string();
+    dir.gptq(&["sweep", &demo, "--only", "5bit"]).refused(&["`5bit`", "4bit-32g-act"]);
+    dir.gptq(&["sweep", "nope.toml"]).refused(&["nope.toml"]);
+    dir.write("bad.toml", "model = 1");
+    dir.gptq(&["sweep", "bad.toml"]).refused(&["bad.toml"]);
+}
+
+#[test]
+fn a_model_that_is_not_there_gets_a_hint() {
+    for command in [&["inspect"][..], &["plan"], &["ppl", "--device=cpu", "--quiet"]] {
+        run(&[command, &["org/name"]].concat()).refused(&["`org/name`", "local folder", "HF_HOME"]);
+        run(&[command, &["./nowhere"]].concat()).refused(&["`./nowhere`"]);
+    }
+    let dir = Workdir::new();
+    let cache = dir.path("cache").display().to_string();
+    let found = dir.gptq_env(&["inspect", "org/name"], &[("HF_HOME", &cache)]);
+    assert_snapshot!(found.snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: `org/name` at revision `main` is neither a local path nor in the Hub cache (looked in `[DIR]/cache/hub/models--org--name`); this build never downloads, as if HF_HUB_OFFLINE were set: give a local folder, or set HF_HOME to a cache that holds it
+    ");
+}
+
+#[test]
+fn hub_ids_are_found_in_the_cache() {
+    let dir = Workdir::new();
+    let repository = "cache/hub/models--org--name";
+    dir.write(&format!("{repository}/refs/main"), "c0ffee");
+    TinyLlama::new().write(&dir.path(&format!("{repository}/snapshots/c0ffee")));
+    let cache = dir.path("cache").display().to_string();
+    let shown = dir.gptq_env(&["inspect", "org/name", "--json"], &[("HF_HOME", &cache)]).json();
+    assert_eq!(shown["hidden_size"], 64);
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    use std::process::{Command, Stdio};
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gptq"))
+        .args(["inspect", &demo()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
