@@ -1,6 +1,8 @@
 //! Damaged models, unfit texts and occupied outputs: one clear error that names the culprit, exit
 //! code 1, and nothing left under the output's name. Then the odd inputs that must work.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
 

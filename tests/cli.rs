@@ -1,5 +1,7 @@
 //! What the command prints, to the letter where it is stable: help, plans, inspections, mistakes.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
 

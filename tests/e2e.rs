@@ -7,6 +7,8 @@
 //! its. Another CPU rounds differently, which may move a code to the neighbouring one: hence the
 //! tolerance of 0.5 %.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
 
