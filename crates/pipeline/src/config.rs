@@ -257,6 +257,6 @@ mod tests {
         assert!(parse(&branch("a/b", 4, "32")).contains("letters, digits"));
         let twice = branch("a", 4, "32") + &branch("a", 3, "32");
         assert!(parse(&twice).contains("used twice"));
-        assert!(parse("typo = 1\n[[branch]]\n").contains("typo"));
+        assert!(parse(&format!("typo = 1\n{}", branch("a", 4, "32"))).contains("typo"));
     }
 }
