@@ -181,13 +181,7 @@ fn every_golden_case_is_reproduced() {
             {
                 for act_order in [false, true] {
                     let act = if act_order { "True" } else { "False" };
-                    let spec = QuantSpec {
-                        bits,
-                        group_size,
-                        act_order,
-                        damp: 0.01,
-                        recipe: Recipe::AutoGptq,
-                    };
+                    let spec = QuantSpec::new(bits, group_size, act_order, 0.01, Recipe::AutoGptq);
                     print!("{file_name} ");
                     ties += check_case(&file, &format!("{bits}bit.{group}g.act_{act}"), &spec);
                     cases += 1;

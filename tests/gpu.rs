@@ -12,7 +12,7 @@ use gptq_compute::cuda::Cuda;
 use gptq_compute::{AttentionShape, Device, Error, FloatType, HostMatrix, RopeTable, Tensor};
 use gpu_support::{Random, bytes_of, check, gpu, round_to_half};
 use half::bf16;
-use ndarray::Array2;
+use ndarray::{Array2, s};
 
 /// Relative errors of results rounded to fp16 once (2⁻¹¹ at most, 2⁻¹²·√(4/3) on average), and of
 /// results that also hold rounded intermediates.
@@ -232,11 +232,57 @@ fn rows_are_selected_and_parked_tensors_return() {
     let tensors: Vec<_> = (1..9).map(|i| random.halves(i * 100, 577, 1.0)).collect();
     let parked: Vec<_> =
         tensors.iter().map(|t| gpu.park(gpu.upload_f32(t.clone()).unwrap()).unwrap()).collect();
-    for (parked, want) in parked.into_iter().zip(&tensors) {
-        let back = gpu.fetch(parked).unwrap();
-        let half = gpu.park(both(&gpu, want).1).unwrap();
-        assert_eq!(back.to_host().unwrap(), *want);
-        assert_eq!(gpu.fetch(half).unwrap().to_host().unwrap(), *want);
+    for (mut parked, want) in parked.into_iter().zip(&tensors) {
+        let back = gpu.fetch(&mut parked).unwrap();
+        let again = gpu.fetch(&mut parked).unwrap();
+        drop(parked);
+        let mut half = gpu.park(both(&gpu, want).1).unwrap();
+        for back in [back, again] {
+            assert_eq!(back.land().unwrap().to_host().unwrap(), *want);
+        }
+        let back = gpu.fetch(&mut half).unwrap();
+        assert_eq!(back.land().unwrap().to_host().unwrap(), *want);
+        drop(gpu.fetch(&mut half).unwrap());
+    }
+}
+
+#[test]
+fn the_drift_and_its_correction_match_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random::new();
+    // Below, at and beside a panel of 2048; ragged, and an odd number of columns.
+    for (tokens, n) in [(300, 64), (517, 577), (700, 2048), (900, 2500)] {
+        let x = random.halves(tokens, n, 1.0);
+        let reference = round_to_half(&(&x + &random.halves(tokens, n, 0.05)));
+        let mut order: Vec<u32> = (0..n as u32).collect();
+        for i in (1..n).rev() {
+            order.swap(i, random.below(i + 1));
+        }
+        let mut upper = random.halves(n, n, 0.1);
+        for ((i, j), value) in upper.indexed_iter_mut() {
+            *value = if i > j { 0.0 } else { *value + if i == j { 1.0 } else { 0.0 } };
+        }
+        let corrections = [Device::Cpu, gpu.clone()].map(|device| {
+            let mut drift = device.drift(&order).unwrap();
+            for rows in [0..tokens / 3, tokens / 3..tokens] {
+                let part = |a: &Array2<f32>| {
+                    device.upload_f32(a.slice(s![rows.clone(), ..]).to_owned()).unwrap()
+                };
+                device.drift_add(&mut drift, &part(&reference), &part(&x)).unwrap();
+            }
+            let upper = device.upload_f32(upper.clone()).unwrap();
+            drift.correction(&upper, 0.5).unwrap().to_host().unwrap()
+        });
+        let [want, mut got] = corrections;
+        // The solver reads nothing below the diagonal tiles.
+        for ((i, j), value) in got.indexed_iter_mut() {
+            if i / 2048 > j / 2048 {
+                *value = 0.0;
+            }
+        }
+        assert!(got.indexed_iter().all(|((i, j), &v)| j > i || v == 0.0));
+        let got = Tensor::from_host(got);
+        check(&format!("correction {tokens}×{n}"), &got, &want, SOME_ROUNDINGS);
     }
 }
 

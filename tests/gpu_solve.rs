@@ -10,8 +10,8 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports its errors")]
 
-#[path = "gpu_solve/replay.rs"]
-mod replay;
+#[path = "solve_support/mod.rs"]
+mod solve_support;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ use half::f16;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 
-use replay::{Case, Plan, Replay};
+use solve_support::{Case, Plan, Replay, gram, noise, weights, within};
 
 /// Opens the first card, or says why the test is skipped.
 fn card() -> Option<(Device, Arc<Cuda>)> {
@@ -47,46 +47,6 @@ fn card() -> Option<(Device, Arc<Cuda>)> {
         }
         Err(error) => panic!("the card does not open: {error}"),
     }
-}
-
-/// Prints `error` as a fraction of `tolerance`, and fails beyond it (or on NaN).
-fn within(what: &str, error: f64, tolerance: f64) {
-    println!(
-        "{what}: error {error:.2e} = {:.4} of the tolerance {tolerance:.0e}",
-        error / tolerance
-    );
-    assert!(error <= tolerance, "{what}: {error:e} exceeds {tolerance:e}");
-}
-
-/// Values in −1..1 from a hash of the index.
-fn noise(seed: usize, i: usize) -> f32 {
-    let mut x = (i as u64).wrapping_add((seed as u64) << 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    ((x >> 40) as f32) / (1_u32 << 23) as f32 - 1.0
-}
-
-fn weights(rows: usize, n: usize) -> Array2<f32> {
-    let heavy = |v: f32| v * v * v + 0.1 * v;
-    let mut w = Array2::from_shape_fn((rows, n), |(r, j)| heavy(noise(1, r * n + j)));
-    w.mapv_inplace(|v| f16::from_f32(v).to_f32());
-    // Rows that take the scale's odd branches: no negative value, nothing but zeros.
-    w.row_mut(1).mapv_inplace(f32::abs);
-    w.row_mut(2).fill(0.0);
-    w
-}
-
-/// A Gram of correlated inputs of different sizes; column 3 is dead.
-fn gram(n: usize) -> Array2<f32> {
-    let tokens = 2 * n + 8;
-    let size = |j: usize| 0.2 + 2.0 * noise(5, j).abs();
-    let mut x = Array2::from_shape_fn((tokens, n), |(t, j)| {
-        (noise(2, t * n + j) + 0.5 * noise(3, t * 8 + j % 8)) * size(j)
-    });
-    if n > 3 {
-        x.column_mut(3).fill(0.0);
-    }
-    x.t().dot(&x)
 }
 
 /// A Gram whose lower triangle is poisoned: nothing may read it.
@@ -268,12 +228,13 @@ fn autogptq_solves_like_the_host() {
         let name = format!("{rows}x{n} {bits} bit group {group:?} act-order {act_order}");
         let loss = check_case(&name, &device, &case);
 
-        let spec =
-            QuantSpec { bits, group_size: group, act_order, damp: 0.01, recipe: Recipe::AutoGptq };
+        let spec = QuantSpec::new(bits, group, act_order, 0.01, Recipe::AutoGptq);
         let factored = Factored {
             order: plan.order.clone(),
             dead: plan.dead.clone(),
             upper: Tensor::from_host(upper.clone()),
+            importance: plan.importance.clone(),
+            correction: None,
             damp: 0.01,
             damp_retries: 0,
         };

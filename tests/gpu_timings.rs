@@ -139,11 +139,11 @@ fn copies(gpu: &Device, random: &mut Random) {
     );
     for round in ["first", "again"] {
         let clock = Instant::now();
-        let parked = gpu.park(there).unwrap();
+        let mut parked = gpu.park(there).unwrap();
         let parked_in = clock.elapsed().as_secs_f64();
         gpu.synchronize("parking").unwrap();
         let out = clock.elapsed().as_secs_f64();
-        there = gpu.fetch(parked).unwrap();
+        there = gpu.fetch(&mut parked).unwrap().land().unwrap();
         gpu.synchronize("fetching").unwrap();
         let back = clock.elapsed().as_secs_f64() - out;
         println!(

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ndarray::Array2;
 
 use crate::cpu;
-use crate::cuda::{self, Cuda, MemoryInfo, Parked};
+use crate::cuda::{self, Coming, Cuda, MemoryInfo, Parked};
 use crate::error::{Error, Result, ensure_shape};
 use crate::host::HostMatrix;
 use crate::rope::RopeTable;
@@ -33,6 +33,26 @@ enum ParkedStorage {
     /// On the CPU, where a tensor is in host memory anyway.
     Here(Tensor),
     Cuda(Parked),
+}
+
+/// A parked tensor on its way back: see [`Device::fetch`].
+#[derive(Debug)]
+pub struct ComingTensor(ComingStorage);
+
+#[derive(Debug)]
+enum ComingStorage {
+    Here(Tensor),
+    Cuda(Coming),
+}
+
+impl ComingTensor {
+    /// The tensor; work queued from now on waits for its arrival.
+    pub fn land(self) -> Result<Tensor> {
+        match self.0 {
+            ComingStorage::Here(x) => Ok(x),
+            ComingStorage::Cuda(coming) => Ok(Tensor(Storage::Cuda(coming.land()?))),
+        }
+    }
 }
 
 /// Heads and window length of a causal attention.
@@ -87,12 +107,12 @@ impl Device {
         }
     }
 
-    /// Brings a parked tensor back; only work queued from now on waits for it.
-    pub fn fetch(&self, parked: ParkedTensor) -> Result<Tensor> {
-        match parked.0 {
-            ParkedStorage::Here(x) => Ok(x),
-            ParkedStorage::Cuda(parked) => Ok(Tensor(Storage::Cuda(cuda::park::fetch(parked)?))),
-        }
+    /// Starts to bring a parked tensor back, beside the work that is queued; it stays parked too.
+    pub fn fetch(&self, parked: &mut ParkedTensor) -> Result<ComingTensor> {
+        Ok(ComingTensor(match &mut parked.0 {
+            ParkedStorage::Here(x) => ComingStorage::Here(x.clone()),
+            ParkedStorage::Cuda(parked) => ComingStorage::Cuda(cuda::park::fetch(parked)?),
+        }))
     }
 
     /// The device's name for reports.

@@ -8,6 +8,7 @@
 mod cpu;
 pub mod cuda;
 mod device;
+mod drift;
 mod error;
 mod gram;
 mod host;
@@ -17,7 +18,8 @@ mod tensor;
 
 pub use cpu::linalg;
 pub use cpu::matmul::matmul_nt;
-pub use device::{AttentionShape, Device, ParkedTensor};
+pub use device::{AttentionShape, ComingTensor, Device, ParkedTensor};
+pub use drift::Drift;
 pub use error::{Error, Result};
 pub use gram::{Gram, HessianPrep};
 pub use host::{FloatType, HostMatrix};

@@ -21,6 +21,12 @@ pub enum Error {
         /// The fraction asked for.
         damp: f64,
     },
+    /// A choice that does not exist, or has no meaning here.
+    #[error("{message}")]
+    Choice {
+        /// What is wrong, and what is possible.
+        message: String,
+    },
     /// The Hessian has no Cholesky factor at any damping that was tried.
     #[error("The Hessian is not positive definite even with damping {damp}: {source}")]
     NotPositiveDefinite {

@@ -2,24 +2,30 @@
 //! needs them.
 
 use gptq_compute::Tensor;
-use gptq_compute::cuda::{self, GroupWeights, SolveOptions};
+use gptq_compute::cuda::{self, ClipSearch, SolveOptions};
 
+use crate::choices::{Clip, ScalePrecision};
 use crate::error::{Error, Result};
+use crate::grid::clip_ratios;
 use crate::hessian::Factored;
 use crate::solver::{Codes, Quantised, Stored, group_index, stored_scales};
 use crate::spec::QuantSpec;
 
 /// Quantises `weight` `[out, in]` in device memory; see [`crate::solve`].
 pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
-    // AutoGPTQ: scales in f32 from weights as they were at the last block's end.
+    let choices = &spec.choices;
+    let half_scales = choices.scales == ScalePrecision::Half;
+    let ratios = clip_ratios();
+    let search = ClipSearch { ratios: &ratios, importance: &factored.importance };
     let options = SolveOptions {
         bits: spec.bits,
         group_size: spec.group_size,
-        group_weights: GroupWeights::Stale,
-        half_scales: false,
-        half_values: false,
-        search: None,
-        asymmetric: None,
+        group_weights: choices.group_weights,
+        half_scales,
+        // The card keeps weights in fp16: what the file dequantises to there is rounded.
+        half_values: half_scales,
+        search: (choices.clip == Clip::Search).then_some(search),
+        asymmetric: factored.correction.as_ref(),
     };
     let solved = cuda::solve(weight, &factored.upper, &factored.order, &factored.dead, &options)?;
     if !solved.loss.is_finite() {

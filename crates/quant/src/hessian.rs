@@ -1,6 +1,6 @@
 //! From a Gram to the factor that the solver walks along: dead columns, order, damping.
 
-use gptq_compute::{Gram, HessianPrep, Tensor};
+use gptq_compute::{Drift, Gram, HessianPrep, Tensor};
 
 use crate::error::{Error, Result};
 use crate::spec::QuantSpec;
@@ -18,10 +18,25 @@ pub struct Factored {
     pub dead: Vec<bool>,
     /// U, upper triangular with UᵀU = H⁻¹, in solve order `[in, in]`.
     pub upper: Tensor,
+    /// diag(H) in solve order, undamped; 1 where a column is dead.
+    pub importance: Vec<f32>,
+    /// GPTAQ's correction P `[in, in]` in solve order, times its strength.
+    pub correction: Option<Tensor>,
     /// Fraction of mean(diag H) that was added in the end.
     pub damp: f64,
     /// How often damping had to be raised; 0 is the normal case.
     pub damp_retries: u32,
+}
+
+impl Factored {
+    /// Sets the correction from the drift of the same inputs, `scale` times.
+    ///
+    /// # Errors
+    /// A drift of another order or device.
+    pub fn correct(&mut self, drift: Drift, scale: f32) -> Result<()> {
+        self.correction = Some(drift.correction(&self.upper, scale)?);
+        Ok(())
+    }
 }
 
 /// Prepares and factors H = `scale` · Gram (scale is 2 / windows).
@@ -44,7 +59,19 @@ pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
     for damp_retries in 0.. {
         let prep = HessianPrep { scale, order: &order, dead: &dead, damp: (damp * mean) as f32 };
         match gram.upper_factor(&prep) {
-            Ok(upper) => return Ok(Factored { order, dead, upper, damp, damp_retries }),
+            Ok(upper) => {
+                let importance = order.iter().map(|&c| diagonal[c as usize]).collect();
+                let correction = None;
+                return Ok(Factored {
+                    order,
+                    dead,
+                    upper,
+                    importance,
+                    correction,
+                    damp,
+                    damp_retries,
+                });
+            }
             Err(source @ gptq_compute::Error::NotPositiveDefinite { .. }) => {
                 if damp_retries == DAMP_RETRIES {
                     return Err(Error::NotPositiveDefinite { damp, source });
@@ -74,7 +101,7 @@ mod tests {
     use ndarray::{Array2, array};
 
     fn spec(act_order: bool) -> QuantSpec {
-        QuantSpec { bits: 4, group_size: None, act_order, damp: 0.01, recipe: Recipe::AutoGptq }
+        QuantSpec::new(4, None, act_order, 0.01, Recipe::AutoGptq)
     }
 
     #[test]

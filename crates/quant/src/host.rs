@@ -1,7 +1,8 @@
 //! The GPTQ solver on the host: column by column, each error spread over the columns to come.
 //!
-//! Frantar et al., arXiv 2210.17323, with AutoGPTQ's order of operations (the `autogptq` recipe).
-//! Output rows are independent, so a task owns a band of rows from the first column to the last.
+//! Frantar et al., arXiv 2210.17323, with AutoGPTQ's order of operations where the spec's choices do
+//! not say otherwise. Output rows are independent, so a task owns a band of rows from the first
+//! column to the last.
 
 use gptq_compute::Tensor;
 use half::f16;
@@ -9,8 +10,9 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
+use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision};
 use crate::error::{Error, Result};
-use crate::grid::{absmax_scale, code};
+use crate::grid::{absmax_scale, clip_ratios, code, file_scale, searched_scale};
 use crate::hessian::Factored;
 use crate::solver::{Codes, Quantised, Stored, by_group, group_index, stored_scales};
 use crate::spec::QuantSpec;
@@ -51,11 +53,11 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     let mut codes = vec![0_u8; out_features * in_features];
     let mut values = vec![0.0_f32; out_features * in_features];
     let band_len = ROWS_PER_TASK * in_features;
-    codes
-        .par_chunks_mut(band_len)
-        .zip(values.par_chunks_mut(band_len))
-        .zip(&bands)
-        .for_each(|((codes, values), band)| unpermute(band, &factored.order, codes, values));
+    codes.par_chunks_mut(band_len).zip(values.par_chunks_mut(band_len)).zip(&bands).for_each(
+        |((codes, values), band)| {
+            unpermute(band, &factored.order, &spec.choices, codes, values);
+        },
+    );
     if values.par_iter().any(|v| !v.is_finite()) {
         return Err(Error::NotFinite { what: "The weight" });
     }
@@ -77,15 +79,88 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     })
 }
 
-/// Puts a band's columns back into the weights' order; values rounded to fp16, the type in which
+/// Puts a band's columns back into the weights' order. Scales that the file holds exactly give the
+/// values that it dequantises to; values of f32 scales are rounded to fp16, the type in which
 /// AutoGPTQ keeps the layer while it calibrates the next ones.
-fn unpermute(band: &Band, order: &[u32], codes: &mut [u8], values: &mut [f32]) {
+fn unpermute(band: &Band, order: &[u32], choices: &Choices, codes: &mut [u8], values: &mut [f32]) {
     let n = order.len();
+    let kept = |v: f32| match choices.scales {
+        ScalePrecision::Half => v,
+        ScalePrecision::F32 => f16::from_f32(v).to_f32(),
+    };
     for row in 0..band.codes.nrows() {
         for (j, &column) in order.iter().enumerate() {
             let at = row * n + column as usize;
             codes[at] = band.codes[[row, j]];
-            values[at] = f16::from_f32(band.values[[row, j]]).to_f32();
+            values[at] = kept(band.values[[row, j]]);
+        }
+    }
+}
+
+/// What every row of a linear is solved with.
+struct Solver<'a> {
+    upper: &'a Array2<f32>,
+    correction: Option<&'a Array2<f32>>,
+    importance: &'a [f32],
+    choices: Choices,
+    ratios: Vec<f32>,
+    /// One group a row.
+    whole_rows: bool,
+    group: usize,
+    zero: f32,
+    max_code: f32,
+}
+
+impl<'a> Solver<'a> {
+    fn new(factored: &'a Factored, spec: &QuantSpec, n: usize) -> Self {
+        Self {
+            upper: factored.upper.as_host(),
+            correction: factored.correction.as_ref().map(Tensor::as_host),
+            importance: &factored.importance,
+            choices: spec.choices,
+            ratios: clip_ratios().to_vec(),
+            whole_rows: spec.group_size.is_none(),
+            group: spec.group_columns(n),
+            zero: f32::from(spec.zero()),
+            max_code: spec.max_code(),
+        }
+    }
+
+    /// Scale of a group whose members start at column `first` of the solve.
+    fn scale(&self, members: &[f32], first: usize) -> f32 {
+        let half = self.choices.scales == ScalePrecision::Half;
+        match self.choices.clip {
+            Clip::None => file_scale(absmax_scale(members, self.max_code), half),
+            Clip::Search => {
+                let importance = &self.importance[first..first + members.len()];
+                let grid = (self.zero, self.max_code);
+                searched_scale(members, importance, &self.ratios, grid, half)
+            }
+        }
+    }
+
+    /// End of the block of columns that begins at `start`. With fresh weights a group that would
+    /// cross the end begins a block of its own, because only a block's own columns are corrected
+    /// within it.
+    fn block_end(&self, start: usize, n: usize) -> usize {
+        let end = (start + BLOCK).min(n);
+        let last = end / self.group * self.group;
+        let crosses = last > start && last < end && (last + self.group).min(n) > end;
+        match self.choices.group_weights {
+            GroupWeights::Fresh if crosses && !self.whole_rows => last,
+            _ => end,
+        }
+    }
+
+    /// First column whose correction for column j uses the quantised value rather than the weight:
+    /// the end of the block, or of a group inside it whose scale comes from fresh weights. A GPU
+    /// ends its blocks there.
+    fn near_end(&self, j: usize, block_end: usize) -> usize {
+        match self.choices.group_weights {
+            GroupWeights::Fresh if !self.whole_rows => {
+                block_end.min((j / self.group + 1) * self.group)
+            }
+            _ => block_end,
         }
     }
 }
@@ -93,8 +168,7 @@ fn unpermute(band: &Band, order: &[u32], codes: &mut [u8], values: &mut [f32]) {
 /// Solves a band of rows `[rows, in]`.
 fn solve_band(w: ArrayView2<'_, f32>, factored: &Factored, spec: &QuantSpec) -> Band {
     let (rows, n) = w.dim();
-    let upper = factored.upper.as_host();
-    let group = spec.group_columns(n);
+    let solver = Solver::new(factored, spec, n);
     let mut band = Band {
         weight: Array2::from_shape_fn((rows, n), |(r, j)| {
             let column = factored.order[j] as usize;
@@ -102,38 +176,52 @@ fn solve_band(w: ArrayView2<'_, f32>, factored: &Factored, spec: &QuantSpec) -> 
         }),
         codes: Array2::zeros((rows, n)),
         values: Array2::zeros((rows, n)),
-        scales: vec![Vec::with_capacity(n.div_ceil(group)); rows],
+        scales: vec![Vec::with_capacity(n.div_ceil(solver.group)); rows],
         loss: 0.0,
     };
-    if spec.group_size.is_none() {
-        // One scale for the row, from the weights as they were before dead columns were zeroed.
-        for (scales, row) in band.scales.iter_mut().zip(w.rows()) {
-            scales.push(absmax_scale(&row.to_vec(), spec.max_code()));
-        }
+    if solver.whole_rows {
+        row_scales(&mut band, w, &solver, factored);
     }
     let mut errors = Array2::<f32>::zeros((rows, BLOCK));
-    for start in (0..n).step_by(BLOCK) {
-        let end = (start + BLOCK).min(n);
+    let mut start = 0;
+    while start < n {
+        let end = solver.block_end(start, n);
         let mut errors = errors.slice_mut(s![.., ..end - start]);
-        solve_block(&mut band, upper, start..end, group, spec, &mut errors);
-        let mut rest = band.weight.slice_mut(s![.., end..]);
-        general_mat_mul(-1.0, &errors, &upper.slice(s![start..end, end..]), 1.0, &mut rest);
+        solve_block(&mut band, &solver, start..end, &mut errors);
+        let (_, mut rest) = band.weight.view_mut().split_at(Axis(1), end);
+        general_mat_mul(-1.0, &errors, &solver.upper.slice(s![start..end, end..]), 1.0, &mut rest);
+        if let Some(correction) = solver.correction {
+            let solved = band.values.slice(s![.., start..end]);
+            general_mat_mul(1.0, &solved, &correction.slice(s![start..end, end..]), 1.0, &mut rest);
+        }
+        start = end;
     }
     band
 }
 
+/// One scale for each whole row. AutoGPTQ's comes from the weights as they were before dead columns
+/// were zeroed.
+fn row_scales(band: &mut Band, w: ArrayView2<'_, f32>, solver: &Solver<'_>, factored: &Factored) {
+    let stale = solver.choices.group_weights == GroupWeights::Stale;
+    for (r, scales) in band.scales.iter_mut().enumerate() {
+        let row: Vec<f32> = if stale {
+            factored.order.iter().map(|&column| w[[r, column as usize]]).collect()
+        } else {
+            band.weight.row(r).to_vec()
+        };
+        scales.push(solver.scale(&row, 0));
+    }
+}
+
 /// Solves the columns of one block for every row of the band; leaves their scaled errors in
-/// `errors` `[rows, columns]` and the band's own weights untouched, since group scales inside the
-/// block are read from them.
+/// `errors` `[rows, columns]` and the band's own weights untouched: stale scales inside the block
+/// are read from them.
 fn solve_block(
     band: &mut Band,
-    upper: &Array2<f32>,
+    solver: &Solver<'_>,
     columns: std::ops::Range<usize>,
-    group: usize,
-    spec: &QuantSpec,
     errors: &mut ArrayViewMut2<'_, f32>,
 ) {
-    let (zero, max_code) = (f32::from(spec.zero()), spec.max_code());
     let n = band.weight.ncols();
     let mut current = vec![0.0_f32; columns.len()];
     for (r, mut errors) in errors.axis_iter_mut(Axis(0)).enumerate() {
@@ -141,19 +229,33 @@ fn solve_block(
         let Some(outer) = outer.as_slice() else { return };
         current.copy_from_slice(&outer[columns.clone()]);
         for (i, j) in columns.clone().enumerate() {
-            if spec.group_size.is_some() && j.is_multiple_of(group) {
-                let members = &outer[j..(j + group).min(n)];
-                band.scales[r].push(absmax_scale(members, max_code));
+            if !solver.whole_rows && j.is_multiple_of(solver.group) {
+                let until = (j + solver.group).min(n);
+                let fresh = solver.choices.group_weights == GroupWeights::Fresh;
+                // A group that begins a block may reach past it: all of it is corrected so far.
+                let members = if fresh && until <= columns.end {
+                    &current[i..until - columns.start]
+                } else {
+                    &outer[j..until]
+                };
+                band.scales[r].push(solver.scale(members, j));
             }
-            let scale = band.scales[r][j / group];
+            let scale = band.scales[r][j / solver.group];
             let w = current[i];
-            let q = code(w, scale, zero, max_code);
-            let value = scale * (q - zero);
-            let row = upper.row(j);
+            let q = code(w, scale, solver.zero, solver.max_code);
+            let value = scale * (q - solver.zero);
+            let row = solver.upper.row(j);
             let Some(row) = row.as_slice() else { return };
             let error = (w - value) / row[j];
             for (c, u) in current[i..].iter_mut().zip(&row[j..columns.end]) {
                 *c -= error * u;
+            }
+            if let Some(row) = solver.correction.map(|p| p.row(j)) {
+                let Some(row) = row.to_slice() else { return };
+                let near = solver.near_end(j, columns.end);
+                for (k, p) in (j..columns.end).zip(&row[j..columns.end]) {
+                    current[k - columns.start] += if k < near { w * p } else { value * p };
+                }
             }
             band.codes[[r, j]] = q as u8;
             band.values[[r, j]] = value;

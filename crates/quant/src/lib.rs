@@ -5,17 +5,21 @@
 //! a [`Quantised`] one. [`round_to_nearest`] is the baseline without calibration. Nothing here knows
 //! files or models.
 
+mod choices;
 mod error;
 mod gpu;
 mod grid;
 mod hessian;
 mod host;
+mod rotation;
 mod rtn;
 mod solver;
 mod spec;
 
+pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision};
 pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
+pub use rotation::Rotation;
 pub use rtn::round_to_nearest;
 pub use solver::{Codes, Quantised, Stored, solve};
 pub use spec::{QuantSpec, Recipe};

@@ -2,12 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::choices::Choices;
 use crate::error::{Error, Result};
 
 /// A named set of solver choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Recipe {
+    /// The lowest loss that the same file can hold.
+    Best,
     /// AutoGPTQ 0.3–0.7's numerics, oddities included.
     AutoGptq,
     /// Round to nearest: no calibration.
@@ -18,8 +21,17 @@ impl Recipe {
     /// The name used on the command line and in files.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Best => "best",
             Self::AutoGptq => "autogptq",
             Self::Rtn => "rtn",
+        }
+    }
+
+    /// The choices that the name stands for; round to nearest takes AutoGPTQ's scales.
+    pub fn choices(self) -> Choices {
+        match self {
+            Self::Best => Choices::BEST,
+            Self::AutoGptq | Self::Rtn => Choices::AUTOGPTQ,
         }
     }
 
@@ -34,9 +46,10 @@ impl std::str::FromStr for Recipe {
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text {
+            "best" => Ok(Self::Best),
             "autogptq" => Ok(Self::AutoGptq),
             "rtn" => Ok(Self::Rtn),
-            _ => Err(format!("`{text}` is no recipe; use autogptq or rtn")),
+            _ => Err(format!("`{text}` is no recipe; use best, autogptq or rtn")),
         }
     }
 }
@@ -52,11 +65,40 @@ pub struct QuantSpec {
     pub act_order: bool,
     /// Fraction of mean(diag H) added to the diagonal.
     pub damp: f64,
-    /// The solver's choices.
+    /// The named set that the choices started from.
     pub recipe: Recipe,
+    /// The solver's choices.
+    pub choices: Choices,
 }
 
 impl QuantSpec {
+    /// A branch with a recipe's own choices.
+    pub fn new(
+        bits: u8,
+        group_size: Option<usize>,
+        act_order: bool,
+        damp: f64,
+        recipe: Recipe,
+    ) -> Self {
+        Self { bits, group_size, act_order, damp, recipe, choices: recipe.choices() }
+    }
+
+    /// Sets choices given as `KEY=VALUE`.
+    ///
+    /// # Errors
+    /// [`Error::Choice`] for one that does not exist, or for any with round to nearest, which makes
+    /// none.
+    pub fn set(&mut self, settings: &[String]) -> Result<()> {
+        for setting in settings {
+            if !self.recipe.calibrates() {
+                let message = format!("`{setting}` has no meaning for round to nearest");
+                return Err(Error::Choice { message });
+            }
+            self.choices.set(setting).map_err(|message| Error::Choice { message })?;
+        }
+        Ok(())
+    }
+
     /// Checks every field.
     pub fn validate(&self) -> Result<()> {
         if !matches!(self.bits, 2 | 3 | 4 | 8) {

@@ -27,6 +27,7 @@ pub struct Cuda {
     name: String,
     arch: String,
     multiprocessors: usize,
+    shared_memory: usize,
     kernels: Kernels,
     blas: Mutex<CudaBlas>,
     solver: Mutex<DnHandle>,
@@ -34,6 +35,8 @@ pub struct Cuda {
     staging: Staging,
     parking: Parking,
     copies: Arc<CudaStream>,
+    leaving: Arc<CudaStream>,
+    arriving: Arc<CudaStream>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
 }
@@ -55,16 +58,18 @@ impl Cuda {
             return Err(Error::NoSuchDevice { ordinal, count: count.max(0) as usize });
         }
         let context = CudaContext::new(ordinal).stage(STAGE)?;
-        // SAFETY: all work of this device is queued on `stream`; the copy stream is ordered against
-        // it by the events of the `transfer` and `park` modules. No buffer exists yet.
+        // SAFETY: all work of this device is queued on `stream`; the streams of copies are ordered
+        // against it by the events of the `transfer` and `park` modules. No buffer exists yet.
         unsafe { context.disable_event_tracking() };
         let name = context.name().stage(STAGE)?;
         let arch = architecture(&name, context.compute_capability().stage(STAGE)?)?;
         keep_freed_memory(&context)?;
         let stream = context.new_stream().stage(STAGE)?;
         let processors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Arc::new(Self {
             name,
+            shared_memory: context.attribute(shared).stage(STAGE)? as usize,
             multiprocessors: context.attribute(processors).stage(STAGE)? as usize,
             kernels: Kernels::load(&context, &arch)?,
             arch,
@@ -74,6 +79,8 @@ impl Cuda {
             staging: Staging::default(),
             parking: Parking::default(),
             copies: context.new_stream().stage(STAGE)?,
+            leaving: context.new_stream().stage(STAGE)?,
+            arriving: context.new_stream().stage(STAGE)?,
             stream,
             context,
         }))
@@ -108,10 +115,25 @@ impl Cuda {
         &self.parking
     }
 
-    /// The stream of copies to and from the host; see the `transfer` and `park` modules for how it
-    /// is ordered against the stream of all work.
+    /// The stream of uploads; see the `transfer` module for how it is ordered against the stream of
+    /// all work.
     pub(super) fn copies(&self) -> &Arc<CudaStream> {
         &self.copies
+    }
+
+    /// The stream of tensors that are parked; see the `park` module.
+    pub(super) fn leaving(&self) -> &Arc<CudaStream> {
+        &self.leaving
+    }
+
+    /// The stream of parked tensors that are fetched.
+    pub(super) fn arriving(&self) -> &Arc<CudaStream> {
+        &self.arriving
+    }
+
+    /// Bytes of shared memory that a block may ask for.
+    pub(super) fn shared_memory(&self) -> usize {
+        self.shared_memory
     }
 
     /// Kernel `name` of `file`.
@@ -201,7 +223,9 @@ impl Cuda {
     /// name what was queued since the last wait.
     pub fn synchronize(&self, stage: &'static str) -> Result<()> {
         self.stream.synchronize().stage(stage)?;
-        self.copies.synchronize().stage(stage)?;
+        for stream in [&self.copies, &self.leaving, &self.arriving] {
+            stream.synchronize().stage(stage)?;
+        }
         self.context.check_err().stage(stage)
     }
 

@@ -169,6 +169,35 @@ pub(super) unsafe fn multiply<T: Real>(
     cuda: &Cuda,
     stage: &'static str,
     shape: Product,
+    factors: (T, T),
+    operands: (Block<T>, Block<T>, Block<T>),
+) -> Result<()> {
+    // SAFETY: the caller's contract.
+    unsafe { product(cuda, stage, shape, blas::cublasOperation_t::CUBLAS_OP_N, factors, operands) }
+}
+
+/// Queues c = alpha · a · bᵀ + beta · c, b being `[n, k]`.
+///
+/// # Safety
+/// As for [`multiply`].
+pub(super) unsafe fn multiply_transposed<T: Real>(
+    cuda: &Cuda,
+    stage: &'static str,
+    shape: Product,
+    factors: (T, T),
+    operands: (Block<T>, Block<T>, Block<T>),
+) -> Result<()> {
+    // SAFETY: the caller's contract.
+    unsafe { product(cuda, stage, shape, blas::cublasOperation_t::CUBLAS_OP_T, factors, operands) }
+}
+
+/// # Safety
+/// As for [`multiply`]; `op` is applied to b.
+unsafe fn product<T: Real>(
+    cuda: &Cuda,
+    stage: &'static str,
+    shape: Product,
+    op: blas::cublasOperation_t,
     (alpha, beta): (T, T),
     (a, b, c): (Block<T>, Block<T>, Block<T>),
 ) -> Result<()> {
@@ -176,14 +205,13 @@ pub(super) unsafe fn multiply<T: Real>(
         return Ok(());
     }
     let [m, n, k] = [int(shape.m)?, int(shape.n)?, int(shape.k)?];
-    let none = blas::cublasOperation_t::CUBLAS_OP_N;
     cuda.context().bind_to_thread().stage(stage)?;
     // SAFETY: the caller vouches for the blocks; the scalars outlive the call, which reads them.
     unsafe {
         cublas::gemm_ex(
             *cuda.blas().handle(),
-            none,
-            none,
+            op,
+            blas::cublasOperation_t::CUBLAS_OP_N,
             n,
             m,
             k,

@@ -30,6 +30,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "dequant.cu",
     "diagonal.cu",
     "dot.cu",
+    "drift.cu",
     "finite.cu",
     "gptq_block.cu",
     "group_scales.cu",
@@ -42,6 +43,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "rope.cu",
     "select_rows.cu",
     "silu_mul.cu",
+    "strict_upper.cu",
     "tri_inverse.cu",
     "unpermute.cu",
 ];

@@ -3,8 +3,8 @@
 //! Nothing of CUDA is needed to build or start this program. Libraries are opened when a device is
 //! first asked for (`libraries`), kernels are compiled for the card present and kept on disk
 //! (`nvrtc`, `cache`, `kernels`), and all work of one [`Cuda`] is queued on one stream, so
-//! that a buffer may be freed or reused as soon as its last use has been queued. A second stream
-//! carries uploads (`transfer`) and moves parked tensors to and from pinned host memory (`park`).
+//! that a buffer may be freed or reused as soon as its last use has been queued. Other streams carry
+//! uploads (`transfer`) and move parked tensors to and from pinned host memory (`park`).
 //!
 //! Activations and weights are fp16, row-major. Hidden states between blocks are f32: adding
 //! hundreds of small updates to a few large features is where fp16 loses perplexity and where
@@ -17,6 +17,7 @@ pub(crate) mod buffer;
 mod cache;
 mod context;
 mod dense;
+pub(crate) mod drift;
 pub(crate) mod elementwise;
 mod error;
 mod factor;
@@ -44,7 +45,7 @@ pub use kernels::{KernelReport, compile_all, kernel_files};
 pub use libraries::Library;
 pub use memory::MemoryInfo;
 pub use pack::{PackedLinear, dequantise};
-pub use park::Parked;
+pub use park::{Coming, Parked};
 pub use probe::{Card, LibraryFacts, Probe, probe};
 pub use solve::{ClipSearch, GroupWeights, SolveOptions, Solved, solve};
 pub use timing::Timer;

@@ -1,9 +1,11 @@
 //! Tensors parked in pinned host memory, for hidden states that do not fit on the card.
 //!
-//! Both directions run on the copy stream, beside the computation. A parked tensor's device memory
-//! is freed when its copy is done; until then it is kept in a short queue, whose oldest entry is
-//! waited for when the queue is full, so that parking can never run ahead of the bus. Pinned memory
-//! is slow to allocate and is kept for the next tensor of the same size.
+//! Each direction has a stream of its own, beside the computation: the bus carries both at once,
+//! and a tensor that leaves waits for the work that makes it while the next one already arrives. A
+//! parked tensor's device memory is freed when its copy is done; until then it is kept in a short
+//! queue, whose oldest entry is waited for when the queue is full, so that parking can never run
+//! ahead of the bus. Pinned memory is slow to allocate and is kept for the next tensor of the same
+//! size.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,8 +26,15 @@ const IN_FLIGHT: usize = 2;
 /// Pinned memory that is free, and tensors on their way out.
 #[derive(Default)]
 pub(super) struct Parking {
-    free: Mutex<Vec<PinnedHostSlice<u8>>>,
-    leaving: Mutex<VecDeque<(CudaEvent, Values)>>,
+    free: Mutex<Vec<Host>>,
+    leaving: Mutex<VecDeque<(Arc<CudaEvent>, Values)>>,
+}
+
+/// Pinned memory, and the last copy that was queued for it.
+#[derive(Debug)]
+struct Host {
+    memory: PinnedHostSlice<u8>,
+    last: Option<Arc<CudaEvent>>,
 }
 
 /// A tensor in pinned host memory.
@@ -34,48 +43,78 @@ pub struct Parked {
     cuda: Arc<Cuda>,
     shape: (usize, usize),
     is_f16: bool,
-    host: Option<PinnedHostSlice<u8>>,
+    host: Option<Host>,
+}
+
+/// A tensor on its way back to the card.
+#[derive(Debug)]
+pub struct Coming {
+    matrix: Option<Matrix>,
+    arrived: Arc<CudaEvent>,
+}
+
+impl Coming {
+    /// The tensor; work queued from now on waits for its arrival.
+    pub(crate) fn land(mut self) -> Result<Matrix> {
+        self.wait()?;
+        self.matrix.take().ok_or(crate::error::Error::DeviceMismatch { op: STAGE })
+    }
+
+    fn wait(&self) -> Result<()> {
+        match &self.matrix {
+            Some(matrix) => matrix.cuda().stream().wait(&self.arrived).stage(STAGE),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        // The memory is freed on the stream of all work: not under the copy that fills it.
+        let _ = self.wait();
+    }
 }
 
 impl Parked {
     /// Bytes of host memory.
     pub fn bytes(&self) -> usize {
-        self.host.as_ref().map_or(0, PinnedHostSlice::num_bytes)
+        self.host.as_ref().map_or(0, |host| host.memory.num_bytes())
     }
 
     /// Rows and columns of the tensor.
     pub fn shape(&self) -> (usize, usize) {
         self.shape
     }
+}
 
-    fn give_back(&mut self) {
+impl Drop for Parked {
+    fn drop(&mut self) {
+        // The next user waits for the last copy.
         if let Some(host) = self.host.take() {
             lock(&self.cuda.parking().free).push(host);
         }
     }
 }
 
-impl Drop for Parked {
-    fn drop(&mut self) {
-        // The next user writes it on the copy stream, in order after the copy that filled it.
-        self.give_back();
-    }
-}
-
 /// Queues the copy of `matrix` to the host; its device memory is freed when that is done.
 pub(crate) fn park(matrix: Matrix) -> Result<Parked> {
     let cuda = Arc::clone(matrix.cuda());
+    let stream = cuda.leaving();
     let mut host = pinned(&cuda, matrix.bytes())?;
-    cuda.copies().join(cuda.stream()).stage(STAGE)?;
+    stream.join(cuda.stream()).stage(STAGE)?;
+    if let Some(last) = &host.last {
+        stream.wait(last).stage(STAGE)?;
+    }
     let from = match matrix.values() {
-        Values::F16(buffer) => buffer.slice().device_ptr(cuda.copies()).0,
-        Values::F32(buffer) => buffer.slice().device_ptr(cuda.copies()).0,
+        Values::F16(buffer) => buffer.slice().device_ptr(stream).0,
+        Values::F32(buffer) => buffer.slice().device_ptr(stream).0,
     };
-    let target = host.as_mut_slice().stage(STAGE)?;
+    let target = host.memory.as_mut_slice().stage(STAGE)?;
     // SAFETY: both hold `matrix.bytes()` bytes; the device memory lives in `leaving` until the copy
-    // is done, and the host memory is touched on the copy stream alone.
-    unsafe { result::memcpy_dtoh_async(target, from, cuda.copies().cu_stream()) }.stage(STAGE)?;
-    let done = cuda.copies().record_event(None).stage(STAGE)?;
+    // is done, and every copy from or to the host memory waits for the one before.
+    unsafe { result::memcpy_dtoh_async(target, from, stream.cu_stream()) }.stage(STAGE)?;
+    let done = Arc::new(stream.record_event(None).stage(STAGE)?);
+    host.last = Some(Arc::clone(&done));
     let parked = Parked {
         cuda: Arc::clone(&cuda),
         shape: matrix.shape(),
@@ -95,40 +134,48 @@ pub(crate) fn park(matrix: Matrix) -> Result<Parked> {
     Ok(parked)
 }
 
-/// Queues the copy back; work queued from now on may use the tensor.
-pub(crate) fn fetch(mut parked: Parked) -> Result<Matrix> {
+/// Queues the copy back; the host's copy stays as it is.
+pub(crate) fn fetch(parked: &mut Parked) -> Result<Coming> {
     let (cuda, shape) = (Arc::clone(&parked.cuda), parked.shape);
     let count = shape.0 * shape.1;
     let matrix = if parked.is_f16 {
-        Matrix::from_f16(&cuda, shape, copied_back::<f16>(&cuda, &parked, count)?)
+        Matrix::from_f16(&cuda, shape, copied_back::<f16>(&cuda, parked, count)?)
     } else {
-        Matrix::from_f32(&cuda, shape, copied_back::<f32>(&cuda, &parked, count)?)
+        Matrix::from_f32(&cuda, shape, copied_back::<f32>(&cuda, parked, count)?)
     };
-    parked.give_back();
-    cuda.stream().join(cuda.copies()).stage(STAGE)?;
-    Ok(matrix)
+    let arrived = Arc::new(cuda.arriving().record_event(None).stage(STAGE)?);
+    if let Some(host) = &mut parked.host {
+        host.last = Some(Arc::clone(&arrived));
+    }
+    Ok(Coming { matrix: Some(matrix), arrived })
 }
 
 fn copied_back<T: DeviceRepr>(cuda: &Cuda, parked: &Parked, count: usize) -> Result<Buffer<T>> {
-    let buffer = cuda.uninit_on::<T>(cuda.copies(), STAGE, count)?;
-    let to = buffer.slice().device_ptr(cuda.copies()).0;
+    let stream = cuda.arriving();
+    let buffer = cuda.uninit_on::<T>(stream, STAGE, count)?;
+    let to = buffer.slice().device_ptr(stream).0;
     if let Some(host) = &parked.host {
-        let from = host.as_slice().stage(STAGE)?;
-        // SAFETY: the buffer holds as many bytes as were parked; the copies of one stream run in
-        // order, so the host memory is filled before this copy and reused after it.
-        unsafe { result::memcpy_htod_async(to, from, cuda.copies().cu_stream()) }.stage(STAGE)?;
+        if let Some(last) = &host.last {
+            stream.wait(last).stage(STAGE)?;
+        }
+        let from = host.memory.as_slice().stage(STAGE)?;
+        // SAFETY: the buffer holds as many bytes as were parked; the stream waits for the copy that
+        // filled the host memory, and whoever writes that next waits for this copy.
+        unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.stage(STAGE)?;
     }
     Ok(buffer)
 }
 
-/// Pinned memory of exactly `bytes`, from the free list where there is some.
-fn pinned(cuda: &Cuda, bytes: usize) -> Result<PinnedHostSlice<u8>> {
+/// Pinned memory of exactly `bytes`, from the free list where there is some: the one that has been
+/// free for longest, whose last copy is most likely done.
+fn pinned(cuda: &Cuda, bytes: usize) -> Result<Host> {
     let mut free = lock(&cuda.parking().free);
-    if let Some(at) = free.iter().position(|host| host.num_bytes() == bytes.max(1)) {
-        return Ok(free.swap_remove(at));
+    if let Some(at) = free.iter().position(|host| host.memory.num_bytes() == bytes.max(1)) {
+        return Ok(free.remove(at));
     }
     // SAFETY: the memory is read only after a copy from the device has filled it.
-    unsafe { cuda.context().alloc_pinned_with_flags(bytes.max(1), 0) }.stage(STAGE)
+    let memory = unsafe { cuda.context().alloc_pinned_with_flags(bytes.max(1), 0) }.stage(STAGE)?;
+    Ok(Host { memory, last: None })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

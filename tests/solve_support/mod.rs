@@ -1,4 +1,4 @@
-//! A solve, replayed in f64 along the codes that the device chose.
+//! What tests of solvers share: inputs, and a replay in f64 along the codes that a solver chose.
 
 use std::ops::Range;
 
@@ -50,7 +50,7 @@ impl Plan {
     }
 }
 
-/// What a replay of the device's codes in f64 finds.
+/// What a replay of a solver's codes in f64 finds.
 #[derive(Default)]
 pub(crate) struct Replay {
     /// How far beyond half a step a weight lay from its code's value, in steps.
@@ -78,7 +78,7 @@ impl Case<'_> {
         self.options.group_size.unwrap_or(self.n())
     }
 
-    /// `code(j)` and `scale(g)` are the device's for solve column j and group g of this row.
+    /// `code(j)` and `scale(g)` are the solver's for solve column j and group g of this row.
     pub(crate) fn replay(&self, row: usize, code: &[u8], scale: &[f32], out: &mut Replay) {
         let n = self.n();
         let source = |c: u32, zeroed: bool| {
@@ -171,4 +171,44 @@ fn block_of(j: usize, n: usize, group: Option<usize>) -> Range<usize> {
     // Blocks of 128 from each group's start, or from column 0.
     let first = start + (j - start) / 128 * 128;
     first..(first + 128).min(start + g).min(n)
+}
+
+/// Prints `error` as a fraction of `tolerance`, and fails beyond it (or on NaN).
+pub(crate) fn within(what: &str, error: f64, tolerance: f64) {
+    println!(
+        "{what}: error {error:.2e} = {:.4} of the tolerance {tolerance:.0e}",
+        error / tolerance
+    );
+    assert!(error <= tolerance, "{what}: {error:e} exceeds {tolerance:e}");
+}
+
+/// Values in −1..1 from a hash of the index.
+pub(crate) fn noise(seed: usize, i: usize) -> f32 {
+    let mut x = (i as u64).wrapping_add((seed as u64) << 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((x >> 40) as f32) / (1_u32 << 23) as f32 - 1.0
+}
+
+pub(crate) fn weights(rows: usize, n: usize) -> Array2<f32> {
+    let heavy = |v: f32| v * v * v + 0.1 * v;
+    let mut w = Array2::from_shape_fn((rows, n), |(r, j)| heavy(noise(1, r * n + j)));
+    w.mapv_inplace(|v| f16::from_f32(v).to_f32());
+    // Rows that take the scale's odd branches: no negative value, nothing but zeros.
+    w.row_mut(1).mapv_inplace(f32::abs);
+    w.row_mut(2).fill(0.0);
+    w
+}
+
+/// A Gram of correlated inputs of different sizes; column 3 is dead.
+pub(crate) fn gram(n: usize) -> Array2<f32> {
+    let tokens = 2 * n + 8;
+    let size = |j: usize| 0.2 + 2.0 * noise(5, j).abs();
+    let mut x = Array2::from_shape_fn((tokens, n), |(t, j)| {
+        (noise(2, t * n + j) + 0.5 * noise(3, t * 8 + j % 8)) * size(j)
+    });
+    if n > 3 {
+        x.column_mut(3).fill(0.0);
+    }
+    x.t().dot(&x)
 }
