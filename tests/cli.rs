@@ -201,7 +201,7 @@ fn a_run_is_summarised() {
     width       64 hidden, 96 MLP
     heads       4 query, 2 key/value
     vocabulary  64
-    weights     52.5 kB (52504 bytes)
+    weights     52.6 kB (52584 bytes)
     tensors     63 (21 F16, 42 I32)
     quantised   3 bits, group size 128, act-order yes, damp 0.01
     linears     14 in 29.0 kB, 3.777 bits a weight

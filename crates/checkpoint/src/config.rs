@@ -106,6 +106,16 @@ impl ModelConfig {
         })
     }
 
+    /// The same model with a head of its own, equal to the embedding so far.
+    #[must_use]
+    pub fn untied(mut self) -> Self {
+        if self.tie_word_embeddings {
+            self.tie_word_embeddings = false;
+            self.raw.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
+        }
+        self
+    }
+
     /// The file's own keys, in its order.
     #[must_use]
     pub fn raw(&self) -> &Map<String, Value> {

@@ -57,8 +57,8 @@ pub struct Written {
 }
 
 impl CheckpointWriter {
-    /// Prepares `out`: makes the working folder, checks the disk, and writes all headers. `source`
-    /// gives the model's shape and, at the end, its tokeniser and other small files.
+    /// Prepares `out`: makes the working folder, checks the disk, and writes all headers. `config`
+    /// is the model to write; `source` gives its tokeniser and other small files at the end.
     ///
     /// # Errors
     /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`],
@@ -66,19 +66,19 @@ impl CheckpointWriter {
     pub fn create(
         out: &Path,
         source: &Checkpoint,
+        config: &ModelConfig,
         quantize: &QuantizeConfig,
         layout: Layout,
         extra_metadata: &BTreeMap<String, String>,
         max_shard_bytes: Option<u64>,
     ) -> Result<Self> {
-        let config = source.config().clone();
-        let plan = plan_files(&config, quantize, layout, extra_metadata, max_shard_bytes)?;
+        let plan = plan_files(config, quantize, layout, extra_metadata, max_shard_bytes)?;
         let partial = Partial::create(out)?;
         check_space(partial.path(), plan.total_bytes)?;
         let mut writer = Self {
             partial,
             source_dir: source.dir().to_owned(),
-            config,
+            config: config.clone(),
             quantize: quantize.clone(),
             layout,
             plan,
@@ -173,12 +173,12 @@ impl CheckpointWriter {
     }
 
     /// Completes the checkpoint: configuration, carried files, index; then syncs everything and
-    /// gives the folder its name. `config` is the config.json to carry instead of the source's.
+    /// gives the folder its name.
     ///
     /// # Errors
     /// [`Error::MissingTensors`] naming the first that were never written, and [`Error::Io`]; the
     /// working folder is removed in every case.
-    pub fn finish(self, config: Option<&Map<String, Value>>) -> Result<Written> {
+    pub fn finish(self) -> Result<Written> {
         self.check_alive()?;
         self.check_complete()?;
         for (file, shard) in self.files.iter().zip(&self.plan.shards) {
@@ -186,8 +186,7 @@ impl CheckpointWriter {
             file.sync_all().map_err(Error::io("write", &path))?;
         }
         side_files::carry(&self.source_dir, &self.partial)?;
-        let config = config.unwrap_or(self.config.raw());
-        let text = self.quantize.config_text(config, self.layout)?;
+        let text = self.quantize.config_text(self.config.raw(), self.layout)?;
         self.partial.write(Path::new("config.json"), text.as_bytes())?;
         let text = self.quantize.file_text(self.layout)?;
         self.partial.write(Path::new(quantize_config::FILE), text.as_bytes())?;

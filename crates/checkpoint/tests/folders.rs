@@ -96,7 +96,7 @@ fn create(
     layout: Layout,
     max: Option<u64>,
 ) -> Result<CheckpointWriter, Error> {
-    CheckpointWriter::create(out, source, quantize, layout, &BTreeMap::new(), max)
+    CheckpointWriter::create(out, source, source.config(), quantize, layout, &BTreeMap::new(), max)
 }
 
 /// Writes everything that the plan needs, linears last block first.
@@ -114,7 +114,7 @@ fn written(dir: &TempDir, source: &Checkpoint, quantize: &QuantizeConfig) -> Pat
     let out = dir.path().join("out");
     let mut writer = create(&out, source, quantize, Layout::Card, None).unwrap();
     fill(&mut writer, source, quantize);
-    writer.finish(None).unwrap().dir
+    writer.finish().unwrap().dir
 }
 
 fn four_bits() -> QuantizeConfig {
@@ -138,7 +138,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = create(&dir.path().join("out"), &source, &quantize, layout, max).unwrap();
         fill(&mut writer, &source, &quantize);
-        let done = writer.finish(None).unwrap();
+        let done = writer.finish().unwrap();
 
         prop_assert_eq!(done.bytes, plan.total_bytes);
         for shard in &plan.shards {
@@ -268,7 +268,7 @@ fn every_tensor_is_written_exactly_once_and_right() {
         Err(Error::WrittenTwice { .. })
     ));
 
-    let message = writer.finish(None).unwrap_err().to_string();
+    let message = writer.finish().unwrap_err().to_string();
     assert!(message.contains("`lm_head.weight`") && message.contains("58 tensors"), "{message}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
@@ -287,20 +287,6 @@ fn a_dropped_writer_leaves_nothing_and_may_cross_threads() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
-#[test]
-fn the_config_may_be_replaced() {
-    let folder = source(false);
-    let source = Checkpoint::open(folder.path()).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let mut writer =
-        create(&dir.path().join("out"), &source, &four_bits(), Layout::Modern, None).unwrap();
-    fill(&mut writer, &source, &four_bits());
-    let mut config = source.config().raw().clone();
-    config.insert("torch_dtype".to_owned(), "float16".into());
-    let out = writer.finish(Some(&config)).unwrap().dir;
-    assert!(fs::read_to_string(out.join("config.json")).unwrap().contains("\"float16\""));
-}
-
 /// Damage done to a folder.
 type Change = Box<dyn Fn(&Path)>;
 
@@ -312,7 +298,7 @@ fn damage(change: impl Fn(&Path)) -> Error {
     let out = dir.path().join("out");
     let mut writer = create(&out, &source, &four_bits(), Layout::Card, Some(20_000)).unwrap();
     fill(&mut writer, &source, &four_bits());
-    writer.finish(None).unwrap();
+    writer.finish().unwrap();
     change(&out);
     let read = match Checkpoint::open(&out) {
         Ok(read) => read,

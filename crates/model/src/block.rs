@@ -1,6 +1,6 @@
 //! One decoder block: its weights, and its forward pass cut between the linears.
 
-use gptq_compute::{AttentionShape, Device, RopeTable, Tensor};
+use gptq_compute::{AttentionShape, Device, FloatType, HostMatrix, RopeTable, Tensor};
 
 use crate::error::Result;
 
@@ -58,13 +58,13 @@ impl Stage {
 }
 
 /// A decoder block on a device.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Block {
     parts: BlockParts,
 }
 
 /// What a block is made of.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct BlockParts {
     /// Position in the model, from 0.
     pub index: usize,
@@ -107,6 +107,32 @@ impl Block {
     /// Replaces a linear's weights, by what its quantised form dequantises to.
     pub fn set_linear(&mut self, id: LinearId, weight: Tensor) {
         self.parts.linears[id as usize] = weight;
+    }
+
+    /// The block on `device`: as it is on the CPU, its weights rounded to fp16 on a GPU.
+    ///
+    /// # Errors
+    /// A weight beyond fp16, for a GPU.
+    pub fn to_device(mut self, device: &Device) -> Result<Self> {
+        if let Device::Cuda(_) = device {
+            for linear in &mut self.parts.linears {
+                let host = linear.to_host()?;
+                let (rows, cols) = host.dim();
+                let standard = host.as_standard_layout();
+                let bytes = bytemuck::cast_slice(standard.as_slice().unwrap_or_default());
+                *linear = device.upload(HostMatrix::new(bytes, FloatType::F32, rows, cols))?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Replaces the gains of both norms by ones and returns them, for linears to take over: first
+    /// that before attention, then that before the MLP.
+    pub fn take_gains(&mut self) -> [Vec<f32>; 2] {
+        [&mut self.parts.input_norm, &mut self.parts.post_attention_norm].map(|gain| {
+            let ones = vec![1.0; gain.len()];
+            std::mem::replace(gain, ones)
+        })
     }
 
     /// Inputs of q, k, v: the normed hidden states `[tokens, hidden]`.

@@ -3,6 +3,7 @@
 use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig};
 use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, RopeTable, Tensor};
+use half::f16;
 
 use crate::block::{Block, BlockParts};
 use crate::error::{Error, Result};
@@ -76,6 +77,19 @@ impl<'a> Model<'a> {
         Ok(Self { checkpoint, device, precision, embedding, rope })
     }
 
+    /// Replaces the embedding, row-major `[vocab, hidden]`: the model's own, turned into other
+    /// coordinates.
+    ///
+    /// # Panics
+    /// When the number of values is another.
+    #[must_use]
+    pub fn with_embedding(mut self, values: Vec<f16>) -> Self {
+        let config = self.config();
+        assert_eq!(values.len(), config.vocab_size * config.hidden_size, "values of the embedding");
+        self.embedding = Values::Half(values);
+        self
+    }
+
     /// The device that runs the model.
     pub fn device(&self) -> &Device {
         &self.device
@@ -108,12 +122,17 @@ impl<'a> Model<'a> {
     /// # Errors
     /// Missing tensors, wrong shapes, and NaN or infinities in the weights.
     pub fn load_block(&self, index: usize) -> Result<Block> {
+        self.load_block_on(&self.device, index)
+    }
+
+    /// As [`Self::load_block`], to another device than the one that runs the model.
+    pub fn load_block_on(&self, device: &Device, index: usize) -> Result<Block> {
         let config = self.config();
         let prefix = ModelConfig::block_prefix(index);
         let shapes = config.block_linears();
         let mut linears = Vec::with_capacity(shapes.len());
         for shape in &shapes {
-            linears.push(self.load_linear(&format!("{prefix}.{}", shape.name), shape)?);
+            linears.push(self.load_linear(device, &format!("{prefix}.{}", shape.name), shape)?);
         }
         let norm = |name: &str| self.vector(&format!("{prefix}.{name}.weight"));
         Ok(Block::new(BlockParts {
@@ -136,61 +155,36 @@ impl<'a> Model<'a> {
         Ok(Head {
             norm: self.vector(FINAL_NORM)?,
             eps: config.rms_norm_eps,
-            weight: self.matrix(name, config.vocab_size, config.hidden_size)?,
+            weight: self.matrix(&self.device, name, config.vocab_size, config.hidden_size)?,
         })
     }
 
-    fn load_linear(&self, name: &str, shape: &LinearShape) -> Result<Tensor> {
+    fn load_linear(&self, device: &Device, name: &str, shape: &LinearShape) -> Result<Tensor> {
         let (rows, cols) = (shape.out_features, shape.in_features);
         if self.checkpoint.has_gptq_linear(name) {
             let linear = self.checkpoint.gptq_linear(name, shape)?;
             for leaf in ["qweight", "qzeros", "scales", "g_idx"] {
                 self.checkpoint.release(&format!("{name}.{leaf}"));
             }
-            return self.dequantise(&linear);
+            return dequantised(device, &linear);
         }
-        self.matrix(&format!("{name}.weight"), rows, cols)
-    }
-
-    /// What a quantised linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.
-    fn dequantise(&self, linear: &GptqLinear) -> Result<Tensor> {
-        let (rows, cols) = (linear.out_features, linear.in_features);
-        match &self.device {
-            Device::Cpu => {
-                let values = linear.dequantise();
-                let bytes = bytemuck::cast_slice(&values);
-                Ok(self.device.upload(HostMatrix::new(bytes, FloatType::F32, rows, cols))?)
-            }
-            Device::Cuda(cuda) => {
-                let packed = PackedLinear {
-                    bits: linear.bits.get(),
-                    rows,
-                    cols,
-                    qweight: &linear.qweight,
-                    qzeros: &linear.qzeros,
-                    scales: &linear.scales,
-                    g_idx: bytemuck::cast_slice(&linear.g_idx),
-                    zero_offset: 1,
-                };
-                Ok(dequantise(cuda, &packed)?)
-            }
-        }
+        self.matrix(device, &format!("{name}.weight"), rows, cols)
     }
 
     /// Brings a dense weight `[rows, cols]` to the device and gives its pages back.
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
+    fn matrix(&self, device: &Device, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
         let tensor = self.checkpoint.tensor_shaped(name, &[rows, cols])?;
-        let matrix = match &self.device {
+        let matrix = match device {
             Device::Cpu => {
                 tensor.check_finite()?;
                 let values = Values::read(&tensor, self.precision)?;
-                self.device.upload(values.matrix(rows, cols))?
+                device.upload(values.matrix(rows, cols))?
             }
             // A GPU's weights are fp16 whatever the precision; it rounds, and looks for values
             // that are not finite afterwards, on its own.
             Device::Cuda(_) => {
                 let values = Values::read(&tensor, SourcePrecision::Stored)?;
-                self.device.upload(values.matrix(rows, cols)).map_err(|source| match source {
+                device.upload(values.matrix(rows, cols)).map_err(|source| match source {
                     gptq_compute::Error::HalfOverflow { .. } => {
                         Error::Overflow { tensor: name.to_owned(), source }
                     }
@@ -209,5 +203,30 @@ impl<'a> Model<'a> {
             SourcePrecision::Stored => tensor.to_f32(),
             SourcePrecision::Half => tensor.to_f16()?.iter().map(|v| v.to_f32()).collect(),
         })
+    }
+}
+
+/// What a quantised linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.
+fn dequantised(device: &Device, linear: &GptqLinear) -> Result<Tensor> {
+    let (rows, cols) = (linear.out_features, linear.in_features);
+    match device {
+        Device::Cpu => {
+            let values = linear.dequantise();
+            let bytes = bytemuck::cast_slice(&values);
+            Ok(device.upload(HostMatrix::new(bytes, FloatType::F32, rows, cols))?)
+        }
+        Device::Cuda(cuda) => {
+            let packed = PackedLinear {
+                bits: linear.bits.get(),
+                rows,
+                cols,
+                qweight: &linear.qweight,
+                qzeros: &linear.qzeros,
+                scales: &linear.scales,
+                g_idx: bytemuck::cast_slice(&linear.g_idx),
+                zero_offset: 1,
+            };
+            Ok(dequantise(cuda, &packed)?)
+        }
     }
 }

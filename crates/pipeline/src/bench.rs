@@ -8,15 +8,15 @@ use std::time::Instant;
 
 use gptq_compute::{Device, FloatType, HostMatrix, RopeTable};
 use gptq_model::{Block, BlockParts, LinearId};
-use gptq_quant::{QuantSpec, Recipe};
+use gptq_quant::QuantSpec;
 use half::f16;
 use ndarray::Array2;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::calibrate::{Calibrator, StageSeconds};
+use crate::calibrate::{Calibrator, StageSeconds, Streams};
 use crate::error::Result;
-use crate::memory::{BlockSizes, Parking, parking};
+use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::stash::Stash;
 use crate::states::{States, chunk_tokens};
 
@@ -150,27 +150,23 @@ pub fn bench_products(width: Width, tokens: usize) -> Result<Vec<Measurement>> {
     Ok(all)
 }
 
-/// Calibrates a synthetic block: 4 bits, group size 128, act-order, recipe `autogptq`.
+/// Calibrates a synthetic block. Rotations, which a thread of its own folds into weights while the
+/// block before is computed, are no part of it.
 pub fn bench_block(
     device: &Device,
     width: Width,
     (windows, seq_len): (usize, usize),
+    spec: &QuantSpec,
 ) -> Result<BlockBench> {
-    let spec = QuantSpec {
-        bits: 4,
-        group_size: Some(128),
-        act_order: true,
-        damp: 0.01,
-        recipe: Recipe::AutoGptq,
-    };
+    let reference = spec.choices.asymmetric > 0.0;
     let linears = LinearId::ALL.map(|id| width.linear(id));
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
-    let parking = parking(device, sizes, windows * seq_len)?;
+    let parking = parking(device, sizes, Workload { tokens: windows * seq_len, reference })?;
     let rope = RopeTable::new(10_000.0, width.head_dim(), seq_len);
     let calibrator = Calibrator {
         device,
         rope: &rope,
-        spec: &spec,
+        spec,
         windows,
         parking,
         name: &|_, id| format!("{id:?}"),
@@ -179,10 +175,12 @@ pub fn bench_block(
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {
         let mut block = synthetic_block(device, width)?;
-        let mut states = synthetic_states(device, width, (windows, seq_len), parking)?;
+        let states = || synthetic_states(device, width, (windows, seq_len), parking);
+        let reference = reference.then(states).transpose()?;
+        let mut streams = Streams { quantised: states()?, reference };
         device.synchronize("preparing the benchmark")?;
         let start = Instant::now();
-        let done = calibrator.block(&mut block, &mut states, &mut |_, stored| {
+        let done = calibrator.block(&mut block, &mut streams, &mut |_, stored| {
             std::hint::black_box(stored);
             Ok(())
         })?;
@@ -220,12 +218,13 @@ fn stage_operations(stage: &str, width: Width, windows: usize, seq_len: usize) -
     let all = LinearId::ALL.map(|id| width.linear(id));
     match stage {
         // Causal attention: half of the scores' square, and as much again for the contexts.
-        "forward" => {
+        "forward" | "reference" => {
             let attention = 2.0 * tokens * seq_len as f64 * width.hidden as f64;
             attention + all.iter().map(|(r, c)| 2.0 * tokens * (r * c) as f64).sum::<f64>()
         }
         "gram" => inputs.iter().map(|n| tokens * n * n).sum(),
         "factor" => inputs.iter().map(|n| 2.0 / 3.0 * n * n * n).sum(),
+        "drift" => inputs.iter().map(|n| tokens * n * n + 2.0 / 3.0 * n * n * n).sum(),
         "solve" => all.iter().map(|(r, c)| (r * c * c) as f64).sum(),
         _ => 0.0,
     }
@@ -237,7 +236,7 @@ fn stage_operations(stage: &str, width: Width, windows: usize, seq_len: usize) -
 /// 0.15 s a block for the columns inside blocks of 128.
 fn floor_rate(stage: &str) -> Option<f64> {
     match stage {
-        "forward" => Some(0.935e15 / 1.26),
+        "forward" | "reference" => Some(0.935e15 / 1.26),
         "gram" => Some(0.54e15 / 0.78),
         "factor" => Some(16.8e12 / 0.45),
         "solve" => Some(12.0e12 / 0.38),

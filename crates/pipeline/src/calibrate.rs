@@ -2,11 +2,13 @@
 //!
 //! Each stage's inputs feed a Gram, the solved weights replace the dense ones, and the same inputs
 //! go through them to become the next stage's: what AutoGPTQ computes with five forwards a block,
-//! with one, and the same mathematics.
+//! with one, and the same mathematics. The asymmetric term needs a second stream of states, which
+//! takes the same stages through the block as it was before; its statistics are gathered once the
+//! factor has settled the order of columns, since half of them is enough then.
 
 use std::collections::BTreeMap;
 
-use gptq_compute::{Device, Gram, Laps, RopeTable};
+use gptq_compute::{Device, Gram, Laps, RopeTable, Tensor};
 use gptq_model::{Block, LinearId, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantised, Stored, factor, solve};
 
@@ -44,30 +46,158 @@ pub(crate) struct Calibrated {
 /// Receives each quantised linear, by name.
 pub(crate) type Sink<'s> = dyn FnMut(&str, Stored) -> Result<()> + 's;
 
+/// The states that a block moves: of the model being quantised, and of the unquantised one where
+/// the asymmetric term is asked for.
+pub(crate) struct Streams {
+    pub(crate) quantised: States,
+    pub(crate) reference: Option<States>,
+}
+
 impl Calibrator<'_> {
-    /// Quantises every linear of `block` and moves `states` past it.
+    /// Quantises every linear of `block` and moves `streams` past it.
     pub(crate) fn block(
         &self,
         block: &mut Block,
-        states: &mut States,
+        streams: &mut Streams,
         sink: &mut Sink<'_>,
     ) -> Result<Calibrated> {
+        let dense = streams.reference.is_some().then(|| block.clone());
         let mut run = BlockRun {
             all: self,
             laps: Laps::start(self.device)?,
             linears: Vec::with_capacity(LinearId::ALL.len()),
             sink,
+            stream: Stream { states: &mut streams.quantised, kept: None },
+            reference: dense.as_ref().zip(streams.reference.as_mut()),
         };
-        run.attention_inputs(block, states)?;
-        let contexts = run.contexts(block, states)?;
-        run.mlp_inputs(block, states, contexts)?;
-        let activations = run.activations(block, states)?;
-        run.outputs(block, states, activations)?;
+        for stage in Stage::ALL {
+            run.stage(block, stage)?;
+        }
+        run.stream.output(self, block)?;
+        run.laps.lap("forward")?;
         let mut stages = StageSeconds::new();
         for (name, time) in run.laps.finish()? {
             *stages.entry(name).or_insert(0.0) += time.as_secs_f64();
         }
         Ok(Calibrated { linears: run.linears, stages })
+    }
+
+    /// One chunk of the unquantised model's states, `block` being unquantised too: the inputs of a
+    /// stage's linears for `with`, and then the states past the stage. Nothing here waits for a
+    /// solve, so nothing is kept.
+    fn reference(
+        &self,
+        block: &Block,
+        states: &mut States,
+        stage: Stage,
+        chunk: usize,
+        with: impl FnOnce(&Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let device = self.device;
+        match stage {
+            Stage::Qkv => {
+                let input = states.hidden.read(chunk, |h| Ok(block.attention_input(device, h)?))?;
+                with(&input)
+            }
+            Stage::GateUp => {
+                let input = states.hidden.read(chunk, |h| Ok(block.mlp_input(device, h)?))?;
+                with(&input)
+            }
+            Stage::Output => {
+                let mut hidden = states.hidden.take(chunk)?;
+                let input = block.attention_input(device, &hidden)?;
+                let seq_len = states.seq_lens[chunk];
+                let context = block.attention_context(device, &input, self.rope, seq_len)?;
+                with(&context)?;
+                block.attention_output(device, &context, &mut hidden)?;
+                states.hidden.put(chunk, hidden)
+            }
+            Stage::Down => {
+                let mut hidden = states.hidden.take(chunk)?;
+                let activation =
+                    block.mlp_activation(device, &block.mlp_input(device, &hidden)?)?;
+                with(&activation)?;
+                block.mlp_output(device, &activation, &mut hidden)?;
+                states.hidden.put(chunk, hidden)
+            }
+        }
+    }
+}
+
+/// States on their way through the block that is being quantised.
+struct Stream<'s> {
+    states: &'s mut States,
+    /// Inputs of o, then of down, from the stage that sees them to the one that needs their product.
+    kept: Option<Stash>,
+}
+
+impl Stream<'_> {
+    /// Inputs of a stage's linears for one chunk, through `block` as it is at that stage.
+    fn input(
+        &mut self,
+        all: &Calibrator<'_>,
+        block: &Block,
+        stage: Stage,
+        chunk: usize,
+    ) -> Result<Tensor> {
+        let device = all.device;
+        let seq_len = self.states.seq_lens[chunk];
+        if stage == Stage::GateUp {
+            let context = self.kept(all).take(chunk)?;
+            let mut hidden = self.states.hidden.take(chunk)?;
+            block.attention_output(device, &context, &mut hidden)?;
+            let input = block.mlp_input(device, &hidden)?;
+            self.states.hidden.put(chunk, hidden)?;
+            return Ok(input);
+        }
+        self.states.hidden.read(chunk, |hidden| {
+            Ok(match stage {
+                // Normed again for the next stage rather than kept: one pass over memory against
+                // holding all of it.
+                Stage::Qkv => block.attention_input(device, hidden)?,
+                Stage::Output => {
+                    let input = block.attention_input(device, hidden)?;
+                    block.attention_context(device, &input, all.rope, seq_len)?
+                }
+                Stage::GateUp | Stage::Down => {
+                    block.mlp_activation(device, &block.mlp_input(device, hidden)?)?
+                }
+            })
+        })
+    }
+
+    /// What `with` makes of a stage's inputs when [`Self::input`] has gone over all chunks.
+    fn input_again(
+        &mut self,
+        all: &Calibrator<'_>,
+        block: &Block,
+        stage: Stage,
+        chunk: usize,
+        with: impl FnOnce(&Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let hidden = &mut self.states.hidden;
+        match stage {
+            Stage::Output | Stage::Down => self.kept(all).read(chunk, with),
+            Stage::Qkv => hidden.read(chunk, |h| with(&block.attention_input(all.device, h)?)),
+            Stage::GateUp => hidden.read(chunk, |h| with(&block.mlp_input(all.device, h)?)),
+        }
+    }
+
+    fn kept(&mut self, all: &Calibrator<'_>) -> &mut Stash {
+        let chunks = self.states.seq_lens.len();
+        let park = all.parking.activations();
+        self.kept.get_or_insert_with(|| Stash::new(all.device, chunks, park))
+    }
+
+    /// Adds down's products: the block's outputs.
+    fn output(&mut self, all: &Calibrator<'_>, block: &Block) -> Result<()> {
+        for chunk in 0..self.states.seq_lens.len() {
+            let activation = self.kept(all).take(chunk)?;
+            let mut hidden = self.states.hidden.take(chunk)?;
+            block.mlp_output(all.device, &activation, &mut hidden)?;
+            self.states.hidden.put(chunk, hidden)?;
+        }
+        Ok(())
     }
 }
 
@@ -77,124 +207,97 @@ struct BlockRun<'r, 's, 'a> {
     laps: Laps,
     linears: Vec<LinearReport>,
     sink: &'r mut Sink<'s>,
+    stream: Stream<'r>,
+    /// The unquantised block and its states.
+    reference: Option<(&'r Block, &'r mut States)>,
 }
 
 impl BlockRun<'_, '_, '_> {
-    /// Norm → Gram → q, k, v.
-    fn attention_inputs(&mut self, block: &mut Block, states: &mut States) -> Result<()> {
+    /// One stage: every chunk's inputs into the statistics, then its linears solved.
+    fn stage(&mut self, block: &mut Block, stage: Stage) -> Result<()> {
         let device = self.all.device;
-        let mut gram = device.gram(block.linear(LinearId::Q).cols())?;
-        for chunk in 0..states.seq_lens.len() {
-            let hidden = states.hidden.take(chunk)?;
-            let input = block.attention_input(device, &hidden)?;
-            states.hidden.put(chunk, hidden)?;
+        let mut gram = device.gram(block.linear(stage.linears()[0]).cols())?;
+        for chunk in 0..self.stream.states.seq_lens.len() {
+            let input = self.stream.input(self.all, block, stage, chunk)?;
             self.laps.lap("forward")?;
             device.gram_add(&mut gram, &input)?;
             self.laps.lap("gram")?;
+            // The products of o and down are added one stage later, with the quantised weights.
+            if matches!(stage, Stage::Output | Stage::Down) {
+                self.stream.kept(self.all).put(chunk, input)?;
+            }
         }
-        self.solve(block, Stage::Qkv, &gram)
-    }
-
-    /// Attention with the quantised q, k, v → Gram → o. Returns o's inputs.
-    fn contexts(&mut self, block: &mut Block, states: &mut States) -> Result<Stash> {
-        let device = self.all.device;
-        let chunks = states.seq_lens.len();
-        let mut contexts = Stash::new(device, chunks, self.all.parking.activations());
-        let mut gram = device.gram(block.linear(LinearId::O).cols())?;
-        for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
-            let hidden = states.hidden.take(chunk)?;
-            // Normed again rather than kept: one pass over memory against holding all of it.
-            let input = block.attention_input(device, &hidden)?;
-            states.hidden.put(chunk, hidden)?;
-            let context = block.attention_context(device, &input, self.all.rope, seq_len)?;
-            self.laps.lap("forward")?;
-            device.gram_add(&mut gram, &context)?;
-            self.laps.lap("gram")?;
-            contexts.put(chunk, context)?;
+        if stage == Stage::GateUp {
+            // All of o's inputs are used up; give their memory back before down's are made.
+            self.stream.kept = None;
         }
-        self.solve(block, Stage::Output, &gram)?;
-        Ok(contexts)
-    }
-
-    /// Residual, norm → Gram → gate, up.
-    fn mlp_inputs(
-        &mut self,
-        block: &mut Block,
-        states: &mut States,
-        mut contexts: Stash,
-    ) -> Result<()> {
-        let device = self.all.device;
-        let mut gram = device.gram(block.linear(LinearId::Gate).cols())?;
-        for chunk in 0..states.seq_lens.len() {
-            let mut hidden = states.hidden.take(chunk)?;
-            block.attention_output(device, &contexts.take(chunk)?, &mut hidden)?;
-            let input = block.mlp_input(device, &hidden)?;
-            states.hidden.put(chunk, hidden)?;
-            self.laps.lap("forward")?;
-            device.gram_add(&mut gram, &input)?;
-            self.laps.lap("gram")?;
-        }
-        drop(contexts);
-        self.solve(block, Stage::GateUp, &gram)
-    }
-
-    /// silu(gate) · up with the quantised weights → Gram → down. Returns down's inputs.
-    fn activations(&mut self, block: &mut Block, states: &mut States) -> Result<Stash> {
-        let device = self.all.device;
-        let chunks = states.seq_lens.len();
-        let mut activations = Stash::new(device, chunks, self.all.parking.activations());
-        let mut gram = device.gram(block.linear(LinearId::Down).cols())?;
-        for chunk in 0..chunks {
-            let hidden = states.hidden.take(chunk)?;
-            let input = block.mlp_input(device, &hidden)?;
-            states.hidden.put(chunk, hidden)?;
-            let activation = block.mlp_activation(device, &input)?;
-            self.laps.lap("forward")?;
-            device.gram_add(&mut gram, &activation)?;
-            self.laps.lap("gram")?;
-            activations.put(chunk, activation)?;
-        }
-        self.solve(block, Stage::Down, &gram)?;
-        Ok(activations)
-    }
-
-    /// The block's outputs.
-    fn outputs(
-        &mut self,
-        block: &Block,
-        states: &mut States,
-        mut activations: Stash,
-    ) -> Result<()> {
-        for chunk in 0..states.seq_lens.len() {
-            let mut hidden = states.hidden.take(chunk)?;
-            block.mlp_output(self.all.device, &activations.take(chunk)?, &mut hidden)?;
-            states.hidden.put(chunk, hidden)?;
-        }
-        Ok(self.laps.lap("forward")?)
-    }
-
-    /// One factor, and one solve for each linear of a stage.
-    fn solve(&mut self, block: &mut Block, stage: Stage, gram: &Gram) -> Result<()> {
-        let spec = self.all.spec;
         let scale = 2.0 / self.all.windows as f32;
         let first = (self.all.name)(block, stage.linears()[0]);
-        let factored = factor(gram, scale, spec).map_err(|source| match source {
+        let mut factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
             gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.clone() },
-            source => Error::Solve { linear: first, source },
+            source => Error::Solve { linear: first.clone(), source },
         })?;
+        let energies = self.energies(block, stage, &gram, scale)?;
+        // The drift needs the room.
+        drop(gram);
         self.laps.lap("factor")?;
-        for &id in stage.linears() {
+        self.correct(block, stage, &mut factored, scale)?;
+        self.solve(block, stage, &factored, &energies)
+    }
+
+    /// The asymmetric term: how far this stage's inputs are from the unquantised model's.
+    fn correct(
+        &mut self,
+        block: &Block,
+        stage: Stage,
+        factored: &mut Factored,
+        scale: f32,
+    ) -> Result<()> {
+        let all = self.all;
+        let Some((dense, states)) = &mut self.reference else { return Ok(()) };
+        let (stream, laps) = (&mut self.stream, &mut self.laps);
+        let mut drift = all.device.drift(&factored.order)?;
+        for chunk in 0..states.seq_lens.len() {
+            all.reference(dense, states, stage, chunk, |reference| {
+                laps.lap("reference")?;
+                stream.input_again(all, block, stage, chunk, |input| {
+                    Ok(all.device.drift_add(&mut drift, reference, input)?)
+                })?;
+                Ok(laps.lap("drift")?)
+            })?;
+        }
+        let linear = (all.name)(block, stage.linears()[0]);
+        factored
+            .correct(drift, scale * all.spec.choices.asymmetric)
+            .map_err(|source| Error::Solve { linear, source })?;
+        Ok(laps.lap("drift")?)
+    }
+
+    /// One solve for each linear of a stage.
+    fn solve(
+        &mut self,
+        block: &mut Block,
+        stage: Stage,
+        factored: &Factored,
+        energies: &[f64],
+    ) -> Result<()> {
+        for (&id, &energy) in stage.linears().iter().zip(energies) {
             let name = (self.all.name)(block, id);
-            let energy = self.energy(block, id, gram)? * f64::from(scale);
-            let solved = solve(block.linear(id), &factored, spec)
+            let solved = solve(block.linear(id), factored, self.all.spec)
                 .map_err(|source| Error::Solve { linear: name.clone(), source })?;
             self.laps.lap("solve")?;
-            self.linears.push(report(name.clone(), &solved, energy, &factored));
+            self.linears.push(report(name.clone(), &solved, energy, factored));
             (self.sink)(&name, solved.stored)?;
             block.set_linear(id, solved.weight);
             self.laps.lap("pack")?;
         }
         Ok(())
+    }
+
+    /// `scale` · tr(W G Wᵀ) of a stage's linears.
+    fn energies(&self, block: &Block, stage: Stage, gram: &Gram, scale: f32) -> Result<Vec<f64>> {
+        let energy = |&id| Ok(self.energy(block, id, gram)? * f64::from(scale));
+        stage.linears().iter().map(energy).collect()
     }
 
     /// tr(W G Wᵀ), from evenly spaced rows of W.

@@ -30,6 +30,9 @@ struct RawConfig {
     layout: String,
     recipe: Recipe,
     damp: f64,
+    /// Single choices of every branch, as `KEY=VALUE`.
+    #[serde(default)]
+    set: Vec<String>,
     evaluation: Option<RawEvaluation>,
     branch: Vec<RawBranch>,
 }
@@ -52,6 +55,8 @@ struct RawBranch {
     act_order: bool,
     damp: Option<f64>,
     recipe: Option<Recipe>,
+    #[serde(default)]
+    set: Vec<String>,
 }
 
 /// `group_size = 128` or `group_size = "none"`.
@@ -177,13 +182,16 @@ fn branch_spec(branch: &RawBranch, defaults: &RawConfig) -> std::result::Result<
             return Err(format!("group_size \"{name}\" is no number; use one, or \"none\""));
         }
     };
-    let spec = QuantSpec {
-        bits: branch.bits,
+    let mut spec = QuantSpec::new(
+        branch.bits,
         group_size,
-        act_order: branch.act_order,
-        damp: branch.damp.unwrap_or(defaults.damp),
-        recipe: branch.recipe.unwrap_or(defaults.recipe),
-    };
+        branch.act_order,
+        branch.damp.unwrap_or(defaults.damp),
+        branch.recipe.unwrap_or(defaults.recipe),
+    );
+    for settings in [&defaults.set, &branch.set] {
+        spec.set(settings).map_err(|e| e.to_string())?;
+    }
     spec.validate().map_err(|e| e.to_string())?;
     Ok(spec)
 }

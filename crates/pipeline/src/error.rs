@@ -39,6 +39,12 @@ pub enum Error {
         /// The first linear that reads them.
         linear: String,
     },
+    /// A rotated table that fp16 cannot hold.
+    #[error("`{tensor}` overflows fp16 once it is rotated; use --set rotate=heads")]
+    Rotated {
+        /// The source's tensor.
+        tensor: String,
+    },
     /// Damping had to be raised under `--strict`.
     #[error(
         "The Hessian of `{linear}` needed damping {damp} instead of {asked}, which --strict forbids; raise --damp or calibrate on more windows"

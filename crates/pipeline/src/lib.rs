@@ -12,6 +12,7 @@ pub mod config;
 pub mod dataset;
 mod error;
 pub mod evaluation;
+mod fold;
 pub mod identity;
 pub mod memory;
 pub mod perplexity;

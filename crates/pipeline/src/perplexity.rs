@@ -6,7 +6,7 @@ use gptq_quant::{QuantSpec, round_to_nearest};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::memory::{BlockSizes, parking};
+use crate::memory::{BlockSizes, Workload, parking};
 use crate::progress::Progress;
 use crate::protocol::EvalWindow;
 use crate::quantise::{linear_name, next_block, read_ahead};
@@ -67,13 +67,14 @@ fn walk(
     prepare: impl Fn(&mut Block) -> Result<()>,
 ) -> Result<Scored> {
     let tokens: Vec<&[u32]> = windows.iter().map(|w| w.tokens.as_slice()).collect();
-    let count = windows.iter().map(|w| w.tokens.len()).sum();
-    let parked = parking(model.device(), BlockSizes::of(model.config()), count)?;
+    let held = windows.iter().map(|w| w.tokens.len()).sum();
+    let work = Workload { tokens: held, reference: false };
+    let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
     let mut states = embed(model, &tokens, parked.hidden())?;
     let blocks = model.config().num_hidden_layers;
     progress.begin("perplexity", blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, model);
+        let ahead = read_ahead(scope, model, None);
         for _ in 0..blocks {
             let mut block = next_block(&ahead)?;
             prepare(&mut block)?;

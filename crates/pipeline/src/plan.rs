@@ -7,7 +7,8 @@ use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::memory::{BlockSizes, MemoryPlan, plan_cpu, plan_gpu};
+use crate::fold::written_config;
+use crate::memory::{BlockSizes, MemoryPlan, Workload, plan_cpu, plan_gpu};
 use crate::quantise::quantize_config;
 
 /// Cost of one branch.
@@ -34,12 +35,14 @@ pub struct Work {
     pub factor: f64,
     /// The solver's updates.
     pub solve: f64,
+    /// The asymmetric term: the unquantised model's forward, and its drift's products.
+    pub asymmetric: f64,
 }
 
 impl Work {
     /// The sum.
     pub fn total(&self) -> f64 {
-        self.forward + self.gram + self.factor + self.solve
+        self.forward + self.gram + self.factor + self.solve + self.asymmetric
     }
 }
 
@@ -53,20 +56,25 @@ pub fn plan_branch(
     (windows, seq_len): (usize, usize),
     gpu_memory: u64,
 ) -> Result<BranchPlan> {
-    let files = plan_files(model, &quantize_config(spec)?, layout, metadata, None)?;
+    let written = written_config(model, spec.choices.rotate);
+    let files = plan_files(&written, &quantize_config(spec)?, layout, metadata, None)?;
     let calibrates = spec.recipe.calibrates();
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
+    let held = Workload { tokens, reference: spec.choices.asymmetric > 0.0 };
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
-        cpu_bytes: plan_cpu(block, tokens),
-        gpu: plan_gpu(block, tokens, gpu_memory),
-        work: if calibrates { work(model, windows, seq_len) } else { Work::default() },
+        cpu_bytes: plan_cpu(block, held),
+        gpu: plan_gpu(block, held, gpu_memory),
+        work: match calibrates {
+            true => work(model, (windows, seq_len), held.reference),
+            false => Work::default(),
+        },
     })
 }
 
 /// Operations of a run over `windows` windows of `seq_len` tokens.
-fn work(model: &ModelConfig, windows: usize, seq_len: usize) -> Work {
+fn work(model: &ModelConfig, (windows, seq_len): (usize, usize), asymmetric: bool) -> Work {
     let tokens = (windows * seq_len) as f64;
     let mut work = Work::default();
     // Causal attention: scores and contexts, half of the square each.
@@ -80,13 +88,18 @@ fn work(model: &ModelConfig, windows: usize, seq_len: usize) -> Work {
         if !matches!(i, 1 | 2 | 5) {
             work.gram += tokens * n * n;
             work.factor += 2.0 / 3.0 * n * n * n;
+            // The drift's triangle, and two triangular products that make the correction.
+            work.asymmetric += tokens * n * n + 2.0 / 3.0 * n * n * n;
         }
     }
+    // The second stream's forward, and its share in the solver's updates.
+    work.asymmetric += work.forward + work.solve;
     let blocks = model.num_hidden_layers as f64;
     Work {
         forward: work.forward * blocks,
         gram: work.gram * blocks,
         factor: work.factor * blocks,
         solve: work.solve * blocks,
+        asymmetric: if asymmetric { work.asymmetric * blocks } else { 0.0 },
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
@@ -17,12 +17,13 @@ use gptq_compute::Device;
 use gptq_model::{Block, LinearId, Model, SourcePrecision};
 use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
 
-use crate::calibrate::{Calibrated, Calibrator};
+use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::memory::{BlockSizes, Parking, parking};
+use crate::fold::{Folding, written_config};
+use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::progress::{BlockReport, LinearReport, Progress};
-use crate::states::{States, embed};
+use crate::states::embed;
 
 /// Quantised linears that may wait for the writer.
 const WRITE_BEHIND: usize = 4;
@@ -65,37 +66,49 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
     if job.source.quantize_config().is_some() {
         return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
     }
-    let config = quantize_config(&job.spec)?;
+    let rotate = job.spec.choices.rotate;
+    let folding = Folding::new(job.source.config(), rotate);
     let writer = CheckpointWriter::create(
         &job.out,
         job.source,
-        &config,
+        &written_config(job.source.config(), rotate),
+        &quantize_config(&job.spec)?,
         job.layout,
         &metadata(job),
         job.max_shard_bytes,
     )?;
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
-    let model = Model::new(job.source, job.device.clone(), SourcePrecision::Half, seq_len)?;
+    let mut model = Model::new(job.source, job.device.clone(), SourcePrecision::Half, seq_len)?;
+    if let Some(embedding) = folding.as_ref().map(|f| f.embedding(job.source)).transpose()? {
+        model = match embedding {
+            Some(values) => model.with_embedding(values),
+            None => model,
+        };
+    }
+    let folding = folding.as_ref();
 
     let (reports, mut writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
-        let reports = walk(scope, &model, job, windows, &sender, progress);
+        let ahead = read_ahead(scope, &model, folding);
+        let reports = walk(&ahead, &model, job, windows, &sender, progress);
+        // A reader that waits to hand its block over learns here that nobody takes it.
+        drop(ahead);
         drop(sender);
         // A failed writer closes its channel, which stops the walk: its error is the cause.
         let writer = join(writing)?;
         Ok::<_, Error>((reports?, writer))
     })?;
-    copy_dense(job.source, &mut writer)?;
-    let written = writer.finish(None)?;
+    copy_dense(job.source, folding, &mut writer)?;
+    let written = writer.finish()?;
     let damp_retries = reports.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum();
     Ok(QuantiseOutcome { written, blocks: reports, damp_retries })
 }
 
 /// All blocks in order; each is read while the one before is computed.
-fn walk<'scope, 'env>(
-    scope: &'scope Scope<'scope, 'env>,
-    model: &'env Model<'env>,
+fn walk(
+    ahead: &Receiver<Result<Block>>,
+    model: &Model<'_>,
     job: &QuantiseJob<'_>,
     windows: &[Vec<u32>],
     writer: &SyncSender<(String, Stored)>,
@@ -103,23 +116,26 @@ fn walk<'scope, 'env>(
 ) -> Result<Vec<BlockReport>> {
     let blocks = model.config().num_hidden_layers;
     progress.begin("quantise", blocks);
-    let ahead = read_ahead(scope, model);
-    let mut states = None;
+    let mut streams = None;
     let mut parked = Parking::Nothing;
     if job.spec.recipe.calibrates() {
         let tokens = windows.iter().map(Vec::len).sum();
-        parked = parking(model.device(), BlockSizes::of(model.config()), tokens)?;
+        let reference = job.spec.choices.asymmetric > 0.0;
+        let work = Workload { tokens, reference };
+        parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-        states = Some(embed(model, &windows, parked.hidden())?);
+        let reference = reference.then(|| embed(model, &windows, parked.hidden())).transpose()?;
+        let quantised = embed(model, &windows, parked.hidden())?;
+        streams = Some(Streams { quantised, reference });
     }
     let mut reports = Vec::with_capacity(blocks);
     for index in 0..blocks {
         let start = Instant::now();
-        let mut block = next_block(&ahead)?;
-        let done = match &mut states {
-            Some(states) => {
+        let mut block = next_block(ahead)?;
+        let done = match &mut streams {
+            Some(streams) => {
                 let run = CalibratedRun { model, job, windows: windows.len(), parked };
-                run.block(&mut block, states, writer, progress)?
+                run.block(&mut block, streams, writer, progress)?
             }
             None => rounded(model, &block, job, writer)?,
         };
@@ -148,7 +164,7 @@ impl CalibratedRun<'_> {
     fn block(
         &self,
         block: &mut Block,
-        states: &mut States,
+        streams: &mut Streams,
         writer: &SyncSender<(String, Stored)>,
         progress: &dyn Progress,
     ) -> Result<Calibrated> {
@@ -161,7 +177,7 @@ impl CalibratedRun<'_> {
             name: &|block, id| linear_name(self.model, block, id),
         };
         let done = calibrator
-            .block(block, states, &mut |name, solved| send(writer, name, solved.clone()))?;
+            .block(block, streams, &mut |name, solved| send(writer, name, solved.clone()))?;
         self.check_damping(&done.linears, progress)?;
         Ok(done)
     }
@@ -183,16 +199,17 @@ impl CalibratedRun<'_> {
     }
 }
 
-/// Reads blocks one ahead of their use, on a thread of its own.
+/// Reads blocks one ahead of their use, and folds rotations into them, on a thread of its own.
 pub(crate) fn read_ahead<'scope, 'env>(
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<'env>,
-) -> std::sync::mpsc::Receiver<gptq_model::Result<Block>> {
+    folding: Option<&'env Folding>,
+) -> Receiver<Result<Block>> {
     // A rendezvous: the block that waits here is the only one beside the one in use.
     let (sender, receiver) = sync_channel(0);
     scope.spawn(move || {
         for index in 0..model.config().num_hidden_layers {
-            let block = model.load_block(index);
+            let block = load(model, index, folding);
             let failed = block.is_err();
             // A closed channel means that the walk has failed elsewhere.
             if sender.send(block).is_err() || failed {
@@ -203,11 +220,17 @@ pub(crate) fn read_ahead<'scope, 'env>(
     receiver
 }
 
+fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>) -> Result<Block> {
+    let Some(folding) = folding else { return Ok(model.load_block(index)?) };
+    // Turned on the host, beside the work of a GPU.
+    let mut block = model.load_block_on(&Device::Cpu, index)?;
+    folding.block(&mut block)?;
+    Ok(block.to_device(model.device())?)
+}
+
 /// The next block, or why it could not be read.
-pub(crate) fn next_block(
-    ahead: &std::sync::mpsc::Receiver<gptq_model::Result<Block>>,
-) -> Result<Block> {
-    ahead.recv().map_err(|_| Error::Thread("reading"))?.map_err(Error::from)
+pub(crate) fn next_block(ahead: &Receiver<Result<Block>>) -> Result<Block> {
+    ahead.recv().map_err(|_| Error::Thread("reading"))?
 }
 
 /// Packs and writes linears on a thread of its own, which hands the writer back.
@@ -284,6 +307,9 @@ fn metadata(job: &QuantiseJob<'_>) -> BTreeMap<String, String> {
         ("quantizer".to_owned(), concat!("gptq ", env!("CARGO_PKG_VERSION")).to_owned()),
         ("recipe".to_owned(), job.spec.recipe.name().to_owned()),
     ]);
+    if job.spec.recipe.calibrates() {
+        map.insert("choices".to_owned(), job.spec.choices.to_string());
+    }
     if let Some(calibration) = job.calibration {
         let windows = &calibration.windows;
         let seq_len = windows.first().map_or(0, Vec::len);
@@ -294,9 +320,17 @@ fn metadata(job: &QuantiseJob<'_>) -> BTreeMap<String, String> {
     map
 }
 
-/// Copies what is not quantised: embeddings, norms and head, as fp16.
-fn copy_dense(source: &Checkpoint, writer: &mut CheckpointWriter) -> Result<()> {
+/// Copies what is not quantised: embeddings, norms and head, as fp16, rotated as the linears are.
+fn copy_dense(
+    source: &Checkpoint,
+    folding: Option<&Folding>,
+    writer: &mut CheckpointWriter,
+) -> Result<()> {
     for name in writer.missing() {
+        if let Some(values) = folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
+            writer.write_f16(&name, &values)?;
+            continue;
+        }
         let tensor = source.tensor(&name)?;
         tensor.check_finite()?;
         writer.copy_dense(&name, &tensor)?;

@@ -1,13 +1,14 @@
 //! Tensors of all chunks, on the device or parked in host memory beside it.
 //!
 //! A card that cannot hold every window's states keeps them in pinned host memory; a chunk is
-//! fetched while the one before it is computed, and parked again behind the next one's work.
+//! fetched while the one before it is computed, and what has changed is parked again behind the
+//! next one's work.
 
-use gptq_compute::{Device, ParkedTensor, Tensor};
+use gptq_compute::{ComingTensor, Device, ParkedTensor, Tensor};
 
 use crate::error::Result;
 
-/// One tensor a chunk, taken and put back in order.
+/// One tensor a chunk, used in order.
 #[derive(Debug)]
 pub(crate) struct Stash {
     device: Device,
@@ -20,6 +21,8 @@ enum Slot {
     Empty,
     Here(Tensor),
     Parked(ParkedTensor),
+    /// On its way, and in host memory still.
+    Coming(ComingTensor, ParkedTensor),
 }
 
 impl Stash {
@@ -41,19 +44,46 @@ impl Stash {
     /// # Panics
     /// When nothing was put there: chunks are always put before they are taken.
     pub(crate) fn take(&mut self, chunk: usize) -> Result<Tensor> {
-        let tensor = self.fetch(chunk)?;
-        if self.park && chunk + 1 < self.slots.len() {
-            let next = self.fetch(chunk + 1)?;
-            self.slots[chunk + 1] = Slot::Here(next);
-        }
-        Ok(tensor)
+        Ok(self.land(chunk)?.0)
     }
 
-    fn fetch(&mut self, chunk: usize) -> Result<Tensor> {
-        match std::mem::replace(&mut self.slots[chunk], Slot::Empty) {
-            Slot::Here(tensor) => Ok(tensor),
-            Slot::Parked(parked) => Ok(self.device.fetch(parked)?),
-            Slot::Empty => panic!("chunk {chunk} was taken twice"),
+    /// What `with` makes of a chunk's tensor, which stays; the next chunk's is sent for.
+    ///
+    /// # Panics
+    /// As [`Self::take`].
+    pub(crate) fn read<R>(
+        &mut self,
+        chunk: usize,
+        with: impl FnOnce(&Tensor) -> Result<R>,
+    ) -> Result<R> {
+        let (tensor, parked) = self.land(chunk)?;
+        let result = with(&tensor)?;
+        self.slots[chunk] = match parked {
+            Some(parked) => Slot::Parked(parked),
+            None => Slot::Here(tensor),
+        };
+        Ok(result)
+    }
+
+    /// A chunk's tensor on the device, with its copy in host memory where there is one.
+    fn land(&mut self, chunk: usize) -> Result<(Tensor, Option<ParkedTensor>)> {
+        self.send_for(chunk)?;
+        let slot = std::mem::replace(&mut self.slots[chunk], Slot::Empty);
+        self.send_for(chunk + 1)?;
+        match slot {
+            Slot::Here(tensor) => Ok((tensor, None)),
+            Slot::Coming(coming, parked) => Ok((coming.land()?, Some(parked))),
+            Slot::Empty | Slot::Parked(_) => panic!("chunk {chunk} was taken twice"),
         }
+    }
+
+    /// Starts a parked chunk's way to the device.
+    fn send_for(&mut self, chunk: usize) -> Result<()> {
+        let Some(slot) = self.slots.get_mut(chunk) else { return Ok(()) };
+        *slot = match std::mem::replace(slot, Slot::Empty) {
+            Slot::Parked(mut parked) => Slot::Coming(self.device.fetch(&mut parked)?, parked),
+            other => other,
+        };
+        Ok(())
     }
 }

@@ -63,9 +63,13 @@ pub(crate) struct QuantizeArgs {
     /// Fraction of the Hessian's mean diagonal added to it [default: 0.01]
     #[arg(long)]
     pub(crate) damp: Option<f64>,
-    /// Solver choices: autogptq, or rtn (round to nearest, no calibration) [default: autogptq]
+    /// Solver choices: best, autogptq, or rtn (round to nearest, no calibration) [default: autogptq]
     #[arg(long)]
     pub(crate) recipe: Option<Recipe>,
+    /// Change one choice of the recipe: group-weights=stale|fresh, scales=f32|fp16,
+    /// clip=none|search, asymmetric=0..1, rotate=none|heads|full; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Tensors beside the quantised ones: modern, or card as published in 2023 [default: modern]
@@ -213,7 +217,7 @@ pub(crate) struct SweepArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   gptq bench
-  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda")]
+  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda --recipe best")]
 pub(crate) struct BenchArgs {
     /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b
     #[arg(long, default_value = "smollm2")]
@@ -224,6 +228,12 @@ pub(crate) struct BenchArgs {
     /// Tokens of a window
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = values::parse_count)]
     pub(crate) seq_len: usize,
+    /// Solver choices: best or autogptq; 4 bits, group size 128, act-order
+    #[arg(long, value_name = "RECIPE", default_value = "autogptq", value_parser = values::parse_calibrated)]
+    pub(crate) recipe: Recipe,
+    /// Change one choice of the recipe, as for gptq quantize; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
     /// Print the result as JSON

@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use gptq_quant::Recipe;
+
 /// `--group-size`: a number of input features, or all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GroupSize(pub(crate) Option<usize>);
@@ -17,6 +19,14 @@ impl FromStr for GroupSize {
             Ok(n) if n > 0 => Ok(Self(Some(n))),
             _ => Err("use a positive number, or none for one scale a row".to_owned()),
         }
+    }
+}
+
+/// A recipe that calibrates.
+pub(crate) fn parse_calibrated(text: &str) -> Result<Recipe, String> {
+    match text.parse::<Recipe>()? {
+        recipe if recipe.calibrates() => Ok(recipe),
+        _ => Err("round to nearest does not calibrate; use best or autogptq".to_owned()),
     }
 }
 

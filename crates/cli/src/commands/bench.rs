@@ -3,6 +3,7 @@
 use anyhow::Result;
 use gptq_compute::Device;
 use gptq_pipeline::bench::{BlockBench, Measurement, bench_block, bench_products};
+use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use super::table::{gigabytes, table};
@@ -14,6 +15,7 @@ use crate::printer::Printer;
 #[derive(Serialize)]
 struct Output {
     device: String,
+    choices: String,
     block: BlockBench,
     /// Matrix products alone; on the CPU only.
     products: Vec<Measurement>,
@@ -26,16 +28,25 @@ pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
         Device::Cpu => bench_products(args.width, args.seq_len)?,
         Device::Cuda(_) => Vec::new(),
     };
-    let block = bench_block(&device, args.width, (args.windows, args.seq_len))?;
-    let output = Output { device: device.name(), block, products, peak_host_bytes: peak_memory() };
+    let mut spec = QuantSpec::new(4, Some(128), true, 0.01, args.recipe);
+    spec.set(&args.set)?;
+    let block = bench_block(&device, args.width, (args.windows, args.seq_len), &spec)?;
+    let choices = spec.choices.to_string();
+    let peak_host_bytes = peak_memory();
+    let output = Output { device: device.name(), choices, block, products, peak_host_bytes };
     if args.json { print_json(&output) } else { print_result(&text(&output)) }
 }
 
 fn text(output: &Output) -> String {
     let block = &output.block;
     let mut text = format!(
-        "one {} block, {} windows × {}, 4-bit 128g act-order: {:.3} s on {}\n",
-        block.width.name, block.windows, block.seq_len, block.seconds, output.device
+        "one {} block, {} windows × {}, 4-bit 128g act-order: {:.3} s on {}\n{}\n",
+        block.width.name,
+        block.windows,
+        block.seq_len,
+        block.seconds,
+        output.device,
+        output.choices
     );
     if let Some(peak) = block.peak_device_bytes {
         text.push_str(&format!("peak device memory {}\n", gigabytes(peak as u64)));

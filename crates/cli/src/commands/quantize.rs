@@ -22,6 +22,7 @@ use crate::printer::Printer;
 struct Output<'a> {
     out: &'a std::path::Path,
     recipe: &'static str,
+    choices: Option<String>,
     bits: u8,
     group_size: Option<usize>,
     act_order: bool,
@@ -73,6 +74,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let output = Output {
         out: &outcome.written.dir,
         recipe: spec.recipe.name(),
+        choices: spec.recipe.calibrates().then(|| spec.choices.to_string()),
         bits: spec.bits,
         group_size: spec.group_size,
         act_order: spec.act_order,
@@ -106,13 +108,7 @@ fn settings(args: &QuantizeArgs) -> Result<Settings> {
             }
         }
         None => Settings {
-            spec: QuantSpec {
-                bits: 4,
-                group_size: Some(128),
-                act_order: true,
-                damp: 0.01,
-                recipe: Recipe::AutoGptq,
-            },
+            spec: QuantSpec::new(4, Some(128), true, 0.01, Recipe::AutoGptq),
             layout: Layout::Modern,
             calibration: CalibrationRecipe::open("wikitext2")?,
         },
@@ -122,7 +118,10 @@ fn settings(args: &QuantizeArgs) -> Result<Settings> {
     spec.group_size = args.group_size.map_or(spec.group_size, |g| g.0);
     spec.act_order = args.act_order.unwrap_or(spec.act_order);
     spec.damp = args.damp.unwrap_or(spec.damp);
-    spec.recipe = args.recipe.unwrap_or(spec.recipe);
+    if let Some(recipe) = args.recipe {
+        (spec.recipe, spec.choices) = (recipe, recipe.choices());
+    }
+    spec.set(&args.set)?;
     settings.layout = args.layout.unwrap_or(settings.layout);
     if let Some(name) = &args.calibration.calib {
         settings.calibration = CalibrationRecipe::open(name)?;

@@ -1,0 +1,164 @@
+//! Rotations folded into a model's weights: the same function in other coordinates.
+//!
+//! With R orthogonal and norms without gains, norm(x R) = norm(x) R, so the residual stream may be
+//! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
+//! gains move into the linears that follow; the final norm's moves into the head, which therefore
+//! needs a tensor of its own. A second rotation turns the outputs of every head's v and the inputs
+//! of o. Large features are spread over all others, and every linear becomes easier to quantise
+//! (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
+
+use gptq_checkpoint::{Checkpoint, ModelConfig, TensorRef};
+use gptq_compute::Device;
+use gptq_model::{Block, LinearId};
+use gptq_quant::{Rotate, Rotation};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use ndarray::Array2;
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+
+/// Fixed seeds: a source and its settings determine the file.
+const STREAM_SEED: u64 = 1;
+const HEAD_SEED: u64 = 2;
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+
+/// The rotations of a model.
+#[derive(Debug)]
+pub(crate) struct Folding {
+    /// Over the residual stream.
+    stream: Option<Rotation>,
+    /// Over the features of a head.
+    head: Rotation,
+}
+
+/// The configuration of what is written: a folded head cannot be tied.
+pub(crate) fn written_config(config: &ModelConfig, rotate: Rotate) -> ModelConfig {
+    match rotate {
+        Rotate::Full => config.clone().untied(),
+        Rotate::None | Rotate::Heads => config.clone(),
+    }
+}
+
+impl Folding {
+    /// The rotations asked for; `None` when there are none.
+    pub(crate) fn new(config: &ModelConfig, rotate: Rotate) -> Option<Self> {
+        let stream = || Rotation::new(config.hidden_size, STREAM_SEED);
+        let head = || Rotation::new(config.head_dim, HEAD_SEED);
+        match rotate {
+            Rotate::None => None,
+            Rotate::Heads => Some(Self { stream: None, head: head() }),
+            Rotate::Full => Some(Self { stream: Some(stream()), head: head() }),
+        }
+    }
+
+    /// Turns the weights of a block on the CPU.
+    pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
+        let gains = self.stream.is_some().then(|| block.take_gains());
+        for id in LinearId::ALL {
+            let reads = match id {
+                LinearId::Q | LinearId::K | LinearId::V => Some(0),
+                LinearId::Gate | LinearId::Up => Some(1),
+                LinearId::O | LinearId::Down => None,
+            };
+            let heads = matches!(id, LinearId::V | LinearId::O);
+            if self.stream.is_none() && !heads {
+                continue;
+            }
+            let mut weight = block.linear(id).to_host()?;
+            if let (Some(stream), Some(gains)) = (&self.stream, &gains) {
+                match reads {
+                    Some(norm) => turn_inputs(stream, &mut weight, Some(&gains[norm])),
+                    None => stream.apply_outputs(&mut weight),
+                }
+            }
+            match id {
+                LinearId::V => self.head.apply_outputs(&mut weight),
+                LinearId::O => turn_inputs(&self.head, &mut weight, None),
+                _ => {}
+            }
+            block.set_linear(id, Device::Cpu.upload_f32(weight)?);
+        }
+        Ok(())
+    }
+
+    /// A tensor outside of the blocks, or a block's norm, as the file holds it; `None` when it is
+    /// the source's own. The head of a tied source is made from its embedding.
+    pub(crate) fn tensor(&self, source: &Checkpoint, name: &str) -> Result<Option<Vec<f16>>> {
+        let Some(stream) = &self.stream else { return Ok(None) };
+        if name == EMBEDDING {
+            return self.embedding(source);
+        }
+        if name == HEAD {
+            let config = source.config();
+            let gain = source.tensor_shaped(FINAL_NORM, &[config.hidden_size])?;
+            gain.check_finite()?;
+            let gain: Vec<f32> = gain.to_f16()?.iter().map(|v| v.to_f32()).collect();
+            let tied = config.tie_word_embeddings && !source.contains(HEAD);
+            let table = table(source, if tied { EMBEDDING } else { HEAD })?;
+            return turned_table(stream, &table, Some(&gain)).map(Some);
+        }
+        let ones = source.tensor(name)?.shape.iter().product();
+        Ok(Some(vec![f16::ONE; ones]))
+    }
+
+    /// The embedding; `None` when it is the source's own.
+    pub(crate) fn embedding(&self, source: &Checkpoint) -> Result<Option<Vec<f16>>> {
+        let Some(stream) = &self.stream else { return Ok(None) };
+        turned_table(stream, &table(source, EMBEDDING)?, None).map(Some)
+    }
+}
+
+fn table<'a>(source: &'a Checkpoint, name: &str) -> Result<TensorRef<'a>> {
+    let config = source.config();
+    let table = source.tensor_shaped(name, &[config.vocab_size, config.hidden_size])?;
+    table.check_finite()?;
+    Ok(table)
+}
+
+/// W ← W · diag(gain) · R.
+fn turn_inputs(rotation: &Rotation, weight: &mut Array2<f32>, gain: Option<&[f32]>) {
+    // Tensors in host memory are in standard layout; a copy makes it true of any.
+    if !weight.is_standard_layout() {
+        *weight = weight.as_standard_layout().into_owned();
+    }
+    let Some(values) = weight.as_slice_mut() else { return };
+    if let Some(gain) = gain {
+        scale_rows(values, gain);
+    }
+    rotation.apply_rows(values);
+}
+
+fn scale_rows(values: &mut [f32], gain: &[f32]) {
+    values.par_chunks_mut(gain.len()).for_each(|row| {
+        for (v, g) in row.iter_mut().zip(gain) {
+            *v *= g;
+        }
+    });
+}
+
+/// T · diag(gain) · R of a table of row vectors, in fp16.
+fn turned_table(
+    stream: &Rotation,
+    table: &TensorRef<'_>,
+    gain: Option<&[f32]>,
+) -> Result<Vec<f16>> {
+    let mut turned = table.to_f16()?;
+    turned.par_chunks_mut(stream.order()).for_each_init(
+        || vec![0.0_f32; stream.order()],
+        |wide, row| {
+            row.convert_to_f32_slice(wide);
+            if let Some(gain) = gain {
+                scale_rows(wide, gain);
+            }
+            stream.apply_rows(wide);
+            row.convert_from_f32_slice(wide);
+        },
+    );
+    if turned.par_iter().any(|v| !v.is_finite()) {
+        return Err(Error::Rotated { tensor: table.name.to_owned() });
+    }
+    Ok(turned)
+}
