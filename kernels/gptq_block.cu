@@ -3,12 +3,10 @@
 //   for each column i of the block, in order:
 //     q   = clamp(rne(w_i / s) + zero, 0, max_code)          v = s (q - zero)
 //     err = (w_i - v) / U_ii                                  w_j -= err U_ij           for j > i
-//     gptq_block_asym also adds w_i P_ij to w_j (GPTAQ's term) and leaves the block's columns of W
-//     as they are after their own step, which is what W[:, rest] += W[:, block] P[block, rest] needs.
 //
 // Layout   w [rows, ld] f32 row-major, the block's first column at w. Row-major because the scale
 //          search and the trailing product both walk along a row; a block's 512 B of a row are whole
-//          sectors, so column-block-major would gain nothing. u (and p) point at U[b, b], row-major,
+//          sectors, so column-block-major would gain nothing. u points at U[b, b], row-major,
 //          leading dimension ld. scales [groups, rows] f32. codes [rows, ld] u8, at the block's first
 //          column. err [rows, err_ld] f32, ditto. row_loss [rows] f64 += sum of err^2.
 // Launch   256 threads, 64 rows a CTA: four lanes (a quad) share a row. Lane l of a quad holds
@@ -55,16 +53,16 @@ __device__ __forceinline__ Solved quantise(float w, float scale, float pivot, co
     return {code, __fdiv_rn(__fsub_rn(w, value), pivot)};
 }
 
-// Rows of `matrix` from 16 * chunk on, columns relative to 16 * chunk, `diagonal` beyond the width.
+// Rows of U from 16 * chunk on, columns relative to 16 * chunk; identity beyond the width.
 __device__ __forceinline__ void fetch(const float* matrix, int ld, int width, int chunk,
-                                      float diagonal, float (&out)[kFetch]) {
+                                      float (&out)[kFetch]) {
 #pragma unroll
     for (int t = 0; t < kFetch; ++t) {
         const int at = threadIdx.x + t * kThreads;
         const int row = kChunk * chunk + at / kWidth;
         const int col = kChunk * chunk + at % kWidth;
         const bool inside = row < width && col < width && row <= col;
-        out[t] = inside ? matrix[(long long)row * ld + col] : (row == col ? diagonal : 0.0f);
+        out[t] = inside ? matrix[(long long)row * ld + col] : (row == col ? 1.0f : 0.0f);
     }
 }
 
@@ -130,13 +128,11 @@ struct Scales {
     }
 };
 
-template <bool kAsym>
-__device__ __forceinline__ void solve(float* w, const float* u, const float* p, const float* scales,
+__device__ __forceinline__ void solve(float* w, const float* u, const float* scales,
                                       unsigned char* codes, float* err, double* row_loss, int rows,
                                       int ld, int err_ld, int width, int groups_left, int until,
                                       int group_size, Grid grid) {
     __shared__ __align__(16) float su[2][kStage];
-    __shared__ __align__(16) float sp[kAsym ? 2 : 1][kAsym ? kStage : 4];
     const int lane = threadIdx.x % kLanes;
     const int row = blockIdx.x * kRows + threadIdx.x / kLanes;
     const bool live = row < rows;
@@ -154,22 +150,16 @@ __device__ __forceinline__ void solve(float* w, const float* u, const float* p, 
         const float4 v = load4(w + kChunk * k, width - kChunk * k - 4 * lane);
         x[k][0] = v.x, x[k][1] = v.y, x[k][2] = v.z, x[k][3] = v.w;
     }
-    float next_u[kFetch], next_p[kFetch];
-    fetch(u, ld, width, 0, 1.0f, next_u);
-    if (kAsym) fetch(p, ld, width, 0, 0.0f, next_p);
+    float next_u[kFetch];
+    fetch(u, ld, width, 0, next_u);
     float loss = 0.0f;
 
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int left = chunks - chunk;
         const float* uc = su[chunk & 1];
-        const float* pc = sp[kAsym ? chunk & 1 : 0];
         stage(su[chunk & 1], next_u);
-        if (kAsym) stage(sp[kAsym ? chunk & 1 : 0], next_p);
         __syncthreads();  // also keeps this buffer's readers of two chunks ago apart from its writers
-        if (left > 1) {
-            fetch(u, ld, width, chunk + 1, 1.0f, next_u);
-            if (kAsym) fetch(p, ld, width, chunk + 1, 0.0f, next_p);
-        }
+        if (left > 1) fetch(u, ld, width, chunk + 1, next_u);
         float code4[4], err4[4];
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
@@ -182,13 +172,11 @@ __device__ __forceinline__ void solve(float* w, const float* u, const float* p, 
                 if (k < left) {
                     const int at = i * kWidth + kChunk * k + 4 * lane;
                     axpy(x[k], -s.error, *reinterpret_cast<const float4*>(uc + at));
-                    if (kAsym) axpy(x[k], wi, *reinterpret_cast<const float4*>(pc + at));
                 }
             }
         }
         const int valid = live ? width - kChunk * chunk - 4 * lane : 0;
         store4(err + kChunk * chunk, err4, valid);
-        if (kAsym) store4(w + kChunk * chunk, x[0], valid);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             if (c < valid) codes[kChunk * chunk + c] = (unsigned char)code4[c];
@@ -210,15 +198,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 gptq_block(float* w, const float* u, const float* scales, unsigned char* codes, float* err,
            double* row_loss, int rows, int ld, int err_ld, int width, int groups_left, int until,
            int group_size, float zero, float max_code, int half_values) {
-    solve<false>(w, u, nullptr, scales, codes, err, row_loss, rows, ld, err_ld, width, groups_left,
-                 until, group_size, Grid{zero, max_code, half_values != 0});
-}
-
-extern "C" __global__ void __launch_bounds__(kThreads)
-gptq_block_asym(float* w, const float* u, const float* p, const float* scales, unsigned char* codes,
-                float* err, double* row_loss, int rows, int ld, int err_ld, int width,
-                int groups_left, int until, int group_size, float zero, float max_code,
-                int half_values) {
-    solve<true>(w, u, p, scales, codes, err, row_loss, rows, ld, err_ld, width, groups_left, until,
-                group_size, Grid{zero, max_code, half_values != 0});
+    solve(w, u, scales, codes, err, row_loss, rows, ld, err_ld, width, groups_left, until,
+          group_size, Grid{zero, max_code, half_values != 0});
 }

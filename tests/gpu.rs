@@ -247,42 +247,52 @@ fn rows_are_selected_and_parked_tensors_return() {
 }
 
 #[test]
-fn the_drift_and_its_correction_match_the_cpu() {
+fn shifted_targets_match_the_cpu() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     // Below, at and beside a panel of 2048; ragged, and an odd number of columns.
-    for (tokens, n) in [(300, 64), (517, 577), (700, 2048), (900, 2500)] {
+    for (tokens, n, rows) in [(300, 64, 5), (517, 577, 70), (700, 2048, 64), (900, 2500, 33)] {
         let x = random.halves(tokens, n, 1.0);
-        let reference = round_to_half(&(&x + &random.halves(tokens, n, 0.05)));
+        let near = round_to_half(&(&x + &random.halves(tokens, n, 0.05)));
+        let states = random.halves(tokens, rows, 2.0);
+        let far = &states + &random.halves(tokens, rows, 0.1);
+        let w = random.halves(rows, n, 0.3);
         let mut order: Vec<u32> = (0..n as u32).collect();
         for i in (1..n).rev() {
             order.swap(i, random.below(i + 1));
         }
-        let mut upper = random.halves(n, n, 0.1);
+        // A factor with entries of very different sizes above its diagonal.
+        let mut upper = random.halves(n, n, 0.5 / (n as f32).sqrt());
         for ((i, j), value) in upper.indexed_iter_mut() {
             *value = if i > j { 0.0 } else { *value + if i == j { 1.0 } else { 0.0 } };
         }
-        let corrections = [Device::Cpu, gpu.clone()].map(|device| {
-            let mut drift = device.drift(&order).unwrap();
-            for rows in [0..tokens / 3, tokens / 3..tokens] {
-                let part = |a: &Array2<f32>| {
-                    device.upload_f32(a.slice(s![rows.clone(), ..]).to_owned()).unwrap()
-                };
-                device.drift_add(&mut drift, &part(&reference), &part(&x)).unwrap();
+        let runs = [Device::Cpu, gpu.clone()].map(|device| {
+            let part = |a: &Array2<f32>, rows: &std::ops::Range<usize>| {
+                device.upload_f32(a.slice(s![rows.clone(), ..]).to_owned()).unwrap()
+            };
+            let mut drift = device.zeros(n, n).unwrap();
+            let mut lacking = device.zeros(rows, n).unwrap();
+            for range in [0..tokens / 3, tokens / 3..tokens] {
+                let [x, near, states, far] = [&x, &near, &states, &far].map(|a| part(a, &range));
+                let moved = device.difference(&near, &x).unwrap();
+                device.cross_add(&mut drift, &moved, &x).unwrap();
+                let moved = device.difference(&far, &states).unwrap();
+                device.cross_add(&mut lacking, &moved, &x).unwrap();
             }
             let upper = device.upload_f32(upper.clone()).unwrap();
-            drift.correction(&upper, 0.5).unwrap().to_host().unwrap()
+            let w = device.upload_f32(w.clone()).unwrap();
+            let map = device.over_hessian(&drift, &upper, &order).unwrap();
+            let shift = device.over_hessian(&lacking, &upper, &order).unwrap();
+            let by = device.shifted_by(&w, &map, 0.01).unwrap();
+            let plain = device.shifted(&w, &shift, 0.01).unwrap();
+            [map, shift, by, plain].map(|t| t.to_host().unwrap())
         });
-        let [want, mut got] = corrections;
-        // The solver reads nothing below the diagonal tiles.
-        for ((i, j), value) in got.indexed_iter_mut() {
-            if i / 2048 > j / 2048 {
-                *value = 0.0;
-            }
+        let [want, got] = runs;
+        let names = ["map", "shift", "shifted by a map", "shifted"];
+        for ((name, want), got) in names.into_iter().zip(want).zip(got) {
+            let what = format!("{name} {tokens}×{n}×{rows}");
+            check(&what, &Tensor::from_host(got), &want, SOME_ROUNDINGS);
         }
-        assert!(got.indexed_iter().all(|((i, j), &v)| j > i || v == 0.0));
-        let got = Tensor::from_host(got);
-        check(&format!("correction {tokens}×{n}"), &got, &want, SOME_ROUNDINGS);
     }
 }
 

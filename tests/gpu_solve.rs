@@ -137,8 +137,7 @@ fn check_case(name: &str, device: &Device, case: &Case<'_>) -> f64 {
         n,
     ));
     let upper = device.upload_f32(case.upper.clone()).unwrap();
-    let p = case.asymmetric.map(|p| device.upload_f32(p.clone()).unwrap());
-    let options = SolveOptions { asymmetric: p.as_ref(), ..case.options };
+    let options = case.options;
     let plan = case.plan;
     let solved = cuda::solve(&weight.unwrap(), &upper, &plan.order, &plan.dead, &options).unwrap();
     let codes = solved.codes().unwrap();
@@ -201,7 +200,6 @@ fn options(bits: u8, group_size: Option<usize>) -> SolveOptions<'static> {
         half_scales: false,
         half_values: false,
         search: None,
-        asymmetric: None,
     }
 }
 
@@ -224,7 +222,7 @@ fn autogptq_solves_like_the_host() {
         let plan = Plan::new(&gram, act_order);
         let upper = linalg::inverse_upper_factor(&plan.hessian(&gram)).unwrap();
         let options = options(bits, group);
-        let case = Case { w: &w, upper: &upper, asymmetric: None, plan: &plan, options };
+        let case = Case { w: &w, upper: &upper, plan: &plan, options };
         let name = format!("{rows}x{n} {bits} bit group {group:?} act-order {act_order}");
         let loss = check_case(&name, &device, &case);
 
@@ -234,7 +232,6 @@ fn autogptq_solves_like_the_host() {
             dead: plan.dead.clone(),
             upper: Tensor::from_host(upper.clone()),
             importance: plan.importance.clone(),
-            correction: None,
             damp: 0.01,
             damp_retries: 0,
         };
@@ -252,16 +249,12 @@ fn the_other_choices_are_solved() {
     let upper = linalg::inverse_upper_factor(&plan.hessian(&gram)).unwrap();
     let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
     let search = Some(ClipSearch { ratios: &ratios, importance: &plan.importance });
-    let p = Array2::from_shape_fn(
-        (n, n),
-        |(i, j)| if j > i { 1e-3 * noise(8, i * n + j) } else { 0.0 },
-    );
-    for (name, group, search, asymmetric) in [
-        ("fresh", Some(32), None, None),
-        ("fresh, searched", Some(128), search, None),
-        ("fresh, searched, odd groups", Some(100), search, None),
-        ("fresh, searched, one group", None, search, None),
-        ("fresh, asymmetric", Some(192), search, Some(&p)),
+    for (name, group, search) in [
+        ("fresh", Some(32), None),
+        ("fresh, searched", Some(128), search),
+        ("fresh, searched, odd groups", Some(100), search),
+        ("fresh, searched, one group", None, search),
+        ("fresh, searched, more than a block", Some(192), search),
     ] {
         let options = SolveOptions {
             group_weights: GroupWeights::Fresh,
@@ -270,17 +263,9 @@ fn the_other_choices_are_solved() {
             search,
             ..options(4, group)
         };
-        let case = Case { w: &w, upper: &upper, asymmetric, plan: &plan, options };
+        let case = Case { w: &w, upper: &upper, plan: &plan, options };
         check_case(name, &device, &case);
     }
-    let case = Case {
-        w: &w,
-        upper: &upper,
-        asymmetric: Some(&p),
-        plan: &plan,
-        options: options(3, Some(128)),
-    };
-    check_case("stale, asymmetric", &device, &case);
 }
 
 #[test]

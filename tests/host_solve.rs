@@ -14,7 +14,7 @@ use gptq_compute::{Gram, Tensor};
 use gptq_quant::{Choices, Clip, Codes, Factored, QuantSpec, Recipe, ScalePrecision, solve};
 use ndarray::Array2;
 
-use solve_support::{Case, Plan, Replay, gram, noise, weights, within};
+use solve_support::{Case, Plan, Replay, gram, weights, within};
 
 /// Solves on the host and replays every row.
 fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
@@ -25,20 +25,11 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let identity = upper.t().dot(&upper).dot(&plan.hessian(&gram)) - Array2::<f32>::eye(n);
     let worst = identity.iter().fold(0.0_f32, |a, v| a.max(v.abs()));
     within(&format!("{name}: UᵀU H = 1"), f64::from(worst), 1e-2);
-    let size = spec.choices.asymmetric * 4e-3;
-    let p = Array2::from_shape_fn(
-        (n, n),
-        |(i, j)| {
-            if j > i { size * noise(8, i * n + j) } else { 0.0 }
-        },
-    );
-    let asymmetric = (size > 0.0).then_some(&p);
     let factored = Factored {
         order: plan.order.clone(),
         dead: plan.dead.clone(),
         upper: Tensor::from_host(upper.clone()),
         importance: plan.importance.clone(),
-        correction: asymmetric.map(|p| Tensor::from_host(p.clone())),
         damp: 0.01,
         damp_retries: 0,
     };
@@ -54,9 +45,8 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
         half_scales: half,
         half_values: false,
         search: (spec.choices.clip == Clip::Search).then_some(search),
-        asymmetric: None,
     };
-    let case = Case { w: &w, upper: &upper, asymmetric, plan: &plan, options };
+    let case = Case { w: &w, upper: &upper, plan: &plan, options };
     let Codes::Plain(codes) = &solved.stored.codes else { panic!("packed codes from the CPU") };
     let groups = n.div_ceil(case.group());
     let mut replay = Replay::default();
@@ -82,13 +72,10 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
 #[test]
 fn every_choice_is_solved_as_its_definition_says() {
     let plain = Choices { scales: ScalePrecision::Half, ..Choices::AUTOGPTQ };
-    let solver = Choices { asymmetric: 0.0, ..Choices::BEST };
     let cases = [
         ("fp16 scales", plain),
         ("searched", Choices { clip: Clip::Search, ..plain }),
         ("fresh", Choices { group_weights: Choices::BEST.group_weights, ..plain }),
-        ("fresh, searched", solver),
-        ("asymmetric", Choices { asymmetric: 0.25, ..plain }),
         ("best", Choices::BEST),
     ];
     for (name, choices) in cases {

@@ -64,7 +64,6 @@ pub(crate) struct Replay {
 pub(crate) struct Case<'a> {
     pub(crate) w: &'a Array2<f32>,
     pub(crate) upper: &'a Array2<f32>,
-    pub(crate) asymmetric: Option<&'a Array2<f32>>,
     pub(crate) plan: &'a Plan,
     pub(crate) options: SolveOptions<'a>,
 }
@@ -122,15 +121,8 @@ impl Case<'_> {
             }
             let error = (now[j] - value) / f64::from(self.upper[[j, j]]);
             out.loss += error * error;
-            let weight = now[j];
-            for k in j + 1..n {
-                now[k] -= error * f64::from(self.upper[[j, k]]);
-                if let Some(p) = self.asymmetric {
-                    // Within the block the weight is spread, beyond it the quantised one.
-                    let near =
-                        block_of(j, n, self.options.group_size.filter(|_| !stale)).contains(&k);
-                    now[k] += if near { weight } else { value } * f64::from(p[[j, k]]);
-                }
+            for (now, u) in now.iter_mut().zip(self.upper.row(j)).skip(j + 1) {
+                *now -= error * f64::from(*u);
             }
         }
     }
@@ -162,15 +154,6 @@ impl Case<'_> {
             search.ratios.iter().map(|&r| loss(half(f64::from(r) * base))).fold(f64::MAX, f64::min);
         if best == 0.0 { 0.0 } else { (loss(f64::from(found)) / best - 1.0).max(0.0) }
     }
-}
-
-/// The columns that the solver takes together with column j.
-fn block_of(j: usize, n: usize, group: Option<usize>) -> Range<usize> {
-    let g = group.unwrap_or(n);
-    let start = j / g * g;
-    // Blocks of 128 from each group's start, or from column 0.
-    let first = start + (j - start) / 128 * 128;
-    first..(first + 128).min(start + g).min(n)
 }
 
 /// Prints `error` as a fraction of `tolerance`, and fails beyond it (or on NaN).

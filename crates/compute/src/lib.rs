@@ -8,18 +8,17 @@
 mod cpu;
 pub mod cuda;
 mod device;
-mod drift;
 mod error;
 mod gram;
 mod host;
 mod laps;
 mod rope;
+mod target;
 mod tensor;
 
 pub use cpu::linalg;
 pub use cpu::matmul::matmul_nt;
 pub use device::{AttentionShape, ComingTensor, Device, ParkedTensor};
-pub use drift::Drift;
 pub use error::{Error, Result};
 pub use gram::{Gram, HessianPrep};
 pub use host::{FloatType, HostMatrix};

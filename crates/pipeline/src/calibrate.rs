@@ -2,9 +2,13 @@
 //!
 //! Each stage's inputs feed a Gram, the solved weights replace the dense ones, and the same inputs
 //! go through them to become the next stage's: what AutoGPTQ computes with five forwards a block,
-//! with one, and the same mathematics. The asymmetric term needs a second stream of states, which
-//! takes the same stages through the block as it was before; its statistics are gathered once the
-//! factor has settled the order of columns, since half of them is enough then.
+//! with one, and the same mathematics.
+//!
+//! A recipe may aim at other targets than the weights as they are, to make up for what is lost
+//! upstream: the unquantised model's states then go through the block as it was before, and what
+//! they differ by becomes a shift of the weights before they are solved (see
+//! [`Device::over_hessian`]). Linears that write to the residual stream make up for what the stream
+//! as a whole lacks after them; the others for the drift of their inputs.
 
 use std::collections::BTreeMap;
 
@@ -47,7 +51,7 @@ pub(crate) struct Calibrated {
 pub(crate) type Sink<'s> = dyn FnMut(&str, Stored) -> Result<()> + 's;
 
 /// The states that a block moves: of the model being quantised, and of the unquantised one where
-/// the asymmetric term is asked for.
+/// targets are shifted.
 pub(crate) struct Streams {
     pub(crate) quantised: States,
     pub(crate) reference: Option<States>,
@@ -80,47 +84,6 @@ impl Calibrator<'_> {
             *stages.entry(name).or_insert(0.0) += time.as_secs_f64();
         }
         Ok(Calibrated { linears: run.linears, stages })
-    }
-
-    /// One chunk of the unquantised model's states, `block` being unquantised too: the inputs of a
-    /// stage's linears for `with`, and then the states past the stage. Nothing here waits for a
-    /// solve, so nothing is kept.
-    fn reference(
-        &self,
-        block: &Block,
-        states: &mut States,
-        stage: Stage,
-        chunk: usize,
-        with: impl FnOnce(&Tensor) -> Result<()>,
-    ) -> Result<()> {
-        let device = self.device;
-        match stage {
-            Stage::Qkv => {
-                let input = states.hidden.read(chunk, |h| Ok(block.attention_input(device, h)?))?;
-                with(&input)
-            }
-            Stage::GateUp => {
-                let input = states.hidden.read(chunk, |h| Ok(block.mlp_input(device, h)?))?;
-                with(&input)
-            }
-            Stage::Output => {
-                let mut hidden = states.hidden.take(chunk)?;
-                let input = block.attention_input(device, &hidden)?;
-                let seq_len = states.seq_lens[chunk];
-                let context = block.attention_context(device, &input, self.rope, seq_len)?;
-                with(&context)?;
-                block.attention_output(device, &context, &mut hidden)?;
-                states.hidden.put(chunk, hidden)
-            }
-            Stage::Down => {
-                let mut hidden = states.hidden.take(chunk)?;
-                let activation =
-                    block.mlp_activation(device, &block.mlp_input(device, &hidden)?)?;
-                with(&activation)?;
-                block.mlp_output(device, &activation, &mut hidden)?;
-                states.hidden.put(chunk, hidden)
-            }
-        }
     }
 }
 
@@ -166,26 +129,43 @@ impl Stream<'_> {
         })
     }
 
-    /// What `with` makes of a stage's inputs when [`Self::input`] has gone over all chunks.
-    fn input_again(
+    /// Adds to `sum` what this stage lacks against the `reference` for one chunk, times its inputs:
+    /// the drift of the inputs of q, k, v or of gate, up; or what the residual stream would lack if
+    /// the unquantised o or down got the inputs that there are.
+    fn lacking(
         &mut self,
         all: &Calibrator<'_>,
-        block: &Block,
+        dense: &Block,
         stage: Stage,
         chunk: usize,
-        with: impl FnOnce(&Tensor) -> Result<()>,
+        reference: &Tensor,
+        sum: &mut Tensor,
     ) -> Result<()> {
-        let hidden = &mut self.states.hidden;
-        match stage {
-            Stage::Output | Stage::Down => self.kept(all).read(chunk, with),
-            Stage::Qkv => hidden.read(chunk, |h| with(&block.attention_input(all.device, h)?)),
-            Stage::GateUp => hidden.read(chunk, |h| with(&block.mlp_input(all.device, h)?)),
+        let device = all.device;
+        if let Stage::Qkv | Stage::GateUp = stage {
+            return self.states.hidden.read(chunk, |hidden| {
+                let input = match stage {
+                    Stage::Qkv => dense.attention_input(device, hidden)?,
+                    _ => dense.mlp_input(device, hidden)?,
+                };
+                let drift = device.difference(reference, &input)?;
+                Ok(device.cross_add(sum, &drift, &input)?)
+            });
         }
+        let mut output = self.states.hidden.read(chunk, |hidden| Ok(hidden.clone()))?;
+        self.kept(all).read(chunk, |input| {
+            match stage {
+                Stage::Output => dense.attention_output(device, input, &mut output)?,
+                _ => dense.mlp_output(device, input, &mut output)?,
+            }
+            let lacking = device.difference(reference, &output)?;
+            Ok(device.cross_add(sum, &lacking, input)?)
+        })
     }
 
     fn kept(&mut self, all: &Calibrator<'_>) -> &mut Stash {
         let chunks = self.states.seq_lens.len();
-        let park = all.parking.activations();
+        let park = all.parking.inputs;
         self.kept.get_or_insert_with(|| Stash::new(all.device, chunks, park))
     }
 
@@ -198,6 +178,60 @@ impl Stream<'_> {
             self.states.hidden.put(chunk, hidden)?;
         }
         Ok(())
+    }
+}
+
+impl States {
+    /// One chunk of the unquantised model at a stage: the inputs of q, k, v or of gate, up; or the
+    /// states with the products of o or down added, for the caller to put back. Nothing here waits
+    /// for a solve, so nothing is kept.
+    fn reference(
+        &mut self,
+        all: &Calibrator<'_>,
+        dense: &Block,
+        stage: Stage,
+        chunk: usize,
+    ) -> Result<Tensor> {
+        let device = all.device;
+        match stage {
+            Stage::Qkv => self.hidden.read(chunk, |h| Ok(dense.attention_input(device, h)?)),
+            Stage::GateUp => self.hidden.read(chunk, |h| Ok(dense.mlp_input(device, h)?)),
+            Stage::Output => {
+                let mut hidden = self.hidden.take(chunk)?;
+                let input = dense.attention_input(device, &hidden)?;
+                let seq_len = self.seq_lens[chunk];
+                let context = dense.attention_context(device, &input, all.rope, seq_len)?;
+                dense.attention_output(device, &context, &mut hidden)?;
+                Ok(hidden)
+            }
+            Stage::Down => {
+                let mut hidden = self.hidden.take(chunk)?;
+                let activation =
+                    dense.mlp_activation(device, &dense.mlp_input(device, &hidden)?)?;
+                dense.mlp_output(device, &activation, &mut hidden)?;
+                Ok(hidden)
+            }
+        }
+    }
+}
+
+/// What a stage's linears are solved for.
+enum Target {
+    /// Their weights.
+    Weights,
+    /// W + share · W · map `[in, in]`.
+    Map(Tensor, f32),
+    /// W + share · shift `[out, in]`.
+    Shift(Tensor, f32),
+}
+
+impl Target {
+    fn of(&self, device: &Device, weight: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Weights => weight.clone(),
+            Self::Map(map, share) => device.shifted_by(weight, map, *share)?,
+            Self::Shift(shift, share) => device.shifted(weight, shift, *share)?,
+        })
     }
 }
 
@@ -233,44 +267,61 @@ impl BlockRun<'_, '_, '_> {
         }
         let scale = 2.0 / self.all.windows as f32;
         let first = (self.all.name)(block, stage.linears()[0]);
-        let mut factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
+        let factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
             gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.clone() },
             source => Error::Solve { linear: first.clone(), source },
         })?;
         let energies = self.energies(block, stage, &gram, scale)?;
-        // The drift needs the room.
+        // The shift needs the room.
         drop(gram);
         self.laps.lap("factor")?;
-        self.correct(block, stage, &mut factored, scale)?;
-        self.solve(block, stage, &factored, &energies)
+        let target = self.target(block, stage, &factored, scale)?;
+        if let Target::Map(shift, _) | Target::Shift(shift, _) = &target
+            && !device.all_finite(shift)?
+        {
+            return Err(Error::Activations { linear: first });
+        }
+        self.solve(block, stage, &factored, &target, &energies)
     }
 
-    /// The asymmetric term: how far this stage's inputs are from the unquantised model's.
-    fn correct(
+    /// What the linears of a stage should be solved for; moves the unquantised model's states past
+    /// the stage.
+    fn target(
         &mut self,
         block: &Block,
         stage: Stage,
-        factored: &mut Factored,
+        factored: &Factored,
         scale: f32,
-    ) -> Result<()> {
+    ) -> Result<Target> {
         let all = self.all;
-        let Some((dense, states)) = &mut self.reference else { return Ok(()) };
-        let (stream, laps) = (&mut self.stream, &mut self.laps);
-        let mut drift = all.device.drift(&factored.order)?;
-        for chunk in 0..states.seq_lens.len() {
-            all.reference(dense, states, stage, chunk, |reference| {
-                laps.lap("reference")?;
-                stream.input_again(all, block, stage, chunk, |input| {
-                    Ok(all.device.drift_add(&mut drift, reference, input)?)
-                })?;
-                Ok(laps.lap("drift")?)
-            })?;
+        let (device, choices) = (all.device, &all.spec.choices);
+        let writes = matches!(stage, Stage::Output | Stage::Down);
+        let share = if writes { choices.residual } else { choices.drift };
+        let Some((dense, states)) = &mut self.reference else { return Ok(Target::Weights) };
+        if share == 0.0 && !writes {
+            return Ok(Target::Weights);
         }
-        let linear = (all.name)(block, stage.linears()[0]);
-        factored
-            .correct(drift, scale * all.spec.choices.asymmetric)
-            .map_err(|source| Error::Solve { linear, source })?;
-        Ok(laps.lap("drift")?)
+        let shape = block.linear(stage.linears()[0]).shape();
+        let rows = if writes { shape.0 } else { shape.1 };
+        let mut lacking = device.zeros(rows, shape.1)?;
+        for chunk in 0..states.seq_lens.len() {
+            let reference = states.reference(all, dense, stage, chunk)?;
+            self.laps.lap("reference")?;
+            if share > 0.0 {
+                self.stream.lacking(all, dense, stage, chunk, &reference, &mut lacking)?;
+            }
+            if writes {
+                states.hidden.put(chunk, reference)?;
+            }
+            self.laps.lap("target")?;
+        }
+        if share == 0.0 {
+            return Ok(Target::Weights);
+        }
+        let shift = device.over_hessian(&lacking, &factored.upper, &factored.order)?;
+        self.laps.lap("target")?;
+        let share = share * scale;
+        Ok(if writes { Target::Shift(shift, share) } else { Target::Map(shift, share) })
     }
 
     /// One solve for each linear of a stage.
@@ -279,11 +330,14 @@ impl BlockRun<'_, '_, '_> {
         block: &mut Block,
         stage: Stage,
         factored: &Factored,
+        target: &Target,
         energies: &[f64],
     ) -> Result<()> {
         for (&id, &energy) in stage.linears().iter().zip(energies) {
             let name = (self.all.name)(block, id);
-            let solved = solve(block.linear(id), factored, self.all.spec)
+            let weight = target.of(self.all.device, block.linear(id))?;
+            self.laps.lap("target")?;
+            let solved = solve(&weight, factored, self.all.spec)
                 .map_err(|source| Error::Solve { linear: name.clone(), source })?;
             self.laps.lap("solve")?;
             self.linears.push(report(name.clone(), &solved, energy, factored));

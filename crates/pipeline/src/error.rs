@@ -45,6 +45,12 @@ pub enum Error {
         /// The source's tensor.
         tensor: String,
     },
+    /// A fitted head that fp16 cannot hold.
+    #[error("`{tensor}` overflows fp16 once it is fitted; use --set head=0")]
+    Fitted {
+        /// The tensor.
+        tensor: String,
+    },
     /// Damping had to be raised under `--strict`.
     #[error(
         "The Hessian of `{linear}` needed damping {damp} instead of {asked}, which --strict forbids; raise --damp or calibrate on more windows"

@@ -10,7 +10,7 @@
 use gptq_checkpoint::{Checkpoint, ModelConfig, TensorRef};
 use gptq_compute::Device;
 use gptq_model::{Block, LinearId};
-use gptq_quant::{Rotate, Rotation};
+use gptq_quant::{Choices, Rotate, Rotation};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 const STREAM_SEED: u64 = 1;
 const HEAD_SEED: u64 = 2;
 const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 
 /// The rotations of a model.
@@ -34,11 +34,29 @@ pub(crate) struct Folding {
     head: Rotation,
 }
 
-/// The configuration of what is written: a folded head cannot be tied.
-pub(crate) fn written_config(config: &ModelConfig, rotate: Rotate) -> ModelConfig {
-    match rotate {
-        Rotate::Full => config.clone().untied(),
-        Rotate::None | Rotate::Heads => config.clone(),
+/// The configuration of what is written: a head that changes cannot be tied.
+pub(crate) fn written_config(config: &ModelConfig, choices: &Choices) -> ModelConfig {
+    if choices.changes_head() { config.clone().untied() } else { config.clone() }
+}
+
+/// Gain of the norm before the head that is written.
+pub(crate) fn final_gain(source: &Checkpoint, folding: Option<&Folding>) -> Result<Vec<f32>> {
+    let width = source.config().hidden_size;
+    if folding.is_some_and(|f| f.stream.is_some()) {
+        return Ok(vec![1.0; width]);
+    }
+    let gain = source.tensor_shaped(FINAL_NORM, &[width])?;
+    gain.check_finite()?;
+    Ok(gain.to_f16()?.iter().map(|v| v.to_f32()).collect())
+}
+
+/// The head `[vocab, hidden]` in the coordinates that are written; a tied source's is its embedding.
+pub(crate) fn dense_head(source: &Checkpoint, folding: Option<&Folding>) -> Result<Vec<f16>> {
+    let tied = source.config().tie_word_embeddings && !source.contains(HEAD);
+    let table = table(source, if tied { EMBEDDING } else { HEAD })?;
+    match folding.and_then(|f| f.stream.as_ref()) {
+        Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?)),
+        None => Ok(table.to_f16()?),
     }
 }
 
@@ -87,18 +105,14 @@ impl Folding {
     /// A tensor outside of the blocks, or a block's norm, as the file holds it; `None` when it is
     /// the source's own. The head of a tied source is made from its embedding.
     pub(crate) fn tensor(&self, source: &Checkpoint, name: &str) -> Result<Option<Vec<f16>>> {
-        let Some(stream) = &self.stream else { return Ok(None) };
+        if self.stream.is_none() {
+            return Ok(None);
+        }
         if name == EMBEDDING {
             return self.embedding(source);
         }
         if name == HEAD {
-            let config = source.config();
-            let gain = source.tensor_shaped(FINAL_NORM, &[config.hidden_size])?;
-            gain.check_finite()?;
-            let gain: Vec<f32> = gain.to_f16()?.iter().map(|v| v.to_f32()).collect();
-            let tied = config.tie_word_embeddings && !source.contains(HEAD);
-            let table = table(source, if tied { EMBEDDING } else { HEAD })?;
-            return turned_table(stream, &table, Some(&gain)).map(Some);
+            return dense_head(source, Some(self)).map(Some);
         }
         let ones = source.tensor(name)?.shape.iter().product();
         Ok(Some(vec![f16::ONE; ones]))

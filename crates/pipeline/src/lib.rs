@@ -13,6 +13,7 @@ pub mod dataset;
 mod error;
 pub mod evaluation;
 mod fold;
+mod head;
 pub mod identity;
 pub mod memory;
 pub mod perplexity;

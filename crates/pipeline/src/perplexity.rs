@@ -70,7 +70,7 @@ fn walk(
     let held = windows.iter().map(|w| w.tokens.len()).sum();
     let work = Workload { tokens: held, reference: false };
     let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
-    let mut states = embed(model, &tokens, parked.hidden())?;
+    let mut states = embed(model, &tokens, parked.hidden)?;
     let blocks = model.config().num_hidden_layers;
     progress.begin("perplexity", blocks);
     std::thread::scope(|scope| {

@@ -35,14 +35,14 @@ pub struct Work {
     pub factor: f64,
     /// The solver's updates.
     pub solve: f64,
-    /// The asymmetric term: the unquantised model's forward, and its drift's products.
-    pub asymmetric: f64,
+    /// Shifted targets: the unquantised model's forward, and the products that compare with it.
+    pub target: f64,
 }
 
 impl Work {
     /// The sum.
     pub fn total(&self) -> f64 {
-        self.forward + self.gram + self.factor + self.solve + self.asymmetric
+        self.forward + self.gram + self.factor + self.solve + self.target
     }
 }
 
@@ -56,12 +56,12 @@ pub fn plan_branch(
     (windows, seq_len): (usize, usize),
     gpu_memory: u64,
 ) -> Result<BranchPlan> {
-    let written = written_config(model, spec.choices.rotate);
+    let written = written_config(model, &spec.choices);
     let files = plan_files(&written, &quantize_config(spec)?, layout, metadata, None)?;
     let calibrates = spec.recipe.calibrates();
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
-    let held = Workload { tokens, reference: spec.choices.asymmetric > 0.0 };
+    let held = Workload { tokens, reference: spec.choices.needs_reference() };
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
         cpu_bytes: plan_cpu(block, held),
@@ -74,7 +74,7 @@ pub fn plan_branch(
 }
 
 /// Operations of a run over `windows` windows of `seq_len` tokens.
-fn work(model: &ModelConfig, (windows, seq_len): (usize, usize), asymmetric: bool) -> Work {
+fn work(model: &ModelConfig, (windows, seq_len): (usize, usize), reference: bool) -> Work {
     let tokens = (windows * seq_len) as f64;
     let mut work = Work::default();
     // Causal attention: scores and contexts, half of the square each.
@@ -88,18 +88,22 @@ fn work(model: &ModelConfig, (windows, seq_len): (usize, usize), asymmetric: boo
         if !matches!(i, 1 | 2 | 5) {
             work.gram += tokens * n * n;
             work.factor += 2.0 / 3.0 * n * n * n;
-            // The drift's triangle, and two triangular products that make the correction.
-            work.asymmetric += tokens * n * n + 2.0 / 3.0 * n * n * n;
         }
+        work.target += match i {
+            // q and gate, for all linears of their stages: the drift and its map.
+            0 | 4 => 2.0 * tokens * n * n + 2.0 * n * n * n + 2.0 * rows * n * n,
+            // o and down: what lacks is made and multiplied, then taken over the Hessian.
+            3 | 6 => 4.0 * tokens * rows * n + 2.0 * rows * n * n,
+            _ => 2.0 * rows * n * n,
+        };
     }
-    // The second stream's forward, and its share in the solver's updates.
-    work.asymmetric += work.forward + work.solve;
+    work.target += work.forward;
     let blocks = model.num_hidden_layers as f64;
     Work {
         forward: work.forward * blocks,
         gram: work.gram * blocks,
         factor: work.factor * blocks,
         solve: work.solve * blocks,
-        asymmetric: if asymmetric { work.asymmetric * blocks } else { 0.0 },
+        target: if reference { work.target * blocks } else { 0.0 },
     }
 }

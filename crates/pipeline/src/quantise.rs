@@ -16,11 +16,13 @@ use gptq_checkpoint::{
 use gptq_compute::Device;
 use gptq_model::{Block, LinearId, Model, SourcePrecision};
 use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
+use half::f16;
 
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::fold::{Folding, written_config};
+use crate::fold::{Folding, HEAD, written_config};
+use crate::head;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::progress::{BlockReport, LinearReport, Progress};
 use crate::states::embed;
@@ -71,7 +73,7 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
     let writer = CheckpointWriter::create(
         &job.out,
         job.source,
-        &written_config(job.source.config(), rotate),
+        &written_config(job.source.config(), &job.spec.choices),
         &quantize_config(&job.spec)?,
         job.layout,
         &metadata(job),
@@ -88,24 +90,32 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
     }
     let folding = folding.as_ref();
 
-    let (reports, mut writer) = std::thread::scope(|scope| {
+    let (walked, mut writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
         let ahead = read_ahead(scope, &model, folding);
-        let reports = walk(&ahead, &model, job, windows, &sender, progress);
+        let walked = walk(&ahead, &model, job, windows, &sender, progress);
         // A reader that waits to hand its block over learns here that nobody takes it.
         drop(ahead);
         drop(sender);
         // A failed writer closes its channel, which stops the walk: its error is the cause.
         let writer = join(writing)?;
-        Ok::<_, Error>((reports?, writer))
+        Ok::<_, Error>((walked?, writer))
     })?;
-    copy_dense(job.source, folding, &mut writer)?;
+    let (reports, streams) = walked;
+    let head = match streams {
+        Some(mut streams) if job.spec.choices.head > 0.0 => {
+            Some(head::fitted(&model, folding, &job.spec, windows.len(), &mut streams)?)
+        }
+        _ => None,
+    };
+    copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
     let written = writer.finish()?;
     let damp_retries = reports.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum();
     Ok(QuantiseOutcome { written, blocks: reports, damp_retries })
 }
 
-/// All blocks in order; each is read while the one before is computed.
+/// All blocks in order; each is read while the one before is computed. Returns the states after the
+/// last, too.
 fn walk(
     ahead: &Receiver<Result<Block>>,
     model: &Model<'_>,
@@ -113,19 +123,19 @@ fn walk(
     windows: &[Vec<u32>],
     writer: &SyncSender<(String, Stored)>,
     progress: &dyn Progress,
-) -> Result<Vec<BlockReport>> {
+) -> Result<(Vec<BlockReport>, Option<Streams>)> {
     let blocks = model.config().num_hidden_layers;
     progress.begin("quantise", blocks);
     let mut streams = None;
-    let mut parked = Parking::Nothing;
+    let mut parked = Parking::default();
     if job.spec.recipe.calibrates() {
         let tokens = windows.iter().map(Vec::len).sum();
-        let reference = job.spec.choices.asymmetric > 0.0;
+        let reference = job.spec.choices.needs_reference();
         let work = Workload { tokens, reference };
         parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-        let reference = reference.then(|| embed(model, &windows, parked.hidden())).transpose()?;
-        let quantised = embed(model, &windows, parked.hidden())?;
+        let reference = reference.then(|| embed(model, &windows, parked.hidden)).transpose()?;
+        let quantised = embed(model, &windows, parked.hidden)?;
         streams = Some(Streams { quantised, reference });
     }
     let mut reports = Vec::with_capacity(blocks);
@@ -149,7 +159,7 @@ fn walk(
         reports.push(report);
     }
     progress.end();
-    Ok(reports)
+    Ok((reports, streams))
 }
 
 /// What every calibrated block of a job shares.
@@ -320,13 +330,19 @@ fn metadata(job: &QuantiseJob<'_>) -> BTreeMap<String, String> {
     map
 }
 
-/// Copies what is not quantised: embeddings, norms and head, as fp16, rotated as the linears are.
+/// Copies what is not quantised: embeddings, norms and head (the fitted one, if there is one), as
+/// fp16, rotated as the linears are.
 fn copy_dense(
     source: &Checkpoint,
     folding: Option<&Folding>,
+    head: Option<&[f16]>,
     writer: &mut CheckpointWriter,
 ) -> Result<()> {
     for name in writer.missing() {
+        if let (HEAD, Some(values)) = (name.as_str(), head) {
+            writer.write_f16(&name, values)?;
+            continue;
+        }
         if let Some(values) = folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
             writer.write_f16(&name, &values)?;
             continue;

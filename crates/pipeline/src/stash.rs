@@ -12,7 +12,8 @@ use crate::error::Result;
 #[derive(Debug)]
 pub(crate) struct Stash {
     device: Device,
-    park: bool,
+    /// Share of the chunks that wait in host memory.
+    parked: f64,
     slots: Vec<Slot>,
 }
 
@@ -26,16 +27,25 @@ enum Slot {
 }
 
 impl Stash {
-    /// Room for `chunks` tensors; `park` moves them out of device memory while they wait.
-    pub(crate) fn new(device: &Device, chunks: usize, park: bool) -> Self {
+    /// Room for `chunks` tensors, of which the share `parked` is moved out of device memory while it
+    /// waits: evenly spread ones, so that each crosses the bus behind the work on others.
+    pub(crate) fn new(device: &Device, chunks: usize, parked: f64) -> Self {
         let slots = (0..chunks).map(|_| Slot::Empty).collect();
-        Self { device: device.clone(), park, slots }
+        Self { device: device.clone(), parked, slots }
+    }
+
+    fn parks(&self, chunk: usize) -> bool {
+        let before = |chunks: usize| (chunks as f64 * self.parked).ceil();
+        before(chunk + 1) > before(chunk)
     }
 
     /// Stores the tensor of a chunk.
     pub(crate) fn put(&mut self, chunk: usize, tensor: Tensor) -> Result<()> {
-        self.slots[chunk] =
-            if self.park { Slot::Parked(self.device.park(tensor)?) } else { Slot::Here(tensor) };
+        self.slots[chunk] = if self.parks(chunk) {
+            Slot::Parked(self.device.park(tensor)?)
+        } else {
+            Slot::Here(tensor)
+        };
         Ok(())
     }
 
@@ -85,5 +95,23 @@ impl Stash {
             other => other,
         };
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parked_share_is_spread_and_never_less_than_asked() {
+        for share in [0.0, 0.1, 0.34, 0.5, 0.99, 1.0] {
+            let stash = Stash::new(&Device::Cpu, 32, share);
+            let parked: Vec<usize> = (0..32).filter(|&c| stash.parks(c)).collect();
+            assert!(
+                parked.len() as f64 >= 32.0 * share && parked.len() as f64 <= 32.0 * share + 1.0
+            );
+            let gaps = parked.windows(2).map(|w| w[1] - w[0]);
+            assert!(share == 0.0 || gaps.max().unwrap_or(0) as f64 <= (1.0 / share).ceil());
+        }
     }
 }

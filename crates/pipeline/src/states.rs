@@ -27,9 +27,9 @@ pub(crate) fn chunk_tokens(device: &Device) -> usize {
 }
 
 /// Embeds windows; consecutive windows of equal length share chunks.
-pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], park: bool) -> Result<States> {
+pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], parked: f64) -> Result<States> {
     let ranges = chunk_ranges(windows, chunk_tokens(model.device()));
-    let mut hidden = Stash::new(model.device(), ranges.len(), park);
+    let mut hidden = Stash::new(model.device(), ranges.len(), parked);
     let mut seq_lens = Vec::with_capacity(ranges.len());
     for (chunk, range) in ranges.into_iter().enumerate() {
         seq_lens.push(windows[range.start].len());

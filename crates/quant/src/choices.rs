@@ -43,9 +43,15 @@ pub struct Choices {
     pub scales: ScalePrecision,
     /// Search for scales.
     pub clip: Clip,
-    /// Strength of GPTAQ's asymmetric term (Li et al., arXiv 2504.02692); 0 leaves it out, and with
-    /// it the walk of the unquantised model.
-    pub asymmetric: f32,
+    /// Share of what the drift of their inputs costs q, k, v, gate and up that their targets make up
+    /// for: 0 aims at the weights as they are. This share and the next two need a walk of the
+    /// unquantised model beside the quantised one.
+    pub drift: f32,
+    /// Share of what the residual stream lacks that the targets of o and down make up for.
+    pub residual: f32,
+    /// Share of the last states' drift that the head, which stays fp16, makes up for; a tied head
+    /// becomes a tensor of its own.
+    pub head: f32,
     /// Rotations folded into the weights.
     pub rotate: Rotate,
 }
@@ -56,7 +62,9 @@ impl Choices {
         group_weights: GroupWeights::Stale,
         scales: ScalePrecision::F32,
         clip: Clip::None,
-        asymmetric: 0.0,
+        drift: 0.0,
+        residual: 0.0,
+        head: 0.0,
         rotate: Rotate::None,
     };
     /// The lowest loss in the same file.
@@ -64,9 +72,21 @@ impl Choices {
         group_weights: GroupWeights::Fresh,
         scales: ScalePrecision::Half,
         clip: Clip::Search,
-        asymmetric: 0.25,
+        drift: 0.25,
+        residual: 0.5,
+        head: 1.0,
         rotate: Rotate::Full,
     };
+
+    /// True when the unquantised model is walked beside the quantised one.
+    pub fn needs_reference(&self) -> bool {
+        self.drift > 0.0 || self.residual > 0.0 || self.head > 0.0
+    }
+
+    /// True when the head's values change, so that a tied one needs a tensor of its own.
+    pub fn changes_head(&self) -> bool {
+        self.head > 0.0 || self.rotate == Rotate::Full
+    }
 
     /// Sets one choice from `KEY=VALUE`, in the form that [`Choices`] prints.
     ///
@@ -89,13 +109,24 @@ impl Choices {
             ("rotate", "heads") => self.rotate = Rotate::Heads,
             ("rotate", "full") => self.rotate = Rotate::Full,
             ("rotate", _) => return Err(unknown("rotate=none, =heads or =full")),
-            ("asymmetric", _) => match value.parse() {
-                Ok(strength) if (0.0..=1.0).contains(&strength) => self.asymmetric = strength,
-                _ => return Err(unknown("asymmetric=0 to =1")),
+            ("drift" | "residual" | "head", _) => match value.parse() {
+                Ok(share) if (0.0..=1.0).contains(&share) => *self.share(key) = share,
+                _ => return Err(unknown(&format!("{key}=0 to =1"))),
             },
-            _ => return Err(unknown("group-weights, scales, clip, asymmetric or rotate")),
+            _ => {
+                let keys = "group-weights, scales, clip, drift, residual, head or rotate";
+                return Err(unknown(keys));
+            }
         }
         Ok(())
+    }
+
+    fn share(&mut self, key: &str) -> &mut f32 {
+        match key {
+            "drift" => &mut self.drift,
+            "residual" => &mut self.residual,
+            _ => &mut self.head,
+        }
     }
 }
 
@@ -120,8 +151,9 @@ impl Display for Choices {
         };
         write!(
             f,
-            "group-weights={group_weights} scales={scales} clip={clip} asymmetric={} rotate={rotate}",
-            self.asymmetric
+            "group-weights={group_weights} scales={scales} clip={clip} drift={} residual={} head={} \
+             rotate={rotate}",
+            self.drift, self.residual, self.head
         )
     }
 }
@@ -150,8 +182,9 @@ mod tests {
         for (setting, hint) in [
             ("clip", "clip=none or =search"),
             ("clip=maybe", "clip=none or =search"),
-            ("asymmetric=2", "asymmetric=0 to =1"),
-            ("asymmetric=NaN", "asymmetric=0 to =1"),
+            ("drift=2", "drift=0 to =1"),
+            ("residual=NaN", "residual=0 to =1"),
+            ("head=-1", "head=0 to =1"),
             ("speed=fast", "group-weights, scales"),
         ] {
             let message = Choices::BEST.clone().set(setting).unwrap_err();

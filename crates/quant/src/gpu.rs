@@ -25,7 +25,6 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
         // The card keeps weights in fp16: what the file dequantises to there is rounded.
         half_values: half_scales,
         search: (choices.clip == Clip::Search).then_some(search),
-        asymmetric: factored.correction.as_ref(),
     };
     let solved = cuda::solve(weight, &factored.upper, &factored.order, &factored.dead, &options)?;
     if !solved.loss.is_finite() {

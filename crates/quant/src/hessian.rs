@@ -1,6 +1,6 @@
 //! From a Gram to the factor that the solver walks along: dead columns, order, damping.
 
-use gptq_compute::{Drift, Gram, HessianPrep, Tensor};
+use gptq_compute::{Gram, HessianPrep, Tensor};
 
 use crate::error::{Error, Result};
 use crate::spec::QuantSpec;
@@ -20,23 +20,10 @@ pub struct Factored {
     pub upper: Tensor,
     /// diag(H) in solve order, undamped; 1 where a column is dead.
     pub importance: Vec<f32>,
-    /// GPTAQ's correction P `[in, in]` in solve order, times its strength.
-    pub correction: Option<Tensor>,
     /// Fraction of mean(diag H) that was added in the end.
     pub damp: f64,
     /// How often damping had to be raised; 0 is the normal case.
     pub damp_retries: u32,
-}
-
-impl Factored {
-    /// Sets the correction from the drift of the same inputs, `scale` times.
-    ///
-    /// # Errors
-    /// A drift of another order or device.
-    pub fn correct(&mut self, drift: Drift, scale: f32) -> Result<()> {
-        self.correction = Some(drift.correction(&self.upper, scale)?);
-        Ok(())
-    }
 }
 
 /// Prepares and factors H = `scale` · Gram (scale is 2 / windows).
@@ -61,16 +48,7 @@ pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
         match gram.upper_factor(&prep) {
             Ok(upper) => {
                 let importance = order.iter().map(|&c| diagonal[c as usize]).collect();
-                let correction = None;
-                return Ok(Factored {
-                    order,
-                    dead,
-                    upper,
-                    importance,
-                    correction,
-                    damp,
-                    damp_retries,
-                });
+                return Ok(Factored { order, dead, upper, importance, damp, damp_retries });
             }
             Err(source @ gptq_compute::Error::NotPositiveDefinite { .. }) => {
                 if damp_retries == DAMP_RETRIES {

@@ -100,7 +100,6 @@ fn unpermute(band: &Band, order: &[u32], choices: &Choices, codes: &mut [u8], va
 /// What every row of a linear is solved with.
 struct Solver<'a> {
     upper: &'a Array2<f32>,
-    correction: Option<&'a Array2<f32>>,
     importance: &'a [f32],
     choices: Choices,
     ratios: Vec<f32>,
@@ -115,7 +114,6 @@ impl<'a> Solver<'a> {
     fn new(factored: &'a Factored, spec: &QuantSpec, n: usize) -> Self {
         Self {
             upper: factored.upper.as_host(),
-            correction: factored.correction.as_ref().map(Tensor::as_host),
             importance: &factored.importance,
             choices: spec.choices,
             ratios: clip_ratios().to_vec(),
@@ -151,18 +149,6 @@ impl<'a> Solver<'a> {
             _ => end,
         }
     }
-
-    /// First column whose correction for column j uses the quantised value rather than the weight:
-    /// the end of the block, or of a group inside it whose scale comes from fresh weights. A GPU
-    /// ends its blocks there.
-    fn near_end(&self, j: usize, block_end: usize) -> usize {
-        match self.choices.group_weights {
-            GroupWeights::Fresh if !self.whole_rows => {
-                block_end.min((j / self.group + 1) * self.group)
-            }
-            _ => block_end,
-        }
-    }
 }
 
 /// Solves a band of rows `[rows, in]`.
@@ -190,10 +176,6 @@ fn solve_band(w: ArrayView2<'_, f32>, factored: &Factored, spec: &QuantSpec) -> 
         solve_block(&mut band, &solver, start..end, &mut errors);
         let (_, mut rest) = band.weight.view_mut().split_at(Axis(1), end);
         general_mat_mul(-1.0, &errors, &solver.upper.slice(s![start..end, end..]), 1.0, &mut rest);
-        if let Some(correction) = solver.correction {
-            let solved = band.values.slice(s![.., start..end]);
-            general_mat_mul(1.0, &solved, &correction.slice(s![start..end, end..]), 1.0, &mut rest);
-        }
         start = end;
     }
     band
@@ -249,13 +231,6 @@ fn solve_block(
             let error = (w - value) / row[j];
             for (c, u) in current[i..].iter_mut().zip(&row[j..columns.end]) {
                 *c -= error * u;
-            }
-            if let Some(row) = solver.correction.map(|p| p.row(j)) {
-                let Some(row) = row.to_slice() else { return };
-                let near = solver.near_end(j, columns.end);
-                for (k, p) in (j..columns.end).zip(&row[j..columns.end]) {
-                    current[k - columns.start] += if k < near { w * p } else { value * p };
-                }
             }
             band.codes[[r, j]] = q as u8;
             band.values[[r, j]] = value;

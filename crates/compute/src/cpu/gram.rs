@@ -14,24 +14,15 @@ const TILE: usize = 256;
 /// sum += xᵀx on tiles that touch the upper triangle; x is `[tokens, n]`.
 pub(crate) fn accumulate(sum: &mut Array2<f32>, x: ArrayView2<'_, f32>) -> Result<()> {
     ensure_shape(sum.ncols() == x.ncols(), "gram_add", sum.dim(), x.dim())?;
-    accumulate_product(sum, x, x);
-    Ok(())
-}
-
-/// sum += xᵀy on tiles that touch the upper triangle; x and y are `[tokens, n]`.
-pub(crate) fn accumulate_product(
-    sum: &mut Array2<f32>,
-    x: ArrayView2<'_, f32>,
-    y: ArrayView2<'_, f32>,
-) {
     let upper = |tile: &super::tiles::Tile<'_, f32>| tile.row <= tile.col;
     let tiles: Vec<_> = tiles_mut(sum.view_mut(), TILE, TILE).into_iter().filter(upper).collect();
     tiles.into_par_iter().for_each(|mut tile| {
         let (m, n) = tile.view.dim();
         let left = x.slice(s![.., tile.row..tile.row + m]);
-        let right = y.slice(s![.., tile.col..tile.col + n]);
+        let right = x.slice(s![.., tile.col..tile.col + n]);
         general_mat_mul(1.0, &left.t(), &right, 1.0, &mut tile.view);
     });
+    Ok(())
 }
 
 /// The symmetric Hessian in the order asked for; see [`HessianPrep`].

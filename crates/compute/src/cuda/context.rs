@@ -27,7 +27,6 @@ pub struct Cuda {
     name: String,
     arch: String,
     multiprocessors: usize,
-    shared_memory: usize,
     kernels: Kernels,
     blas: Mutex<CudaBlas>,
     solver: Mutex<DnHandle>,
@@ -66,10 +65,8 @@ impl Cuda {
         keep_freed_memory(&context)?;
         let stream = context.new_stream().stage(STAGE)?;
         let processors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Arc::new(Self {
             name,
-            shared_memory: context.attribute(shared).stage(STAGE)? as usize,
             multiprocessors: context.attribute(processors).stage(STAGE)? as usize,
             kernels: Kernels::load(&context, &arch)?,
             arch,
@@ -129,11 +126,6 @@ impl Cuda {
     /// The stream of parked tensors that are fetched.
     pub(super) fn arriving(&self) -> &Arc<CudaStream> {
         &self.arriving
-    }
-
-    /// Bytes of shared memory that a block may ask for.
-    pub(super) fn shared_memory(&self) -> usize {
-        self.shared_memory
     }
 
     /// Kernel `name` of `file`.

@@ -26,11 +26,11 @@ macro_rules! embedded {
 /// One operation per file.
 const SOURCES: &[(&str, &str)] = embedded![
     "attention.cu",
+    "combine.cu",
     "convert.cu",
     "dequant.cu",
     "diagonal.cu",
     "dot.cu",
-    "drift.cu",
     "finite.cu",
     "gptq_block.cu",
     "group_scales.cu",
@@ -43,7 +43,6 @@ const SOURCES: &[(&str, &str)] = embedded![
     "rope.cu",
     "select_rows.cu",
     "silu_mul.cu",
-    "strict_upper.cu",
     "tri_inverse.cu",
     "unpermute.cu",
 ];

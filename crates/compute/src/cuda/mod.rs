@@ -17,7 +17,6 @@ pub(crate) mod buffer;
 mod cache;
 mod context;
 mod dense;
-pub(crate) mod drift;
 pub(crate) mod elementwise;
 mod error;
 mod factor;
@@ -35,6 +34,7 @@ pub(crate) mod park;
 mod plan;
 mod probe;
 mod solve;
+pub(crate) mod target;
 mod timing;
 pub(crate) mod transfer;
 
@@ -52,4 +52,5 @@ pub use timing::Timer;
 
 pub(crate) use elementwise::DeviceTableCell;
 pub(crate) use matrix::Matrix;
+pub(crate) use order::inverse_of;
 pub(crate) use timing::Mark;

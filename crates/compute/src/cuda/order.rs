@@ -35,7 +35,10 @@ impl SolveOrder {
 }
 
 /// The inverse of a permutation.
-fn inverse_of(order: &[u32]) -> Result<Vec<u32>> {
+///
+/// # Errors
+/// [`Error::RowOutOfRange`] for an entry that is out of range or comes twice.
+pub(crate) fn inverse_of(order: &[u32]) -> Result<Vec<u32>> {
     let n = order.len();
     let mut inverse = vec![u32::MAX; n];
     for (place, &column) in order.iter().enumerate() {

@@ -66,10 +66,6 @@ pub struct SolveOptions<'a> {
     pub half_values: bool,
     /// AutoGPTQ's absmax scales when `None`.
     pub search: Option<ClipSearch<'a>>,
-    /// GPTAQ's P `[n, n]` in solve order, strictly upper triangular: `w_i P_ij` is added to columns
-    /// j > i of the block when column i is solved, and Ŵ P to the columns after the block, where Ŵ
-    /// are the block's quantised columns.
-    pub asymmetric: Option<&'a Tensor>,
 }
 
 /// A quantised linear on the device, columns in the weights' own order.
@@ -148,7 +144,6 @@ struct Solver<'a> {
     group: usize,
     groups: usize,
     upper: &'a CudaSlice<f32>,
-    asymmetric: Option<&'a CudaSlice<f32>>,
     search: Option<Search>,
     /// `[rows, n]` in solve order, corrected as the solve proceeds.
     weight: Buffer<f32>,
@@ -187,7 +182,6 @@ impl<'a> Solver<'a> {
             group,
             groups,
             upper: upper.f32(OP)?,
-            asymmetric: options.asymmetric.map(|p| on_device(p)?.f32(OP)).transpose()?,
             search: options.search.map(|s| Search::upload(cuda, s)).transpose()?,
             weight: cuda.uninit(OP, rows * n)?,
             errors: cuda.uninit(OP, rows * width)?,
@@ -289,21 +283,16 @@ impl<'a> Solver<'a> {
         let errors = Block::of_mut(self.cuda, self.errors.make_mut(self.cuda)?, self.width);
         let (weight, codes, errors) =
             (weight.at(0, start), codes.at(0, start), errors.at(0, offset));
-        let corner = |m| Block::of(self.cuda, m, self.n).at(start, start);
-        let (upper, asymmetric) = (corner(self.upper), self.asymmetric.map(corner));
+        let upper = Block::of(self.cuda, self.upper, self.n).at(start, start);
         let (rows, ld, width) = (int(self.rows)?, int(self.n)?, int(end - start)?);
         let (err_ld, group) = (int(self.width)?, int(self.group)?);
         let groups_left = int(self.groups - first)?;
         let until = int((first + 1) * self.group - start)?;
         let (zero, max_code) = self.grid();
         let half_values = i32::from(self.options.half_values);
-        let name = if asymmetric.is_some() { "gptq_block_asym" } else { "gptq_block" };
-        let kernel = self.cuda.kernel("gptq_block.cu", name)?;
+        let kernel = self.cuda.kernel("gptq_block.cu", "gptq_block")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address());
-        if let Some(p) = &asymmetric {
-            launch.arg(p.address());
-        }
         launch.arg(scales.address()).arg(codes.address()).arg(errors.address());
         launch.arg(self.row_loss.make_mut(self.cuda)?);
         launch.arg(&rows).arg(&ld).arg(&err_ld).arg(&width).arg(&groups_left).arg(&until);
@@ -313,14 +302,13 @@ impl<'a> Solver<'a> {
             block_dim: (256, 1, 1),
             shared_mem_bytes: 0,
         };
-        // SAFETY: the arguments are the kernel's, in its order for both names; columns start .. end
-        // and offset .. offset + width lie within their matrices, and rows are checked inside.
+        // SAFETY: the arguments are the kernel's; columns start .. end and offset .. offset + width lie within their matrices, and rows are checked inside.
         unsafe { launch.launch(config) }.stage(OP)?;
         Ok(())
     }
 
     /// Corrects columns `to` for the columns `from`, whose errors lie in the window at `window`:
-    /// W[:, to] −= Err · U[from, to], and += Ŵ[:, from] · P[from, to].
+    /// W[:, to] −= Err · U[from, to].
     fn spread(
         &mut self,
         from: std::ops::Range<usize>,
@@ -336,16 +324,7 @@ impl<'a> Solver<'a> {
         let operands = (errors.at(0, at), upper.at(row, col), weight.at(0, col));
         // SAFETY: the blocks lie within their matrices, which the solver keeps until it has waited
         // for the queue; `to` begins where `from` ends or later, so nothing overlaps.
-        unsafe { multiply(self.cuda, STAGE, shape, (-1.0, 1.0), operands) }?;
-        if let Some(p) = self.asymmetric {
-            let p = Block::of(self.cuda, p, self.n).at(row, col);
-            // SAFETY: as above; the columns read and the columns written are different ones.
-            unsafe {
-                let operands = (weight.at(0, row), p, weight.at(0, col));
-                multiply(self.cuda, STAGE, shape, (1.0, 1.0), operands)
-            }?;
-        }
-        Ok(())
+        unsafe { multiply(self.cuda, STAGE, shape, (-1.0, 1.0), operands) }
     }
 
     /// Codes and fp16 weights in the weights' own order.
@@ -394,9 +373,6 @@ fn check(weight: &Tensor, upper: &Tensor, order: &[u32], options: &SolveOptions<
     let n = weight.cols();
     ensure_shape(upper.shape() == (n, n), OP, weight.shape(), upper.shape())?;
     ensure_shape(order.len() == n, OP, weight.shape(), (order.len(), 1))?;
-    if let Some(p) = options.asymmetric {
-        ensure_shape(p.shape() == (n, n), OP, weight.shape(), p.shape())?;
-    }
     if let Some(search) = &options.search {
         let importance = search.importance.len();
         ensure_shape(importance == n, OP, weight.shape(), (importance, 1))?;

@@ -1,0 +1,81 @@
+//! The head, fitted to the states that reach it.
+//!
+//! The head stays fp16, so it can make up for part of what the quantised blocks have lost: with X the
+//! normed last states and X_fp the unquantised model's, W + share · W (X_fp − X)ᵀX H⁻¹ brings the
+//! logits closest to the unquantised ones in the least-squares sense.
+
+use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
+use gptq_model::Model;
+use gptq_quant::{QuantSpec, factor};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::calibrate::Streams;
+use crate::error::{Error, Result};
+use crate::fold::{Folding, HEAD, dense_head, final_gain};
+
+/// Rows of the head that are moved at a time.
+const BAND: usize = 16_384;
+
+/// The head `[vocab, hidden]` as the file should hold it.
+pub(crate) fn fitted(
+    model: &Model<'_>,
+    folding: Option<&Folding>,
+    spec: &QuantSpec,
+    windows: usize,
+    streams: &mut Streams,
+) -> Result<Vec<f16>> {
+    let gain = final_gain(model.checkpoint(), folding)?;
+    let map = map(model, &gain, spec, windows, streams)?;
+    let mut head = dense_head(model.checkpoint(), folding)?;
+    let width = model.config().hidden_size;
+    let share = spec.choices.head * 2.0 / windows as f32;
+    for band in head.chunks_mut(BAND * width) {
+        move_rows(model.device(), band, &map, share)?;
+    }
+    Ok(head)
+}
+
+/// (X_fp − X)ᵀX H⁻¹ `[hidden, hidden]`.
+fn map(
+    model: &Model<'_>,
+    gain: &[f32],
+    spec: &QuantSpec,
+    windows: usize,
+    streams: &mut Streams,
+) -> Result<Tensor> {
+    let (device, width) = (model.device(), gain.len());
+    let eps = model.config().rms_norm_eps;
+    let activations = || Error::Activations { linear: HEAD.to_owned() };
+    let mut gram = device.gram(width)?;
+    let mut lacking = device.zeros(width, width)?;
+    if let Some(reference) = &mut streams.reference {
+        for chunk in 0..reference.seq_lens.len() {
+            let norm = |hidden: &Tensor| Ok(device.rms_norm(hidden, gain, eps)?);
+            let input = streams.quantised.hidden.read(chunk, norm)?;
+            let drift = device.difference(&reference.hidden.read(chunk, norm)?, &input)?;
+            device.gram_add(&mut gram, &input)?;
+            device.cross_add(&mut lacking, &drift, &input)?;
+        }
+    }
+    let factored = factor(&gram, 2.0 / windows as f32, spec).map_err(|source| match source {
+        gptq_quant::Error::NotFinite { .. } => activations(),
+        source => Error::Solve { linear: HEAD.to_owned(), source },
+    })?;
+    let map = device.over_hessian(&lacking, &factored.upper, &factored.order)?;
+    if device.all_finite(&map)? { Ok(map) } else { Err(activations()) }
+}
+
+/// Rows W ← W + share · W · map.
+fn move_rows(device: &Device, rows: &mut [f16], map: &Tensor, share: f32) -> Result<()> {
+    let width = map.cols();
+    let shape = (rows.len() / width, width);
+    let matrix = HostMatrix::new(bytemuck::cast_slice(rows), FloatType::F16, shape.0, shape.1);
+    let moved = device.shifted_by(&device.upload(matrix)?, map, share)?.to_host()?;
+    // Tensors in host memory are in standard layout.
+    rows.convert_from_f32_slice(moved.as_slice().unwrap_or_default());
+    if rows.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::Fitted { tensor: HEAD.to_owned() })
+}
