@@ -224,32 +224,15 @@ fn stage_operations(stage: &str, width: Width, windows: usize, seq_len: usize) -
         }
         "gram" => inputs.iter().map(|n| tokens * n * n).sum(),
         "factor" => inputs.iter().map(|n| 2.0 / 3.0 * n * n * n).sum(),
-        "target" => target_operations(width, tokens),
+        // What is lacking is made and multiplied, and taken over the Hessian as triangles.
+        "shift" => [LinearId::O, LinearId::Down]
+            .map(|id| width.linear(id))
+            .iter()
+            .map(|&(rows, n)| (rows * n) as f64 * (4.0 * tokens + 2.0 * n as f64))
+            .sum(),
         "solve" => all.iter().map(|(r, c)| (r * c * c) as f64).sum(),
         _ => 0.0,
     }
-}
-
-/// Products that shift targets: drifts of the inputs of q, k, v and of gate, up with their maps; what
-/// o and down leave lacking, twice, with B H⁻¹; triangles counted as such.
-fn target_operations(width: Width, tokens: f64) -> f64 {
-    let size = |id| {
-        let (rows, cols) = width.linear(id);
-        (rows as f64, cols as f64)
-    };
-    let maps =
-        [[LinearId::Q, LinearId::K, LinearId::V].as_slice(), &[LinearId::Gate, LinearId::Up]];
-    let mut all = 0.0;
-    for ids in maps {
-        let n = size(ids[0]).1;
-        all += 2.0 * tokens * n * n + 2.0 * n * n * n;
-        all += ids.iter().map(|&id| 2.0 * size(id).0 * n * n).sum::<f64>();
-    }
-    for id in [LinearId::O, LinearId::Down] {
-        let (rows, n) = size(id);
-        all += 4.0 * tokens * rows * n + 2.0 * rows * n * n;
-    }
-    all
 }
 
 /// Operations a second that one H100 80GB (SXM, CUDA 13.0) was measured to reach: cuBLAS fp16

@@ -4,11 +4,11 @@
 //! go through them to become the next stage's: what AutoGPTQ computes with five forwards a block,
 //! with one, and the same mathematics.
 //!
-//! A recipe may aim at other targets than the weights as they are, to make up for what is lost
-//! upstream: the unquantised model's states then go through the block as it was before, and what
-//! they differ by becomes a shift of the weights before they are solved (see
-//! [`Device::over_hessian`]). Linears that write to the residual stream make up for what the stream
-//! as a whole lacks after them; the others for the drift of their inputs.
+//! A recipe may have o and down, which write to the residual stream, make up for what the stream
+//! lacks: the unquantised model's states then go through the block as it was before, and what they
+//! differ by becomes a shift of the weights before they are solved (see [`Device::over_hessian`]).
+//! Shifting the other linears by the drift of their inputs as well was tried: a percent of KL for
+//! seven of time (tests/bench).
 
 use std::collections::BTreeMap;
 
@@ -129,9 +129,8 @@ impl Stream<'_> {
         })
     }
 
-    /// Adds to `sum` what this stage lacks against the `reference` for one chunk, times its inputs:
-    /// the drift of the inputs of q, k, v or of gate, up; or what the residual stream would lack if
-    /// the unquantised o or down got the inputs that there are.
+    /// Adds what one chunk of the residual stream would lack against `reference`, if the unquantised
+    /// o or down got the inputs that there are, times those inputs: Lᵀ X.
     fn lacking(
         &mut self,
         all: &Calibrator<'_>,
@@ -142,16 +141,6 @@ impl Stream<'_> {
         sum: &mut Tensor,
     ) -> Result<()> {
         let device = all.device;
-        if let Stage::Qkv | Stage::GateUp = stage {
-            return self.states.hidden.read(chunk, |hidden| {
-                let input = match stage {
-                    Stage::Qkv => dense.attention_input(device, hidden)?,
-                    _ => dense.mlp_input(device, hidden)?,
-                };
-                let drift = device.difference(reference, &input)?;
-                Ok(device.cross_add(sum, &drift, &input)?)
-            });
-        }
         let mut output = self.states.hidden.read(chunk, |hidden| Ok(hidden.clone()))?;
         self.kept(all).read(chunk, |input| {
             match stage {
@@ -182,10 +171,9 @@ impl Stream<'_> {
 }
 
 impl States {
-    /// One chunk of the unquantised model at a stage: the inputs of q, k, v or of gate, up; or the
-    /// states with the products of o or down added, for the caller to put back. Nothing here waits
-    /// for a solve, so nothing is kept.
-    fn reference(
+    /// One chunk of the unquantised model's states with the products of o or down added, for the
+    /// caller to put back. Nothing here waits for a solve, so nothing is kept.
+    fn past(
         &mut self,
         all: &Calibrator<'_>,
         dense: &Block,
@@ -193,45 +181,17 @@ impl States {
         chunk: usize,
     ) -> Result<Tensor> {
         let device = all.device;
-        match stage {
-            Stage::Qkv => self.hidden.read(chunk, |h| Ok(dense.attention_input(device, h)?)),
-            Stage::GateUp => self.hidden.read(chunk, |h| Ok(dense.mlp_input(device, h)?)),
-            Stage::Output => {
-                let mut hidden = self.hidden.take(chunk)?;
-                let input = dense.attention_input(device, &hidden)?;
-                let seq_len = self.seq_lens[chunk];
-                let context = dense.attention_context(device, &input, all.rope, seq_len)?;
-                dense.attention_output(device, &context, &mut hidden)?;
-                Ok(hidden)
-            }
-            Stage::Down => {
-                let mut hidden = self.hidden.take(chunk)?;
-                let activation =
-                    dense.mlp_activation(device, &dense.mlp_input(device, &hidden)?)?;
-                dense.mlp_output(device, &activation, &mut hidden)?;
-                Ok(hidden)
-            }
+        let mut hidden = self.hidden.take(chunk)?;
+        if stage == Stage::Output {
+            let input = dense.attention_input(device, &hidden)?;
+            let seq_len = self.seq_lens[chunk];
+            let context = dense.attention_context(device, &input, all.rope, seq_len)?;
+            dense.attention_output(device, &context, &mut hidden)?;
+        } else {
+            let activation = dense.mlp_activation(device, &dense.mlp_input(device, &hidden)?)?;
+            dense.mlp_output(device, &activation, &mut hidden)?;
         }
-    }
-}
-
-/// What a stage's linears are solved for.
-enum Target {
-    /// Their weights.
-    Weights,
-    /// W + share · W · map `[in, in]`.
-    Map(Tensor, f32),
-    /// W + share · shift `[out, in]`.
-    Shift(Tensor, f32),
-}
-
-impl Target {
-    fn of(&self, device: &Device, weight: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Weights => weight.clone(),
-            Self::Map(map, share) => device.shifted_by(weight, map, *share)?,
-            Self::Shift(shift, share) => device.shifted(weight, shift, *share)?,
-        })
+        Ok(hidden)
     }
 }
 
@@ -275,53 +235,40 @@ impl BlockRun<'_, '_, '_> {
         // The shift needs the room.
         drop(gram);
         self.laps.lap("factor")?;
-        let target = self.target(block, stage, &factored, scale)?;
-        if let Target::Map(shift, _) | Target::Shift(shift, _) = &target
+        let shift = match stage {
+            Stage::Output | Stage::Down => self.shift(stage, &factored)?,
+            Stage::Qkv | Stage::GateUp => None,
+        };
+        if let Some(shift) = &shift
             && !device.all_finite(shift)?
         {
             return Err(Error::Activations { linear: first });
         }
-        self.solve(block, stage, &factored, &target, &energies)
+        let share = scale * self.all.spec.choices.residual;
+        self.solve(block, stage, &factored, shift.map(|s| (s, share)).as_ref(), &energies)
     }
 
-    /// What the linears of a stage should be solved for; moves the unquantised model's states past
-    /// the stage.
-    fn target(
-        &mut self,
-        block: &Block,
-        stage: Stage,
-        factored: &Factored,
-        scale: f32,
-    ) -> Result<Target> {
+    /// What the weights of o or down should move by to give the residual stream all that it lacks,
+    /// `[out, in]` without the Hessian's scale; moves the unquantised model's states past the stage.
+    fn shift(&mut self, stage: Stage, factored: &Factored) -> Result<Option<Tensor>> {
         let all = self.all;
-        let (device, choices) = (all.device, &all.spec.choices);
-        let writes = matches!(stage, Stage::Output | Stage::Down);
-        let share = if writes { choices.residual } else { choices.drift };
-        let Some((dense, states)) = &mut self.reference else { return Ok(Target::Weights) };
-        if share == 0.0 && !writes {
-            return Ok(Target::Weights);
-        }
-        let shape = block.linear(stage.linears()[0]).shape();
-        let rows = if writes { shape.0 } else { shape.1 };
-        let mut lacking = device.zeros(rows, shape.1)?;
+        let Some((dense, states)) = &mut self.reference else { return Ok(None) };
+        let shape = dense.linear(stage.linears()[0]).shape();
+        let wanted = all.spec.choices.residual > 0.0;
+        let mut lacking = wanted.then(|| all.device.zeros(shape.0, shape.1)).transpose()?;
         for chunk in 0..states.seq_lens.len() {
-            let reference = states.reference(all, dense, stage, chunk)?;
+            let hidden = states.past(all, dense, stage, chunk)?;
             self.laps.lap("reference")?;
-            if share > 0.0 {
-                self.stream.lacking(all, dense, stage, chunk, &reference, &mut lacking)?;
+            if let Some(sum) = &mut lacking {
+                self.stream.lacking(all, dense, stage, chunk, &hidden, sum)?;
+                self.laps.lap("shift")?;
             }
-            if writes {
-                states.hidden.put(chunk, reference)?;
-            }
-            self.laps.lap("target")?;
+            states.hidden.put(chunk, hidden)?;
         }
-        if share == 0.0 {
-            return Ok(Target::Weights);
-        }
-        let shift = device.over_hessian(&lacking, &factored.upper, &factored.order)?;
-        self.laps.lap("target")?;
-        let share = share * scale;
-        Ok(if writes { Target::Shift(shift, share) } else { Target::Map(shift, share) })
+        let Some(lacking) = lacking else { return Ok(None) };
+        let shift = all.device.over_hessian(&lacking, &factored.upper, &factored.order)?;
+        self.laps.lap("shift")?;
+        Ok(Some(shift))
     }
 
     /// One solve for each linear of a stage.
@@ -330,14 +277,18 @@ impl BlockRun<'_, '_, '_> {
         block: &mut Block,
         stage: Stage,
         factored: &Factored,
-        target: &Target,
+        shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
         for (&id, &energy) in stage.linears().iter().zip(energies) {
             let name = (self.all.name)(block, id);
-            let weight = target.of(self.all.device, block.linear(id))?;
-            self.laps.lap("target")?;
-            let solved = solve(&weight, factored, self.all.spec)
+            let mut shifted = None;
+            if let Some((shift, share)) = shift {
+                shifted = Some(self.all.device.shifted(block.linear(id), shift, *share)?);
+                self.laps.lap("shift")?;
+            }
+            let weight = shifted.as_ref().unwrap_or_else(|| block.linear(id));
+            let solved = solve(weight, factored, self.all.spec)
                 .map_err(|source| Error::Solve { linear: name.clone(), source })?;
             self.laps.lap("solve")?;
             self.linears.push(report(name.clone(), &solved, energy, factored));

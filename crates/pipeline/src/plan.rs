@@ -35,14 +35,14 @@ pub struct Work {
     pub factor: f64,
     /// The solver's updates.
     pub solve: f64,
-    /// Shifted targets: the unquantised model's forward, and the products that compare with it.
-    pub target: f64,
+    /// Shifted weights: the unquantised model's forward, and the products that compare with it.
+    pub shift: f64,
 }
 
 impl Work {
     /// The sum.
     pub fn total(&self) -> f64 {
-        self.forward + self.gram + self.factor + self.solve + self.target
+        self.forward + self.gram + self.factor + self.solve + self.shift
     }
 }
 
@@ -89,21 +89,18 @@ fn work(model: &ModelConfig, (windows, seq_len): (usize, usize), reference: bool
             work.gram += tokens * n * n;
             work.factor += 2.0 / 3.0 * n * n * n;
         }
-        work.target += match i {
-            // q and gate, for all linears of their stages: the drift and its map.
-            0 | 4 => 2.0 * tokens * n * n + 2.0 * n * n * n + 2.0 * rows * n * n,
-            // o and down: what lacks is made and multiplied, then taken over the Hessian.
-            3 | 6 => 4.0 * tokens * rows * n + 2.0 * rows * n * n,
-            _ => 2.0 * rows * n * n,
-        };
+        // o and down: what is lacking is made and multiplied, and taken over the Hessian.
+        if matches!(i, 3 | 6) {
+            work.shift += rows * n * (4.0 * tokens + 2.0 * n);
+        }
     }
-    work.target += work.forward;
+    work.shift += work.forward;
     let blocks = model.num_hidden_layers as f64;
     Work {
         forward: work.forward * blocks,
         gram: work.gram * blocks,
         factor: work.factor * blocks,
         solve: work.solve * blocks,
-        target: if reference { work.target * blocks } else { 0.0 },
+        shift: if reference { work.shift * blocks } else { 0.0 },
     }
 }

@@ -43,11 +43,9 @@ pub struct Choices {
     pub scales: ScalePrecision,
     /// Search for scales.
     pub clip: Clip,
-    /// Share of what the drift of their inputs costs q, k, v, gate and up that their targets make up
-    /// for: 0 aims at the weights as they are. This share and the next two need a walk of the
-    /// unquantised model beside the quantised one.
-    pub drift: f32,
-    /// Share of what the residual stream lacks that the targets of o and down make up for.
+    /// Share of what the residual stream lacks that o and down make up for: 0 aims at their weights
+    /// as they are. This share and the next need a walk of the unquantised model beside the quantised
+    /// one.
     pub residual: f32,
     /// Share of the last states' drift that the head, which stays fp16, makes up for; a tied head
     /// becomes a tensor of its own.
@@ -62,7 +60,6 @@ impl Choices {
         group_weights: GroupWeights::Stale,
         scales: ScalePrecision::F32,
         clip: Clip::None,
-        drift: 0.0,
         residual: 0.0,
         head: 0.0,
         rotate: Rotate::None,
@@ -72,7 +69,6 @@ impl Choices {
         group_weights: GroupWeights::Fresh,
         scales: ScalePrecision::Half,
         clip: Clip::Search,
-        drift: 0.25,
         residual: 0.5,
         head: 1.0,
         rotate: Rotate::Full,
@@ -80,7 +76,7 @@ impl Choices {
 
     /// True when the unquantised model is walked beside the quantised one.
     pub fn needs_reference(&self) -> bool {
-        self.drift > 0.0 || self.residual > 0.0 || self.head > 0.0
+        self.residual > 0.0 || self.head > 0.0
     }
 
     /// True when the head's values change, so that a tied one needs a tensor of its own.
@@ -109,12 +105,12 @@ impl Choices {
             ("rotate", "heads") => self.rotate = Rotate::Heads,
             ("rotate", "full") => self.rotate = Rotate::Full,
             ("rotate", _) => return Err(unknown("rotate=none, =heads or =full")),
-            ("drift" | "residual" | "head", _) => match value.parse() {
+            ("residual" | "head", _) => match value.parse() {
                 Ok(share) if (0.0..=1.0).contains(&share) => *self.share(key) = share,
                 _ => return Err(unknown(&format!("{key}=0 to =1"))),
             },
             _ => {
-                let keys = "group-weights, scales, clip, drift, residual, head or rotate";
+                let keys = "group-weights, scales, clip, residual, head or rotate";
                 return Err(unknown(keys));
             }
         }
@@ -123,7 +119,6 @@ impl Choices {
 
     fn share(&mut self, key: &str) -> &mut f32 {
         match key {
-            "drift" => &mut self.drift,
             "residual" => &mut self.residual,
             _ => &mut self.head,
         }
@@ -151,9 +146,9 @@ impl Display for Choices {
         };
         write!(
             f,
-            "group-weights={group_weights} scales={scales} clip={clip} drift={} residual={} head={} \
+            "group-weights={group_weights} scales={scales} clip={clip} residual={} head={} \
              rotate={rotate}",
-            self.drift, self.residual, self.head
+            self.residual, self.head
         )
     }
 }
@@ -182,7 +177,7 @@ mod tests {
         for (setting, hint) in [
             ("clip", "clip=none or =search"),
             ("clip=maybe", "clip=none or =search"),
-            ("drift=2", "drift=0 to =1"),
+            ("residual=2", "residual=0 to =1"),
             ("residual=NaN", "residual=0 to =1"),
             ("head=-1", "head=0 to =1"),
             ("speed=fast", "group-weights, scales"),
