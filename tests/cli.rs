@@ -190,7 +190,7 @@ fn a_run_is_summarised() {
     let calibration = ["--calib-dataset", "text.txt", "--windows", "4", "--seq-len", "32"];
     let fixed = ["quantize", "model", "--out", "out", "--device", "cpu", "--bits", "3"];
     let made = dir.gptq(&[&fixed[..], &calibration].concat());
-    assert!(made.stdout.starts_with("out: 3 bits, group size 128, autogptq, "), "{}", made.stdout);
+    assert!(made.stdout.starts_with("out: 3 bits, group size 128, best, "), "{}", made.stdout);
     assert!(made.ok().ends_with("\nMeasure it: gptq ppl out\n"), "{}", made.stdout);
     assert!(made.stderr.contains("\nblock 2/2  relative error "), "{}", made.stderr);
     assert_snapshot!(dir.gptq(&["inspect", "out"]).snapshot(), @r"
@@ -203,7 +203,7 @@ fn a_run_is_summarised() {
     vocabulary  64
     weights     52.6 kB (52584 bytes)
     tensors     63 (21 F16, 42 I32)
-    quantised   3 bits, group size 128, act-order yes, damp 0.01
+    quantised   3 bits, group size 128, act-order yes, damp 0.03
     linears     14 in 29.0 kB, 3.777 bits a weight
     ");
     let measure = ["ppl", "out", "--device", "cpu", "--dataset", "text.txt", "--seq-len", "32"];

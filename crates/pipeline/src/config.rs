@@ -29,7 +29,7 @@ struct RawConfig {
     #[serde(default = "modern")]
     layout: String,
     recipe: Recipe,
-    damp: f64,
+    damp: Option<f64>,
     /// Single choices of every branch, as `KEY=VALUE`.
     #[serde(default)]
     set: Vec<String>,
@@ -182,13 +182,9 @@ fn branch_spec(branch: &RawBranch, defaults: &RawConfig) -> std::result::Result<
             return Err(format!("group_size \"{name}\" is no number; use one, or \"none\""));
         }
     };
-    let mut spec = QuantSpec::new(
-        branch.bits,
-        group_size,
-        branch.act_order,
-        branch.damp.unwrap_or(defaults.damp),
-        branch.recipe.unwrap_or(defaults.recipe),
-    );
+    let recipe = branch.recipe.unwrap_or(defaults.recipe);
+    let damp = branch.damp.or(defaults.damp).unwrap_or(recipe.damp());
+    let mut spec = QuantSpec::new(branch.bits, group_size, branch.act_order, damp, recipe);
     for settings in [&defaults.set, &branch.set] {
         spec.set(settings).map_err(|e| e.to_string())?;
     }

@@ -64,6 +64,14 @@ pub struct QuantiseOutcome {
 
 /// Makes one branch. Nothing is left under the output name unless everything succeeded.
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<QuantiseOutcome> {
+    Ok(run(job, progress)?.0)
+}
+
+/// As [`quantise`]; also gives the states after the last block, where there was calibration.
+fn run(
+    job: &QuantiseJob<'_>,
+    progress: &dyn Progress,
+) -> Result<(QuantiseOutcome, Option<Streams>)> {
     job.spec.validate().map_err(Error::Spec)?;
     if job.source.quantize_config().is_some() {
         return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
@@ -101,17 +109,17 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
         let writer = join(writing)?;
         Ok::<_, Error>((walked?, writer))
     })?;
-    let (reports, streams) = walked;
-    let head = match streams {
-        Some(mut streams) if job.spec.choices.head > 0.0 => {
-            Some(head::fitted(&model, folding, &job.spec, windows.len(), &mut streams)?)
+    let (reports, mut streams) = walked;
+    let head = match &mut streams {
+        Some(streams) if job.spec.choices.head > 0.0 => {
+            Some(head::fitted(&model, folding, &job.spec, windows.len(), streams)?)
         }
         _ => None,
     };
     copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
     let written = writer.finish()?;
     let damp_retries = reports.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum();
-    Ok(QuantiseOutcome { written, blocks: reports, damp_retries })
+    Ok((QuantiseOutcome { written, blocks: reports, damp_retries }, streams))
 }
 
 /// All blocks in order; each is read while the one before is computed. Returns the states after the
@@ -352,4 +360,76 @@ fn copy_dense(
         writer.copy_dense(&name, &tensor)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
+    use crate::tokens::TextTokenizer;
+
+    use gptq_quant::Recipe;
+
+    use super::*;
+    use crate::states::{States, forward};
+
+    struct Quiet;
+
+    impl Progress for Quiet {
+        fn begin(&self, _: &str, _: usize) {}
+        fn step(&self) {}
+        fn block(&self, _: &BlockReport) {}
+        fn end(&self) {}
+        fn warn(&self, message: &str) {
+            panic!("{message}");
+        }
+    }
+
+    fn values(states: &mut States) -> Vec<Vec<f32>> {
+        (0..states.seq_lens.len())
+            .map(|chunk| {
+                let hidden = states.hidden.take(chunk).unwrap().to_host().unwrap();
+                hidden.iter().copied().collect()
+            })
+            .collect()
+    }
+
+    /// What calibration saw is what the file holds: to the last bit, because both walk the same
+    /// operations over the same values.
+    #[test]
+    fn the_file_gives_the_states_that_calibration_propagated() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let source = Checkpoint::open(&root.join("tests/fixtures/demo-llama")).unwrap();
+        let recipe = CalibrationRecipe::open(&root.join("calib/demo.toml").to_string_lossy());
+        let overrides = CalibrationOverrides {
+            windows: Some(6),
+            seq_len: Some(96),
+            ..CalibrationOverrides::default()
+        };
+        let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
+        let calibration = recipe.unwrap().with(overrides).unwrap().sample(&tokenizer).unwrap();
+        let windows: Vec<&[u32]> = calibration.windows.iter().map(Vec::as_slice).collect();
+        let folder = tempfile::tempdir().unwrap();
+        for (bits, group, act_order) in [(3, Some(128), true), (4, None, false)] {
+            let job = QuantiseJob {
+                source: &source,
+                device: Device::best().unwrap(),
+                spec: QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best),
+                calibration: Some(&calibration),
+                layout: Layout::Modern,
+                out: folder.path().join(bits.to_string()),
+                max_shard_bytes: None,
+                strict: true,
+            };
+            let (outcome, streams) = run(&job, &Quiet).unwrap();
+            let file = Checkpoint::open(&outcome.written.dir).unwrap();
+            let model = Model::new(&file, job.device.clone(), SourcePrecision::Stored, 96).unwrap();
+            let mut reloaded = embed(&model, &windows, 0.0).unwrap();
+            for index in 0..model.config().num_hidden_layers {
+                forward(&model, &model.load_block(index).unwrap(), &mut reloaded).unwrap();
+            }
+            assert_eq!(values(&mut streams.unwrap().quantised), values(&mut reloaded));
+        }
+    }
 }

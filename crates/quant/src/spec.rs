@@ -35,6 +35,15 @@ impl Recipe {
         }
     }
 
+    /// Damping where none is asked for: a fraction of mean(diag H). A target that was shifted by
+    /// H⁻¹ bears more than AutoGPTQ's 0.01 (tests/bench/2026-11-24-best.md).
+    pub fn damp(self) -> f64 {
+        match self {
+            Self::Best => 0.03,
+            Self::AutoGptq | Self::Rtn => 0.01,
+        }
+    }
+
     /// True when the recipe needs the Hessians of calibration windows.
     pub fn calibrates(self) -> bool {
         self != Self::Rtn

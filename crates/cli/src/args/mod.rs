@@ -60,10 +60,10 @@ pub(crate) struct QuantizeArgs {
     /// Solve columns in order of importance [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(crate) act_order: Option<bool>,
-    /// Fraction of the Hessian's mean diagonal added to it [default: 0.01]
+    /// Fraction of the Hessian's mean diagonal added to it [default: 0.03 (best), 0.01]
     #[arg(long)]
     pub(crate) damp: Option<f64>,
-    /// Solver choices: best, autogptq, or rtn (round to nearest, no calibration) [default: autogptq]
+    /// Solver choices: best, autogptq, or rtn (round to nearest, no calibration) [default: best]
     #[arg(long)]
     pub(crate) recipe: Option<Recipe>,
     /// Change one choice of the recipe: group-weights=stale|fresh, scales=f32|fp16,
@@ -217,7 +217,7 @@ pub(crate) struct SweepArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   gptq bench
-  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda --recipe best")]
+  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda --recipe autogptq")]
 pub(crate) struct BenchArgs {
     /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b
     #[arg(long, default_value = "smollm2")]
@@ -229,7 +229,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = values::parse_count)]
     pub(crate) seq_len: usize,
     /// Solver choices: best or autogptq; 4 bits, group size 128, act-order
-    #[arg(long, value_name = "RECIPE", default_value = "autogptq", value_parser = values::parse_calibrated)]
+    #[arg(long, value_name = "RECIPE", default_value = "best", value_parser = values::parse_calibrated)]
     pub(crate) recipe: Recipe,
     /// Change one choice of the recipe, as for gptq quantize; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]

@@ -28,7 +28,7 @@ pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
         Device::Cpu => bench_products(args.width, args.seq_len)?,
         Device::Cuda(_) => Vec::new(),
     };
-    let mut spec = QuantSpec::new(4, Some(128), true, 0.01, args.recipe);
+    let mut spec = QuantSpec::new(4, Some(128), true, args.recipe.damp(), args.recipe);
     spec.set(&args.set)?;
     let block = bench_block(&device, args.width, (args.windows, args.seq_len), &spec)?;
     let choices = spec.choices.to_string();

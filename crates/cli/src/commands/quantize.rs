@@ -107,11 +107,14 @@ fn settings(args: &QuantizeArgs) -> Result<Settings> {
                 calibration: config.calibration,
             }
         }
-        None => Settings {
-            spec: QuantSpec::new(4, Some(128), true, 0.01, Recipe::AutoGptq),
-            layout: Layout::Modern,
-            calibration: CalibrationRecipe::open("wikitext2")?,
-        },
+        None => {
+            let recipe = args.recipe.unwrap_or(Recipe::Best);
+            Settings {
+                spec: QuantSpec::new(4, Some(128), true, recipe.damp(), recipe),
+                layout: Layout::Modern,
+                calibration: CalibrationRecipe::open("wikitext2")?,
+            }
+        }
     };
     let spec = &mut settings.spec;
     spec.bits = args.bits.unwrap_or(spec.bits);
