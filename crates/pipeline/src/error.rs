@@ -82,6 +82,30 @@ pub enum Error {
         /// What is wrong, with the place.
         message: String,
     },
+    /// A checkpoint's report that cannot be read.
+    #[error("Cannot read `{}`: {source}; gptq quantize and gptq sweep write it", path.display())]
+    ReadReport {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A checkpoint's report that cannot be written.
+    #[error("Cannot write `{}`: {source}", path.display())]
+    WriteReport {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A checkpoint's report that does not say what it should.
+    #[error("`{}` is not a report of this program: {message}", path.display())]
+    Report {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the place.
+        message: String,
+    },
     /// A branch that a configuration does not have.
     #[error("No branch `{branch}` in `{file}`; it has {known}")]
     UnknownBranch {

@@ -6,6 +6,7 @@
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
 
 pub mod bench;
+pub mod branch_report;
 mod calibrate;
 pub mod calibration;
 pub mod config;

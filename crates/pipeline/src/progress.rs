@@ -1,9 +1,9 @@
 //! How a run tells its caller what it is doing; drawing belongs to the caller.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A quantised linear in a report.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinearReport {
     /// Prefix in the checkpoint.
     pub name: String,

@@ -11,7 +11,7 @@ use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::calibration::Calibration;
 use crate::config::{Branch, EvaluationSpec, SweepConfig};
@@ -51,7 +51,7 @@ pub struct SweepRow {
 }
 
 /// Accuracy on the evaluation text.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// Perplexity.
     pub perplexity: f64,

@@ -1,0 +1,242 @@
+//! What was made and how good it is: the report that lies in every checkpoint folder.
+//!
+//! It holds no seconds, dates or paths, so that two runs of one job leave the same bytes; timings
+//! are in the sweep's own `sweep.json`.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::identity::DatasetIdentity;
+use crate::progress::LinearReport;
+use crate::sweep::Measured;
+
+/// Name of the report in a checkpoint's folder.
+pub const REPORT_FILE: &str = "gptq_report.json";
+/// The version of the fields below.
+pub const REPORT_FORMAT: u32 = 1;
+/// The program, as reports and manifests name it.
+pub const TOOL: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));
+
+/// A checkpoint made by this program.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BranchReport {
+    /// [`REPORT_FORMAT`].
+    pub format: u32,
+    /// [`TOOL`] of the time.
+    pub tool: String,
+    /// Hub id of the dense model, or the name of its folder.
+    pub model: String,
+    /// Branch of the configuration; the folder's name where there was none.
+    pub branch: String,
+    /// Width of a code.
+    pub bits: u8,
+    /// Columns of a group; `null` is all of in_features.
+    pub group_size: Option<usize>,
+    /// Columns solved by descending diag(H).
+    pub act_order: bool,
+    /// Damping asked for, as a fraction of mean(diag H).
+    pub damp: f64,
+    /// Solver recipe.
+    pub recipe: String,
+    /// Its choices, as `KEY=VALUE` parted by spaces; `null` for recipes without calibration.
+    pub choices: Option<String>,
+    /// Layout of the weight files.
+    pub layout: String,
+    /// What computed it.
+    pub device: String,
+    /// Bytes of the weight files.
+    pub file_bytes: u64,
+    /// What it was calibrated on; `null` for recipes without calibration.
+    pub calibration: Option<CalibrationRecord>,
+    /// Linears whose damping had to be raised.
+    pub damp_retries: u32,
+    /// Every block, in order.
+    pub blocks: Vec<BlockRecord>,
+    /// Measurements from the file; empty until there is one.
+    pub evaluations: Vec<EvaluationRecord>,
+}
+
+/// Calibration windows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// The text they were drawn from.
+    pub dataset: DatasetIdentity,
+    /// How many.
+    pub windows: usize,
+    /// Tokens of each.
+    pub seq_len: usize,
+    /// Seed of their positions.
+    pub seed: u64,
+    /// SHA-256 (hex) of all windows' tokens as little-endian u32.
+    pub sha256: String,
+}
+
+/// A quantised block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockRecord {
+    /// Position in the model.
+    pub block: usize,
+    /// Its linears in calibration order.
+    pub linears: Vec<LinearReport>,
+}
+
+/// Perplexity of the file on one text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationRecord {
+    /// Protocol name.
+    pub protocol: String,
+    /// The text.
+    pub dataset: DatasetIdentity,
+    /// Tokens of the whole text.
+    pub tokens_in_text: usize,
+    /// Tokens of a window.
+    pub seq_len: usize,
+    /// Windows evaluated.
+    pub windows: usize,
+    /// Tokens scored.
+    pub tokens: usize,
+    /// Arithmetic of the forward pass: `f32` on the CPU, `fp16` on a GPU.
+    pub dtype: String,
+    /// True when the checkpoint was calibrated on the same split: its perplexity is optimistic.
+    pub contaminated: bool,
+    /// exp of the mean negative log likelihood.
+    pub perplexity: f64,
+    /// Standard error of the mean negative log likelihood over tokens, in nats.
+    pub standard_error: f64,
+    /// Mean KL to the fp16 model in nats a token.
+    pub kl: Option<f64>,
+    /// Perplexity of the fp16 model on the same windows.
+    pub base_perplexity: Option<f64>,
+    /// The same grid rounded to nearest.
+    pub rtn: Option<Measured>,
+}
+
+impl BranchReport {
+    /// Reads the report of a checkpoint's folder.
+    ///
+    /// # Errors
+    /// [`Error::ReadReport`] and [`Error::Report`], which name the file.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(REPORT_FILE);
+        let text = fs::read_to_string(&path)
+            .map_err(|source| Error::ReadReport { path: path.clone(), source })?;
+        let invalid = |message: String| Error::Report { path: path.clone(), message };
+        let report: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
+        if report.format != REPORT_FORMAT {
+            return Err(invalid(format!(
+                "its format is {}, and this program reads {REPORT_FORMAT}",
+                report.format
+            )));
+        }
+        Ok(report)
+    }
+
+    /// Writes the report into a checkpoint's folder, over one that is there.
+    ///
+    /// # Errors
+    /// [`Error::WriteReport`].
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(REPORT_FILE);
+        fs::write(&path, self.to_bytes()?).map_err(|source| Error::WriteReport { path, source })
+    }
+
+    /// The file's contents.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut text = serde_json::to_vec_pretty(self)
+            .map_err(|e| Error::Report { path: REPORT_FILE.into(), message: e.to_string() })?;
+        text.push(b'\n');
+        Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> BranchReport {
+        let dataset = DatasetIdentity::new("text.txt".to_owned(), None, &["a b".to_owned()]);
+        BranchReport {
+            format: REPORT_FORMAT,
+            tool: TOOL.to_owned(),
+            model: "org/model".to_owned(),
+            branch: "main".to_owned(),
+            bits: 4,
+            group_size: None,
+            act_order: true,
+            damp: 0.01,
+            recipe: "autogptq".to_owned(),
+            choices: Some("clip=none".to_owned()),
+            layout: "modern".to_owned(),
+            device: "cpu".to_owned(),
+            file_bytes: 123,
+            calibration: Some(CalibrationRecord {
+                dataset: dataset.clone(),
+                windows: 4,
+                seq_len: 8,
+                seed: 0,
+                sha256: "00".to_owned(),
+            }),
+            damp_retries: 0,
+            blocks: vec![BlockRecord {
+                block: 0,
+                linears: vec![LinearReport {
+                    name: "model.layers.0.self_attn.q_proj".to_owned(),
+                    // Digits that a reader without correct rounding gets wrong in the last place.
+                    relative_error: Some(0.100_000_000_000_000_02),
+                    damp: Some(0.01),
+                    damp_retries: 0,
+                }],
+            }],
+            evaluations: vec![EvaluationRecord {
+                protocol: "paper".to_owned(),
+                dataset,
+                tokens_in_text: 1000,
+                seq_len: 8,
+                windows: 2,
+                tokens: 14,
+                dtype: "f32".to_owned(),
+                contaminated: true,
+                perplexity: 20.672_317_543_219_876,
+                standard_error: 0.031_415_926_535_897_93,
+                kl: Some(1.234_567_890_123_456_7e-3),
+                base_perplexity: Some(20.513_3),
+                rtn: Some(Measured { perplexity: 21.1, kl: 0.01 }),
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_to_the_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = report();
+        // A walk over many mantissas: floats must survive text exactly, or a resumed sweep would
+        // not have the bytes of an undisturbed one.
+        let mut x = 0.1_f64;
+        for block in 1..500 {
+            x = (x * 3.9 * (1.0 - x)).clamp(1e-9, 0.999);
+            let mut next = report.blocks[0].clone();
+            next.block = block;
+            next.linears[0].relative_error = Some(x);
+            report.blocks.push(next);
+        }
+        report.write(dir.path()).unwrap();
+        let read = BranchReport::read(dir.path()).unwrap();
+        assert_eq!(read, report);
+        assert_eq!(read.to_bytes().unwrap(), fs::read(dir.path().join(REPORT_FILE)).unwrap());
+    }
+
+    #[test]
+    fn other_files_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = || BranchReport::read(dir.path()).unwrap_err().to_string();
+        assert!(refused().contains(REPORT_FILE));
+        fs::write(dir.path().join(REPORT_FILE), "{}").unwrap();
+        assert!(refused().contains("missing field"), "{}", refused());
+        let newer = BranchReport { format: 2, ..report() };
+        newer.write(dir.path()).unwrap();
+        assert!(refused().contains("format is 2"), "{}", refused());
+    }
+}
