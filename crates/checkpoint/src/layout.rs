@@ -22,6 +22,17 @@ pub enum Layout {
     Modern,
 }
 
+impl Layout {
+    /// The name used on the command line and in files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Card => "card",
+            Self::Modern => "modern",
+        }
+    }
+}
+
 impl FromStr for Layout {
     type Err = String;
 

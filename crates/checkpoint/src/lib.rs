@@ -33,10 +33,11 @@ pub use error::{Error, Result};
 pub use gptq::GptqLinear;
 pub use hub_cache::{resolve_dataset, resolve_model};
 pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
+pub use partial::{Partial, free_space, settle};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
 pub use reader::Checkpoint;
 pub use tensor::TensorRef;
-pub use writer::{CheckpointWriter, Written};
+pub use writer::{CheckpointWriter, Sealed, Written};
 
 // Tensors move between memory and files by reinterpreting bytes, and safetensors is little-endian.
 const _: () = assert!(cfg!(target_endian = "little"), "only little-endian targets are supported");

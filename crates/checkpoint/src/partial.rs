@@ -2,8 +2,12 @@
 //!
 //! A checkpoint grows in `NAME.partial` beside `NAME` and appears under its name by one rename, so
 //! nothing half-made is ever found there. The folder holds a locked marker file: the marker tells
-//! a left-over of ours, which the next run may delete, from a folder that happens to have the name;
-//! the lock tells a left-over from another run that is still at work.
+//! a left-over of ours, which the next run may delete or go on with, from a folder that happens to
+//! have the name; the lock tells a left-over from another run that is still at work. The system
+//! takes a dead process's locks away, so there is no such thing as a stale one.
+//!
+//! A run may be killed between any two of the steps here: whatever is left is recognised by the
+//! next one. That is why the marker is the first thing made and the last one removed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -13,14 +17,16 @@ use crate::{Error, Result};
 
 const MARKER: &str = ".gptq-partial";
 
-/// A working folder. Dropped before [`Partial::publish`], it is removed.
+/// A working folder. Dropped before [`Partial::publish`], it is removed, unless it is
+/// [kept](Partial::keep).
 #[derive(Debug)]
-pub(crate) struct Partial {
+pub struct Partial {
     path: PathBuf,
     out: PathBuf,
     /// Holds the lock for as long as the folder is ours.
     marker: File,
-    published: bool,
+    /// What happens when it is dropped.
+    removed_on_drop: bool,
 }
 
 impl Partial {
@@ -36,15 +42,70 @@ impl Partial {
         let marker_path = path.join(MARKER);
         let marker = File::create_new(&marker_path).map_err(Error::io("create", &marker_path))?;
         lock(&marker, &path)?;
-        Ok(Self { path, out: out.to_owned(), marker, published: false })
+        Ok(Self { path, out: out.to_owned(), marker, removed_on_drop: true })
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Goes on with the working folder that an earlier run left for `out`; `None` where there is
+    /// none of ours. What it holds is the caller's to judge.
+    ///
+    /// # Errors
+    /// [`Error::PartialInUse`] and [`Error::Io`].
+    pub fn adopt(out: &Path) -> Result<Option<Self>> {
+        let path = partial_path(out)?;
+        let marker_path = path.join(MARKER);
+        match OpenOptions::new().write(true).open(&marker_path) {
+            Ok(marker) => {
+                lock(&marker, &path)?;
+                Ok(Some(Self { path, out: out.to_owned(), marker, removed_on_drop: false }))
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Ok(None)
+            }
+            Err(e) => Err(Error::io("open", &marker_path)(e)),
+        }
+    }
+
+    /// Makes a published folder a working folder again, to be changed or replaced. It is kept when
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`Error::ForeignPartial`], [`Error::PartialInUse`] and [`Error::Io`].
+    pub fn withdraw(out: &Path) -> Result<Self> {
+        let path = partial_path(out)?;
+        remove_left_over(&path)?;
+        let marker_path = out.join(MARKER);
+        let marker = File::create(&marker_path).map_err(Error::io("create", &marker_path))?;
+        lock(&marker, out)?;
+        fs::rename(out, &path).map_err(Error::io("rename", out))?;
+        Ok(Self { path, out: out.to_owned(), marker, removed_on_drop: false })
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// The name that it will get.
     pub(crate) fn out(&self) -> &Path {
         &self.out
+    }
+
+    /// Leaves the folder to the next run, should this one fail.
+    pub fn keep(&mut self) {
+        self.removed_on_drop = false;
+    }
+
+    /// Writes a whole small file, or replaces it, by one rename: a reader finds the old contents or
+    /// the new ones.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (new, path) = (format!(".{name}.new"), self.path.join(name));
+        self.write(Path::new(&new), bytes)?;
+        fs::rename(self.path.join(&new), &path).map_err(Error::io("write", &path))?;
+        sync_dir(&self.path)
     }
 
     /// Writes a whole small file and makes sure that it is on disk.
@@ -55,15 +116,17 @@ impl Partial {
     }
 
     /// Gives the folder its final name.
-    pub(crate) fn publish(mut self) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn publish(mut self) -> Result<PathBuf> {
         sync_dir(&self.path)?;
         // Renaming onto an empty folder replaces it; one that was filled meanwhile is an error.
         fs::rename(&self.path, &self.out).map_err(Error::io("create", &self.out))?;
-        self.published = true;
+        self.removed_on_drop = false;
         // The marker goes last: a crash before this line leaves either a left-over that is known
-        // as ours, or a complete checkpoint with a hidden empty file.
-        let marker = self.out.join(MARKER);
-        fs::remove_file(&marker).map_err(Error::io("remove", &marker))?;
+        // as ours, or a complete checkpoint with a hidden empty file, which `settle` removes.
+        settle(&self.out)?;
         sync_dir(&self.out)?;
         sync_dir(parent_of(&self.out))?;
         Ok(self.out.clone())
@@ -71,15 +134,42 @@ impl Partial {
 
     /// Removes the folder now, for a writer that failed but lives on.
     pub(crate) fn discard(&mut self) {
-        if self.published {
+        if !self.removed_on_drop {
             return;
         }
         // Nothing better can be done about a folder that cannot be removed: it keeps its name and
         // its marker, and the next run removes it.
-        drop(fs::remove_dir_all(&self.path));
+        drop(remove_marked(&self.path));
         drop(self.marker.unlock());
-        self.published = true;
+        self.removed_on_drop = false;
     }
+}
+
+/// Removes what a run that was killed right after it had published left in a finished folder.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn settle(out: &Path) -> Result<()> {
+    let marker = out.join(MARKER);
+    match fs::remove_file(&marker) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", &marker)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a working folder, the marker after everything else: a run that is killed meanwhile
+/// leaves a folder that is known as ours.
+fn remove_marked(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else if entry.file_name() != MARKER {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    fs::remove_file(path.join(MARKER))?;
+    fs::remove_dir(path)
 }
 
 impl Drop for Partial {
@@ -134,7 +224,7 @@ fn remove_left_over(path: &Path) -> Result<()> {
     match OpenOptions::new().write(true).open(&marker_path) {
         Ok(marker) => {
             lock(&marker, path)?;
-            fs::remove_dir_all(path).map_err(Error::io("remove", path))
+            remove_marked(path).map_err(Error::io("remove", path))
         }
         // A run that died before its marker leaves an empty folder, which only an empty one matches.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -158,10 +248,18 @@ fn sync_dir(path: &Path) -> Result<()> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", path))
 }
 
+/// Bytes that the file system of `dir` can still take.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn free_space(dir: &Path) -> Result<u64> {
+    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("inspect", dir)(e.into()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
 /// Checks that the file system of `dir` can take `needed` bytes.
 pub(crate) fn check_space(dir: &Path, needed: u64) -> Result<()> {
-    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("inspect", dir)(e.into()))?;
-    require_space(dir, stat.f_bavail.saturating_mul(stat.f_frsize), needed)
+    require_space(dir, free_space(dir)?, needed)
 }
 
 fn require_space(dir: &Path, available: u64, needed: u64) -> Result<()> {
@@ -219,6 +317,34 @@ mod tests {
         std::os::unix::fs::symlink(&target, &partial).unwrap();
         assert!(matches!(Partial::create(&out), Err(Error::ForeignPartial { .. })));
         assert!(target.exists());
+    }
+
+    #[test]
+    fn a_kept_folder_is_adopted_and_a_published_one_withdrawn() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, partial) = (dir.path().join("m"), dir.path().join("m.partial"));
+        assert!(Partial::adopt(&out).unwrap().is_none());
+        let mut kept = Partial::create(&out).unwrap();
+        kept.replace("a", b"old").unwrap();
+        kept.replace("a", b"new").unwrap();
+        kept.keep();
+        drop(kept);
+        let adopted = Partial::adopt(&out).unwrap().unwrap();
+        assert!(matches!(Partial::adopt(&out), Err(Error::PartialInUse { .. })));
+        adopted.publish().unwrap();
+        assert!(!partial.exists());
+
+        // Killed between the rename and the removal of the marker.
+        fs::write(out.join(MARKER), "").unwrap();
+        settle(&out).unwrap();
+        settle(&out).unwrap();
+        let withdrawn = Partial::withdraw(&out).unwrap();
+        assert!(!out.exists());
+        assert_eq!(fs::read(withdrawn.path().join("a")).unwrap(), b"new");
+        drop(withdrawn);
+        assert!(partial.exists());
+        drop(Partial::create(&out).unwrap());
+        assert!(!partial.exists() && !out.exists());
     }
 
     #[test]

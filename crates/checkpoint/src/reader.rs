@@ -15,7 +15,7 @@ use crate::header::{self, Entry};
 use crate::quantize_config::is_file_name;
 use crate::{
     CheckpointFormat, DType, Error, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, Result,
-    TensorRef,
+    TensorRef, side_files,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
@@ -156,6 +156,15 @@ impl Checkpoint {
             linear.shift_v2_zeros()?;
         }
         Ok(linear)
+    }
+
+    /// Files beside the weights that are carried over to every checkpoint made from this one:
+    /// tokeniser, generation settings, licences. Relative to the folder, in a fixed order.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn side_files(&self) -> Result<Vec<PathBuf>> {
+        side_files::names(&self.dir)
     }
 
     /// Tells the system that a tensor's pages are not needed any more. Advice only: nothing

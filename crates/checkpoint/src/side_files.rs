@@ -29,41 +29,47 @@ const WEIGHTS: [&str; 11] = [
     "partial",
 ];
 
-/// Files that the writer makes, or that describe the source only.
-const NOT_CARRIED: [&str; 4] =
-    ["config.json", "quantize_config.json", "quant_config.json", "README.md"];
+/// Files that are made for every checkpoint, or that describe the source only.
+const NOT_CARRIED: [&str; 6] = [
+    "config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "gptq_report.json",
+    "gptq_manifest.json",
+    "README.md",
+];
 
 /// Copies the source's side files into the working folder.
 pub(crate) fn carry(source: &Path, partial: &Partial) -> Result<()> {
-    for name in listed(source)? {
-        let path = source.join(&name);
-        let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
-        if meta.is_file() && carried(&name, meta.len()) {
-            copy(source, &name, partial)?;
-        } else if meta.is_dir() && carried_dir(&path, &name) {
-            carry_dir(source, &name, partial)?;
-        }
-    }
-    Ok(())
-}
-
-fn carry_dir(source: &Path, dir: &Path, partial: &Partial) -> Result<()> {
-    let mut made = false;
-    for name in listed(&source.join(dir))? {
-        let name = dir.join(name);
-        let path = source.join(&name);
-        let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
-        if !meta.is_file() || !carried(&name, meta.len()) {
-            continue;
-        }
-        if !made {
+    for name in names(source)? {
+        if let Some(dir) = name.parent() {
             let to = partial.path().join(dir);
-            fs::create_dir(&to).map_err(Error::io("create", &to))?;
-            made = true;
+            fs::create_dir_all(&to).map_err(Error::io("create", &to))?;
         }
         copy(source, &name, partial)?;
     }
     Ok(())
+}
+
+/// The source's side files, relative to its folder, in a fixed order.
+pub(crate) fn names(source: &Path) -> Result<Vec<PathBuf>> {
+    let mut names = Vec::new();
+    for name in listed(source)? {
+        let path = source.join(&name);
+        let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
+        if meta.is_file() && carried(&name, meta.len()) {
+            names.push(name);
+        } else if meta.is_dir() && carried_dir(&path, &name) {
+            for inner in listed(&path)? {
+                let (name, path) = (name.join(&inner), path.join(&inner));
+                let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
+                if meta.is_file() && carried(&name, meta.len()) {
+                    names.push(name);
+                }
+            }
+        }
+    }
+    Ok(names)
 }
 
 /// Copies contents only: the cache's files are links, and often read-only.

@@ -45,6 +45,17 @@ struct Slot {
     written: bool,
 }
 
+/// A complete checkpoint that has no name yet.
+#[derive(Debug)]
+pub struct Sealed {
+    /// The working folder; [`Partial::publish`] names it.
+    pub folder: Partial,
+    /// Names of the weight files.
+    pub files: Vec<String>,
+    /// Bytes of the weight files.
+    pub bytes: u64,
+}
+
 /// A complete checkpoint.
 #[derive(Debug, Clone)]
 pub struct Written {
@@ -172,13 +183,20 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Completes the checkpoint: configuration, carried files, index; then syncs everything and
-    /// gives the folder its name.
+    /// Completes the checkpoint and gives the folder its name.
+    ///
+    /// # Errors
+    /// As [`CheckpointWriter::seal`].
+    pub fn finish(self) -> Result<Written> {
+        self.seal()?.publish()
+    }
+
+    /// Completes the checkpoint: configuration, carried files, index; everything is synced to disk.
     ///
     /// # Errors
     /// [`Error::MissingTensors`] naming the first that were never written, and [`Error::Io`]; the
     /// working folder is removed in every case.
-    pub fn finish(self) -> Result<Written> {
+    pub fn seal(self) -> Result<Sealed> {
         self.check_alive()?;
         self.check_complete()?;
         for (file, shard) in self.files.iter().zip(&self.plan.shards) {
@@ -194,9 +212,9 @@ impl CheckpointWriter {
             let name = format!("{}.safetensors.index.json", self.quantize.file_stem());
             self.partial.write(Path::new(&name), self.index_text()?.as_bytes())?;
         }
-        let Self { partial, plan, .. } = self;
+        let Self { partial: folder, plan, .. } = self;
         let files = plan.shards.into_iter().map(|shard| shard.file_name).collect();
-        Ok(Written { dir: partial.publish()?, files, bytes: plan.total_bytes })
+        Ok(Sealed { folder, files, bytes: plan.total_bytes })
     }
 
     fn write_headers(&mut self) -> Result<()> {
@@ -316,6 +334,17 @@ impl CheckpointWriter {
         index.insert("weight_map".to_owned(), Value::Object(weight_map));
         let text = python_json::indented(&index).map_err(Error::json(self.partial.path()))?;
         Ok(text + "\n")
+    }
+}
+
+impl Sealed {
+    /// Gives the folder its name.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn publish(self) -> Result<Written> {
+        let Self { folder, files, bytes } = self;
+        Ok(Written { dir: folder.publish()?, files, bytes })
     }
 }
 
