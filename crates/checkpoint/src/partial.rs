@@ -58,7 +58,9 @@ impl Partial {
                 lock(&marker, &path)?;
                 Ok(Some(Self { path, out: out.to_owned(), marker, removed_on_drop: false }))
             }
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(e)
+                if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+            {
                 Ok(None)
             }
             Err(e) => Err(Error::io("open", &marker_path)(e)),

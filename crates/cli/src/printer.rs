@@ -101,6 +101,10 @@ impl Progress for Printer {
         ));
     }
 
+    fn note(&self, message: &str) {
+        Self::note(self, message);
+    }
+
     fn warn(&self, message: &str) {
         self.line(&format!("warning: {message}"));
     }

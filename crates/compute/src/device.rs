@@ -123,6 +123,22 @@ impl Device {
         }
     }
 
+    /// What results may depend on to the bit: the card, or the CPU whatever its number of threads.
+    pub fn kind(&self) -> String {
+        match self {
+            Self::Cuda(_) => self.name(),
+            Self::Cpu => format!("cpu ({})", std::env::consts::ARCH),
+        }
+    }
+
+    /// Type of the numbers that products are made of.
+    pub fn dtype(&self) -> &'static str {
+        match self {
+            Self::Cpu => "f32",
+            Self::Cuda(_) => "fp16",
+        }
+    }
+
     /// Copies a matrix to the device: exact on the CPU (f32), rounded to fp16 on a GPU.
     ///
     /// # Errors

@@ -169,6 +169,7 @@ pub fn bench_block(
         spec,
         windows,
         parking,
+        shared: None,
         name: &|_, id| format!("{id:?}"),
     };
     let mut runs: Vec<(f64, StageSeconds)> = Vec::new();

@@ -8,9 +8,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::identity::DatasetIdentity;
-use crate::progress::LinearReport;
+use crate::progress::{BlockReport, LinearReport};
+use crate::quantise::QuantiseJob;
 use crate::sweep::Measured;
 
 /// Name of the report in a checkpoint's folder.
@@ -114,7 +116,53 @@ pub struct EvaluationRecord {
     pub rtn: Option<Measured>,
 }
 
+/// What reports call a model: a Hub id as it is, a folder by its name alone.
+#[must_use]
+pub fn model_name(id_or_path: &str) -> String {
+    let folder = Path::new(id_or_path).canonicalize();
+    let name = folder.ok().and_then(|f| Some(f.file_name()?.to_string_lossy().into_owned()));
+    name.unwrap_or_else(|| id_or_path.to_owned())
+}
+
+impl CalibrationRecord {
+    fn new(calibration: &Calibration) -> Self {
+        Self {
+            dataset: calibration.dataset.portable(),
+            windows: calibration.windows.len(),
+            seq_len: calibration.windows.first().map_or(0, Vec::len),
+            seed: calibration.seed,
+            sha256: calibration.sha256.clone(),
+        }
+    }
+}
+
 impl BranchReport {
+    /// The report of a branch that was just made; nothing is measured yet.
+    pub(crate) fn new(job: &QuantiseJob<'_>, file_bytes: u64, blocks: &[BlockReport]) -> Self {
+        let spec = &job.spec;
+        let calibrates = spec.recipe.calibrates();
+        let record = |b: &BlockReport| BlockRecord { block: b.block, linears: b.linears.clone() };
+        Self {
+            format: REPORT_FORMAT,
+            tool: TOOL.to_owned(),
+            model: job.model.clone(),
+            branch: job.branch.clone(),
+            bits: spec.bits,
+            group_size: spec.group_size,
+            act_order: spec.act_order,
+            damp: spec.damp,
+            recipe: spec.recipe.name().to_owned(),
+            choices: calibrates.then(|| spec.choices.to_string()),
+            layout: job.layout.name().to_owned(),
+            device: job.device.kind(),
+            file_bytes,
+            calibration: job.calibration.filter(|_| calibrates).map(CalibrationRecord::new),
+            damp_retries: blocks.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum(),
+            blocks: blocks.iter().map(record).collect(),
+            evaluations: Vec::new(),
+        }
+    }
+
     /// Reads the report of a checkpoint's folder.
     ///
     /// # Errors

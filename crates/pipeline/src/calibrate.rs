@@ -11,12 +11,14 @@
 //! seven of time (tests/bench).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use gptq_compute::{Device, Gram, Laps, RopeTable, Tensor};
 use gptq_model::{Block, LinearId, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantised, Stored, factor, solve};
 
 use crate::error::{Error, Result};
+use crate::first_gram::FirstGrams;
 use crate::memory::Parking;
 use crate::progress::LinearReport;
 use crate::stash::Stash;
@@ -37,6 +39,8 @@ pub(crate) struct Calibrator<'a> {
     /// Number of calibration windows: the n of H = 2/n · XᵀX.
     pub(crate) windows: usize,
     pub(crate) parking: Parking,
+    /// The first block's first Gram, shared with other branches.
+    pub(crate) shared: Option<&'a FirstGrams>,
     /// Name of a linear in messages and reports.
     pub(crate) name: &'a dyn Fn(&Block, LinearId) -> String,
 }
@@ -210,17 +214,14 @@ impl BlockRun<'_, '_, '_> {
     /// One stage: every chunk's inputs into the statistics, then its linears solved.
     fn stage(&mut self, block: &mut Block, stage: Stage) -> Result<()> {
         let device = self.all.device;
-        let mut gram = device.gram(block.linear(stage.linears()[0]).cols())?;
-        for chunk in 0..self.stream.states.seq_lens.len() {
-            let input = self.stream.input(self.all, block, stage, chunk)?;
-            self.laps.lap("forward")?;
-            device.gram_add(&mut gram, &input)?;
-            self.laps.lap("gram")?;
-            // The products of o and down are added one stage later, with the quantised weights.
-            if matches!(stage, Stage::Output | Stage::Down) {
-                self.stream.kept(self.all).put(chunk, input)?;
+        // Nothing is quantised yet before the first block's first stage.
+        let shared = self.all.shared.filter(|_| block.index() == 0 && stage == Stage::Qkv);
+        let gram = match shared {
+            Some(grams) => {
+                grams.get_or_make(self.all.spec.choices.rotate, || self.gram(block, stage))?
             }
-        }
+            None => Arc::new(self.gram(block, stage)?),
+        };
         if stage == Stage::GateUp {
             // All of o's inputs are used up; give their memory back before down's are made.
             self.stream.kept = None;
@@ -246,6 +247,23 @@ impl BlockRun<'_, '_, '_> {
         }
         let share = scale * self.all.spec.choices.residual;
         self.solve(block, stage, &factored, shift.map(|s| (s, share)).as_ref(), &energies)
+    }
+
+    /// XᵀX of a stage's inputs over all chunks.
+    fn gram(&mut self, block: &Block, stage: Stage) -> Result<Gram> {
+        let device = self.all.device;
+        let mut gram = device.gram(block.linear(stage.linears()[0]).cols())?;
+        for chunk in 0..self.stream.states.seq_lens.len() {
+            let input = self.stream.input(self.all, block, stage, chunk)?;
+            self.laps.lap("forward")?;
+            device.gram_add(&mut gram, &input)?;
+            self.laps.lap("gram")?;
+            // The products of o and down are added one stage later, with the quantised weights.
+            if matches!(stage, Stage::Output | Stage::Down) {
+                self.stream.kept(self.all).put(chunk, input)?;
+            }
+        }
+        Ok(gram)
     }
 
     /// What the weights of o or down should move by to give the residual stream all that it lacks,

@@ -65,6 +65,8 @@ pub struct Calibration {
     pub tokens_in_text: usize,
     /// SHA-256 (hex) of all windows' tokens as little-endian u32.
     pub sha256: String,
+    /// Seed of the offsets.
+    pub seed: u64,
     /// The text they were drawn from.
     pub dataset: DatasetIdentity,
 }
@@ -142,7 +144,8 @@ impl CalibrationRecipe {
         let windows: Vec<Vec<u32>> =
             offsets.iter().map(|&start| ids[start..start + self.seq_len].to_vec()).collect();
         let sha256 = digest(&windows);
-        Ok(Calibration { windows, offsets, tokens_in_text: ids.len(), sha256, dataset })
+        let (tokens_in_text, seed) = (ids.len(), self.seed);
+        Ok(Calibration { windows, offsets, tokens_in_text, sha256, seed, dataset })
     }
 
     fn parse(text: &str, origin: &str) -> Result<Self, TextError> {

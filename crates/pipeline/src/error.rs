@@ -106,6 +106,37 @@ pub enum Error {
         /// What is wrong, with the place.
         message: String,
     },
+    /// A file or folder of a sweep that the system refused.
+    #[error("Cannot {action} `{}`: {source}", path.display())]
+    Folder {
+        /// What was attempted, as a verb.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A branch's name is taken by something that no sweep finished.
+    #[error(
+        "`{}` exists, but no sweep finished it; move it away or choose another --out", .0.display()
+    )]
+    ForeignBranch(PathBuf),
+    /// A branch that would be replaced holds something that no sweep made.
+    #[error(
+        "`{}` is not up to date, but holds `{file}`, which is not the sweep's to delete; move it away",
+        dir.display()
+    )]
+    StrayFile {
+        /// The branch's folder.
+        dir: PathBuf,
+        /// The file.
+        file: String,
+    },
+    /// Another process makes this branch.
+    #[error(
+        "Another gptq sweep is at work on branch `{0}`; wait for it, or split the sweep with --jobs"
+    )]
+    BranchInUse(String),
     /// A branch that a configuration does not have.
     #[error("No branch `{branch}` in `{file}`; it has {known}")]
     UnknownBranch {

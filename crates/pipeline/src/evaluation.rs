@@ -1,7 +1,7 @@
 //! The evaluation text of a model: dataset, join, tokens, windows.
 
 use gptq_checkpoint::Checkpoint;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config::EvaluationSpec;
 use crate::error::Result;
@@ -10,12 +10,15 @@ use crate::protocol::EvalWindow;
 use crate::tokens::TextTokenizer;
 
 /// Text to evaluate on, cut into windows.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EvalText {
     /// Protocol name.
     pub protocol: String,
     /// The dataset.
     pub dataset: String,
+    /// What the dataset holds.
+    #[serde(skip)]
+    pub identity: DatasetIdentity,
     /// Tokens of the whole text.
     pub tokens_in_text: usize,
     /// Tokens of a window.
@@ -46,6 +49,7 @@ pub fn evaluation_text(
         tokens_in_text: ids.len(),
         seq_len,
         contaminated: calibrated_on.is_some_and(|c| contaminated(c, &dataset.identity)),
+        identity: dataset.identity,
         windows,
     })
 }

@@ -4,6 +4,8 @@
 //! names, so two datasets count as the same when either their names say so (the same Hub split, or
 //! two spellings of one) or their text does (a local copy of a Hub split).
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -19,7 +21,7 @@ pub struct HubSplit {
 }
 
 /// What a dataset is called and what it holds. Kept in reports and beside quantised checkpoints.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DatasetIdentity {
     /// The dataset as named by the user.
     pub name: String,
@@ -39,6 +41,17 @@ impl DatasetIdentity {
             hash.update(piece.as_bytes());
         }
         Self { name, hub, fingerprint: hex(&hash.finalize()) }
+    }
+
+    /// The same dataset as reports and weight files name it: a local file without its folders, which
+    /// are one machine's own.
+    #[must_use]
+    pub fn portable(&self) -> Self {
+        let mut portable = self.clone();
+        if let (None, Some(name)) = (&self.hub, Path::new(&self.name).file_name()) {
+            portable.name = name.to_string_lossy().into_owned();
+        }
+        portable
     }
 }
 
@@ -120,6 +133,15 @@ mod tests {
         assert!(!contaminated(&one, &hub("allenai/c4", "en", "train")));
         assert!(!contaminated(&one, &hub("allenai/c4", "de", "validation")));
         assert!(!contaminated(&one, &hub("someone/c4", "en", "validation")));
+    }
+
+    #[test]
+    fn portable_names_have_no_folders() {
+        let of = |name: &str| DatasetIdentity::new(name.to_owned(), None, &[]).portable().name;
+        assert_eq!(of("/home/me/../data/book.jsonl#body"), "book.jsonl#body");
+        assert_eq!(of("book.txt"), "book.txt");
+        let split = hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test");
+        assert_eq!(split.portable(), split);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! forwards. [`sweep`] runs both for every branch of a [`config`]. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
 
+mod baseline;
 pub mod bench;
 pub mod branch_report;
 mod calibrate;
@@ -13,9 +14,12 @@ pub mod config;
 pub mod dataset;
 mod error;
 pub mod evaluation;
+pub mod first_gram;
 mod fold;
 mod head;
 pub mod identity;
+pub mod jobs;
+pub mod manifest;
 pub mod memory;
 pub mod perplexity;
 pub mod plan;
@@ -23,9 +27,11 @@ pub mod progress;
 pub mod protocol;
 pub mod python_random;
 pub mod quantise;
+pub mod resume;
 mod stash;
 mod states;
 pub mod sweep;
+pub mod sweep_log;
 pub mod text_error;
 mod text_files;
 pub mod tokens;

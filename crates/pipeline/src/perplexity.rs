@@ -3,7 +3,7 @@
 use gptq_compute::Tensor;
 use gptq_model::{Block, Head, Model};
 use gptq_quant::{QuantSpec, round_to_nearest};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::memory::{BlockSizes, Workload, parking};
@@ -23,7 +23,7 @@ pub struct Scored {
 }
 
 /// Mean loss over all scored tokens.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// exp of the mean negative log likelihood.
     pub perplexity: f64,

@@ -51,6 +51,8 @@ pub trait Progress: Sync {
     fn block(&self, report: &BlockReport);
     /// The phase is over.
     fn end(&self);
+    /// What is done next, or need not be done.
+    fn note(&self, message: &str);
     /// Something that the user should know, but that stops nothing.
     fn warn(&self, message: &str);
 }

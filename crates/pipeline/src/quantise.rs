@@ -10,17 +10,19 @@ use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
 use gptq_checkpoint::{
-    Bits, Checkpoint, CheckpointWriter, GptqLinear, Layout, ModelConfig, QuantizeConfig, Written,
-    pack_rows, pack_transposed,
+    Bits, Checkpoint, CheckpointWriter, GptqLinear, Layout, ModelConfig, QuantizeConfig, Sealed,
+    Written, pack_rows, pack_transposed,
 };
 use gptq_compute::Device;
 use gptq_model::{Block, LinearId, Model, SourcePrecision};
 use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
 use half::f16;
 
+use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
+use crate::first_gram::FirstGrams;
 use crate::fold::{Folding, HEAD, written_config};
 use crate::head;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
@@ -35,6 +37,10 @@ const WRITE_BEHIND: usize = 4;
 pub struct QuantiseJob<'a> {
     /// The dense model.
     pub source: &'a Checkpoint,
+    /// What reports call it: a Hub id, or the name of a folder.
+    pub model: String,
+    /// What reports call the result.
+    pub branch: String,
     /// Where to compute.
     pub device: Device,
     /// Solver choices.
@@ -49,6 +55,8 @@ pub struct QuantiseJob<'a> {
     pub max_shard_bytes: Option<u64>,
     /// Treat raised damping as an error.
     pub strict: bool,
+    /// What is shared with other branches of the same source and calibration.
+    pub shared: Option<&'a FirstGrams>,
 }
 
 /// A branch that was made.
@@ -62,16 +70,26 @@ pub struct QuantiseOutcome {
     pub damp_retries: u32,
 }
 
+/// A branch that was made, in its working folder still.
+pub(crate) struct Made {
+    pub(crate) sealed: Sealed,
+    pub(crate) report: BranchReport,
+    blocks: Vec<BlockReport>,
+}
+
 /// Makes one branch. Nothing is left under the output name unless everything succeeded.
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<QuantiseOutcome> {
+    let Made { sealed, report, blocks } = make(job, progress)?;
+    Ok(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries: report.damp_retries })
+}
+
+/// Makes one branch, its report included, in the working folder.
+pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Made> {
     Ok(run(job, progress)?.0)
 }
 
-/// As [`quantise`]; also gives the states after the last block, where there was calibration.
-fn run(
-    job: &QuantiseJob<'_>,
-    progress: &dyn Progress,
-) -> Result<(QuantiseOutcome, Option<Streams>)> {
+/// As [`make`]; also gives the states after the last block, where there was calibration.
+fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Made, Option<Streams>)> {
     job.spec.validate().map_err(Error::Spec)?;
     if job.source.quantize_config().is_some() {
         return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
@@ -84,7 +102,7 @@ fn run(
         &written_config(job.source.config(), &job.spec.choices),
         &quantize_config(&job.spec)?,
         job.layout,
-        &metadata(job),
+        &metadata(&job.spec, job.calibration),
         job.max_shard_bytes,
     )?;
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
@@ -109,7 +127,7 @@ fn run(
         let writer = join(writing)?;
         Ok::<_, Error>((walked?, writer))
     })?;
-    let (reports, mut streams) = walked;
+    let (blocks, mut streams) = walked;
     let head = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
             Some(head::fitted(&model, folding, &job.spec, windows.len(), streams)?)
@@ -117,9 +135,10 @@ fn run(
         _ => None,
     };
     copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
-    let written = writer.finish()?;
-    let damp_retries = reports.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum();
-    Ok((QuantiseOutcome { written, blocks: reports, damp_retries }, streams))
+    let sealed = writer.seal()?;
+    let report = BranchReport::new(job, sealed.bytes, &blocks);
+    sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
+    Ok((Made { sealed, report, blocks }, streams))
 }
 
 /// All blocks in order; each is read while the one before is computed. Returns the states after the
@@ -192,6 +211,7 @@ impl CalibratedRun<'_> {
             spec: &self.job.spec,
             windows: self.windows,
             parking: self.parked,
+            shared: self.job.shared,
             name: &|block, id| linear_name(self.model, block, id),
         };
         let done = calibrator
@@ -320,18 +340,21 @@ pub(crate) fn quantize_config(spec: &QuantSpec) -> Result<QuantizeConfig> {
 }
 
 /// Provenance for the file's metadata; the `card` layout leaves it out.
-fn metadata(job: &QuantiseJob<'_>) -> BTreeMap<String, String> {
+pub(crate) fn metadata(
+    spec: &QuantSpec,
+    calibration: Option<&Calibration>,
+) -> BTreeMap<String, String> {
     let mut map = BTreeMap::from([
-        ("quantizer".to_owned(), concat!("gptq ", env!("CARGO_PKG_VERSION")).to_owned()),
-        ("recipe".to_owned(), job.spec.recipe.name().to_owned()),
+        ("quantizer".to_owned(), TOOL.to_owned()),
+        ("recipe".to_owned(), spec.recipe.name().to_owned()),
     ]);
-    if job.spec.recipe.calibrates() {
-        map.insert("choices".to_owned(), job.spec.choices.to_string());
+    if spec.recipe.calibrates() {
+        map.insert("choices".to_owned(), spec.choices.to_string());
     }
-    if let Some(calibration) = job.calibration {
+    if let Some(calibration) = calibration {
         let windows = &calibration.windows;
         let seq_len = windows.first().map_or(0, Vec::len);
-        map.insert("calibration".to_owned(), calibration.dataset.name.clone());
+        map.insert("calibration".to_owned(), calibration.dataset.portable().name);
         map.insert("calibration_windows".to_owned(), format!("{} x {seq_len}", windows.len()));
         map.insert("calibration_sha256".to_owned(), calibration.sha256.clone());
     }
@@ -381,6 +404,7 @@ mod tests {
         fn step(&self) {}
         fn block(&self, _: &BlockReport) {}
         fn end(&self) {}
+        fn note(&self, _: &str) {}
         fn warn(&self, message: &str) {
             panic!("{message}");
         }
@@ -414,6 +438,8 @@ mod tests {
         for (bits, group, act_order) in [(3, Some(128), true), (4, None, false)] {
             let job = QuantiseJob {
                 source: &source,
+                model: "demo-llama".to_owned(),
+                branch: bits.to_string(),
                 device: Device::best().unwrap(),
                 spec: QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best),
                 calibration: Some(&calibration),
@@ -421,9 +447,10 @@ mod tests {
                 out: folder.path().join(bits.to_string()),
                 max_shard_bytes: None,
                 strict: true,
+                shared: None,
             };
-            let (outcome, streams) = run(&job, &Quiet).unwrap();
-            let file = Checkpoint::open(&outcome.written.dir).unwrap();
+            let (made, streams) = run(&job, &Quiet).unwrap();
+            let file = Checkpoint::open(&made.sealed.publish().unwrap().dir).unwrap();
             let model = Model::new(&file, job.device.clone(), SourcePrecision::Stored, 96).unwrap();
             let mut reloaded = embed(&model, &windows, 0.0).unwrap();
             for index in 0..model.config().num_hidden_layers {

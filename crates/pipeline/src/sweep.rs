@@ -1,28 +1,53 @@
-//! A plain sweep: every branch of a configuration made, then measured from its file.
+//! A sweep: every branch of a configuration made, then measured from its file.
 //!
-//! What branches share is done once: the calibration windows, the fp16 model's perplexity and its
-//! final hidden states (for KL), and the rounded baseline of each grid.
+//! What branches share is done once: the calibration windows, the first Gram (see [`FirstGrams`]),
+//! the fp16 model's perplexity and its final hidden states (for KL), and the rounded baseline of
+//! each grid. Finished branches are found and reused (see [`crate::resume`]).
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use gptq_checkpoint::Checkpoint;
+use gptq_checkpoint::{Checkpoint, Partial, settle};
 use gptq_compute::Device;
-use gptq_model::{Model, SourcePrecision};
-use gptq_quant::{QuantSpec, Recipe};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::baseline::Baseline;
+use crate::branch_report::{BranchReport, EvaluationRecord, REPORT_FILE, TOOL, model_name};
 use crate::calibration::Calibration;
-use crate::config::{Branch, EvaluationSpec, SweepConfig};
-use crate::error::Result;
+use crate::config::{Branch, SweepConfig};
+use crate::error::{Error, Result};
 use crate::evaluation::{EvalText, evaluation_text};
-use crate::perplexity::{Perplexity, Scored, score, score_rounded};
+use crate::first_gram::FirstGrams;
+use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest, sha256, source_digest};
+use crate::perplexity::Perplexity;
+use crate::plan::{BranchPlan, plan_branch};
 use crate::progress::Progress;
-use crate::quantise::{QuantiseJob, quantise};
+use crate::quantise::{Made, QuantiseJob, make, metadata};
+use crate::resume::{Left, Lock, State, look};
+use crate::sweep_log::SweepLog;
+
+/// Branches to make, and everything that they are made with.
+#[derive(Clone, Debug)]
+pub struct SweepJob<'a> {
+    /// The configuration.
+    pub config: &'a SweepConfig,
+    /// Its branches that this process makes.
+    pub branches: &'a [Branch],
+    /// The dense model.
+    pub source: &'a Checkpoint,
+    /// Windows that all branches are calibrated on.
+    pub calibration: &'a Calibration,
+    /// Where to compute.
+    pub device: &'a Device,
+    /// Folder for the branches, one folder each.
+    pub out: &'a Path,
+    /// Treat raised damping as an error.
+    pub strict: bool,
+}
 
 /// A branch in the table.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SweepRow {
     /// Branch name.
     pub branch: String,
@@ -35,19 +60,23 @@ pub struct SweepRow {
     /// Damping asked for.
     pub damp: f64,
     /// Solver recipe.
-    pub recipe: &'static str,
+    pub recipe: String,
     /// Folder that holds the checkpoint.
     pub dir: PathBuf,
     /// Bytes of the weight files.
     pub file_bytes: u64,
-    /// Seconds to quantise and write.
-    pub quantise_seconds: f64,
+    /// Seconds to quantise and write; `null` when an earlier run did and its table is gone.
+    pub quantise_seconds: Option<f64>,
+    /// Seconds to measure, as above.
+    pub measure_seconds: Option<f64>,
     /// Linears whose damping had to be raised.
     pub damp_retries: u32,
     /// Measured from the file, when the configuration asks for it.
     pub result: Option<Measured>,
     /// The same grid rounded to nearest.
     pub rtn: Option<Measured>,
+    /// Digest of what the branch is made from and measured on: the timings are of exactly that.
+    pub key: String,
 }
 
 /// Accuracy on the evaluation text.
@@ -60,128 +89,367 @@ pub struct Measured {
 }
 
 /// A finished sweep.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SweepReport {
     /// Source model.
     pub model: String,
     /// The fp16 model on the evaluation text.
     pub baseline: Option<Perplexity>,
+    /// Digest of what the baseline is measured on and with.
+    pub baseline_key: Option<String>,
     /// Protocol, text and windows of the evaluation.
     pub evaluation: Option<EvalText>,
     /// Branches in the configuration's order.
     pub rows: Vec<SweepRow>,
 }
 
-/// The fp16 model measured once, for every branch to be compared with.
-struct Baseline<'a> {
-    text: EvalText,
-    model: Model<'a>,
-    scored: Scored,
-    perplexity: Perplexity,
-    /// Rounded grids by bits and group size: the order of columns does not matter to them.
-    rounded: BTreeMap<(u8, Option<usize>), Measured>,
+/// What a sweep would do, before anything is done.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    text: Option<EvalText>,
+    measured_on: Option<String>,
+    /// Digest of the source.
+    source: String,
+    branches: Vec<Surveyed>,
 }
 
-/// Makes and measures `branches` of `config` under `out`.
-pub fn sweep(
-    config: &SweepConfig,
-    branches: &[Branch],
-    source: &Checkpoint,
-    calibration: &Calibration,
-    device: &Device,
-    out: &Path,
-    progress: &dyn Progress,
-) -> Result<SweepReport> {
-    let mut baseline = match &config.evaluation {
-        Some(spec) => Some(Baseline::measure(source, spec, device, calibration, progress)?),
-        None => None,
-    };
-    let mut rows = Vec::with_capacity(branches.len());
-    for branch in branches {
-        let start = Instant::now();
-        let dir = out.join(&branch.name);
-        let job = QuantiseJob {
-            source,
-            device: device.clone(),
-            spec: branch.spec.clone(),
-            calibration: Some(calibration),
-            layout: config.layout,
-            out: dir.clone(),
-            max_shard_bytes: None,
-            strict: false,
+#[derive(Clone, Debug)]
+struct Surveyed {
+    made_from: MadeFrom,
+    state: State,
+}
+
+impl Survey {
+    /// Finds out what there is of every branch of `job`. Changes nothing; finished branches are read
+    /// in full, several at a time.
+    ///
+    /// # Errors
+    /// A source, text or folder that cannot be read, and folders that a sweep must not replace.
+    pub fn new(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<Self> {
+        let source = source_digest(job.source)?;
+        let text = match &job.config.evaluation {
+            Some(spec) => Some(evaluation_text(job.source, spec, Some(&job.calibration.dataset))?),
+            None => None,
         };
-        let outcome = quantise(&job, progress)?;
-        let quantise_seconds = start.elapsed().as_secs_f64();
-        let (result, rtn) = match &mut baseline {
-            Some(b) => (Some(b.branch(&dir, progress)?), Some(b.round(&branch.spec, progress)?)),
-            None => (None, None),
-        };
-        rows.push(SweepRow {
-            branch: branch.name.clone(),
-            bits: branch.spec.bits,
-            group_size: branch.spec.group_size,
-            act_order: branch.spec.act_order,
-            damp: branch.spec.damp,
-            recipe: branch.spec.recipe.name(),
-            dir,
-            file_bytes: outcome.written.bytes,
-            quantise_seconds,
-            damp_retries: outcome.damp_retries,
-            result,
-            rtn,
+        let measured_on = text.as_ref().map(describe);
+        progress.note("checking what there is");
+        let branches = job.branches.par_iter().map(|branch| {
+            let made_from = job.made_from(branch, &source);
+            let state = look(&job.dir(branch), &made_from, measured_on.as_deref())?;
+            Ok(Surveyed { made_from, state })
         });
+        Ok(Self { branches: branches.collect::<Result<_>>()?, measured_on, source, text })
     }
-    Ok(SweepReport {
-        model: config.model.clone(),
-        baseline: baseline.as_ref().map(|b| b.perplexity),
-        evaluation: baseline.map(|b| b.text),
-        rows,
-    })
+
+    /// The state of every branch, in the job's order.
+    pub fn states(&self) -> impl Iterator<Item = &State> {
+        self.branches.iter().map(|b| &b.state)
+    }
 }
 
-impl<'a> Baseline<'a> {
-    fn measure(
-        source: &'a Checkpoint,
-        spec: &EvaluationSpec,
-        device: &Device,
-        calibration: &Calibration,
-        progress: &dyn Progress,
-    ) -> Result<Self> {
-        let text = evaluation_text(source, spec, Some(&calibration.dataset))?;
-        // The branches are made from the fp16 cast of the source, so that is what they are
-        // compared with.
-        let model = Model::new(source, device.clone(), SourcePrecision::Half, text.seq_len)?;
-        let scored = score(&model, &text.windows, progress)?;
-        let perplexity = scored.perplexity(&model)?;
-        Ok(Self { text, model, scored, perplexity, rounded: BTreeMap::new() })
+/// Makes and measures the branches of `job` that are not finished yet.
+///
+/// # Errors
+/// Everything that can go wrong with a branch. Those finished before are kept, and the next run
+/// goes on from there.
+pub fn sweep(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<SweepReport> {
+    let lock = |branch: &Branch| Lock::branch(job.out, &branch.name);
+    let _locks: Vec<Lock> = job.branches.iter().map(lock).collect::<Result<_>>()?;
+    let survey = Survey::new(job, progress)?;
+    tell(job, &survey, progress);
+    let names = job.config.branches.iter().map(|b| b.name.as_str()).collect();
+    let log = SweepLog::new(job.out, names);
+    let mut run = Run::start(job, &survey, log.read(), progress)?;
+    for (branch, surveyed) in job.branches.iter().zip(survey.branches) {
+        run.branch(branch, surveyed)?;
+        log.update(&run.report)?;
     }
+    Ok(run.report)
+}
 
-    /// A branch, from its file.
-    fn branch(&self, dir: &Path, progress: &dyn Progress) -> Result<Measured> {
-        let checkpoint = Checkpoint::open(dir)?;
-        let device = self.model.device().clone();
-        let model = Model::new(&checkpoint, device, SourcePrecision::Stored, self.text.seq_len)?;
-        let scored = score(&model, &self.text.windows, progress)?;
-        self.compare(&scored)
-    }
-
-    /// The grid of a branch, rounded to nearest.
-    fn round(&mut self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Measured> {
-        let key = (spec.bits, spec.group_size);
-        if let Some(measured) = self.rounded.get(&key) {
-            return Ok(*measured);
+/// Says what an earlier run left.
+fn tell(job: &SweepJob<'_>, survey: &Survey, progress: &dyn Progress) {
+    for (branch, state) in job.branches.iter().zip(survey.states()) {
+        let name = &branch.name;
+        match state {
+            State::New => {}
+            State::Finished(_) => progress.note(&format!("{name}: finished, reused")),
+            State::Made(_) => progress.note(&format!("{name}: made, to be measured")),
+            State::Remeasure(_) => {
+                progress.note(&format!("{name}: finished, but measured on something else"));
+            }
+            State::Stale(why) => progress.warn(&format!("{name} starts over: {why}")),
         }
-        let spec = QuantSpec { recipe: Recipe::Rtn, ..spec.clone() };
-        let scored = score_rounded(&self.model, &spec, &self.text.windows, progress)?;
-        let measured = self.compare(&scored)?;
-        self.rounded.insert(key, measured);
-        Ok(measured)
+    }
+}
+
+/// A text and its windows, in one line that equal measurements share.
+fn describe(text: &EvalText) -> String {
+    let tokens = |w: &crate::protocol::EvalWindow| {
+        let mut bytes = (w.score_from as u64).to_le_bytes().to_vec();
+        bytes.extend(w.tokens.iter().flat_map(|t| t.to_le_bytes()));
+        bytes
+    };
+    let windows: Vec<u8> = text.windows.iter().flat_map(tokens).collect();
+    format!(
+        "{}, {} × {} tokens of {} ({}), sha256 {}",
+        text.protocol,
+        text.windows.len(),
+        text.seq_len,
+        text.identity.portable().name,
+        text.identity.fingerprint,
+        sha256(&windows)
+    )
+}
+
+impl SweepJob<'_> {
+    /// What a branch costs, its size to the byte; `gpu_memory` is the card's, in bytes.
+    ///
+    /// # Errors
+    /// Settings that the model's shape does not allow.
+    pub fn plan(&self, branch: &Branch, gpu_memory: u64) -> Result<BranchPlan> {
+        let calibration = Some(self.calibration).filter(|_| branch.spec.recipe.calibrates());
+        let windows = &self.calibration.windows;
+        plan_branch(
+            self.source.config(),
+            &branch.spec,
+            self.config.layout,
+            &metadata(&branch.spec, calibration),
+            (windows.len(), windows.first().map_or(0, Vec::len)),
+            gpu_memory,
+        )
     }
 
-    fn compare(&self, scored: &Scored) -> Result<Measured> {
-        Ok(Measured {
-            perplexity: scored.perplexity(&self.model)?.perplexity,
-            kl: scored.kl_from(&self.scored, &self.model)?,
-        })
+    fn dir(&self, branch: &Branch) -> PathBuf {
+        self.out.join(&branch.name)
+    }
+
+    /// Everything that the bytes of a branch depend on.
+    fn made_from(&self, branch: &Branch, source: &str) -> MadeFrom {
+        let spec = &branch.spec;
+        let group = spec.group_size.map_or_else(|| "none".to_owned(), |n| n.to_string());
+        let mut settings = format!(
+            "{} bits, group size {group}, act-order {}, damp {}, {}",
+            spec.bits,
+            spec.act_order,
+            spec.damp,
+            spec.recipe.name()
+        );
+        let mut calibration = "none".to_owned();
+        if spec.recipe.calibrates() {
+            let c = self.calibration;
+            settings.push_str(&format!(", {}", spec.choices));
+            calibration = format!(
+                "{} × {} tokens of {}, seed {}, sha256 {}",
+                c.windows.len(),
+                c.windows.first().map_or(0, Vec::len),
+                c.dataset.portable().name,
+                c.seed,
+                c.sha256
+            );
+        }
+        [
+            ("the program", TOOL.to_owned()),
+            ("the branch", branch.name.clone()),
+            ("the model", model_name(&self.config.model)),
+            ("the source", source.to_owned()),
+            ("settings", settings),
+            ("layout", self.config.layout.name().to_owned()),
+            ("calibration", calibration),
+            ("the device", self.device.kind()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
+    }
+}
+
+/// Wall-clock seconds of a branch, where they are known.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seconds {
+    quantise: Option<f64>,
+    measure: Option<f64>,
+}
+
+/// A sweep on its way.
+struct Run<'a> {
+    job: &'a SweepJob<'a>,
+    progress: &'a dyn Progress,
+    measured_on: Option<String>,
+    /// Not needed where every branch is finished.
+    baseline: Option<Baseline<'a>>,
+    shared: FirstGrams,
+    /// The table of an earlier run, for its timings.
+    earlier: Vec<SweepRow>,
+    report: SweepReport,
+}
+
+impl<'a> Run<'a> {
+    /// Measures the fp16 model, before anything long is begun, unless an earlier run has and nothing
+    /// is to be compared with it.
+    fn start(
+        job: &'a SweepJob<'a>,
+        survey: &Survey,
+        earlier: Option<SweepReport>,
+        progress: &'a dyn Progress,
+    ) -> Result<Self> {
+        let Survey { text, measured_on, source, branches } = survey;
+        let baseline_key = measured_on
+            .as_ref()
+            .map(|on| sha256(format!("{TOOL}\n{source}\n{on}\n{}", job.device.kind()).as_bytes()));
+        let known = earlier.as_ref().filter(|e| e.baseline_key == baseline_key);
+        let mut report = SweepReport {
+            model: job.config.model.clone(),
+            baseline: known.and_then(|e| e.baseline),
+            baseline_key,
+            evaluation: text.clone(),
+            rows: Vec::with_capacity(branches.len()),
+        };
+        let finished = branches.iter().all(|b| matches!(b.state, State::Finished(_)));
+        let mut baseline = None;
+        if let Some(text) = text.clone().filter(|_| !(finished && report.baseline.is_some())) {
+            let mut made = Baseline::measure(job.source, text, job.device, progress)?;
+            for surveyed in branches {
+                if let State::Finished(report) = &surveyed.state {
+                    made.remember(report);
+                }
+            }
+            report.baseline = Some(made.perplexity);
+            baseline = Some(made);
+        }
+        let measured_on = measured_on.clone();
+        let earlier = earlier.map_or_else(Vec::new, |e| e.rows);
+        let shared = FirstGrams::default();
+        Ok(Self { job, progress, measured_on, baseline, shared, earlier, report })
+    }
+
+    /// Makes a branch, goes on with it, or takes it as it is.
+    fn branch(&mut self, branch: &Branch, surveyed: Surveyed) -> Result<()> {
+        let dir = self.job.dir(branch);
+        let Surveyed { made_from, state } = surveyed;
+        let lines: Vec<&str> =
+            made_from.values().chain(&self.measured_on).map(String::as_str).collect();
+        let key = sha256(lines.join("\n").as_bytes());
+        let known =
+            self.earlier.iter().find(|row| row.key == key).map_or_else(Seconds::default, |row| {
+                Seconds { quantise: row.quantise_seconds, measure: row.measure_seconds }
+            });
+        let (report, seconds) = match state {
+            State::Finished(report) => {
+                settle(&dir)?;
+                (*report, known)
+            }
+            State::Made(left) => {
+                // Nobody else may touch it: this process holds the branch's lock.
+                let folder = Partial::adopt(&dir)?.ok_or(Error::ForeignBranch(dir.clone()))?;
+                self.go_on(branch, folder, *left, known)?
+            }
+            State::Remeasure(left) => self.go_on(branch, Partial::withdraw(&dir)?, *left, known)?,
+            State::Stale(_) => {
+                // Withdrawn, it is a left-over that the writer replaces.
+                drop(Partial::withdraw(&dir)?);
+                self.make(branch, &made_from)?
+            }
+            State::New => self.make(branch, &made_from)?,
+        };
+        self.report.rows.push(row(&report, dir, key, seconds));
+        Ok(())
+    }
+
+    /// Makes a branch; its files are listed while it is measured.
+    fn make(&mut self, branch: &Branch, made_from: &MadeFrom) -> Result<(BranchReport, Seconds)> {
+        let job = self.job;
+        let start = Instant::now();
+        let quantise = QuantiseJob {
+            source: job.source,
+            model: model_name(&job.config.model),
+            branch: branch.name.clone(),
+            device: job.device.clone(),
+            spec: branch.spec.clone(),
+            calibration: Some(job.calibration).filter(|_| branch.spec.recipe.calibrates()),
+            layout: job.config.layout,
+            out: job.dir(branch),
+            max_shard_bytes: None,
+            strict: job.strict,
+            shared: Some(&self.shared),
+        };
+        let Made { sealed, report, .. } = make(&quantise, self.progress)?;
+        let mut folder = sealed.folder;
+        let quantise = Some(start.elapsed().as_secs_f64());
+        let start = Instant::now();
+        let (manifest, record) = std::thread::scope(|scope| {
+            let listing = scope.spawn(|| list(&folder, made_from, &report));
+            let record = self.measure(branch, folder.path());
+            let manifest = listing.join().map_err(|_| Error::Thread("listing"))?;
+            Ok::<_, Error>((manifest?, record))
+        })?;
+        // Whatever was wrong with the measurement, the next run need not make the branch again.
+        folder.keep();
+        let report = publish(folder, manifest, report, record?, self.measured_on.as_deref())?;
+        Ok((report, Seconds { quantise, measure: Some(start.elapsed().as_secs_f64()) }))
+    }
+
+    /// Measures a branch that is made.
+    fn go_on(
+        &mut self,
+        branch: &Branch,
+        folder: Partial,
+        left: Left,
+        known: Seconds,
+    ) -> Result<(BranchReport, Seconds)> {
+        let start = Instant::now();
+        let record = self.measure(branch, folder.path())?;
+        let Left { manifest, report } = left;
+        let report = publish(folder, manifest, report, record, self.measured_on.as_deref())?;
+        Ok((report, Seconds { measure: Some(start.elapsed().as_secs_f64()), ..known }))
+    }
+
+    /// Measures the checkpoint in a folder, if the configuration asks for it.
+    fn measure(&mut self, branch: &Branch, dir: &Path) -> Result<Option<EvaluationRecord>> {
+        let progress = self.progress;
+        self.baseline.as_mut().map(|b| b.record(&branch.spec, dir, progress)).transpose()
+    }
+}
+
+/// Writes the manifest of a folder whose files are complete but for the measurement.
+fn list(folder: &Partial, made_from: &MadeFrom, report: &BranchReport) -> Result<Manifest> {
+    let manifest = Manifest::of(folder.path(), made_from, report)?;
+    folder.replace(MANIFEST_FILE, &manifest.to_bytes()?)?;
+    Ok(manifest)
+}
+
+/// Writes what was measured, and the manifest as the last file, and gives the branch its name.
+fn publish(
+    folder: Partial,
+    manifest: Manifest,
+    mut report: BranchReport,
+    record: Option<EvaluationRecord>,
+    measured_on: Option<&str>,
+) -> Result<BranchReport> {
+    report.evaluations = record.into_iter().collect();
+    let bytes = report.to_bytes()?;
+    folder.replace(REPORT_FILE, &bytes)?;
+    folder.replace(MANIFEST_FILE, &manifest.measured(measured_on, &bytes).to_bytes()?)?;
+    folder.publish()?;
+    Ok(report)
+}
+
+fn row(report: &BranchReport, dir: PathBuf, key: String, seconds: Seconds) -> SweepRow {
+    let evaluation = report.evaluations.first();
+    let measured = |e: &EvaluationRecord| e.kl.map(|kl| Measured { perplexity: e.perplexity, kl });
+    SweepRow {
+        branch: report.branch.clone(),
+        bits: report.bits,
+        group_size: report.group_size,
+        act_order: report.act_order,
+        damp: report.damp,
+        recipe: report.recipe.clone(),
+        dir,
+        file_bytes: report.file_bytes,
+        quantise_seconds: seconds.quantise,
+        measure_seconds: seconds.measure,
+        damp_retries: report.damp_retries,
+        result: evaluation.and_then(measured),
+        rtn: evaluation.and_then(|e| e.rtn),
+        key,
     }
 }

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use gptq_checkpoint::Layout;
 use gptq_pipeline::calibration::CalibrationOverrides;
 use gptq_pipeline::dataset::DatasetSpec;
+use gptq_pipeline::jobs::Share;
 use gptq_pipeline::protocol::Protocol;
 use gptq_quant::Recipe;
 
@@ -191,7 +192,11 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   gptq sweep configs/demo.toml
-  gptq sweep configs/stablebeluga2.toml --only main --out ./branches")]
+  gptq sweep configs/stablebeluga2.toml --out ./branches --dry-run
+  gptq sweep configs/stablebeluga2.toml --out ./branches --jobs 2/4
+
+An interrupted sweep goes on where it was when the same command is run again: branches whose files
+and inputs are unchanged are reused.")]
 pub(crate) struct SweepArgs {
     /// Sweep configuration
     pub(crate) config: String,
@@ -201,11 +206,20 @@ pub(crate) struct SweepArgs {
     /// Only this branch; may be repeated
     #[arg(long, value_name = "BRANCH")]
     pub(crate) only: Vec<String>,
+    /// Only the branches of job I of N; the jobs together make all, each once
+    #[arg(long, value_name = "I/N")]
+    pub(crate) jobs: Option<Share>,
+    /// Print what would be made and what is reused, with sizes and work; change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Dense model instead of the configuration's
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<String>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
+    /// Treat raised damping as an error
+    #[arg(long)]
+    pub(crate) strict: bool,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
     /// Print the table as JSON

@@ -65,10 +65,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         model: &args.model,
         text: &text,
         result,
-        dtype: match device {
-            Device::Cpu => "f32",
-            Device::Cuda(_) => "fp16",
-        },
+        dtype: device.dtype(),
         device: device.name(),
         base,
         seconds: start.elapsed().as_secs_f64(),

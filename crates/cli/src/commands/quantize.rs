@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use gptq_checkpoint::Layout;
+use gptq_pipeline::branch_report::model_name;
 use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
 use gptq_pipeline::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::progress::BlockReport;
@@ -62,6 +63,8 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
     let job = QuantiseJob {
         source: &source,
+        model: model_name(&args.model),
+        branch: args.branch.clone().unwrap_or_else(|| folder_name(&args.out)),
         device: device.clone(),
         spec: spec.clone(),
         calibration: calibration.as_ref(),
@@ -69,6 +72,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         out: args.out.clone(),
         max_shard_bytes: args.max_shard_size,
         strict: args.strict,
+        shared: None,
     };
     let outcome = quantise(&job, printer)?;
     let output = Output {
@@ -94,6 +98,11 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         blocks: &outcome.blocks,
     };
     if args.json { print_json(&output) } else { print_result(&summary(&output)) }
+}
+
+/// A folder's name without what is above it.
+fn folder_name(path: &std::path::Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// The branch's settings, or the defaults, with the options given on the command line on top.

@@ -1,9 +1,15 @@
 //! `gptq sweep`: every branch of a configuration, made and measured.
 
+use std::path::Path;
+
 use anyhow::Result;
+use gptq_checkpoint::free_space;
 use gptq_pipeline::calibration::CalibrationRecipe;
 use gptq_pipeline::config::{Branch, SweepConfig};
-use gptq_pipeline::sweep::{SweepReport, SweepRow, sweep};
+use gptq_pipeline::plan::BranchPlan;
+use gptq_pipeline::resume::State;
+use gptq_pipeline::sweep::{Survey, SweepJob, SweepReport, SweepRow, sweep};
+use serde::Serialize;
 
 use super::quantize::sample;
 use super::table::{group, size, table, yes_no};
@@ -24,7 +30,26 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     let source = open_checkpoint(&config.model)?;
     let device = args.device.open(printer)?;
     let calibration = sample(&source, &config.calibration, printer)?;
-    let report = sweep(&config, &branches, &source, &calibration, &device, &args.out, printer)?;
+    let mut job = SweepJob {
+        config: &config,
+        branches: &branches,
+        source: &source,
+        calibration: &calibration,
+        device: &device,
+        out: &args.out,
+        strict: args.strict,
+    };
+    let shared;
+    if let Some(share) = args.jobs {
+        let work = |b: &Branch| Ok(job.plan(b, 0)?.work.total());
+        let work: Vec<f64> = branches.iter().map(work).collect::<Result<_>>()?;
+        shared = share.of(&work).into_iter().map(|i| branches[i].clone()).collect::<Vec<_>>();
+        job.branches = &shared;
+    }
+    if args.dry_run {
+        return dry_run(&job, args.json, printer);
+    }
+    let report = sweep(&job, printer)?;
     if args.json { print_json(&report) } else { print_result(&text(&report)) }
 }
 
@@ -35,6 +60,99 @@ fn selected(config: &SweepConfig, only: &[String]) -> Result<Vec<Branch>> {
     }
     let chosen = |b: &&Branch| only.is_empty() || only.contains(&b.name);
     Ok(config.branches.iter().filter(chosen).cloned().collect())
+}
+
+/// What `--dry-run --json` prints.
+#[derive(Serialize)]
+struct Preview {
+    branches: Vec<PreviewRow>,
+    /// Of the branches that are to be made.
+    bytes_to_write: u64,
+    bytes_free: u64,
+}
+
+#[derive(Serialize)]
+struct PreviewRow {
+    branch: String,
+    bits: u8,
+    group_size: Option<usize>,
+    act_order: bool,
+    action: &'static str,
+    /// Why a finished branch starts over.
+    reason: Option<String>,
+    #[serde(flatten)]
+    plan: BranchPlan,
+}
+
+fn dry_run(job: &SweepJob<'_>, json: bool, printer: &Printer) -> Result<()> {
+    let survey = Survey::new(job, printer)?;
+    let gpu_memory = job.device.memory()?.map_or(0, |m| m.budget as u64);
+    let mut preview = Preview {
+        branches: Vec::new(),
+        bytes_to_write: 0,
+        bytes_free: free_space(existing(job.out))?,
+    };
+    for (branch, state) in job.branches.iter().zip(survey.states()) {
+        let plan = job.plan(branch, gpu_memory)?;
+        let (action, reason) = match state {
+            State::New => ("make", None),
+            State::Made(_) => ("measure", None),
+            State::Remeasure(_) => ("measure again", None),
+            State::Stale(why) => ("make again", Some(why.clone())),
+            State::Finished(_) => ("reuse", None),
+        };
+        if matches!(state, State::New | State::Stale(_)) {
+            preview.bytes_to_write += plan.file_bytes;
+        }
+        preview.branches.push(PreviewRow {
+            branch: branch.name.clone(),
+            bits: branch.spec.bits,
+            group_size: branch.spec.group_size,
+            act_order: branch.spec.act_order,
+            action,
+            reason,
+            plan,
+        });
+    }
+    let on_gpu = gpu_memory > 0;
+    if json { print_json(&preview) } else { print_result(&preview_text(&preview, on_gpu)) }
+}
+
+/// The folder, or the one above it that exists.
+fn existing(out: &Path) -> &Path {
+    let exists = |path: &&Path| !path.as_os_str().is_empty() && path.exists();
+    out.ancestors().find(exists).unwrap_or(Path::new("."))
+}
+
+fn preview_text(preview: &Preview, on_gpu: bool) -> String {
+    let header = ["branch", "action", "bits", "group", "act-order", "size", "memory", "work"];
+    let memory = |plan: &BranchPlan| if on_gpu { plan.gpu.device_bytes } else { plan.cpu_bytes };
+    let cells = |row: &PreviewRow| {
+        vec![
+            row.branch.clone(),
+            row.action.to_owned(),
+            row.bits.to_string(),
+            group(row.group_size),
+            yes_no(row.act_order),
+            size(row.plan.file_bytes),
+            size(memory(&row.plan)),
+            format!("{:.3} TFLOP", row.plan.work.total() / 1e12),
+        ]
+    };
+    let rows: Vec<Vec<String>> = preview.branches.iter().map(cells).collect();
+    let mut text = table(&header, 2, &rows);
+    text.push_str(&format!(
+        "\n{} to write, {} free. Memory: peak {} memory of making the branch.\n",
+        size(preview.bytes_to_write),
+        size(preview.bytes_free),
+        if on_gpu { "GPU" } else { "host" }
+    ));
+    for row in &preview.branches {
+        if let Some(reason) = &row.reason {
+            text.push_str(&format!("{} would start over: {reason}\n", row.branch));
+        }
+    }
+    text
 }
 
 fn text(report: &SweepReport) -> String {
@@ -87,6 +205,6 @@ fn cells(row: &SweepRow) -> Vec<String> {
         number(row.result.map(|m| m.kl), 4),
         number(row.rtn.map(|m| m.perplexity), 3),
         number(row.rtn.map(|m| m.kl), 4),
-        number(Some(row.quantise_seconds), 1),
+        number(row.quantise_seconds, 1),
     ]
 }

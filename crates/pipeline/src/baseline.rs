@@ -1,0 +1,97 @@
+//! The fp16 model measured once, for every branch of a sweep to be compared with.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use gptq_checkpoint::Checkpoint;
+use gptq_compute::Device;
+use gptq_model::{Model, SourcePrecision};
+use gptq_quant::{QuantSpec, Recipe};
+
+use crate::branch_report::{BranchReport, EvaluationRecord};
+use crate::error::Result;
+use crate::evaluation::EvalText;
+use crate::perplexity::{Perplexity, Scored, score, score_rounded};
+use crate::progress::Progress;
+use crate::sweep::Measured;
+
+/// The fp16 model on the evaluation text.
+pub(crate) struct Baseline<'a> {
+    text: EvalText,
+    model: Model<'a>,
+    scored: Scored,
+    pub(crate) perplexity: Perplexity,
+    /// Rounded grids by bits and group size: the order of columns does not matter to them.
+    rounded: BTreeMap<(u8, Option<usize>), Measured>,
+}
+
+impl<'a> Baseline<'a> {
+    pub(crate) fn measure(
+        source: &'a Checkpoint,
+        text: EvalText,
+        device: &Device,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        // The branches are made from the fp16 cast of the source, so that is what they are
+        // compared with.
+        let model = Model::new(source, device.clone(), SourcePrecision::Half, text.seq_len)?;
+        let scored = score(&model, &text.windows, progress)?;
+        let perplexity = scored.perplexity(&model)?;
+        Ok(Self { text, model, scored, perplexity, rounded: BTreeMap::new() })
+    }
+
+    /// Takes the rounded grid of a branch that was compared with the same model on the same text.
+    pub(crate) fn remember(&mut self, report: &BranchReport) {
+        for rtn in report.evaluations.iter().filter_map(|e| e.rtn) {
+            self.rounded.insert((report.bits, report.group_size), rtn);
+        }
+    }
+
+    /// A branch, from its file, and its grid without calibration.
+    pub(crate) fn record(
+        &mut self,
+        spec: &QuantSpec,
+        dir: &Path,
+        progress: &dyn Progress,
+    ) -> Result<EvaluationRecord> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let device = self.model.device().clone();
+        let dtype = device.dtype().to_owned();
+        let model = Model::new(&checkpoint, device, SourcePrecision::Stored, self.text.seq_len)?;
+        let scored = score(&model, &self.text.windows, progress)?;
+        let result = scored.perplexity(&self.model)?;
+        let kl = scored.kl_from(&self.scored, &self.model)?;
+        drop(scored);
+        let rtn = self.round(spec, progress)?;
+        Ok(EvaluationRecord {
+            protocol: self.text.protocol.clone(),
+            dataset: self.text.identity.portable(),
+            tokens_in_text: self.text.tokens_in_text,
+            seq_len: self.text.seq_len,
+            windows: result.windows,
+            tokens: result.tokens,
+            dtype,
+            contaminated: self.text.contaminated && spec.recipe.calibrates(),
+            perplexity: result.perplexity,
+            standard_error: result.standard_error,
+            kl: Some(kl),
+            base_perplexity: Some(self.perplexity.perplexity),
+            rtn: Some(rtn),
+        })
+    }
+
+    /// The grid of a branch, rounded to nearest.
+    fn round(&mut self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Measured> {
+        let key = (spec.bits, spec.group_size);
+        if let Some(measured) = self.rounded.get(&key) {
+            return Ok(*measured);
+        }
+        let spec = QuantSpec { recipe: Recipe::Rtn, ..spec.clone() };
+        let scored = score_rounded(&self.model, &spec, &self.text.windows, progress)?;
+        let perplexity = scored.perplexity(&self.model)?.perplexity;
+        let kl = scored.kl_from(&self.scored, &self.model)?;
+        let measured = Measured { perplexity, kl };
+        self.rounded.insert(key, measured);
+        Ok(measured)
+    }
+}

@@ -1,0 +1,41 @@
+//! The Gram of the first block's q, k and v, which every branch of a sweep has in common.
+//!
+//! Their inputs are the embedded windows, normed: bits, groups, order and damping come later. Only
+//! the rotation of the source's weights changes them. Of the rest that branches have in common, the
+//! windows and the fp16 model's evaluation are made once by the sweep; these are made again:
+//!
+//! - The embedded states, because a gather of rows costs what a copy of the result would, and a
+//!   copy would need as much memory again.
+//! - The source's weights in fp16. At 70B they would fill 138 GB of host memory; the files are
+//!   mapped, so what the system's cache holds is read from it, and blocks are read and converted on
+//!   a thread of their own behind the work on the block before (see `read_ahead`).
+//! - The unquantised model's states that `best` compares with: 17 GB for each of 80 blocks.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use gptq_compute::Gram;
+use gptq_quant::Rotate;
+
+use crate::error::Result;
+
+/// Grams by rotation, of one source, calibration and device.
+#[derive(Debug, Default)]
+pub struct FirstGrams(Mutex<Vec<(Rotate, Arc<Gram>)>>);
+
+impl FirstGrams {
+    /// The Gram of a source turned by `rotate`; `make` is called for the first branch only.
+    pub(crate) fn get_or_make(
+        &self,
+        rotate: Rotate,
+        make: impl FnOnce() -> Result<Gram>,
+    ) -> Result<Arc<Gram>> {
+        // Nothing that panics leaves a half-made entry.
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, gram)) = made.iter().find(|(of, _)| *of == rotate) {
+            return Ok(Arc::clone(gram));
+        }
+        let gram = Arc::new(make()?);
+        made.push((rotate, Arc::clone(&gram)));
+        Ok(gram)
+    }
+}

@@ -1,0 +1,266 @@
+//! What a branch's folder holds and what it was made from, so that a finished branch is recognised
+//! by its content.
+//!
+//! The manifest is the last file written. It lists every other file with its SHA-256 (the sums that
+//! `sha256sum` prints), and all that the bytes depend on in words, so that a run that finds other
+//! words can say what has changed.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use gptq_checkpoint::Checkpoint;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::branch_report::{BranchReport, REPORT_FILE};
+use crate::error::{Error, Result};
+use crate::identity::hex;
+
+/// Name of the manifest in a branch's folder.
+pub const MANIFEST_FILE: &str = "gptq_manifest.json";
+const FORMAT: u32 = 1;
+/// The model card may be written, and edited, after the branch is finished.
+const CARD: &str = "README.md";
+
+/// Everything that a branch's bytes depend on, by name.
+pub type MadeFrom = BTreeMap<String, String>;
+
+/// The manifest of a branch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    format: u32,
+    /// What it was made from.
+    pub made_from: MadeFrom,
+    /// What it was measured on.
+    pub measured_on: Option<String>,
+    /// Every file but the manifest, the report and the model card, by relative path.
+    files: BTreeMap<String, FileSum>,
+    /// SHA-256 of the report before anything was measured.
+    made_report: String,
+    /// SHA-256 of the report.
+    report: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct FileSum {
+    bytes: u64,
+    sha256: String,
+}
+
+impl Manifest {
+    /// Describes a folder whose weights were just made and whose report has no evaluations.
+    pub(crate) fn of(dir: &Path, made_from: &MadeFrom, report: &BranchReport) -> Result<Self> {
+        let files = names(dir)?.into_iter().filter(|name| !is_extra(name));
+        let files: Vec<String> = files.collect();
+        let sums = files.into_par_iter().map(|name| {
+            let sum = file_sum(&dir.join(&name))?;
+            Ok((name, sum))
+        });
+        let report = sha256(&report.to_bytes()?);
+        Ok(Self {
+            format: FORMAT,
+            made_from: made_from.clone(),
+            measured_on: None,
+            files: sums.collect::<Result<_>>()?,
+            made_report: report.clone(),
+            report,
+        })
+    }
+
+    /// The same folder with another report.
+    pub(crate) fn measured(mut self, on: Option<&str>, report: &[u8]) -> Self {
+        self.measured_on = on.map(str::to_owned);
+        self.report = sha256(report);
+        self
+    }
+
+    /// Reads the manifest of a folder; `None` where there is none that this program understands.
+    pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(MANIFEST_FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::Folder { action: "read", path, source }),
+        };
+        let manifest: Option<Self> = serde_json::from_slice(&text).ok();
+        Ok(manifest.filter(|m| m.format == FORMAT))
+    }
+
+    /// The file's contents.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut text = serde_json::to_vec_pretty(self)
+            .map_err(|e| Error::Report { path: MANIFEST_FILE.into(), message: e.to_string() })?;
+        text.push(b'\n');
+        Ok(text)
+    }
+
+    /// The first file that is not what the manifest says, the report apart.
+    pub(crate) fn damaged(&self, dir: &Path) -> Option<String> {
+        // Sizes first: they cost nothing.
+        let size = |name: &str| fs::metadata(dir.join(name)).map(|meta| meta.len()).ok();
+        let other_size = self.files.iter().find(|(name, sum)| size(name) != Some(sum.bytes));
+        if let Some((name, _)) = other_size {
+            return Some(name.clone());
+        }
+        let files: Vec<(&String, &FileSum)> = self.files.iter().collect();
+        let other = |&&(name, sum): &&(&String, &FileSum)| {
+            // A file that cannot be read is as good as another one.
+            file_sum(&dir.join(name)).map_or(true, |found| found != *sum)
+        };
+        files.par_iter().find_first(other).map(|(name, _)| (*name).clone())
+    }
+
+    /// The folder's report, if it is the one that the manifest was written for.
+    pub(crate) fn final_report(&self, dir: &Path) -> Option<BranchReport> {
+        let text = fs::read(dir.join(REPORT_FILE)).ok()?;
+        (sha256(&text) == self.report).then(|| BranchReport::read(dir).ok()).flatten()
+    }
+
+    /// The folder's report as it was before anything was measured, if it is the manifest's. A run
+    /// may have been killed between writing evaluations and saying so here.
+    pub(crate) fn made_report(&self, dir: &Path) -> Option<BranchReport> {
+        let mut report = BranchReport::read(dir).ok()?;
+        report.evaluations.clear();
+        (sha256(&report.to_bytes().ok()?) == self.made_report).then_some(report)
+    }
+
+    /// A file of the folder that is neither listed nor made beside what is.
+    pub(crate) fn stray(&self, dir: &Path) -> Result<Option<String>> {
+        let stray = |name: &String| !self.files.contains_key(name) && !is_extra(name);
+        Ok(names(dir)?.into_iter().find(stray))
+    }
+
+    /// What differs between this and what is wanted now, in words.
+    pub(crate) fn changes(&self, wanted: &MadeFrom) -> Option<String> {
+        let changes: Vec<String> = wanted
+            .iter()
+            .filter(|(name, value)| self.made_from.get(*name) != Some(value))
+            .map(|(name, value)| match self.made_from.get(name) {
+                Some(old) if readable(old) && readable(value) => {
+                    format!("{name} was `{old}` and is `{value}`")
+                }
+                _ => format!("{name} has changed"),
+            })
+            .collect();
+        (!changes.is_empty()).then(|| changes.join("; "))
+    }
+}
+
+/// Digests say nothing to a reader.
+fn readable(value: &str) -> bool {
+    !(value.len() == 64 && value.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// Files that a manifest does not list: itself, the report, the model card, and hidden working files.
+fn is_extra(name: &str) -> bool {
+    let working = name.starts_with(".gptq");
+    matches!(name, MANIFEST_FILE | REPORT_FILE | CARD) || working
+}
+
+/// Relative paths of all files of a folder and its folders, sorted.
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    let mut folders = vec![String::new()];
+    while let Some(folder) = folders.pop() {
+        let path = dir.join(&folder);
+        let failed = |source| Error::Folder { action: "read", path: path.clone(), source };
+        for entry in fs::read_dir(&path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = format!("{folder}{}", entry.file_name().to_string_lossy());
+            if entry.file_type().map_err(failed)?.is_dir() {
+                folders.push(name + "/");
+            } else {
+                found.push(name);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn file_sum(path: &Path) -> Result<FileSum> {
+    let failed = |source| Error::Folder { action: "read", path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(failed)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let count = file.read(&mut buffer).map_err(failed)?;
+        if count == 0 {
+            return Ok(FileSum { bytes, sha256: hex(&hash.finalize()) });
+        }
+        hash.update(&buffer[..count]);
+        bytes += count as u64;
+    }
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// Pieces of a tensor that its digest looks at, and bytes of each.
+const PIECES: usize = 16;
+const PIECE: usize = 4096;
+
+/// Tells one source from another: SHA-256 (hex) over config.json and the files that are carried
+/// over, in full, and over every tensor's name, type, shape and 16 pieces of 4 KiB spread over it.
+///
+/// Reading all of a 70B source (276 GB in f32) would cost minutes at every start. A piece of every
+/// tensor tells as much: training, merging, casting and editing a matrix change all of it, however
+/// little. File names, shards and times do not count, so a copy on another machine is the same
+/// source, and resharding does not start a sweep over. What goes unseen is damage to a few bytes
+/// between the pieces, which the source's own checksums are for.
+///
+/// # Errors
+/// Files that cannot be read.
+pub fn source_digest(source: &Checkpoint) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut files = source.side_files()?;
+    files.push("config.json".into());
+    for name in files {
+        let path = source.dir().join(&name);
+        let sum = file_sum(&path)?;
+        part(&mut hash, name.to_string_lossy().as_bytes());
+        part(&mut hash, sum.sha256.as_bytes());
+    }
+    let names: Vec<&str> = source.names().collect();
+    let digests = names.par_iter().map(|name| tensor_digest(source, name));
+    for digest in digests.collect::<Result<Vec<_>>>()? {
+        part(&mut hash, &digest);
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Vec<u8>> {
+    let mut hash = Sha256::new();
+    part(&mut hash, name.as_bytes());
+    let tensor = match source.tensor(name) {
+        Ok(tensor) => tensor,
+        // Nothing here reads such a tensor.
+        Err(gptq_checkpoint::Error::UnsupportedDType { .. }) => {
+            return Ok(hash.finalize().to_vec());
+        }
+        Err(other) => return Err(other.into()),
+    };
+    part(&mut hash, format!("{} {:?}", tensor.dtype.name(), tensor.shape).as_bytes());
+    let bytes = tensor.bytes;
+    if bytes.len() <= PIECES * PIECE {
+        part(&mut hash, bytes);
+    } else {
+        for piece in 0..PIECES {
+            let start = piece * (bytes.len() - PIECE) / (PIECES - 1);
+            hash.update(&bytes[start..start + PIECE]);
+        }
+    }
+    source.release(name);
+    Ok(hash.finalize().to_vec())
+}
+
+/// A part of what is hashed, which cannot run into the next.
+fn part(hash: &mut Sha256, bytes: &[u8]) {
+    hash.update((bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
+}

@@ -1,0 +1,173 @@
+//! What an earlier run left of each branch of a sweep, and whose turn a branch is.
+//!
+//! # What a killed run costs
+//!
+//! A branch appears under its name when it is made, measured and listed in its [`Manifest`], by one
+//! rename. A run that finds it checks every file against the manifest and does nothing. Before that
+//! it lies in `NAME.partial`. Once its files are listed there, which happens beside the measurement,
+//! a killed measurement is only measured again. Before that the branch starts over, so that a kill
+//! costs half a branch on average.
+//!
+//! Going on in the middle of a branch would need the hidden states of all windows on disk, for every
+//! block. At 70B with 128 windows × 4096 these are 17 GB, and 34 GB for `best`, which walks two
+//! streams: 9 to 17 s at 2 GB/s, beside blocks that take 4 s on an H100. A disk that keeps up with
+//! that is rare, and saving every tenth block, for a quarter to a half more time in every run, would
+//! save a killed one two minutes. A whole branch is five to ten. (A CPU's blocks are so slow that the
+//! states would cost next to nothing beside them. That is the case for which this choice is wrong:
+//! a killed CPU run of a 7B model can lose hours.)
+//!
+//! # Several runs at once
+//!
+//! Every branch has a lock file in `.gptq-sweep`, locked from the first look at what is there until
+//! the run ends. The system gives up a dead process's locks, and a network file system's server
+//! those of a dead machine, so a lock needs no age and no process number to be judged by. Where a
+//! file system has no locks, `--jobs` keeps runs apart.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::branch_report::{BranchReport, REPORT_FILE};
+use crate::error::{Error, Result};
+use crate::manifest::{MadeFrom, Manifest};
+
+/// Folder of a sweep's own files beside the branches.
+pub(crate) const STATE_DIR: &str = ".gptq-sweep";
+
+/// What there is of a branch.
+#[derive(Clone, Debug)]
+pub enum State {
+    /// Nothing, or an unfinished checkpoint.
+    New,
+    /// All of its files, complete but for the measurement, by a run that ended there.
+    Made(Box<Left>),
+    /// A finished branch that was measured on something else.
+    Remeasure(Box<Left>),
+    /// A finished branch that is not what would be made now, and why.
+    Stale(String),
+    /// The branch.
+    Finished(Box<BranchReport>),
+}
+
+/// A branch that is to be measured.
+#[derive(Clone, Debug)]
+pub struct Left {
+    pub(crate) manifest: Manifest,
+    /// Without evaluations.
+    pub(crate) report: BranchReport,
+}
+
+/// Looks at the folder of a branch that should be made from `made_from` and measured on
+/// `measured_on`. Changes nothing.
+///
+/// # Errors
+/// [`Error::ForeignBranch`] and [`Error::StrayFile`] for a folder that this program must not
+/// replace.
+pub(crate) fn look(dir: &Path, made_from: &MadeFrom, measured_on: Option<&str>) -> Result<State> {
+    if is_empty(dir)? {
+        return Ok(look_at_partial(&partial_path(dir), made_from));
+    }
+    let Some(manifest) = Manifest::read(dir)? else {
+        return Err(Error::ForeignBranch(dir.to_owned()));
+    };
+    let damage = |file: &str| format!("`{file}` is not as it was made");
+    let stale =
+        manifest.changes(made_from).or_else(|| manifest.damaged(dir).map(|file| damage(&file)));
+    let why = match (stale, manifest.final_report(dir), manifest.made_report(dir)) {
+        (Some(why), ..) => why,
+        (None, Some(report), _) if manifest.measured_on.as_deref() == measured_on => {
+            return Ok(State::Finished(Box::new(report)));
+        }
+        (None, _, Some(report)) => {
+            return Ok(State::Remeasure(Box::new(Left { manifest, report })));
+        }
+        (None, _, None) => damage(REPORT_FILE),
+    };
+    match manifest.stray(dir)? {
+        Some(file) => Err(Error::StrayFile { dir: dir.to_owned(), file }),
+        None => Ok(State::Stale(why)),
+    }
+}
+
+/// A working folder is gone on with if it was complete; it is replaced otherwise.
+fn look_at_partial(dir: &Path, made_from: &MadeFrom) -> State {
+    // Whatever cannot be read is refused or replaced by the writer.
+    let Ok(Some(manifest)) = Manifest::read(dir) else { return State::New };
+    if manifest.changes(made_from).is_some() || manifest.damaged(dir).is_some() {
+        return State::New;
+    }
+    match manifest.made_report(dir) {
+        Some(report) => State::Made(Box::new(Left { manifest, report })),
+        None => State::New,
+    }
+}
+
+fn partial_path(dir: &Path) -> PathBuf {
+    let mut name = dir.as_os_str().to_owned();
+    name.push(".partial");
+    PathBuf::from(name)
+}
+
+/// Whether there is nothing under a name, or an empty folder.
+fn is_empty(dir: &Path) -> Result<bool> {
+    match fs::read_dir(dir) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+            Err(Error::ForeignBranch(dir.to_owned()))
+        }
+        Err(source) => Err(Error::Folder { action: "list", path: dir.to_owned(), source }),
+    }
+}
+
+/// A lock that is held until it is dropped, or its process ends.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Locks a branch of the sweep in `out` for this process.
+    ///
+    /// # Errors
+    /// [`Error::BranchInUse`] when another process holds it.
+    pub(crate) fn branch(out: &Path, name: &str) -> Result<Self> {
+        let (file, path) = open(out, name)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(Error::BranchInUse(name.to_owned())),
+            Err(TryLockError::Error(e)) => Self::without(file, path, e),
+        }
+    }
+
+    /// Waits for the lock of a file that all processes of a sweep write.
+    pub(crate) fn shared_file(out: &Path, name: &str) -> Result<Self> {
+        let (file, path) = open(out, name)?;
+        match file.lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(e) => Self::without(file, path, e),
+        }
+    }
+
+    /// Some network file systems have no locks.
+    fn without(file: File, path: PathBuf, error: io::Error) -> Result<Self> {
+        match error.kind() {
+            io::ErrorKind::Unsupported => Ok(Self { _file: file }),
+            _ => Err(Error::Folder { action: "lock", path, source: error }),
+        }
+    }
+}
+
+fn open(out: &Path, name: &str) -> Result<(File, PathBuf)> {
+    let dir = out.join(STATE_DIR);
+    fs::create_dir_all(&dir).map_err(|source| Error::Folder {
+        action: "create",
+        path: dir.clone(),
+        source,
+    })?;
+    let path = dir.join(format!("{name}.lock"));
+    match OpenOptions::new().create(true).truncate(false).write(true).open(&path) {
+        Ok(file) => Ok((file, path)),
+        Err(source) => Err(Error::Folder { action: "create", path, source }),
+    }
+}
