@@ -5,7 +5,7 @@
 //! the disk: the system call that makes it is where the process dies. `GPTQ_KILLS=200` asks for so
 //! many random kills and for every kind of step; without it the tests take seconds.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;

@@ -31,7 +31,7 @@ pub struct BranchReport {
     pub tool: String,
     /// Hub id of the dense model, or the name of its folder.
     pub model: String,
-    /// Branch of the configuration; the folder's name where there was none.
+    /// Branch of the configuration; made of the settings where there was none.
     pub branch: String,
     /// Width of a code.
     pub bits: u8,

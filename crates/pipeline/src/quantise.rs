@@ -39,7 +39,7 @@ pub struct QuantiseJob<'a> {
     pub source: &'a Checkpoint,
     /// What reports call it: a Hub id, or the name of a folder.
     pub model: String,
-    /// What reports call the result.
+    /// What reports call the result: nothing that depends on where it lies.
     pub branch: String,
     /// Where to compute.
     pub device: Device,

@@ -64,7 +64,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let job = QuantiseJob {
         source: &source,
         model: model_name(&args.model),
-        branch: args.branch.clone().unwrap_or_else(|| folder_name(&args.out)),
+        branch: args.branch.clone().unwrap_or_else(|| branch_name(&spec)),
         device: device.clone(),
         spec: spec.clone(),
         calibration: calibration.as_ref(),
@@ -100,9 +100,12 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     if args.json { print_json(&output) } else { print_result(&summary(&output)) }
 }
 
-/// A folder's name without what is above it.
-fn folder_name(path: &std::path::Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+/// The name that published branches of these settings have; the folder's own would make its bytes
+/// depend on where it lies.
+fn branch_name(spec: &QuantSpec) -> String {
+    let group = spec.group_size.map_or_else(|| "-1".to_owned(), |n| n.to_string());
+    let act_order = if spec.act_order { "True" } else { "False" };
+    format!("gptq-{}bit-{group}g-actorder_{act_order}", spec.bits)
 }
 
 /// The branch's settings, or the defaults, with the options given on the command line on top.
