@@ -39,3 +39,26 @@ impl FirstGrams {
         Ok(gram)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gptq_compute::Device;
+
+    #[test]
+    fn a_gram_is_made_once_for_each_rotation() {
+        let grams = FirstGrams::default();
+        let mut calls = 0;
+        let mut get = |rotate, order| {
+            let gram = grams.get_or_make(rotate, || {
+                calls += 1;
+                Ok(Device::Cpu.gram(order)?)
+            });
+            gram.unwrap().order()
+        };
+        assert_eq!(get(Rotate::None, 3), 3);
+        assert_eq!(get(Rotate::Full, 4), 4);
+        assert_eq!(get(Rotate::None, 5), 3);
+        assert_eq!(calls, 2);
+    }
+}

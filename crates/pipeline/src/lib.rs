@@ -2,7 +2,8 @@
 //!
 //! The two jobs walk a model block by block with the hidden states of all windows held:
 //! [`quantise`] in stages, looking at each linear's inputs on the way; [`perplexity`] with plain
-//! forwards. [`sweep`] runs both for every branch of a [`config`]. Text becomes windows in
+//! forwards. [`sweep`] runs both for every branch of a [`config`], and finds what earlier runs left by
+//! [`resume`] and [`manifest`]; [`jobs`] splits it over machines. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
 
 mod baseline;

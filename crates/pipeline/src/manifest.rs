@@ -246,21 +246,99 @@ fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Vec<u8>> {
         Err(other) => return Err(other.into()),
     };
     part(&mut hash, format!("{} {:?}", tensor.dtype.name(), tensor.shape).as_bytes());
-    let bytes = tensor.bytes;
-    if bytes.len() <= PIECES * PIECE {
-        part(&mut hash, bytes);
-    } else {
-        for piece in 0..PIECES {
-            let start = piece * (bytes.len() - PIECE) / (PIECES - 1);
-            hash.update(&bytes[start..start + PIECE]);
-        }
+    for piece in pieces(tensor.bytes) {
+        part(&mut hash, piece);
     }
     source.release(name);
     Ok(hash.finalize().to_vec())
+}
+
+/// What is looked at of a tensor: all of a small one, its ends and what lies evenly between them of
+/// a large one.
+fn pieces(bytes: &[u8]) -> Vec<&[u8]> {
+    let Some(room) = bytes.len().checked_sub(PIECES * PIECE) else { return vec![bytes] };
+    let start = |piece: usize| piece * PIECE + piece * room / (PIECES - 1);
+    (0..PIECES).map(|piece| &bytes[start(piece)..start(piece) + PIECE]).collect()
 }
 
 /// A part of what is hashed, which cannot run into the next.
 fn part(hash: &mut Sha256, bytes: &[u8]) {
     hash.update((bytes.len() as u64).to_le_bytes());
     hash.update(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_small_tensors_and_both_ends_of_large_ones() {
+        for bytes in [0, 1, PIECES * PIECE - 1, PIECES * PIECE, PIECES * PIECE + 1, 1 << 20] {
+            let tensor: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
+            let pieces = pieces(&tensor);
+            let looked_at: usize = pieces.iter().map(|p| p.len()).sum();
+            assert_eq!(looked_at, bytes.min(PIECES * PIECE));
+            assert_eq!(pieces[0].first(), tensor.first());
+            assert_eq!(pieces[pieces.len() - 1].last(), tensor.last());
+        }
+    }
+
+    #[test]
+    fn changes_are_told_in_words_unless_they_are_digests() {
+        let made_from = |settings: &str, source: char| {
+            let source = String::from(source).repeat(64);
+            MadeFrom::from([
+                ("settings".to_owned(), settings.to_owned()),
+                ("the source".to_owned(), source),
+            ])
+        };
+        let manifest = Manifest {
+            format: FORMAT,
+            made_from: made_from("4 bits", 'a'),
+            measured_on: None,
+            files: BTreeMap::new(),
+            made_report: String::new(),
+            report: String::new(),
+        };
+        assert_eq!(manifest.changes(&made_from("4 bits", 'a')), None);
+        assert_eq!(
+            manifest.changes(&made_from("3 bits", 'b')).unwrap(),
+            "settings was `4 bits` and is `3 bits`; the source has changed"
+        );
+        // A version that knows of more that bytes depend on.
+        let mut more = made_from("4 bits", 'a');
+        more.insert("weather".to_owned(), "fair".to_owned());
+        assert_eq!(manifest.changes(&more).unwrap(), "weather has changed");
+    }
+
+    #[test]
+    fn sums_are_those_of_sha256sum_and_damage_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        fs::write(dir.path().join("folder/b"), "abc").unwrap();
+        for extra in [".gptq-partial", CARD, REPORT_FILE, MANIFEST_FILE] {
+            fs::write(dir.path().join(extra), "x").unwrap();
+        }
+        assert_eq!(names(dir.path()).unwrap().iter().filter(|n| !is_extra(n)).count(), 1);
+        let sum = file_sum(&dir.path().join("folder/b")).unwrap();
+        // printf abc | sha256sum
+        let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!((sum.bytes, sum.sha256.as_str()), (3, expected));
+        let manifest = Manifest {
+            format: FORMAT,
+            made_from: MadeFrom::new(),
+            measured_on: None,
+            files: BTreeMap::from([("folder/b".to_owned(), sum)]),
+            made_report: String::new(),
+            report: String::new(),
+        };
+        assert_eq!(manifest.damaged(dir.path()), None);
+        assert_eq!(manifest.stray(dir.path()).unwrap(), None);
+        fs::write(dir.path().join("folder/b"), "abd").unwrap();
+        assert_eq!(manifest.damaged(dir.path()).as_deref(), Some("folder/b"));
+        fs::remove_file(dir.path().join("folder/b")).unwrap();
+        assert_eq!(manifest.damaged(dir.path()).as_deref(), Some("folder/b"));
+        fs::write(dir.path().join("thesis"), "").unwrap();
+        assert_eq!(manifest.stray(dir.path()).unwrap().as_deref(), Some("thesis"));
+    }
 }

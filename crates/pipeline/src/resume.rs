@@ -10,11 +10,11 @@
 //!
 //! Going on in the middle of a branch would need the hidden states of all windows on disk, for every
 //! block. At 70B with 128 windows × 4096 these are 17 GB, and 34 GB for `best`, which walks two
-//! streams: 9 to 17 s at 2 GB/s, beside blocks that take 4 s on an H100. A disk that keeps up with
-//! that is rare, and saving every tenth block, for a quarter to a half more time in every run, would
-//! save a killed one two minutes. A whole branch is five to ten. (A CPU's blocks are so slow that the
-//! states would cost next to nothing beside them. That is the case for which this choice is wrong:
-//! a killed CPU run of a 7B model can lose hours.)
+//! streams: 9 to 17 s at 2 GB/s, beside blocks that take 4 s on an H100. Saving them after every tenth
+//! block would make each run a fifth to two fifths longer, for a killed one to lose 20 s on average
+//! instead of half of the five minutes or so that a branch takes. (A CPU's blocks are so slow that
+//! the states would cost next to nothing beside them. For it this choice is wrong: a killed CPU run
+//! of a large model loses hours.)
 //!
 //! # Several runs at once
 //!
@@ -47,6 +47,17 @@ pub enum State {
     Stale(String),
     /// The branch.
     Finished(Box<BranchReport>),
+}
+
+impl State {
+    /// The report of what is reused.
+    pub(crate) fn report(&self) -> Option<&BranchReport> {
+        match self {
+            Self::New | Self::Stale(_) => None,
+            Self::Made(left) | Self::Remeasure(left) => Some(&left.report),
+            Self::Finished(report) => Some(report),
+        }
+    }
 }
 
 /// A branch that is to be measured.

@@ -141,6 +141,20 @@ impl Survey {
         Ok(Self { branches: branches.collect::<Result<_>>()?, measured_on, source, text })
     }
 
+    /// What is reused must pass what is made now.
+    fn forbid_raised_damping(&self) -> Result<()> {
+        let reports = self.branches.iter().filter_map(|b| b.state.report());
+        for report in reports {
+            let linears = report.blocks.iter().flat_map(|b| &b.linears);
+            if let Some(linear) = linears.into_iter().find(|l| l.damp_retries > 0) {
+                let damp = linear.damp.unwrap_or(report.damp);
+                let linear = linear.name.clone();
+                return Err(Error::Strict { linear, damp, asked: report.damp });
+            }
+        }
+        Ok(())
+    }
+
     /// The state of every branch, in the job's order.
     pub fn states(&self) -> impl Iterator<Item = &State> {
         self.branches.iter().map(|b| &b.state)
@@ -157,6 +171,9 @@ pub fn sweep(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<SweepReport>
     let _locks: Vec<Lock> = job.branches.iter().map(lock).collect::<Result<_>>()?;
     let survey = Survey::new(job, progress)?;
     tell(job, &survey, progress);
+    if job.strict {
+        survey.forbid_raised_damping()?;
+    }
     let names = job.config.branches.iter().map(|b| b.name.as_str()).collect();
     let log = SweepLog::new(job.out, names);
     let mut run = Run::start(job, &survey, log.read(), progress)?;
@@ -192,10 +209,11 @@ fn describe(text: &EvalText) -> String {
     };
     let windows: Vec<u8> = text.windows.iter().flat_map(tokens).collect();
     format!(
-        "{}, {} × {} tokens of {} ({}), sha256 {}",
+        "{}, {} × {} of {} tokens of {} ({}), sha256 {}",
         text.protocol,
         text.windows.len(),
         text.seq_len,
+        text.tokens_in_text,
         text.identity.portable().name,
         text.identity.fingerprint,
         sha256(&windows)
@@ -240,10 +258,11 @@ impl SweepJob<'_> {
             let c = self.calibration;
             settings.push_str(&format!(", {}", spec.choices));
             calibration = format!(
-                "{} × {} tokens of {}, seed {}, sha256 {}",
+                "{} × {} tokens of {} ({}), seed {}, sha256 {}",
                 c.windows.len(),
                 c.windows.first().map_or(0, Vec::len),
                 c.dataset.portable().name,
+                c.dataset.fingerprint,
                 c.seed,
                 c.sha256
             );
@@ -305,8 +324,9 @@ impl<'a> Run<'a> {
             rows: Vec::with_capacity(branches.len()),
         };
         let finished = branches.iter().all(|b| matches!(b.state, State::Finished(_)));
+        let needed = !branches.is_empty() && !(finished && report.baseline.is_some());
         let mut baseline = None;
-        if let Some(text) = text.clone().filter(|_| !(finished && report.baseline.is_some())) {
+        if let Some(text) = text.clone().filter(|_| needed) {
             let mut made = Baseline::measure(job.source, text, job.device, progress)?;
             for surveyed in branches {
                 if let State::Finished(report) = &surveyed.state {

@@ -12,7 +12,7 @@ use gptq_pipeline::sweep::{Survey, SweepJob, SweepReport, SweepRow, sweep};
 use serde::Serialize;
 
 use super::quantize::sample;
-use super::table::{group, size, table, yes_no};
+use super::table::{group, operations, size, table, yes_no};
 use super::{open_checkpoint, print_json, print_result};
 use crate::args::SweepArgs;
 use crate::printer::Printer;
@@ -136,7 +136,7 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
             yes_no(row.act_order),
             size(row.plan.file_bytes),
             size(memory(&row.plan)),
-            format!("{:.3} TFLOP", row.plan.work.total() / 1e12),
+            operations(row.plan.work.total()),
         ]
     };
     let rows: Vec<Vec<String>> = preview.branches.iter().map(cells).collect();

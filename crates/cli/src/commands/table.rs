@@ -31,6 +31,15 @@ pub(crate) fn size(bytes: u64) -> String {
     }
 }
 
+/// Floating-point operations in a unit that keeps three digits or so.
+pub(crate) fn operations(count: f64) -> String {
+    match count {
+        0.0..1e12 => format!("{:.1} GFLOP", count / 1e9),
+        1e12..1e15 => format!("{:.1} TFLOP", count / 1e12),
+        _ => format!("{:.1} PFLOP", count / 1e15),
+    }
+}
+
 /// `none` or the number of columns.
 pub(crate) fn group(group_size: Option<usize>) -> String {
     group_size.map_or_else(|| "none".to_owned(), |n| n.to_string())
