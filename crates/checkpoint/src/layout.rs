@@ -15,10 +15,11 @@ use crate::{CheckpointFormat, DType, Error, ModelConfig, QuantizeConfig, Result,
 /// What a checkpoint holds beside the four tensors of each linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// As the branches published in 2023: a zero fp16 bias for every linear, rotary inverse
-    /// frequencies for every block, and `{"format":"pt"}` as the only metadata.
+    /// As the branches published in 2023: an fp16 bias for every linear, of zeros where the model
+    /// has none, rotary inverse frequencies for every block, and `{"format":"pt"}` as the only
+    /// metadata.
     Card,
-    /// Neither biases nor frequencies; metadata says how the file was made.
+    /// No biases but the model's own and no frequencies; metadata says how the file was made.
     Modern,
 }
 
@@ -157,8 +158,8 @@ fn block_specs(
     specs: &mut Vec<TensorSpec>,
 ) {
     let prefix = ModelConfig::block_prefix(block);
-    for norm in ["input_layernorm", "post_attention_layernorm"] {
-        specs.push(f16(format!("{prefix}.{norm}.weight"), &[config.hidden_size]));
+    for (norm, size) in config.block_norms() {
+        specs.push(f16(format!("{prefix}.{norm}.weight"), &[size]));
     }
     if layout == Layout::Card {
         let name = format!("{prefix}.self_attn.rotary_emb.inv_freq");
@@ -172,7 +173,7 @@ fn block_specs(
         specs.push(i32(format!("{name}.qzeros"), &[groups, bits.words(cols)]));
         specs.push(f16(format!("{name}.scales"), &[groups, cols]));
         specs.push(i32(format!("{name}.g_idx"), &[rows]));
-        if layout == Layout::Card {
+        if linear.bias || layout == Layout::Card {
             specs.push(f16(format!("{name}.bias"), &[cols]));
         }
     }

@@ -4,7 +4,8 @@
 //! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
 //! gains move into the linears that follow; the final norm's moves into the head, which therefore
 //! needs a tensor of its own. A second rotation turns the outputs of every head's v and the inputs
-//! of o. Large features are spread over all others, and every linear becomes easier to quantise
+//! of o. Biases turn with the outputs that they are added to; norms of query and key heads stay, as
+//! nothing before or after them is turned. Large features are spread over all others, and every linear becomes easier to quantise
 //! (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
 use gptq_checkpoint::{Checkpoint, ModelConfig, TensorRef};
@@ -76,6 +77,9 @@ impl Folding {
     pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
         let gains = self.stream.is_some().then(|| block.take_gains());
         for id in LinearId::ALL {
+            if let (Some(rotation), Some(bias)) = (self.of_outputs(id), block.bias_mut(id)) {
+                turn_bias(rotation, bias);
+            }
             let reads = match id {
                 LinearId::Q | LinearId::K | LinearId::V => Some(0),
                 LinearId::Gate | LinearId::Up => Some(1),
@@ -102,10 +106,23 @@ impl Folding {
         Ok(())
     }
 
-    /// A tensor outside of the blocks, or a block's norm, as the file holds it; `None` when it is
-    /// the source's own. The head of a tied source is made from its embedding.
+    /// What the outputs of a linear are turned by.
+    fn of_outputs(&self, id: LinearId) -> Option<&Rotation> {
+        match id {
+            LinearId::V => Some(&self.head),
+            LinearId::O | LinearId::Down => self.stream.as_ref(),
+            LinearId::Q | LinearId::K | LinearId::Gate | LinearId::Up => None,
+        }
+    }
+
+    /// A tensor outside of the blocks, or a block's norm or bias, as the file holds it; `None` when
+    /// it is the source's own. The head of a tied source is made from its embedding.
     pub(crate) fn tensor(&self, source: &Checkpoint, name: &str) -> Result<Option<Vec<f16>>> {
-        if self.stream.is_none() {
+        if let Some(linear) = name.strip_suffix(".bias") {
+            return self.bias(source, name, linear);
+        }
+        let of_heads = name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight");
+        if self.stream.is_none() || of_heads {
             return Ok(None);
         }
         if name == EMBEDDING {
@@ -116,6 +133,21 @@ impl Folding {
         }
         let ones = source.tensor(name)?.shape.iter().product();
         Ok(Some(vec![f16::ONE; ones]))
+    }
+
+    /// The bias `name` of a linear.
+    fn bias(&self, source: &Checkpoint, name: &str, linear: &str) -> Result<Option<Vec<f16>>> {
+        let shapes = source.config().block_linears();
+        let shape = shapes.iter().zip(LinearId::ALL).find(|(s, _)| linear.ends_with(s.name));
+        let Some(rotation) = shape.and_then(|(_, id)| self.of_outputs(id)) else { return Ok(None) };
+        let values = source.tensor(name)?.to_f16()?;
+        let mut bias: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
+        turn_bias(rotation, &mut bias);
+        let turned: Vec<f16> = bias.into_iter().map(f16::from_f32).collect();
+        if turned.iter().any(|v| !v.is_finite()) {
+            return Err(Error::Rotated { tensor: name.to_owned() });
+        }
+        Ok(Some(turned))
     }
 
     /// The embedding; `None` when it is the source's own.
@@ -143,6 +175,12 @@ fn turn_inputs(rotation: &Rotation, weight: &mut Array2<f32>, gain: Option<&[f32
         scale_rows(values, gain);
     }
     rotation.apply_rows(values);
+}
+
+/// b ← b · R, rounded to fp16 as the file holds it: what is calibrated is what will run.
+fn turn_bias(rotation: &Rotation, bias: &mut [f32]) {
+    rotation.apply_rows(bias);
+    bias.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32());
 }
 
 fn scale_rows(values: &mut [f32], gain: &[f32]) {
