@@ -216,7 +216,7 @@ mod tests {
             0.006_729_501_3,
             0.001_927_429_8,
             5.520_448e-4,
-            1.581_138_9e-4,
+            1.581_139e-4,
         ];
         close(dynamic, 48, grown);
         let llama3 = RopeScaling::Llama3 {

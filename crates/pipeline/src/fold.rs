@@ -214,3 +214,69 @@ fn turned_table(
     }
     Ok(turned)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use gptq_compute::{FloatType, HostMatrix};
+    use gptq_model::{Model, SourcePrecision};
+
+    use super::*;
+
+    /// A family of tests/fixtures/families as a folder.
+    fn assemble(dir: &Path, name: &str, weights: &str) -> Checkpoint {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/families");
+        let config = fixtures.join(format!("{name}.json"));
+        std::fs::copy(config, dir.join("config.json")).unwrap();
+        let weights = fixtures.join(format!("{weights}.safetensors"));
+        std::fs::copy(weights, dir.join("model.safetensors")).unwrap();
+        Checkpoint::open(dir).unwrap()
+    }
+
+    fn logits(source: &Checkpoint, folding: Option<&Folding>) -> Array2<f32> {
+        let (device, ids) = (Device::Cpu, (0..48).map(|i| i * 7 % 64).collect::<Vec<u32>>());
+        let mut model =
+            Model::new(source, device.clone(), SourcePrecision::Half, ids.len()).unwrap();
+        if let Some(values) = folding.and_then(|f| f.embedding(source).unwrap()) {
+            model = model.with_embedding(values);
+        }
+        let mut hidden = model.embed(&ids).unwrap();
+        for index in 0..model.config().num_hidden_layers {
+            let mut block = model.load_block(index).unwrap();
+            if let Some(folding) = folding {
+                folding.block(&mut block).unwrap();
+            }
+            block.forward(&device, &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
+        }
+        let gain = final_gain(source, folding).unwrap();
+        let normed = device.rms_norm(&hidden, &gain, model.config().rms_norm_eps).unwrap();
+        let head = dense_head(source, folding).unwrap();
+        let (rows, cols) = (model.config().vocab_size, model.config().hidden_size);
+        let head = HostMatrix::new(bytemuck::cast_slice(&head), FloatType::F16, rows, cols);
+        device.linear(&normed, &device.upload(head).unwrap()).unwrap().to_host().unwrap()
+    }
+
+    /// Only tables and biases are rounded to fp16, once: that is what may differ.
+    #[test]
+    fn rotated_models_of_every_family_are_the_same_function() {
+        const ROUNDINGS: f32 = 0.02;
+        for (name, weights) in [
+            ("llama3", "plain"),
+            ("smollm", "tied"),
+            ("llama-biases", "biases"),
+            ("qwen2", "qwen2"),
+            ("qwen3", "qwen3"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let source = assemble(dir.path(), name, weights);
+            let want = logits(&source, None);
+            for rotate in [Rotate::Heads, Rotate::Full] {
+                let folding = Folding::new(source.config(), rotate);
+                let got = logits(&source, folding.as_ref());
+                let worst = (&got - &want).iter().fold(0.0_f32, |a, e| a.max(e.abs()));
+                assert!(worst < ROUNDINGS, "{name}, {rotate:?}: {worst}");
+            }
+        }
+    }
+}
