@@ -94,8 +94,9 @@ const FAMILIES: [Family; 4] = [
 
 /// Keys by which relatives of these families change the forward pass, and the number that changes
 /// nothing. transformers would ignore them in a Llama's config; a model that has one needs it.
-const NEUTRAL: [(&str, f64); 12] = [
+const NEUTRAL: [(&str, f64); 13] = [
     ("partial_rotary_factor", 1.0),
+    ("rope_interleaved", 0.0),
     ("clip_qkv", 0.0),
     ("qk_layernorm", 0.0),
     ("use_qk_norm", 0.0),

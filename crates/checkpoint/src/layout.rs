@@ -371,6 +371,28 @@ mod tests {
     }
 
     #[test]
+    fn biases_and_norms_of_heads_are_planned() {
+        let quantize = QuantizeConfig::new(Bits::Four, Some(128), 0.01, true);
+        let of = |family: &str, extra: &str, layout| {
+            let text = STABLE_BELUGA_2
+                .replace("\"llama\"", &format!("\"{family}\""))
+                .replace("\"vocab_size\"", &format!("{extra}\"vocab_size\""));
+            let config = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
+            let specs = tensor_specs(&config, &quantize, layout);
+            (specs.len(), specs.iter().map(TensorSpec::bytes).sum::<u64>())
+        };
+        let (tensors, bytes) = of("llama", "", Layout::Modern);
+        // 80 blocks: q of 8192 outputs, k and v of 1024, heads of 128, in fp16.
+        let biases = 80 * 2 * (8192 + 2 * 1024);
+        assert_eq!(of("qwen2", "", Layout::Modern), (tensors + 80 * 3, bytes + biases));
+        assert_eq!(of("qwen3", "", Layout::Modern), (tensors + 80 * 2, bytes + 80 * 2 * 256));
+        let all = of("llama", r#""attention_bias":true,"mlp_bias":true,"#, Layout::Modern);
+        assert_eq!(all, (tensors + 80 * 7, bytes + biases + 80 * 2 * (2 * 8192 + 2 * 28672)));
+        // The card layout has a place for every bias already.
+        assert_eq!(of("qwen2", "", Layout::Card), of("llama", "", Layout::Card));
+    }
+
+    #[test]
     fn metadata_is_truthful_and_its_keys_are_reserved() {
         let quantize = QuantizeConfig::new(Bits::Four, None, 0.01, true);
         let extra = BTreeMap::from([("recipe".to_owned(), "x".to_owned())]);
