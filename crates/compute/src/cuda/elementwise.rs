@@ -54,11 +54,10 @@ pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
 pub(crate) fn add_bias(x: &mut Matrix, bias: &[f32]) -> Result<()> {
     const OP: &str = "add_bias";
     let cuda = Arc::clone(x.cuda());
-    let count = x.rows() * x.cols();
-    if count == 0 {
+    if x.rows() == 0 {
         return Ok(());
     }
-    let (cols, n) = (x.cols() as i32, count as i64);
+    let (cols, config) = (x.cols() as i32, block_per_row(x.rows()));
     let bias = cuda.copied(OP, bias)?;
     let half = matches!(x.values(), Values::F16(_));
     let name = if half { "add_bias_f16" } else { "add_bias_f32" };
@@ -68,10 +67,10 @@ pub(crate) fn add_bias(x: &mut Matrix, bias: &[f32]) -> Result<()> {
         true => launch.arg(x.f16_mut(OP)?),
         false => launch.arg(x.f32_mut(OP)?),
     };
-    launch.arg(bias.slice()).arg(&cols).arg(&n);
-    // SAFETY: the arguments are the kernel's for the type of x, which holds n values in rows of cols;
-    // bias holds cols.
-    unsafe { launch.launch(cuda.spread(count.div_ceil(8))) }.stage(OP)?;
+    launch.arg(bias.slice()).arg(&cols);
+    // SAFETY: the arguments are the kernel's for the type of x, which holds rows × cols values; bias
+    // holds cols.
+    unsafe { launch.launch(config) }.stage(OP)?;
     Ok(())
 }
 
