@@ -170,6 +170,7 @@ fn the_demo_model_is_inspected() {
     exit code 0
     --- stdout
     folder      demo
+    model       llama, rotary scaling default
     blocks      5
     width       256 hidden, 768 MLP
     heads       4 query, 2 key/value
@@ -197,6 +198,7 @@ fn a_run_is_summarised() {
     exit code 0
     --- stdout
     folder      out
+    model       llama, rotary scaling default
     blocks      2
     width       64 hidden, 96 MLP
     heads       4 query, 2 key/value

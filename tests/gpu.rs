@@ -80,6 +80,46 @@ fn norms_match() {
 }
 
 #[test]
+fn norms_of_heads_match() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random::new();
+    for (rows, heads, head_dim) in [(1, 1, 8), (37, 9, 64), (130, 5, 128), (3, 2, 80), (4, 3, 30)] {
+        let (x, x_there) = both(&gpu, &random.halves(rows, heads * head_dim, 2.0));
+        let gain: Vec<f32> = random.halves(1, head_dim, 1.0).into_raw_vec_and_offset().0;
+        let want = Device::Cpu.rms_norm(&x, &gain, 1e-6).unwrap();
+        let got = gpu.rms_norm(&x_there, &gain, 1e-6).unwrap();
+        let what = format!("rms_norm of {heads} heads of {head_dim}, {rows} rows");
+        check(&what, &got, want.as_host(), ONE_ROUNDING);
+    }
+    let (_, x) = both(&gpu, &random.halves(3, 20, 1.0));
+    assert!(matches!(gpu.rms_norm(&x, &[1.0; 8], 1e-6), Err(Error::ShapeMismatch { .. })));
+}
+
+#[test]
+fn biases_match() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random::new();
+    for (rows, cols) in [(1, 1), (3, 7), (37, 576), (129, 1001), (2, 28_672)] {
+        let values = random.halves(rows, cols, 2.0);
+        let bias: Vec<f32> = random.halves(1, cols, 4.0).into_raw_vec_and_offset().0;
+        let (mut want, half) = both(&gpu, &values);
+        Device::Cpu.add_bias(&mut want, &bias).unwrap();
+        let full = gpu.upload_f32(values.clone()).unwrap();
+        for (kind, mut got) in [("f16", half), ("f32", full)] {
+            let before = got.clone();
+            gpu.add_bias(&mut got, &bias).unwrap();
+            check(&format!("add_bias {kind} {rows}×{cols}"), &got, want.as_host(), ONE_ROUNDING);
+            if kind == "f32" {
+                assert_eq!(got.to_host().unwrap(), *want.as_host(), "one addition rounds the same");
+            }
+            assert_eq!(before.to_host().unwrap(), values, "a clone was written");
+        }
+    }
+    let (_, mut x) = both(&gpu, &random.halves(3, 20, 1.0));
+    assert!(matches!(gpu.add_bias(&mut x, &[1.0; 8]), Err(Error::ShapeMismatch { .. })));
+}
+
+#[test]
 fn products_match() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
@@ -106,7 +146,10 @@ fn rotations_match() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     for (head_dim, heads, seq_len, windows) in [(64, 9, 37, 2), (128, 8, 300, 1), (16, 3, 1, 5)] {
-        let table = RopeTable::new(10_000.0, head_dim, 512);
+        let half = head_dim / 2;
+        let frequencies: Vec<f32> =
+            (0..half).map(|i| 1e4_f32.powf(-(i as f32) / half as f32)).collect();
+        let table = RopeTable::new(&frequencies, 512);
         let (mut want, mut got) =
             both(&gpu, &random.halves(windows * seq_len, heads * head_dim, 2.0));
         for (device, x) in [(&Device::Cpu, &mut want), (&gpu, &mut got)] {

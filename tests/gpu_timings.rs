@@ -83,8 +83,14 @@ fn timings() {
     time(&gpu, "rms_norm", 6.0 * values, "TB", || {
         gpu.rms_norm(&hidden, &gain, 1e-5).unwrap();
     });
-    let table = RopeTable::new(1e4, 128, SEQ_LEN);
+    let heads = vec![1.0; 128];
+    time(&gpu, "rms_norm of heads of 128", 4.0 * values, "TB", || {
+        gpu.rms_norm(&x, &heads, 1e-5).unwrap();
+    });
     let mut q = x.clone();
+    time(&gpu, "add_bias", 4.0 * values, "TB", || gpu.add_bias(&mut q, &gain).unwrap());
+    let frequencies: Vec<f32> = (0..64).map(|i| 1e4_f32.powf(-(i as f32) / 64.0)).collect();
+    let table = RopeTable::new(&frequencies, SEQ_LEN);
     time(&gpu, "rope", 4.0 * values, "TB", || gpu.rope(&mut q, &table, SEQ_LEN).unwrap());
     let up = wide.clone();
     let mut gate = Some(gpu.select_rows(&wide, &(0..TOKENS as u32).collect::<Vec<_>>()).unwrap());

@@ -241,7 +241,7 @@ impl TinyLlama {
 }
 
 /// Whole words `w2`, `w3`, … parted by white space.
-fn tokenizer() -> Value {
+pub(crate) fn tokenizer() -> Value {
     let mut vocabulary = serde_json::Map::new();
     vocabulary.insert("<unk>".to_owned(), json!(0));
     vocabulary.insert("<s>".to_owned(), json!(1));

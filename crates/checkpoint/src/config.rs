@@ -1,12 +1,17 @@
-//! config.json of a Llama model: its shape, checked before anything is allocated from it.
+//! config.json of a model of Llama's architecture: its shape, checked before anything is allocated
+//! from it.
 //!
 //! Only what the engine computes with becomes a field. The rest is kept as it was read, in order,
-//! because a quantised checkpoint carries the source's config on.
+//! because a quantised checkpoint carries the source's config on. What tells the families apart is
+//! a table in `family`; what would need another forward pass is refused by name.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::family::{Biases, Family};
+use crate::fields::Fields;
+use crate::rope::{Rope, RopeScaling};
 use crate::{Error, Result};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
@@ -15,9 +20,11 @@ const MAX_VOCAB: u64 = 1 << 24;
 const MAX_BLOCKS: u64 = 1 << 12;
 const MAX_CONTEXT: u64 = 1 << 40;
 
-/// The shape of a Llama model.
+/// The shape of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
+    /// `model_type`: `llama`, `mistral`, `qwen2` or `qwen3`.
+    pub family: &'static str,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width of the MLP.
@@ -34,14 +41,19 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// Added to the mean square in norms.
     pub rms_norm_eps: f32,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
+    /// Rotary position embeddings.
+    pub rope: Rope,
+    /// Queries and keys are normed, head by head, before they are rotated.
+    pub qk_norm: bool,
     /// Longest window that the model was made for, in tokens.
     pub max_position_embeddings: usize,
+    /// Tokens that a token attends to at most; `None` where all blocks attend to all before it.
+    pub sliding_window: Option<usize>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
     /// Token that starts a text, where the model has one.
     pub bos_token_id: Option<u32>,
+    biases: Biases,
     raw: Map<String, Value>,
 }
 
@@ -54,6 +66,8 @@ pub struct LinearShape {
     pub in_features: usize,
     /// Rows of the weight.
     pub out_features: usize,
+    /// Whether a bias of `out_features` values is added to its outputs.
+    pub bias: bool,
 }
 
 impl ModelConfig {
@@ -69,27 +83,25 @@ impl ModelConfig {
 
     /// Parses the text of a config.json; `file` is for messages.
     ///
-    /// Absent keys take the defaults of transformers. Both the older form of rotary settings
-    /// (`rope_theta`, `rope_scaling`) and the newer one (`rope_parameters`) are read.
+    /// Absent keys take the defaults of transformers for the family. Both the older form of rotary
+    /// settings (`rope_theta`, `rope_scaling`) and the newer one (`rope_parameters`) are read.
     ///
     /// # Errors
     /// [`Error::Json`], [`Error::InvalidConfig`] for sizes that cannot be, and
     /// [`Error::UnsupportedConfig`] for a model with parts that the engine does not have.
     pub fn parse(text: &str, file: &Path) -> Result<Self> {
         let raw: Map<String, Value> = serde_json::from_str(text).map_err(Error::json(file))?;
-        let fields = Fields { raw: &raw, file };
-        fields.check_architecture()?;
+        let fields = Fields::new(&raw, file);
+        let family = Family::of(&fields)?;
+        family.check(&fields)?;
         let hidden_size = fields.size("hidden_size", None, MAX_WIDTH)?;
         let heads = fields.size("num_attention_heads", None, MAX_WIDTH)?;
-        let kv_heads = fields.size("num_key_value_heads", Some(heads), MAX_WIDTH)?;
-        if !heads.is_multiple_of(kv_heads) {
-            let reason = format!("is {kv_heads}, which does not divide {heads} attention heads");
-            return Err(fields.invalid("num_key_value_heads", reason));
-        }
-        let head_dim = fields.head_dim(hidden_size, heads)?;
+        let kv_heads = kv_heads(&fields, family, heads)?;
+        let head_dim = head_dim(&fields, family, hidden_size, heads)?;
         let layers = fields.size("num_hidden_layers", None, MAX_BLOCKS)?;
-        let context = fields.size("max_position_embeddings", Some(2048), MAX_CONTEXT)?;
+        let context = fields.size("max_position_embeddings", Some(family.context), MAX_CONTEXT)?;
         Ok(Self {
+            family: family.name,
             hidden_size,
             intermediate_size: fields.size("intermediate_size", None, MAX_WIDTH)?,
             num_hidden_layers: layers,
@@ -97,11 +109,14 @@ impl ModelConfig {
             num_key_value_heads: kv_heads,
             head_dim,
             vocab_size: fields.size("vocab_size", None, MAX_VOCAB)?,
-            rms_norm_eps: fields.positive(&raw, "rms_norm_eps", 1e-6)? as f32,
-            rope_theta: fields.rope_theta()?,
+            rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            rope: Rope::read(&fields, context)?,
+            qk_norm: family.qk_norm,
             max_position_embeddings: context,
+            sliding_window: family.sliding_window(&fields, layers)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
-            bos_token_id: fields.bos_token_id()?,
+            bos_token_id: fields.token("bos_token_id")?,
+            biases: family.biases(&fields)?,
             raw,
         })
     }
@@ -128,7 +143,7 @@ impl ModelConfig {
         let queries = self.num_attention_heads * self.head_dim;
         let keys = self.num_key_value_heads * self.head_dim;
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        [
+        let mut linears = [
             ("self_attn.q_proj", hidden, queries),
             ("self_attn.k_proj", hidden, keys),
             ("self_attn.v_proj", hidden, keys),
@@ -141,7 +156,40 @@ impl ModelConfig {
             name,
             in_features,
             out_features,
-        })
+            bias: false,
+        });
+        self.biases.mark(&mut linears);
+        linears
+    }
+
+    /// Norms of a block and their sizes: before attention and the MLP, and those of heads.
+    #[must_use]
+    pub fn block_norms(&self) -> Vec<(&'static str, usize)> {
+        let hidden = self.hidden_size;
+        let mut norms = vec![("input_layernorm", hidden), ("post_attention_layernorm", hidden)];
+        if self.qk_norm {
+            norms.extend(["self_attn.q_norm", "self_attn.k_norm"].map(|n| (n, self.head_dim)));
+        }
+        norms
+    }
+
+    /// Tokens of a window that the model was made for: its context, or less where attention slides
+    /// earlier than that.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        let context = self.max_position_embeddings;
+        self.sliding_window.map_or(context, |window| window.min(context))
+    }
+
+    /// Tokens that rotary positions reach: the context, times the factor of a scaling whose config
+    /// states the context before it (`linear` and `dynamic`).
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        let factor = match self.rope.scaling {
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => factor,
+            RopeScaling::None | RopeScaling::Llama3 { .. } => 1.0,
+        };
+        (self.max_position_embeddings as f64 * factor) as usize
     }
 
     /// Prefix of a block's tensors, `model.layers.{block}`.
@@ -151,125 +199,39 @@ impl ModelConfig {
     }
 }
 
-/// Typed access to the keys, with errors that name them.
-struct Fields<'a> {
-    raw: &'a Map<String, Value>,
-    file: &'a Path,
+/// Key and value heads, which divide the query heads.
+fn kv_heads(fields: &Fields<'_>, family: &Family, heads: usize) -> Result<usize> {
+    const KEY: &str = "num_key_value_heads";
+    let absent = !fields.raw.contains_key(KEY);
+    let default = family.kv_heads.filter(|_| absent).unwrap_or(heads);
+    let kv_heads = fields.size(KEY, Some(default), MAX_WIDTH)?;
+    if heads.is_multiple_of(kv_heads) {
+        return Ok(kv_heads);
+    }
+    let reason = format!("is {kv_heads}, which does not divide {heads} attention heads");
+    Err(fields.invalid(KEY, reason))
 }
 
-impl Fields<'_> {
-    fn invalid(&self, key: &str, reason: String) -> Error {
-        Error::InvalidConfig { path: self.file.to_owned(), key: key.to_owned(), reason }
+fn head_dim(
+    fields: &Fields<'_>,
+    family: &Family,
+    hidden_size: usize,
+    heads: usize,
+) -> Result<usize> {
+    const KEY: &str = "head_dim";
+    let default = family.head_dim.unwrap_or(hidden_size / heads);
+    let derived = fields.get(KEY).is_none() && family.head_dim.is_none();
+    if derived && !hidden_size.is_multiple_of(heads) {
+        let reason = format!("is {hidden_size}, which {heads} attention heads do not divide");
+        return Err(fields.invalid("hidden_size", reason));
     }
-
-    fn unsupported(&self, key: &str, value: &Value, supported: &'static str) -> Error {
-        let (path, key) = (self.file.to_owned(), key.to_owned());
-        Error::UnsupportedConfig { path, key, value: value.to_string(), supported }
+    let head_dim = fields.size(KEY, Some(default), MAX_WIDTH)?;
+    // Rotary embeddings turn pairs of features.
+    if !head_dim.is_multiple_of(2) || (heads * head_dim) as u64 > MAX_WIDTH {
+        let reason = format!("is {head_dim}, expected an even number that heads can have");
+        return Err(fields.invalid(KEY, reason));
     }
-
-    /// A key that is there and not null.
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.raw.get(key).filter(|value| !value.is_null())
-    }
-
-    fn size(&self, key: &str, default: Option<usize>, max: u64) -> Result<usize> {
-        let Some(value) = self.get(key) else {
-            return default.ok_or_else(|| self.invalid(key, "is missing".to_owned()));
-        };
-        match value.as_u64() {
-            Some(size) if (1..=max).contains(&size) => Ok(size as usize),
-            _ => Err(self.invalid(key, format!("is `{value}`, expected 1 to {max}"))),
-        }
-    }
-
-    fn head_dim(&self, hidden_size: usize, heads: usize) -> Result<usize> {
-        if self.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
-            let reason = format!("is {hidden_size}, which {heads} attention heads do not divide");
-            return Err(self.invalid("hidden_size", reason));
-        }
-        let head_dim = self.size("head_dim", Some(hidden_size / heads), MAX_WIDTH)?;
-        // Rotary embeddings turn pairs of features.
-        if !head_dim.is_multiple_of(2) || (heads * head_dim) as u64 > MAX_WIDTH {
-            let reason = format!("is {head_dim}, expected an even number that heads can have");
-            return Err(self.invalid("head_dim", reason));
-        }
-        Ok(head_dim)
-    }
-
-    fn positive(&self, map: &Map<String, Value>, key: &str, default: f64) -> Result<f64> {
-        let Some(value) = map.get(key).filter(|value| !value.is_null()) else { return Ok(default) };
-        let number = value.as_f64().filter(|v| v.is_finite() && *v > 0.0);
-        number.ok_or_else(|| self.invalid(key, format!("is `{value}`, expected a positive number")))
-    }
-
-    fn flag(&self, key: &str) -> Result<bool> {
-        let Some(value) = self.get(key) else { return Ok(false) };
-        value
-            .as_bool()
-            .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected a boolean")))
-    }
-
-    fn bos_token_id(&self) -> Result<Option<u32>> {
-        let Some(value) = self.get("bos_token_id") else { return Ok(None) };
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.map(Some)
-            .ok_or_else(|| self.invalid("bos_token_id", format!("is `{value}`, expected an id")))
-    }
-
-    /// `rope_parameters.rope_theta` in files of transformers 5, else `rope_theta`.
-    fn rope_theta(&self) -> Result<f64> {
-        let older = self.positive(self.raw, "rope_theta", 10_000.0)?;
-        match self.get("rope_parameters").and_then(Value::as_object) {
-            Some(nested) => self.positive(nested, "rope_theta", older),
-            None => Ok(older),
-        }
-    }
-
-    /// Refuses what would need another forward pass than the engine's.
-    fn check_architecture(&self) -> Result<()> {
-        let Some(model_type) = self.get("model_type") else {
-            return Err(self.invalid("model_type", "is missing".to_owned()));
-        };
-        if model_type != "llama" {
-            return Err(self.unsupported("model_type", model_type, "`llama`"));
-        }
-        if let Some(act) = self.get("hidden_act").filter(|act| *act != "silu") {
-            return Err(self.unsupported("hidden_act", act, "`silu`"));
-        }
-        for key in ["attention_bias", "mlp_bias"] {
-            if self.flag(key)? {
-                return Err(self.unsupported(key, &Value::Bool(true), "`false`"));
-            }
-        }
-        self.check_rope()?;
-        let method = self.get("quantization_config").map(|q| &q["quant_method"]);
-        match method {
-            Some(method) if !method.is_null() && method != "gptq" => {
-                Err(self.unsupported("quantization_config.quant_method", method, "`gptq`"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn check_rope(&self) -> Result<()> {
-        for key in ["rope_scaling", "rope_parameters"] {
-            let Some(value) = self.get(key) else { continue };
-            let kind = ["rope_type", "type"].iter().find_map(|k| value.get(k));
-            // Parameters without a type are plain; scaling without one is an error in transformers.
-            let plain = kind.is_some_and(|kind| kind == "default")
-                || kind.is_none() && key == "rope_parameters" && value.is_object();
-            if !plain {
-                return Err(self.unsupported(key, value, "the type `default`"));
-            }
-        }
-        let nested = self.get("rope_parameters").and_then(|p| p.get("partial_rotary_factor"));
-        match nested.or_else(|| self.get("partial_rotary_factor")) {
-            Some(factor) if factor.as_f64() != Some(1.0) => {
-                Err(self.unsupported("partial_rotary_factor", factor, "`1.0`"))
-            }
-            _ => Ok(()),
-        }
-    }
+    Ok(head_dim)
 }
 
 #[cfg(test)]
@@ -291,17 +253,94 @@ mod tests {
     fn defaults_are_those_of_transformers() {
         let c = parse(&minimal("")).unwrap();
         assert_eq!((c.num_key_value_heads, c.head_dim), (4, 16));
-        assert_eq!((c.rope_theta, c.rms_norm_eps), (10_000.0, 1e-6));
+        assert_eq!((c.rope.theta, c.rms_norm_eps), (10_000.0, 1e-6));
+        assert_eq!((c.rope.scaling, c.sliding_window, c.qk_norm), (RopeScaling::None, None, false));
         assert_eq!((c.max_position_embeddings, c.tie_word_embeddings), (2048, false));
         assert_eq!(c.bos_token_id, None);
     }
 
     #[test]
     fn both_forms_of_rope_are_read() {
-        let old = parse(&minimal(r#","rope_theta":500000.0,"rope_scaling":null"#)).unwrap();
-        let new = r#","rope_parameters":{"rope_theta":500000.0,"rope_type":"default"}"#;
-        let new = parse(&minimal(new)).unwrap();
-        assert_eq!((old.rope_theta, new.rope_theta), (500_000.0, 500_000.0));
+        let rope = |extra: &str| parse(&minimal(extra)).unwrap().rope;
+        let plain = Rope { theta: 500_000.0, scaling: RopeScaling::None };
+        for extra in [
+            r#","rope_theta":500000.0,"rope_scaling":null"#,
+            r#","rope_parameters":{"rope_theta":500000.0,"rope_type":"default"}"#,
+            r#","rope_parameters":{"rope_theta":500000.0}"#,
+            r#","rope_theta":500000.0,"rope_parameters":{}"#,
+        ] {
+            assert_eq!(rope(extra), plain, "{extra}");
+        }
+        let linear = Rope { theta: 10_000.0, scaling: RopeScaling::Linear { factor: 2.0 } };
+        assert_eq!(rope(r#","rope_scaling":{"type":"linear","factor":2}"#), linear);
+        let both = r#","rope_scaling":{"rope_type":"linear","factor":2.0},"rope_parameters":{}"#;
+        assert_eq!(rope(both), linear);
+        let dynamic = r#","rope_theta":7.0,"rope_scaling":{"type":"dynamic","factor":4.0}"#;
+        let scaling = RopeScaling::Dynamic { factor: 4.0, context: 2048 };
+        assert_eq!(rope(dynamic), Rope { theta: 7.0, scaling });
+        // As in Llama 3.1's file, whose original context may lie beside the settings, or be left out.
+        let llama3 = r#"{"factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"rope_type":"llama3"ORIGINAL}"#;
+        for (inner, outer, original_context) in [
+            (r#","original_max_position_embeddings":512"#, "", 512),
+            (
+                r#","original_max_position_embeddings":512"#,
+                r#","original_max_position_embeddings":64"#,
+                64,
+            ),
+            ("", "", 2048),
+        ] {
+            let settings = llama3.replace("ORIGINAL", inner);
+            let (factor, low_freq_factor, high_freq_factor) = (8.0, 1.0, 4.0);
+            let expected =
+                RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context };
+            assert_eq!(rope(&format!(r#","rope_scaling":{settings}{outer}"#)).scaling, expected);
+            assert_eq!(rope(&format!(r#","rope_parameters":{settings}{outer}"#)).scaling, expected);
+        }
+    }
+
+    #[test]
+    fn families_differ_by_their_defaults_and_parts() {
+        let family = |name: &str, extra: &str| {
+            let text = minimal(extra).replace("\"llama\"", &format!("\"{name}\""));
+            parse(&text.replace("\"num_attention_heads\":4", "\"num_attention_heads\":32")).unwrap()
+        };
+        let biased = |c: &ModelConfig| c.block_linears().map(|l| u8::from(l.bias));
+        let llama = family("llama", r#","attention_bias":true"#);
+        assert_eq!(biased(&llama), [1, 1, 1, 1, 0, 0, 0]);
+        assert_eq!(biased(&family("llama", r#","mlp_bias":true"#)), [0, 0, 0, 0, 1, 1, 1]);
+        let mistral = family("mistral", "");
+        assert_eq!((mistral.num_key_value_heads, mistral.max_position_embeddings), (8, 131_072));
+        assert_eq!((mistral.sliding_window, mistral.context()), (Some(4096), 4096));
+        assert_eq!(family("mistral", r#","sliding_window":null"#).context(), 131_072);
+        assert_eq!(family("mistral", r#","num_key_value_heads":null"#).num_key_value_heads, 32);
+        assert_eq!(biased(&mistral), [0; 7]);
+        let qwen2 = family("qwen2", "");
+        assert_eq!((biased(&qwen2), qwen2.qk_norm), ([1, 1, 1, 0, 0, 0, 0], false));
+        assert_eq!((qwen2.head_dim, qwen2.sliding_window, qwen2.context()), (2, None, 32_768));
+        let qwen3 = family("qwen3", "");
+        assert_eq!((biased(&qwen3), qwen3.qk_norm, qwen3.head_dim), ([0; 7], true, 128));
+        let norms: Vec<&str> = qwen3.block_norms().iter().map(|n| n.0).collect();
+        assert_eq!(norms[2..], ["self_attn.q_norm", "self_attn.k_norm"]);
+        // Qwen's attention slides from a block on, if at all.
+        for (extra, sliding) in [
+            (r#","use_sliding_window":true"#, None),
+            (r#","use_sliding_window":true,"max_window_layers":1"#, Some(4096)),
+            (r#","use_sliding_window":true,"max_window_layers":1,"sliding_window":64"#, Some(64)),
+            (r#","use_sliding_window":false,"max_window_layers":1"#, None),
+            (
+                r#","use_sliding_window":true,"sliding_window":64,
+                "layer_types":["full_attention","sliding_attention"]"#,
+                Some(64),
+            ),
+            (r#","layer_types":["full_attention","full_attention"]"#, None),
+        ] {
+            assert_eq!(family("qwen2", extra).sliding_window, sliding, "{extra}");
+        }
+        // Windows beyond the context are what linear and dynamic scaling are for.
+        let positions = |extra: &str| family("llama", extra).positions();
+        assert_eq!(positions(r#","rope_scaling":{"type":"linear","factor":4.0}"#), 8192);
+        assert_eq!(positions(r#","rope_scaling":{"type":"dynamic","factor":1.5}"#), 3072);
+        assert_eq!(positions(""), 2048);
     }
 
     #[test]
@@ -317,12 +356,35 @@ mod tests {
     fn what_cannot_be_used_is_named() {
         for (extra, named) in [
             (r#","hidden_act":"gelu""#, "hidden_act"),
-            (r#","attention_bias":true"#, "attention_bias"),
-            (r#","mlp_bias":true"#, "mlp_bias"),
-            (r#","rope_scaling":{"type":"linear","factor":2.0}"#, "rope_scaling"),
+            (r#","attention_bias":1"#, "attention_bias"),
+            (r#","mlp_bias":"yes""#, "mlp_bias"),
             (r#","rope_scaling":{"factor":2.0}"#, "rope_scaling"),
-            (r#","rope_parameters":{"rope_type":"llama3"}"#, "rope_parameters"),
+            (r#","rope_scaling":"linear""#, "rope_scaling"),
+            (r#","rope_scaling":{"type":"linear"}"#, "rope_scaling.factor"),
+            (r#","rope_scaling":{"type":"linear","factor":0.5}"#, "rope_scaling.factor"),
+            (
+                r#","rope_scaling":{"type":"yarn","factor":4.0}"#,
+                "`rope_scaling.rope_type` is `\"yarn\"`",
+            ),
+            (r#","rope_parameters":{"rope_type":"longrope"}"#, "rope_parameters.rope_type"),
+            (r#","rope_parameters":{"rope_type":3}"#, "rope_parameters.rope_type"),
+            (r#","rope_parameters":{"full_attention":{"rope_type":"default"}}"#, "rope_parameters"),
+            (r#","rope_parameters":{"rope_type":"llama3","factor":8.0}"#, "low_freq_factor"),
+            (
+                r#","rope_parameters":{"rope_type":"llama3","factor":8.0,"low_freq_factor":4.0,
+                "high_freq_factor":4.0}"#,
+                "high_freq_factor",
+            ),
             (r#","rope_theta":0"#, "rope_theta"),
+            (r#","rope_parameters":{"partial_rotary_factor":0.25}"#, "partial_rotary_factor"),
+            (r#","num_local_experts":8"#, "num_local_experts"),
+            (
+                r#","use_qk_norm":true"#,
+                "`use_qk_norm` is `true`, which is not supported; only `false`",
+            ),
+            (r#","layer_types":["chunked_attention"]"#, "chunked_attention"),
+            (r#","layer_types":"all""#, "layer_types"),
+            (r#","sliding_window":0"#, "sliding_window"),
             (r#","partial_rotary_factor":0.5"#, "partial_rotary_factor"),
             (r#","num_key_value_heads":3"#, "num_key_value_heads"),
             (r#","num_key_value_heads":0"#, "num_key_value_heads"),
@@ -337,6 +399,10 @@ mod tests {
         }
         for (from, to) in [
             ("\"llama\"", "\"mamba\""),
+            ("\"llama\"", "\"gemma3_text\""),
+            ("\"llama\"", "\"phi3\""),
+            ("\"llama\"", "\"qwen3_moe\""),
+            ("\"llama\"", "7"),
             ("\"hidden_size\":64", "\"hidden_size\":18446744073709551615"),
             ("\"hidden_size\":64", "\"hidden_size\":66"),
             ("\"vocab_size\":96", "\"vocab_size\":0"),

@@ -167,8 +167,11 @@ pub enum Error {
         /// The value found.
         value: f32,
     },
-    /// A quantised linear has a bias, which a Llama linear never has.
-    #[error("Tensor `{tensor}` holds non-zero values, but Llama linears have no bias")]
+    /// A linear has a bias that the configuration does not give it.
+    #[error(
+        "Tensor `{tensor}` holds non-zero values, but by config.json this linear has no bias \
+         (`attention_bias` and `mlp_bias` of Llama models give one)"
+    )]
     LinearBias {
         /// The bias tensor.
         tensor: String,

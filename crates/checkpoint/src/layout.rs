@@ -15,10 +15,11 @@ use crate::{CheckpointFormat, DType, Error, ModelConfig, QuantizeConfig, Result,
 /// What a checkpoint holds beside the four tensors of each linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// As the branches published in 2023: a zero fp16 bias for every linear, rotary inverse
-    /// frequencies for every block, and `{"format":"pt"}` as the only metadata.
+    /// As the branches published in 2023: an fp16 bias for every linear, of zeros where the model
+    /// has none, rotary inverse frequencies for every block, and `{"format":"pt"}` as the only
+    /// metadata.
     Card,
-    /// Neither biases nor frequencies; metadata says how the file was made.
+    /// No biases but the model's own and no frequencies; metadata says how the file was made.
     Modern,
 }
 
@@ -168,8 +169,8 @@ fn block_specs(
     specs: &mut Vec<TensorSpec>,
 ) {
     let prefix = ModelConfig::block_prefix(block);
-    for norm in ["input_layernorm", "post_attention_layernorm"] {
-        specs.push(f16(format!("{prefix}.{norm}.weight"), &[config.hidden_size]));
+    for (norm, size) in config.block_norms() {
+        specs.push(f16(format!("{prefix}.{norm}.weight"), &[size]));
     }
     if layout == Layout::Card {
         let name = format!("{prefix}.self_attn.rotary_emb.inv_freq");
@@ -183,7 +184,7 @@ fn block_specs(
         specs.push(i32(format!("{name}.qzeros"), &[groups, bits.words(cols)]));
         specs.push(f16(format!("{name}.scales"), &[groups, cols]));
         specs.push(i32(format!("{name}.g_idx"), &[rows]));
-        if layout == Layout::Card {
+        if linear.bias || layout == Layout::Card {
             specs.push(f16(format!("{name}.bias"), &[cols]));
         }
     }
@@ -378,6 +379,28 @@ mod tests {
         let tied = tensor_specs(&tied, &quantize, Layout::Modern);
         assert_eq!(modern.len() - tied.len(), 1);
         assert!(tied.iter().all(|t| t.name != "lm_head.weight"));
+    }
+
+    #[test]
+    fn biases_and_norms_of_heads_are_planned() {
+        let quantize = QuantizeConfig::new(Bits::Four, Some(128), 0.01, true);
+        let of = |family: &str, extra: &str, layout| {
+            let text = STABLE_BELUGA_2
+                .replace("\"llama\"", &format!("\"{family}\""))
+                .replace("\"vocab_size\"", &format!("{extra}\"vocab_size\""));
+            let config = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
+            let specs = tensor_specs(&config, &quantize, layout);
+            (specs.len(), specs.iter().map(TensorSpec::bytes).sum::<u64>())
+        };
+        let (tensors, bytes) = of("llama", "", Layout::Modern);
+        // 80 blocks: q of 8192 outputs, k and v of 1024, heads of 128, in fp16.
+        let biases = 80 * 2 * (8192 + 2 * 1024);
+        assert_eq!(of("qwen2", "", Layout::Modern), (tensors + 80 * 3, bytes + biases));
+        assert_eq!(of("qwen3", "", Layout::Modern), (tensors + 80 * 2, bytes + 80 * 2 * 256));
+        let all = of("llama", r#""attention_bias":true,"mlp_bias":true,"#, Layout::Modern);
+        assert_eq!(all, (tensors + 80 * 7, bytes + biases + 80 * 2 * (2 * 8192 + 2 * 28672)));
+        // The card layout has a place for every bias already.
+        assert_eq!(of("qwen2", "", Layout::Card), of("llama", "", Layout::Card));
     }
 
     #[test]

@@ -14,6 +14,8 @@ mod bits;
 mod config;
 mod dtype;
 mod error;
+mod family;
+mod fields;
 mod gptq;
 mod header;
 mod hub_cache;
@@ -22,6 +24,7 @@ mod layout;
 mod partial;
 mod quantize_config;
 mod reader;
+mod rope;
 mod side_files;
 mod tensor;
 mod writer;
@@ -36,6 +39,7 @@ pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_fil
 pub use partial::{Partial, free_space, settle};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
 pub use reader::Checkpoint;
+pub use rope::{Rope, RopeScaling};
 pub use tensor::TensorRef;
 pub use writer::{CheckpointWriter, Sealed, Written};
 

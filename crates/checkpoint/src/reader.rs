@@ -125,8 +125,8 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::NotQuantised`], missing tensors, types and shapes that do not follow from the
-    /// configuration, [`Error::GroupIndex`], scales that are not finite, and
-    /// [`Error::LinearBias`].
+    /// configuration, [`Error::GroupIndex`], scales that are not finite, and a bias as
+    /// [`Checkpoint::linear_bias`] refuses it.
     pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
         let Some(quantize) = &self.quantize else {
             return Err(Error::NotQuantised { dir: self.dir.clone() });
@@ -151,7 +151,7 @@ impl Checkpoint {
             g_idx: words("g_idx", &[in_features])?,
         };
         linear.check(prefix)?;
-        self.check_bias(&format!("{prefix}.bias"), out_features)?;
+        self.linear_bias(prefix, shape)?;
         if quantize.checkpoint_format == CheckpointFormat::GptqV2 {
             linear.shift_v2_zeros()?;
         }
@@ -165,6 +165,28 @@ impl Checkpoint {
     /// [`Error::Io`].
     pub fn side_files(&self) -> Result<Vec<PathBuf>> {
         side_files::names(&self.dir)
+    }
+
+    /// The bias of a linear, dense or quantised; `None` where the model has none. `prefix` is as for
+    /// [`Checkpoint::gptq_linear`].
+    ///
+    /// # Errors
+    /// A missing tensor, another shape, and [`Error::LinearBias`] for values where the model has no
+    /// bias: AutoGPTQ writes one of zeros for every linear, but any other would change the model.
+    pub fn linear_bias(&self, prefix: &str, shape: &LinearShape) -> Result<Option<TensorRef<'_>>> {
+        let name = format!("{prefix}.bias");
+        if !shape.bias && !self.contains(&name) {
+            return Ok(None);
+        }
+        let bias = self.tensor_shaped(&name, &[shape.out_features])?;
+        bias.check_finite()?;
+        if shape.bias {
+            return Ok(Some(bias));
+        }
+        if bias.to_f32().iter().any(|&v| v != 0.0) {
+            return Err(Error::LinearBias { tensor: name });
+        }
+        Ok(None)
     }
 
     /// Tells the system that a tensor's pages are not needed any more. Advice only: nothing
@@ -195,18 +217,6 @@ impl Checkpoint {
             return Err(wrong_type(&tensor, dtype.name()));
         }
         Ok(tensor)
-    }
-
-    /// AutoGPTQ writes a bias of zeros for every linear; any other value would change the model.
-    fn check_bias(&self, name: &str, out_features: usize) -> Result<()> {
-        if !self.contains(name) {
-            return Ok(());
-        }
-        let bias = self.tensor_shaped(name, &[out_features])?;
-        if bias.to_f32().iter().any(|&v| v != 0.0) {
-            return Err(Error::LinearBias { tensor: name.to_owned() });
-        }
-        Ok(())
     }
 }
 

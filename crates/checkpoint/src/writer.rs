@@ -13,9 +13,11 @@ use half::f16;
 use serde_json::{Map, Value, json};
 
 use crate::partial::{Partial, check_space};
+use crate::rope::plain_frequencies;
 use crate::{
-    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, ModelConfig, QuantizeConfig, Result,
-    TensorRef, TensorSpec, json as python_json, plan_files, quantize_config, side_files,
+    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig,
+    QuantizeConfig, Result, TensorRef, TensorSpec, json as python_json, plan_files,
+    quantize_config, side_files,
 };
 
 /// Values of a dense tensor converted at a time, so that an embedding never doubles in memory.
@@ -108,17 +110,22 @@ impl CheckpointWriter {
         &self.plan
     }
 
-    /// Names of the dense tensors (embedding, norms, head) that are still to be written, sorted.
+    /// Names of the dense tensors (embedding, norms, the model's own biases, head) that are still to
+    /// be written, sorted.
     #[must_use]
     pub fn missing(&self) -> Vec<String> {
-        let dense =
-            |name: &str| name.ends_with("norm.weight") || !name.starts_with("model.layers.");
+        let dense = |name: &str| {
+            !name.starts_with("model.layers.")
+                || name.ends_with("norm.weight")
+                || name.strip_suffix(".bias").is_some_and(|linear| self.has_bias(linear))
+        };
         let missing = self.slots.iter().filter(|(name, slot)| !slot.written && dense(name));
         missing.map(|(name, _)| name.clone()).collect()
     }
 
-    /// Writes the tensors of a quantised linear, and its zero bias in the `card` layout. `prefix`
-    /// is the full name, such as `model.layers.0.self_attn.q_proj`.
+    /// Writes the tensors of a quantised linear, and in the `card` layout a zero bias if the model
+    /// has none there; its own is a dense tensor. `prefix` is the full name, such as
+    /// `model.layers.0.self_attn.q_proj`.
     ///
     /// # Errors
     /// A linear that disagrees with itself or with the plan, [`Error::WrittenTwice`], and
@@ -134,7 +141,7 @@ impl CheckpointWriter {
             ("scales", DType::F16, vec![groups, linear.out_features], bytes(&linear.scales)),
             ("g_idx", DType::I32, vec![linear.in_features], bytes(&linear.g_idx)),
         ];
-        if self.layout == Layout::Card {
+        if self.layout == Layout::Card && !self.has_bias(prefix) {
             tensors.push(("bias", DType::F16, vec![linear.out_features], bytes(&bias)));
         }
         for (leaf, dtype, shape, _) in &tensors {
@@ -232,15 +239,16 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold.
+    /// Whether the linear of this full name has a bias in the model.
+    fn has_bias(&self, prefix: &str) -> bool {
+        let of = |linear: &LinearShape| linear.bias && prefix.ends_with(linear.name);
+        self.config.block_linears().iter().any(of)
+    }
+
+    /// The buffer that checkpoints of the `card` layout hold. Loaders of that time stretch the
+    /// positions, and later ones compute it: it is never stretched itself.
     fn write_frequencies(&mut self) -> Result<()> {
-        let (theta, dim) = (self.config.rope_theta, self.config.head_dim);
-        let frequency = |i: usize| {
-            // The exponent and the power are rounded to f32 as in the original computation.
-            let exponent = (2 * i) as f32 / dim as f32;
-            1.0 / theta.powf(f64::from(exponent)) as f32
-        };
-        let values: Vec<f32> = (0..dim / 2).map(frequency).collect();
+        let values = plain_frequencies(self.config.rope.theta, self.config.head_dim);
         let names: Vec<String> =
             self.slots.keys().filter(|name| name.ends_with(".inv_freq")).cloned().collect();
         for name in names {

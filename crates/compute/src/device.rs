@@ -182,9 +182,11 @@ impl Device {
         }
     }
 
-    /// x / rms(x) · gain, row by row: `gain` holds x.cols() values.
+    /// x / rms(x) · gain, row by row. A gain of fewer than x.cols() values norms every run of so
+    /// many by itself: the heads of queries and keys.
     pub fn rms_norm(&self, x: &Tensor, gain: &[f32], eps: f32) -> Result<Tensor> {
-        ensure_shape(x.cols() == gain.len(), "rms_norm", x.shape(), (1, gain.len()))?;
+        let fits = !gain.is_empty() && x.cols().is_multiple_of(gain.len());
+        ensure_shape(fits, "rms_norm", x.shape(), (1, gain.len()))?;
         match &x.0 {
             Storage::Cpu(a) => Ok(Tensor(Storage::Cpu(cpu::elementwise::rms_norm(a, gain, eps)))),
             Storage::Cuda(m) => {
@@ -224,6 +226,16 @@ impl Device {
             }
             _ => Err(Error::DeviceMismatch { op: "linear_add" }),
         }
+    }
+
+    /// Adds `bias`, one value a column, to every row in place.
+    pub fn add_bias(&self, x: &mut Tensor, bias: &[f32]) -> Result<()> {
+        ensure_shape(x.cols() == bias.len(), "add_bias", x.shape(), (1, bias.len()))?;
+        match &mut x.0 {
+            Storage::Cpu(a) => cpu::elementwise::add_bias(a, bias),
+            Storage::Cuda(m) => cuda::elementwise::add_bias(m, bias)?,
+        }
+        Ok(())
     }
 
     /// Rotates each head of `x` `[windows · seq_len, heads · head_dim]` by its position in place.

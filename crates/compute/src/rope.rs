@@ -13,16 +13,15 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Angles `position · theta^(−2i/head_dim)` for `positions` positions (RoFormer, arXiv
-    /// 2104.09864, in the half-rotation layout of Hugging Face checkpoints). Frequencies are
-    /// rounded to f32 before they are multiplied, as PyTorch loaders do.
-    pub fn new(theta: f64, head_dim: usize, positions: usize) -> Self {
-        let half = head_dim / 2;
-        let frequency: Vec<f32> = inverse_frequencies(theta, head_dim);
+    /// Angles `position · frequency` for `positions` positions and the `head_dim / 2` frequencies of
+    /// a head (RoFormer, arXiv 2104.09864, in the half-rotation layout of Hugging Face
+    /// checkpoints). The product is rounded to f32, as in PyTorch loaders.
+    pub fn new(frequencies: &[f32], positions: usize) -> Self {
+        let half = frequencies.len();
         let mut cos = Vec::with_capacity(positions * half);
         let mut sin = Vec::with_capacity(positions * half);
         for position in 0..positions {
-            for f in &frequency {
+            for f in frequencies {
                 let angle = f64::from(position as f32 * f);
                 cos.push(angle.cos() as f32);
                 sin.push(angle.sin() as f32);
@@ -35,9 +34,4 @@ impl RopeTable {
     pub fn positions(&self) -> usize {
         self.cos.len() / self.half
     }
-}
-
-/// `theta^(−2i/head_dim)` for i in 0..head_dim/2, as f32.
-fn inverse_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
-    (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32).collect()
 }

@@ -70,6 +70,10 @@ pub struct BlockParts {
     pub index: usize,
     /// The seven weights `[out_features, in_features]`, in the order of [`LinearId::ALL`].
     pub linears: Vec<Tensor>,
+    /// Their biases, of `out_features` values where there is one.
+    pub biases: [Option<Vec<f32>>; 7],
+    /// Gains of the norms of every query head and of every key head, where there are such norms.
+    pub head_norms: Option<[Vec<f32>; 2]>,
     /// Gain of the norm before attention.
     pub input_norm: Vec<f32>,
     /// Gain of the norm before the MLP.
@@ -109,6 +113,16 @@ impl Block {
         self.parts.linears[id as usize] = weight;
     }
 
+    /// Bias of a linear.
+    pub fn bias(&self, id: LinearId) -> Option<&[f32]> {
+        self.parts.biases[id as usize].as_deref()
+    }
+
+    /// Bias of a linear, for writing.
+    pub fn bias_mut(&mut self, id: LinearId) -> Option<&mut [f32]> {
+        self.parts.biases[id as usize].as_deref_mut()
+    }
+
     /// The block on `device`: as it is on the CPU, its weights rounded to fp16 on a GPU.
     ///
     /// # Errors
@@ -140,7 +154,32 @@ impl Block {
         Ok(device.rms_norm(hidden, &self.parts.input_norm, self.parts.norm_eps)?)
     }
 
-    /// Input of o from the inputs of q, k, v: projections, rotary embedding, causal attention.
+    /// Outputs of a linear with its bias.
+    fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
+        let mut output = device.linear(input, self.linear(id))?;
+        if let Some(bias) = self.bias(id) {
+            device.add_bias(&mut output, bias)?;
+        }
+        Ok(output)
+    }
+
+    /// Adds the outputs of a linear with its bias to the hidden states.
+    fn add(
+        &self,
+        device: &Device,
+        input: &Tensor,
+        id: LinearId,
+        hidden: &mut Tensor,
+    ) -> Result<()> {
+        device.linear_add(input, self.linear(id), hidden)?;
+        if let Some(bias) = self.bias(id) {
+            device.add_bias(hidden, bias)?;
+        }
+        Ok(())
+    }
+
+    /// Input of o from the inputs of q, k, v: projections, norms of heads, rotary embedding, causal
+    /// attention.
     pub fn attention_context(
         &self,
         device: &Device,
@@ -148,9 +187,13 @@ impl Block {
         rope: &RopeTable,
         seq_len: usize,
     ) -> Result<Tensor> {
-        let mut q = device.linear(input, self.linear(LinearId::Q))?;
-        let mut k = device.linear(input, self.linear(LinearId::K))?;
-        let v = device.linear(input, self.linear(LinearId::V))?;
+        let mut q = self.project(device, input, LinearId::Q)?;
+        let mut k = self.project(device, input, LinearId::K)?;
+        let v = self.project(device, input, LinearId::V)?;
+        if let Some([q_gain, k_gain]) = &self.parts.head_norms {
+            q = device.rms_norm(&q, q_gain, self.parts.norm_eps)?;
+            k = device.rms_norm(&k, k_gain, self.parts.norm_eps)?;
+        }
         device.rope(&mut q, rope, seq_len)?;
         device.rope(&mut k, rope, seq_len)?;
         let (heads, kv_heads, head_dim) =
@@ -166,7 +209,7 @@ impl Block {
         context: &Tensor,
         hidden: &mut Tensor,
     ) -> Result<()> {
-        Ok(device.linear_add(context, self.linear(LinearId::O), hidden)?)
+        self.add(device, context, LinearId::O, hidden)
     }
 
     /// Inputs of gate and up: the hidden states after attention, normed.
@@ -176,8 +219,8 @@ impl Block {
 
     /// Input of down: silu(gate(input)) · up(input), `[tokens, intermediate]`.
     pub fn mlp_activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
-        let gate = device.linear(input, self.linear(LinearId::Gate))?;
-        let up = device.linear(input, self.linear(LinearId::Up))?;
+        let gate = self.project(device, input, LinearId::Gate)?;
+        let up = self.project(device, input, LinearId::Up)?;
         Ok(device.silu_mul(gate, &up)?)
     }
 
@@ -188,7 +231,7 @@ impl Block {
         activation: &Tensor,
         hidden: &mut Tensor,
     ) -> Result<()> {
-        Ok(device.linear_add(activation, self.linear(LinearId::Down), hidden)?)
+        self.add(device, activation, LinearId::Down, hidden)
     }
 
     /// The whole block over whole windows of `seq_len` tokens, in place of `hidden`.

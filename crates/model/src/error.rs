@@ -22,6 +22,26 @@ pub enum Error {
         /// The model's limit.
         max: usize,
     },
+    /// Windows longer than attention reaches.
+    #[error(
+        "Windows of {seq_len} tokens exceed the sliding window of {window} (sliding_window), beyond which attention is not available here; use --seq-len {window} or less"
+    )]
+    SlidingWindow {
+        /// Tokens of a window.
+        seq_len: usize,
+        /// The model's sliding window.
+        window: usize,
+    },
+    /// A block holds a weight that the model's family does not have.
+    #[error(
+        "Tensor `{tensor}` is no part of a `{family}` block; the model has parts that are not supported"
+    )]
+    UnknownWeight {
+        /// The tensor's name.
+        tensor: String,
+        /// The model's family.
+        family: &'static str,
+    },
     /// A weight holds integers.
     #[error("Tensor `{tensor}` holds I32 values where a floating-point weight is needed")]
     IntegerWeight {

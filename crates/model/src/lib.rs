@@ -1,4 +1,4 @@
-//! The Llama forward pass on a compute device, block by block, in stages.
+//! The forward pass of Llama and its relatives on a compute device, block by block, in stages.
 //!
 //! A model is never in memory as a whole: [`Model`] knows the checkpoint and the tables that every
 //! block shares, [`Model::load_block`] brings one block's weights to the device, and [`Block`]

@@ -1,6 +1,6 @@
 //! A checkpoint as a model: embeddings, blocks one at a time, final norm and head.
 
-use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig};
+use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig, RopeScaling, TensorRef};
 use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, RopeTable, Tensor};
 use half::f16;
@@ -23,14 +23,17 @@ pub enum SourcePrecision {
     Half,
 }
 
-/// A Llama checkpoint, dense or GPTQ, and the device to run it on.
+/// A checkpoint, dense or GPTQ, and the device to run it on.
 #[derive(Debug)]
 pub struct Model<'a> {
     checkpoint: &'a Checkpoint,
     device: Device,
     precision: SourcePrecision,
     embedding: Values<'a>,
+    /// Angles for windows of the length prepared for.
     rope: RopeTable,
+    /// Angles for windows within the context, where longer ones have others.
+    within_context: Option<RopeTable>,
 }
 
 /// Final norm and language-model head on a device.
@@ -57,7 +60,8 @@ impl<'a> Model<'a> {
     /// Prepares to run windows of up to `seq_len` tokens.
     ///
     /// # Errors
-    /// [`Error::ContextExceeded`] when the windows are longer than the model was made for.
+    /// [`Error::ContextExceeded`] and [`Error::SlidingWindow`] when the windows are longer than the
+    /// model was made for, and [`Error::UnknownWeight`].
     pub fn new(
         checkpoint: &'a Checkpoint,
         device: Device,
@@ -65,16 +69,25 @@ impl<'a> Model<'a> {
         seq_len: usize,
     ) -> Result<Self> {
         let config = checkpoint.config();
-        let max = config.max_position_embeddings;
+        let max = config.positions();
         if seq_len > max {
             return Err(Error::ContextExceeded { seq_len, max });
         }
-        let rope = RopeTable::new(config.rope_theta, config.head_dim, seq_len);
+        if let Some(window) = config.sliding_window.filter(|&window| seq_len > window) {
+            return Err(Error::SlidingWindow { seq_len, window });
+        }
+        check_weights(checkpoint)?;
+        let table =
+            |seq_len| RopeTable::new(&config.rope.frequencies(config.head_dim, seq_len), seq_len);
+        let dynamic = matches!(config.rope.scaling, RopeScaling::Dynamic { .. });
+        let context = config.max_position_embeddings;
+        let within_context = (dynamic && seq_len > context).then(|| table(context));
+        let rope = table(seq_len);
         let table =
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
         table.check_finite()?;
         let embedding = Values::read(&table, precision)?;
-        Ok(Self { checkpoint, device, precision, embedding, rope })
+        Ok(Self { checkpoint, device, precision, embedding, rope, within_context })
     }
 
     /// Replaces the embedding, row-major `[vocab, hidden]`: the model's own, turned into other
@@ -105,9 +118,14 @@ impl<'a> Model<'a> {
         self.checkpoint
     }
 
-    /// Rotary angles up to the window length.
-    pub fn rope(&self) -> &RopeTable {
-        &self.rope
+    /// Rotary angles for windows of `seq_len` tokens. Of windows shorter than those prepared for,
+    /// only ones within the context differ, and only where the scaling is `dynamic`: what
+    /// transformers does after it has seen the longest.
+    pub fn rope(&self, seq_len: usize) -> &RopeTable {
+        match &self.within_context {
+            Some(table) if seq_len < self.config().max_position_embeddings => table,
+            _ => &self.rope,
+        }
     }
 
     /// Embeddings of `ids`, `[ids.len(), hidden]`.
@@ -131,15 +149,25 @@ impl<'a> Model<'a> {
         let prefix = ModelConfig::block_prefix(index);
         let shapes = config.block_linears();
         let mut linears = Vec::with_capacity(shapes.len());
-        for shape in &shapes {
-            linears.push(self.load_linear(device, &format!("{prefix}.{}", shape.name), shape)?);
+        let mut biases = [const { None }; 7];
+        for (shape, bias) in shapes.iter().zip(&mut biases) {
+            let name = format!("{prefix}.{}", shape.name);
+            linears.push(self.load_linear(device, &name, shape)?);
+            *bias = self.load_bias(&name, shape)?;
         }
-        let norm = |name: &str| self.vector(&format!("{prefix}.{name}.weight"));
+        let norm = |name: &str, size| self.vector(&format!("{prefix}.{name}.weight"), size);
+        let head_norm = |name| norm(name, config.head_dim);
+        let head_norms = match config.qk_norm {
+            true => Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
+            false => None,
+        };
         Ok(Block::new(BlockParts {
             index,
             linears,
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
+            biases,
+            head_norms,
+            input_norm: norm("input_layernorm", config.hidden_size)?,
+            post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
             norm_eps: config.rms_norm_eps,
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
@@ -153,7 +181,7 @@ impl<'a> Model<'a> {
         let tied = config.tie_word_embeddings && !self.checkpoint.contains(HEAD);
         let name = if tied { EMBEDDING } else { HEAD };
         Ok(Head {
-            norm: self.vector(FINAL_NORM)?,
+            norm: self.vector(FINAL_NORM, config.hidden_size)?,
             eps: config.rms_norm_eps,
             weight: self.matrix(&self.device, name, config.vocab_size, config.hidden_size)?,
         })
@@ -196,14 +224,43 @@ impl<'a> Model<'a> {
         Ok(matrix)
     }
 
-    fn vector(&self, name: &str) -> Result<Vec<f32>> {
-        let tensor = self.checkpoint.tensor_shaped(name, &[self.config().hidden_size])?;
+    /// Bias of a linear; `None` also for one of zeros, which adds nothing.
+    fn load_bias(&self, name: &str, shape: &LinearShape) -> Result<Option<Vec<f32>>> {
+        let Some(tensor) = self.checkpoint.linear_bias(name, shape)? else { return Ok(None) };
+        let bias = self.values(&tensor)?;
+        Ok(Some(bias).filter(|bias| bias.iter().any(|&v| v != 0.0)))
+    }
+
+    fn vector(&self, name: &str, size: usize) -> Result<Vec<f32>> {
+        let tensor = self.checkpoint.tensor_shaped(name, &[size])?;
         tensor.check_finite()?;
+        self.values(&tensor)
+    }
+
+    fn values(&self, tensor: &TensorRef<'_>) -> Result<Vec<f32>> {
         Ok(match self.precision {
             SourcePrecision::Stored => tensor.to_f32(),
             SourcePrecision::Half => tensor.to_f16()?.iter().map(|v| v.to_f32()).collect(),
         })
     }
+}
+
+/// Looks for weights of blocks that no linear or norm of the family uses: the model would compute
+/// with them. Leftovers of other kinds, such as rotary frequencies, are common and mean nothing.
+fn check_weights(checkpoint: &Checkpoint) -> Result<()> {
+    let config = checkpoint.config();
+    let (linears, norms) = (config.block_linears(), config.block_norms());
+    for name in checkpoint.names() {
+        let Some(rest) = name.strip_prefix("model.layers.") else { continue };
+        let Some(weight) = rest.strip_suffix(".weight") else { continue };
+        let Some((_, part)) = weight.split_once('.') else { continue };
+        let known = linears.iter().any(|l| l.name == part) || norms.iter().any(|n| n.0 == part);
+        if !known {
+            let (tensor, family) = (name.to_owned(), config.family);
+            return Err(Error::UnknownWeight { tensor, family });
+        }
+    }
+    Ok(())
 }
 
 /// What a quantised linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.

@@ -6,6 +6,7 @@
 
 use std::time::Instant;
 
+use gptq_checkpoint::{Rope, RopeScaling};
 use gptq_compute::{Device, FloatType, HostMatrix, RopeTable};
 use gptq_model::{Block, BlockParts, LinearId};
 use gptq_quant::QuantSpec;
@@ -162,7 +163,8 @@ pub fn bench_block(
     let linears = LinearId::ALL.map(|id| width.linear(id));
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
     let parking = parking(device, sizes, Workload { tokens: windows * seq_len, reference })?;
-    let rope = RopeTable::new(10_000.0, width.head_dim(), seq_len);
+    let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
+    let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
     let calibrator = Calibrator {
         device,
         rope: &rope,
@@ -262,6 +264,8 @@ fn synthetic_block(device: &Device, width: Width) -> Result<Block> {
     Ok(Block::new(BlockParts {
         index: 0,
         linears,
+        biases: [const { None }; 7],
+        head_norms: None,
         input_norm: vec![1.0; width.hidden],
         post_attention_norm: vec![1.0; width.hidden],
         norm_eps: 1e-5,

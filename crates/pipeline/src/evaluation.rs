@@ -40,7 +40,7 @@ pub fn evaluation_text(
     let tokenizer = TextTokenizer::open(checkpoint.dir(), config.vocab_size)?;
     let dataset = spec.dataset.load()?;
     let ids = tokenizer.encode(&spec.protocol.join().text(&dataset.rows))?;
-    let context = config.max_position_embeddings;
+    let context = config.context();
     let seq_len = spec.seq_len.unwrap_or_else(|| spec.protocol.default_seq_len(context));
     let windows = spec.protocol.windows(&ids, seq_len, tokenizer.bos(), spec.max_windows)?;
     Ok(EvalText {

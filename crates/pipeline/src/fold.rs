@@ -4,7 +4,8 @@
 //! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
 //! gains move into the linears that follow; the final norm's moves into the head, which therefore
 //! needs a tensor of its own. A second rotation turns the outputs of every head's v and the inputs
-//! of o. Large features are spread over all others, and every linear becomes easier to quantise
+//! of o. Biases turn with the outputs that they are added to; norms of query and key heads stay, as
+//! nothing before or after them is turned. Large features are spread over all others, and every linear becomes easier to quantise
 //! (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
 use gptq_checkpoint::{Checkpoint, ModelConfig, TensorRef};
@@ -76,6 +77,9 @@ impl Folding {
     pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
         let gains = self.stream.is_some().then(|| block.take_gains());
         for id in LinearId::ALL {
+            if let (Some(rotation), Some(bias)) = (self.of_outputs(id), block.bias_mut(id)) {
+                turn_bias(rotation, bias);
+            }
             let reads = match id {
                 LinearId::Q | LinearId::K | LinearId::V => Some(0),
                 LinearId::Gate | LinearId::Up => Some(1),
@@ -102,10 +106,23 @@ impl Folding {
         Ok(())
     }
 
-    /// A tensor outside of the blocks, or a block's norm, as the file holds it; `None` when it is
-    /// the source's own. The head of a tied source is made from its embedding.
+    /// What the outputs of a linear are turned by.
+    fn of_outputs(&self, id: LinearId) -> Option<&Rotation> {
+        match id {
+            LinearId::V => Some(&self.head),
+            LinearId::O | LinearId::Down => self.stream.as_ref(),
+            LinearId::Q | LinearId::K | LinearId::Gate | LinearId::Up => None,
+        }
+    }
+
+    /// A tensor outside of the blocks, or a block's norm or bias, as the file holds it; `None` when
+    /// it is the source's own. The head of a tied source is made from its embedding.
     pub(crate) fn tensor(&self, source: &Checkpoint, name: &str) -> Result<Option<Vec<f16>>> {
-        if self.stream.is_none() {
+        if let Some(linear) = name.strip_suffix(".bias") {
+            return self.bias(source, name, linear);
+        }
+        let of_heads = name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight");
+        if self.stream.is_none() || of_heads {
             return Ok(None);
         }
         if name == EMBEDDING {
@@ -116,6 +133,21 @@ impl Folding {
         }
         let ones = source.tensor(name)?.shape.iter().product();
         Ok(Some(vec![f16::ONE; ones]))
+    }
+
+    /// The bias `name` of a linear.
+    fn bias(&self, source: &Checkpoint, name: &str, linear: &str) -> Result<Option<Vec<f16>>> {
+        let shapes = source.config().block_linears();
+        let shape = shapes.iter().zip(LinearId::ALL).find(|(s, _)| linear.ends_with(s.name));
+        let Some(rotation) = shape.and_then(|(_, id)| self.of_outputs(id)) else { return Ok(None) };
+        let values = source.tensor(name)?.to_f16()?;
+        let mut bias: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
+        turn_bias(rotation, &mut bias);
+        let turned: Vec<f16> = bias.into_iter().map(f16::from_f32).collect();
+        if turned.iter().any(|v| !v.is_finite()) {
+            return Err(Error::Rotated { tensor: name.to_owned() });
+        }
+        Ok(Some(turned))
     }
 
     /// The embedding; `None` when it is the source's own.
@@ -143,6 +175,12 @@ fn turn_inputs(rotation: &Rotation, weight: &mut Array2<f32>, gain: Option<&[f32
         scale_rows(values, gain);
     }
     rotation.apply_rows(values);
+}
+
+/// b ← b · R, rounded to fp16 as the file holds it: what is calibrated is what will run.
+fn turn_bias(rotation: &Rotation, bias: &mut [f32]) {
+    rotation.apply_rows(bias);
+    bias.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32());
 }
 
 fn scale_rows(values: &mut [f32], gain: &[f32]) {
@@ -175,4 +213,70 @@ fn turned_table(
         return Err(Error::Rotated { tensor: table.name.to_owned() });
     }
     Ok(turned)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use gptq_compute::{FloatType, HostMatrix};
+    use gptq_model::{Model, SourcePrecision};
+
+    use super::*;
+
+    /// A family of tests/fixtures/families as a folder.
+    fn assemble(dir: &Path, name: &str, weights: &str) -> Checkpoint {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/families");
+        let config = fixtures.join(format!("{name}.json"));
+        std::fs::copy(config, dir.join("config.json")).unwrap();
+        let weights = fixtures.join(format!("{weights}.safetensors"));
+        std::fs::copy(weights, dir.join("model.safetensors")).unwrap();
+        Checkpoint::open(dir).unwrap()
+    }
+
+    fn logits(source: &Checkpoint, folding: Option<&Folding>) -> Array2<f32> {
+        let (device, ids) = (Device::Cpu, (0..48).map(|i| i * 7 % 64).collect::<Vec<u32>>());
+        let mut model =
+            Model::new(source, device.clone(), SourcePrecision::Half, ids.len()).unwrap();
+        if let Some(values) = folding.and_then(|f| f.embedding(source).unwrap()) {
+            model = model.with_embedding(values);
+        }
+        let mut hidden = model.embed(&ids).unwrap();
+        for index in 0..model.config().num_hidden_layers {
+            let mut block = model.load_block(index).unwrap();
+            if let Some(folding) = folding {
+                folding.block(&mut block).unwrap();
+            }
+            block.forward(&device, &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
+        }
+        let gain = final_gain(source, folding).unwrap();
+        let normed = device.rms_norm(&hidden, &gain, model.config().rms_norm_eps).unwrap();
+        let head = dense_head(source, folding).unwrap();
+        let (rows, cols) = (model.config().vocab_size, model.config().hidden_size);
+        let head = HostMatrix::new(bytemuck::cast_slice(&head), FloatType::F16, rows, cols);
+        device.linear(&normed, &device.upload(head).unwrap()).unwrap().to_host().unwrap()
+    }
+
+    /// Only tables and biases are rounded to fp16, once: that is what may differ.
+    #[test]
+    fn rotated_models_of_every_family_are_the_same_function() {
+        const ROUNDINGS: f32 = 0.02;
+        for (name, weights) in [
+            ("llama3", "plain"),
+            ("smollm", "tied"),
+            ("llama-biases", "biases"),
+            ("qwen2", "qwen2"),
+            ("qwen3", "qwen3"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let source = assemble(dir.path(), name, weights);
+            let want = logits(&source, None);
+            for rotate in [Rotate::Heads, Rotate::Full] {
+                let folding = Folding::new(source.config(), rotate);
+                let got = logits(&source, folding.as_ref());
+                let worst = (&got - &want).iter().fold(0.0_f32, |a, e| a.max(e.abs()));
+                assert!(worst < ROUNDINGS, "{name}, {rotate:?}: {worst}");
+            }
+        }
+    }
 }

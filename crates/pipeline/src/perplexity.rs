@@ -115,10 +115,20 @@ impl Scored {
     /// Perplexity of the scored tokens: exp of the mean over all of them. Under `paper` all windows
     /// score equally many tokens, so this is the mean over windows too.
     pub fn perplexity(&self, model: &Model<'_>) -> Result<Perplexity> {
+        self.mean(&self.losses(model)?)
+    }
+
+    /// Negative log likelihoods of the scored tokens in nats, in the order of the text.
+    pub fn losses(&self, model: &Model<'_>) -> Result<Vec<f32>> {
         let mut losses = Vec::new();
         for (hidden, targets) in &self.chunks {
             losses.extend(model.device().token_nll(hidden, self.head.weight(), targets)?);
         }
+        Ok(losses)
+    }
+
+    /// Perplexity from [`Self::losses`].
+    pub fn mean(&self, losses: &[f32]) -> Result<Perplexity> {
         let tokens = losses.len();
         let mean = losses.iter().map(|&l| f64::from(l)).sum::<f64>() / tokens as f64;
         if !mean.is_finite() {

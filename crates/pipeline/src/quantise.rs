@@ -155,6 +155,8 @@ fn walk(
     progress.begin("quantise", blocks);
     let mut streams = None;
     let mut parked = Parking::default();
+    // Calibration windows are of one length.
+    let seq_len = windows.first().map_or(1, Vec::len);
     if job.spec.recipe.calibrates() {
         let tokens = windows.iter().map(Vec::len).sum();
         let reference = job.spec.choices.needs_reference();
@@ -171,7 +173,7 @@ fn walk(
         let mut block = next_block(ahead)?;
         let done = match &mut streams {
             Some(streams) => {
-                let run = CalibratedRun { model, job, windows: windows.len(), parked };
+                let run = CalibratedRun { model, job, windows: windows.len(), seq_len, parked };
                 run.block(&mut block, streams, writer, progress)?
             }
             None => rounded(model, &block, job, writer)?,
@@ -194,6 +196,7 @@ struct CalibratedRun<'a> {
     model: &'a Model<'a>,
     job: &'a QuantiseJob<'a>,
     windows: usize,
+    seq_len: usize,
     parked: Parking,
 }
 
@@ -207,7 +210,7 @@ impl CalibratedRun<'_> {
     ) -> Result<Calibrated> {
         let calibrator = Calibrator {
             device: self.model.device(),
-            rope: self.model.rope(),
+            rope: self.model.rope(self.seq_len),
             spec: &self.job.spec,
             windows: self.windows,
             parking: self.parked,

@@ -132,7 +132,8 @@ impl CalibrationArgs {
 #[command(after_help = "Examples:
   gptq ppl ./SmolLM2-135M-4bit-128g
   gptq ppl ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --max-windows 8 --json
-  gptq ppl ./model --protocol llama-cpp --dataset ./book.txt")]
+  gptq ppl ./model --protocol llama-cpp --dataset ./book.txt
+  gptq ppl ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --per-token losses.csv")]
 pub(crate) struct PplArgs {
     /// Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
     pub(crate) model: String,
@@ -151,6 +152,9 @@ pub(crate) struct PplArgs {
     /// Dense model to compare with: adds its perplexity and the KL divergence from it
     #[arg(long, value_name = "MODEL")]
     pub(crate) base: Option<String>,
+    /// Also write the loss of every scored token, in nats, to this CSV file (with --base: of both)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) per_token: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
     /// Print the result as JSON

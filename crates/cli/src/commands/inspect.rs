@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use gptq_checkpoint::{Checkpoint, ModelConfig};
+use gptq_checkpoint::{Checkpoint, ModelConfig, RopeScaling};
 use serde::Serialize;
 
 use super::table::{gigabytes, size, table};
@@ -14,6 +14,8 @@ use crate::args::InspectArgs;
 #[derive(Serialize)]
 struct Output {
     dir: String,
+    model_type: &'static str,
+    rope: &'static str,
     blocks: usize,
     hidden_size: usize,
     intermediate_size: usize,
@@ -53,6 +55,13 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     }
     Ok(Output {
         dir: checkpoint.dir().display().to_string(),
+        model_type: config.family,
+        rope: match config.rope.scaling {
+            RopeScaling::None => "default",
+            RopeScaling::Linear { .. } => "linear",
+            RopeScaling::Dynamic { .. } => "dynamic",
+            RopeScaling::Llama3 { .. } => "llama3",
+        },
         blocks: config.num_hidden_layers,
         hidden_size: config.hidden_size,
         intermediate_size: config.intermediate_size,
@@ -98,6 +107,7 @@ fn text(output: &Output) -> String {
     let dtypes: Vec<String> = output.dtypes.iter().map(|(name, n)| format!("{n} {name}")).collect();
     let mut rows = vec![
         line("folder", output.dir.clone()),
+        line("model", format!("{}, rotary scaling {}", output.model_type, output.rope)),
         line("blocks", output.blocks.to_string()),
         line("width", format!("{} hidden, {} MLP", output.hidden_size, output.intermediate_size)),
         line("heads", format!("{} query, {} key/value", output.heads, output.kv_heads)),

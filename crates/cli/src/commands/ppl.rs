@@ -1,8 +1,10 @@
 //! `gptq ppl`: perplexity of a model, and its distance from another.
 
+use std::fmt::Write as _;
+use std::path::Path;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
@@ -40,6 +42,11 @@ struct Comparison<'a> {
 
 pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     let start = Instant::now();
+    if let Some(file) = &args.per_token {
+        let folder = file.parent().filter(|p| !p.as_os_str().is_empty());
+        let writable = folder.is_none_or(Path::is_dir) && !file.is_dir();
+        ensure!(writable, "Cannot write `{}`: no such folder, or a folder itself", file.display());
+    }
     let device = args.device.open(printer)?;
     let checkpoint = open_checkpoint(&args.model)?;
     let spec = EvaluationSpec {
@@ -56,11 +63,18 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         text.dataset,
         text.protocol
     ));
-    let (scored, result) = evaluate(&checkpoint, &device, &text, printer)?;
-    let base = match &args.base {
-        Some(name) => Some(compare(name, (&checkpoint, &device), &text, &scored, printer)?),
-        None => None,
+    let (scored, losses, result) = evaluate(&checkpoint, &device, &text, printer)?;
+    let (base, base_losses) = match &args.base {
+        Some(name) => {
+            let (base, losses) = compare(name, (&checkpoint, &device), &text, &scored, printer)?;
+            (Some(base), Some(losses))
+        }
+        None => (None, None),
     };
+    if let Some(file) = &args.per_token {
+        std::fs::write(file, per_token(&text, &losses, base_losses.as_deref()))
+            .with_context(|| format!("Cannot write `{}`", file.display()))?;
+    }
     let output = Output {
         model: &args.model,
         text: &text,
@@ -79,11 +93,31 @@ fn evaluate(
     device: &Device,
     text: &EvalText,
     printer: &Printer,
-) -> Result<(Scored, Perplexity)> {
+) -> Result<(Scored, Vec<f32>, Perplexity)> {
     let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
     let scored = score(&model, &text.windows, printer)?;
-    let result = scored.perplexity(&model)?;
-    Ok((scored, result))
+    let losses = scored.losses(&model)?;
+    let result = scored.mean(&losses)?;
+    Ok((scored, losses, result))
+}
+
+/// A row a scored token: its window, its place there from 0, its id, and its loss.
+fn per_token(text: &EvalText, losses: &[f32], base: Option<&[f32]>) -> String {
+    let mut rows = "window,position,token,nll".to_owned();
+    rows.push_str(if base.is_some() { ",base_nll\n" } else { "\n" });
+    let scored = text.windows.iter().enumerate().flat_map(|(index, window)| {
+        let targets = window.tokens.iter().enumerate().skip(window.score_from);
+        targets.map(move |(position, token)| (index, position, token))
+    });
+    for (i, ((window, position, token), loss)) in scored.zip(losses).enumerate() {
+        // Writing to a string cannot fail.
+        let _ = write!(rows, "{window},{position},{token},{loss}");
+        if let Some(base) = base {
+            let _ = write!(rows, ",{}", base[i]);
+        }
+        rows.push('\n');
+    }
+    rows
 }
 
 /// Measures the base model on the same windows.
@@ -93,12 +127,12 @@ fn compare<'a>(
     text: &EvalText,
     scored: &Scored,
     printer: &Printer,
-) -> Result<Comparison<'a>> {
+) -> Result<(Comparison<'a>, Vec<f32>)> {
     let base = open_checkpoint(name)?;
-    let (base_scored, result) = evaluate(&base, device, text, printer)?;
+    let (base_scored, losses, result) = evaluate(&base, device, text, printer)?;
     let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
     let kl = scored.kl_from(&base_scored, &model)?;
-    Ok(Comparison { model: name, perplexity: result.perplexity, kl })
+    Ok((Comparison { model: name, perplexity: result.perplexity, kl }, losses))
 }
 
 fn summary(output: &Output<'_>) -> String {

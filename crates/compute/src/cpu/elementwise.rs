@@ -10,21 +10,34 @@ use crate::rope::RopeTable;
 /// Rows handed to one task: enough work to pay for scheduling, small enough to balance.
 const ROWS_PER_TASK: usize = 64;
 
-/// x / sqrt(mean(x²) + eps) · gain, with the mean in f32 as PyTorch loaders compute it.
+/// x / sqrt(mean(x²) + eps) · gain over every run of gain.len() values of a row, with the mean in f32
+/// as PyTorch loaders compute it.
 pub(crate) fn rms_norm(x: &Array2<f32>, gain: &[f32], eps: f32) -> Array2<f32> {
     let (rows, cols) = x.dim();
     let mut out = vec![0.0_f32; rows * cols];
     out.par_chunks_mut(cols * ROWS_PER_TASK).enumerate().for_each(|(task, band)| {
         for (i, out) in band.chunks_mut(cols).enumerate() {
             let row = x.row(task * ROWS_PER_TASK + i);
-            let mean = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / cols as f64;
-            let inverse = 1.0 / (mean as f32 + eps).sqrt();
-            for ((o, &v), g) in out.iter_mut().zip(row).zip(gain) {
-                *o = v * inverse * g;
+            let Some(row) = row.as_slice() else { return };
+            for (out, run) in out.chunks_mut(gain.len()).zip(row.chunks(gain.len())) {
+                let square = run.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+                let mean = square / gain.len() as f64;
+                let inverse = 1.0 / (mean as f32 + eps).sqrt();
+                for ((o, &v), g) in out.iter_mut().zip(run).zip(gain) {
+                    *o = v * inverse * g;
+                }
             }
         }
     });
     into_matrix(out, rows, cols)
+}
+
+/// Adds a bias to every row.
+pub(crate) fn add_bias(x: &mut Array2<f32>, bias: &[f32]) {
+    let mut rows: Vec<_> = x.axis_iter_mut(Axis(0)).collect();
+    rows.par_iter_mut().with_min_len(ROWS_PER_TASK).for_each(|row| {
+        row.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
+    });
 }
 
 /// Rotates (x_i, x_{i+half}) of every head by the angle of the row's position in its window.

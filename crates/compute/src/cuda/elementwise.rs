@@ -17,7 +17,8 @@ pub(super) fn block_per_row(rows: usize) -> LaunchConfig {
     LaunchConfig { grid_dim: (rows as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 }
 }
 
-/// x / rms(x) · gain as fp16, from hidden states in f32 or from fp16.
+/// x / rms(x) · gain as fp16 over every run of gain.len() values of a row, from hidden states in f32
+/// or from fp16.
 pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
     const OP: &str = "rms_norm";
     let cuda = x.cuda();
@@ -25,8 +26,14 @@ pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
     if x.rows() == 0 {
         return Ok(out);
     }
+    // To the kernel a run is a row; one as short as a head leaves most of 256 threads idle.
+    let runs = x.rows() * (x.cols() / gain.len());
+    let mut config = block_per_row(runs);
+    if gain.len() < x.cols() {
+        config.block_dim.0 = gain.len().div_ceil(8).next_multiple_of(32).min(256) as u32;
+    }
+    let cols = gain.len() as i32;
     let gain = cuda.copied(OP, gain)?;
-    let cols = x.cols() as i32;
     let name = match x.values() {
         Values::F32(_) => "rms_norm_f32",
         Values::F16(_) => "rms_norm_f16",
@@ -38,9 +45,33 @@ pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
         Values::F16(values) => launch.arg(values.slice()),
     };
     launch.arg(gain.slice()).arg(out.f16_mut(OP)?).arg(&cols).arg(&eps);
-    // SAFETY: the arguments are the kernel's; x and out hold rows × cols values, gain cols.
-    unsafe { launch.launch(block_per_row(x.rows())) }.stage(OP)?;
+    // SAFETY: the arguments are the kernel's; x and out hold runs × cols values, gain cols.
+    unsafe { launch.launch(config) }.stage(OP)?;
     Ok(out)
+}
+
+/// Adds a bias to every row of x, fp16 or f32, in place.
+pub(crate) fn add_bias(x: &mut Matrix, bias: &[f32]) -> Result<()> {
+    const OP: &str = "add_bias";
+    let cuda = Arc::clone(x.cuda());
+    if x.rows() == 0 {
+        return Ok(());
+    }
+    let (cols, config) = (x.cols() as i32, block_per_row(x.rows()));
+    let bias = cuda.copied(OP, bias)?;
+    let half = matches!(x.values(), Values::F16(_));
+    let name = if half { "add_bias_f16" } else { "add_bias_f32" };
+    let function = cuda.kernel("add_bias.cu", name)?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    match half {
+        true => launch.arg(x.f16_mut(OP)?),
+        false => launch.arg(x.f32_mut(OP)?),
+    };
+    launch.arg(bias.slice()).arg(&cols);
+    // SAFETY: the arguments are the kernel's for the type of x, which holds rows × cols values; bias
+    // holds cols.
+    unsafe { launch.launch(config) }.stage(OP)?;
+    Ok(())
 }
 
 /// Cosines and sines on the card that used the table first.

@@ -25,6 +25,7 @@ macro_rules! embedded {
 
 /// One operation per file.
 const SOURCES: &[(&str, &str)] = embedded![
+    "add_bias.cu",
     "attention.cu",
     "combine.cu",
     "convert.cu",

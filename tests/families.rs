@@ -1,0 +1,281 @@
+//! Every supported family against transformers, on small random models.
+//!
+//! The logits in tests/fixtures/families are those of transformers 5.24 in f32, made by
+//! `tests/interop/families.py fixtures`; norm gains and biases are random too, so that none can be
+//! left out unnoticed. Families of the same weights differ by their config.json alone.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+mod util;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use gptq_checkpoint::{Checkpoint, DType};
+use gptq_compute::Device;
+use gptq_model::{Model, SourcePrecision};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use util::{TinyLlama, Workdir, repository, words};
+
+/// Name of the config, and of the weights.
+const FAMILIES: [(&str, &str); 11] = [
+    ("llama2", "plain"),
+    ("llama3", "plain"),
+    ("llama3-new", "plain"),
+    ("linear", "plain"),
+    ("dynamic", "plain"),
+    ("mistral", "plain"),
+    ("tinyllama", "plain"),
+    ("smollm", "tied"),
+    ("llama-biases", "biases"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+];
+/// Tokens of the windows that transformers ran.
+const SEQ_LEN: usize = 48;
+const TOLERANCE: f32 = 1e-3;
+
+fn fixture(name: &str) -> PathBuf {
+    repository().join("tests/fixtures/families").join(name)
+}
+
+/// Puts a family's folder together, with a tokeniser.
+fn assemble(dir: &Workdir, (name, weights): (&str, &str)) -> PathBuf {
+    let folder = dir.path(name);
+    fs::create_dir_all(&folder).unwrap();
+    fs::copy(fixture(&format!("{name}.json")), folder.join("config.json")).unwrap();
+    let weights = fixture(&format!("{weights}.safetensors"));
+    fs::copy(weights, folder.join("model.safetensors")).unwrap();
+    fs::write(folder.join("tokenizer.json"), util::tokenizer().to_string()).unwrap();
+    folder
+}
+
+/// What transformers computed for windows of `seq_len` tokens: ids, and logits row by row.
+fn expected(name: &str, seq_len: usize) -> Option<(Vec<u32>, Vec<f32>)> {
+    let bytes = fs::read(fixture(&format!("{name}.expected.safetensors"))).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let words = |tensor: &str| -> Option<Vec<u32>> {
+        let bytes = file.tensor(&format!("{tensor}.{seq_len}")).ok()?.data().to_vec();
+        Some(bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect())
+    };
+    Some((words("ids")?, words("logits")?.into_iter().map(f32::from_bits).collect()))
+}
+
+/// Logits of a window by this engine, row by row; the model is prepared for windows of `longest`.
+fn logits(device: &Device, folder: &Path, ids: &[u32], longest: usize) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let model = Model::new(&checkpoint, device.clone(), SourcePrecision::Stored, longest).unwrap();
+    let mut hidden = model.embed(ids).unwrap();
+    for index in 0..model.config().num_hidden_layers {
+        let block = model.load_block(index).unwrap();
+        block.forward(device, &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
+    }
+    let head = model.load_head().unwrap();
+    let normed = head.norm(device, &hidden).unwrap();
+    let logits = device.linear(&normed, head.weight()).unwrap().to_host().unwrap();
+    logits.into_iter().collect()
+}
+
+/// The largest difference of any logit from transformers', for every family and window.
+fn differences(device: &Device) -> Vec<(&'static str, f32)> {
+    let dir = Workdir::new();
+    let mut all = Vec::new();
+    for family in FAMILIES {
+        let folder = assemble(&dir, family);
+        // Windows of 24 lie within the context of `dynamic`, longer ones beyond it.
+        for seq_len in [24, SEQ_LEN] {
+            let Some((ids, there)) = expected(family.0, seq_len) else { continue };
+            for longest in [seq_len, SEQ_LEN] {
+                let error = worst(&logits(device, &folder, &ids, longest), &there);
+                println!("{:>14}, {seq_len} tokens: largest difference {error:.1e}", family.0);
+                all.push((family.0, error));
+            }
+        }
+    }
+    all
+}
+
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    for (family, error) in differences(&Device::Cpu) {
+        assert!(error < TOLERANCE, "{family}: {error}");
+    }
+}
+
+/// In fp16, so less close, but closer than any two of the rotary settings are to each other.
+#[test]
+fn logits_on_a_gpu_are_those_of_transformers() {
+    let device = Device::best().unwrap();
+    if matches!(device, Device::Cpu) {
+        println!("skipped: no GPU of compute capability 8.0 or newer was found");
+        return;
+    }
+    for (family, error) in differences(&device) {
+        assert!(error < 30.0 * TOLERANCE, "{family}: {error}");
+    }
+}
+
+/// Otherwise agreement would say nothing of them.
+#[test]
+fn rotary_settings_change_the_logits() {
+    let plain: Vec<&str> = FAMILIES.iter().filter(|f| f.1 == "plain").map(|f| f.0).collect();
+    for (i, a) in plain.iter().enumerate() {
+        for b in &plain[..i] {
+            let of = |name| expected(name, SEQ_LEN).unwrap().1;
+            let difference = worst(&of(a), &of(b));
+            let same = a.starts_with("llama3") && b.starts_with("llama3");
+            assert_eq!(difference > 100.0 * TOLERANCE, !same, "{a} and {b}: {difference}");
+        }
+    }
+}
+
+/// Perplexity, and KL from the dense model.
+fn measured(dir: &Workdir, model: &str, base: &str) -> (f64, f64) {
+    let fixed = ["--device=cpu", "--dataset", "held.txt", "--seq-len=48", "--json"];
+    let report = dir.gptq(&[&["ppl", model, "--base", base], &fixed[..]].concat()).json();
+    (report["perplexity"].as_f64().unwrap(), report["base"]["kl"].as_f64().unwrap())
+}
+
+/// Quantised by the command to 8 bits, read back, and as near the dense model as only a right forward
+/// is; what is not quantised is carried.
+#[test]
+fn quantised_families_stay_near_the_dense_model() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(1700));
+    dir.write("held.txt", &words(2200).split_inclusive(' ').skip(1700).collect::<String>());
+    for family in FAMILIES {
+        let source = assemble(&dir, family);
+        for (recipe, layout) in [("autogptq", "card"), ("best", "modern"), ("best", "card")] {
+            let out = format!("{}-{recipe}-{layout}", family.0);
+            let fixed = "--device=cpu --calib-dataset text.txt --windows=32 --seq-len=48 --seed 0";
+            let ours = format!("quantize {} --out {out} --bits 8 --group-size 32 --json", family.0);
+            let choices = format!("--recipe {recipe} --layout {layout}");
+            let args = format!("{ours} {choices} {fixed}");
+            dir.gptq(&args.split(' ').collect::<Vec<_>>()).ok();
+            let (perplexity, kl) = measured(&dir, &out, family.0);
+            println!("{out:>28}: perplexity {perplexity:.3}, KL {kl:.4}");
+            assert!(perplexity.is_finite() && kl < 1e-3, "{out}: {perplexity}, KL {kl}");
+            carried(&source, &dir.path(&out), recipe == "best", layout == "card");
+        }
+    }
+}
+
+/// Biases and norms of heads lie in a made folder as they are in the source, but for biases that a
+/// rotation turns; where the model has no bias, the card layout holds zeros and the other nothing.
+fn carried(source: &Path, made: &Path, rotated: bool, card: bool) {
+    let (source, made) = (Checkpoint::open(source).unwrap(), Checkpoint::open(made).unwrap());
+    let config = source.config();
+    let values = |checkpoint: &Checkpoint, name: &str| checkpoint.tensor(name).unwrap().to_f32();
+    for block in 0..config.num_hidden_layers {
+        for linear in config.block_linears() {
+            let name = format!("model.layers.{block}.{}.bias", linear.name);
+            assert_eq!(made.contains(&name), linear.bias || card, "{name}");
+            if !made.contains(&name) {
+                continue;
+            }
+            assert_eq!(made.tensor(&name).unwrap().dtype, DType::F16, "{name}");
+            let turns = ["v_proj", "o_proj", "down_proj"].iter().any(|n| linear.name.ends_with(n));
+            if !linear.bias {
+                assert!(values(&made, &name).iter().all(|&v| v == 0.0), "{name}");
+            } else if rotated && turns {
+                let norm = |c: &Checkpoint| values(c, &name).iter().map(|v| v * v).sum::<f32>();
+                assert_ne!(values(&made, &name), values(&source, &name), "{name}");
+                assert!((norm(&made) / norm(&source) - 1.0).abs() < 1e-3, "{name}");
+            } else {
+                assert_eq!(values(&made, &name), values(&source, &name), "{name}");
+            }
+        }
+        for norm in ["q_norm", "k_norm"] {
+            let name = format!("model.layers.{block}.self_attn.{norm}.weight");
+            assert_eq!(made.contains(&name), config.qk_norm, "{name}");
+            if config.qk_norm {
+                assert_eq!(values(&made, &name), values(&source, &name), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn losses_of_tokens_are_written_on_demand() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(110));
+    assemble(&dir, ("qwen2", "qwen2"));
+    let fixed = ["--device=cpu", "--dataset", "text.txt", "--seq-len", "48"];
+    let ppl = |more: &[&str]| dir.gptq(&[&["ppl", "qwen2"], &fixed[..], more].concat());
+    let report = ppl(&["--per-token", "losses.csv", "--base", "qwen2", "--json"]).json();
+    let table = fs::read_to_string(dir.path("losses.csv")).unwrap();
+    let mut lines = table.lines();
+    assert_eq!(lines.next(), Some("window,position,token,nll,base_nll"));
+    let rows: Vec<Vec<f64>> =
+        lines.map(|l| l.split(',').map(|v| v.parse().unwrap()).collect()).collect();
+    assert_eq!(rows.len(), 2 * 47);
+    assert_eq!(rows[0][..2], [0.0, 1.0]);
+    assert_eq!(rows[47][..2], [1.0, 1.0]);
+    let mean = rows.iter().map(|row| row[3]).sum::<f64>() / rows.len() as f64;
+    assert!((mean - report["mean_nll"].as_f64().unwrap()).abs() < 1e-6);
+    assert!(rows.iter().all(|row| row[3] == row[4]));
+    let second: f64 = words(110).split(' ').nth(1).unwrap()[1..].parse().unwrap();
+    assert_eq!(rows[0][2], second);
+    ppl(&["--per-token", "no/such/losses.csv"]).refused(&["no/such/losses.csv"]);
+}
+
+#[test]
+fn what_is_not_supported_is_named() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(110));
+    let ppl = |model: &str, seq_len: &str| {
+        let fixed = ["--device=cpu", "--dataset", "text.txt", "--seq-len"];
+        dir.gptq(&[&["ppl", model], &fixed[..], &[seq_len]].concat())
+    };
+    assemble(&dir, ("mistral", "plain"));
+    ppl("mistral", "49").refused(&["49 tokens", "sliding_window", "--seq-len 48"]);
+    assemble(&dir, ("dynamic", "plain"));
+    ppl("dynamic", "65").refused(&["65 tokens", "context of 64"]);
+
+    let refused = |change: &dyn Fn(&mut TinyLlama), names: &[&str]| {
+        let mut model = TinyLlama::new();
+        change(&mut model);
+        model.write(&dir.path("model"));
+        ppl("model", "32").refused(names);
+    };
+    for model_type in ["gemma", "gemma2", "phi3", "mixtral", "qwen3_moe", "llama4_text", "gpt_neox"]
+    {
+        let change = |m: &mut TinyLlama| m.config["model_type"] = json!(model_type);
+        refused(&change, &["model_type", model_type, "`llama`, `mistral`, `qwen2` and `qwen3`"]);
+    }
+    let keys: [(&str, Value, &str); 6] = [
+        ("rope_scaling", json!({"type": "yarn", "factor": 4.0}), "yarn"),
+        ("rope_scaling", json!({"type": "longrope"}), "longrope"),
+        ("partial_rotary_factor", json!(0.5), "0.5"),
+        ("hidden_act", json!("gelu"), "gelu"),
+        ("num_local_experts", json!(8), "8"),
+        ("layer_types", json!(["linear_attention", "full_attention"]), "linear_attention"),
+    ];
+    for (key, value, named) in keys {
+        refused(&|m| m.config[key] = value.clone(), &[key, named]);
+    }
+    // Parts that the configuration does not speak of.
+    let norm = "model.layers.1.self_attn.q_norm.weight";
+    let copied = |m: &mut TinyLlama| m.tensor("model.layers.1.input_layernorm.weight").clone();
+    let change = |m: &mut TinyLlama| {
+        let gain = copied(m);
+        m.tensors.insert(norm.to_owned(), gain);
+    };
+    refused(&change, &[norm, "`llama`"]);
+    let bias = "model.layers.1.self_attn.q_proj.bias";
+    let change = |m: &mut TinyLlama| {
+        let values = copied(m);
+        m.tensors.insert(bias.to_owned(), values);
+    };
+    refused(&change, &[bias, "no bias"]);
+    // A bias that the configuration promises has to be there.
+    let change = |m: &mut TinyLlama| m.config["attention_bias"] = json!(true);
+    refused(&change, &["model.layers.0.self_attn.q_proj.bias"]);
+}

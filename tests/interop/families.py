@@ -1,0 +1,317 @@
+#!/usr/bin/env python3
+"""Hold `gptq` against transformers on a small random model of every supported family.
+
+    families.py check --gptq target/debug/gptq     compare, on models and texts of a new seed
+    families.py fixtures                           make tests/fixtures/families again
+
+`check` writes each model as a folder that both read for themselves, config.json in the older and the
+newer form of rotary settings. It compares the loss of every token (`gptq ppl --per-token`); then it
+quantises the model with the recipes `autogptq` and `best` in both layouts, dequantises the files with
+the few lines of numpy below, lets transformers run the result as an ordinary model, and compares the
+losses again. Norm gains and biases are random too, so that none can be left out unnoticed.
+
+`fixtures` stores what transformers computes (weights, ids, logits; a few hundred kB), so that
+`cargo test` checks the same without Python: see tests/families.rs.
+
+Needs the packages in requirements.txt. Everything runs on the CPU in float32.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "families"
+VOCABULARY = 64
+SEQ_LEN = 48
+TOLERANCE = 1e-3
+
+COMMON = {
+    "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 1,
+}
+
+
+def llama(**keys):
+    return COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | keys
+
+
+def family(architecture, model_type, **keys):
+    return COMMON | {"architectures": [architecture], "model_type": model_type} | keys
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Name: (weights, config.json). Families of the same weights differ by their rotary settings alone.
+FAMILIES = {
+    "llama2": ("plain", llama(rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=False)),
+    "llama3": ("plain", llama(rope_theta=5000.0, rope_scaling=LLAMA3)),
+    "llama3-new": ("plain", llama(rope_parameters=LLAMA3 | {"rope_theta": 5000.0})),
+    "linear": ("plain", llama(rope_scaling={"type": "linear", "factor": 4.0})),
+    "dynamic": ("plain", llama(max_position_embeddings=32,
+                               rope_scaling={"type": "dynamic", "factor": 2.0})),
+    "mistral": ("plain", family("MistralForCausalLM", "mistral", rope_theta=1000.0,
+                                sliding_window=SEQ_LEN)),
+    "tinyllama": ("plain", llama(attention_bias=False, rope_theta=20000.0)),
+    "smollm": ("tied", llama(tie_word_embeddings=True, rope_theta=100000.0)),
+    "llama-biases": ("biases", llama(attention_bias=True, mlp_bias=True)),
+    "qwen2": ("qwen2", family("Qwen2ForCausalLM", "qwen2", rope_theta=1000000.0,
+                              tie_word_embeddings=True, use_sliding_window=False,
+                              sliding_window=32, max_window_layers=1)),
+    "qwen3": ("qwen3", family("Qwen3ForCausalLM", "qwen3", head_dim=32, attention_bias=False,
+                              tie_word_embeddings=True, rms_norm_eps=1e-6,
+                              rope_parameters={"rope_type": "default", "rope_theta": 1000000.0})),
+}
+
+
+def seq_lens(name):
+    """Windows of `dynamic` lie within its context and beyond it."""
+    return [24, SEQ_LEN] if name == "dynamic" else [SEQ_LEN]
+
+
+def random_weights(config, seed):
+    """Every parameter drawn anew, exact in fp16; outputs keep about the size of inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    tensors = {}
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            value = 1 + 0.3 * noise
+        elif name.endswith(".bias"):
+            value = 0.5 * noise
+        elif name.startswith("model.embed_tokens"):
+            # Where the head is tied, logits are of the size of one.
+            value = noise / parameter.shape[1] ** 0.5
+        else:
+            value = 1.3 * noise / parameter.shape[1] ** 0.5
+        tensors[name] = value.half()
+    return tensors
+
+
+def write_folder(folder, config, tensors):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer(folder):
+    """Whole words `w2`, `w3`, ... parted by white space."""
+    words = {"<unk>": 0, "<s>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None, "decoder": None, "model": model,
+    }))
+
+
+def load(folder, tensors=None):
+    """The model of a folder as transformers understands its config.json."""
+    config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    # Dequantised weights are an ordinary model's.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tensors = load_torch(folder / "model.safetensors") if tensors is None else tensors
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    missing = [m for m in missing if not (m == "lm_head.weight" and config.tie_word_embeddings)]
+    assert not missing and not unexpected, (missing, unexpected)
+    model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(torch.as_tensor(ids)[None].long()).logits[0]
+
+
+def ids_of(count, seed):
+    return np.random.default_rng(seed).integers(2, VOCABULARY, count, dtype=np.int32)
+
+
+# --- fixtures ---------------------------------------------------------------------------------
+
+
+def fixtures():
+    shutil.rmtree(FIXTURES, ignore_errors=True)
+    FIXTURES.mkdir(parents=True)
+    seeds = {}
+    for name, (weights, config) in FAMILIES.items():
+        with tempfile.TemporaryDirectory() as work:
+            folder = Path(work)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            file = FIXTURES / f"{weights}.safetensors"
+            if weights not in seeds:
+                seeds[weights] = len(seeds) + 1
+                tensors = random_weights(AutoConfig.from_pretrained(folder), seeds[weights])
+                write_folder(folder, config, tensors)
+                shutil.copy(folder / "model.safetensors", file)
+            expected = {}
+            for seq_len in seq_lens(name):
+                ids = ids_of(seq_len, seq_len)
+                expected[f"ids.{seq_len}"] = ids
+                expected[f"logits.{seq_len}"] = logits(load(folder, load_torch(file)), ids).numpy()
+            (FIXTURES / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(expected, FIXTURES / f"{name}.expected.safetensors")
+    for file in FIXTURES.iterdir():
+        file.chmod(0o644)
+    print(f"{sum(f.stat().st_size for f in FIXTURES.iterdir())} bytes in {FIXTURES}")
+
+
+# --- check ------------------------------------------------------------------------------------
+
+
+def run(gptq, *args, code=0):
+    done = subprocess.run([gptq, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == code, f"{args}: exit code {done.returncode}\n{done.stderr}"
+    return done.stdout if code == 0 else done.stderr
+
+
+def losses_of_gptq(gptq, folder, text, seq_len):
+    """Loss of every token and the perplexity that is printed."""
+    table = folder.parent / f"{folder.name}.csv"
+    report = json.loads(run(gptq, "ppl", folder, "--device", "cpu", "--dataset", text, "--seq-len",
+                            seq_len, "--per-token", table, "--json"))
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    losses = np.array([float(row["nll"]) for row in rows])
+    assert np.isclose(np.exp(losses.mean()), report["perplexity"], rtol=1e-6)
+    return losses, [int(row["token"]) for row in rows]
+
+
+def losses_of_transformers(model, ids, seq_len):
+    losses = []
+    for start in range(0, len(ids) - seq_len + 1, seq_len):
+        window = torch.as_tensor(ids[start:start + seq_len]).long()
+        losses.append(torch.nn.functional.cross_entropy(
+            logits(model, window)[:-1], window[1:], reduction="none").numpy())
+    return np.concatenate(losses)
+
+
+def dequantised(folder):
+    """A GPTQ folder's tensors as those of a dense model, by the format's definition."""
+    settings = json.loads((folder / "quantize_config.json").read_text())
+    bits = settings["bits"]
+    assert 32 % bits == 0, "values that cross words are not needed here"
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    mask = np.uint32(2**bits - 1)
+    stored = load_file(folder / "model.safetensors")
+    tensors = {}
+    for name, value in stored.items():
+        prefix, leaf = name.rsplit(".", 1)
+        if f"{prefix}.qweight" not in stored:
+            if leaf != "inv_freq":
+                tensors[name] = torch.from_numpy(value)
+        elif leaf == "qweight":
+            words = value.view(np.uint32)
+            codes = (words[:, None, :] >> shifts[None, :, None]) & mask
+            codes = codes.reshape(-1, words.shape[1])
+            zeros = stored[f"{prefix}.qzeros"].view(np.uint32)
+            zeros = ((zeros[:, :, None] >> shifts) & mask).reshape(zeros.shape[0], -1) + 1
+            group = stored[f"{prefix}.g_idx"]
+            scales = stored[f"{prefix}.scales"].astype(np.float32)
+            weight = scales[group] * (codes.astype(np.float32) - zeros[group].astype(np.float32))
+            tensors[f"{prefix}.weight"] = torch.from_numpy(weight.T.copy())
+        elif leaf == "bias":
+            tensors[name] = torch.from_numpy(value)
+    return tensors
+
+
+def without_zero_biases(tensors, dense):
+    """The card layout has a bias for every linear: all but the model's own must be zeros."""
+    kept = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".bias") and name not in dense:
+            assert not tensor.any(), f"{name} is no part of the model, but not zero"
+        else:
+            kept[name] = tensor
+    return kept
+
+
+def compare(what, ours, theirs):
+    error = np.abs(ours - theirs).max()
+    print(f"{what:34}  {len(ours):4} tokens, largest difference of a loss {error:.1e},"
+          f" perplexity {np.exp(theirs.mean()):9.4f}", flush=True)
+    assert error < TOLERANCE, f"{what}: {error}"
+    return np.exp(theirs.mean())
+
+
+def check(gptq, seed, only):
+    with tempfile.TemporaryDirectory() as work:
+        for number, (name, (_, config)) in enumerate(FAMILIES.items()):
+            if only and name not in only:
+                continue
+            folder = Path(work) / name
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(config, indent=2))
+            tensors = random_weights(AutoConfig.from_pretrained(folder), 100 * seed + number)
+            write_folder(folder, config, tensors)
+            write_tokenizer(folder)
+            check_family(gptq, name, folder, tensors, seed)
+
+
+def check_family(gptq, name, folder, dense, seed):
+    work = folder.parent
+    text, train = work / f"{name}.txt", work / f"{name}-train.txt"
+    ids = ids_of(8 * SEQ_LEN, 7 * seed)
+    text.write_text(" ".join(f"w{i}" for i in ids))
+    train.write_text(" ".join(f"w{i}" for i in ids_of(40 * SEQ_LEN, 7 * seed + 1)))
+    for seq_len in seq_lens(name):
+        ours, tokens = losses_of_gptq(gptq, folder, text, seq_len)
+        theirs = losses_of_transformers(load(folder), ids, seq_len)
+        assert tokens == [t for i, t in enumerate(ids[:len(ids) // seq_len * seq_len])
+                          if i % seq_len]
+        base = compare(f"{name}, windows of {seq_len}", ours, theirs)
+    if name == "mistral":
+        error = run(gptq, "ppl", folder, "--device", "cpu", "--dataset", text, "--seq-len",
+                    SEQ_LEN + 1, code=1)
+        assert "sliding window" in error, error
+    for recipe, layout in [("autogptq", "card"), ("best", "modern"), ("best", "card")]:
+        out = work / f"{name}-{recipe}-{layout}"
+        run(gptq, "quantize", folder, "--out", out, "--recipe", recipe, "--layout", layout,
+            "--group-size", 32, "--device", "cpu", "--calib-dataset", train, "--windows", 32,
+            "--seq-len", SEQ_LEN, "--seed", 0)
+        ours, _ = losses_of_gptq(gptq, out, text, SEQ_LEN)
+        tensors = without_zero_biases(dequantised(out), dense)
+        theirs = losses_of_transformers(load(out, tensors), ids, SEQ_LEN)
+        made = compare(f"{name}, {recipe}, {layout}", ours, theirs)
+        assert abs(np.log(made / base)) < 0.1, f"{name}, {recipe}: perplexity {made} from {base}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("fixtures", help="make tests/fixtures/families again")
+    checking = commands.add_parser("check", help="compare gptq with transformers")
+    checking.add_argument("--gptq", default="target/debug/gptq", help="the binary")
+    checking.add_argument("--seed", type=int, default=1, help="of weights and texts")
+    checking.add_argument("--only", nargs="*", help="names of families")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    if args.command == "fixtures":
+        fixtures()
+    else:
+        check(args.gptq, args.seed, args.only)
+        print("all families agree")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
