@@ -73,7 +73,7 @@ impl<'a> Model<'a> {
         let table =
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
         table.check_finite()?;
-        let embedding = Values::read(&table, precision)?;
+        let embedding = Values::read(table, precision)?;
         Ok(Self { checkpoint, device, precision, embedding, rope })
     }
 
@@ -177,13 +177,13 @@ impl<'a> Model<'a> {
         let matrix = match device {
             Device::Cpu => {
                 tensor.check_finite()?;
-                let values = Values::read(&tensor, self.precision)?;
+                let values = Values::read(tensor, self.precision)?;
                 device.upload(values.matrix(rows, cols))?
             }
             // A GPU's weights are fp16 whatever the precision; it rounds, and looks for values
             // that are not finite afterwards, on its own.
             Device::Cuda(_) => {
-                let values = Values::read(&tensor, SourcePrecision::Stored)?;
+                let values = Values::read(tensor, SourcePrecision::Stored)?;
                 device.upload(values.matrix(rows, cols)).map_err(|source| match source {
                     gptq_compute::Error::HalfOverflow { .. } => {
                         Error::Overflow { tensor: name.to_owned(), source }

@@ -23,7 +23,7 @@ struct Output {
     tied_embeddings: bool,
     file_bytes: u64,
     tensors: usize,
-    dtypes: BTreeMap<&'static str, usize>,
+    dtypes: BTreeMap<String, usize>,
     quantization: Option<Quantization>,
 }
 
@@ -48,7 +48,9 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     let mut dtypes = BTreeMap::new();
     let mut tensors = 0;
     for name in checkpoint.names() {
-        *dtypes.entry(checkpoint.tensor(name)?.dtype.name()).or_insert(0) += 1;
+        if let Some(dtype) = checkpoint.stored_type(name) {
+            *dtypes.entry(dtype.to_string()).or_insert(0) += 1;
+        }
         tensors += 1;
     }
     Ok(Output {

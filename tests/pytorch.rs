@@ -1,0 +1,106 @@
+//! PyTorch's `.bin` folders as sources of the commands: the same bytes come out as from safetensors.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+mod util;
+
+use std::fs;
+use std::path::Path;
+
+use safetensors::Dtype;
+use util::{TinyLlama, Weights, Workdir, listing, words};
+
+const CALIBRATION: [&str; 8] = [
+    "--device=cpu",
+    "--calib-dataset",
+    "text.txt",
+    "--windows=4",
+    "--seq-len",
+    "32",
+    "--seed",
+    "0",
+];
+
+/// A folder that holds `text.txt`.
+fn workdir() -> Workdir {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(400));
+    dir
+}
+
+/// Names and contents of a folder's files.
+fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    listing(dir).into_iter().map(|name| (name.clone(), fs::read(dir.join(name)).unwrap())).collect()
+}
+
+#[test]
+fn bin_sources_make_the_bytes_that_safetensors_make() {
+    let dir = workdir();
+    let model = TinyLlama::new();
+    model.write(&dir.path("safe"));
+    // What Llama's `.bin` files carry beside the weights.
+    let mut with_frequencies = model.clone();
+    for block in 0..2 {
+        let name = format!("model.layers.{block}.self_attn.rotary_emb.inv_freq");
+        let values = (0..8).map(|i| 10_000_f32.powf(-(i as f32) / 8.0)).collect();
+        with_frequencies
+            .tensors
+            .insert(name, Weights { dtype: Dtype::F32, shape: vec![8], values });
+    }
+    with_frequencies.write_bin(&dir.path("bin"));
+    with_frequencies.write_bin_sharded(&dir.path("shards"), 3);
+    for options in [&["--recipe=autogptq"][..], &["--recipe=best"], &["--recipe=rtn"]] {
+        let made = |model: &str| {
+            let out = format!("{model}-out");
+            dir.gptq(&[&["quantize", model, "--out", &out], &CALIBRATION[..], options].concat())
+                .ok();
+            let made = contents(&dir.path(&out));
+            fs::remove_dir_all(dir.path(&out)).unwrap();
+            made
+        };
+        let expected = made("safe");
+        assert!(expected.iter().any(|(name, _)| name == "model.safetensors"));
+        for model in ["bin", "shards"] {
+            assert!(made(model) == expected, "{model} {options:?}");
+        }
+    }
+    let measured = |model: &str| {
+        let args = ["ppl", model, "--device=cpu", "--dataset=text.txt", "--seq-len=32", "--json"];
+        dir.gptq(&args).json()["perplexity"].as_f64().unwrap()
+    };
+    assert_eq!(measured("safe"), measured("bin"));
+    assert_eq!(measured("safe"), measured("shards"));
+}
+
+#[test]
+fn a_missing_bin_shard_and_a_hostile_pickle_are_named() {
+    let dir = workdir();
+    let shards = TinyLlama::new().write_bin_sharded(&dir.path("model"), 3);
+    let quantize =
+        || dir.gptq(&[&["quantize", "model", "--out", "out"], &CALIBRATION[..]].concat());
+    let bytes = fs::read(&shards[1]).unwrap();
+    let global = b"ctorch._utils\n_rebuild_tensor_v2\n";
+    let at = bytes.windows(global.len()).position(|w| w == global).unwrap();
+    let mut hostile = bytes.clone();
+    // As long as the name that it replaces.
+    hostile[at..at + global.len()].copy_from_slice(b"cposix\nsystem____________________\n");
+    fs::write(&shards[1], &hostile).unwrap();
+    quantize().refused(&["pytorch_model-00002-of-00003.bin", "posix.system"]);
+    fs::remove_file(&shards[1]).unwrap();
+    quantize().refused(&["pytorch_model.bin.index.json", "pytorch_model-00002-of-00003.bin"]);
+    dir.gptq(&["inspect", "model"]).refused(&["pytorch_model-00002-of-00003.bin"]);
+    assert!(!dir.path("out").exists() && !dir.path("out.partial").exists());
+}
+
+#[test]
+fn a_folder_without_weights_says_what_is_missing() {
+    let dir = workdir();
+    TinyLlama::new().write(&dir.path("model"));
+    fs::remove_file(dir.path("model/model.safetensors")).unwrap();
+    let names = ["`model`", "no weights", "model.safetensors", "pytorch_model.bin", "index.json"];
+    dir.gptq(&["quantize", "model", "--out", "out"]).refused(&names);
+    dir.gptq(&["inspect", "model"]).refused(&names);
+    dir.gptq(&["ppl", "model", "--dataset", "text.txt"]).refused(&names);
+    assert!(!dir.path("out").exists());
+}
