@@ -1,6 +1,6 @@
 //! PyTorch's `.bin` folders as sources of the commands: the same bytes come out as from safetensors.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
@@ -21,6 +21,9 @@ const CALIBRATION: [&str; 8] = [
     "--seed",
     "0",
 ];
+
+/// Values of [`TinyLlama::new`]: embeddings and head, norms, and the linears of two blocks.
+const PARAMETERS: usize = 2 * 64 * 64 + 5 * 64 + 2 * (3 * 64 * 64 + 3 * 64 * 96);
 
 /// A folder that holds `text.txt`.
 fn workdir() -> Workdir {
@@ -74,6 +77,29 @@ fn bin_sources_make_the_bytes_that_safetensors_make() {
 }
 
 #[test]
+fn checksums_are_of_tensors_and_not_of_files() {
+    let dir = workdir();
+    let mut model = TinyLlama::new();
+    model.write(&dir.path("safe"));
+    model.write_sharded(&dir.path("shards"), 2);
+    model.write_bin(&dir.path("bin"));
+    model.tensor("model.norm.weight").values[0] += 1e-6;
+    model.write(&dir.path("other"));
+    let checksum = |model: &str| {
+        let shown = dir.gptq(&["inspect", model, "--checksum", "--json"]).json();
+        assert_eq!(shown["checksum"]["bytes"], 4 * PARAMETERS);
+        assert!(dir.gptq(&["inspect", model]).ok().lines().all(|l| !l.starts_with("SHA-256")));
+        shown["checksum"]["sha256"].as_str().unwrap().to_owned()
+    };
+    let expected = checksum("safe");
+    // By Python's hashlib, from the same tensors (tests/fixtures/torch_oracle.py states the form).
+    assert_eq!(expected, "e48820a6f0ebdf85a84a3203ab82103e95c454b7bbefa510da13dd8cddfb2f50");
+    assert_eq!(checksum("shards"), expected);
+    assert_eq!(checksum("bin"), expected);
+    assert_ne!(checksum("other"), expected);
+}
+
+#[test]
 fn a_missing_bin_shard_and_a_hostile_pickle_are_named() {
     let dir = workdir();
     let shards = TinyLlama::new().write_bin_sharded(&dir.path("model"), 3);
@@ -84,7 +110,7 @@ fn a_missing_bin_shard_and_a_hostile_pickle_are_named() {
     let at = bytes.windows(global.len()).position(|w| w == global).unwrap();
     let mut hostile = bytes.clone();
     // As long as the name that it replaces.
-    hostile[at..at + global.len()].copy_from_slice(b"cposix\nsystem____________________\n");
+    hostile[at..at + global.len()].copy_from_slice(b"cposix\nsystem___________________\n");
     fs::write(&shards[1], &hostile).unwrap();
     quantize().refused(&["pytorch_model-00002-of-00003.bin", "posix.system"]);
     fs::remove_file(&shards[1]).unwrap();

@@ -177,11 +177,16 @@ pub(crate) struct PlanArgs {
 
 /// Show what a checkpoint holds
 #[derive(Debug, Args)]
-#[command(after_help = "Example:
-  gptq inspect ./SmolLM2-135M-4bit-128g")]
+#[command(after_help = "Examples:
+  gptq inspect ./SmolLM2-135M-4bit-128g
+  gptq inspect ./SmolLM2-135M --checksum")]
 pub(crate) struct InspectArgs {
     /// Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
     pub(crate) checkpoint: String,
+    /// Read every value, and print how fast and their SHA-256: equal for equal tensors, whatever
+    /// files hold them
+    #[arg(long)]
+    pub(crate) checksum: bool,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
