@@ -5,7 +5,7 @@ use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, RopeTable, Tensor};
 use half::f16;
 
-use crate::block::{Block, BlockParts};
+use crate::block::{Block, BlockParts, LinearId};
 use crate::error::{Error, Result};
 use crate::values::Values;
 
@@ -74,6 +74,7 @@ impl<'a> Model<'a> {
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
         table.check_finite()?;
         let embedding = Values::read(table, precision)?;
+        checkpoint.release(EMBEDDING);
         Ok(Self { checkpoint, device, precision, embedding, rope })
     }
 
@@ -147,6 +148,34 @@ impl<'a> Model<'a> {
         }))
     }
 
+    /// Brings a block in host memory to the device: as it is on the CPU, its weights rounded to fp16
+    /// on a GPU. With `exact`, a block on a GPU keeps those in host memory as well.
+    ///
+    /// # Errors
+    /// A weight beyond fp16, for a GPU or with `exact`: what is made of it could not be held.
+    pub fn place(&self, block: Block, exact: bool) -> Result<Block> {
+        let prefix = ModelConfig::block_prefix(block.index());
+        let shapes = self.config().block_linears();
+        let name = |id: LinearId| format!("{prefix}.{}.weight", shapes[id as usize].name);
+        let Device::Cuda(_) = self.device else {
+            for id in LinearId::ALL.into_iter().filter(|_| exact) {
+                let beyond = |v: &&f32| !f16::from_f32(**v).is_finite();
+                let count = block.linear(id).as_host().iter().filter(beyond).count();
+                if count > 0 {
+                    let source = gptq_compute::Error::HalfOverflow { count };
+                    return Err(Error::Overflow { tensor: name(id), source });
+                }
+            }
+            return Ok(block);
+        };
+        block.place(exact, |id, weight| {
+            let host = weight.as_host().as_standard_layout();
+            let bytes = bytemuck::cast_slice(host.as_slice().unwrap_or_default());
+            let matrix = HostMatrix::new(bytes, FloatType::F32, weight.rows(), weight.cols());
+            self.device.upload(matrix).map_err(|source| overflow(|| name(id), source))
+        })
+    }
+
     /// Loads the final norm and the head (the embeddings, where they are tied).
     pub fn load_head(&self) -> Result<Head> {
         let config = self.config();
@@ -184,12 +213,8 @@ impl<'a> Model<'a> {
             // that are not finite afterwards, on its own.
             Device::Cuda(_) => {
                 let values = Values::read(tensor, SourcePrecision::Stored)?;
-                device.upload(values.matrix(rows, cols)).map_err(|source| match source {
-                    gptq_compute::Error::HalfOverflow { .. } => {
-                        Error::Overflow { tensor: name.to_owned(), source }
-                    }
-                    other => Error::Compute(other),
-                })?
+                let matrix = values.matrix(rows, cols);
+                device.upload(matrix).map_err(|source| overflow(|| name.to_owned(), source))?
             }
         };
         self.checkpoint.release(name);
@@ -199,10 +224,20 @@ impl<'a> Model<'a> {
     fn vector(&self, name: &str) -> Result<Vec<f32>> {
         let tensor = self.checkpoint.tensor_shaped(name, &[self.config().hidden_size])?;
         tensor.check_finite()?;
-        Ok(match self.precision {
+        let values = match self.precision {
             SourcePrecision::Stored => tensor.to_f32(),
             SourcePrecision::Half => tensor.to_f16()?.iter().map(|v| v.to_f32()).collect(),
-        })
+        };
+        self.checkpoint.release(name);
+        Ok(values)
+    }
+}
+
+/// Names the tensor that does not fit in fp16.
+fn overflow(tensor: impl FnOnce() -> String, source: gptq_compute::Error) -> Error {
+    match source {
+        gptq_compute::Error::HalfOverflow { .. } => Error::Overflow { tensor: tensor(), source },
+        other => Error::Compute(other),
     }
 }
 

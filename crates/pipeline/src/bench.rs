@@ -161,7 +161,8 @@ pub fn bench_block(
     let reference = spec.choices.needs_reference();
     let linears = LinearId::ALL.map(|id| width.linear(id));
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
-    let parking = parking(device, sizes, Workload { tokens: windows * seq_len, reference })?;
+    let parking =
+        parking(device, sizes, Workload { tokens: windows * seq_len, reference, exact: false })?;
     let rope = RopeTable::new(10_000.0, width.head_dim(), seq_len);
     let calibrator = Calibrator {
         device,

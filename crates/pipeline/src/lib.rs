@@ -22,6 +22,7 @@ pub mod progress;
 pub mod protocol;
 pub mod python_random;
 pub mod quantise;
+pub mod source_dtype;
 mod stash;
 mod states;
 pub mod sweep;

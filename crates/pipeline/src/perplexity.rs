@@ -68,13 +68,13 @@ fn walk(
 ) -> Result<Scored> {
     let tokens: Vec<&[u32]> = windows.iter().map(|w| w.tokens.as_slice()).collect();
     let held = windows.iter().map(|w| w.tokens.len()).sum();
-    let work = Workload { tokens: held, reference: false };
+    let work = Workload { tokens: held, reference: false, exact: false };
     let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
     let mut states = embed(model, &tokens, parked.hidden)?;
     let blocks = model.config().num_hidden_layers;
     progress.begin("perplexity", blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, model, None);
+        let ahead = read_ahead(scope, model, None, false);
         for _ in 0..blocks {
             let mut block = next_block(&ahead)?;
             prepare(&mut block)?;

@@ -1,6 +1,6 @@
 //! A plain sweep: every branch of a configuration made, then measured from its file.
 //!
-//! What branches share is done once: the calibration windows, the fp16 model's perplexity and its
+//! What branches share is done once: the calibration windows, the dense model's perplexity and its
 //! final hidden states (for KL), and the rounded baseline of each grid.
 
 use std::collections::BTreeMap;
@@ -20,6 +20,7 @@ use crate::evaluation::{EvalText, evaluation_text};
 use crate::perplexity::{Perplexity, Scored, score, score_rounded};
 use crate::progress::Progress;
 use crate::quantise::{QuantiseJob, quantise};
+use crate::source_dtype::SourceDtype;
 
 /// A branch in the table.
 #[derive(Clone, Debug, Serialize)]
@@ -55,7 +56,7 @@ pub struct SweepRow {
 pub struct Measured {
     /// Perplexity.
     pub perplexity: f64,
-    /// Mean KL to the fp16 model in nats a token.
+    /// Mean KL to the dense model in nats a token.
     pub kl: f64,
 }
 
@@ -64,7 +65,9 @@ pub struct Measured {
 pub struct SweepReport {
     /// Source model.
     pub model: String,
-    /// The fp16 model on the evaluation text.
+    /// What was quantised of its weights.
+    pub source_dtype: SourceDtype,
+    /// The dense model, its weights of that type, on the evaluation text.
     pub baseline: Option<Perplexity>,
     /// Protocol, text and windows of the evaluation.
     pub evaluation: Option<EvalText>,
@@ -72,7 +75,7 @@ pub struct SweepReport {
     pub rows: Vec<SweepRow>,
 }
 
-/// The fp16 model measured once, for every branch to be compared with.
+/// The dense model measured once, for every branch to be compared with.
 struct Baseline<'a> {
     text: EvalText,
     model: Model<'a>,
@@ -93,7 +96,10 @@ pub fn sweep(
     progress: &dyn Progress,
 ) -> Result<SweepReport> {
     let mut baseline = match &config.evaluation {
-        Some(spec) => Some(Baseline::measure(source, spec, device, calibration, progress)?),
+        Some(spec) => {
+            let model = (source, config.source_dtype);
+            Some(Baseline::measure(model, spec, device, calibration, progress)?)
+        }
         None => None,
     };
     let mut rows = Vec::with_capacity(branches.len());
@@ -102,6 +108,7 @@ pub fn sweep(
         let dir = out.join(&branch.name);
         let job = QuantiseJob {
             source,
+            source_dtype: config.source_dtype,
             device: device.clone(),
             spec: branch.spec.clone(),
             calibration: Some(calibration),
@@ -133,6 +140,7 @@ pub fn sweep(
     }
     Ok(SweepReport {
         model: config.model.clone(),
+        source_dtype: config.source_dtype,
         baseline: baseline.as_ref().map(|b| b.perplexity),
         evaluation: baseline.map(|b| b.text),
         rows,
@@ -141,16 +149,15 @@ pub fn sweep(
 
 impl<'a> Baseline<'a> {
     fn measure(
-        source: &'a Checkpoint,
+        (source, dtype): (&'a Checkpoint, SourceDtype),
         spec: &EvaluationSpec,
         device: &Device,
         calibration: &Calibration,
         progress: &dyn Progress,
     ) -> Result<Self> {
         let text = evaluation_text(source, spec, Some(&calibration.dataset))?;
-        // The branches are made from the fp16 cast of the source, so that is what they are
-        // compared with.
-        let model = Model::new(source, device.clone(), SourcePrecision::Half, text.seq_len)?;
+        // What the branches are made from is what they are compared with.
+        let model = Model::new(source, device.clone(), dtype.precision(), text.seq_len)?;
         let scored = score(&model, &text.windows, progress)?;
         let perplexity = scored.perplexity(&model)?;
         Ok(Self { text, model, scored, perplexity, rounded: BTreeMap::new() })

@@ -10,6 +10,7 @@ use gptq_checkpoint::Layout;
 use gptq_pipeline::calibration::CalibrationOverrides;
 use gptq_pipeline::dataset::DatasetSpec;
 use gptq_pipeline::protocol::Protocol;
+use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_quant::Recipe;
 
 pub(crate) use device::DeviceArgs;
@@ -70,6 +71,10 @@ pub(crate) struct QuantizeArgs {
     /// clip=none|search, residual=0..1, head=0..1, rotate=none|heads|full; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Type in which the source's weights are quantised: fp16 (rounded first, as the published
+    /// branches were) or fp32 (as stored) [default: fp16]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Tensors beside the quantised ones: modern, or card as published in 2023 [default: modern]
@@ -209,6 +214,9 @@ pub(crate) struct SweepArgs {
     /// Dense model instead of the configuration's
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<String>,
+    /// Type in which its weights are quantised, fp16 or fp32, instead of the configuration's
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     #[command(flatten)]
