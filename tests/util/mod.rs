@@ -258,7 +258,7 @@ impl TinyLlama {
         paths
     }
 
-    fn write_small_files(&self, dir: &Path) {
+    pub(crate) fn write_small_files(&self, dir: &Path) {
         fs::create_dir_all(dir).unwrap();
         fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
         fs::write(dir.join("tokenizer.json"), tokenizer().to_string()).unwrap();

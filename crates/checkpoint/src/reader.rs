@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, UncheckedAdvice};
@@ -178,20 +179,7 @@ impl Checkpoint {
     /// happens for a name that is not there, or on a system that does not take it.
     pub fn release(&self, name: &str) {
         let Some((file, entry)) = self.tensors.get(name) else { return };
-        // SAFETY: the mapping is read-only and backed by a file, so no page holds data of its own:
-        // one dropped here is read again from the file when it is next touched. References into it
-        // stay valid and see the same values.
-        #[expect(unsafe_code, reason = "madvise on a read-only file mapping")]
-        let advised = unsafe {
-            let range = &entry.range;
-            self.files[*file].unchecked_advise_range(
-                UncheckedAdvice::DontNeed,
-                range.start,
-                range.len(),
-            )
-        };
-        // Refused advice costs memory, not correctness.
-        drop(advised);
+        release(&self.files[*file], entry.range.clone());
     }
 
     /// A tensor with exactly this type and shape.
@@ -231,8 +219,24 @@ fn wrong_type(tensor: &TensorRef<'_>, expected: &'static str) -> Error {
 
 /// Name of the weights of a PyTorch folder, and the start of its index's.
 const PYTORCH: &str = "pytorch_model.bin";
+/// Largest piece of a file that the system maps at once when one byte of it is touched.
+const FOLIO: usize = 2 << 20;
 /// How the text begins that Git keeps in place of a large file.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
+
+/// Gives back the pages of a range. One touch may have mapped a neighbour's as well, so they go too.
+fn release(map: &Mmap, range: Range<usize>) {
+    let start = range.start / FOLIO * FOLIO;
+    let end = range.end.next_multiple_of(FOLIO).min(map.len());
+    // SAFETY: the mapping is read-only and backed by a file, so no page holds data of its own: one
+    // dropped here is read again from the file when it is next touched. References into it stay
+    // valid and see the same values.
+    #[expect(unsafe_code, reason = "madvise on a read-only file mapping")]
+    let advised =
+        unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+    // Refused advice costs memory, not correctness.
+    drop(advised);
+}
 
 /// Where a folder keeps its weights.
 enum Weights {
@@ -349,5 +353,6 @@ fn map_file(path: &Path) -> Result<(Mmap, Vec<(String, Entry)>)> {
     } else {
         pytorch::parse(&map).map_err(|reason| Error::InvalidPyTorch { path: owned(), reason })?
     };
+    release(&map, 0..map.len());
     Ok((map, entries))
 }
