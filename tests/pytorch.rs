@@ -100,10 +100,10 @@ fn checksums_are_of_tensors_and_not_of_files() {
     assert_ne!(checksum("other"), expected);
 }
 
-/// Blocks of 4.2 MB in f32, each in a shard of its own, all with the same weights.
+/// Blocks of 2.6 MB in f32, each in a shard of its own, all with the same weights.
 fn deep_model(dir: &Path, blocks: usize) {
     const HIDDEN: usize = 256;
-    const MLP: usize = 1024;
+    const MLP: usize = 512;
     let mut model = TinyLlama::new();
     for (key, value) in [
         ("hidden_size", HIDDEN),
@@ -164,7 +164,7 @@ fn deep_model(dir: &Path, blocks: usize) {
 fn memory_does_not_grow_with_the_number_of_blocks() {
     const FEW: usize = 3;
     const MANY: usize = 18;
-    const BLOCK: u64 = 4 * (4 * 256 * 256 + 3 * 256 * 1024);
+    const BLOCK: u64 = 4 * (4 * 256 * 256 + 3 * 256 * 512);
     let dir = workdir();
     deep_model(&dir.path("few"), FEW);
     deep_model(&dir.path("many"), MANY);
@@ -180,7 +180,7 @@ fn memory_does_not_grow_with_the_number_of_blocks() {
         let (few, many) = (peak("few"), peak("many"));
         println!("{options:?}: {few} bytes for {FEW} blocks, {many} for {MANY} of {BLOCK}");
         // What is read ahead and written behind depends on chance; the source is 15 blocks larger.
-        assert!(many < few + 3 * BLOCK, "{options:?}: {few}, {many}");
+        assert!(many < few + 2 * BLOCK, "{options:?}: {few}, {many}");
     }
 }
 

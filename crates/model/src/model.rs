@@ -96,6 +96,11 @@ impl<'a> Model<'a> {
         &self.device
     }
 
+    /// What the weights become on their way to the device.
+    pub fn precision(&self) -> SourcePrecision {
+        self.precision
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &'a ModelConfig {
         self.checkpoint.config()
