@@ -118,14 +118,17 @@ fn every_command_explains_itself() {
       <CHECKPOINT>  Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
 
     Options:
-          --json         Print the result as JSON
+          --checksum     Read every value, and print how fast and their SHA-256: equal for equal
+                         tensors, whatever files hold them
       -q, --quiet        Print warnings, errors and results only
+          --json         Print the result as JSON
           --no-progress  Print lines instead of progress bars, on a terminal too
       -h, --help         Print help
       -V, --version      Print version
 
-    Example:
+    Examples:
       gptq inspect ./SmolLM2-135M-4bit-128g
+      gptq inspect ./SmolLM2-135M --checksum
     ");
 }
 
@@ -203,7 +206,7 @@ fn a_run_is_summarised() {
     width       64 hidden, 96 MLP
     heads       4 query, 2 key/value
     vocabulary  64
-    weights     52.6 kB (52584 bytes)
+    weights     52.6 kB (52608 bytes)
     tensors     63 (21 F16, 42 I32)
     quantised   3 bits, group size 128, act-order yes, damp 0.03
     linears     14 in 29.0 kB, 3.777 bits a weight

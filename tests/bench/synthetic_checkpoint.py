@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB = 8192, 28672, 64, 8, 32000
 
 
-def weight(device, rows, columns):
-    """Random fp16 weights that keep the size of their inputs."""
-    return (torch.randn(rows, columns, device=device) / columns**0.5).half().cpu()
+def weight(device, rows, columns, dtype=torch.float16):
+    """Random weights that keep the size of their inputs."""
+    return (torch.randn(rows, columns, device=device) / columns**0.5).to(dtype).cpu()
 
 
-def block(device, index):
+def block(device, index, dtype=torch.float16):
     kv = HIDDEN // HEADS * KV_HEADS
     shapes = {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -35,10 +35,33 @@ def block(device, index):
         "mlp.down_proj": (HIDDEN, INTERMEDIATE),
     }
     prefix = f"model.layers.{index}"
-    tensors = {f"{prefix}.{n}.weight": weight(device, *s) for n, s in shapes.items()}
+    tensors = {f"{prefix}.{n}.weight": weight(device, *s, dtype) for n, s in shapes.items()}
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.float16)
+        tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=dtype)
     return tensors
+
+
+def outside(device, dtype=torch.float16):
+    """What lies outside of the blocks."""
+    return {
+        "model.embed_tokens.weight": torch.randn(VOCAB, HIDDEN, device=device).to(dtype).cpu(),
+        "model.norm.weight": torch.ones(HIDDEN, dtype=dtype),
+        "lm_head.weight": weight(device, VOCAB, HIDDEN, dtype),
+    }
+
+
+def write_small_files(out, blocks, dtype, tokenizer):
+    """The configuration, and the tokeniser of another model."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "num_hidden_layers": blocks, "vocab_size": VOCAB,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "bos_token_id": 1,
+        "tie_word_embeddings": False, "torch_dtype": dtype,
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, out / name)
 
 
 def main():
@@ -50,12 +73,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    outside = {
-        "model.embed_tokens.weight": torch.randn(VOCAB, HIDDEN, device=device).half().cpu(),
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.float16),
-        "lm_head.weight": weight(device, VOCAB, HIDDEN),
-    }
-    shards = [outside] + [block(device, i) for i in range(args.blocks)]
+    shards = [outside(device)] + [block(device, i) for i in range(args.blocks)]
     weight_map = {}
     for i, tensors in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
@@ -63,16 +81,7 @@ def main():
         weight_map.update({tensor: name for tensor in tensors})
     index = {"metadata": {}, "weight_map": weight_map}
     (args.out / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "num_hidden_layers": args.blocks, "vocab_size": VOCAB,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "bos_token_id": 1,
-        "tie_word_embeddings": False, "torch_dtype": "float16",
-    }
-    (args.out / "config.json").write_text(json.dumps(config, indent=2))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(args.tokenizer / name, args.out / name)
+    write_small_files(args.out, args.blocks, "float16", args.tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 //! What the tests of the command share: running the built binary in a folder of its own, and
 //! making Llama checkpoints small enough that a run takes milliseconds.
 
+pub(crate) mod torch_file;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,6 +12,8 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use torch_file::TorchFile;
 
 /// Words of the tiny tokeniser, `<unk>` and `<s>` included.
 const VOCABULARY: usize = 64;
@@ -213,27 +217,48 @@ impl TinyLlama {
     /// Writes the model as one file.
     pub(crate) fn write(&self, dir: &Path) {
         self.write_small_files(dir);
-        write_safetensors(&dir.join("model.safetensors"), self.tensors.iter());
+        write_safetensors(&dir.join("model.safetensors"), Box::new(self.tensors.iter()));
+    }
+
+    /// Writes the model as one PyTorch file.
+    pub(crate) fn write_bin(&self, dir: &Path) {
+        self.write_small_files(dir);
+        write_torch_file(&dir.join("pytorch_model.bin"), Box::new(self.tensors.iter()));
     }
 
     /// Writes the model as shards that an index names; gives their paths.
     pub(crate) fn write_sharded(&self, dir: &Path, shards: usize) -> Vec<PathBuf> {
+        self.write_shards(dir, shards, ("model", "safetensors"), write_safetensors)
+    }
+
+    /// As [`Self::write_sharded`], as PyTorch files.
+    pub(crate) fn write_bin_sharded(&self, dir: &Path, shards: usize) -> Vec<PathBuf> {
+        self.write_shards(dir, shards, ("pytorch_model", "bin"), write_torch_file)
+    }
+
+    fn write_shards<'a>(
+        &'a self,
+        dir: &Path,
+        shards: usize,
+        (stem, extension): (&str, &str),
+        write: fn(&Path, Part<'a>),
+    ) -> Vec<PathBuf> {
         self.write_small_files(dir);
         let mut places = serde_json::Map::new();
         let mut paths = Vec::new();
         for shard in 0..shards {
-            let name = format!("model-{:05}-of-{shards:05}.safetensors", shard + 1);
+            let name = format!("{stem}-{:05}-of-{shards:05}.{extension}", shard + 1);
             let part = || self.tensors.iter().skip(shard).step_by(shards);
             places.extend(part().map(|(tensor, _)| (tensor.clone(), json!(name))));
             paths.push(dir.join(&name));
-            write_safetensors(&paths[shard], part());
+            write(&paths[shard], Box::new(part()));
         }
         let index = json!({"metadata": {}, "weight_map": places});
-        fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        fs::write(dir.join(format!("{stem}.{extension}.index.json")), index.to_string()).unwrap();
         paths
     }
 
-    fn write_small_files(&self, dir: &Path) {
+    pub(crate) fn write_small_files(&self, dir: &Path) {
         fs::create_dir_all(dir).unwrap();
         fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
         fs::write(dir.join("tokenizer.json"), tokenizer().to_string()).unwrap();
@@ -261,7 +286,23 @@ pub(crate) fn words(tokens: usize) -> String {
     (0..tokens).map(|_| word()).collect()
 }
 
-fn write_safetensors<'a>(path: &Path, tensors: impl Iterator<Item = (&'a String, &'a Weights)>) {
+/// Tensors of one file.
+type Part<'a> = Box<dyn Iterator<Item = (&'a String, &'a Weights)> + 'a>;
+
+fn write_torch_file(path: &Path, tensors: Part<'_>) {
+    let mut file = TorchFile::default();
+    for (name, w) in tensors {
+        let (kind, size) = match w.dtype {
+            Dtype::F32 => ("FloatStorage", 4),
+            Dtype::BF16 => ("BFloat16Storage", 2),
+            other => panic!("no storage for {other:?}"),
+        };
+        file.tensor(name, kind, size, &w.shape, encode(w.dtype, &w.values));
+    }
+    fs::write(path, file.bytes()).unwrap();
+}
+
+fn write_safetensors(path: &Path, tensors: Part<'_>) {
     let encoded: Vec<(&str, Dtype, Vec<usize>, Vec<u8>)> = tensors
         .map(|(name, w)| (name.as_str(), w.dtype, w.shape.clone(), encode(w.dtype, &w.values)))
         .collect();

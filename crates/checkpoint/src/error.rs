@@ -56,20 +56,11 @@ pub enum Error {
     },
     /// The folder holds no weight file that can be read.
     #[error(
-        "`{}` has no weights: expected `model.safetensors` or `model.safetensors.index.json`",
+        "`{}` has no weights: expected `model.safetensors` or `pytorch_model.bin`, or shards with \
+         `model.safetensors.index.json` or `pytorch_model.bin.index.json`",
         dir.display()
     )]
     NoWeights {
-        /// The checkpoint folder.
-        dir: PathBuf,
-    },
-    /// The folder only holds PyTorch pickles.
-    #[error(
-        "`{}` only has PyTorch `.bin` weights, which are not supported yet; convert it to \
-         safetensors first",
-        dir.display()
-    )]
-    BinWeights {
         /// The checkpoint folder.
         dir: PathBuf,
     },
@@ -109,6 +100,23 @@ pub enum Error {
         /// The weight file.
         path: PathBuf,
         /// What is wrong, naming the tensor where one is at fault.
+        reason: String,
+    },
+    /// Git's stand-in for a large file.
+    #[error(
+        "`{}` is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+        path.display()
+    )]
+    LfsPointer {
+        /// The weight file.
+        path: PathBuf,
+    },
+    /// A `.bin` file that is no plain state dict, or breaks PyTorch's format.
+    #[error("`{}` cannot be read as PyTorch weights: {reason}", path.display())]
+    InvalidPyTorch {
+        /// The weight file.
+        path: PathBuf,
+        /// What is wrong, naming the tensor, global or opcode where one is at fault.
         reason: String,
     },
     /// A tensor that the checkpoint should have is not there.

@@ -303,8 +303,8 @@ mod tests {
         let words = |leaf: &str| {
             let tensor = file.tensor(&format!("{prefix}.{leaf}")).unwrap();
             let name = "golden";
-            crate::TensorRef { name, dtype: DType::I32, shape: &[], bytes: tensor.data() }
-                .to_words()
+            let bytes = tensor.data().into();
+            crate::TensorRef { name, dtype: DType::I32, shape: &[], bytes }.to_words()
         };
         let scales = file.tensor(&format!("{prefix}.scales")).unwrap();
         let [groups, out_features] = *scales.shape() else { panic!("{prefix}: {scales:?}") };

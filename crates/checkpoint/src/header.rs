@@ -24,6 +24,8 @@ pub(crate) struct Entry {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
     pub(crate) range: Range<usize>,
+    /// In values; `None` for a tensor that fills its range row by row, as all of safetensors do.
+    pub(crate) strides: Option<Vec<usize>>,
 }
 
 /// The tensors of a mapped file in order of position, or what is wrong with its header.
@@ -79,7 +81,8 @@ fn tile(
             ));
         }
         covered = to;
-        entries.push((name, Entry { dtype, shape, range: start + from..start + to }));
+        let range = start + from..start + to;
+        entries.push((name, Entry { dtype, shape, range, strides: None }));
     }
     if covered < available {
         return Err(format!("{} bytes follow the last tensor", available - covered));

@@ -4,7 +4,7 @@
 //! like, and nothing about how its weights are made or used: no GPU, no network, no numerics
 //! beyond exact conversions between stored types.
 //!
-//! - Reading: [`Checkpoint::open`] maps the weight files and hands out [`TensorRef`] views, or a
+//! - Reading: [`Checkpoint::open`] maps the weight files, safetensors or PyTorch's, and hands out [`TensorRef`] views, or a
 //!   whole quantised linear as a [`GptqLinear`].
 //! - Writing: [`plan_files`] says to the byte what a quantised checkpoint will be, and
 //!   [`CheckpointWriter`] fills it in any order and publishes it by one rename.
@@ -22,12 +22,15 @@ mod hub_cache;
 mod json;
 mod layout;
 mod partial;
+mod pickle;
+mod pytorch;
 mod quantize_config;
 mod reader;
 mod rope;
 mod side_files;
 mod tensor;
 mod writer;
+mod zip;
 
 pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows, unpack_transposed};
 pub use config::{LinearShape, ModelConfig};

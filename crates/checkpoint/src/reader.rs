@@ -1,10 +1,12 @@
-//! Reading a checkpoint folder: mapped safetensors, one tensor at a time.
+//! Reading a checkpoint folder: mapped weight files, one tensor at a time.
 //!
 //! Files are mapped and only touched pages are read, so opening a large model costs milliseconds,
 //! and memory stays at the tensors in use ([`Checkpoint::release`] gives pages back).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, UncheckedAdvice};
@@ -15,7 +17,7 @@ use crate::header::{self, Entry};
 use crate::quantize_config::is_file_name;
 use crate::{
     CheckpointFormat, DType, Error, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, Result,
-    TensorRef, side_files,
+    TensorRef, pytorch, side_files,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
@@ -33,11 +35,13 @@ impl Checkpoint {
     /// Opens a folder: its configuration, and the headers of its weight files.
     ///
     /// Weights are `model.safetensors`, the shards of `model.safetensors.index.json`, or for a GPTQ
-    /// folder also the file that its quantisation config names, or its only safetensors file.
+    /// folder also the file that its quantisation config names, or its only safetensors file. Where
+    /// there is none of these, they are `pytorch_model.bin` or the shards of its index: pickles, of
+    /// which nothing is executed.
     ///
     /// # Errors
     /// Missing, truncated or malformed files, named; an index that disagrees with its shards; a
-    /// folder that only has PyTorch pickles.
+    /// pickle that needs more than a state dict does.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         let quantize = QuantizeConfig::load(dir, config.raw())?;
@@ -98,7 +102,20 @@ impl Checkpoint {
         };
         let dtype = DType::from_safetensors(entry.dtype, name)?;
         let bytes = &self.files[*file][entry.range.clone()];
+        let bytes = match &entry.strides {
+            None => Cow::Borrowed(bytes),
+            Some(strides) => {
+                Cow::Owned(pytorch::gather(bytes, dtype.size(), &entry.shape, strides))
+            }
+        };
         Ok(TensorRef { name, dtype, shape: &entry.shape, bytes })
+    }
+
+    /// The type a tensor is stored in, whether or not it is one that can be read; `None` when it is
+    /// not there.
+    #[must_use]
+    pub fn stored_type(&self, name: &str) -> Option<safetensors::Dtype> {
+        self.tensors.get(name).map(|(_, entry)| entry.dtype)
     }
 
     /// A floating-point tensor that must have this shape.
@@ -193,20 +210,7 @@ impl Checkpoint {
     /// happens for a name that is not there, or on a system that does not take it.
     pub fn release(&self, name: &str) {
         let Some((file, entry)) = self.tensors.get(name) else { return };
-        // SAFETY: the mapping is read-only and backed by a file, so no page holds data of its own:
-        // one dropped here is read again from the file when it is next touched. References into it
-        // stay valid and see the same values.
-        #[expect(unsafe_code, reason = "madvise on a read-only file mapping")]
-        let advised = unsafe {
-            let range = &entry.range;
-            self.files[*file].unchecked_advise_range(
-                UncheckedAdvice::DontNeed,
-                range.start,
-                range.len(),
-            )
-        };
-        // Refused advice costs memory, not correctness.
-        drop(advised);
+        release(&self.files[*file], entry.range.clone());
     }
 
     /// A tensor with exactly this type and shape.
@@ -230,6 +234,27 @@ fn check_shape(tensor: &TensorRef<'_>, expected: &[usize]) -> Result<()> {
 
 fn wrong_type(tensor: &TensorRef<'_>, expected: &'static str) -> Error {
     Error::DType { tensor: tensor.name.to_owned(), expected, found: tensor.dtype.name() }
+}
+
+/// Name of the weights of a PyTorch folder, and the start of its index's.
+const PYTORCH: &str = "pytorch_model.bin";
+/// Largest piece of a file that the system maps at once when one byte of it is touched.
+const FOLIO: usize = 2 << 20;
+/// How the text begins that Git keeps in place of a large file.
+const LFS_POINTER: &[u8] = b"version https://git-lfs";
+
+/// Gives back the pages of a range. One touch may have mapped a neighbour's as well, so they go too.
+fn release(map: &Mmap, range: Range<usize>) {
+    let start = range.start / FOLIO * FOLIO;
+    let end = range.end.next_multiple_of(FOLIO).min(map.len());
+    // SAFETY: the mapping is read-only and backed by a file, so no page holds data of its own: one
+    // dropped here is read again from the file when it is next touched. References into it stay
+    // valid and see the same values.
+    #[expect(unsafe_code, reason = "madvise on a read-only file mapping")]
+    let advised =
+        unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+    // Refused advice costs memory, not correctness.
+    drop(advised);
 }
 
 /// Where a folder keeps its weights.
@@ -257,15 +282,18 @@ fn find_weights(dir: &Path, quantize: Option<&QuantizeConfig>) -> Result<Weights
             return Ok(Weights::Index(index));
         }
     }
-    let dir_owned = dir.to_owned();
     let mut named = list_extension(dir, "safetensors")?;
+    let dir = dir.to_owned();
     match (quantize, named.len()) {
-        (Some(_), 1) => Ok(Weights::Single(named.remove(0))),
-        (Some(_), count) if count > 1 => Err(Error::AmbiguousWeights { dir: dir_owned, count }),
-        (_, 0) if !list_extension(dir, "bin")?.is_empty() => {
-            Err(Error::BinWeights { dir: dir_owned })
-        }
-        _ => Err(Error::NoWeights { dir: dir_owned }),
+        (Some(_), 1) => return Ok(Weights::Single(named.remove(0))),
+        (Some(_), count) if count > 1 => return Err(Error::AmbiguousWeights { dir, count }),
+        _ => {}
+    }
+    let (single, index) = (dir.join(PYTORCH), dir.join(format!("{PYTORCH}.index.json")));
+    match (single.is_file(), index.is_file()) {
+        (true, _) => Ok(Weights::Single(single)),
+        (false, true) => Ok(Weights::Index(index)),
+        (false, false) => Err(Error::NoWeights { dir }),
     }
 }
 
@@ -327,7 +355,7 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> {
     Ok(shards)
 }
 
-/// Maps a safetensors file and checks its header.
+/// Maps a weight file and checks what it says of its tensors.
 fn map_file(path: &Path) -> Result<(Mmap, Vec<(String, Entry)>)> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     // SAFETY: the mapping is read-only, and every bit pattern is a valid value of what is read from
@@ -335,7 +363,15 @@ fn map_file(path: &Path) -> Result<(Mmap, Vec<(String, Entry)>)> {
     // this one with SIGBUS; checkpoints are not edited in place, and the writer here renames.
     #[expect(unsafe_code, reason = "mapping a checkpoint instead of reading all of it")]
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-    let entries = header::parse(&map)
-        .map_err(|reason| Error::InvalidHeader { path: path.to_owned(), reason })?;
+    let owned = || path.to_owned();
+    if map.starts_with(LFS_POINTER) {
+        return Err(Error::LfsPointer { path: owned() });
+    }
+    let entries = if path.extension().is_some_and(|e| e == "safetensors") {
+        header::parse(&map).map_err(|reason| Error::InvalidHeader { path: owned(), reason })?
+    } else {
+        pytorch::parse(&map).map_err(|reason| Error::InvalidPyTorch { path: owned(), reason })?
+    };
+    release(&map, 0..map.len());
     Ok((map, entries))
 }

@@ -3,6 +3,8 @@
 //! Values in a file are aligned to 8 bytes at best and to nothing at worst, so they are assembled
 //! from bytes and never cast in place.
 
+use std::borrow::Cow;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -12,7 +14,7 @@ use crate::{DType, Error, Result};
 const BATCH: usize = 1024;
 
 /// A tensor in a mapped file.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TensorRef<'a> {
     /// Name in the checkpoint.
     pub name: &'a str,
@@ -20,8 +22,9 @@ pub struct TensorRef<'a> {
     pub dtype: DType,
     /// Dimensions, row-major.
     pub shape: &'a [usize],
-    /// The values, little-endian, at any alignment.
-    pub bytes: &'a [u8],
+    /// The values, row-major and little-endian, at any alignment: the file's own, unless they had
+    /// to be gathered.
+    pub bytes: Cow<'a, [u8]>,
 }
 
 impl TensorRef<'_> {
@@ -76,7 +79,7 @@ impl TensorRef<'_> {
     }
 
     /// The 32-bit words of an I32 tensor.
-    pub(crate) fn to_words(self) -> Vec<u32> {
+    pub(crate) fn to_words(&self) -> Vec<u32> {
         self.words().collect()
     }
 
@@ -119,8 +122,9 @@ impl TensorRef<'_> {
         }
     }
 
-    fn from(&self, start: usize) -> Self {
-        Self { bytes: &self.bytes[start * self.dtype.size()..], ..*self }
+    fn from(&self, start: usize) -> TensorRef<'_> {
+        let bytes = Cow::Borrowed(&self.bytes[start * self.dtype.size()..]);
+        TensorRef { bytes, ..*self }
     }
 
     fn words(&self) -> impl Iterator<Item = u32> {
@@ -141,7 +145,7 @@ mod tests {
     use super::*;
 
     fn view(dtype: DType, bytes: &[u8]) -> TensorRef<'_> {
-        TensorRef { name: "w", dtype, shape: &[], bytes }
+        TensorRef { name: "w", dtype, shape: &[], bytes: Cow::Borrowed(bytes) }
     }
 
     fn f32_bytes(values: &[f32]) -> Vec<u8> {

@@ -78,6 +78,17 @@ impl Tensor {
         }
     }
 
+    /// The values of a CPU tensor.
+    ///
+    /// # Panics
+    /// When the tensor is on another device; [`Tensor::to_host`] reads any.
+    pub fn into_host(self) -> Array2<f32> {
+        match self.0 {
+            Storage::Cpu(a) => a,
+            Storage::Cuda(_) => panic!("a GPU tensor was taken as a CPU tensor"),
+        }
+    }
+
     /// The values of a CPU tensor, for writing.
     ///
     /// # Panics

@@ -1,6 +1,6 @@
 //! One decoder block: its weights, and its forward pass cut between the linears.
 
-use gptq_compute::{AttentionShape, Device, FloatType, HostMatrix, RopeTable, Tensor};
+use gptq_compute::{AttentionShape, Device, RopeTable, Tensor};
 
 use crate::error::Result;
 
@@ -61,6 +61,8 @@ impl Stage {
 #[derive(Clone, Debug)]
 pub struct Block {
     parts: BlockParts,
+    /// Weights in host memory, of which those on the device are a rounding; empty or all seven.
+    exact: Vec<Tensor>,
 }
 
 /// What a block is made of.
@@ -95,7 +97,7 @@ impl Block {
     /// When there are not seven linears.
     pub fn new(parts: BlockParts) -> Self {
         assert_eq!(parts.linears.len(), LinearId::ALL.len(), "linears of a block");
-        Self { parts }
+        Self { parts, exact: Vec::new() }
     }
 
     /// Position in the model, from 0.
@@ -123,21 +125,27 @@ impl Block {
         self.parts.biases[id as usize].as_deref_mut()
     }
 
-    /// The block on `device`: as it is on the CPU, its weights rounded to fp16 on a GPU.
-    ///
-    /// # Errors
-    /// A weight beyond fp16, for a GPU.
-    pub fn to_device(mut self, device: &Device) -> Result<Self> {
-        if let Device::Cuda(_) = device {
-            for linear in &mut self.parts.linears {
-                let host = linear.to_host()?;
-                let (rows, cols) = host.dim();
-                let standard = host.as_standard_layout();
-                let bytes = bytemuck::cast_slice(standard.as_slice().unwrap_or_default());
-                *linear = device.upload(HostMatrix::new(bytes, FloatType::F32, rows, cols))?;
+    /// Moves every weight through `place`, to a device that rounds it; `keep` holds on to what goes
+    /// in.
+    pub(crate) fn place(
+        mut self,
+        keep: bool,
+        place: impl Fn(LinearId, &Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
+        for id in LinearId::ALL {
+            let placed = place(id, self.linear(id))?;
+            let exact = std::mem::replace(&mut self.parts.linears[id as usize], placed);
+            if keep {
+                self.exact.push(exact);
             }
         }
         Ok(self)
+    }
+
+    /// The weights that the device's are a rounding of, in the order of [`LinearId::ALL`] and in
+    /// host memory, where the block was placed with them; empty otherwise.
+    pub fn take_exact(&mut self) -> Vec<Tensor> {
+        std::mem::take(&mut self.exact)
     }
 
     /// Replaces the gains of both norms by ones and returns them, for linears to take over: first

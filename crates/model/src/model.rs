@@ -5,7 +5,7 @@ use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, RopeTable, Tensor};
 use half::f16;
 
-use crate::block::{Block, BlockParts};
+use crate::block::{Block, BlockParts, LinearId};
 use crate::error::{Error, Result};
 use crate::values::Values;
 
@@ -86,7 +86,8 @@ impl<'a> Model<'a> {
         let table =
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
         table.check_finite()?;
-        let embedding = Values::read(&table, precision)?;
+        let embedding = Values::read(table, precision)?;
+        checkpoint.release(EMBEDDING);
         Ok(Self { checkpoint, device, precision, embedding, rope, within_context })
     }
 
@@ -106,6 +107,11 @@ impl<'a> Model<'a> {
     /// The device that runs the model.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// What the weights become on their way to the device.
+    pub fn precision(&self) -> SourcePrecision {
+        self.precision
     }
 
     /// The model's shape.
@@ -175,6 +181,34 @@ impl<'a> Model<'a> {
         }))
     }
 
+    /// Brings a block in host memory to the device: as it is on the CPU, its weights rounded to fp16
+    /// on a GPU. With `exact`, a block on a GPU keeps those in host memory as well.
+    ///
+    /// # Errors
+    /// A weight beyond fp16, for a GPU or with `exact`: what is made of it could not be held.
+    pub fn place(&self, block: Block, exact: bool) -> Result<Block> {
+        let prefix = ModelConfig::block_prefix(block.index());
+        let shapes = self.config().block_linears();
+        let name = |id: LinearId| format!("{prefix}.{}.weight", shapes[id as usize].name);
+        let Device::Cuda(_) = self.device else {
+            for id in LinearId::ALL.into_iter().filter(|_| exact) {
+                let beyond = |v: &&f32| !f16::from_f32(**v).is_finite();
+                let count = block.linear(id).as_host().iter().filter(beyond).count();
+                if count > 0 {
+                    let source = gptq_compute::Error::HalfOverflow { count };
+                    return Err(Error::Overflow { tensor: name(id), source });
+                }
+            }
+            return Ok(block);
+        };
+        block.place(exact, |id, weight| {
+            let host = weight.as_host().as_standard_layout();
+            let bytes = bytemuck::cast_slice(host.as_slice().unwrap_or_default());
+            let matrix = HostMatrix::new(bytes, FloatType::F32, weight.rows(), weight.cols());
+            self.device.upload(matrix).map_err(|source| overflow(|| name(id), source))
+        })
+    }
+
     /// Loads the final norm and the head (the embeddings, where they are tied).
     pub fn load_head(&self) -> Result<Head> {
         let config = self.config();
@@ -205,19 +239,15 @@ impl<'a> Model<'a> {
         let matrix = match device {
             Device::Cpu => {
                 tensor.check_finite()?;
-                let values = Values::read(&tensor, self.precision)?;
+                let values = Values::read(tensor, self.precision)?;
                 device.upload(values.matrix(rows, cols))?
             }
             // A GPU's weights are fp16 whatever the precision; it rounds, and looks for values
             // that are not finite afterwards, on its own.
             Device::Cuda(_) => {
-                let values = Values::read(&tensor, SourcePrecision::Stored)?;
-                device.upload(values.matrix(rows, cols)).map_err(|source| match source {
-                    gptq_compute::Error::HalfOverflow { .. } => {
-                        Error::Overflow { tensor: name.to_owned(), source }
-                    }
-                    other => Error::Compute(other),
-                })?
+                let values = Values::read(tensor, SourcePrecision::Stored)?;
+                let matrix = values.matrix(rows, cols);
+                device.upload(matrix).map_err(|source| overflow(|| name.to_owned(), source))?
             }
         };
         self.checkpoint.release(name);
@@ -234,7 +264,9 @@ impl<'a> Model<'a> {
     fn vector(&self, name: &str, size: usize) -> Result<Vec<f32>> {
         let tensor = self.checkpoint.tensor_shaped(name, &[size])?;
         tensor.check_finite()?;
-        self.values(&tensor)
+        let values = self.values(&tensor)?;
+        self.checkpoint.release(name);
+        Ok(values)
     }
 
     fn values(&self, tensor: &TensorRef<'_>) -> Result<Vec<f32>> {
@@ -242,6 +274,14 @@ impl<'a> Model<'a> {
             SourcePrecision::Stored => tensor.to_f32(),
             SourcePrecision::Half => tensor.to_f16()?.iter().map(|v| v.to_f32()).collect(),
         })
+    }
+}
+
+/// Names the tensor that does not fit in fp16.
+fn overflow(tensor: impl FnOnce() -> String, source: gptq_compute::Error) -> Error {
+    match source {
+        gptq_compute::Error::HalfOverflow { .. } => Error::Overflow { tensor: tensor(), source },
+        other => Error::Compute(other),
     }
 }
 

@@ -1,5 +1,7 @@
 //! A stored tensor's values in the precision asked for, without a copy where none is needed.
 
+use std::borrow::Cow;
+
 use gptq_checkpoint::{DType, TensorRef};
 use gptq_compute::{FloatType, HostMatrix};
 use half::f16;
@@ -11,14 +13,14 @@ use crate::model::SourcePrecision;
 #[derive(Debug)]
 pub(crate) enum Values<'a> {
     /// As the file holds them.
-    Mapped(&'a [u8], FloatType),
+    Stored(Cow<'a, [u8]>, FloatType),
     /// Rounded to fp16.
     Half(Vec<f16>),
 }
 
 impl<'a> Values<'a> {
     /// Takes a tensor as it is, or rounded when the precision asks for it.
-    pub(crate) fn read(tensor: &TensorRef<'a>, precision: SourcePrecision) -> Result<Self> {
+    pub(crate) fn read(tensor: TensorRef<'a>, precision: SourcePrecision) -> Result<Self> {
         let stored = match tensor.dtype {
             DType::F32 => FloatType::F32,
             DType::F16 => FloatType::F16,
@@ -28,13 +30,13 @@ impl<'a> Values<'a> {
         if precision == SourcePrecision::Half && stored != FloatType::F16 {
             return Ok(Self::Half(tensor.to_f16()?));
         }
-        Ok(Self::Mapped(tensor.bytes, stored))
+        Ok(Self::Stored(tensor.bytes, stored))
     }
 
     /// The values as a `[rows, cols]` matrix; the tensor's shape was checked when it was read.
     pub(crate) fn matrix(&self, rows: usize, cols: usize) -> HostMatrix<'_> {
         match self {
-            Self::Mapped(bytes, dtype) => HostMatrix::new(bytes, *dtype, rows, cols),
+            Self::Stored(bytes, dtype) => HostMatrix::new(bytes, *dtype, rows, cols),
             Self::Half(values) => {
                 HostMatrix::new(bytemuck::cast_slice(values), FloatType::F16, rows, cols)
             }

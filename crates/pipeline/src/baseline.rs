@@ -1,4 +1,4 @@
-//! The fp16 model measured once, for every branch of a sweep to be compared with.
+//! The dense model measured once, for every branch of a sweep to be compared with.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,9 +13,10 @@ use crate::error::Result;
 use crate::evaluation::EvalText;
 use crate::perplexity::{Perplexity, Scored, score, score_rounded};
 use crate::progress::Progress;
+use crate::source_dtype::SourceDtype;
 use crate::sweep::Measured;
 
-/// The fp16 model on the evaluation text.
+/// The dense model on the evaluation text.
 pub(crate) struct Baseline<'a> {
     text: EvalText,
     model: Model<'a>,
@@ -27,14 +28,13 @@ pub(crate) struct Baseline<'a> {
 
 impl<'a> Baseline<'a> {
     pub(crate) fn measure(
-        source: &'a Checkpoint,
+        (source, dtype): (&'a Checkpoint, SourceDtype),
         text: EvalText,
         device: &Device,
         progress: &dyn Progress,
     ) -> Result<Self> {
-        // The branches are made from the fp16 cast of the source, so that is what they are
-        // compared with.
-        let model = Model::new(source, device.clone(), SourcePrecision::Half, text.seq_len)?;
+        // What the branches are made from is what they are compared with.
+        let model = Model::new(source, device.clone(), dtype.precision(), text.seq_len)?;
         let scored = score(&model, &text.windows, progress)?;
         let perplexity = scored.perplexity(&model)?;
         Ok(Self { text, model, scored, perplexity, rounded: BTreeMap::new() })

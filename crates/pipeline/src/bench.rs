@@ -162,7 +162,8 @@ pub fn bench_block(
     let reference = spec.choices.needs_reference();
     let linears = LinearId::ALL.map(|id| width.linear(id));
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
-    let parking = parking(device, sizes, Workload { tokens: windows * seq_len, reference })?;
+    let parking =
+        parking(device, sizes, Workload { tokens: windows * seq_len, reference, exact: false })?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
     let calibrator = Calibrator {

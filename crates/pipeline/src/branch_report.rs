@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::identity::DatasetIdentity;
 use crate::progress::{BlockReport, LinearReport};
 use crate::quantise::QuantiseJob;
+use crate::source_dtype::SourceDtype;
 use crate::sweep::Measured;
 
 /// Name of the report in a checkpoint's folder.
@@ -45,6 +46,8 @@ pub struct BranchReport {
     pub recipe: String,
     /// Its choices, as `KEY=VALUE` parted by spaces; `null` for recipes without calibration.
     pub choices: Option<String>,
+    /// What was quantised of the source's weights.
+    pub source_dtype: SourceDtype,
     /// Layout of the weight files.
     pub layout: String,
     /// What computed it.
@@ -153,6 +156,7 @@ impl BranchReport {
             damp: spec.damp,
             recipe: spec.recipe.name().to_owned(),
             choices: calibrates.then(|| spec.choices.to_string()),
+            source_dtype: job.source_dtype,
             layout: job.layout.name().to_owned(),
             device: job.device.kind(),
             file_bytes,

@@ -69,6 +69,7 @@ impl Calibrator<'_> {
         streams: &mut Streams,
         sink: &mut Sink<'_>,
     ) -> Result<Calibrated> {
+        let mut exact = block.take_exact().into_iter();
         let dense = streams.reference.is_some().then(|| block.clone());
         let mut run = BlockRun {
             all: self,
@@ -77,6 +78,7 @@ impl Calibrator<'_> {
             sink,
             stream: Stream { states: &mut streams.quantised, kept: None },
             reference: dense.as_ref().zip(streams.reference.as_mut()),
+            exact: LinearId::ALL.map(|_| exact.next()),
         };
         for stage in Stage::ALL {
             run.stage(block, stage)?;
@@ -208,6 +210,8 @@ struct BlockRun<'r, 's, 'a> {
     stream: Stream<'r>,
     /// The unquantised block and its states.
     reference: Option<(&'r Block, &'r mut States)>,
+    /// In host memory, the weights that the block's are a rounding of, until they are solved.
+    exact: [Option<Tensor>; 7],
 }
 
 impl BlockRun<'_, '_, '_> {
@@ -300,12 +304,16 @@ impl BlockRun<'_, '_, '_> {
     ) -> Result<()> {
         for (&id, &energy) in stage.linears().iter().zip(energies) {
             let name = (self.all.name)(block, id);
-            let mut shifted = None;
+            let mut wide = self.exact[id as usize]
+                .take()
+                .map(|exact| self.all.device.upload_f32(exact.into_host()))
+                .transpose()?;
             if let Some((shift, share)) = shift {
-                shifted = Some(self.all.device.shifted(block.linear(id), shift, *share)?);
+                let weight = wide.as_ref().unwrap_or_else(|| block.linear(id));
+                wide = Some(self.all.device.shifted(weight, shift, *share)?);
                 self.laps.lap("shift")?;
             }
-            let weight = shifted.as_ref().unwrap_or_else(|| block.linear(id));
+            let weight = wide.as_ref().unwrap_or_else(|| block.linear(id));
             let solved = solve(weight, factored, self.all.spec)
                 .map_err(|source| Error::Solve { linear: name.clone(), source })?;
             self.laps.lap("solve")?;

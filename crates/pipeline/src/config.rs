@@ -13,6 +13,7 @@ use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
 use crate::dataset::DatasetSpec;
 use crate::error::{Error, Result};
 use crate::protocol::Protocol;
+use crate::source_dtype::SourceDtype;
 
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";
@@ -28,6 +29,8 @@ struct RawConfig {
     calibration_overrides: CalibrationOverrides,
     #[serde(default = "modern")]
     layout: String,
+    #[serde(default)]
+    source_dtype: SourceDtype,
     recipe: Recipe,
     damp: Option<f64>,
     /// Single choices of every branch, as `KEY=VALUE`.
@@ -82,6 +85,8 @@ pub struct SweepConfig {
     pub calibration: CalibrationRecipe,
     /// File layout of every branch.
     pub layout: Layout,
+    /// What is quantised of the source's weights.
+    pub source_dtype: SourceDtype,
     /// What to measure each branch on.
     pub evaluation: Option<EvaluationSpec>,
     /// The branches, in order.
@@ -151,6 +156,7 @@ impl SweepConfig {
             model: local_model(&raw.model, folder),
             calibration: calibration.with(raw.calibration_overrides)?,
             layout,
+            source_dtype: raw.source_dtype,
             evaluation: raw.evaluation.map(|e| EvaluationSpec {
                 dataset: e.dataset.relative_to(folder),
                 protocol: e.protocol,

@@ -29,6 +29,7 @@ pub mod protocol;
 pub mod python_random;
 pub mod quantise;
 pub mod resume;
+pub mod source_dtype;
 mod stash;
 mod states;
 pub mod sweep;

@@ -77,6 +77,8 @@ pub struct Workload {
     pub tokens: usize,
     /// The unquantised model's states are walked too, for the asymmetric term.
     pub reference: bool,
+    /// Weights are solved from values wider than those that a GPU's forward uses.
+    pub exact: bool,
 }
 
 /// Plans a calibrated run on a GPU of `budget` bytes. Where nothing fits, the smallest plan is
@@ -126,7 +128,7 @@ struct GpuBytes {
 }
 
 impl GpuBytes {
-    fn new(block: BlockSizes, Workload { tokens, reference }: Workload) -> Self {
+    fn new(block: BlockSizes, Workload { tokens, reference, exact }: Workload) -> Self {
         let streams = 1 + usize::from(reference);
         let chunk = 16_384.min(tokens.max(1));
         // The block computed, the one read ahead, and the first as it was before.
@@ -140,7 +142,8 @@ impl GpuBytes {
         // is gathered beside U, and the shifted weights are solved from f32.
         let square = block.widest * block.widest;
         let shift = if reference { 4 * block.largest } else { 0 };
-        let solve = 8 * block.largest + 4 * 1024 * block.rows;
+        let wide = if exact { 4 * block.largest } else { 0 };
+        let solve = 8 * block.largest + 4 * 1024 * block.rows + wide;
         let gathering = 4 * square + flight + shift;
         let solving = (9 * square + solve).max(4 * square + solve + 3 * shift);
         Self {
@@ -150,8 +153,8 @@ impl GpuBytes {
             hidden: 4 * tokens * block.hidden * streams,
             moving: 3 * chunk * (2 * block.widest + 4 * block.hidden),
             // Uploads go through pinned buffers; packed results wait for the writer; a block whose
-            // rotations are folded is turned in f32.
-            host: (2 + 4) * block.weights + (1 << 30),
+            // rotations are folded is turned in f32, and one more waits to be solved from it.
+            host: (2 + 4 + if exact { 4 } else { 0 }) * block.weights + (1 << 30),
         }
     }
 
@@ -170,7 +173,7 @@ impl GpuBytes {
 /// Peak of a CPU run: hidden states and one stage's inputs for all tokens, the blocks' weights (one
 /// read ahead), and the largest linear's solve.
 pub fn plan_cpu(block: BlockSizes, work: Workload) -> u64 {
-    let Workload { tokens, reference } = work;
+    let Workload { tokens, reference, .. } = work;
     let streams = 1 + usize::from(reference);
     // An embedding that is not fp16 in the source is rounded once, and the tokeniser, the program
     // and the text take some tens of megabytes.
@@ -200,7 +203,7 @@ mod tests {
     #[test]
     fn a_larger_card_parks_less() {
         let block = BlockSizes::of(&llama_70b());
-        let work = |reference| Workload { tokens: 128 * 4096, reference };
+        let work = |reference| Workload { tokens: 128 * 4096, reference, exact: false };
         let plan = |gib: u64| plan_gpu(block, work(false), gib << 30);
         assert_eq!(plan(79).parking, Parking::default());
         let some = plan(48).parking;
@@ -216,5 +219,10 @@ mod tests {
         let plan = |gib: u64| plan_gpu(block, work(true), gib << 30);
         assert!(plan(79).parking.inputs < 0.6 && plan(79).parking.hidden == 0.0);
         assert!(plan(24).device_bytes <= 24 << 30);
+        // Solving from f32 takes the widest linear in f32 there, and a block in f32 here.
+        let exact = plan_gpu(block, Workload { exact: true, ..work(false) }, 79 << 30);
+        let rounded = plan_gpu(block, work(false), 79 << 30);
+        assert_eq!(exact.device_bytes - rounded.device_bytes, 4 * 28672 * 8192);
+        assert_eq!(exact.host_bytes - rounded.host_bytes, 4 * 855_638_016);
     }
 }

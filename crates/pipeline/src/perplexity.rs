@@ -1,7 +1,7 @@
 //! Perplexity and KL divergence, layer by layer: a block is loaded once for all windows.
 
 use gptq_compute::Tensor;
-use gptq_model::{Block, Head, Model};
+use gptq_model::{Block, Head, LinearId, Model, SourcePrecision};
 use gptq_quant::{QuantSpec, round_to_nearest};
 use serde::{Deserialize, Serialize};
 
@@ -39,7 +39,7 @@ pub struct Perplexity {
 
 /// Runs the model as it is stored over `windows`.
 pub fn score(model: &Model<'_>, windows: &[EvalWindow], progress: &dyn Progress) -> Result<Scored> {
-    walk(model, windows, progress, |_| Ok(()))
+    walk(model, windows, false, progress, |_| Ok(()))
 }
 
 /// Runs the model with every linear rounded to nearest on the way: the baseline without a file.
@@ -49,9 +49,12 @@ pub fn score_rounded(
     windows: &[EvalWindow],
     progress: &dyn Progress,
 ) -> Result<Scored> {
-    walk(model, windows, progress, |block| {
-        for id in gptq_model::LinearId::ALL {
-            let rounded = round_to_nearest(model.device(), block.linear(id), spec)
+    let exact = model.precision() == SourcePrecision::Stored;
+    walk(model, windows, exact, progress, |block| {
+        let exact = block.take_exact();
+        for id in LinearId::ALL {
+            let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
+            let rounded = round_to_nearest(model.device(), weight, spec)
                 .map_err(|source| Error::Solve { linear: linear_name(model, block, id), source })?;
             block.set_linear(id, rounded.weight);
         }
@@ -59,22 +62,24 @@ pub fn score_rounded(
     })
 }
 
-/// One pass over the blocks; `prepare` may change a block's weights before it runs.
+/// One pass over the blocks; `prepare` may change a block's weights before it runs, and with `exact`
+/// finds those that a GPU's are a rounding of.
 fn walk(
     model: &Model<'_>,
     windows: &[EvalWindow],
+    exact: bool,
     progress: &dyn Progress,
     prepare: impl Fn(&mut Block) -> Result<()>,
 ) -> Result<Scored> {
     let tokens: Vec<&[u32]> = windows.iter().map(|w| w.tokens.as_slice()).collect();
     let held = windows.iter().map(|w| w.tokens.len()).sum();
-    let work = Workload { tokens: held, reference: false };
+    let work = Workload { tokens: held, reference: false, exact };
     let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
     let mut states = embed(model, &tokens, parked.hidden)?;
     let blocks = model.config().num_hidden_layers;
     progress.begin("perplexity", blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, model, None);
+        let ahead = read_ahead(scope, model, None, exact);
         for _ in 0..blocks {
             let mut block = next_block(&ahead)?;
             prepare(&mut block)?;

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::fold::written_config;
 use crate::memory::{BlockSizes, MemoryPlan, Workload, plan_cpu, plan_gpu};
 use crate::quantise::quantize_config;
+use crate::source_dtype::SourceDtype;
 
 /// Cost of one branch.
 #[derive(Clone, Debug, Serialize)]
@@ -51,6 +52,7 @@ impl Work {
 pub fn plan_branch(
     model: &ModelConfig,
     spec: &QuantSpec,
+    source_dtype: SourceDtype,
     layout: Layout,
     metadata: &BTreeMap<String, String>,
     (windows, seq_len): (usize, usize),
@@ -61,7 +63,8 @@ pub fn plan_branch(
     let calibrates = spec.recipe.calibrates();
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
-    let held = Workload { tokens, reference: spec.choices.needs_reference() };
+    let exact = source_dtype == SourceDtype::Fp32;
+    let held = Workload { tokens, reference: spec.choices.needs_reference(), exact };
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
         cpu_bytes: plan_cpu(block, held),

@@ -14,7 +14,7 @@ use gptq_checkpoint::{
     Written, pack_rows, pack_transposed,
 };
 use gptq_compute::Device;
-use gptq_model::{Block, LinearId, Model, SourcePrecision};
+use gptq_model::{Block, LinearId, Model};
 use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
 use half::f16;
 
@@ -27,6 +27,7 @@ use crate::fold::{Folding, HEAD, written_config};
 use crate::head;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::progress::{BlockReport, LinearReport, Progress};
+use crate::source_dtype::SourceDtype;
 use crate::states::embed;
 
 /// Quantised linears that may wait for the writer.
@@ -41,6 +42,8 @@ pub struct QuantiseJob<'a> {
     pub model: String,
     /// What reports call the result: nothing that depends on where it lies.
     pub branch: String,
+    /// What is quantised of its weights.
+    pub source_dtype: SourceDtype,
     /// Where to compute.
     pub device: Device,
     /// Solver choices.
@@ -102,12 +105,13 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Made, Option<S
         &written_config(job.source.config(), &job.spec.choices),
         &quantize_config(&job.spec)?,
         job.layout,
-        &metadata(&job.spec, job.calibration),
+        &metadata(&job.spec, job.source_dtype, job.calibration),
         job.max_shard_bytes,
     )?;
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
-    let mut model = Model::new(job.source, job.device.clone(), SourcePrecision::Half, seq_len)?;
+    let precision = job.source_dtype.precision();
+    let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?;
     if let Some(embedding) = folding.as_ref().map(|f| f.embedding(job.source)).transpose()? {
         model = match embedding {
             Some(values) => model.with_embedding(values),
@@ -118,7 +122,7 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Made, Option<S
 
     let (walked, mut writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
-        let ahead = read_ahead(scope, &model, folding);
+        let ahead = read_ahead(scope, &model, folding, job.source_dtype == SourceDtype::Fp32);
         let walked = walk(&ahead, &model, job, windows, &sender, progress);
         // A reader that waits to hand its block over learns here that nobody takes it.
         drop(ahead);
@@ -160,7 +164,8 @@ fn walk(
     if job.spec.recipe.calibrates() {
         let tokens = windows.iter().map(Vec::len).sum();
         let reference = job.spec.choices.needs_reference();
-        let work = Workload { tokens, reference };
+        let exact = job.source_dtype == SourceDtype::Fp32;
+        let work = Workload { tokens, reference, exact };
         parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         let reference = reference.then(|| embed(model, &windows, parked.hidden)).transpose()?;
@@ -176,7 +181,7 @@ fn walk(
                 let run = CalibratedRun { model, job, windows: windows.len(), seq_len, parked };
                 run.block(&mut block, streams, writer, progress)?
             }
-            None => rounded(model, &block, job, writer)?,
+            None => rounded(model, &mut block, job, writer)?,
         };
         let report = BlockReport {
             block: index,
@@ -241,16 +246,18 @@ impl CalibratedRun<'_> {
 }
 
 /// Reads blocks one ahead of their use, and folds rotations into them, on a thread of its own.
+/// With `exact`, blocks on a GPU keep their weights unrounded as well.
 pub(crate) fn read_ahead<'scope, 'env>(
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<'env>,
     folding: Option<&'env Folding>,
+    exact: bool,
 ) -> Receiver<Result<Block>> {
     // A rendezvous: the block that waits here is the only one beside the one in use.
     let (sender, receiver) = sync_channel(0);
     scope.spawn(move || {
         for index in 0..model.config().num_hidden_layers {
-            let block = load(model, index, folding);
+            let block = load(model, index, folding, exact);
             let failed = block.is_err();
             // A closed channel means that the walk has failed elsewhere.
             if sender.send(block).is_err() || failed {
@@ -261,12 +268,16 @@ pub(crate) fn read_ahead<'scope, 'env>(
     receiver
 }
 
-fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>) -> Result<Block> {
-    let Some(folding) = folding else { return Ok(model.load_block(index)?) };
+fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>, exact: bool) -> Result<Block> {
+    if folding.is_none() && !exact {
+        return Ok(model.load_block(index)?);
+    }
     // Turned on the host, beside the work of a GPU.
     let mut block = model.load_block_on(&Device::Cpu, index)?;
-    folding.block(&mut block)?;
-    Ok(block.to_device(model.device())?)
+    if let Some(folding) = folding {
+        folding.block(&mut block)?;
+    }
+    Ok(model.place(block, exact)?)
 }
 
 /// The next block, or why it could not be read.
@@ -316,14 +327,16 @@ fn packed(stored: Stored, spec: &QuantSpec) -> Result<GptqLinear> {
 /// Every linear of a block on its own, without calibration.
 fn rounded(
     model: &Model<'_>,
-    block: &Block,
+    block: &mut Block,
     job: &QuantiseJob<'_>,
     writer: &SyncSender<(String, Stored)>,
 ) -> Result<Calibrated> {
     let mut linears = Vec::new();
+    let exact = block.take_exact();
     for id in LinearId::ALL {
         let name = linear_name(model, block, id);
-        let solved = round_to_nearest(model.device(), block.linear(id), &job.spec)
+        let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
+        let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
         send(writer, &name, solved.stored)?;
         linears.push(LinearReport { name, relative_error: None, damp: None, damp_retries: 0 });
@@ -345,11 +358,13 @@ pub(crate) fn quantize_config(spec: &QuantSpec) -> Result<QuantizeConfig> {
 /// Provenance for the file's metadata; the `card` layout leaves it out.
 pub(crate) fn metadata(
     spec: &QuantSpec,
+    source_dtype: SourceDtype,
     calibration: Option<&Calibration>,
 ) -> BTreeMap<String, String> {
     let mut map = BTreeMap::from([
         ("quantizer".to_owned(), TOOL.to_owned()),
         ("recipe".to_owned(), spec.recipe.name().to_owned()),
+        ("source_dtype".to_owned(), source_dtype.name().to_owned()),
     ]);
     if spec.recipe.calibrates() {
         map.insert("choices".to_owned(), spec.choices.to_string());
@@ -384,6 +399,7 @@ fn copy_dense(
         let tensor = source.tensor(&name)?;
         tensor.check_finite()?;
         writer.copy_dense(&name, &tensor)?;
+        source.release(&name);
     }
     Ok(())
 }
@@ -394,6 +410,7 @@ mod tests {
 
     use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
     use crate::tokens::TextTokenizer;
+    use gptq_model::SourcePrecision;
 
     use gptq_quant::Recipe;
 
@@ -443,6 +460,7 @@ mod tests {
                 source: &source,
                 model: "demo-llama".to_owned(),
                 branch: bits.to_string(),
+                source_dtype: SourceDtype::Fp16,
                 device: Device::best().unwrap(),
                 spec: QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best),
                 calibration: Some(&calibration),

@@ -1,7 +1,7 @@
 //! A sweep: every branch of a configuration made, then measured from its file.
 //!
 //! What branches share is done once: the calibration windows, the first Gram (see [`FirstGrams`]),
-//! the fp16 model's perplexity and its final hidden states (for KL), and the rounded baseline of
+//! the dense model's perplexity and its final hidden states (for KL), and the rounded baseline of
 //! each grid. Finished branches are found and reused (see [`crate::resume`]).
 
 use std::path::{Path, PathBuf};
@@ -25,6 +25,7 @@ use crate::plan::{BranchPlan, plan_branch};
 use crate::progress::Progress;
 use crate::quantise::{Made, QuantiseJob, make, metadata};
 use crate::resume::{Left, Lock, State, look};
+use crate::source_dtype::SourceDtype;
 use crate::sweep_log::SweepLog;
 
 /// Branches to make, and everything that they are made with.
@@ -84,7 +85,7 @@ pub struct SweepRow {
 pub struct Measured {
     /// Perplexity.
     pub perplexity: f64,
-    /// Mean KL to the fp16 model in nats a token.
+    /// Mean KL to the dense model in nats a token.
     pub kl: f64,
 }
 
@@ -93,7 +94,9 @@ pub struct Measured {
 pub struct SweepReport {
     /// Source model.
     pub model: String,
-    /// The fp16 model on the evaluation text.
+    /// What was quantised of its weights.
+    pub source_dtype: SourceDtype,
+    /// The dense model, its weights of that type, on the evaluation text.
     pub baseline: Option<Perplexity>,
     /// Digest of what the baseline is measured on and with.
     pub baseline_key: Option<String>,
@@ -231,8 +234,9 @@ impl SweepJob<'_> {
         plan_branch(
             self.source.config(),
             &branch.spec,
+            self.config.source_dtype,
             self.config.layout,
-            &metadata(&branch.spec, calibration),
+            &metadata(&branch.spec, self.config.source_dtype, calibration),
             (windows.len(), windows.first().map_or(0, Vec::len)),
             gpu_memory,
         )
@@ -273,6 +277,7 @@ impl SweepJob<'_> {
             ("the model", model_name(&self.config.model)),
             ("the source", source.to_owned()),
             ("settings", settings),
+            ("source dtype", self.config.source_dtype.name().to_owned()),
             ("layout", self.config.layout.name().to_owned()),
             ("calibration", calibration),
             ("the device", self.device.kind()),
@@ -303,7 +308,7 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Measures the fp16 model, before anything long is begun, unless an earlier run has and nothing
+    /// Measures the dense model, before anything long is begun, unless an earlier run has and nothing
     /// is to be compared with it.
     fn start(
         job: &'a SweepJob<'a>,
@@ -312,12 +317,15 @@ impl<'a> Run<'a> {
         progress: &'a dyn Progress,
     ) -> Result<Self> {
         let Survey { text, measured_on, source, branches } = survey;
-        let baseline_key = measured_on
-            .as_ref()
-            .map(|on| sha256(format!("{TOOL}\n{source}\n{on}\n{}", job.device.kind()).as_bytes()));
+        let dtype = job.config.source_dtype;
+        let baseline_key = measured_on.as_ref().map(|on| {
+            let of = format!("{TOOL}\n{source}\n{}\n{on}\n{}", dtype.name(), job.device.kind());
+            sha256(of.as_bytes())
+        });
         let known = earlier.as_ref().filter(|e| e.baseline_key == baseline_key);
         let mut report = SweepReport {
             model: job.config.model.clone(),
+            source_dtype: dtype,
             baseline: known.and_then(|e| e.baseline),
             baseline_key,
             evaluation: text.clone(),
@@ -327,7 +335,7 @@ impl<'a> Run<'a> {
         let needed = !branches.is_empty() && !(finished && report.baseline.is_some());
         let mut baseline = None;
         if let Some(text) = text.clone().filter(|_| needed) {
-            let mut made = Baseline::measure(job.source, text, job.device, progress)?;
+            let mut made = Baseline::measure((job.source, dtype), text, job.device, progress)?;
             for surveyed in branches {
                 if let State::Finished(report) = &surveyed.state {
                     made.remember(report);
@@ -383,6 +391,7 @@ impl<'a> Run<'a> {
             source: job.source,
             model: model_name(&job.config.model),
             branch: branch.name.clone(),
+            source_dtype: job.config.source_dtype,
             device: job.device.clone(),
             spec: branch.spec.clone(),
             calibration: Some(job.calibration).filter(|_| branch.spec.recipe.calibrates()),

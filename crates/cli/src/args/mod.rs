@@ -11,6 +11,7 @@ use gptq_pipeline::calibration::CalibrationOverrides;
 use gptq_pipeline::dataset::DatasetSpec;
 use gptq_pipeline::jobs::Share;
 use gptq_pipeline::protocol::Protocol;
+use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_quant::Recipe;
 
 pub(crate) use device::DeviceArgs;
@@ -71,6 +72,10 @@ pub(crate) struct QuantizeArgs {
     /// clip=none|search, residual=0..1, head=0..1, rotate=none|heads|full; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Type in which the source's weights are quantised: fp16 (rounded first, as the published
+    /// branches were) or fp32 (as stored) [default: fp16]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Tensors beside the quantised ones: modern, or card as published in 2023 [default: modern]
@@ -182,11 +187,16 @@ pub(crate) struct PlanArgs {
 
 /// Show what a checkpoint holds
 #[derive(Debug, Args)]
-#[command(after_help = "Example:
-  gptq inspect ./SmolLM2-135M-4bit-128g")]
+#[command(after_help = "Examples:
+  gptq inspect ./SmolLM2-135M-4bit-128g
+  gptq inspect ./SmolLM2-135M --checksum")]
 pub(crate) struct InspectArgs {
     /// Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
     pub(crate) checkpoint: String,
+    /// Read every value, and print how fast and their SHA-256: equal for equal tensors, whatever
+    /// files hold them
+    #[arg(long)]
+    pub(crate) checksum: bool,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -219,6 +229,9 @@ pub(crate) struct SweepArgs {
     /// Dense model instead of the configuration's
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<String>,
+    /// Type in which its weights are quantised, fp16 or fp32, instead of the configuration's
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Treat raised damping as an error

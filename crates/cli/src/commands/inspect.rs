@@ -1,10 +1,12 @@
 //! `gptq inspect`: what a folder holds, checked against what its configuration says.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use anyhow::Result;
 use gptq_checkpoint::{Checkpoint, ModelConfig, RopeScaling};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use super::table::{gigabytes, size, table};
 use super::{open_checkpoint, print_json, print_result};
@@ -25,8 +27,17 @@ struct Output {
     tied_embeddings: bool,
     file_bytes: u64,
     tensors: usize,
-    dtypes: BTreeMap<&'static str, usize>,
+    dtypes: BTreeMap<String, usize>,
     quantization: Option<Quantization>,
+    checksum: Option<Checksum>,
+}
+
+/// What reading every value gave.
+#[derive(Serialize)]
+struct Checksum {
+    sha256: String,
+    bytes: u64,
+    seconds: f64,
 }
 
 #[derive(Serialize)]
@@ -41,7 +52,11 @@ struct Quantization {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let output = describe(&open_checkpoint(&args.checkpoint)?)?;
+    let checkpoint = open_checkpoint(&args.checkpoint)?;
+    let mut output = describe(&checkpoint)?;
+    if args.checksum {
+        output.checksum = Some(checksum(&checkpoint)?);
+    }
     if args.json { print_json(&output) } else { print_result(&text(&output)) }
 }
 
@@ -50,7 +65,9 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     let mut dtypes = BTreeMap::new();
     let mut tensors = 0;
     for name in checkpoint.names() {
-        *dtypes.entry(checkpoint.tensor(name)?.dtype.name()).or_insert(0) += 1;
+        if let Some(dtype) = checkpoint.stored_type(name) {
+            *dtypes.entry(dtype.to_string()).or_insert(0) += 1;
+        }
         tensors += 1;
     }
     Ok(Output {
@@ -73,7 +90,24 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
         tensors,
         dtypes,
         quantization: quantization(checkpoint)?,
+        checksum: None,
     })
+}
+
+/// SHA-256 of each tensor's name, type and shape on a line, then its values, sorted by name.
+fn checksum(checkpoint: &Checkpoint) -> Result<Checksum> {
+    let start = Instant::now();
+    let mut hash = Sha256::new();
+    let mut bytes = 0;
+    for name in checkpoint.names() {
+        let tensor = checkpoint.tensor(name)?;
+        hash.update(format!("{name} {} {:?}\n", tensor.dtype.name(), tensor.shape));
+        hash.update(&tensor.bytes);
+        bytes += tensor.bytes.len() as u64;
+        checkpoint.release(name);
+    }
+    let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    Ok(Checksum { sha256, bytes, seconds: start.elapsed().as_secs_f64() })
 }
 
 /// Reads every quantised linear, so that a wrong shape or group index is found here.
@@ -138,6 +172,11 @@ fn text(output: &Output) -> String {
                 ),
             ));
         }
+    }
+    if let Some(c) = &output.checksum {
+        let (read, speed) = (size(c.bytes), size((c.bytes as f64 / c.seconds) as u64));
+        rows.push(line("read", format!("{read} in {:.1} s, {speed} a second", c.seconds)));
+        rows.push(line("SHA-256", c.sha256.clone()));
     }
     table(&["", ""], 2, &rows).trim_start_matches('\n').to_owned()
 }

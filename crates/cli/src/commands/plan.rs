@@ -32,6 +32,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         let plan = plan_branch(
             &model,
             &branch.spec,
+            config.source_dtype,
             config.layout,
             &BTreeMap::new(),
             windows,

@@ -9,6 +9,7 @@ use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
 use gptq_pipeline::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::progress::BlockReport;
 use gptq_pipeline::quantise::{QuantiseJob, quantise};
+use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_pipeline::tokens::TextTokenizer;
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
@@ -28,6 +29,7 @@ struct Output<'a> {
     group_size: Option<usize>,
     act_order: bool,
     damp: f64,
+    source_dtype: SourceDtype,
     calibration: Option<CalibrationOutput<'a>>,
     file_bytes: u64,
     seconds: f64,
@@ -49,13 +51,14 @@ struct CalibrationOutput<'a> {
 /// Settings after branch and options were merged.
 struct Settings {
     spec: QuantSpec,
+    source_dtype: SourceDtype,
     layout: Layout,
     calibration: CalibrationRecipe,
 }
 
 pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let start = Instant::now();
-    let Settings { spec, layout, calibration } = settings(args)?;
+    let Settings { spec, source_dtype, layout, calibration } = settings(args)?;
     spec.validate()?;
     let source = open_checkpoint(&args.model)?;
     let device = args.device.open(printer)?;
@@ -65,6 +68,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         source: &source,
         model: model_name(&args.model),
         branch: args.branch.clone().unwrap_or_else(|| branch_name(&spec)),
+        source_dtype,
         device: device.clone(),
         spec: spec.clone(),
         calibration: calibration.as_ref(),
@@ -83,6 +87,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         group_size: spec.group_size,
         act_order: spec.act_order,
         damp: spec.damp,
+        source_dtype,
         calibration: calibration.as_ref().map(|c| CalibrationOutput {
             dataset: &c.dataset.name,
             windows: c.windows.len(),
@@ -115,6 +120,7 @@ fn settings(args: &QuantizeArgs) -> Result<Settings> {
             let config = SweepConfig::open(args.config.as_deref().unwrap_or(BUILT_IN))?;
             Settings {
                 spec: config.branch(name)?.spec.clone(),
+                source_dtype: config.source_dtype,
                 layout: config.layout,
                 calibration: config.calibration,
             }
@@ -123,6 +129,7 @@ fn settings(args: &QuantizeArgs) -> Result<Settings> {
             let recipe = args.recipe.unwrap_or(Recipe::Best);
             Settings {
                 spec: QuantSpec::new(4, Some(128), true, recipe.damp(), recipe),
+                source_dtype: SourceDtype::default(),
                 layout: Layout::Modern,
                 calibration: CalibrationRecipe::open("wikitext2")?,
             }
@@ -137,6 +144,7 @@ fn settings(args: &QuantizeArgs) -> Result<Settings> {
         (spec.recipe, spec.choices) = (recipe, recipe.choices());
     }
     spec.set(&args.set)?;
+    settings.source_dtype = args.source_dtype.unwrap_or(settings.source_dtype);
     settings.layout = args.layout.unwrap_or(settings.layout);
     if let Some(name) = &args.calibration.calib {
         settings.calibration = CalibrationRecipe::open(name)?;

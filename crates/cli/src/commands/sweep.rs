@@ -26,6 +26,7 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
         config.calibration = CalibrationRecipe::open(name)?;
     }
     config.calibration = config.calibration.clone().with(args.calibration.overrides())?;
+    config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     let branches = selected(&config, &args.only)?;
     let source = open_checkpoint(&config.model)?;
     let device = args.device.open(printer)?;
@@ -170,7 +171,8 @@ fn text(report: &SweepReport) -> String {
     ];
     let mut rows: Vec<Vec<String>> = Vec::new();
     if let Some(baseline) = &report.baseline {
-        let mut row = vec!["fp16".to_owned(), "16".to_owned()];
+        let name = report.source_dtype.name();
+        let mut row = vec![name.to_owned(), name.trim_start_matches("fp").to_owned()];
         row.extend(["", "", ""].map(str::to_owned));
         row.push(format!("{:.3}", baseline.perplexity));
         rows.push(row);
@@ -179,8 +181,12 @@ fn text(report: &SweepReport) -> String {
     let mut text = table(&header, 1, &rows);
     if let (Some(e), Some(b)) = (&report.evaluation, &report.baseline) {
         text.push_str(&format!(
-            "\n{}: {} windows × {} tokens of {}; KL to fp16 in nats a token; f32.\n",
-            e.protocol, b.windows, e.seq_len, e.dataset
+            "\n{}: {} windows × {} tokens of {}; KL to {} in nats a token; f32.\n",
+            e.protocol,
+            b.windows,
+            e.seq_len,
+            e.dataset,
+            report.source_dtype.name()
         ));
         if e.contaminated {
             text.push_str(
