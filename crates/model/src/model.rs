@@ -2,7 +2,7 @@
 
 use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig};
 use gptq_compute::cuda::{PackedLinear, dequantise};
-use gptq_compute::{Device, FloatType, HostMatrix, RopeTable, Tensor};
+use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
 use half::f16;
 
 use crate::block::{Block, BlockParts};
@@ -31,6 +31,7 @@ pub struct Model<'a> {
     precision: SourcePrecision,
     embedding: Values<'a>,
     rope: RopeTable,
+    ranks: Ranks,
 }
 
 /// Final norm and language-model head on a device.
@@ -74,7 +75,15 @@ impl<'a> Model<'a> {
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
         table.check_finite()?;
         let embedding = Values::read(&table, precision)?;
-        Ok(Self { checkpoint, device, precision, embedding, rope })
+        Ok(Self { checkpoint, device, precision, embedding, rope, ranks: Ranks::alone() })
+    }
+
+    /// Runs the model together with other ranks, each of which holds it and has its share of the
+    /// windows.
+    #[must_use]
+    pub fn with_ranks(mut self, ranks: Ranks) -> Self {
+        self.ranks = ranks;
+        self
     }
 
     /// Replaces the embedding, row-major `[vocab, hidden]`: the model's own, turned into other
@@ -93,6 +102,11 @@ impl<'a> Model<'a> {
     /// The device that runs the model.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The ranks that run the model.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
     }
 
     /// The model's shape.

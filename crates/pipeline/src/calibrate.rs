@@ -10,12 +10,14 @@
 //! Shifting the other linears by the drift of their inputs as well was tried: a percent of KL for
 //! seven of time (tests/bench).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use gptq_compute::{Device, Gram, Laps, RopeTable, Tensor};
+use gptq_compute::{Device, Gram, Laps, Ranks, RopeTable, Tensor};
 use gptq_model::{Block, LinearId, Stage};
-use gptq_quant::{Factored, QuantSpec, Quantised, Stored, factor, solve};
+use gptq_quant::{Factored, QuantSpec, factor, solve};
 
+use crate::bands::{Bands, ROWS, band, summed};
 use crate::error::{Error, Result};
 use crate::memory::Parking;
 use crate::progress::LinearReport;
@@ -34,7 +36,9 @@ pub(crate) struct Calibrator<'a> {
     pub(crate) device: &'a Device,
     pub(crate) rope: &'a RopeTable,
     pub(crate) spec: &'a QuantSpec,
-    /// Number of calibration windows: the n of H = 2/n · XᵀX.
+    /// Who else calibrates the block: each on its own windows, solving its own rows.
+    pub(crate) ranks: &'a Ranks,
+    /// Number of calibration windows of all ranks: the n of H = 2/n · XᵀX.
     pub(crate) windows: usize,
     pub(crate) parking: Parking,
     /// Name of a linear in messages and reports.
@@ -47,8 +51,8 @@ pub(crate) struct Calibrated {
     pub(crate) stages: StageSeconds,
 }
 
-/// Receives each quantised linear, by name.
-pub(crate) type Sink<'s> = dyn FnMut(&str, Stored) -> Result<()> + 's;
+/// Receives each quantised linear, by name; on rank 0 alone.
+pub(crate) type Sink<'s> = dyn FnMut(&str, Bands) -> Result<()> + 's;
 
 /// The states that a block moves: of the model being quantised, and of the unquantised one where
 /// targets are shifted.
@@ -225,6 +229,8 @@ impl BlockRun<'_, '_, '_> {
             // All of o's inputs are used up; give their memory back before down's are made.
             self.stream.kept = None;
         }
+        self.all.ranks.sum_gram(&mut gram)?;
+        self.laps.lap("exchange")?;
         let scale = 2.0 / self.all.windows as f32;
         let first = (self.all.name)(block, stage.linears()[0]);
         let factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
@@ -248,8 +254,8 @@ impl BlockRun<'_, '_, '_> {
         self.solve(block, stage, &factored, shift.map(|s| (s, share)).as_ref(), &energies)
     }
 
-    /// What the weights of o or down should move by to give the residual stream all that it lacks,
-    /// `[out, in]` without the Hessian's scale; moves the unquantised model's states past the stage.
+    /// What this rank's rows of o or down should move by to give the residual stream all that it
+    /// lacks, `[rows, in]` without the Hessian's scale; moves the unquantised model's states past the stage.
     fn shift(&mut self, stage: Stage, factored: &Factored) -> Result<Option<Tensor>> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };
@@ -265,13 +271,16 @@ impl BlockRun<'_, '_, '_> {
             }
             states.hidden.put(chunk, hidden)?;
         }
-        let Some(lacking) = lacking else { return Ok(None) };
+        let Some(mut lacking) = lacking else { return Ok(None) };
+        all.ranks.sum(&mut lacking)?;
+        let lacking = band(all.device, &lacking, all.ranks.share(shape.0, ROWS))?;
+        self.laps.lap("exchange")?;
         let shift = all.device.over_hessian(&lacking, &factored.upper, &factored.order)?;
         self.laps.lap("shift")?;
         Ok(Some(shift))
     }
 
-    /// One solve for each linear of a stage.
+    /// One solve for each linear of a stage, of this rank's rows.
     fn solve(
         &mut self,
         block: &mut Block,
@@ -280,46 +289,70 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
+        let Calibrator { device, ranks, spec, .. } = *self.all;
+        let mut numbers = Vec::new();
         for (&id, &energy) in stage.linears().iter().zip(energies) {
             let name = (self.all.name)(block, id);
-            let mut shifted = None;
-            if let Some((shift, share)) = shift {
-                shifted = Some(self.all.device.shifted(block.linear(id), shift, *share)?);
-                self.laps.lap("shift")?;
+            let rows = block.linear(id).rows();
+            let own = ranks.share(rows, ROWS);
+            let (mut solved, mut loss) = (None, 0.0);
+            if !own.is_empty() {
+                let mut weight = band(device, block.linear(id), own)?;
+                if let Some((shift, share)) = shift {
+                    weight = Cow::Owned(device.shifted(&weight, shift, *share)?);
+                    self.laps.lap("shift")?;
+                }
+                let done = solve(&weight, factored, spec)
+                    .map_err(|source| Error::Solve { linear: name.clone(), source })?;
+                loss = done.loss.unwrap_or(f64::NAN);
+                solved = Some(done);
+                self.laps.lap("solve")?;
             }
-            let weight = shifted.as_ref().unwrap_or_else(|| block.linear(id));
-            let solved = solve(weight, factored, self.all.spec)
-                .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-            self.laps.lap("solve")?;
-            self.linears.push(report(name.clone(), &solved, energy, factored));
-            (self.sink)(&name, solved.stored)?;
-            block.set_linear(id, solved.weight);
+            numbers.extend([loss, energy]);
+            let (stored, weight) = match solved {
+                Some(solved) => (Some(solved.stored), solved.weight),
+                None => (None, band(device, block.linear(id), 0..0)?.into_owned()),
+            };
+            block.set_linear(id, ranks.gather_rows(weight, rows, ROWS)?);
+            self.laps.lap("exchange")?;
+            if let Some(bands) = Bands::collect(ranks, stored, rows)? {
+                (self.sink)(&name, bands)?;
+            }
             self.laps.lap("pack")?;
+        }
+        let numbers = summed(ranks, numbers)?;
+        for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
+            let name = (self.all.name)(block, id);
+            self.linears.push(report(name, number[0], number[1], factored));
         }
         Ok(())
     }
 
-    /// `scale` · tr(W G Wᵀ) of a stage's linears.
+    /// This rank's part of `scale` · tr(W G Wᵀ) of a stage's linears.
     fn energies(&self, block: &Block, stage: Stage, gram: &Gram, scale: f32) -> Result<Vec<f64>> {
         let energy = |&id| Ok(self.energy(block, id, gram)? * f64::from(scale));
         stage.linears().iter().map(energy).collect()
     }
 
-    /// tr(W G Wᵀ), from evenly spaced rows of W.
+    /// tr(W G Wᵀ), from evenly spaced rows of W, which the ranks share.
     fn energy(&self, block: &Block, id: LinearId, gram: &Gram) -> Result<f64> {
         let weight = block.linear(id);
         let rows = weight.rows();
         let count = rows.min(ENERGY_ROWS);
-        let sample: Vec<u32> = (0..count).map(|i| (i * rows / count) as u32).collect();
+        let own = self.all.ranks.share(count, 1);
+        if own.is_empty() {
+            return Ok(0.0);
+        }
+        let sample: Vec<u32> = own.map(|i| (i * rows / count) as u32).collect();
         let sampled = self.all.device.select_rows(weight, &sample)?;
         Ok(gram.quadratic_form(&sampled)? * rows as f64 / count as f64)
     }
 }
 
-fn report(name: String, solved: &Quantised, energy: f64, factored: &Factored) -> LinearReport {
+fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearReport {
     LinearReport {
         name,
-        relative_error: solved.loss.map(|loss| loss / energy.max(f64::MIN_POSITIVE)),
+        relative_error: Some(loss / energy.max(f64::MIN_POSITIVE)),
         damp: Some(factored.damp),
         damp_retries: factored.damp_retries,
     }

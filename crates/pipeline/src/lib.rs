@@ -5,6 +5,7 @@
 //! forwards. [`sweep`] runs both for every branch of a [`config`]. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
 
+mod bands;
 pub mod bench;
 mod calibrate;
 pub mod calibration;

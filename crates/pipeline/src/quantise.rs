@@ -13,18 +13,19 @@ use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, GptqLinear, Layout, ModelConfig, QuantizeConfig, Written,
     pack_rows, pack_transposed,
 };
-use gptq_compute::Device;
+use gptq_compute::{Device, Ranks};
 use gptq_model::{Block, LinearId, Model, SourcePrecision};
 use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
 use half::f16;
 
+use crate::bands::Bands;
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::fold::{Folding, HEAD, written_config};
 use crate::head;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
-use crate::progress::{BlockReport, LinearReport, Progress};
+use crate::progress::{BlockReport, LinearReport, Progress, Silent};
 use crate::states::embed;
 
 /// Quantised linears that may wait for the writer.
@@ -37,6 +38,8 @@ pub struct QuantiseJob<'a> {
     pub source: &'a Checkpoint,
     /// Where to compute.
     pub device: Device,
+    /// Who else makes the branch; rank 0 writes it.
+    pub ranks: Ranks,
     /// Solver choices.
     pub spec: QuantSpec,
     /// Calibration windows; recipes that do not calibrate ignore them.
@@ -62,7 +65,7 @@ pub struct QuantiseOutcome {
     pub damp_retries: u32,
 }
 
-/// Makes one branch. Nothing is left under the output name unless everything succeeded.
+/// Makes one branch, on every rank of the job. Nothing is left under the output name unless everything succeeded.
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<QuantiseOutcome> {
     job.spec.validate().map_err(Error::Spec)?;
     if job.source.quantize_config().is_some() {
@@ -70,18 +73,12 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
     }
     let rotate = job.spec.choices.rotate;
     let folding = Folding::new(job.source.config(), rotate);
-    let writer = CheckpointWriter::create(
-        &job.out,
-        job.source,
-        &written_config(job.source.config(), &job.spec.choices),
-        &quantize_config(&job.spec)?,
-        job.layout,
-        &metadata(job),
-        job.max_shard_bytes,
-    )?;
+    let progress = if job.ranks.is_first() { progress } else { &Silent };
+    let writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
-    let mut model = Model::new(job.source, job.device.clone(), SourcePrecision::Half, seq_len)?;
+    let mut model = Model::new(job.source, job.device.clone(), SourcePrecision::Half, seq_len)?
+        .with_ranks(job.ranks.clone());
     if let Some(embedding) = folding.as_ref().map(|f| f.embedding(job.source)).transpose()? {
         model = match embedding {
             Some(values) => model.with_embedding(values),
@@ -104,14 +101,44 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Quanti
     let (reports, streams) = walked;
     let head = match streams {
         Some(mut streams) if job.spec.choices.head > 0.0 => {
-            Some(head::fitted(&model, folding, &job.spec, windows.len(), &mut streams)?)
+            head::fitted(&model, folding, &job.spec, windows.len(), &mut streams)?
         }
         _ => None,
     };
-    copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
-    let written = writer.finish()?;
+    if let Some(writer) = &mut writer {
+        copy_dense(job.source, folding, head.as_deref(), writer)?;
+    }
+    let written = told(job, writer.map(CheckpointWriter::finish).transpose()?)?;
     let damp_retries = reports.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum();
     Ok(QuantiseOutcome { written, blocks: reports, damp_retries })
+}
+
+/// The writer of a branch, its working folder made.
+fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
+    Ok(CheckpointWriter::create(
+        &job.out,
+        job.source,
+        &written_config(job.source.config(), &job.spec.choices),
+        &quantize_config(&job.spec)?,
+        job.layout,
+        &metadata(job),
+        job.max_shard_bytes,
+    )?)
+}
+
+/// What rank 0 has written, on every rank: none goes on before the files are there.
+fn told(job: &QuantiseJob<'_>, written: Option<Written>) -> Result<Written> {
+    let words = written.map_or_else(Vec::new, |written| {
+        let mut words = vec![written.bytes as u32, (written.bytes >> 32) as u32];
+        words.extend(written.files.join("\n").chars().map(u32::from));
+        words
+    });
+    let words = job.ranks.exchange(words)?.swap_remove(0);
+    let (size, names) = words.split_at(words.len().min(2));
+    let bytes = size.iter().rev().fold(0, |bytes, &word| bytes << 32 | u64::from(word));
+    let names: String = names.iter().filter_map(|&c| char::from_u32(c)).collect();
+    let files = names.lines().map(str::to_owned).collect();
+    Ok(Written { dir: job.out.clone(), files, bytes })
 }
 
 /// All blocks in order; each is read while the one before is computed. Returns the states after the
@@ -121,7 +148,7 @@ fn walk(
     model: &Model<'_>,
     job: &QuantiseJob<'_>,
     windows: &[Vec<u32>],
-    writer: &SyncSender<(String, Stored)>,
+    writer: &Outbox,
     progress: &dyn Progress,
 ) -> Result<(Vec<BlockReport>, Option<Streams>)> {
     let blocks = model.config().num_hidden_layers;
@@ -129,13 +156,14 @@ fn walk(
     let mut streams = None;
     let mut parked = Parking::default();
     if job.spec.recipe.calibrates() {
-        let tokens = windows.iter().map(Vec::len).sum();
+        let own = &windows[job.ranks.share(windows.len(), 1)];
+        let tokens = own.iter().map(Vec::len).sum();
         let reference = job.spec.choices.needs_reference();
         let work = Workload { tokens, reference };
         parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
-        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-        let reference = reference.then(|| embed(model, &windows, parked.hidden)).transpose()?;
-        let quantised = embed(model, &windows, parked.hidden)?;
+        let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
+        let reference = reference.then(|| embed(model, &own, parked.hidden)).transpose()?;
+        let quantised = embed(model, &own, parked.hidden)?;
         streams = Some(Streams { quantised, reference });
     }
     let mut reports = Vec::with_capacity(blocks);
@@ -175,19 +203,20 @@ impl CalibratedRun<'_> {
         &self,
         block: &mut Block,
         streams: &mut Streams,
-        writer: &SyncSender<(String, Stored)>,
+        writer: &Outbox,
         progress: &dyn Progress,
     ) -> Result<Calibrated> {
         let calibrator = Calibrator {
             device: self.model.device(),
             rope: self.model.rope(),
             spec: &self.job.spec,
+            ranks: &self.job.ranks,
             windows: self.windows,
             parking: self.parked,
             name: &|block, id| linear_name(self.model, block, id),
         };
-        let done = calibrator
-            .block(block, streams, &mut |name, solved| send(writer, name, solved.clone()))?;
+        let done =
+            calibrator.block(block, streams, &mut |name, bands| send(writer, name, bands))?;
         self.check_damping(&done.linears, progress)?;
         Ok(done)
     }
@@ -243,34 +272,40 @@ pub(crate) fn next_block(ahead: &Receiver<Result<Block>>) -> Result<Block> {
     ahead.recv().map_err(|_| Error::Thread("reading"))?
 }
 
+/// The way to the writer; ranks other than the first have none.
+type Outbox = Option<SyncSender<(String, Bands)>>;
+type Writing<'scope> = Option<ScopedJoinHandle<'scope, Result<CheckpointWriter>>>;
+
 /// Packs and writes linears on a thread of its own, which hands the writer back.
 fn write_behind<'scope>(
     scope: &'scope Scope<'scope, '_>,
-    mut writer: CheckpointWriter,
+    writer: Option<CheckpointWriter>,
     spec: &QuantSpec,
-) -> (SyncSender<(String, Stored)>, ScopedJoinHandle<'scope, Result<CheckpointWriter>>) {
-    let (sender, receiver) = sync_channel::<(String, Stored)>(WRITE_BEHIND);
+) -> (Outbox, Writing<'scope>) {
+    let Some(mut writer) = writer else { return (None, None) };
+    let (sender, receiver) = sync_channel::<(String, Bands)>(WRITE_BEHIND);
     let spec = spec.clone();
     let thread = scope.spawn(move || {
-        for (name, stored) in receiver {
-            writer.write_linear(&name, &packed(stored, &spec)?)?;
+        for (name, bands) in receiver {
+            writer.write_linear(&name, &packed(bands, &spec)?)?;
         }
         Ok(writer)
     });
-    (sender, thread)
+    (Some(sender), Some(thread))
 }
 
-fn send(writer: &SyncSender<(String, Stored)>, name: &str, stored: Stored) -> Result<()> {
-    writer.send((name.to_owned(), stored)).map_err(|_| Error::Thread("writing"))
+fn send(writer: &Outbox, name: &str, bands: Bands) -> Result<()> {
+    let Some(writer) = writer else { return Ok(()) };
+    writer.send((name.to_owned(), bands)).map_err(|_| Error::Thread("writing"))
 }
 
-fn join(thread: ScopedJoinHandle<'_, Result<CheckpointWriter>>) -> Result<CheckpointWriter> {
-    thread.join().map_err(|_| Error::Thread("writing"))?
+fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
+    thread.map(|thread| thread.join().map_err(|_| Error::Thread("writing"))?).transpose()
 }
 
 /// A solved linear in the file's form.
-fn packed(stored: Stored, spec: &QuantSpec) -> Result<GptqLinear> {
-    let Stored { out_features, in_features, codes, scales, groups, g_idx } = stored;
+fn packed(bands: Bands, spec: &QuantSpec) -> Result<GptqLinear> {
+    let Stored { out_features, in_features, codes, scales, groups, g_idx } = bands.join();
     let bits = Bits::new(spec.bits)?;
     let qweight = match codes {
         Codes::Packed(words) => words,
@@ -287,14 +322,14 @@ fn rounded(
     model: &Model<'_>,
     block: &Block,
     job: &QuantiseJob<'_>,
-    writer: &SyncSender<(String, Stored)>,
+    writer: &Outbox,
 ) -> Result<Calibrated> {
     let mut linears = Vec::new();
     for id in LinearId::ALL {
         let name = linear_name(model, block, id);
         let solved = round_to_nearest(model.device(), block.linear(id), &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-        send(writer, &name, solved.stored)?;
+        send(writer, &name, Bands::whole(solved.stored))?;
         linears.push(LinearReport { name, relative_error: None, damp: None, damp_retries: 0 });
     }
     Ok(Calibrated { linears, stages: BTreeMap::new() })

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use gptq_checkpoint::Checkpoint;
-use gptq_compute::Device;
+use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
@@ -88,12 +88,12 @@ pub fn sweep(
     branches: &[Branch],
     source: &Checkpoint,
     calibration: &Calibration,
-    device: &Device,
+    (device, ranks): (&Device, &Ranks),
     out: &Path,
     progress: &dyn Progress,
 ) -> Result<SweepReport> {
     let mut baseline = match &config.evaluation {
-        Some(spec) => Some(Baseline::measure(source, spec, device, calibration, progress)?),
+        Some(spec) => Some(Baseline::measure(source, spec, (device, ranks), calibration, progress)?),
         None => None,
     };
     let mut rows = Vec::with_capacity(branches.len());
@@ -103,6 +103,7 @@ pub fn sweep(
         let job = QuantiseJob {
             source,
             device: device.clone(),
+            ranks: ranks.clone(),
             spec: branch.spec.clone(),
             calibration: Some(calibration),
             layout: config.layout,
@@ -143,14 +144,15 @@ impl<'a> Baseline<'a> {
     fn measure(
         source: &'a Checkpoint,
         spec: &EvaluationSpec,
-        device: &Device,
+        (device, ranks): (&Device, &Ranks),
         calibration: &Calibration,
         progress: &dyn Progress,
     ) -> Result<Self> {
         let text = evaluation_text(source, spec, Some(&calibration.dataset))?;
         // The branches are made from the fp16 cast of the source, so that is what they are
         // compared with.
-        let model = Model::new(source, device.clone(), SourcePrecision::Half, text.seq_len)?;
+        let model = Model::new(source, device.clone(), SourcePrecision::Half, text.seq_len)?
+            .with_ranks(ranks.clone());
         let scored = score(&model, &text.windows, progress)?;
         let perplexity = scored.perplexity(&model)?;
         Ok(Self { text, model, scored, perplexity, rounded: BTreeMap::new() })
@@ -160,7 +162,8 @@ impl<'a> Baseline<'a> {
     fn branch(&self, dir: &Path, progress: &dyn Progress) -> Result<Measured> {
         let checkpoint = Checkpoint::open(dir)?;
         let device = self.model.device().clone();
-        let model = Model::new(&checkpoint, device, SourcePrecision::Stored, self.text.seq_len)?;
+        let model = Model::new(&checkpoint, device, SourcePrecision::Stored, self.text.seq_len)?
+            .with_ranks(self.model.ranks().clone());
         let scored = score(&model, &self.text.windows, progress)?;
         self.compare(&scored)
     }

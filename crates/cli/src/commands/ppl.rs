@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use gptq_checkpoint::Checkpoint;
-use gptq_compute::Device;
+use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
@@ -40,7 +40,7 @@ struct Comparison<'a> {
 
 pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     let start = Instant::now();
-    let device = args.device.open(printer)?;
+    let team = args.device.open(printer)?;
     let checkpoint = open_checkpoint(&args.model)?;
     let spec = EvaluationSpec {
         dataset: args.dataset.clone(),
@@ -56,11 +56,14 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         text.dataset,
         text.protocol
     ));
-    let (scored, result) = evaluate(&checkpoint, &device, &text, printer)?;
-    let base = match &args.base {
-        Some(name) => Some(compare(name, (&checkpoint, &device), &text, &scored, printer)?),
-        None => None,
-    };
+    let (device, device_name) = (team.device().clone(), team.name());
+    let measured = team.run(|device, ranks| {
+        let place = (device, ranks);
+        let (scored, result) = evaluate(&checkpoint, place, &text, printer)?;
+        let compare = |name| compare(name, (&checkpoint, place), &text, &scored, printer);
+        Ok((result, args.base.as_deref().map(compare).transpose()?))
+    })?;
+    let Some((result, base)) = measured else { return Ok(()) };
     let output = Output {
         model: &args.model,
         text: &text,
@@ -69,7 +72,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
             Device::Cpu => "f32",
             Device::Cuda(_) => "fp16",
         },
-        device: device.name(),
+        device: device_name,
         base,
         seconds: start.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory(),
@@ -79,11 +82,12 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
 
 fn evaluate(
     checkpoint: &Checkpoint,
-    device: &Device,
+    (device, ranks): (&Device, &Ranks),
     text: &EvalText,
     printer: &Printer,
 ) -> Result<(Scored, Perplexity)> {
-    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
+    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?
+        .with_ranks(ranks.clone());
     let scored = score(&model, &text.windows, printer)?;
     let result = scored.perplexity(&model)?;
     Ok((scored, result))
@@ -92,14 +96,16 @@ fn evaluate(
 /// Measures the base model on the same windows.
 fn compare<'a>(
     name: &'a str,
-    (checkpoint, device): (&Checkpoint, &Device),
+    (checkpoint, place): (&Checkpoint, (&Device, &Ranks)),
     text: &EvalText,
     scored: &Scored,
     printer: &Printer,
 ) -> Result<Comparison<'a>> {
     let base = open_checkpoint(name)?;
-    let (base_scored, result) = evaluate(&base, device, text, printer)?;
-    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
+    let (base_scored, result) = evaluate(&base, place, text, printer)?;
+    let (device, ranks) = place;
+    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?
+        .with_ranks(ranks.clone());
     let kl = scored.kl_from(&base_scored, &model)?;
     Ok(Comparison { model: name, perplexity: result.perplexity, kl })
 }

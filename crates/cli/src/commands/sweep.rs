@@ -22,9 +22,13 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     config.calibration = config.calibration.clone().with(args.calibration.overrides())?;
     let branches = selected(&config, &args.only)?;
     let source = open_checkpoint(&config.model)?;
-    let device = args.device.open(printer)?;
+    let team = args.device.open(printer)?;
     let calibration = sample(&source, &config.calibration, printer)?;
-    let report = sweep(&config, &branches, &source, &calibration, &device, &args.out, printer)?;
+    let report = team.run(|device, ranks| {
+        let place = (device, ranks);
+        Ok(sweep(&config, &branches, &source, &calibration, place, &args.out, printer)?)
+    })?;
+    let Some(report) = report else { return Ok(()) };
     if args.json { print_json(&report) } else { print_result(&text(&report)) }
 }
 
