@@ -43,7 +43,9 @@ fn on_cards<R: Send>(
         let threads: Vec<_> = Seat::threads(devices.len())
             .into_iter()
             .zip(devices)
-            .map(|(seat, device)| scope.spawn(move || seat.run(device, |ranks| part(device, ranks))))
+            .map(|(seat, device)| {
+                scope.spawn(move || seat.run(device, |ranks| part(device, ranks)))
+            })
             .collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     })
@@ -125,8 +127,12 @@ fn cards_factor_together_what_one_factors_alone() {
         let order: Vec<u32> = (0..n as u32).map(|j| (j * 7 + 3) % n as u32).collect();
         let order: Vec<u32> = if n % 7 == 0 { (0..n as u32).rev().collect() } else { order };
         let dead = vec![false; n];
-        let prep =
-            HessianPrep { scale: 2.0 / devices.len() as f32, order: &order, dead: &dead, damp: 40.0 };
+        let prep = HessianPrep {
+            scale: 2.0 / devices.len() as f32,
+            order: &order,
+            dead: &dead,
+            damp: 40.0,
+        };
         let outcomes = on_cards(&devices, |device, ranks| {
             let mut sum = gram(device, n);
             let alone = {

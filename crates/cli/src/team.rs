@@ -74,7 +74,8 @@ impl Team {
         part: impl Fn(&Device, &Ranks) -> Result<R> + Sync,
     ) -> Result<Option<R>> {
         let Self { devices, mut seats } = self;
-        if let ([device], Some(seat)) = (devices.as_slice(), seats.pop_if(|seat| seat.size() == 1)) {
+        if let ([device], Some(seat)) = (devices.as_slice(), seats.pop_if(|seat| seat.size() == 1))
+        {
             return seat.run(device, |ranks| part(device, ranks)).map(Some);
         }
         let Some(watch) = seats.first().map(Seat::watch) else { return Ok(None) };

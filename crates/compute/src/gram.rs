@@ -120,9 +120,7 @@ impl Device {
     pub fn gram_from(&self, sum: Array2<f32>) -> Result<Gram> {
         match self {
             Self::Cpu => Ok(Gram::from_host(sum)),
-            Self::Cuda(cuda) => {
-                Ok(Gram::new(Storage::Cuda(cuda::Matrix::upload_f32(cuda, &sum)?)))
-            }
+            Self::Cuda(cuda) => Ok(Gram::new(Storage::Cuda(cuda::Matrix::upload_f32(cuda, &sum)?))),
         }
     }
 

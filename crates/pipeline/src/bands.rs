@@ -31,12 +31,12 @@ impl Bands {
     /// Brings the bands of a linear of `rows` rows to rank 0; `None` on the others, which may have
     /// none.
     pub(crate) fn collect(ranks: &Ranks, own: Option<Stored>, rows: usize) -> Result<Option<Self>> {
-        let words = match &own {
-            Some(stored) if !ranks.is_first() => words(stored),
-            _ => Vec::new(),
+        let (words, first) = match own {
+            Some(stored) if !ranks.is_first() => (words(stored), None),
+            first => (Vec::new(), first),
         };
         let all = ranks.collect(words)?;
-        Ok(all.zip(own).map(|(all, first)| {
+        Ok(all.zip(first).map(|(all, first)| {
             let others = all.into_iter().skip(1).collect();
             Self { first, others, rows }
         }))
@@ -84,10 +84,10 @@ impl Bands {
 }
 
 /// Codes and scales as they travel.
-fn words(stored: &Stored) -> Vec<Vec<u32>> {
-    let codes = match &stored.codes {
-        Codes::Packed(words) => words.clone(),
-        Codes::Plain(codes) => bytemuck::pod_collect_to_vec(codes),
+fn words(stored: Stored) -> Vec<Vec<u32>> {
+    let codes = match stored.codes {
+        Codes::Packed(words) => words,
+        Codes::Plain(codes) => bytemuck::pod_collect_to_vec(&codes),
     };
     vec![codes, bytemuck::pod_collect_to_vec(&stored.scales)]
 }
@@ -176,9 +176,10 @@ mod tests {
                 let range = |rank| share(rows, ROWS, rank, size);
                 let others = (1..size).map(|rank| {
                     let range = range(rank);
-                    if range.is_empty() { Vec::new() } else { words(&stored(range, packed)) }
+                    if range.is_empty() { Vec::new() } else { words(stored(range, packed)) }
                 });
-                let bands = Bands { first: stored(range(0), packed), others: others.collect(), rows };
+                let bands =
+                    Bands { first: stored(range(0), packed), others: others.collect(), rows };
                 let (whole, joined) = (stored(0..rows, packed), bands.join());
                 assert_eq!(joined.out_features, rows);
                 assert_eq!(joined.scales, whole.scales);

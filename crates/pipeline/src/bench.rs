@@ -307,9 +307,8 @@ fn synthetic_states(
     for chunk in 0..chunks {
         let first = windows.start + chunk * most;
         let tokens = most.min(windows.end - first) * seq_len;
-        let ids: Vec<u32> = (0..tokens)
-            .map(|t| (mix((first * seq_len + t) as u64) % ROWS as u64) as u32)
-            .collect();
+        let ids: Vec<u32> =
+            (0..tokens).map(|t| (mix((first * seq_len + t) as u64) % ROWS as u64) as u32).collect();
         hidden.put(chunk, device.gather_rows(table, &ids)?)?;
     }
     Ok(States { hidden, seq_lens: vec![seq_len; chunks] })

@@ -230,7 +230,7 @@ impl BlockRun<'_, '_, '_> {
             self.stream.kept = None;
         }
         self.all.ranks.sum_gram(&mut gram)?;
-        self.laps.lap("exchange")?;
+        self.exchanged()?;
         let scale = 2.0 / self.all.windows as f32;
         let first = (self.all.name)(block, stage.linears()[0]);
         let factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
@@ -274,7 +274,7 @@ impl BlockRun<'_, '_, '_> {
         let Some(mut lacking) = lacking else { return Ok(None) };
         all.ranks.sum(&mut lacking)?;
         let lacking = band(all.device, &lacking, all.ranks.share(shape.0, ROWS))?;
-        self.laps.lap("exchange")?;
+        self.exchanged()?;
         let shift = all.device.over_hessian(&lacking, &factored.upper, &factored.order)?;
         self.laps.lap("shift")?;
         Ok(Some(shift))
@@ -314,7 +314,7 @@ impl BlockRun<'_, '_, '_> {
                 None => (None, band(device, block.linear(id), 0..0)?.into_owned()),
             };
             block.set_linear(id, ranks.gather_rows(weight, rows, ROWS)?);
-            self.laps.lap("exchange")?;
+            self.exchanged()?;
             if let Some(bands) = Bands::collect(ranks, stored, rows)? {
                 (self.sink)(&name, bands)?;
             }
@@ -324,6 +324,14 @@ impl BlockRun<'_, '_, '_> {
         for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
             let name = (self.all.name)(block, id);
             self.linears.push(report(name, number[0], number[1], factored));
+        }
+        Ok(())
+    }
+
+    /// Ends a stage of work that only several ranks have.
+    fn exchanged(&mut self) -> Result<()> {
+        if self.all.ranks.size() > 1 {
+            self.laps.lap("exchange")?;
         }
         Ok(())
     }

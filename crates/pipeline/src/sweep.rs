@@ -93,7 +93,9 @@ pub fn sweep(
     progress: &dyn Progress,
 ) -> Result<SweepReport> {
     let mut baseline = match &config.evaluation {
-        Some(spec) => Some(Baseline::measure(source, spec, (device, ranks), calibration, progress)?),
+        Some(spec) => {
+            Some(Baseline::measure(source, spec, (device, ranks), calibration, progress)?)
+        }
         None => None,
     };
     let mut rows = Vec::with_capacity(branches.len());

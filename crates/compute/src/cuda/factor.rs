@@ -87,11 +87,10 @@ pub(crate) fn shared_upper_factor(
         }
         Err(Error::NotPositiveDefinite { .. }) => {
             let stage = "the Hessian in f64, which f32 found not positive definite";
-            let inverse =
-                inverse_of_factor::<f64>(cuda, stage, gram, n, &order, prep, |matrix| {
-                    cholesky(cuda, matrix, n)?;
-                    invert_lower(cuda, matrix, n, None)
-                })?;
+            let inverse = inverse_of_factor::<f64>(cuda, stage, gram, n, &order, prep, |matrix| {
+                cholesky(cuda, matrix, n)?;
+                invert_lower(cuda, matrix, n, None)
+            })?;
             (reversed_narrow(cuda, inverse.slice(), n)?, Precision::F64)
         }
         Err(other) => return Err(other),

@@ -42,8 +42,8 @@ pub(crate) mod transfer;
 
 pub use context::Cuda;
 pub use error::Fault;
-pub use factor::{Precision, upper_factor};
 pub(crate) use factor::shared_upper_factor;
+pub use factor::{Precision, upper_factor};
 pub use kernels::{KernelReport, compile_all, kernel_files};
 pub use libraries::Library;
 pub use memory::MemoryInfo;

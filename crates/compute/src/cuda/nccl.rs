@@ -106,10 +106,8 @@ unsafe fn functions(library: &Opened) -> std::result::Result<Api, libloading::Er
 
 fn api() -> Result<&'static Api> {
     Library::Nccl.require()?;
-    API.get().ok_or(Error::MissingLibrary {
-        library: Library::Nccl.file(),
-        hint: Library::Nccl.hint(),
-    })
+    API.get()
+        .ok_or(Error::MissingLibrary { library: Library::Nccl.file(), hint: Library::Nccl.hint() })
 }
 
 /// NCCL's version, such as 2.27.3.

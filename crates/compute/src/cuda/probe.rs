@@ -118,10 +118,13 @@ fn apart(cards: &[Card]) -> Vec<(usize, usize)> {
         unsafe { driver::sys::cuDeviceCanAccessPeer(&raw mut can, from, to) }.result().ok()?;
         Some(can != 0)
     };
-    let pairs = cards.iter().enumerate().flat_map(|(i, a)| {
-        cards[i + 1..].iter().map(move |b| (a.ordinal, b.ordinal))
-    });
-    pairs.filter(|&(a, b)| !matches!((reach(a, b), reach(b, a)), (Some(true), Some(true)))).collect()
+    let pairs = cards
+        .iter()
+        .enumerate()
+        .flat_map(|(i, a)| cards[i + 1..].iter().map(move |b| (a.ordinal, b.ordinal)));
+    pairs
+        .filter(|&(a, b)| !matches!((reach(a, b), reach(b, a)), (Some(true), Some(true))))
+        .collect()
 }
 
 /// Reads a card without opening a context on it.

@@ -50,13 +50,8 @@ pub(super) fn cholesky(
     let matrix = Block::of_mut(cuda, a, n);
     let room = cholesky_room(cuda, matrix, SIDE.min(n))?;
     let mut work = cuda.uninit::<f32>(STAGE, room)?;
-    let steps = Steps {
-        cuda,
-        card,
-        n,
-        matrix,
-        panel: Block::of_mut(cuda, panel.make_mut(cuda)?, SIDE),
-    };
+    let steps =
+        Steps { cuda, card, n, matrix, panel: Block::of_mut(cuda, panel.make_mut(cuda)?, SIDE) };
     let work = Block::of_mut(cuda, work.make_mut(cuda)?, room);
     let info = Block::of_mut(cuda, infos.make_mut(cuda)?, 1);
     for step in 0..blocks {
@@ -161,9 +156,7 @@ impl Steps<'_> {
         let (left, right) = (self.panel.at(rows.start, 0), self.panel.at(columns.start, 0));
         let target = self.matrix.at(rows.start, columns.start);
         // SAFETY: the blocks lie within the panel and the matrix.
-        unsafe {
-            multiply_transposed(self.cuda, STAGE, shape, (-1.0, 1.0), (left, right, target))
-        }
+        unsafe { multiply_transposed(self.cuda, STAGE, shape, (-1.0, 1.0), (left, right, target)) }
     }
 
     /// Gives every card the next diagonal block, through the panel's rows above it: no step needs
@@ -195,7 +188,9 @@ pub(super) fn columns(half: usize, m: usize, panel: usize, cards: usize) -> Vec<
         let wanted = work(half) * card as f64 / cards as f64;
         (0..half).step_by(panel).find(|&c| work(c) >= wanted).unwrap_or(half)
     };
-    (0..cards).map(|card| bound(card)..if card + 1 < cards { bound(card + 1) } else { half }).collect()
+    (0..cards)
+        .map(|card| bound(card)..if card + 1 < cards { bound(card + 1) } else { half })
+        .collect()
 }
 
 /// Gives every card the columns of `below` `[m, half]` that the others have made, through scratch.
@@ -212,7 +207,8 @@ pub(super) unsafe fn exchange_columns<T>(
 ) -> Result<()> {
     const STAGE: &str = "the shared triangular inverse";
     // One card's columns after another's, each [m, columns].
-    let part = |range: &Range<usize>| scratch.with_rows_of(m).at(range.start, 0).with_rows_of(range.len());
+    let part =
+        |range: &Range<usize>| scratch.with_rows_of(m).at(range.start, 0).with_rows_of(range.len());
     let pieces: Vec<Piece> = columns
         .iter()
         .enumerate()
@@ -252,7 +248,8 @@ mod tests {
 
     #[test]
     fn columns_are_shared_by_work() {
-        for (half, m, cards) in [(16384, 12288, 2), (8192, 8192, 3), (4096, 1, 8), (4096, 4096, 16)] {
+        for (half, m, cards) in [(16384, 12288, 2), (8192, 8192, 3), (4096, 1, 8), (4096, 4096, 16)]
+        {
             let shares = columns(half, m, 512, cards);
             let mut at = 0;
             for range in &shares {

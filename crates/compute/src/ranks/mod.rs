@@ -215,9 +215,10 @@ impl Ranks {
         let Seat { rank, size, wires, alarm, .. } = seat;
         let mut inner = Inner { rank, size, wires, alarm, card: None };
         inner.alarm.check()?;
+        // Cards of one kind round alike, and so agree on what is positive definite.
         let kind = match device {
             Device::Cpu => "cpu",
-            Device::Cuda(cuda) => cuda.arch(),
+            Device::Cuda(cuda) => cuda.name(),
         };
         let mut word: Vec<u32> = kind.bytes().map(u32::from).collect();
         let key = word.len();
@@ -228,7 +229,7 @@ impl Ranks {
         if words.iter().any(|w| w.get(..key) != words[0].get(..key)) {
             let kinds: Vec<String> = words.iter().map(|w| kind_of(w)).collect();
             return Err(Error::Ranks(format!(
-                "The ranks compute on devices of different kinds ({}); use cards of one architecture",
+                "The ranks compute on devices of different kinds ({}); use cards of one kind",
                 kinds.join(", ")
             )));
         }
@@ -306,7 +307,8 @@ impl Ranks {
 
 /// What a device's words say that it is.
 fn kind_of(words: &[u32]) -> String {
-    let text = words.iter().map_while(|&w| u8::try_from(w).ok().filter(u8::is_ascii_graphic));
+    let text =
+        words.iter().map_while(|&w| u8::try_from(w).ok().filter(|c| (b' '..=b'~').contains(c)));
     text.map(char::from).collect()
 }
 
@@ -390,7 +392,8 @@ impl Inner {
                 }
                 let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
                 let whole = concatenate(Axis(0), &views);
-                let mismatch = |_| Error::ShapeMismatch { op: OP, left: own.dim(), right: (rows, cols) };
+                let mismatch =
+                    |_| Error::ShapeMismatch { op: OP, left: own.dim(), right: (rows, cols) };
                 Ok(Tensor(Storage::Cpu(whole.map_err(mismatch)?)))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),

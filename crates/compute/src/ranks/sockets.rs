@@ -120,7 +120,9 @@ fn listen(launch: &Launch) -> Result<Vec<Option<TcpStream>>> {
             Ok((stream, _)) => match greeted(&stream, launch) {
                 Ok(Some(peer)) if streams[peer].is_none() => streams[peer] = Some(stream),
                 Ok(Some(peer)) => {
-                    return Err(Error::Ranks(format!("Two processes say that they are rank {peer}")));
+                    return Err(Error::Ranks(format!(
+                        "Two processes say that they are rank {peer}"
+                    )));
                 }
                 // Somebody else's connection.
                 Ok(None) => {}
@@ -144,7 +146,8 @@ fn listen(launch: &Launch) -> Result<Vec<Option<TcpStream>>> {
         }
     }
     // Now that all are here, each is told so.
-    for (peer, stream) in streams.iter_mut().enumerate().filter_map(|(p, s)| Some((p, s.as_mut()?))) {
+    for (peer, stream) in streams.iter_mut().enumerate().filter_map(|(p, s)| Some((p, s.as_mut()?)))
+    {
         stream.write_all(GREETING).map_err(|e| trouble(launch, peer, &e))?;
     }
     Ok(streams)
@@ -218,7 +221,9 @@ fn call(launch: &Launch) -> Result<Vec<Option<TcpStream>>> {
         )));
     }
     if &answer != GREETING {
-        return Err(Error::Ranks(format!("What listens at {host}:{port} is no rank 0 of this run")));
+        return Err(Error::Ranks(format!(
+            "What listens at {host}:{port} is no rank 0 of this run"
+        )));
     }
     let mut streams: Vec<Option<TcpStream>> = (0..*size).map(|_| None).collect();
     streams[0] = Some(stream);

@@ -39,7 +39,9 @@ fn launches(size: usize, patience: Duration) -> Vec<Launch> {
 
 #[test]
 fn shares_part_the_whole() {
-    for (total, unit, size) in [(128, 1, 2), (5, 1, 3), (1, 1, 4), (0, 1, 2), (576, 64, 2), (100, 64, 3)] {
+    for (total, unit, size) in
+        [(128, 1, 2), (5, 1, 3), (1, 1, 4), (0, 1, 2), (576, 64, 2), (100, 64, 3)]
+    {
         let mut at = 0;
         for rank in 0..size {
             let range = share(total, unit, rank, size);
@@ -103,7 +105,10 @@ fn a_rank_that_fails_ends_the_others() {
         });
         assert!(matches!(&outcomes[1], Err(Error::Ranks(what)) if what == "full disk"));
         for rank in [0, 2] {
-            assert!(matches!(outcomes[rank], Err(Error::RankLost { rank: Some(1) })), "{outcomes:?}");
+            assert!(
+                matches!(outcomes[rank], Err(Error::RankLost { rank: Some(1) })),
+                "{outcomes:?}"
+            );
         }
     }
 }
