@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 
 use gptq_compute::{Device, Gram, Laps, Ranks, RopeTable, Tensor};
 use gptq_model::{Block, LinearId, Stage};
-use gptq_quant::{Factored, QuantSpec, factor, solve};
+use gptq_quant::{Factored, QuantSpec, Quantised, factor, solve};
 
 use crate::bands::{Bands, ROWS, band, summed};
 use crate::error::{Error, Result};
@@ -255,7 +255,8 @@ impl BlockRun<'_, '_, '_> {
     }
 
     /// What this rank's rows of o or down should move by to give the residual stream all that it
-    /// lacks, `[rows, in]` without the Hessian's scale; moves the unquantised model's states past the stage.
+    /// lacks, `[rows, in]` without the Hessian's scale; moves the unquantised model's states past
+    /// the stage.
     fn shift(&mut self, stage: Stage, factored: &Factored) -> Result<Option<Tensor>> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };
@@ -280,7 +281,7 @@ impl BlockRun<'_, '_, '_> {
         Ok(Some(shift))
     }
 
-    /// One solve for each linear of a stage, of this rank's rows.
+    /// One solve for each linear of a stage.
     fn solve(
         &mut self,
         block: &mut Block,
@@ -289,26 +290,13 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
-        let Calibrator { device, ranks, spec, .. } = *self.all;
-        let mut numbers = Vec::new();
+        let Calibrator { device, ranks, name, .. } = *self.all;
+        let mut numbers = Vec::with_capacity(2 * energies.len());
         for (&id, &energy) in stage.linears().iter().zip(energies) {
-            let name = (self.all.name)(block, id);
+            let name = name(block, id);
             let rows = block.linear(id).rows();
-            let own = ranks.share(rows, ROWS);
-            let (mut solved, mut loss) = (None, 0.0);
-            if !own.is_empty() {
-                let mut weight = band(device, block.linear(id), own)?;
-                if let Some((shift, share)) = shift {
-                    weight = Cow::Owned(device.shifted(&weight, shift, *share)?);
-                    self.laps.lap("shift")?;
-                }
-                let done = solve(&weight, factored, spec)
-                    .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-                loss = done.loss.unwrap_or(f64::NAN);
-                solved = Some(done);
-                self.laps.lap("solve")?;
-            }
-            numbers.extend([loss, energy]);
+            let solved = self.solve_rows(block.linear(id), &name, factored, shift)?;
+            numbers.extend([solved.as_ref().map_or(0.0, |s| s.loss.unwrap_or(f64::NAN)), energy]);
             let (stored, weight) = match solved {
                 Some(solved) => (Some(solved.stored), solved.weight),
                 None => (None, band(device, block.linear(id), 0..0)?.into_owned()),
@@ -322,10 +310,33 @@ impl BlockRun<'_, '_, '_> {
         }
         let numbers = summed(ranks, numbers)?;
         for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
-            let name = (self.all.name)(block, id);
-            self.linears.push(report(name, number[0], number[1], factored));
+            self.linears.push(report(name(block, id), number[0], number[1], factored));
         }
         Ok(())
+    }
+
+    /// Solves this rank's rows of a linear; `None` when there are more ranks than bands of rows.
+    fn solve_rows(
+        &mut self,
+        weight: &Tensor,
+        name: &str,
+        factored: &Factored,
+        shift: Option<&(Tensor, f32)>,
+    ) -> Result<Option<Quantised>> {
+        let Calibrator { device, ranks, spec, .. } = *self.all;
+        let own = ranks.share(weight.rows(), ROWS);
+        if own.is_empty() {
+            return Ok(None);
+        }
+        let mut rows = band(device, weight, own)?;
+        if let Some((shift, share)) = shift {
+            rows = Cow::Owned(device.shifted(&rows, shift, *share)?);
+            self.laps.lap("shift")?;
+        }
+        let solved = solve(&rows, factored, spec)
+            .map_err(|source| Error::Solve { linear: name.to_owned(), source })?;
+        self.laps.lap("solve")?;
+        Ok(Some(solved))
     }
 
     /// Ends a stage of work that only several ranks have.

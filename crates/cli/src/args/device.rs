@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use gptq_compute::cuda::probe;
+use gptq_compute::cuda::{Library, probe};
 use gptq_compute::{Device, Seat};
 
 use super::values::parse_bytes;
@@ -74,8 +74,13 @@ impl DeviceArgs {
             Some(launched) => vec![self.local(launched)?],
             None => self.all()?,
         };
+        let many = devices.len() > 1 || launched.is_some();
         for device in &devices {
             self.limit(device)?;
+            if many && matches!(device, Device::Cuda(_)) && !Library::Nccl.is_present() {
+                let (file, hint) = (Library::Nccl.file(), Library::Nccl.hint());
+                bail!("several GPUs talk through NCCL, but `{file}` was not found: {hint}");
+            }
         }
         let seats = seats.unwrap_or_else(|| match devices.len() {
             1 => vec![Seat::alone()],

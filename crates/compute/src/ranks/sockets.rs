@@ -83,7 +83,10 @@ pub(super) fn join(launch: &Launch) -> Result<Seat> {
             continue;
         };
         let ((out, outgoing), (incoming, inward)) = (channel(), channel());
-        let reader = stream.try_clone().map_err(|e| trouble(launch, peer, &e))?;
+        let reader = stream
+            .set_write_timeout(Some(SILENCE))
+            .and_then(|()| stream.try_clone())
+            .map_err(|e| trouble(launch, peer, &e))?;
         let (for_reader, for_writer) = (Arc::clone(&alarm), Arc::clone(&alarm));
         // Not waited for: it may hear from its peer until the process ends.
         std::thread::spawn(move || read_frames(reader, peer, &incoming, &for_reader));
