@@ -86,8 +86,6 @@ fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests")]
-
     use super::*;
 
     fn from(variables: &[(&str, &str)]) -> Result<Option<Launched>> {

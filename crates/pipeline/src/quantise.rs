@@ -128,12 +128,15 @@ fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
 
 /// What rank 0 has written, on every rank: none goes on before the files are there.
 fn told(job: &QuantiseJob<'_>, written: Option<Written>) -> Result<Written> {
-    let words = written.map_or_else(Vec::new, |written| {
+    let words = written.as_ref().map_or_else(Vec::new, |written| {
         let mut words = vec![written.bytes as u32, (written.bytes >> 32) as u32];
         words.extend(written.files.join("\n").chars().map(u32::from));
         words
     });
     let words = job.ranks.exchange(words)?.swap_remove(0);
+    if let Some(written) = written {
+        return Ok(written);
+    }
     let (size, names) = words.split_at(words.len().min(2));
     let bytes = size.iter().rev().fold(0, |bytes, &word| bytes << 32 | u64::from(word));
     let names: String = names.iter().filter_map(|&c| char::from_u32(c)).collect();

@@ -1,5 +1,3 @@
-#![expect(clippy::unwrap_used, reason = "tests")]
-
 use std::net::TcpListener;
 use std::time::Duration;
 
@@ -54,7 +52,10 @@ fn shares_part_the_whole() {
     assert_eq!(share(576, 64, 0, 2), 0..320);
 }
 
-fn everything(ranks: &Ranks) -> Result<(Vec<Vec<u32>>, Option<usize>, Array2<f32>, Array2<f32>)> {
+/// Exchanged words, the number of collected ones, a sum and gathered rows.
+type Everything = (Vec<Vec<u32>>, Option<usize>, Array2<f32>, Array2<f32>);
+
+fn everything(ranks: &Ranks) -> Result<Everything> {
     let rank = ranks.rank();
     let words = ranks.exchange(vec![rank as u32; rank + 1])?;
     let collected = ranks.collect(vec![vec![7; rank], Vec::new()])?;
