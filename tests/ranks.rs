@@ -1,4 +1,4 @@
-//! Runs shared by several ranks: processes as a launcher starts them, on the CPU.
+//! Runs shared by several ranks, on the CPU: processes as a launcher starts them, and threads.
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 #![allow(dead_code, reason = "the helpers serve other tests too")]
@@ -11,6 +11,13 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use gptq_checkpoint::{Checkpoint, Layout};
+use gptq_compute::{Device, Seat};
+use gptq_pipeline::calibration::{CalibrationOverrides, CalibrationRecipe};
+use gptq_pipeline::progress::{BlockReport, Progress};
+use gptq_pipeline::quantise::{QuantiseJob, quantise as quantise_branch};
+use gptq_pipeline::tokens::TextTokenizer;
+use gptq_quant::{QuantSpec, Recipe};
 use safetensors::SafeTensors;
 
 use util::{Outcome, TinyLlama, Workdir, words};
@@ -115,6 +122,58 @@ fn ranks_make_the_file_that_one_makes() {
             assert_eq!(shared["windows"], alone["windows"]);
         }
     }
+}
+
+/// Listens to nothing.
+struct Deaf;
+
+impl Progress for Deaf {
+    fn begin(&self, _phase: &str, _steps: usize) {}
+    fn step(&self) {}
+    fn block(&self, _report: &BlockReport) {}
+    fn end(&self) {}
+    fn warn(&self, _message: &str) {}
+}
+
+#[test]
+fn threads_make_the_file_that_processes_make() {
+    let dir = model();
+    ranks(&dir, 2, &quantise("processes", "best"))[0].ok();
+
+    let source = Checkpoint::open(&dir.path("model")).unwrap();
+    let overrides = CalibrationOverrides {
+        dataset: Some(dir.path("text.txt").to_str().unwrap().parse().unwrap()),
+        windows: Some(5),
+        seq_len: Some(64),
+        seed: None,
+    };
+    let recipe = CalibrationRecipe::open("wikitext2").unwrap().with(overrides).unwrap();
+    let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
+    let calibration = recipe.sample(&tokenizer).unwrap();
+    let run = |seat: Seat| {
+        seat.run(&Device::Cpu, |ranks| {
+            let job = QuantiseJob {
+                source: &source,
+                device: Device::Cpu,
+                ranks: ranks.clone(),
+                spec: QuantSpec::new(4, Some(32), true, 0.01, Recipe::Best),
+                calibration: Some(&calibration),
+                layout: Layout::Modern,
+                out: dir.path("threads"),
+                max_shard_bytes: None,
+                strict: false,
+            };
+            quantise_branch(&job, &Deaf)
+        })
+    };
+    let written: Vec<_> = std::thread::scope(|scope| {
+        let run = &run;
+        let spawn = |seat| scope.spawn(move || run(seat).unwrap().written);
+        let threads: Vec<_> = Seat::threads(2).into_iter().map(spawn).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert_eq!((&written[0].files, written[0].bytes), (&written[1].files, written[1].bytes));
+    assert!(tensors(&dir.path("threads")) == tensors(&dir.path("processes")));
 }
 
 #[test]
