@@ -340,7 +340,14 @@ fn mistyped_commands_are_the_users() {
     assert_snapshot!(run(&["ppl", "m", "--device", "tpu"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: invalid value 'tpu' for '--device <DEVICE>': use cpu, cuda or cuda:N
+    error: invalid value 'tpu' for '--device <DEVICE>': use cpu, cuda, cuda:N, cuda:N,M,… or cuda:all
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["ppl", "m", "--device", "cuda:0,0"]).snapshot(), @r"
+    exit code 1
+    --- stderr
+    error: invalid value 'cuda:0,0' for '--device <DEVICE>': GPU 0 is named twice
 
     For more information, try '--help'.
     ");

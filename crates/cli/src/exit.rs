@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use crate::launch;
+
 const USER: u8 = 1;
 const INTERNAL: u8 = 2;
 
@@ -18,7 +20,8 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if is_broken_pipe(error) {
         return ExitCode::SUCCESS;
     }
-    let mut message = format!("error: {error}");
+    let rank = launch::follower().map_or_else(String::new, |rank| format!("rank {rank}: "));
+    let mut message = format!("{rank}error: {error}");
     let mut shown = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();

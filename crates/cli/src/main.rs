@@ -6,7 +6,9 @@
 mod args;
 mod commands;
 mod exit;
+mod launch;
 mod printer;
+mod team;
 
 use std::process::ExitCode;
 
@@ -16,11 +18,15 @@ use args::Cli;
 use printer::Printer;
 
 fn main() -> ExitCode {
+    // While there is one thread.
+    gptq_compute::cuda::prepare_environment();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error),
     };
-    let printer = Printer::new(cli.quiet, cli.no_progress);
+    // Of several processes the first speaks for all.
+    let quiet = cli.quiet || launch::follower().is_some();
+    let printer = Printer::new(quiet, cli.no_progress);
     match commands::run(cli.command, &printer) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),

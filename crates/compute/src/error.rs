@@ -119,6 +119,18 @@ pub enum Error {
         /// Bytes left on the card within the budget.
         free: usize,
     },
+    /// Another rank of the run has ended, or does not answer.
+    #[error(
+        "{} was lost before the run was over: see its own message, and start the run again",
+        rank.map_or_else(|| "Another rank".to_owned(), |rank| format!("Rank {rank}"))
+    )]
+    RankLost {
+        /// Which one, where it is known.
+        rank: Option<usize>,
+    },
+    /// Ranks that do not find each other, or do not fit each other.
+    #[error("{0}")]
+    Ranks(String),
     /// A CUDA call failed, or an earlier kernel did and this call found out.
     #[error("CUDA failed during {stage}")]
     Cuda {

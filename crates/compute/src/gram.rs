@@ -3,6 +3,7 @@
 use ndarray::Array2;
 
 use crate::error::{Error, Result, ensure_shape};
+use crate::ranks::Ranks;
 use crate::tensor::{Storage, Tensor};
 use crate::{Device, cpu, cuda};
 
@@ -12,6 +13,8 @@ use crate::{Device, cpu, cuda};
 #[derive(Clone, Debug)]
 pub struct Gram {
     pub(crate) sum: Storage,
+    /// The ranks that hold the same sum, and may share the work of factoring it.
+    pub(crate) ranks: Ranks,
 }
 
 /// How a damped, reordered Hessian is made from a [`Gram`].
@@ -47,6 +50,8 @@ impl Gram {
     /// U, upper triangular with `UᵀU = H⁻¹`, of the Hessian H that `prep` describes, in solve order.
     ///
     /// The CPU factors in f64; a GPU in f32, and in f64 when f32 finds a pivot that is not positive.
+    /// Cards that hold the same sum (see [`Ranks::sum_gram`]) factor a large one together, and must
+    /// all call this.
     ///
     /// # Errors
     /// [`Error::NotPositiveDefinite`] when the Cholesky factor does not exist.
@@ -58,7 +63,7 @@ impl Gram {
             }
             Storage::Cuda(m) => {
                 let sum = Tensor(Storage::Cuda(m.clone()));
-                Ok(cuda::upper_factor(&sum, prep)?.0)
+                Ok(cuda::shared_upper_factor(&sum, prep, &self.ranks)?.0)
             }
         }
     }
@@ -92,9 +97,13 @@ impl Gram {
         Ok(full)
     }
 
+    fn new(sum: Storage) -> Self {
+        Self { sum, ranks: Ranks::alone() }
+    }
+
     /// A Gram on the CPU from a full symmetric matrix: tests and golden files.
     pub fn from_host(sum: Array2<f32>) -> Self {
-        Self { sum: Storage::Cpu(sum) }
+        Self::new(Storage::Cpu(sum))
     }
 }
 
@@ -102,8 +111,8 @@ impl Device {
     /// An empty Gram of order `n`.
     pub fn gram(&self, n: usize) -> Result<Gram> {
         match self {
-            Self::Cpu => Ok(Gram { sum: Storage::Cpu(Array2::zeros((n, n))) }),
-            Self::Cuda(cuda) => Ok(Gram { sum: Storage::Cuda(cuda::gram::zeros(cuda, n)?) }),
+            Self::Cpu => Ok(Gram::new(Storage::Cpu(Array2::zeros((n, n))))),
+            Self::Cuda(cuda) => Ok(Gram::new(Storage::Cuda(cuda::gram::zeros(cuda, n)?))),
         }
     }
 
@@ -111,9 +120,7 @@ impl Device {
     pub fn gram_from(&self, sum: Array2<f32>) -> Result<Gram> {
         match self {
             Self::Cpu => Ok(Gram::from_host(sum)),
-            Self::Cuda(cuda) => {
-                Ok(Gram { sum: Storage::Cuda(cuda::Matrix::upload_f32(cuda, &sum)?) })
-            }
+            Self::Cuda(cuda) => Ok(Gram::new(Storage::Cuda(cuda::Matrix::upload_f32(cuda, &sum)?))),
         }
     }
 

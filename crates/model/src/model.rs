@@ -2,7 +2,7 @@
 
 use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig, RopeScaling, TensorRef};
 use gptq_compute::cuda::{PackedLinear, dequantise};
-use gptq_compute::{Device, FloatType, HostMatrix, RopeTable, Tensor};
+use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
 use half::f16;
 
 use crate::block::{Block, BlockParts, LinearId};
@@ -34,6 +34,7 @@ pub struct Model<'a> {
     rope: RopeTable,
     /// Angles for windows within the context, where longer ones have others.
     within_context: Option<RopeTable>,
+    ranks: Ranks,
 }
 
 /// Final norm and language-model head on a device.
@@ -88,7 +89,23 @@ impl<'a> Model<'a> {
         table.check_finite()?;
         let embedding = Values::read(table, precision)?;
         checkpoint.release(EMBEDDING);
-        Ok(Self { checkpoint, device, precision, embedding, rope, within_context })
+        Ok(Self {
+            checkpoint,
+            device,
+            precision,
+            embedding,
+            rope,
+            within_context,
+            ranks: Ranks::alone(),
+        })
+    }
+
+    /// Runs the model together with other ranks, each of which holds it and has its share of the
+    /// windows.
+    #[must_use]
+    pub fn with_ranks(mut self, ranks: Ranks) -> Self {
+        self.ranks = ranks;
+        self
     }
 
     /// Replaces the embedding, row-major `[vocab, hidden]`: the model's own, turned into other
@@ -112,6 +129,11 @@ impl<'a> Model<'a> {
     /// What the weights become on their way to the device.
     pub fn precision(&self) -> SourcePrecision {
         self.precision
+    }
+
+    /// The ranks that run the model.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
     }
 
     /// The model's shape.

@@ -4,10 +4,11 @@
 //! one thread's rate on the same shape, times the threads. Stages of a block on a GPU are held
 //! against what one H100 80GB reaches on the stage's operations (see [`floor_rate`]).
 
+use std::ops::Range;
 use std::time::Instant;
 
 use gptq_checkpoint::{Rope, RopeScaling};
-use gptq_compute::{Device, FloatType, HostMatrix, RopeTable};
+use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable};
 use gptq_model::{Block, BlockParts, LinearId};
 use gptq_quant::QuantSpec;
 use half::f16;
@@ -15,6 +16,7 @@ use ndarray::Array2;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use crate::bands::largest;
 use crate::calibrate::{Calibrator, StageSeconds, Streams};
 use crate::error::Result;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
@@ -111,13 +113,15 @@ pub struct BlockBench {
     pub windows: usize,
     /// Tokens of a window.
     pub seq_len: usize,
+    /// Devices that shared the work.
+    pub ranks: usize,
     /// What waited in host memory.
     pub parking: Parking,
-    /// Median wall-clock seconds of a block.
+    /// Median wall-clock seconds of a block, of the slowest rank.
     pub seconds: f64,
     /// Peak of device memory in bytes; `null` on the CPU.
     pub peak_device_bytes: Option<usize>,
-    /// The stages of the median run.
+    /// The stages of the median run, the slowest rank's of each.
     pub stages: Vec<Measurement>,
 }
 
@@ -151,10 +155,11 @@ pub fn bench_products(width: Width, tokens: usize) -> Result<Vec<Measurement>> {
     Ok(all)
 }
 
-/// Calibrates a synthetic block. Rotations, which a thread of its own folds into weights while the
+/// Calibrates a synthetic block, on every one of `ranks`. Rotations, which a thread of its own folds into weights while the
 /// block before is computed, are no part of it.
 pub fn bench_block(
     device: &Device,
+    ranks: &Ranks,
     width: Width,
     (windows, seq_len): (usize, usize),
     spec: &QuantSpec,
@@ -162,14 +167,16 @@ pub fn bench_block(
     let reference = spec.choices.needs_reference();
     let linears = LinearId::ALL.map(|id| width.linear(id));
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
-    let parking =
-        parking(device, sizes, Workload { tokens: windows * seq_len, reference, exact: false })?;
+    let own = ranks.share(windows, 1);
+    let work = Workload { tokens: own.len() * seq_len, reference, exact: false };
+    let parking = parking(device, sizes, work)?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
     let calibrator = Calibrator {
         device,
         rope: &rope,
         spec,
+        ranks,
         windows,
         parking,
         shared: None,
@@ -179,10 +186,11 @@ pub fn bench_block(
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {
         let mut block = synthetic_block(device, width)?;
-        let states = || synthetic_states(device, width, (windows, seq_len), parking);
+        let states = || synthetic_states(device, width, (own.clone(), seq_len), parking);
         let reference = reference.then(states).transpose()?;
         let mut streams = Streams { quantised: states()?, reference };
         device.synchronize("preparing the benchmark")?;
+        ranks.exchange(Vec::new())?;
         let start = Instant::now();
         let done = calibrator.block(&mut block, &mut streams, &mut |_, stored| {
             std::hint::black_box(stored);
@@ -190,17 +198,18 @@ pub fn bench_block(
         })?;
         device.synchronize("the benchmark")?;
         if run > 0 {
-            runs.push((start.elapsed().as_secs_f64(), done.stages));
+            runs.push(slowest(ranks, start.elapsed().as_secs_f64(), done.stages)?);
         }
     }
     runs.sort_by(|a, b| a.0.total_cmp(&b.0));
     let (seconds, stages) = runs.swap_remove(RUNS / 2);
+    let cards = ranks.size() as f64;
     let gpu = matches!(device, Device::Cuda(_));
     let stages = stages
         .into_iter()
         .map(|(name, seconds)| {
             let operations = stage_operations(name, width, windows, seq_len);
-            let floor = if gpu { floor_rate(name) } else { None };
+            let floor = if gpu { floor_rate(name).map(|r| r * cards) } else { None };
             Measurement::new(name, String::new(), seconds, operations, floor)
         })
         .collect();
@@ -208,11 +217,23 @@ pub fn bench_block(
         width,
         windows,
         seq_len,
+        ranks: ranks.size(),
         parking,
         seconds,
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         stages,
     })
+}
+
+/// Seconds of a run on the slowest rank: of the whole, and of each stage.
+fn slowest(ranks: &Ranks, seconds: f64, stages: StageSeconds) -> Result<(f64, StageSeconds)> {
+    // A rank without windows or rows lacks some.
+    const STAGES: [&str; 8] =
+        ["exchange", "factor", "forward", "gram", "pack", "reference", "shift", "solve"];
+    let of = |stage| stages.get(stage).copied().unwrap_or(0.0);
+    let most = largest(ranks, std::iter::once(seconds).chain(STAGES.map(of)).collect())?;
+    let stages = STAGES.into_iter().zip(most[1..].iter().copied());
+    Ok((most[0], stages.filter(|&(_, seconds)| seconds > 0.0).collect()))
 }
 
 /// Operations of a stage over a block.
@@ -280,20 +301,20 @@ fn synthetic_block(device: &Device, width: Width) -> Result<Block> {
 fn synthetic_states(
     device: &Device,
     width: Width,
-    (windows, seq_len): (usize, usize),
+    (windows, seq_len): (Range<usize>, usize),
     parking: Parking,
 ) -> Result<States> {
     const ROWS: usize = 1024;
     let values = halves(ROWS, width.hidden, 99, 1.0);
     let table = HostMatrix::new(bytemuck::cast_slice(&values), FloatType::F16, ROWS, width.hidden);
     let most = (chunk_tokens(device) / seq_len).max(1);
-    let chunks = windows.div_ceil(most);
+    let chunks = windows.len().div_ceil(most);
     let mut hidden = Stash::new(device, chunks, parking.hidden);
     for chunk in 0..chunks {
-        let tokens = most.min(windows - chunk * most) * seq_len;
-        let ids: Vec<u32> = (0..tokens)
-            .map(|t| (mix((chunk * most * seq_len + t) as u64) % ROWS as u64) as u32)
-            .collect();
+        let first = windows.start + chunk * most;
+        let tokens = most.min(windows.end - first) * seq_len;
+        let ids: Vec<u32> =
+            (0..tokens).map(|t| (mix((first * seq_len + t) as u64) % ROWS as u64) as u32).collect();
         hidden.put(chunk, device.gather_rows(table, &ids)?)?;
     }
     Ok(States { hidden, seq_lens: vec![seq_len; chunks] })

@@ -10,13 +10,16 @@
 //! Shifting the other linears by the drift of their inputs as well was tried: a percent of KL for
 //! seven of time (tests/bench).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{Device, Gram, Laps, RopeTable, Tensor};
+use gptq_compute::{Device, Gram, Laps, Ranks, RopeTable, Tensor};
 use gptq_model::{Block, LinearId, Stage};
-use gptq_quant::{Factored, QuantSpec, Quantised, Stored, factor, solve};
+use gptq_quant::{Factored, QuantSpec, Quantised, factor, solve};
 
+use crate::bands::{Bands, ROWS, band, summed};
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::memory::Parking;
@@ -36,7 +39,9 @@ pub(crate) struct Calibrator<'a> {
     pub(crate) device: &'a Device,
     pub(crate) rope: &'a RopeTable,
     pub(crate) spec: &'a QuantSpec,
-    /// Number of calibration windows: the n of H = 2/n · XᵀX.
+    /// Who else calibrates the block: each on its own windows, solving its own rows.
+    pub(crate) ranks: &'a Ranks,
+    /// Number of calibration windows of all ranks: the n of H = 2/n · XᵀX.
     pub(crate) windows: usize,
     pub(crate) parking: Parking,
     /// The first block's first Gram, shared with other branches.
@@ -51,8 +56,8 @@ pub(crate) struct Calibrated {
     pub(crate) stages: StageSeconds,
 }
 
-/// Receives each quantised linear, by name.
-pub(crate) type Sink<'s> = dyn FnMut(&str, Stored) -> Result<()> + 's;
+/// Receives each quantised linear, by name; on rank 0 alone.
+pub(crate) type Sink<'s> = dyn FnMut(&str, Bands) -> Result<()> + 's;
 
 /// The states that a block moves: of the model being quantised, and of the unquantised one where
 /// targets are shifted.
@@ -267,11 +272,14 @@ impl BlockRun<'_, '_, '_> {
                 self.stream.kept(self.all).put(chunk, input)?;
             }
         }
+        self.all.ranks.sum_gram(&mut gram)?;
+        self.exchanged()?;
         Ok(gram)
     }
 
-    /// What the weights of o or down should move by to give the residual stream all that it lacks,
-    /// `[out, in]` without the Hessian's scale; moves the unquantised model's states past the stage.
+    /// What this rank's rows of o or down should move by to give the residual stream all that it
+    /// lacks, `[rows, in]` without the Hessian's scale; moves the unquantised model's states past
+    /// the stage.
     fn shift(&mut self, stage: Stage, factored: &Factored) -> Result<Option<Tensor>> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };
@@ -287,7 +295,10 @@ impl BlockRun<'_, '_, '_> {
             }
             states.hidden.put(chunk, hidden)?;
         }
-        let Some(lacking) = lacking else { return Ok(None) };
+        let Some(mut lacking) = lacking else { return Ok(None) };
+        all.ranks.sum(&mut lacking)?;
+        let lacking = band(all.device, &lacking, all.ranks.share(shape.0, ROWS))?;
+        self.exchanged()?;
         let shift = all.device.over_hessian(&lacking, &factored.upper, &factored.order)?;
         self.laps.lap("shift")?;
         Ok(Some(shift))
@@ -302,50 +313,100 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
+        let Calibrator { device, ranks, name, .. } = *self.all;
+        let mut numbers = Vec::with_capacity(2 * energies.len());
         for (&id, &energy) in stage.linears().iter().zip(energies) {
-            let name = (self.all.name)(block, id);
-            let mut wide = self.exact[id as usize]
-                .take()
-                .map(|exact| self.all.device.upload_f32(exact.into_host()))
-                .transpose()?;
-            if let Some((shift, share)) = shift {
-                let weight = wide.as_ref().unwrap_or_else(|| block.linear(id));
-                wide = Some(self.all.device.shifted(weight, shift, *share)?);
-                self.laps.lap("shift")?;
+            let name = name(block, id);
+            let rows = block.linear(id).rows();
+            let solved = self.solve_rows(block, id, &name, factored, shift)?;
+            numbers.extend([solved.as_ref().map_or(0.0, |s| s.loss.unwrap_or(f64::NAN)), energy]);
+            let (stored, weight) = match solved {
+                Some(solved) => (Some(solved.stored), solved.weight),
+                None => (None, band(device, block.linear(id), 0..0)?.into_owned()),
+            };
+            block.set_linear(id, ranks.gather_rows(weight, rows, ROWS)?);
+            self.exchanged()?;
+            if let Some(bands) = Bands::collect(ranks, stored, rows)? {
+                (self.sink)(&name, bands)?;
             }
-            let weight = wide.as_ref().unwrap_or_else(|| block.linear(id));
-            let solved = solve(weight, factored, self.all.spec)
-                .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-            self.laps.lap("solve")?;
-            self.linears.push(report(name.clone(), &solved, energy, factored));
-            (self.sink)(&name, solved.stored)?;
-            block.set_linear(id, solved.weight);
             self.laps.lap("pack")?;
+        }
+        let numbers = summed(ranks, numbers)?;
+        for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
+            self.linears.push(report(name(block, id), number[0], number[1], factored));
         }
         Ok(())
     }
 
-    /// `scale` · tr(W G Wᵀ) of a stage's linears.
+    /// Solves this rank's rows of a linear; `None` when there are more ranks than bands of rows.
+    fn solve_rows(
+        &mut self,
+        block: &Block,
+        id: LinearId,
+        name: &str,
+        factored: &Factored,
+        shift: Option<&(Tensor, f32)>,
+    ) -> Result<Option<Quantised>> {
+        let Calibrator { device, ranks, spec, .. } = *self.all;
+        let own = ranks.share(block.linear(id).rows(), ROWS);
+        if own.is_empty() {
+            return Ok(None);
+        }
+        let mut rows = match self.exact_rows(id, own.clone())? {
+            Some(exact) => Cow::Owned(exact),
+            None => band(device, block.linear(id), own)?,
+        };
+        if let Some((shift, share)) = shift {
+            rows = Cow::Owned(device.shifted(&rows, shift, *share)?);
+            self.laps.lap("shift")?;
+        }
+        let solved = solve(&rows, factored, spec)
+            .map_err(|source| Error::Solve { linear: name.to_owned(), source })?;
+        self.laps.lap("solve")?;
+        Ok(Some(solved))
+    }
+
+    /// These rows of the weights that the block's are a rounding of, where it keeps them.
+    fn exact_rows(&mut self, id: LinearId, own: Range<usize>) -> Result<Option<Tensor>> {
+        let Some(exact) = self.exact[id as usize].take() else { return Ok(None) };
+        let whole = own.len() == exact.rows();
+        let rows = if whole { exact } else { band(&Device::Cpu, &exact, own)?.into_owned() };
+        Ok(Some(self.all.device.upload_f32(rows.into_host())?))
+    }
+
+    /// Ends a stage of work that only several ranks have.
+    fn exchanged(&mut self) -> Result<()> {
+        if self.all.ranks.size() > 1 {
+            self.laps.lap("exchange")?;
+        }
+        Ok(())
+    }
+
+    /// This rank's part of `scale` · tr(W G Wᵀ) of a stage's linears.
     fn energies(&self, block: &Block, stage: Stage, gram: &Gram, scale: f32) -> Result<Vec<f64>> {
         let energy = |&id| Ok(self.energy(block, id, gram)? * f64::from(scale));
         stage.linears().iter().map(energy).collect()
     }
 
-    /// tr(W G Wᵀ), from evenly spaced rows of W.
+    /// tr(W G Wᵀ), from evenly spaced rows of W, which the ranks share.
     fn energy(&self, block: &Block, id: LinearId, gram: &Gram) -> Result<f64> {
         let weight = block.linear(id);
         let rows = weight.rows();
         let count = rows.min(ENERGY_ROWS);
-        let sample: Vec<u32> = (0..count).map(|i| (i * rows / count) as u32).collect();
+        let own = self.all.ranks.share(count, 1);
+        if own.is_empty() {
+            return Ok(0.0);
+        }
+        let sample: Vec<u32> = own.map(|i| (i * rows / count) as u32).collect();
         let sampled = self.all.device.select_rows(weight, &sample)?;
         Ok(gram.quadratic_form(&sampled)? * rows as f64 / count as f64)
     }
 }
 
-fn report(name: String, solved: &Quantised, energy: f64, factored: &Factored) -> LinearReport {
+fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearReport {
     LinearReport {
         name,
-        relative_error: solved.loss.map(|loss| loss / energy.max(f64::MIN_POSITIVE)),
+        relative_error: Some(loss / energy.max(f64::MIN_POSITIVE)),
         damp: Some(factored.damp),
         damp_retries: factored.damp_retries,
     }

@@ -17,23 +17,26 @@ use crate::fold::{Folding, HEAD, dense_head, final_gain};
 /// Rows of the head that are moved at a time.
 const BAND: usize = 16_384;
 
-/// The head `[vocab, hidden]` as the file should hold it.
+/// The head `[vocab, hidden]` as the file should hold it; on rank 0 alone.
 pub(crate) fn fitted(
     model: &Model<'_>,
     folding: Option<&Folding>,
     spec: &QuantSpec,
     windows: usize,
     streams: &mut Streams,
-) -> Result<Vec<f16>> {
+) -> Result<Option<Vec<f16>>> {
     let gain = final_gain(model.checkpoint(), folding)?;
     let map = map(model, &gain, spec, windows, streams)?;
+    if !model.ranks().is_first() {
+        return Ok(None);
+    }
     let mut head = dense_head(model.checkpoint(), folding)?;
     let width = model.config().hidden_size;
     let share = spec.choices.head * 2.0 / windows as f32;
     for band in head.chunks_mut(BAND * width) {
         move_rows(model.device(), band, &map, share)?;
     }
-    Ok(head)
+    Ok(Some(head))
 }
 
 /// (X_fp − X)ᵀX H⁻¹ `[hidden, hidden]`.
@@ -58,6 +61,8 @@ fn map(
             device.cross_add(&mut lacking, &drift, &input)?;
         }
     }
+    model.ranks().sum_gram(&mut gram)?;
+    model.ranks().sum(&mut lacking)?;
     let factored = factor(&gram, 2.0 / windows as f32, spec).map_err(|source| match source {
         gptq_quant::Error::NotFinite { .. } => activations(),
         source => Error::Solve { linear: HEAD.to_owned(), source },

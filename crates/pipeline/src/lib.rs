@@ -6,6 +6,7 @@
 //! [`resume`] and [`manifest`]; [`jobs`] splits it over machines. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
 
+mod bands;
 mod baseline;
 pub mod bench;
 pub mod branch_report;

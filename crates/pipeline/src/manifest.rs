@@ -246,7 +246,7 @@ fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Vec<u8>> {
         Err(other) => return Err(other.into()),
     };
     part(&mut hash, format!("{} {:?}", tensor.dtype.name(), tensor.shape).as_bytes());
-    for piece in pieces(tensor.bytes) {
+    for piece in pieces(&tensor.bytes) {
         part(&mut hash, piece);
     }
     source.release(name);

@@ -7,18 +7,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::memory::{BlockSizes, Workload, parking};
-use crate::progress::Progress;
+use crate::progress::{Progress, Silent};
 use crate::protocol::EvalWindow;
 use crate::quantise::{linear_name, next_block, read_ahead};
 use crate::states::{chunk_ranges, chunk_tokens, embed, forward};
 
 /// Normed final hidden states of every scored position, with the tokens that follow them.
 ///
-/// Kept by a sweep for the fp16 model, so that each branch's KL costs no second forward pass.
+/// Every rank has those of its own windows. Kept by a sweep for the fp16 model, so that each branch's KL costs no second forward pass.
 #[derive(Debug)]
 pub struct Scored {
     chunks: Vec<(Tensor, Vec<u32>)>,
     head: Head,
+    /// Windows of all ranks.
     windows: usize,
 }
 
@@ -71,6 +72,10 @@ fn walk(
     progress: &dyn Progress,
     prepare: impl Fn(&mut Block) -> Result<()>,
 ) -> Result<Scored> {
+    let ranks = model.ranks();
+    let progress = if ranks.is_first() { progress } else { &Silent };
+    let all = windows.len();
+    let windows = &windows[ranks.share(all, 1)];
     let tokens: Vec<&[u32]> = windows.iter().map(|w| w.tokens.as_slice()).collect();
     let held = windows.iter().map(|w| w.tokens.len()).sum();
     let work = Workload { tokens: held, reference: false, exact };
@@ -98,7 +103,7 @@ fn walk(
         let rows = model.device().select_rows(&states.hidden.take(chunk)?, &rows)?;
         scored.push((head.norm(model.device(), &rows)?, targets));
     }
-    Ok(Scored { chunks: scored, head, windows: windows.len() })
+    Ok(Scored { chunks: scored, head, windows: all })
 }
 
 /// Rows of a chunk whose next token is scored, and those tokens.
@@ -129,7 +134,7 @@ impl Scored {
         for (hidden, targets) in &self.chunks {
             losses.extend(model.device().token_nll(hidden, self.head.weight(), targets)?);
         }
-        Ok(losses)
+        of_all_ranks(model, &losses)
     }
 
     /// Perplexity from [`Self::losses`].
@@ -155,14 +160,20 @@ impl Scored {
         if mine != theirs {
             return Err(Error::Vocabulary { base: theirs, other: mine });
         }
-        let (mut sum, mut tokens) = (0.0_f64, 0_usize);
+        let mut all = Vec::new();
         for ((p, _), (q, _)) in base.chunks.iter().zip(&self.chunks) {
-            let kl = model.device().token_kl((p, base.head.weight()), (q, self.head.weight()))?;
-            sum += kl.iter().map(|&k| f64::from(k)).sum::<f64>();
-            tokens += kl.len();
+            let heads = (base.head.weight(), self.head.weight());
+            all.extend(model.device().token_kl((p, heads.0), (q, heads.1))?);
         }
-        Ok(sum / tokens as f64)
+        let all = of_all_ranks(model, &all)?;
+        Ok(all.iter().map(|&k| f64::from(k)).sum::<f64>() / all.len() as f64)
     }
+}
+
+/// The values of every rank's windows, in the windows' order.
+fn of_all_ranks(model: &Model<'_>, values: &[f32]) -> Result<Vec<f32>> {
+    let parts = model.ranks().exchange(bytemuck::cast_slice(values).to_vec())?;
+    Ok(parts.into_iter().flatten().map(f32::from_bits).collect())
 }
 
 #[cfg(test)]

@@ -41,6 +41,18 @@ impl BlockReport {
     }
 }
 
+/// Hears nothing: for ranks other than the first, whose progress is the same.
+pub(crate) struct Silent;
+
+impl Progress for Silent {
+    fn begin(&self, _phase: &str, _steps: usize) {}
+    fn step(&self) {}
+    fn block(&self, _report: &BlockReport) {}
+    fn end(&self) {}
+    fn note(&self, _message: &str) {}
+    fn warn(&self, _message: &str) {}
+}
+
 /// Listens to a run.
 pub trait Progress: Sync {
     /// A phase of `steps` steps begins.

@@ -13,11 +13,12 @@ use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, GptqLinear, Layout, ModelConfig, QuantizeConfig, Sealed,
     Written, pack_rows, pack_transposed,
 };
-use gptq_compute::Device;
+use gptq_compute::{Device, Ranks};
 use gptq_model::{Block, LinearId, Model};
 use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
 use half::f16;
 
+use crate::bands::Bands;
 use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::calibration::Calibration;
@@ -26,7 +27,7 @@ use crate::first_gram::FirstGrams;
 use crate::fold::{Folding, HEAD, written_config};
 use crate::head;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
-use crate::progress::{BlockReport, LinearReport, Progress};
+use crate::progress::{BlockReport, LinearReport, Progress, Silent};
 use crate::source_dtype::SourceDtype;
 use crate::states::embed;
 
@@ -46,6 +47,8 @@ pub struct QuantiseJob<'a> {
     pub source_dtype: SourceDtype,
     /// Where to compute.
     pub device: Device,
+    /// Who else makes the branch; rank 0 writes it.
+    pub ranks: Ranks,
     /// Solver choices.
     pub spec: QuantSpec,
     /// Calibration windows; recipes that do not calibrate ignore them.
@@ -80,38 +83,41 @@ pub(crate) struct Made {
     blocks: Vec<BlockReport>,
 }
 
-/// Makes one branch. Nothing is left under the output name unless everything succeeded.
-pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<QuantiseOutcome> {
-    let Made { sealed, report, blocks } = make(job, progress)?;
-    Ok(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries: report.damp_retries })
+/// Makes one branch, on every rank of the job; rank 0 learns what was made. Nothing is left under
+/// the output name unless everything succeeded.
+pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<QuantiseOutcome>> {
+    let outcome = match make(job, progress)? {
+        Some(Made { sealed, report, blocks }) => {
+            let damp_retries = report.damp_retries;
+            Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries })
+        }
+        None => None,
+    };
+    // No rank goes on before the files are there.
+    job.ranks.exchange(Vec::new())?;
+    Ok(outcome)
 }
 
-/// Makes one branch, its report included, in the working folder.
-pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Made> {
+/// Makes one branch, its report included, in rank 0's working folder.
+pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<Made>> {
     Ok(run(job, progress)?.0)
 }
 
 /// As [`make`]; also gives the states after the last block, where there was calibration.
-fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Made, Option<Streams>)> {
+fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, Option<Streams>)> {
     job.spec.validate().map_err(Error::Spec)?;
     if job.source.quantize_config().is_some() {
         return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
     }
     let rotate = job.spec.choices.rotate;
     let folding = Folding::new(job.source.config(), rotate);
-    let writer = CheckpointWriter::create(
-        &job.out,
-        job.source,
-        &written_config(job.source.config(), &job.spec.choices),
-        &quantize_config(&job.spec)?,
-        job.layout,
-        &metadata(&job.spec, job.source_dtype, job.calibration),
-        job.max_shard_bytes,
-    )?;
+    let progress = if job.ranks.is_first() { progress } else { &Silent };
+    let writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
     let precision = job.source_dtype.precision();
-    let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?;
+    let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?
+        .with_ranks(job.ranks.clone());
     if let Some(embedding) = folding.as_ref().map(|f| f.embedding(job.source)).transpose()? {
         model = match embedding {
             Some(values) => model.with_embedding(values),
@@ -120,7 +126,7 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Made, Option<S
     }
     let folding = folding.as_ref();
 
-    let (walked, mut writer) = std::thread::scope(|scope| {
+    let (walked, writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
         let ahead = read_ahead(scope, &model, folding, job.source_dtype == SourceDtype::Fp32);
         let walked = walk(&ahead, &model, job, windows, &sender, progress);
@@ -134,15 +140,29 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Made, Option<S
     let (blocks, mut streams) = walked;
     let head = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
-            Some(head::fitted(&model, folding, &job.spec, windows.len(), streams)?)
+            head::fitted(&model, folding, &job.spec, windows.len(), streams)?
         }
         _ => None,
     };
+    let Some(mut writer) = writer else { return Ok((None, streams)) };
     copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
     let sealed = writer.seal()?;
     let report = BranchReport::new(job, sealed.bytes, &blocks);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
-    Ok((Made { sealed, report, blocks }, streams))
+    Ok((Some(Made { sealed, report, blocks }), streams))
+}
+
+/// The writer of a branch, its working folder made.
+fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
+    Ok(CheckpointWriter::create(
+        &job.out,
+        job.source,
+        &written_config(job.source.config(), &job.spec.choices),
+        &quantize_config(&job.spec)?,
+        job.layout,
+        &metadata(&job.spec, job.source_dtype, job.calibration),
+        job.max_shard_bytes,
+    )?)
 }
 
 /// All blocks in order; each is read while the one before is computed. Returns the states after the
@@ -152,7 +172,7 @@ fn walk(
     model: &Model<'_>,
     job: &QuantiseJob<'_>,
     windows: &[Vec<u32>],
-    writer: &SyncSender<(String, Stored)>,
+    writer: &Outbox,
     progress: &dyn Progress,
 ) -> Result<(Vec<BlockReport>, Option<Streams>)> {
     let blocks = model.config().num_hidden_layers;
@@ -162,14 +182,15 @@ fn walk(
     // Calibration windows are of one length.
     let seq_len = windows.first().map_or(1, Vec::len);
     if job.spec.recipe.calibrates() {
-        let tokens = windows.iter().map(Vec::len).sum();
+        let own = &windows[job.ranks.share(windows.len(), 1)];
+        let tokens = own.iter().map(Vec::len).sum();
         let reference = job.spec.choices.needs_reference();
         let exact = job.source_dtype == SourceDtype::Fp32;
         let work = Workload { tokens, reference, exact };
         parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
-        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-        let reference = reference.then(|| embed(model, &windows, parked.hidden)).transpose()?;
-        let quantised = embed(model, &windows, parked.hidden)?;
+        let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
+        let reference = reference.then(|| embed(model, &own, parked.hidden)).transpose()?;
+        let quantised = embed(model, &own, parked.hidden)?;
         streams = Some(Streams { quantised, reference });
     }
     let mut reports = Vec::with_capacity(blocks);
@@ -210,20 +231,21 @@ impl CalibratedRun<'_> {
         &self,
         block: &mut Block,
         streams: &mut Streams,
-        writer: &SyncSender<(String, Stored)>,
+        writer: &Outbox,
         progress: &dyn Progress,
     ) -> Result<Calibrated> {
         let calibrator = Calibrator {
             device: self.model.device(),
             rope: self.model.rope(self.seq_len),
             spec: &self.job.spec,
+            ranks: &self.job.ranks,
             windows: self.windows,
             parking: self.parked,
             shared: self.job.shared,
             name: &|block, id| linear_name(self.model, block, id),
         };
-        let done = calibrator
-            .block(block, streams, &mut |name, solved| send(writer, name, solved.clone()))?;
+        let done =
+            calibrator.block(block, streams, &mut |name, bands| send(writer, name, bands))?;
         self.check_damping(&done.linears, progress)?;
         Ok(done)
     }
@@ -285,34 +307,40 @@ pub(crate) fn next_block(ahead: &Receiver<Result<Block>>) -> Result<Block> {
     ahead.recv().map_err(|_| Error::Thread("reading"))?
 }
 
+/// The way to the writer; ranks other than the first have none.
+type Outbox = Option<SyncSender<(String, Bands)>>;
+type Writing<'scope> = Option<ScopedJoinHandle<'scope, Result<CheckpointWriter>>>;
+
 /// Packs and writes linears on a thread of its own, which hands the writer back.
 fn write_behind<'scope>(
     scope: &'scope Scope<'scope, '_>,
-    mut writer: CheckpointWriter,
+    writer: Option<CheckpointWriter>,
     spec: &QuantSpec,
-) -> (SyncSender<(String, Stored)>, ScopedJoinHandle<'scope, Result<CheckpointWriter>>) {
-    let (sender, receiver) = sync_channel::<(String, Stored)>(WRITE_BEHIND);
+) -> (Outbox, Writing<'scope>) {
+    let Some(mut writer) = writer else { return (None, None) };
+    let (sender, receiver) = sync_channel::<(String, Bands)>(WRITE_BEHIND);
     let spec = spec.clone();
     let thread = scope.spawn(move || {
-        for (name, stored) in receiver {
-            writer.write_linear(&name, &packed(stored, &spec)?)?;
+        for (name, bands) in receiver {
+            writer.write_linear(&name, &packed(bands, &spec)?)?;
         }
         Ok(writer)
     });
-    (sender, thread)
+    (Some(sender), Some(thread))
 }
 
-fn send(writer: &SyncSender<(String, Stored)>, name: &str, stored: Stored) -> Result<()> {
-    writer.send((name.to_owned(), stored)).map_err(|_| Error::Thread("writing"))
+fn send(writer: &Outbox, name: &str, bands: Bands) -> Result<()> {
+    let Some(writer) = writer else { return Ok(()) };
+    writer.send((name.to_owned(), bands)).map_err(|_| Error::Thread("writing"))
 }
 
-fn join(thread: ScopedJoinHandle<'_, Result<CheckpointWriter>>) -> Result<CheckpointWriter> {
-    thread.join().map_err(|_| Error::Thread("writing"))?
+fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
+    thread.map(|thread| thread.join().map_err(|_| Error::Thread("writing"))?).transpose()
 }
 
 /// A solved linear in the file's form.
-fn packed(stored: Stored, spec: &QuantSpec) -> Result<GptqLinear> {
-    let Stored { out_features, in_features, codes, scales, groups, g_idx } = stored;
+fn packed(bands: Bands, spec: &QuantSpec) -> Result<GptqLinear> {
+    let Stored { out_features, in_features, codes, scales, groups, g_idx } = bands.join();
     let bits = Bits::new(spec.bits)?;
     let qweight = match codes {
         Codes::Packed(words) => words,
@@ -329,7 +357,7 @@ fn rounded(
     model: &Model<'_>,
     block: &mut Block,
     job: &QuantiseJob<'_>,
-    writer: &SyncSender<(String, Stored)>,
+    writer: &Outbox,
 ) -> Result<Calibrated> {
     let mut linears = Vec::new();
     let exact = block.take_exact();
@@ -338,7 +366,7 @@ fn rounded(
         let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
         let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-        send(writer, &name, solved.stored)?;
+        send(writer, &name, Bands::whole(solved.stored))?;
         linears.push(LinearReport { name, relative_error: None, damp: None, damp_retries: 0 });
     }
     Ok(Calibrated { linears, stages: BTreeMap::new() })
@@ -462,6 +490,7 @@ mod tests {
                 branch: bits.to_string(),
                 source_dtype: SourceDtype::Fp16,
                 device: Device::best().unwrap(),
+                ranks: Ranks::alone(),
                 spec: QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best),
                 calibration: Some(&calibration),
                 layout: Layout::Modern,
@@ -471,7 +500,7 @@ mod tests {
                 shared: None,
             };
             let (made, streams) = run(&job, &Quiet).unwrap();
-            let file = Checkpoint::open(&made.sealed.publish().unwrap().dir).unwrap();
+            let file = Checkpoint::open(&made.unwrap().sealed.publish().unwrap().dir).unwrap();
             let model = Model::new(&file, job.device.clone(), SourcePrecision::Stored, 96).unwrap();
             let mut reloaded = embed(&model, &windows, 0.0).unwrap();
             for index in 0..model.config().num_hidden_layers {

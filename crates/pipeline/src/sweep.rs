@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use gptq_checkpoint::{Checkpoint, Partial, settle};
-use gptq_compute::Device;
+use gptq_compute::{Device, Ranks};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -393,6 +393,7 @@ impl<'a> Run<'a> {
             branch: branch.name.clone(),
             source_dtype: job.config.source_dtype,
             device: job.device.clone(),
+            ranks: Ranks::alone(),
             spec: branch.spec.clone(),
             calibration: Some(job.calibration).filter(|_| branch.spec.recipe.calibrates()),
             layout: job.config.layout,
@@ -401,7 +402,9 @@ impl<'a> Run<'a> {
             strict: job.strict,
             shared: Some(&self.shared),
         };
-        let Made { sealed, report, .. } = make(&quantise, self.progress)?;
+        #[expect(clippy::expect_used, reason = "a job of one rank gives what that rank made")]
+        let made = make(&quantise, self.progress)?.expect("rank 0 of one");
+        let Made { sealed, report, .. } = made;
         let mut folder = sealed.folder;
         let quantise = Some(start.elapsed().as_secs_f64());
         let start = Instant::now();

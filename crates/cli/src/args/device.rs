@@ -2,66 +2,168 @@
 
 use std::str::FromStr;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
-use gptq_compute::Device;
+use gptq_compute::cuda::{Library, probe};
+use gptq_compute::{Device, Seat};
 
 use super::values::parse_bytes;
+use crate::launch::{Launched, launched};
 use crate::printer::Printer;
+use crate::team::Team;
 
 /// Where to compute.
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// Where to compute: cpu or cuda:N [default: the first GPU, or the CPU without one]
+    /// Where to compute: cpu, cuda:N, or several GPUs as cuda:0,1 or cuda:all [default: the first
+    /// GPU, or the CPU without one]
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Option<DeviceName>,
-    /// Use at most this much GPU memory, such as 24GiB; the rest waits in host memory
+    /// Use at most this much memory of a GPU, such as 24GiB; the rest waits in host memory
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) gpu_memory: Option<u64>,
 }
 
-/// `cpu`, `cuda` or `cuda:N`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// `cpu`, `cuda`, `cuda:N`, `cuda:N,M,…` or `cuda:all`.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum DeviceName {
     Cpu,
-    Cuda(usize),
+    /// The first card, or that of the local rank.
+    Cuda,
+    Cards(Vec<usize>),
+    All,
 }
 
 impl FromStr for DeviceName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let ordinal = match text {
+        match text {
             "cpu" => return Ok(Self::Cpu),
-            "cuda" => Some(0),
-            _ => text.strip_prefix("cuda:").and_then(|n| n.parse().ok()),
-        };
-        ordinal.map(Self::Cuda).ok_or_else(|| "use cpu, cuda or cuda:N".to_owned())
+            "cuda" => return Ok(Self::Cuda),
+            "cuda:all" => return Ok(Self::All),
+            _ => {}
+        }
+        let wrong = || "use cpu, cuda, cuda:N, cuda:N,M,… or cuda:all".to_owned();
+        let list = text.strip_prefix("cuda:").ok_or_else(wrong)?;
+        let cards: Vec<usize> =
+            list.split(',').map(|n| n.parse().map_err(|_| wrong())).collect::<Result<_, _>>()?;
+        match cards.iter().enumerate().find(|(i, card)| cards[..*i].contains(card)) {
+            Some((_, card)) => Err(format!("GPU {card} is named twice")),
+            None => Ok(Self::Cards(cards)),
+        }
     }
 }
 
 impl DeviceArgs {
-    /// Opens the device, says which it is, and gives it its budget.
-    pub(crate) fn open(&self, printer: &Printer) -> Result<Device> {
-        let device = match self.device {
-            Some(DeviceName::Cpu) => Device::Cpu,
-            Some(DeviceName::Cuda(ordinal)) => Device::cuda(ordinal)?,
-            None => Device::best()?,
+    /// Opens the devices, says which they are, and gives each its budget. Where a launcher has
+    /// started several processes, waits for the others.
+    pub(crate) fn open(&self, printer: &Printer) -> Result<Team> {
+        let launched = launched()?;
+        let seats = match &launched {
+            Some(Launched { launch, .. }) => {
+                printer.note(&format!(
+                    "rank {} of {}, meeting the others at {}:{}",
+                    launch.rank, launch.size, launch.host, launch.port
+                ));
+                Some(vec![Seat::join(launch)?])
+            }
+            None => None,
         };
-        match (&device, self.gpu_memory) {
+        let devices = match &launched {
+            Some(launched) => vec![self.local(launched)?],
+            None => self.all()?,
+        };
+        let many = devices.len() > 1 || launched.is_some();
+        for device in &devices {
+            self.limit(device)?;
+            if many && matches!(device, Device::Cuda(_)) && !Library::Nccl.is_present() {
+                let (file, hint) = (Library::Nccl.file(), Library::Nccl.hint());
+                bail!("several GPUs talk through NCCL, but `{file}` was not found: {hint}");
+            }
+        }
+        let seats = seats.unwrap_or_else(|| match devices.len() {
+            1 => vec![Seat::alone()],
+            count => Seat::threads(count),
+        });
+        let team = Team::new(devices, seats);
+        printer.note(&format!("device: {}", team.name()));
+        team.note_unequal_memory(printer)?;
+        Ok(team)
+    }
+
+    /// Opens the device of a command that uses one.
+    pub(crate) fn open_one(&self, printer: &Printer) -> Result<Device> {
+        let team = self.open(printer)?;
+        match team.alone() {
+            Some(device) => Ok(device),
+            None => bail!(
+                "a sweep uses one device in each process; split it over several with --jobs 1/2 \
+                 --device cuda:0 and --jobs 2/2 --device cuda:1"
+            ),
+        }
+    }
+
+    /// The devices of a process that is alone.
+    fn all(&self) -> Result<Vec<Device>> {
+        let cards = match &self.device {
+            None => return Ok(vec![Device::best()?]),
+            Some(DeviceName::Cpu) => return Ok(vec![Device::Cpu]),
+            Some(DeviceName::Cuda) => vec![0],
+            Some(DeviceName::Cards(cards)) => cards.clone(),
+            Some(DeviceName::All) => every_card()?,
+        };
+        cards.into_iter().map(|card| Ok(Device::cuda(card)?)).collect()
+    }
+
+    /// The device of a process among others.
+    fn local(&self, launched: &Launched) -> Result<Device> {
+        let local = launched.local_rank;
+        let cards = match &self.device {
+            Some(DeviceName::Cpu) => return Ok(Device::Cpu),
+            Some(DeviceName::Cards(cards)) => cards.clone(),
+            Some(DeviceName::Cuda | DeviceName::All) => every_card()?,
+            None => match every_card() {
+                Ok(cards) => cards,
+                Err(_) => return Ok(Device::Cpu),
+            },
+        };
+        // A launcher may show each process its own card alone.
+        match if cards.len() == 1 { cards.first() } else { cards.get(local) } {
+            Some(&card) => Ok(Device::cuda(card)?),
+            None => bail!(
+                "this host has {} GPUs for the ranks, and this is its rank {local} (from 0); start \
+                 fewer processes on it",
+                cards.len()
+            ),
+        }
+    }
+
+    /// Gives a device its budget.
+    fn limit(&self, device: &Device) -> Result<()> {
+        match (device, self.gpu_memory) {
             (Device::Cuda(cuda), Some(bytes)) => {
                 cuda.set_memory_budget(usize::try_from(bytes).unwrap_or(usize::MAX));
             }
             (Device::Cpu, Some(_)) => {
-                anyhow::bail!(
+                bail!(
                     "--gpu-memory was given, but the device is the CPU; leave it out, or use --device cuda"
                 )
             }
             _ => {}
         }
-        printer.note(&format!("device: {}", device.name()));
-        Ok(device)
+        Ok(())
     }
+}
+
+/// Every card that the kernels support.
+fn every_card() -> Result<Vec<usize>> {
+    let cards: Vec<usize> =
+        probe().cards.iter().filter(|card| card.supported).map(|card| card.ordinal).collect();
+    if cards.is_empty() {
+        bail!("no GPU of compute capability 8.0 or newer was found; see gptq doctor");
+    }
+    Ok(cards)
 }
 
 #[cfg(test)]
@@ -71,9 +173,11 @@ mod tests {
     #[test]
     fn devices_are_read_as_typed() {
         assert_eq!("cpu".parse(), Ok(DeviceName::Cpu));
-        assert_eq!("cuda".parse(), Ok(DeviceName::Cuda(0)));
-        assert_eq!("cuda:3".parse(), Ok(DeviceName::Cuda(3)));
-        for wrong in ["gpu", "cuda:", "cuda:x", "CPU"] {
+        assert_eq!("cuda".parse(), Ok(DeviceName::Cuda));
+        assert_eq!("cuda:3".parse(), Ok(DeviceName::Cards(vec![3])));
+        assert_eq!("cuda:1,0".parse(), Ok(DeviceName::Cards(vec![1, 0])));
+        assert_eq!("cuda:all".parse(), Ok(DeviceName::All));
+        for wrong in ["gpu", "cuda:", "cuda:x", "CPU", "cuda:0,", "cuda:1,1", "cuda:0-1"] {
             assert!(wrong.parse::<DeviceName>().is_err(), "{wrong}");
         }
     }

@@ -23,17 +23,21 @@ struct Output {
 }
 
 pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
-    let device = args.device.open(printer)?;
-    let products = match device {
+    let team = args.device.open(printer)?;
+    let products = match team.device() {
         Device::Cpu => bench_products(args.width, args.seq_len)?,
         Device::Cuda(_) => Vec::new(),
     };
     let mut spec = QuantSpec::new(4, Some(128), true, args.recipe.damp(), args.recipe);
     spec.set(&args.set)?;
-    let block = bench_block(&device, args.width, (args.windows, args.seq_len), &spec)?;
+    let device = team.name();
+    let work = (args.windows, args.seq_len);
+    let block =
+        team.run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
+    let Some(block) = block else { return Ok(()) };
     let choices = spec.choices.to_string();
     let peak_host_bytes = peak_memory();
-    let output = Output { device: device.name(), choices, block, products, peak_host_bytes };
+    let output = Output { device, choices, block, products, peak_host_bytes };
     if args.json { print_json(&output) } else { print_result(&text(&output)) }
 }
 

@@ -54,6 +54,16 @@ fn checks(probe: &Probe) -> Vec<Check> {
             advice: if card.supported { None } else { Some("too old: sm_80 or newer is needed") },
         });
     }
+    if probe.cards.len() > 1 {
+        let pairs: Vec<String> = probe.apart.iter().map(|(a, b)| format!("{a} and {b}")).collect();
+        let found = match pairs.as_slice() {
+            [] => "all reach each other's memory".to_owned(),
+            pairs => format!("apart: {}", pairs.join(", ")),
+        };
+        let advice = "those exchange through host memory, which is slower";
+        let advice = (!pairs.is_empty()).then_some(advice);
+        checks.push(Check { what: "GPU pairs".to_owned(), found: Some(found), advice });
+    }
     if probe.cards.is_empty() {
         let advice = "everything runs on the CPU";
         checks.push(Check { what: "GPU".to_owned(), found: None, advice: Some(advice) });

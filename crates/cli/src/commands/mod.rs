@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::args::Command;
 use crate::printer::Printer;
+pub(crate) use table::gigabytes;
 
 /// Runs a command.
 pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {

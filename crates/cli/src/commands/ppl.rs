@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::Checkpoint;
-use gptq_compute::Device;
+use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         let writable = folder.is_none_or(Path::is_dir) && !file.is_dir();
         ensure!(writable, "Cannot write `{}`: no such folder, or a folder itself", file.display());
     }
-    let device = args.device.open(printer)?;
+    let team = args.device.open(printer)?;
     let checkpoint = open_checkpoint(&args.model)?;
     let spec = EvaluationSpec {
         dataset: args.dataset.clone(),
@@ -63,14 +63,15 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         text.dataset,
         text.protocol
     ));
-    let (scored, losses, result) = evaluate(&checkpoint, &device, &text, printer)?;
-    let (base, base_losses) = match &args.base {
-        Some(name) => {
-            let (base, losses) = compare(name, (&checkpoint, &device), &text, &scored, printer)?;
-            (Some(base), Some(losses))
-        }
-        None => (None, None),
-    };
+    let (device, device_name) = (team.device().clone(), team.name());
+    let measured = team.run(|device, ranks| {
+        let place = (device, ranks);
+        let (scored, losses, result) = evaluate(&checkpoint, place, &text, printer)?;
+        let compare = |name| compare(name, (&checkpoint, place), &text, &scored, printer);
+        Ok((result, losses, args.base.as_deref().map(compare).transpose()?))
+    })?;
+    let Some((result, losses, base)) = measured else { return Ok(()) };
+    let (base, base_losses) = base.unzip();
     if let Some(file) = &args.per_token {
         std::fs::write(file, per_token(&text, &losses, base_losses.as_deref()))
             .with_context(|| format!("Cannot write `{}`", file.display()))?;
@@ -80,7 +81,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         text: &text,
         result,
         dtype: device.dtype(),
-        device: device.name(),
+        device: device_name,
         base,
         seconds: start.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory(),
@@ -90,11 +91,12 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
 
 fn evaluate(
     checkpoint: &Checkpoint,
-    device: &Device,
+    (device, ranks): (&Device, &Ranks),
     text: &EvalText,
     printer: &Printer,
 ) -> Result<(Scored, Vec<f32>, Perplexity)> {
-    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
+    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?
+        .with_ranks(ranks.clone());
     let scored = score(&model, &text.windows, printer)?;
     let losses = scored.losses(&model)?;
     let result = scored.mean(&losses)?;
@@ -123,14 +125,16 @@ fn per_token(text: &EvalText, losses: &[f32], base: Option<&[f32]>) -> String {
 /// Measures the base model on the same windows.
 fn compare<'a>(
     name: &'a str,
-    (checkpoint, device): (&Checkpoint, &Device),
+    (checkpoint, place): (&Checkpoint, (&Device, &Ranks)),
     text: &EvalText,
     scored: &Scored,
     printer: &Printer,
 ) -> Result<(Comparison<'a>, Vec<f32>)> {
     let base = open_checkpoint(name)?;
-    let (base_scored, losses, result) = evaluate(&base, device, text, printer)?;
-    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
+    let (base_scored, losses, result) = evaluate(&base, place, text, printer)?;
+    let (device, ranks) = place;
+    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?
+        .with_ranks(ranks.clone());
     let kl = scored.kl_from(&base_scored, &model)?;
     Ok((Comparison { model: name, perplexity: result.perplexity, kl }, losses))
 }

@@ -61,24 +61,29 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let Settings { spec, source_dtype, layout, calibration } = settings(args)?;
     spec.validate()?;
     let source = open_checkpoint(&args.model)?;
-    let device = args.device.open(printer)?;
+    let team = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
-    let job = QuantiseJob {
-        source: &source,
-        model: model_name(&args.model),
-        branch: args.branch.clone().unwrap_or_else(|| branch_name(&spec)),
-        source_dtype,
-        device: device.clone(),
-        spec: spec.clone(),
-        calibration: calibration.as_ref(),
-        layout,
-        out: args.out.clone(),
-        max_shard_bytes: args.max_shard_size,
-        strict: args.strict,
-        shared: None,
-    };
-    let outcome = quantise(&job, printer)?;
+    let (device, device_name) = (team.device().clone(), team.name());
+    let outcome = team.run(|device, ranks| {
+        let job = QuantiseJob {
+            source: &source,
+            model: model_name(&args.model),
+            branch: args.branch.clone().unwrap_or_else(|| branch_name(&spec)),
+            source_dtype,
+            device: device.clone(),
+            ranks: ranks.clone(),
+            spec: spec.clone(),
+            calibration: calibration.as_ref(),
+            layout,
+            out: args.out.clone(),
+            max_shard_bytes: args.max_shard_size,
+            strict: args.strict,
+            shared: None,
+        };
+        Ok(quantise(&job, printer)?)
+    })?;
+    let Some(outcome) = outcome.flatten() else { return Ok(()) };
     let output = Output {
         out: &outcome.written.dir,
         recipe: spec.recipe.name(),
@@ -96,7 +101,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         }),
         file_bytes: outcome.written.bytes,
         seconds: start.elapsed().as_secs_f64(),
-        device: device.name(),
+        device: device_name,
         peak_memory_bytes: peak_memory(),
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         damp_retries: outcome.damp_retries,

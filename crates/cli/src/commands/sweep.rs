@@ -29,7 +29,7 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     let branches = selected(&config, &args.only)?;
     let source = open_checkpoint(&config.model)?;
-    let device = args.device.open(printer)?;
+    let device = args.device.open_one(printer)?;
     let calibration = sample(&source, &config.calibration, printer)?;
     let mut job = SweepJob {
         config: &config,

@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 
 use cudarc::cublas::{result as cublas, sys as blas};
 use cudarc::cusolver::sys as dn;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, sys as driver};
 
 use super::context::Cuda;
 use super::error::Stage;
@@ -29,11 +29,13 @@ pub(super) trait Real: DeviceRepr + Copy + Into<f64> {
     /// Values of workspace that [`Real::potrf`] needs.
     ///
     /// # Safety
-    /// The handle is valid and `a` points at an `n × n` matrix on its device.
+    /// The handle is valid and `a` points at an `n × n` matrix on its device, whose rows lie `ld`
+    /// values apart.
     unsafe fn potrf_size(
         handle: dn::cusolverDnHandle_t,
         n: c_int,
         a: *mut Self,
+        ld: c_int,
         size: &mut c_int,
     ) -> dn::cusolverStatus_t;
 
@@ -45,6 +47,7 @@ pub(super) trait Real: DeviceRepr + Copy + Into<f64> {
         handle: dn::cusolverDnHandle_t,
         n: c_int,
         a: *mut Self,
+        ld: c_int,
         work: *mut Self,
         size: c_int,
         info: *mut c_int,
@@ -76,24 +79,26 @@ macro_rules! real {
                 handle: dn::cusolverDnHandle_t,
                 n: c_int,
                 a: *mut Self,
+                ld: c_int,
                 size: &mut c_int,
             ) -> dn::cusolverStatus_t {
                 let triangle = dn::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
                 // SAFETY: the caller's contract, and `size` is a valid place for the result.
-                unsafe { dn::$size(handle, triangle, n, a, n, size) }
+                unsafe { dn::$size(handle, triangle, n, a, ld, size) }
             }
 
             unsafe fn potrf(
                 handle: dn::cusolverDnHandle_t,
                 n: c_int,
                 a: *mut Self,
+                ld: c_int,
                 work: *mut Self,
                 size: c_int,
                 info: *mut c_int,
             ) -> dn::cusolverStatus_t {
                 let triangle = dn::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
                 // SAFETY: the caller's contract.
-                unsafe { dn::$potrf(handle, triangle, n, a, n, work, size, info) }
+                unsafe { dn::$potrf(handle, triangle, n, a, ld, work, size, info) }
             }
         }
     };
@@ -136,6 +141,11 @@ impl<T> Block<T> {
     pub(super) fn at(self, row: usize, col: usize) -> Self {
         let offset = (row * self.ld + col) * size_of::<T>();
         Self { address: self.address + offset as u64, ..self }
+    }
+
+    /// The same memory as rows of `ld` values.
+    pub(super) fn with_rows_of(self, ld: usize) -> Self {
+        Self { ld, ..self }
     }
 
     /// Address of the first value, as a kernel's argument.
@@ -289,42 +299,141 @@ pub(super) unsafe fn multiply_batch<T: Real>(
 /// # Errors
 /// [`Error::NotPositiveDefinite`] with the pivot in the order of factorisation.
 pub(super) fn cholesky<T: Real>(cuda: &Cuda, a: &mut CudaSlice<T>, n: usize) -> Result<()> {
-    const STAGE: &str = "the Cholesky factorisation";
-    let order = int(n)?;
     let block = Block::of_mut(cuda, a, n);
-    cuda.context().bind_to_thread().stage(STAGE)?;
-    let solver = cuda.solver();
-    let mut size = 0;
-    // SAFETY: the handle is valid and `a` holds n × n values.
-    unsafe { T::potrf_size(solver.cu(), order, block.address as *mut T, &mut size) }
-        .result()
-        .stage(STAGE)?;
-    let mut work = cuda.uninit::<T>(STAGE, usize::try_from(size).unwrap_or(0))?;
-    let mut info = cuda.zeros::<i32>(STAGE, 1)?;
-    let work = Block::of_mut(cuda, work.make_mut(cuda)?, 1);
+    let room = cholesky_room(cuda, block, n)?;
+    let mut work = cuda.uninit::<T>(CHOLESKY, room)?;
+    let mut info = cuda.zeros::<i32>(CHOLESKY, 1)?;
+    let work = Block::of_mut(cuda, work.make_mut(cuda)?, room);
     let report = Block::of_mut(cuda, info.make_mut(cuda)?, 1);
-    // SAFETY: as above; the workspace is as large as was asked for, and both buffers live until the
-    // read of `info` below has waited for the queue.
+    // SAFETY: `a` holds n × n values; the workspace is as large as was asked for, and all buffers
+    // live until the read of `info` below has waited for the queue.
+    unsafe { queue_cholesky(cuda, block, n, work, report) }?;
+    match cuda.read(CHOLESKY, info.slice(), 1)?.first() {
+        Some(&failed) if failed != 0 => Err(failed_pivot(cuda, a, n, 0, failed)?),
+        _ => Ok(()),
+    }
+}
+
+const CHOLESKY: &str = "the Cholesky factorisation";
+
+/// Values of workspace that [`queue_cholesky`] needs for a block of order `n`.
+pub(super) fn cholesky_room<T: Real>(cuda: &Cuda, a: Block<T>, n: usize) -> Result<usize> {
+    let mut size = 0;
+    cuda.context().bind_to_thread().stage(CHOLESKY)?;
+    let (order, ld) = (int(n)?, int(a.ld)?);
+    // SAFETY: the handle is valid; nothing is read through the address.
+    unsafe { T::potrf_size(cuda.solver().cu(), order, a.address as *mut T, ld, &mut size) }
+        .result()
+        .stage(CHOLESKY)?;
+    Ok(usize::try_from(size).unwrap_or(0))
+}
+
+/// Queues the factorisation of the block of order `n` at `a`; `info` becomes 0, or one more than the
+/// pivot that is not positive.
+///
+/// # Safety
+/// As for [`multiply`]; `work` holds a row of [`cholesky_room`] values, `info` one.
+pub(super) unsafe fn queue_cholesky<T: Real>(
+    cuda: &Cuda,
+    a: Block<T>,
+    n: usize,
+    work: Block<T>,
+    info: Block<i32>,
+) -> Result<()> {
+    cuda.context().bind_to_thread().stage(CHOLESKY)?;
+    let (order, ld, room) = (int(n)?, int(a.ld)?, int(work.ld)?);
+    let (a, work) = (a.address as *mut T, work.address as *mut T);
+    let info = info.address as *mut c_int;
+    // SAFETY: the caller's contract.
+    unsafe { T::potrf(cuda.solver().cu(), order, a, ld, work, room, info) }.result().stage(CHOLESKY)
+}
+
+/// The error of a block of an `n × n` matrix that begins at `start` and failed with `info`.
+pub(super) fn failed_pivot<T: Real>(
+    cuda: &Cuda,
+    a: &CudaSlice<T>,
+    n: usize,
+    start: usize,
+    info: i32,
+) -> Result<Error> {
+    let pivot = (start + usize::try_from(info - 1).unwrap_or(0)).min(n - 1);
+    Ok(Error::NotPositiveDefinite { n, pivot, value: read(cuda, a, pivot * (n + 1))? })
+}
+
+/// Queues x ← x · l⁻ᵀ for x `[rows, n]` and the lower triangle l `[n, n]`.
+///
+/// # Safety
+/// As for [`multiply`].
+pub(super) unsafe fn divide_by_transposed(
+    cuda: &Cuda,
+    stage: &'static str,
+    (rows, n): (usize, usize),
+    l: Block<f32>,
+    x: Block<f32>,
+) -> Result<()> {
+    let one = 1.0_f32;
+    let [rows, n, l_ld, x_ld] = [int(rows)?, int(n)?, int(l.ld)?, int(x.ld)?];
+    cuda.context().bind_to_thread().stage(stage)?;
+    // Column-major: l · xᵀ is known, l being the transpose of the upper triangle in its memory.
+    // SAFETY: the caller vouches for the blocks; the scalar outlives the call, which reads it.
     unsafe {
-        T::potrf(
-            solver.cu(),
-            order,
-            block.address as *mut T,
-            work.address as *mut T,
-            size,
-            report.address as *mut c_int,
+        blas::cublasStrsm_v2(
+            *cuda.blas().handle(),
+            blas::cublasSideMode_t::CUBLAS_SIDE_LEFT,
+            blas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
+            blas::cublasOperation_t::CUBLAS_OP_T,
+            blas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
+            n,
+            rows,
+            &raw const one,
+            l.address as *const f32,
+            l_ld,
+            x.address as *mut f32,
+            x_ld,
         )
     }
     .result()
-    .stage(STAGE)?;
-    let info = cuda.read(STAGE, info.slice(), 1)?;
-    match info.first().copied().unwrap_or(0) {
-        0 => Ok(()),
-        failed => {
-            let pivot = usize::try_from(failed - 1).unwrap_or(0).min(n - 1);
-            Err(Error::NotPositiveDefinite { n, pivot, value: read(cuda, a, pivot * (n + 1))? })
-        }
+    .stage(stage)
+}
+
+/// Queues a copy of `[rows, cols]` values.
+///
+/// # Safety
+/// As for [`multiply`]; the blocks do not overlap.
+pub(super) unsafe fn copy<T>(
+    cuda: &Cuda,
+    stage: &'static str,
+    (rows, cols): (usize, usize),
+    from: Block<T>,
+    to: Block<T>,
+) -> Result<()> {
+    if rows == 0 || cols == 0 {
+        return Ok(());
     }
+    let there = driver::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+    let plan = driver::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: there,
+        srcHost: std::ptr::null(),
+        srcDevice: from.address,
+        srcArray: std::ptr::null_mut(),
+        srcPitch: from.ld * size_of::<T>(),
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: there,
+        dstHost: std::ptr::null_mut(),
+        dstDevice: to.address,
+        dstArray: std::ptr::null_mut(),
+        dstPitch: to.ld * size_of::<T>(),
+        WidthInBytes: cols * size_of::<T>(),
+        Height: rows,
+    };
+    cuda.context().bind_to_thread().stage(stage)?;
+    // SAFETY: the caller vouches for the blocks; the plan outlives the call, which reads it.
+    unsafe { driver::cuMemcpy2DAsync_v2(&raw const plan, cuda.stream().cu_stream()) }
+        .result()
+        .stage(stage)
 }
 
 /// One value of device memory; waits for the queue.

@@ -19,6 +19,9 @@ pub enum Fault {
     /// The kernel compiler.
     #[error("NVRTC reports {0:?}")]
     Nvrtc(#[from] nvrtc::result::NvrtcError),
+    /// The library that joins cards.
+    #[error("NCCL reports {0}")]
+    Nccl(String),
 }
 
 /// Names the stage in which a CUDA call failed.

@@ -10,6 +10,7 @@
 //! `[A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹ C⁻¹]`, as two products whose panels skip the zeros. That is
 //! n³/3 operations and 3 to 7 % for the panels' corners, nearly all in products of thousands a side.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, LaunchConfig, PushKernelArg};
@@ -19,9 +20,12 @@ use super::context::Cuda;
 use super::dense::{Batch, Block, Product, Real, cholesky, int, multiply, multiply_batch};
 use super::error::Stage;
 use super::matrix::Matrix;
+use super::nccl::Communicator;
 use super::order::SolveOrder;
+use super::split;
 use crate::error::{Error, Result, ensure_shape};
 use crate::gram::HessianPrep;
+use crate::ranks::Ranks;
 use crate::tensor::{Storage, Tensor};
 
 /// Side of the diagonal blocks that the kernel inverts.
@@ -50,6 +54,15 @@ pub enum Precision {
 /// that the library left there; [`Error::OutOfMemory`] when f64, which needs 2.5 times the memory,
 /// does not fit.
 pub fn upper_factor(gram: &Tensor, prep: &HessianPrep<'_>) -> Result<(Tensor, Precision)> {
+    shared_upper_factor(gram, prep, &Ranks::alone())
+}
+
+/// As [`upper_factor`], by all of `ranks`, which hold the same Gram and get the same U.
+pub(crate) fn shared_upper_factor(
+    gram: &Tensor,
+    prep: &HessianPrep<'_>,
+    ranks: &Ranks,
+) -> Result<(Tensor, Precision)> {
     const OP: &str = "upper_factor";
     let n = gram.rows();
     ensure_shape(gram.cols() == n && prep.order.len() == n, OP, gram.shape(), (n, n))?;
@@ -59,7 +72,14 @@ pub fn upper_factor(gram: &Tensor, prep: &HessianPrep<'_>) -> Result<(Tensor, Pr
     let cuda = gram.cuda();
     let order = SolveOrder::upload(cuda, prep.order, prep.dead)?;
     let gram = gram.f32(OP)?;
-    let outcome = inverse_of_factor::<f32>(cuda, "the Hessian", gram, n, &order, prep);
+    let card = ranks.card().filter(|_| n >= split::LEAST_ORDER);
+    let outcome = inverse_of_factor::<f32>(cuda, "the Hessian", gram, n, &order, prep, |matrix| {
+        match card {
+            Some(card) => split::cholesky(cuda, card, matrix, n)?,
+            None => cholesky(cuda, matrix, n)?,
+        }
+        invert_lower(cuda, matrix, n, card)
+    });
     let (upper, precision) = match outcome {
         Ok(mut inverse) => {
             reverse(cuda, inverse.make_mut(cuda)?)?;
@@ -67,7 +87,10 @@ pub fn upper_factor(gram: &Tensor, prep: &HessianPrep<'_>) -> Result<(Tensor, Pr
         }
         Err(Error::NotPositiveDefinite { .. }) => {
             let stage = "the Hessian in f64, which f32 found not positive definite";
-            let inverse = inverse_of_factor::<f64>(cuda, stage, gram, n, &order, prep)?;
+            let inverse = inverse_of_factor::<f64>(cuda, stage, gram, n, &order, prep, |matrix| {
+                cholesky(cuda, matrix, n)?;
+                invert_lower(cuda, matrix, n, None)
+            })?;
             (reversed_narrow(cuda, inverse.slice(), n)?, Precision::F64)
         }
         Err(other) => return Err(other),
@@ -75,7 +98,7 @@ pub fn upper_factor(gram: &Tensor, prep: &HessianPrep<'_>) -> Result<(Tensor, Pr
     Ok((Tensor(Storage::Cuda(Matrix::from_f32(cuda, (n, n), upper))), precision))
 }
 
-/// L⁻¹, L the lower Cholesky factor of J H J.
+/// L⁻¹, L the lower Cholesky factor of J H J, which `invert` makes of that in place.
 fn inverse_of_factor<T: Real>(
     cuda: &Arc<Cuda>,
     stage: &'static str,
@@ -83,6 +106,7 @@ fn inverse_of_factor<T: Real>(
     n: usize,
     order: &SolveOrder,
     prep: &HessianPrep<'_>,
+    invert: impl FnOnce(&mut CudaSlice<T>) -> Result<()>,
 ) -> Result<Buffer<T>> {
     let mut hessian = cuda.uninit::<T>(stage, n * n)?;
     let matrix = hessian.make_mut(cuda)?;
@@ -94,18 +118,23 @@ fn inverse_of_factor<T: Real>(
     // SAFETY: the arguments are the kernel's; gram and matrix hold n × n values, order and dead n,
     // and `SolveOrder` has checked that the order is a permutation.
     unsafe { launch.launch(rows_launch(n)) }.stage(stage)?;
-    cholesky(cuda, matrix, n).map_err(|error| match error {
+    invert(matrix).map_err(|error| match error {
         Error::NotPositiveDefinite { n, pivot, value } => {
             Error::NotPositiveDefinite { n, pivot: n - 1 - pivot, value }
         }
         other => other,
     })?;
-    invert_lower(cuda, matrix, n)?;
     Ok(hessian)
 }
 
-/// Replaces the lower triangular matrix `a` by its inverse, zeros above the diagonal.
-fn invert_lower<T: Real>(cuda: &Arc<Cuda>, a: &mut CudaSlice<T>, n: usize) -> Result<()> {
+/// Replaces the lower triangular matrix `a` by its inverse, zeros above the diagonal; together with
+/// the other ranks of `card`, where there are some.
+fn invert_lower<T: Real>(
+    cuda: &Arc<Cuda>,
+    a: &mut CudaSlice<T>,
+    n: usize,
+    card: Option<&Communicator>,
+) -> Result<()> {
     const STAGE: &str = "the triangular inverse";
     let size = int(n)?;
     let zero = cuda.kernel("tri_inverse.cu", T::KERNELS.zero_upper)?;
@@ -137,11 +166,11 @@ fn invert_lower<T: Real>(cuda: &Arc<Cuda>, a: &mut CudaSlice<T>, n: usize) -> Re
         } else {
             for node in 0..level.full {
                 let start = node * 2 * half;
-                join(cuda, a.at(start, start), half, half, scratch)?;
+                share_join(cuda, card, a.at(start, start), half, half, scratch)?;
             }
         }
         let start = level.full * 2 * half;
-        join(cuda, a.at(start, start), half, level.ragged, scratch)?;
+        share_join(cuda, card, a.at(start, start), half, level.ragged, scratch)?;
     }
     Ok(())
 }
@@ -198,22 +227,50 @@ fn join_equal<T: Real>(
     }
 }
 
-/// Joins one pair at `a`: A⁻¹ of order `half`, C⁻¹ of order `m`, B between them `[m, half]`.
-fn join<T: Real>(cuda: &Cuda, a: Block<T>, half: usize, m: usize, scratch: Block<T>) -> Result<()> {
+/// Joins one pair at `a`; the columns of a large one are shared by the ranks of `card`.
+fn share_join<T: Real>(
+    cuda: &Cuda,
+    card: Option<&Communicator>,
+    a: Block<T>,
+    half: usize,
+    m: usize,
+    scratch: Block<T>,
+) -> Result<()> {
+    let Some(card) = card.filter(|_| m > 0 && half >= split::LEAST_HALF) else {
+        return join(cuda, a, half, m, scratch, 0..half);
+    };
+    let columns = split::columns(half, m, PANEL, card.size());
+    join(cuda, a, half, m, scratch, columns[card.rank()].clone())?;
+    // SAFETY: the pair lies within its matrix, and scratch has room for [m, half]; the caller keeps
+    // both until the queue is through.
+    unsafe { split::exchange_columns(cuda, card, (m, &columns), a.at(half, 0), scratch) }
+}
+
+/// Joins one pair at `a`: A⁻¹ of order `half`, C⁻¹ of order `m`, B between them `[m, half]`, of
+/// which the columns `columns` are made.
+fn join<T: Real>(
+    cuda: &Cuda,
+    a: Block<T>,
+    half: usize,
+    m: usize,
+    scratch: Block<T>,
+    columns: Range<usize>,
+) -> Result<()> {
     const STAGE: &str = "the triangular inverse";
     let (below, corner) = (a.at(half, 0), a.at(half, half));
-    for j in (0..half).step_by(PANEL) {
+    for j in columns.clone().step_by(PANEL) {
         // Rows of A⁻¹ above the panel's first column are zero there.
-        let shape = Product { m, n: PANEL.min(half - j), k: half - j };
+        let shape = Product { m, n: PANEL.min(columns.end - j), k: half - j };
         let operands = (below.at(0, j), a.at(j, j), scratch.at(0, j));
         // SAFETY: the blocks lie within the pair and within scratch, which has room for [m, half].
         unsafe { multiply(cuda, STAGE, shape, (T::ONE, T::ZERO), operands) }?;
     }
+    let (first, n) = (columns.start, columns.len());
     for i in (0..m).step_by(PANEL) {
         // Columns of C⁻¹ after the panel's last row are zero there.
         let rows = PANEL.min(m - i);
-        let shape = Product { m: rows, n: half, k: i + rows };
-        let operands = (corner.at(i, 0), scratch, below.at(i, 0));
+        let shape = Product { m: rows, n, k: i + rows };
+        let operands = (corner.at(i, 0), scratch.at(0, first), below.at(i, first));
         // SAFETY: as above; B's rows are written, and scratch and C⁻¹ are read.
         unsafe { multiply(cuda, STAGE, shape, (T::MINUS_ONE, T::ZERO), operands) }?;
     }

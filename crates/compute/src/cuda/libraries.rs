@@ -8,8 +8,11 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use cudarc::{cublas, cublaslt, cusolver, driver, nccl, nvrtc};
+use cudarc::{cublas, cublaslt, cusolver, driver, nvrtc};
 
+use libloading::Library as Opened;
+
+use super::nccl;
 use crate::error::{Error, Result};
 
 /// A shared library of CUDA that this crate calls.
@@ -46,7 +49,7 @@ impl Library {
             Self::CublasLt => "libcublasLt.so.13",
             Self::Cublas => "libcublas.so.13",
             Self::Cusolver => "libcusolver.so.12",
-            Self::Nccl => "libnccl.so",
+            Self::Nccl => "libnccl.so.2",
         }
     }
 
@@ -55,7 +58,8 @@ impl Library {
         match self {
             Self::Driver => "install the NVIDIA driver",
             Self::Nccl => {
-                "put a link libnccl.so to libnccl.so.2 in a folder on LD_LIBRARY_PATH, or use one GPU"
+                "install NCCL, or name its folder in GPTQ_CUDA_LIB \
+                 (with pip: site-packages/nvidia/nccl/lib); one GPU runs without it"
             }
             _ => {
                 "install the CUDA 13 libraries, or name their folder in GPTQ_CUDA_LIB \
@@ -88,7 +92,7 @@ impl Library {
                 Self::CublasLt => cublaslt::sys::is_culib_present(),
                 Self::Cublas => cublas::sys::is_culib_present(),
                 Self::Cusolver => cusolver::sys::is_culib_present(),
-                Self::Nccl => nccl::sys::is_culib_present(),
+                Self::Nccl => Opened::new(self.file()).is_ok_and(nccl::adopt),
             }
         }
     }
@@ -108,7 +112,19 @@ impl Library {
             _ => Vec::new(),
         };
         dependencies.push(self.file());
-        folders().iter().any(|folder| {
+        let mut folders = folders();
+        if self == Self::Nccl {
+            // With pip it has a folder of its own, beside the toolkit's.
+            let beside = |folder: &PathBuf| folder.join("../../nccl/lib");
+            folders.extend(folders.iter().map(beside).collect::<Vec<_>>());
+            let open = |folder: &PathBuf| {
+                let path = folder.join(self.file());
+                // SAFETY: as in `opens`.
+                path.is_file() && unsafe { Opened::new(path) }.is_ok_and(nccl::adopt)
+            };
+            return folders.iter().any(open);
+        }
+        folders.iter().any(|folder| {
             if self == Self::Nvrtc {
                 open_nvrtc_builtins(folder);
             }
@@ -130,7 +146,7 @@ fn open_nvrtc_builtins(folder: &Path) {
 /// Opens a library for the rest of the process; false when there is none.
 fn keep_open(path: &Path) -> bool {
     // SAFETY: as in `Library::opens`; the path is a toolkit's or one that the user named.
-    let library = path.is_file().then(|| unsafe { libloading::Library::new(path) });
+    let library = path.is_file().then(|| unsafe { Opened::new(path) });
     match library {
         Some(Ok(library)) => {
             std::mem::forget(library);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::CudaSlice;
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
@@ -130,6 +130,23 @@ impl Matrix {
             Values::F32(buffer) => buffer.make_mut(&self.cuda),
             Values::F16(_) => Err(Error::WrongType { op, needs: "f32" }),
         }
+    }
+
+    /// Device address of the first value, for reads queued on the stream of all work.
+    pub(super) fn address(&self) -> u64 {
+        match &self.values {
+            Values::F16(buffer) => buffer.slice().device_ptr(self.cuda.stream()).0,
+            Values::F32(buffer) => buffer.slice().device_ptr(self.cuda.stream()).0,
+        }
+    }
+
+    /// As [`Self::address`], for writes; shared memory is copied first.
+    pub(super) fn address_mut(&mut self) -> Result<u64> {
+        let stream = self.cuda.stream();
+        Ok(match &mut self.values {
+            Values::F16(buffer) => buffer.make_mut(&self.cuda)?.device_ptr_mut(stream).0,
+            Values::F32(buffer) => buffer.make_mut(&self.cuda)?.device_ptr_mut(stream).0,
+        })
     }
 
     /// The values in host memory; waits for all queued work.

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, result};
-use cudarc::{cublaslt, cusolver, driver, nccl};
+use cudarc::{cublaslt, cusolver, driver};
 
 use super::libraries::Library;
-use super::{cache, nvrtc};
+use super::{cache, nccl, nvrtc};
 
 /// What was found.
 #[derive(Clone, Debug)]
@@ -18,6 +18,8 @@ pub struct Probe {
     pub libraries: Vec<LibraryFacts>,
     /// The cards, in the driver's order.
     pub cards: Vec<Card>,
+    /// Pairs of cards that cannot reach each other's memory: they exchange through the host's.
+    pub apart: Vec<(usize, usize)>,
     /// Folder of compiled kernels.
     pub cache: Option<PathBuf>,
 }
@@ -57,7 +59,9 @@ pub fn probe() -> Probe {
             LibraryFacts { library, present, version: version(library).filter(|_| present) }
         })
         .collect();
-    Probe { driver: driver_version(), libraries, cards: cards(), cache: cache::folder() }
+    let cards = cards();
+    let apart = apart(&cards);
+    Probe { driver: driver_version(), libraries, cards, apart, cache: cache::folder() }
 }
 
 fn driver_version() -> Option<(i32, i32)> {
@@ -92,11 +96,7 @@ fn version(library: Library) -> Option<String> {
             let status = unsafe { cusolver::sys::cusolverGetVersion(&raw mut number) };
             status.result().ok().map(|()| dotted(number as usize, 1000, 100))
         }
-        Library::Nccl => {
-            // SAFETY: as above.
-            let status = unsafe { nccl::sys::ncclGetVersion(&raw mut number) };
-            status.result().ok().map(|_| dotted(number as usize, 10_000, 100))
-        }
+        Library::Nccl => nccl::version(),
     }
 }
 
@@ -106,6 +106,25 @@ fn cards() -> Vec<Card> {
     }
     let count = CudaContext::device_count().unwrap_or(0);
     (0..count.max(0) as usize).filter_map(card).collect()
+}
+
+/// Pairs without access to each other's memory.
+fn apart(cards: &[Card]) -> Vec<(usize, usize)> {
+    let reach = |from: usize, to: usize| {
+        let device = |ordinal| result::device::get(i32::try_from(ordinal).ok()?).ok();
+        let (from, to) = (device(from)?, device(to)?);
+        let mut can = 0;
+        // SAFETY: both devices came from the driver, and the pointer is valid for a write.
+        unsafe { driver::sys::cuDeviceCanAccessPeer(&raw mut can, from, to) }.result().ok()?;
+        Some(can != 0)
+    };
+    let pairs = cards
+        .iter()
+        .enumerate()
+        .flat_map(|(i, a)| cards[i + 1..].iter().map(move |b| (a.ordinal, b.ordinal)));
+    pairs
+        .filter(|&(a, b)| !matches!((reach(a, b), reach(b, a)), (Some(true), Some(true))))
+        .collect()
 }
 
 /// Reads a card without opening a context on it.

@@ -1,0 +1,146 @@
+//! What a launcher says of the processes that it has started: torchrun, srun and mpirun set
+//! variables, and whoever starts processes by hand can set the same.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use gptq_compute::Launch;
+
+/// How long processes wait for each other: nodes of a cluster do not start at once.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// The port where torch's own processes meet by default.
+const PORT: u16 = 29_500;
+
+/// This process among others.
+#[derive(Clone, Debug)]
+pub(crate) struct Launched {
+    pub(crate) launch: Launch,
+    /// Number of this process among those of its host.
+    pub(crate) local_rank: usize,
+}
+
+/// Variables of a launcher: rank, number of ranks, rank on the host.
+const LAUNCHERS: [[&str; 3]; 5] = [
+    ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+    ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"],
+    // A batch script has these two as well, though it is no rank: they need MASTER_ADDR beside them.
+    ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
+    ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
+    ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"],
+];
+
+/// The place of this process; `None` when it was started alone.
+pub(crate) fn launched() -> Result<Option<Launched>> {
+    read(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+}
+
+/// The rank of a process that is not the first, for its messages.
+pub(crate) fn follower() -> Option<usize> {
+    launched().ok().flatten().map(|l| l.launch.rank).filter(|&rank| rank > 0)
+}
+
+fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
+    let host = get("MASTER_ADDR");
+    let used = |[rank, size, _]: &&[&str; 3]| {
+        get(rank).is_some() && get(size).is_some() && (*size != "SLURM_NTASKS" || host.is_some())
+    };
+    let Some([rank_name, size_name, local_name]) = LAUNCHERS.iter().find(used) else {
+        return Ok(None);
+    };
+    let number = |name: &str| -> Result<usize> {
+        let text = get(name).unwrap_or_default();
+        text.parse().with_context(|| format!("`{name}={text}` in the environment is no number"))
+    };
+    let (rank, size) = (number(rank_name)?, number(size_name)?);
+    if size <= 1 {
+        return Ok(None);
+    }
+    if rank >= size {
+        bail!("`{rank_name}={rank}` and `{size_name}={size}` in the environment do not fit");
+    }
+    let one_host = ["SLURM_STEP_NUM_NODES", "OMPI_MCA_orte_num_nodes", "GROUP_WORLD_SIZE"]
+        .iter()
+        .any(|name| get(name).is_some_and(|nodes| nodes == "1"));
+    let host = match host {
+        Some(host) => host,
+        None if one_host => "127.0.0.1".to_owned(),
+        None => bail!(
+            "`{rank_name}` says that this is one of {size} processes; set MASTER_ADDR to the host of \
+             the first (with Slurm: scontrol show hostnames | head -n 1), or unset `{rank_name}`"
+        ),
+    };
+    let mut port = PORT;
+    if let Some(text) = get("MASTER_PORT") {
+        port = text
+            .parse()
+            .with_context(|| format!("`MASTER_PORT={text}` in the environment is no port"))?;
+    }
+    // There torchrun itself listens at that port.
+    if get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|v| v == "True") {
+        port = port.checked_add(1).context("`MASTER_PORT=65535` leaves no port for the ranks")?;
+    }
+    let local_rank = if get(local_name).is_some() { number(local_name)? } else { rank };
+    let launch = Launch { rank, size, host, port, patience: PATIENCE };
+    Ok(Some(Launched { launch, local_rank }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(variables: &[(&str, &str)]) -> Result<Option<Launched>> {
+        let variables: Vec<(String, String)> =
+            variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        read(&move |name| variables.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone()))
+    }
+
+    #[test]
+    fn launchers_are_understood() {
+        let torchrun = [
+            ("RANK", "3"),
+            ("WORLD_SIZE", "4"),
+            ("LOCAL_RANK", "1"),
+            ("MASTER_ADDR", "node0"),
+            ("MASTER_PORT", "29400"),
+            ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+        ];
+        let found = from(&torchrun).unwrap().unwrap();
+        let Launch { rank, size, host, port, .. } = found.launch;
+        assert_eq!((rank, size, host.as_str(), port, found.local_rank), (3, 4, "node0", 29401, 1));
+
+        let srun = [
+            ("SLURM_PROCID", "1"),
+            ("SLURM_STEP_NUM_TASKS", "2"),
+            ("SLURM_LOCALID", "1"),
+            ("SLURM_STEP_NUM_NODES", "1"),
+        ];
+        let found = from(&srun).unwrap().unwrap();
+        assert_eq!((found.launch.host.as_str(), found.launch.port), ("127.0.0.1", PORT));
+
+        let batch_script = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")];
+        assert!(from(&batch_script).unwrap().is_none());
+        assert!(from(&[]).unwrap().is_none());
+        assert!(from(&[("RANK", "0"), ("WORLD_SIZE", "1")]).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        for (variables, named) in [
+            (vec![("RANK", "0"), ("WORLD_SIZE", "2")], "MASTER_ADDR"),
+            (vec![("RANK", "x"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a")], "RANK=x"),
+            (vec![("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a")], "WORLD_SIZE=2"),
+            (
+                vec![
+                    ("RANK", "0"),
+                    ("WORLD_SIZE", "2"),
+                    ("MASTER_ADDR", "a"),
+                    ("MASTER_PORT", "-1"),
+                ],
+                "MASTER_PORT=-1",
+            ),
+        ] {
+            let error = format!("{:#}", from(&variables).unwrap_err());
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}

@@ -1,0 +1,416 @@
+//! Several ranks that share a run: threads with a card each, or processes on one or several hosts.
+//!
+//! Every rank takes the same steps over its own share of the windows. What they must agree on goes
+//! through [`Ranks`]: Grams are added up, rows of solved weights gathered, and words brought to
+//! rank 0, which alone writes and prints. Words travel between rank 0 and each other rank, by
+//! channels between threads and by TCP between processes; cards add and gather by NCCL, and CPU
+//! tensors travel as words and are added in rank order. All ranks hold the same bits afterwards, so
+//! what each decides from them is the same.
+//!
+//! Every operation here is one of all ranks: each calls it, in the same order. A rank that fails
+//! raises an [`Alarm`], which ends the waiting of all others.
+
+mod alarm;
+mod sockets;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ndarray::{Array2, Axis, concatenate};
+
+use crate::Device;
+use crate::cuda::nccl::{self, Communicator};
+use crate::error::{Error, Result, ensure_shape};
+use crate::gram::Gram;
+use crate::tensor::{Storage, Tensor};
+
+use alarm::Alarm;
+pub use sockets::Launch;
+
+/// How often a wait looks whether another rank has failed.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What one rank sends to another.
+type Message = Vec<Vec<u32>>;
+
+/// The way between two ranks, one of which is rank 0.
+struct Wire {
+    out: Sender<Message>,
+    inward: Mutex<Receiver<Message>>,
+}
+
+/// A rank's place in a run that has not begun.
+pub struct Seat {
+    rank: usize,
+    size: usize,
+    /// By peer: rank 0 has a wire to each other rank, and those one to rank 0.
+    wires: Vec<Option<Wire>>,
+    alarm: Arc<Alarm>,
+    sockets: Option<sockets::Pumps>,
+}
+
+/// Tells from outside of a run whether it still has all its ranks.
+#[derive(Clone)]
+pub struct Watch(Arc<Alarm>);
+
+impl Watch {
+    /// True when a rank of the run is lost; looks at the cards, too.
+    pub fn alarmed(&self) -> bool {
+        self.0.look_at_cards();
+        self.0.lost().is_some()
+    }
+}
+
+/// One rank's hold on the others. Cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub struct Ranks(Option<Arc<Inner>>);
+
+struct Inner {
+    rank: usize,
+    size: usize,
+    wires: Vec<Option<Wire>>,
+    alarm: Arc<Alarm>,
+    card: Option<Arc<Communicator>>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} of {}", self.rank, self.size)
+    }
+}
+
+/// The part of `total` rows, windows or the like that falls to `rank` of `size`: neighbouring ones
+/// in whole units, the first ranks having one unit more where they do not divide evenly.
+pub fn share(total: usize, unit: usize, rank: usize, size: usize) -> Range<usize> {
+    let units = total.div_ceil(unit.max(1));
+    let start = |rank: usize| (units / size * rank + (units % size).min(rank)) * unit;
+    start(rank).min(total)..start(rank + 1).min(total)
+}
+
+impl Seat {
+    /// The only seat of a run without others.
+    pub fn alone() -> Self {
+        Self { rank: 0, size: 1, wires: Vec::new(), alarm: Arc::default(), sockets: None }
+    }
+
+    /// Seats for `size` threads of this process, in rank order.
+    pub fn threads(size: usize) -> Vec<Self> {
+        let alarm = Arc::<Alarm>::default();
+        let seat = |rank| Self {
+            rank,
+            size,
+            wires: (0..size).map(|_| None).collect(),
+            alarm: Arc::clone(&alarm),
+            sockets: None,
+        };
+        let mut seats: Vec<Self> = (0..size).map(seat).collect();
+        for peer in 1..size {
+            let ((down, from_first), (up, from_peer)) = (channel(), channel());
+            seats[0].wires[peer] = Some(Wire { out: down, inward: Mutex::new(from_peer) });
+            seats[peer].wires[0] = Some(Wire { out: up, inward: Mutex::new(from_first) });
+        }
+        seats
+    }
+
+    /// The place of this process among those that a launcher has started; waits for all of them.
+    ///
+    /// # Errors
+    /// [`Error::Ranks`] when they do not find each other within the launch's patience.
+    pub fn join(launch: &Launch) -> Result<Self> {
+        sockets::join(launch)
+    }
+
+    /// Number of this rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Number of ranks.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// A look at the run from outside.
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.alarm))
+    }
+
+    /// Runs this rank's part on `device`, and returns when all ranks are through with theirs.
+    ///
+    /// # Errors
+    /// The part's own, which raises the alarm for all others; [`Error::RankLost`] when another
+    /// rank's was first. A panic raises it too.
+    pub fn run<R, E: From<Error>>(
+        mut self,
+        device: &Device,
+        part: impl FnOnce(&Ranks) -> std::result::Result<R, E>,
+    ) -> std::result::Result<R, E> {
+        if self.size == 1 {
+            return part(&Ranks::alone());
+        }
+        // Closed after the alarm, if there is one, so that the peers hear of it.
+        let _sockets = self.sockets.take();
+        let guard = Guard { rank: self.rank, alarm: Arc::clone(&self.alarm), passed: false };
+        let outcome = self.seated(device, part);
+        guard.end(outcome)
+    }
+
+    fn seated<R, E: From<Error>>(
+        self,
+        device: &Device,
+        part: impl FnOnce(&Ranks) -> std::result::Result<R, E>,
+    ) -> std::result::Result<R, E> {
+        let ranks = Ranks::new(self, device)?;
+        let outcome = part(&ranks)?;
+        device.synchronize("the end of the run")?;
+        ranks.exchange(Vec::new())?;
+        Ok(outcome)
+    }
+}
+
+/// Raises the alarm unless the run was passed through.
+struct Guard {
+    rank: usize,
+    alarm: Arc<Alarm>,
+    passed: bool,
+}
+
+impl Guard {
+    fn end<R, E: From<Error>>(
+        mut self,
+        outcome: std::result::Result<R, E>,
+    ) -> std::result::Result<R, E> {
+        if outcome.is_ok() {
+            self.alarm.end();
+            self.passed = true;
+            return outcome;
+        }
+        match self.alarm.lost() {
+            // What this rank saw is what the loss of another has led to.
+            Some(rank) if rank != self.rank => Err(Error::RankLost { rank: Some(rank) }.into()),
+            _ => outcome,
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if !self.passed {
+            self.alarm.raise(self.rank);
+        }
+    }
+}
+
+impl Ranks {
+    /// A run of one rank: every operation leaves things as they are.
+    pub fn alone() -> Self {
+        Self(None)
+    }
+
+    /// Joins the cards, where there are some.
+    fn new(seat: Seat, device: &Device) -> Result<Self> {
+        let Seat { rank, size, wires, alarm, .. } = seat;
+        let mut inner = Inner { rank, size, wires, alarm, card: None };
+        inner.alarm.check()?;
+        // Cards of one kind round alike, and so agree on what is positive definite.
+        let kind = match device {
+            Device::Cpu => "cpu",
+            Device::Cuda(cuda) => cuda.name(),
+        };
+        let mut word: Vec<u32> = kind.bytes().map(u32::from).collect();
+        let key = word.len();
+        if rank == 0 && matches!(device, Device::Cuda(_)) {
+            word.extend(nccl::unique_id()?);
+        }
+        let words = inner.exchange(word)?;
+        if words.iter().any(|w| w.get(..key) != words[0].get(..key)) {
+            let kinds: Vec<String> = words.iter().map(|w| kind_of(w)).collect();
+            return Err(Error::Ranks(format!(
+                "The ranks compute on devices of different kinds ({}); use cards of one kind",
+                kinds.join(", ")
+            )));
+        }
+        if let Device::Cuda(cuda) = device {
+            let card = Arc::new(Communicator::new(cuda, &words[0][key..], rank, size)?);
+            inner.alarm.watch(&card);
+            inner.alarm.check()?;
+            inner.card = Some(card);
+        }
+        Ok(Self(Some(Arc::new(inner))))
+    }
+
+    /// Number of this rank, from 0.
+    pub fn rank(&self) -> usize {
+        self.0.as_ref().map_or(0, |inner| inner.rank)
+    }
+
+    /// Number of ranks.
+    pub fn size(&self) -> usize {
+        self.0.as_ref().map_or(1, |inner| inner.size)
+    }
+
+    /// True for rank 0, which writes and prints.
+    pub fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// This rank's part of `total` rows, windows or the like, in whole units; see [`share`].
+    pub fn share(&self, total: usize, unit: usize) -> Range<usize> {
+        share(total, unit, self.rank(), self.size())
+    }
+
+    /// Every rank's words, in rank order, on every rank.
+    pub fn exchange(&self, words: Vec<u32>) -> Result<Vec<Vec<u32>>> {
+        match &self.0 {
+            None => Ok(vec![words]),
+            Some(inner) => inner.exchange(words),
+        }
+    }
+
+    /// Every rank's words, in rank order, on rank 0; `None` on the others, which do not wait.
+    pub fn collect(&self, words: Vec<Vec<u32>>) -> Result<Option<Vec<Vec<Vec<u32>>>>> {
+        match &self.0 {
+            None => Ok(Some(vec![words])),
+            Some(inner) => inner.collect(words),
+        }
+    }
+
+    /// Adds the ranks' Grams up; every rank gets the sum, and factors it together with the others.
+    pub fn sum_gram(&self, gram: &mut Gram) -> Result<()> {
+        let Some(inner) = &self.0 else { return Ok(()) };
+        inner.sum(&mut gram.sum)?;
+        gram.ranks = self.clone();
+        Ok(())
+    }
+
+    /// Adds the ranks' f32 tensors up; every rank gets the sum.
+    pub fn sum(&self, tensor: &mut Tensor) -> Result<()> {
+        self.0.as_ref().map_or(Ok(()), |inner| inner.sum(&mut tensor.0))
+    }
+
+    /// All `rows` rows of a tensor of which every rank has its [`Self::share`] in units of `unit`.
+    pub fn gather_rows(&self, own: Tensor, rows: usize, unit: usize) -> Result<Tensor> {
+        match &self.0 {
+            None => Ok(own),
+            Some(inner) => inner.gather_rows(&own, rows, unit),
+        }
+    }
+
+    /// The cards' communicator, where there are several.
+    pub(crate) fn card(&self) -> Option<&Communicator> {
+        self.0.as_ref()?.card.as_deref()
+    }
+}
+
+/// What a device's words say that it is.
+fn kind_of(words: &[u32]) -> String {
+    let text =
+        words.iter().map_while(|&w| u8::try_from(w).ok().filter(|c| (b' '..=b'~').contains(c)));
+    text.map(char::from).collect()
+}
+
+impl Inner {
+    fn send(&self, to: usize, message: Message) -> Result<()> {
+        let wire = self.wires[to].as_ref();
+        match wire.and_then(|wire| wire.out.send(message).ok()) {
+            Some(()) => Ok(()),
+            None => self.gone(to),
+        }
+    }
+
+    fn receive(&self, from: usize) -> Result<Message> {
+        let Some(wire) = &self.wires[from] else { return self.gone(from) };
+        let inward = wire.inward.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match inward.recv_timeout(TICK) {
+                Ok(message) => return Ok(message),
+                Err(RecvTimeoutError::Timeout) => self.alarm.check()?,
+                Err(RecvTimeoutError::Disconnected) => return self.gone(from),
+            }
+        }
+    }
+
+    /// The error of a rank that has left too early, unless another was lost before.
+    fn gone<T>(&self, rank: usize) -> Result<T> {
+        self.alarm.raise(rank);
+        self.alarm.check()?;
+        Err(Error::RankLost { rank: Some(rank) })
+    }
+
+    fn collect(&self, words: Message) -> Result<Option<Vec<Message>>> {
+        if self.rank > 0 {
+            return self.send(0, words).map(|()| None);
+        }
+        let mut all = vec![words];
+        for peer in 1..self.size {
+            all.push(self.receive(peer)?);
+        }
+        Ok(Some(all))
+    }
+
+    fn exchange(&self, words: Vec<u32>) -> Result<Message> {
+        let Some(all) = self.collect(vec![words])? else { return self.receive(0) };
+        let all: Message = all.into_iter().flatten().collect();
+        for peer in 1..self.size {
+            self.send(peer, all.clone())?;
+        }
+        Ok(all)
+    }
+
+    fn sum(&self, storage: &mut Storage) -> Result<()> {
+        const OP: &str = "sum";
+        match (storage, &self.card) {
+            (Storage::Cuda(matrix), Some(card)) => card.sum(matrix),
+            (Storage::Cpu(values), None) => {
+                let mut parts = self.exchange(words_of(values))?.into_iter();
+                let first = parts.next().unwrap_or_default();
+                let mut total = values_of(first, values.dim())?;
+                for part in parts {
+                    total += &values_of(part, values.dim())?;
+                }
+                *values = total;
+                Ok(())
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
+        }
+    }
+
+    fn gather_rows(&self, own: &Tensor, rows: usize, unit: usize) -> Result<Tensor> {
+        const OP: &str = "gather_rows";
+        match (&own.0, &self.card) {
+            (Storage::Cuda(own), Some(card)) => {
+                Ok(Tensor(Storage::Cuda(card.gather_rows(own, rows, unit)?)))
+            }
+            (Storage::Cpu(own), None) => {
+                let cols = own.ncols();
+                let mut parts = Vec::with_capacity(self.size);
+                for (rank, words) in self.exchange(words_of(own))?.into_iter().enumerate() {
+                    parts.push(values_of(words, (share(rows, unit, rank, self.size).len(), cols))?);
+                }
+                let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
+                let whole = concatenate(Axis(0), &views);
+                let mismatch =
+                    |_| Error::ShapeMismatch { op: OP, left: own.dim(), right: (rows, cols) };
+                Ok(Tensor(Storage::Cpu(whole.map_err(mismatch)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
+        }
+    }
+}
+
+/// The bits of a matrix's values, row by row.
+fn words_of(values: &Array2<f32>) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+fn values_of(words: Vec<u32>, (rows, cols): (usize, usize)) -> Result<Array2<f32>> {
+    let count = words.len();
+    ensure_shape(count == rows * cols, "exchange", (count, 1), (rows, cols))?;
+    Ok(Array2::from_shape_fn((rows, cols), |(i, j)| f32::from_bits(words[i * cols + j])))
+}
+
+#[cfg(test)]
+mod tests;

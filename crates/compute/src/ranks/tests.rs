@@ -1,0 +1,124 @@
+use std::net::TcpListener;
+use std::time::Duration;
+
+use ndarray::Array2;
+
+use super::*;
+
+/// Runs `part` on every one of `seats`, a thread each; outcomes in rank order.
+fn on_threads<R: Send>(
+    seats: Vec<Seat>,
+    part: impl Fn(&Ranks) -> Result<R> + Sync,
+) -> Vec<Result<R>> {
+    std::thread::scope(|scope| {
+        let part = &part;
+        let spawn = |seat: Seat| scope.spawn(move || seat.run(&Device::Cpu, part));
+        let threads: Vec<_> = seats.into_iter().map(spawn).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+/// Seats whose ranks talk by TCP, though they are threads.
+fn sockets(size: usize) -> Vec<Seat> {
+    let launches = launches(size, Duration::from_secs(20));
+    std::thread::scope(|scope| {
+        let spawn = |launch: Launch| scope.spawn(move || Seat::join(&launch).unwrap());
+        let threads: Vec<_> = launches.into_iter().map(spawn).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+fn launches(size: usize, patience: Duration) -> Vec<Launch> {
+    // A free port: the system's choice, given back.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let launch = |rank| Launch { rank, size, host: "127.0.0.1".to_owned(), port, patience };
+    (0..size).map(launch).collect()
+}
+
+#[test]
+fn shares_part_the_whole() {
+    for (total, unit, size) in
+        [(128, 1, 2), (5, 1, 3), (1, 1, 4), (0, 1, 2), (576, 64, 2), (100, 64, 3)]
+    {
+        let mut at = 0;
+        for rank in 0..size {
+            let range = share(total, unit, rank, size);
+            assert_eq!(range.start, at.min(total));
+            assert!(range.start.is_multiple_of(unit) || range.is_empty());
+            at = range.end;
+        }
+        assert_eq!(at, total);
+    }
+    assert_eq!(share(576, 64, 0, 2), 0..320);
+}
+
+/// Exchanged words, the number of collected ones, a sum and gathered rows.
+type Everything = (Vec<Vec<u32>>, Option<usize>, Array2<f32>, Array2<f32>);
+
+fn everything(ranks: &Ranks) -> Result<Everything> {
+    let rank = ranks.rank();
+    let words = ranks.exchange(vec![rank as u32; rank + 1])?;
+    let collected = ranks.collect(vec![vec![7; rank], Vec::new()])?;
+    // 1e8 + 1 − 1e8 depends on the order of addition.
+    let value = [1e8, 1.0, -1e8][rank];
+    let mut sum = Tensor::from_host(Array2::from_elem((2, 3), value));
+    ranks.sum(&mut sum)?;
+    let range = ranks.share(70, 32);
+    let own = Array2::from_shape_fn((range.len(), 2), |(i, j)| (2 * (range.start + i) + j) as f32);
+    let whole = ranks.gather_rows(Tensor::from_host(own), 70, 32)?;
+    let all = collected.map(|all| all.iter().map(|message| message[0].len()).sum());
+    Ok((words, all, sum.to_host()?, whole.to_host()?))
+}
+
+#[test]
+fn threads_and_sockets_exchange_and_add_alike() {
+    for seats in [Seat::threads(3), sockets(3)] {
+        let outcomes = on_threads(seats, everything);
+        for (rank, outcome) in outcomes.into_iter().enumerate() {
+            let (words, collected, sum, whole) = outcome.unwrap();
+            assert_eq!(words, [vec![0], vec![1, 1], vec![2, 2, 2]]);
+            assert_eq!(collected, (rank == 0).then_some(3));
+            assert!(sum.iter().all(|&v| v == (1e8 + 1.0_f32) - 1e8));
+            let expected = Array2::from_shape_fn((70, 2), |(i, j)| (2 * i + j) as f32);
+            assert_eq!(whole, expected);
+        }
+    }
+}
+
+#[test]
+fn one_rank_changes_nothing() {
+    let ranks = Ranks::alone();
+    let tensor = Tensor::from_host(Array2::ones((3, 2)));
+    assert_eq!(ranks.share(3, 1), 0..3);
+    assert_eq!(ranks.exchange(vec![5]).unwrap(), [[5]]);
+    assert_eq!(ranks.gather_rows(tensor, 3, 1).unwrap().shape(), (3, 2));
+}
+
+#[test]
+fn a_rank_that_fails_ends_the_others() {
+    for seats in [Seat::threads(3), sockets(3)] {
+        let outcomes = on_threads(seats, |ranks| {
+            if ranks.rank() == 1 {
+                return Err(Error::Ranks("full disk".to_owned()));
+            }
+            // Waits for words that never come.
+            ranks.exchange(vec![1])
+        });
+        assert!(matches!(&outcomes[1], Err(Error::Ranks(what)) if what == "full disk"));
+        for rank in [0, 2] {
+            assert!(
+                matches!(outcomes[rank], Err(Error::RankLost { rank: Some(1) })),
+                "{outcomes:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn ranks_that_do_not_come_are_named() {
+    let launches = launches(3, Duration::from_millis(300));
+    let alone = Seat::join(&launches[0]).err().unwrap().to_string();
+    assert!(alone.contains("rank 1, 2 of 3"), "{alone}");
+    let unheard = Seat::join(&launches[2]).err().unwrap().to_string();
+    assert!(unheard.contains("Rank 2") && unheard.contains("127.0.0.1"), "{unheard}");
+}
