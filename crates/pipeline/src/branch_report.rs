@@ -221,6 +221,7 @@ mod tests {
             damp: 0.01,
             recipe: "autogptq".to_owned(),
             choices: Some("clip=none".to_owned()),
+            source_dtype: SourceDtype::Fp16,
             layout: "modern".to_owned(),
             device: "cpu".to_owned(),
             file_bytes: 123,
