@@ -1,7 +1,6 @@
 //! Rotary settings of config.json, in all their forms, and the frequencies that they mean.
 //!
-//! The rules are those of transformers (`modeling_rope_utils.py`), down to the order of its f32
-//! operations: a frequency's last bits are multiplied by positions of many thousands.
+//! The rules are those of transformers (`modeling_rope_utils.py`).
 
 use std::f32::consts::TAU;
 
@@ -160,14 +159,9 @@ fn kind(map: &Map<String, Value>) -> Option<&Value> {
     ["rope_type", "type"].iter().find_map(|key| map.get(*key)).filter(|kind| !kind.is_null())
 }
 
-/// `theta^(-2i/head_dim)`; the exponent and the power are rounded to f32 as in the original
-/// computation, the buffer that old checkpoints hold.
-pub(crate) fn plain_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
-    let frequency = |i: usize| {
-        let exponent = (2 * i) as f32 / head_dim as f32;
-        1.0 / theta.powf(f64::from(exponent)) as f32
-    };
-    (0..head_dim / 2).map(frequency).collect()
+/// `theta^(-2i/head_dim)`, rounded to f32 once.
+fn plain_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
+    (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32).collect()
 }
 
 fn divided(mut frequencies: Vec<f32>, factor: f32) -> Vec<f32> {

@@ -13,7 +13,6 @@ use half::f16;
 use serde_json::{Map, Value, json};
 
 use crate::partial::{Partial, check_space};
-use crate::rope::plain_frequencies;
 use crate::{
     Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig,
     QuantizeConfig, Result, TensorRef, TensorSpec, json as python_json, plan_files,
@@ -245,10 +244,16 @@ impl CheckpointWriter {
         self.config.block_linears().iter().any(of)
     }
 
-    /// The buffer that checkpoints of the `card` layout hold. Loaders of that time stretch the
-    /// positions, and later ones compute it: it is never stretched itself.
+    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold. Loaders
+    /// of that time stretch the positions, and later ones compute it: it is not stretched itself.
     fn write_frequencies(&mut self) -> Result<()> {
-        let values = plain_frequencies(self.config.rope.theta, self.config.head_dim);
+        let (theta, dim) = (self.config.rope.theta, self.config.head_dim);
+        let frequency = |i: usize| {
+            // The exponent and the power are rounded to f32 as in the original computation.
+            let exponent = (2 * i) as f32 / dim as f32;
+            1.0 / theta.powf(f64::from(exponent)) as f32
+        };
+        let values: Vec<f32> = (0..dim / 2).map(frequency).collect();
         let names: Vec<String> =
             self.slots.keys().filter(|name| name.ends_with(".inv_freq")).cloned().collect();
         for name in names {
