@@ -332,9 +332,9 @@ impl<'a> Run<'a> {
             rows: Vec::with_capacity(branches.len()),
         };
         let finished = branches.iter().all(|b| matches!(b.state, State::Finished(_)));
-        let needed = !branches.is_empty() && !(finished && report.baseline.is_some());
+        let idle = branches.is_empty() || (finished && report.baseline.is_some());
         let mut baseline = None;
-        if let Some(text) = text.clone().filter(|_| needed) {
+        if let Some(text) = text.clone().filter(|_| !idle) {
             let mut made = Baseline::measure((job.source, dtype), text, job.device, progress)?;
             for surveyed in branches {
                 if let State::Finished(report) = &surveyed.state {
