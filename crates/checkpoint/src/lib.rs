@@ -34,7 +34,7 @@ pub use gptq::GptqLinear;
 pub use hub_cache::{resolve_dataset, resolve_model};
 pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
-pub use reader::Checkpoint;
+pub use reader::{Checkpoint, WeightFile};
 pub use tensor::TensorRef;
 pub use writer::{CheckpointWriter, Written};
 
