@@ -15,6 +15,7 @@ pub mod evaluation;
 mod fold;
 mod head;
 pub mod identity;
+pub mod loaders;
 pub mod memory;
 pub mod perplexity;
 pub mod plan;
@@ -28,5 +29,6 @@ pub mod sweep;
 pub mod text_error;
 mod text_files;
 pub mod tokens;
+pub mod verify;
 
 pub use error::{Error, Result};

@@ -207,9 +207,9 @@ impl Need {
                 format!("the weights are {}.safetensors, not model.safetensors", facts.file_stem)
             }),
             Self::OneFile => unless(!facts.sharded, || "the weights are sharded".to_owned()),
-            Self::PtMetadata => unless(facts.pt_metadata, || {
-                "the weights lack the metadata format = pt".to_owned()
-            }),
+            Self::PtMetadata => {
+                unless(facts.pt_metadata, || "the weights lack the metadata format = pt".to_owned())
+            }
             _ => None,
         }
     }
@@ -297,10 +297,7 @@ static LOADERS: [Loader; 10] = [
     Loader {
         name: "AutoGPTQ 0.7",
         needs: &[Need::AnyConfig, Need::Bits(ALL_BITS), Need::MinusOneZeros, Need::WholeGroups],
-        remarks: &[
-            (When::Bits(&[4]), "ExLlamaV2 kernel"),
-            (When::Bits(&[2, 3, 8]), "CUDA kernel of old"),
-        ],
+        remarks: &[(When::Bits(&[4]), "ExLlamaV2 kernel"), (When::Bits(&[2, 3, 8]), "CUDA kernel")],
     },
     Loader {
         name: "transformers",
