@@ -4,7 +4,7 @@
 //! Faults are planted by writing bytes into a checkpoint's files, so that nothing of the code under
 //! test has a part in making them.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;

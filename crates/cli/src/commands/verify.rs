@@ -35,11 +35,8 @@ pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
         limits: args.limits(),
     };
     let report = verify(&job, printer)?;
-    if args.json {
-        print_json(&report)?
-    } else {
-        print_result(&summary(&report))?
-    }
+    let printed = if args.json { print_json(&report) } else { print_result(&summary(&report)) };
+    printed?;
     match report.findings.len() {
         0 => Ok(()),
         1 => bail!("`{}` has a fault", args.checkpoint),
