@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -53,7 +54,7 @@ class Ours:
     """The gptq command."""
 
     def __init__(self, options):
-        self.gptq, self.options = Path(options.gptq).resolve(), options
+        self.gptq, self.options = options.gptq, options
 
     def quantise(self, model, out, bits, group, act, layout, recipe):
         if out.exists():
@@ -154,6 +155,10 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
+    options.gptq, options.work = Path(options.gptq).resolve(), options.work.resolve()
+    options.record, options.model = options.record.resolve(), options.model.resolve()
+    # GPTQModel leaves logs where it runs.
+    os.chdir(options.work)
     ours, cases = Ours(options), []
     windows = windows_of(options.model, options)
 
