@@ -9,7 +9,8 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 7] = ["quantize", "ppl", "plan", "inspect", "sweep", "bench", "doctor"];
+const COMMANDS: [&str; 8] =
+    ["quantize", "ppl", "plan", "inspect", "verify", "sweep", "bench", "doctor"];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
 /// the card prints.
@@ -80,6 +81,7 @@ fn help_lists_the_commands() {
       ppl       Measure the perplexity of a dense model or a GPTQ checkpoint
       plan      Predict sizes, memory and work of every branch from config.json alone
       inspect   Show what a checkpoint holds
+      verify    Check a GPTQ checkpoint in every respect, and say who loads it
       sweep     Make and measure every branch of a configuration
       bench     Measure this machine on a synthetic block
       doctor    Show what this machine has for GPU runs, and what it lacks

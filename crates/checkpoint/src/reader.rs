@@ -26,9 +26,21 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     quantize: Option<QuantizeConfig>,
-    files: Vec<Mmap>,
+    files: Vec<WeightFile>,
     /// Tensors by name, with the file that holds them.
     tensors: BTreeMap<String, (usize, Entry)>,
+}
+
+/// A mapped weight file of a checkpoint.
+#[derive(Debug)]
+pub struct WeightFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What its header says beside its tensors.
+    pub metadata: BTreeMap<String, String>,
+    /// Tensors that it holds, but that the index does not name: no loader sees them.
+    pub unindexed: Vec<String>,
+    map: Mmap,
 }
 
 impl Checkpoint {
@@ -47,9 +59,9 @@ impl Checkpoint {
         let quantize = QuantizeConfig::load(dir, config.raw())?;
         let (files, tensors) = match find_weights(dir, quantize.as_ref())? {
             Weights::Single(path) => {
-                let (map, entries) = map_file(&path)?;
+                let (file, entries) = map_file(&path)?;
                 let tensors = entries.into_iter().map(|(name, entry)| (name, (0, entry)));
-                (vec![map], tensors.collect())
+                (vec![file], tensors.collect())
             }
             Weights::Index(index) => open_shards(dir, &index)?,
         };
@@ -88,7 +100,13 @@ impl Checkpoint {
     /// Bytes of all weight files, headers included.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
-        self.files.iter().map(|map| map.len() as u64).sum()
+        self.files.iter().map(|file| file.map.len() as u64).sum()
+    }
+
+    /// The weight files, in the order of their names.
+    #[must_use]
+    pub fn weight_files(&self) -> &[WeightFile] {
+        &self.files
     }
 
     /// A tensor by name, of any supported type.
@@ -101,7 +119,7 @@ impl Checkpoint {
             return Err(Error::MissingTensor { dir, tensor });
         };
         let dtype = DType::from_safetensors(entry.dtype, name)?;
-        let bytes = &self.files[*file][entry.range.clone()];
+        let bytes = &self.files[*file].map[entry.range.clone()];
         let bytes = match &entry.strides {
             None => Cow::Borrowed(bytes),
             Some(strides) => {
@@ -137,6 +155,14 @@ impl Checkpoint {
         self.quantize.is_some() && self.contains(&format!("{prefix}.qweight"))
     }
 
+    /// The same checkpoint read with other settings than its files give: what its tensors say,
+    /// where the files are wrong.
+    #[must_use]
+    pub fn with_quantize_config(mut self, quantize: QuantizeConfig) -> Self {
+        self.quantize = Some(quantize);
+        self
+    }
+
     /// Reads and checks a quantised linear. `prefix` is its full name, such as
     /// `model.layers.0.self_attn.q_proj`. Zeros of `gptq_v2` files are brought to the v1 form.
     ///
@@ -145,6 +171,21 @@ impl Checkpoint {
     /// configuration, [`Error::GroupIndex`], scales that are not finite, and a bias as
     /// [`Checkpoint::linear_bias`] refuses it.
     pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
+        let mut linear = self.gptq_linear_as_stored(prefix, shape)?;
+        linear.check(prefix)?;
+        self.linear_bias(prefix, shape)?;
+        if self.quantize.as_ref().is_some_and(|q| q.checkpoint_format == CheckpointFormat::GptqV2) {
+            linear.shift_v2_zeros()?;
+        }
+        Ok(linear)
+    }
+
+    /// Reads a quantised linear without looking at its values: zeros as they are stored, group
+    /// indices and scales as they come.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::gptq_linear`], without those about values.
+    pub fn gptq_linear_as_stored(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
         let Some(quantize) = &self.quantize else {
             return Err(Error::NotQuantised { dir: self.dir.clone() });
         };
@@ -157,7 +198,7 @@ impl Checkpoint {
         };
         let scales =
             self.exact(&format!("{prefix}.scales"), DType::F16, &[groups, out_features])?;
-        let mut linear = GptqLinear {
+        Ok(GptqLinear {
             bits,
             in_features,
             out_features,
@@ -166,13 +207,7 @@ impl Checkpoint {
             qzeros: words("qzeros", &[groups, bits.words(out_features)])?,
             scales: scales.to_f16()?,
             g_idx: words("g_idx", &[in_features])?,
-        };
-        linear.check(prefix)?;
-        self.linear_bias(prefix, shape)?;
-        if quantize.checkpoint_format == CheckpointFormat::GptqV2 {
-            linear.shift_v2_zeros()?;
-        }
-        Ok(linear)
+        })
     }
 
     /// Files beside the weights that are carried over to every checkpoint made from this one:
@@ -210,7 +245,7 @@ impl Checkpoint {
     /// happens for a name that is not there, or on a system that does not take it.
     pub fn release(&self, name: &str) {
         let Some((file, entry)) = self.tensors.get(name) else { return };
-        release(&self.files[*file], entry.range.clone());
+        release(&self.files[*file].map, entry.range.clone());
     }
 
     /// A tensor with exactly this type and shape.
@@ -309,7 +344,7 @@ fn list_extension(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-type Opened = (Vec<Mmap>, BTreeMap<String, (usize, Entry)>);
+type Opened = (Vec<WeightFile>, BTreeMap<String, (usize, Entry)>);
 
 /// Opens the shards of an index, and checks that each holds what the index says.
 fn open_shards(dir: &Path, index: &Path) -> Result<Opened> {
@@ -320,7 +355,7 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Opened> {
         if !path.is_file() {
             return Err(Error::MissingShard { index: index.to_owned(), shard });
         }
-        let (map, entries) = map_file(&path)?;
+        let (mut file, entries) = map_file(&path)?;
         let mut entries: BTreeMap<String, Entry> = entries.into_iter().collect();
         for tensor in names {
             let Some(entry) = entries.remove(&tensor) else {
@@ -328,7 +363,8 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Opened> {
             };
             tensors.insert(tensor, (files.len(), entry));
         }
-        files.push(map);
+        file.unindexed = entries.into_keys().collect();
+        files.push(file);
     }
     Ok((files, tensors))
 }
@@ -356,7 +392,7 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> {
 }
 
 /// Maps a weight file and checks what it says of its tensors.
-fn map_file(path: &Path) -> Result<(Mmap, Vec<(String, Entry)>)> {
+fn map_file(path: &Path) -> Result<(WeightFile, Vec<(String, Entry)>)> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     // SAFETY: the mapping is read-only, and every bit pattern is a valid value of what is read from
     // it, so the only hazard is another process truncating the file while it is in use, which ends
@@ -367,11 +403,13 @@ fn map_file(path: &Path) -> Result<(Mmap, Vec<(String, Entry)>)> {
     if map.starts_with(LFS_POINTER) {
         return Err(Error::LfsPointer { path: owned() });
     }
-    let entries = if path.extension().is_some_and(|e| e == "safetensors") {
+    let (entries, metadata) = if path.extension().is_some_and(|e| e == "safetensors") {
         header::parse(&map).map_err(|reason| Error::InvalidHeader { path: owned(), reason })?
     } else {
-        pytorch::parse(&map).map_err(|reason| Error::InvalidPyTorch { path: owned(), reason })?
+        let entries = pytorch::parse(&map)
+            .map_err(|reason| Error::InvalidPyTorch { path: owned(), reason })?;
+        (entries, BTreeMap::new())
     };
     release(&map, 0..map.len());
-    Ok((map, entries))
+    Ok((WeightFile { path: owned(), metadata, unindexed: Vec::new(), map }, entries))
 }

@@ -66,6 +66,29 @@ pub enum Error {
     /// The source holds quantised linears already.
     #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
     AlreadyQuantised(PathBuf),
+    /// A file of a checkpoint that cannot be read.
+    #[error("Cannot read `{}`: {source}", path.display())]
+    ReadFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A base that is quantised itself.
+    #[error("`{}` is a GPTQ checkpoint; --base takes the dense model that was quantised", .0.display())]
+    QuantisedBase(PathBuf),
+    /// A base of another shape than the checkpoint.
+    #[error("`{}` is not what the checkpoint was made from: its {what} is {theirs}, not {mine}", base.display())]
+    OtherBase {
+        /// The base.
+        base: PathBuf,
+        /// The key of config.json that differs.
+        what: &'static str,
+        /// The checkpoint's value.
+        mine: usize,
+        /// The base's value.
+        theirs: usize,
+    },
     /// A sweep file that cannot be read.
     #[error("Cannot read `{}`: {source}", path.display())]
     ReadConfig {

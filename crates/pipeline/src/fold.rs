@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 /// Fixed seeds: a source and its settings determine the file.
 const STREAM_SEED: u64 = 1;
 const HEAD_SEED: u64 = 2;
-const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 

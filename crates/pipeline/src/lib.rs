@@ -21,6 +21,7 @@ mod fold;
 mod head;
 pub mod identity;
 pub mod jobs;
+pub mod loaders;
 pub mod manifest;
 pub mod memory;
 pub mod perplexity;
@@ -38,5 +39,6 @@ pub mod sweep_log;
 pub mod text_error;
 mod text_files;
 pub mod tokens;
+pub mod verify;
 
 pub use error::{Error, Result};

@@ -10,7 +10,7 @@ use crate::memory::{BlockSizes, Workload, parking};
 use crate::progress::{Progress, Silent};
 use crate::protocol::EvalWindow;
 use crate::quantise::{linear_name, next_block, read_ahead};
-use crate::states::{chunk_ranges, chunk_tokens, embed, forward};
+use crate::states::{States, chunk_ranges, chunk_tokens, embed, forward};
 
 /// Normed final hidden states of every scored position, with the tokens that follow them.
 ///
@@ -76,11 +76,7 @@ fn walk(
     let progress = if ranks.is_first() { progress } else { &Silent };
     let all = windows.len();
     let windows = &windows[ranks.share(all, 1)];
-    let tokens: Vec<&[u32]> = windows.iter().map(|w| w.tokens.as_slice()).collect();
-    let held = windows.iter().map(|w| w.tokens.len()).sum();
-    let work = Workload { tokens: held, reference: false, exact };
-    let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
-    let mut states = embed(model, &tokens, parked.hidden)?;
+    let mut states = begin(model, windows, exact)?;
     let blocks = model.config().num_hidden_layers;
     progress.begin("perplexity", blocks);
     std::thread::scope(|scope| {
@@ -94,16 +90,20 @@ fn walk(
         Ok::<_, Error>(())
     })?;
     progress.end();
+    Scored::of(model, windows, all, states)
+}
 
-    let head = model.load_head()?;
-    let ranges = chunk_ranges(&tokens, chunk_tokens(model.device()));
-    let mut scored = Vec::with_capacity(ranges.len());
-    for (chunk, range) in ranges.into_iter().enumerate() {
-        let (rows, targets) = scored_rows(&windows[range]);
-        let rows = model.device().select_rows(&states.hidden.take(chunk)?, &rows)?;
-        scored.push((head.norm(model.device(), &rows)?, targets));
-    }
-    Ok(Scored { chunks: scored, head, windows: all })
+/// The states of windows before the first block; `exact` as for [`Workload`].
+pub(crate) fn begin(model: &Model<'_>, windows: &[EvalWindow], exact: bool) -> Result<States> {
+    let tokens = tokens(windows);
+    let held = windows.iter().map(|w| w.tokens.len()).sum();
+    let work = Workload { tokens: held, reference: false, exact };
+    let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
+    embed(model, &tokens, parked.hidden)
+}
+
+fn tokens(windows: &[EvalWindow]) -> Vec<&[u32]> {
+    windows.iter().map(|w| w.tokens.as_slice()).collect()
 }
 
 /// Rows of a chunk whose next token is scored, and those tokens.
@@ -122,6 +122,24 @@ fn scored_rows(windows: &[EvalWindow]) -> (Vec<u32>, Vec<u32>) {
 }
 
 impl Scored {
+    /// Of the states of this rank's windows after the last block; `all` windows there are.
+    pub(crate) fn of(
+        model: &Model<'_>,
+        windows: &[EvalWindow],
+        all: usize,
+        mut states: States,
+    ) -> Result<Self> {
+        let head = model.load_head()?;
+        let ranges = chunk_ranges(&tokens(windows), chunk_tokens(model.device()));
+        let mut chunks = Vec::with_capacity(ranges.len());
+        for (chunk, range) in ranges.into_iter().enumerate() {
+            let (rows, targets) = scored_rows(&windows[range]);
+            let rows = model.device().select_rows(&states.hidden.take(chunk)?, &rows)?;
+            chunks.push((head.norm(model.device(), &rows)?, targets));
+        }
+        Ok(Self { chunks, head, windows: all })
+    }
+
     /// Perplexity of the scored tokens: exp of the mean over all of them. Under `paper` all windows
     /// score equally many tokens, so this is the mean over windows too.
     pub fn perplexity(&self, model: &Model<'_>) -> Result<Perplexity> {

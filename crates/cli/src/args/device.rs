@@ -92,15 +92,12 @@ impl DeviceArgs {
         Ok(team)
     }
 
-    /// Opens the device of a command that uses one.
-    pub(crate) fn open_one(&self, printer: &Printer) -> Result<Device> {
+    /// Opens the device of a command that uses one; `advice` says what to do instead.
+    pub(crate) fn open_one(&self, printer: &Printer, advice: &str) -> Result<Device> {
         let team = self.open(printer)?;
         match team.alone() {
             Some(device) => Ok(device),
-            None => bail!(
-                "a sweep uses one device in each process; split it over several with --jobs 1/2 \
-                 --device cuda:0 and --jobs 2/2 --device cuda:1"
-            ),
+            None => bail!("this command uses one device; {advice}"),
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod device;
 mod values;
+mod verify;
 
 use std::path::PathBuf;
 
@@ -16,6 +17,7 @@ use gptq_quant::Recipe;
 
 pub(crate) use device::DeviceArgs;
 pub(crate) use values::GroupSize;
+pub(crate) use verify::VerifyArgs;
 
 /// Quantise Llama models with GPTQ and prove the result.
 #[derive(Debug, Parser)]
@@ -37,6 +39,7 @@ pub(crate) enum Command {
     Ppl(PplArgs),
     Plan(PlanArgs),
     Inspect(InspectArgs),
+    Verify(Box<VerifyArgs>),
     Sweep(SweepArgs),
     Bench(BenchArgs),
     Doctor(DoctorArgs),

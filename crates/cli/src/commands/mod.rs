@@ -8,6 +8,7 @@ mod ppl;
 mod quantize;
 mod sweep;
 mod table;
+mod verify;
 
 use std::io::Write;
 
@@ -25,6 +26,7 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Ppl(args) => ppl::run(&args, printer),
         Command::Plan(args) => plan::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Verify(args) => verify::run(&args, printer),
         Command::Sweep(args) => sweep::run(&args, printer),
         Command::Bench(args) => bench::run(&args, printer),
         Command::Doctor(args) => doctor::run(&args),

@@ -17,6 +17,10 @@ use super::{open_checkpoint, print_json, print_result};
 use crate::args::SweepArgs;
 use crate::printer::Printer;
 
+/// Branches are independent, so a process for each device is faster than one for all.
+const ADVICE: &str =
+    "split the sweep: --jobs 1/2 --device cuda:0 beside --jobs 2/2 --device cuda:1";
+
 pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     let mut config = SweepConfig::open(&args.config)?;
     if let Some(model) = &args.model {
@@ -29,7 +33,7 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     let branches = selected(&config, &args.only)?;
     let source = open_checkpoint(&config.model)?;
-    let device = args.device.open_one(printer)?;
+    let device = args.device.open_one(printer, ADVICE)?;
     let calibration = sample(&source, &config.calibration, printer)?;
     let mut job = SweepJob {
         config: &config,

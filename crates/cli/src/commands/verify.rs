@@ -1,0 +1,179 @@
+//! `gptq verify`: every check of a checkpoint, all findings, and the loaders that take it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use gptq_checkpoint::resolve_model;
+use gptq_compute::Device;
+use gptq_pipeline::config::EvaluationSpec;
+use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
+
+use super::table::{group, size, table, yes_no};
+use super::{open_checkpoint, print_json, print_result};
+use crate::args::VerifyArgs;
+use crate::printer::Printer;
+
+/// Findings of one check that are printed; `--json` has all.
+const SHOWN: usize = 10;
+
+pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
+    let dir = resolve_model(&args.checkpoint, None)?;
+    let base = args.base.as_deref().map(open_checkpoint).transpose()?;
+    let text = args.dataset.clone().map(|dataset| EvaluationSpec {
+        dataset,
+        protocol: args.protocol,
+        seq_len: args.seq_len,
+        max_windows: args.max_windows,
+    });
+    // Values are compared on the host; only a text needs a device.
+    let device = if text.is_some() {
+        args.device.open_one(printer, "name it as --device cuda:0")?
+    } else {
+        Device::Cpu
+    };
+    let job = VerifyJob {
+        dir: &dir,
+        base: base.as_ref(),
+        text: text.as_ref(),
+        device,
+        limits: args.limits(),
+    };
+    let report = verify(&job, printer)?;
+    let printed = if args.json { print_json(&report) } else { print_result(&summary(&report)) };
+    printed?;
+    match report.findings.len() {
+        0 => Ok(()),
+        1 => bail!("`{}` has a fault", args.checkpoint),
+        count => bail!("`{}` has {count} faults", args.checkpoint),
+    }
+}
+
+fn summary(report: &VerifyReport) -> String {
+    let mut parts = vec![checks(report)];
+    if !report.findings.is_empty() {
+        parts.push(findings(report));
+    }
+    parts.extend(report.settings.map(|s| {
+        format!(
+            "{} bits, group size {}, act-order {}, layout {}, {}\n",
+            s.bits,
+            group(s.group_size),
+            yes_no(s.act_order),
+            s.layout,
+            size(s.file_bytes)
+        )
+    }));
+    parts.extend(errors(report));
+    parts.extend(outputs(report));
+    if !report.loaders.is_empty() {
+        parts.push(loaders(report));
+    }
+    parts.join("\n")
+}
+
+fn checks(report: &VerifyReport) -> String {
+    let verdict = |findings| match findings {
+        0 => "ok".to_owned(),
+        count => format!("{count} wrong"),
+    };
+    let rows: Vec<Vec<String>> = report
+        .checks
+        .iter()
+        .map(|c| vec![c.check.title().to_owned(), c.examined.to_string(), verdict(c.findings)])
+        .collect();
+    table(&["check", "examined", "found"], 1, &rows)
+}
+
+fn findings(report: &VerifyReport) -> String {
+    let mut lines = String::new();
+    let mut shown: BTreeMap<Check, usize> = BTreeMap::new();
+    for finding in &report.findings {
+        let count = shown.entry(finding.check).or_insert(0);
+        *count += 1;
+        if *count <= SHOWN {
+            lines.push_str(&format!("{} {}\n", finding.place, finding.message));
+        }
+    }
+    for (check, count) in shown.into_iter().filter(|&(_, count)| count > SHOWN) {
+        let more = count - SHOWN;
+        lines.push_str(&format!("{}: {more} more, see --json\n", check.title()));
+    }
+    lines
+}
+
+/// Errors by kind of linear: the mean over blocks, and the worst with its block.
+fn errors(report: &VerifyReport) -> Option<String> {
+    let weights = report.weights.as_ref()?;
+    let measured = weights.linears.iter().any(|l| l.output_error.is_some());
+    let kind = |name: &str| name.splitn(4, '.').nth(3).unwrap_or(name).to_owned();
+    let mut kinds: Vec<String> = Vec::new();
+    for linear in &weights.linears {
+        if !kinds.contains(&kind(&linear.name)) {
+            kinds.push(kind(&linear.name));
+        }
+    }
+    let rows: Vec<Vec<String>> = kinds
+        .into_iter()
+        .map(|of| {
+            let linears = || weights.linears.iter().filter(|l| kind(&l.name) == of);
+            let mut row = vec![of.clone()];
+            row.extend(spread(linears().map(|l| (l.name.as_str(), l.weight_error))));
+            if measured {
+                let outputs = linears().filter_map(|l| Some((l.name.as_str(), l.output_error?)));
+                row.extend(spread(outputs));
+            }
+            row
+        })
+        .collect();
+    let mut header = vec!["linear", "weight error", "worst", "in block"];
+    if measured {
+        header.extend(["output error", "worst", "in block"]);
+    }
+    let how = match weights.rotation {
+        "none" => "error energy over the base's".to_owned(),
+        rotation => format!("error energy over the base's, in coordinates rotate={rotation}"),
+    };
+    Some(format!("{}{how}\n", table(&header, 1, &rows)))
+}
+
+/// Mean, worst, and the block of the worst.
+fn spread<'a>(errors: impl Iterator<Item = (&'a str, f64)> + Clone) -> [String; 3] {
+    let count = errors.clone().count().max(1) as f64;
+    let mean = errors.clone().map(|(_, e)| e).sum::<f64>() / count;
+    let worst = errors.max_by(|a, b| a.1.total_cmp(&b.1));
+    let (name, error) = worst.unwrap_or_default();
+    let block = name.split('.').nth(2).unwrap_or_default().to_owned();
+    [format!("{mean:.4}"), format!("{error:.4}"), block]
+}
+
+fn outputs(report: &VerifyReport) -> Option<String> {
+    let (outputs, text) = (report.outputs.as_ref()?, report.text.as_ref()?);
+    let result = &outputs.result;
+    let mut lines = format!(
+        "perplexity {:.4} ± {:.4}  ({}, {}, {} windows × {}, {} tokens scored)\n",
+        result.perplexity,
+        result.perplexity * result.standard_error,
+        text.protocol,
+        text.dataset,
+        result.windows,
+        text.seq_len,
+        result.tokens,
+    );
+    if let (Some(base), Some(ratio), Some(kl)) =
+        (outputs.base_perplexity, outputs.ratio, outputs.kl)
+    {
+        lines.push_str(&format!(
+            "base       {base:.4}; ratio {ratio:.4}, KL {kl:.5} nats a token\n"
+        ));
+    }
+    Some(lines)
+}
+
+fn loaders(report: &VerifyReport) -> String {
+    let rows: Vec<Vec<String>> = report
+        .loaders
+        .iter()
+        .map(|v| vec![v.loader.to_owned(), yes_no(v.loads), v.reasons.join("; ")])
+        .collect();
+    table(&["loader", "loads", "how, or why not"], 3, &rows)
+}

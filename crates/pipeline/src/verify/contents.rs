@@ -1,0 +1,242 @@
+//! Values that have a rule of their own: zeros, group indices, scales, and all that is not quantised.
+
+use std::collections::BTreeSet;
+
+use gptq_checkpoint::{
+    Checkpoint, CheckpointFormat, GptqLinear, Layout, LinearShape, ModelConfig, QuantizeConfig,
+    pack_rows, tensor_specs, unpack_rows,
+};
+use gptq_model::Stage;
+use rayon::prelude::*;
+
+use super::{Check, Findings};
+
+/// The four tensors of a quantised linear.
+const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
+
+/// What loaders and later checks want to know of the values.
+#[derive(Debug, Default)]
+pub(super) struct Values {
+    /// Columns of some linear lie in another order than their groups.
+    pub(super) out_of_order: bool,
+    /// Linears that are fused have one group index.
+    pub(super) shared_order: bool,
+    /// Quantised linears have bias tensors that their architecture does not.
+    pub(super) biases: bool,
+    /// Some of them are not zero.
+    pub(super) bias_values: bool,
+    /// Some linear has indices or scales that nothing can be computed with.
+    pub(super) unreadable: bool,
+}
+
+/// What one linear has to report.
+#[derive(Default)]
+struct LinearFaults {
+    list: Vec<(Check, String, String)>,
+    out_of_order: bool,
+    unreadable: bool,
+}
+
+/// Looks at every value of the checkpoint, block by block.
+pub(super) fn check(
+    checkpoint: &Checkpoint,
+    stored: &QuantizeConfig,
+    findings: &mut Findings,
+) -> Values {
+    let mut values = Values { shared_order: true, ..Values::default() };
+    let config = checkpoint.config();
+    let shapes = config.block_linears();
+    // What the architecture itself has is no addition of AutoGPTQ's.
+    let own = tensor_specs(config, stored, Layout::Modern).into_iter().map(|spec| spec.name);
+    let own: BTreeSet<String> = own.filter(|name| name.ends_with(".bias")).collect();
+    for block in 0..config.num_hidden_layers {
+        let prefix = ModelConfig::block_prefix(block);
+        let name = |shape: &LinearShape| format!("{prefix}.{}", shape.name);
+        // Misshapen linears are findings already.
+        let read = |shape| checkpoint.gptq_linear_as_stored(&name(shape), shape).ok();
+        let linears: Vec<Option<GptqLinear>> = shapes.par_iter().map(read).collect();
+        let faults = shapes.par_iter().zip(&linears).filter_map(|(shape, linear)| {
+            Some(linear_faults(&name(shape), linear.as_ref()?, stored))
+        });
+        for faults in faults.collect::<Vec<_>>() {
+            for check in [Check::Zeros, Check::GroupIndex, Check::Scales] {
+                findings.examine(check, 1);
+            }
+            values.out_of_order |= faults.out_of_order;
+            values.unreadable |= faults.unreadable;
+            faults
+                .list
+                .into_iter()
+                .for_each(|(check, place, what)| findings.add(check, place, what));
+        }
+        values.shared_order &= fused_orders(&prefix, &shapes, &linears, findings);
+        for shape in &shapes {
+            let bias = format!("{}.bias", name(shape));
+            if !own.contains(&bias) {
+                check_bias(checkpoint, &bias, findings, &mut values);
+            }
+            LEAVES.iter().for_each(|leaf| checkpoint.release(&format!("{}.{leaf}", name(shape))));
+        }
+    }
+    check_dense(checkpoint, findings);
+    values
+}
+
+fn linear_faults(name: &str, linear: &GptqLinear, stored: &QuantizeConfig) -> LinearFaults {
+    let mut faults = LinearFaults::default();
+    zeros(name, linear, stored, &mut faults);
+    group_index(name, linear, stored, &mut faults);
+    scales(name, linear, &mut faults);
+    faults
+}
+
+/// A symmetric grid has one zero, stored minus one: the same words in every row.
+fn zeros(name: &str, linear: &GptqLinear, stored: &QuantizeConfig, faults: &mut LinearFaults) {
+    if !stored.sym {
+        return;
+    }
+    let middle = linear.bits.symmetric_zero();
+    let (kept, other) = match stored.checkpoint_format {
+        CheckpointFormat::Gptq => (middle - 1, middle),
+        CheckpointFormat::GptqV2 => (middle, middle - 1),
+    };
+    let row = |value: u8| {
+        pack_rows(linear.bits, &vec![value; linear.out_features], 1, linear.out_features)
+    };
+    let (Ok(wanted), Ok(shifted)) = (row(kept), row(other)) else { return };
+    let all = |words: &[u32]| linear.qzeros.chunks(words.len()).all(|row| row == words);
+    if all(&wanted) {
+        return;
+    }
+    let place = format!("{name}.qzeros");
+    if all(&shifted) {
+        let how = if kept < other { "without the minus one" } else { "minus one" };
+        let message = format!("stores its zeros {how} ({other} instead of {kept} for {middle})");
+        faults.list.push((Check::Zeros, place, message));
+        return;
+    }
+    let found = unpack_rows(linear.bits, &linear.qzeros, linear.groups, linear.out_features);
+    let found = found.unwrap_or_default();
+    let wrong = found.iter().filter(|&&zero| zero != kept).count();
+    let first = found.iter().position(|&zero| zero != kept).unwrap_or_default();
+    let (group, output) = (first / linear.out_features, first % linear.out_features);
+    let message = format!(
+        "holds {} at group {group}, output {output}, where a symmetric grid stores {kept} ({wrong} such)",
+        found.get(first).copied().unwrap_or_default()
+    );
+    faults.list.push((Check::Zeros, place, message));
+}
+
+/// Every group exists, has exactly its columns (the last one may have fewer), and lies in order
+/// unless act-order is declared.
+fn group_index(
+    name: &str,
+    linear: &GptqLinear,
+    stored: &QuantizeConfig,
+    faults: &mut LinearFaults,
+) {
+    let place = format!("{name}.g_idx");
+    let mut fault = |message| faults.list.push((Check::GroupIndex, place.clone(), message));
+    let (columns, groups) = (linear.in_features, linear.groups);
+    let size = stored.group_size.unwrap_or(columns);
+    let in_order = linear.g_idx.iter().enumerate().all(|(j, &g)| g as usize == j / size);
+    faults.out_of_order = !in_order;
+    if in_order {
+        return;
+    }
+    let outside = |&g: &u32| g as usize >= groups;
+    if let Some(column) = linear.g_idx.iter().position(outside) {
+        faults.unreadable = true;
+        let count = linear.g_idx.iter().filter(|g| outside(g)).count();
+        let group = linear.g_idx[column] as i32;
+        fault(format!("puts column {column} into group {group} of {groups} ({count} such)"));
+        return;
+    }
+    let mut members = vec![0; groups];
+    linear.g_idx.iter().for_each(|&g| members[g as usize] += 1);
+    let wanted = |group: usize| size.min(columns - (group * size).min(columns));
+    if let Some(group) = (0..groups).find(|&group| members[group] != wanted(group)) {
+        fault(format!(
+            "gives group {group} {} columns, expected {}",
+            members[group],
+            wanted(group)
+        ));
+    }
+    if !stored.desc_act {
+        let column = linear.g_idx.iter().enumerate().position(|(j, &g)| g as usize != j / size);
+        fault(format!(
+            "is out of order from column {} on, but the configuration says desc_act false",
+            column.unwrap_or_default()
+        ));
+    }
+}
+
+fn scales(name: &str, linear: &GptqLinear, faults: &mut LinearFaults) {
+    let wrong = |scale: &half::f16| !(scale.is_finite() && scale.to_f32() > 0.0);
+    let Some(first) = linear.scales.iter().position(wrong) else { return };
+    faults.unreadable |= linear.scales.iter().any(|scale| !scale.is_finite());
+    let count = linear.scales.iter().filter(|scale| wrong(scale)).count();
+    let (group, output) = (first / linear.out_features, first % linear.out_features);
+    let message = format!(
+        "holds {} at group {group}, output {output}; scales are finite and positive ({count} such)",
+        linear.scales[first]
+    );
+    faults.list.push((Check::Scales, format!("{name}.scales"), message));
+}
+
+/// q, k and v, and gate and up, are fused by some loaders, which keep one group index.
+fn fused_orders(
+    prefix: &str,
+    shapes: &[LinearShape],
+    linears: &[Option<GptqLinear>],
+    findings: &mut Findings,
+) -> bool {
+    let mut shared = true;
+    for stage in Stage::ALL {
+        let fused = stage.linears();
+        let Some(Some(first)) = linears.get(fused[0] as usize) else { continue };
+        for &id in &fused[1..] {
+            let Some(Some(other)) = linears.get(id as usize) else { continue };
+            findings.examine(Check::FusedOrder, 1);
+            let differ = first.g_idx.iter().zip(&other.g_idx).position(|(a, b)| a != b);
+            if let Some(column) = differ {
+                shared = false;
+                let place = format!("{prefix}.{}.g_idx", shapes[id as usize].name);
+                let message = format!(
+                    "differs from that of {} at column {column}: loaders that fuse them keep one",
+                    shapes[fused[0] as usize].name
+                );
+                findings.add(Check::FusedOrder, place, message);
+            }
+        }
+    }
+    shared
+}
+
+/// AutoGPTQ writes a bias of zeros for every linear.
+fn check_bias(checkpoint: &Checkpoint, name: &str, findings: &mut Findings, values: &mut Values) {
+    let Ok(bias) = checkpoint.tensor(name) else { return };
+    findings.examine(Check::Dense, 1);
+    values.biases = true;
+    let wrong = bias.to_f32().iter().filter(|&&v| v != 0.0).count();
+    if wrong > 0 {
+        values.bias_values = true;
+        findings.add(Check::Dense, name, format!("holds {wrong} values that are not zero"));
+    }
+}
+
+/// All that is not part of a quantised linear.
+fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings) {
+    let of_linear = |name: &&str| {
+        let leaf = name.rsplit('.').next().unwrap_or_default();
+        LEAVES.contains(&leaf) || leaf == "bias"
+    };
+    for name in checkpoint.names().filter(|name| !of_linear(name)) {
+        let Ok(tensor) = checkpoint.tensor(name) else { continue };
+        findings.examine(Check::Dense, 1);
+        if let Err(error) = tensor.check_finite() {
+            findings.add(Check::Dense, name, error.to_string());
+        }
+        checkpoint.release(name);
+    }
+}

@@ -1,0 +1,294 @@
+//! Everything that can be checked of a GPTQ checkpoint, all findings at once.
+//!
+//! Without a base: the files against their recorded sums, the configuration files against each other
+//! and against the tensors ([`structure`]), and every value that has a rule ([`contents`]). With the
+//! dense model that it was made from: every linear in the same coordinates ([`weights`]), which shows
+//! single words that were changed. With a text: output errors on the checkpoint's own activations,
+//! perplexity and KL divergence ([`outputs`]).
+//!
+//! Any 32-bit word is a valid run of codes, so codes are in range by construction; a damaged one is
+//! seen by its sum or by its distance from the base.
+
+mod contents;
+mod outputs;
+mod structure;
+mod sums;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig};
+use gptq_compute::Device;
+use serde::Serialize;
+
+use crate::config::EvaluationSpec;
+use crate::error::Result;
+use crate::evaluation::EvalText;
+use crate::loaders::{LoaderVerdict, verdicts};
+use crate::progress::Progress;
+
+pub use outputs::Outputs;
+pub use weights::{LinearError, Weights};
+
+/// A checkpoint to verify.
+#[derive(Debug)]
+pub struct VerifyJob<'a> {
+    /// Its folder.
+    pub dir: &'a Path,
+    /// The dense model that it was made from.
+    pub base: Option<&'a Checkpoint>,
+    /// The text to run both on.
+    pub text: Option<&'a EvaluationSpec>,
+    /// Where to compute.
+    pub device: Device,
+    /// What the outputs may at most differ by.
+    pub limits: Limits,
+}
+
+/// Limits on the outputs; none where there is no number.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// Perplexity.
+    pub perplexity: Option<f64>,
+    /// Perplexity over the base's.
+    pub ratio: Option<f64>,
+    /// Mean KL divergence from the base, in nats a token.
+    pub kl: Option<f64>,
+    /// Energy of a linear's output error over the energy of its outputs.
+    pub output_error: Option<f64>,
+}
+
+/// One kind of check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Check {
+    /// Every file has the sum that was recorded when it was written.
+    Sums,
+    /// Weight files and their index can be read.
+    Files,
+    /// quantize_config.json, config.json and the metadata agree with each other and the tensors.
+    Configuration,
+    /// Names, types and shapes of all tensors.
+    Tensors,
+    /// Zeros are stored minus one, and those of a symmetric grid are its middle.
+    Zeros,
+    /// Every group has its columns, in order where no act-order is declared.
+    GroupIndex,
+    /// Linears that loaders fuse have one group index.
+    FusedOrder,
+    /// Scales are finite and positive.
+    Scales,
+    /// Norms, embeddings and head are finite, biases of quantised linears zero.
+    Dense,
+    /// Every linear is a quantisation of the base's.
+    Weights,
+    /// Tensors that are not quantised are the base's.
+    DenseWeights,
+    /// Output errors, perplexity and KL divergence are within their limits.
+    Limits,
+}
+
+impl Check {
+    /// What the check is about, in words.
+    #[must_use]
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Sums => "recorded sums",
+            Self::Files => "weight files",
+            Self::Configuration => "configuration",
+            Self::Tensors => "names, types, shapes",
+            Self::Zeros => "zeros",
+            Self::GroupIndex => "group index",
+            Self::FusedOrder => "order of fused linears",
+            Self::Scales => "scales",
+            Self::Dense => "other values",
+            Self::Weights => "linears against the base",
+            Self::DenseWeights => "the rest against the base",
+            Self::Limits => "limits on outputs",
+        }
+    }
+}
+
+/// Something that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The check that found it.
+    pub check: Check,
+    /// Tensor or file.
+    pub place: String,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+/// A check that was made.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Checked {
+    /// Which.
+    pub check: Check,
+    /// How many files, tensors or linears it looked at.
+    pub examined: usize,
+    /// How many findings it has.
+    pub findings: usize,
+}
+
+/// How the checkpoint is quantised, as its tensors have it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Settings {
+    /// Width of a code.
+    pub bits: u8,
+    /// Columns of a group; `null` is all of in_features.
+    pub group_size: Option<usize>,
+    /// Columns were solved by importance.
+    pub act_order: bool,
+    /// `modern` or `card`.
+    pub layout: &'static str,
+    /// Bytes of the weight files.
+    pub file_bytes: u64,
+}
+
+/// The outcome.
+#[derive(Debug, Serialize)]
+pub struct VerifyReport {
+    /// The checkpoint.
+    pub dir: PathBuf,
+    /// Nothing is wrong.
+    pub passed: bool,
+    /// `null` when the weights cannot be read.
+    pub settings: Option<Settings>,
+    /// The checks that were made.
+    pub checks: Vec<Checked>,
+    /// All that is wrong.
+    pub findings: Vec<Finding>,
+    /// Against the base.
+    pub weights: Option<Weights>,
+    /// The text that the outputs were measured on.
+    pub text: Option<EvalText>,
+    /// On the text.
+    pub outputs: Option<Outputs>,
+    /// Who loads it; empty when the weights cannot be read.
+    pub loaders: Vec<LoaderVerdict>,
+}
+
+/// Findings and what was looked at, while checks run.
+#[derive(Debug, Default)]
+struct Findings {
+    list: Vec<Finding>,
+    examined: BTreeMap<Check, usize>,
+}
+
+impl Findings {
+    fn add(&mut self, check: Check, place: impl Into<String>, message: impl Into<String>) {
+        let (place, message) = (place.into(), message.into());
+        self.list.push(Finding { check, place, message });
+    }
+
+    /// Counts things that a check looks at.
+    fn examine(&mut self, check: Check, count: usize) {
+        *self.examined.entry(check).or_insert(0) += count;
+    }
+
+    fn of(&self, check: Check) -> usize {
+        self.list.iter().filter(|f| f.check == check).count()
+    }
+}
+
+/// Runs every check that the job has the means for.
+///
+/// # Errors
+/// What keeps checks from being made: no such folder, a dense checkpoint, a base or a text that
+/// cannot be read. What is wrong with the checkpoint itself is a finding.
+pub fn verify(job: &VerifyJob<'_>, progress: &dyn Progress) -> Result<VerifyReport> {
+    let mut findings = Findings::default();
+    let mut report = VerifyReport {
+        dir: job.dir.to_owned(),
+        passed: false,
+        settings: None,
+        checks: Vec::new(),
+        findings: Vec::new(),
+        weights: None,
+        text: None,
+        outputs: None,
+        loaders: Vec::new(),
+    };
+    sums::check(job.dir, &mut findings)?;
+    let files = structure::ConfigFiles::read(job.dir)?;
+    if let Some(checkpoint) = open(job.dir, &mut findings)? {
+        readable(job, checkpoint, &files, &mut findings, &mut report, progress)?;
+    } else {
+        structure::check_configs(&files, None, &mut findings);
+    }
+    let Findings { list, examined } = findings;
+    let count = |check| list.iter().filter(|f| f.check == check).count();
+    report.checks = examined
+        .into_iter()
+        .map(|(check, examined)| Checked { check, examined, findings: count(check) })
+        .collect();
+    report.passed = list.is_empty();
+    report.findings = list;
+    Ok(report)
+}
+
+/// Opens the folder; a damaged one is a finding.
+fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
+    use gptq_checkpoint::Error;
+    findings.examine(Check::Files, 1);
+    match Checkpoint::open(dir) {
+        Ok(checkpoint) if checkpoint.quantize_config().is_none() => {
+            Err(Error::NotQuantised { dir: dir.to_owned() }.into())
+        }
+        Ok(checkpoint) => Ok(Some(checkpoint)),
+        Err(error @ Error::NoWeights { .. }) => Err(error.into()),
+        Err(error) => {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            let message = format!("{error}{}", cause.unwrap_or_default());
+            findings.add(Check::Files, dir.display().to_string(), message);
+            Ok(None)
+        }
+    }
+}
+
+/// The checks of a checkpoint whose weight files can be read.
+fn readable(
+    job: &VerifyJob<'_>,
+    checkpoint: Checkpoint,
+    files: &structure::ConfigFiles,
+    findings: &mut Findings,
+    report: &mut VerifyReport,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let stored = structure::stored_settings(&checkpoint);
+    structure::check_configs(files, Some((&checkpoint, &stored)), findings);
+    let checkpoint = checkpoint.with_quantize_config(stored.clone());
+    let layout = structure::check_tensors(&checkpoint, &stored, findings);
+    let values = contents::check(&checkpoint, &stored, findings);
+    report.settings = Some(settings(&checkpoint, &stored, layout));
+    report.loaders = verdicts(&structure::loader_facts(&checkpoint, &stored, files, &values));
+    // With tensors missing or misshapen there is nothing to compute with.
+    let sound = findings.of(Check::Tensors) == 0 && !values.unreadable;
+    if let Some(base) = job.base.filter(|_| sound) {
+        report.weights = Some(weights::compare(&checkpoint, base, findings, progress)?);
+    }
+    if let Some(spec) = job.text.filter(|_| sound) {
+        let folding = report.weights.as_ref().zip(job.base);
+        let folding = folding.and_then(|(weights, base)| weights.folding(base.config()));
+        let run = outputs::Run { job, checkpoint: &checkpoint, folding };
+        let (text, measured) = run.measure(spec, report.weights.as_mut(), progress)?;
+        outputs::check_limits(job, &measured, report.weights.as_ref(), findings);
+        (report.text, report.outputs) = (Some(text), Some(measured));
+    }
+    Ok(())
+}
+
+fn settings(checkpoint: &Checkpoint, stored: &QuantizeConfig, layout: Layout) -> Settings {
+    Settings {
+        bits: stored.bits.get(),
+        group_size: stored.group_size,
+        act_order: stored.desc_act,
+        layout: match layout {
+            Layout::Card => "card",
+            Layout::Modern => "modern",
+        },
+        file_bytes: checkpoint.total_bytes(),
+    }
+}

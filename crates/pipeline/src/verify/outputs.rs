@@ -1,0 +1,206 @@
+//! What the checkpoint computes on a text: errors of its linears, perplexity, distance from the base.
+//!
+//! One walk of the checkpoint serves them all. A linear's output error is measured on the inputs
+//! that the checkpoint itself gives it, against the base's weights in the same coordinates: the
+//! number that calibration reports, on another text. Hidden states are never compared with the
+//! base's, whose coordinates may be others; logits are.
+
+use gptq_checkpoint::Checkpoint;
+use gptq_compute::{Device, Gram, Tensor};
+use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
+use ndarray::Array2;
+use serde::Serialize;
+
+use super::weights::Weights;
+use super::{Check, Findings, VerifyJob};
+use crate::config::EvaluationSpec;
+use crate::error::{Error, Result};
+use crate::evaluation::{EvalText, evaluation_text};
+use crate::fold::Folding;
+use crate::perplexity::{Perplexity, Scored, begin, score};
+use crate::progress::Progress;
+use crate::quantise::{next_block, read_ahead};
+use crate::states::States;
+
+/// Measured on a text.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Outputs {
+    /// Of the checkpoint.
+    #[serde(flatten)]
+    pub result: Perplexity,
+    /// Of the base in fp16, on the same windows.
+    pub base_perplexity: Option<f64>,
+    /// Perplexity over the base's.
+    pub ratio: Option<f64>,
+    /// Mean KL(base ‖ checkpoint) in nats a token.
+    pub kl: Option<f64>,
+}
+
+/// The walks of a job with a text.
+pub(super) struct Run<'a> {
+    pub(super) job: &'a VerifyJob<'a>,
+    pub(super) checkpoint: &'a Checkpoint,
+    /// Rotations that the checkpoint has over the base.
+    pub(super) folding: Option<Folding>,
+}
+
+impl Run<'_> {
+    /// Measures all that there are means for; output errors go to `weights`.
+    pub(super) fn measure(
+        &self,
+        spec: &EvaluationSpec,
+        weights: Option<&mut Weights>,
+        progress: &dyn Progress,
+    ) -> Result<(EvalText, Outputs)> {
+        let text = evaluation_text(self.checkpoint, spec, None)?;
+        let device = &self.job.device;
+        let model =
+            Model::new(self.checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
+        let scored = match (self.job.base, weights) {
+            (Some(base), Some(weights)) => self.walk(&model, base, &text, weights, progress)?,
+            _ => score(&model, &text.windows, progress)?,
+        };
+        let result = scored.perplexity(&model)?;
+        let mut outputs = Outputs { result, base_perplexity: None, ratio: None, kl: None };
+        if let Some(base) = self.job.base {
+            let dense = Model::new(base, device.clone(), SourcePrecision::Half, text.seq_len)?;
+            let reference = score(&dense, &text.windows, progress)?;
+            let perplexity = reference.perplexity(&dense)?.perplexity;
+            outputs.base_perplexity = Some(perplexity);
+            outputs.ratio = Some(result.perplexity / perplexity);
+            outputs.kl = Some(scored.kl_from(&reference, &model)?);
+        }
+        Ok((text, outputs))
+    }
+
+    /// Walks the checkpoint beside the base's weights, and fills in the output errors.
+    fn walk(
+        &self,
+        model: &Model<'_>,
+        base: &Checkpoint,
+        text: &EvalText,
+        weights: &mut Weights,
+        progress: &dyn Progress,
+    ) -> Result<Scored> {
+        // Differences are made in f32 in host memory, whatever the device computes in.
+        let dense = Model::new(base, Device::Cpu, SourcePrecision::Half, 1)?;
+        let mut states = begin(model, &text.windows, false)?;
+        let blocks = base.config().num_hidden_layers;
+        progress.begin("output errors", blocks);
+        std::thread::scope(|scope| {
+            let ahead = read_ahead(scope, model, None, false);
+            let ahead_of_base = read_ahead(scope, &dense, self.folding.as_ref(), false);
+            for index in 0..blocks {
+                let (block, wanted) = (next_block(&ahead)?, next_block(&ahead_of_base)?);
+                let grams = forward(model, &block, &mut states)?;
+                for (stage, gram) in Stage::ALL.into_iter().zip(&grams) {
+                    for &id in stage.linears() {
+                        let at = index * LinearId::ALL.len() + id as usize;
+                        let error = output_error(model, &block, &wanted, id, gram)?;
+                        weights.linears[at].output_error = Some(error);
+                    }
+                }
+                progress.step();
+            }
+            Ok::<_, Error>(())
+        })?;
+        progress.end();
+        Scored::of(model, &text.windows, text.windows.len(), states)
+    }
+}
+
+/// Runs a whole block over every chunk; gives XᵀX of the inputs of each stage.
+fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<Vec<Gram>> {
+    let device = model.device();
+    let order = |stage: Stage| block.linear(stage.linears()[0]).cols();
+    let mut grams = Vec::with_capacity(Stage::ALL.len());
+    for stage in Stage::ALL {
+        grams.push(device.gram(order(stage))?);
+    }
+    for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
+        let mut hidden = states.hidden.take(chunk)?;
+        let input = block.attention_input(device, &hidden)?;
+        device.gram_add(&mut grams[0], &input)?;
+        let context = block.attention_context(device, &input, model.rope(seq_len), seq_len)?;
+        device.gram_add(&mut grams[1], &context)?;
+        block.attention_output(device, &context, &mut hidden)?;
+        let input = block.mlp_input(device, &hidden)?;
+        device.gram_add(&mut grams[2], &input)?;
+        let activation = block.mlp_activation(device, &input)?;
+        device.gram_add(&mut grams[3], &activation)?;
+        block.mlp_output(device, &activation, &mut hidden)?;
+        states.hidden.put(chunk, hidden)?;
+    }
+    Ok(grams)
+}
+
+/// tr(D G Dᵀ) / tr(W G Wᵀ), with D the difference of a linear from the base's W.
+fn output_error(
+    model: &Model<'_>,
+    block: &Block,
+    base: &Block,
+    id: LinearId,
+    gram: &Gram,
+) -> Result<f64> {
+    let device = model.device();
+    let (given, wanted): (Array2<f32>, Array2<f32>) =
+        (block.linear(id).to_host()?, base.linear(id).to_host()?);
+    let energy = |weight: Array2<f32>| -> Result<f64> {
+        let weight: Tensor = device.upload_f32(weight)?;
+        Ok(gram.quadratic_form(&weight)?)
+    };
+    let error = energy(&given - &wanted)?;
+    Ok(error / energy(wanted)?.max(f64::MIN_POSITIVE))
+}
+
+/// A base has the shape of what was made from it.
+pub(super) fn check_base(checkpoint: &Checkpoint, base: &Checkpoint) -> Result<()> {
+    let (mine, theirs) = (checkpoint.config(), base.config());
+    if base.quantize_config().is_some() {
+        return Err(Error::QuantisedBase(base.dir().to_owned()));
+    }
+    for (what, mine, theirs) in [
+        ("num_hidden_layers", mine.num_hidden_layers, theirs.num_hidden_layers),
+        ("hidden_size", mine.hidden_size, theirs.hidden_size),
+        ("intermediate_size", mine.intermediate_size, theirs.intermediate_size),
+        ("num_attention_heads", mine.num_attention_heads, theirs.num_attention_heads),
+        ("num_key_value_heads", mine.num_key_value_heads, theirs.num_key_value_heads),
+        ("head_dim", mine.head_dim, theirs.head_dim),
+        ("vocab_size", mine.vocab_size, theirs.vocab_size),
+    ] {
+        if mine != theirs {
+            return Err(Error::OtherBase { base: base.dir().to_owned(), what, mine, theirs });
+        }
+    }
+    Ok(())
+}
+
+/// What the user set a limit on.
+pub(super) fn check_limits(
+    job: &VerifyJob<'_>,
+    outputs: &Outputs,
+    weights: Option<&Weights>,
+    findings: &mut Findings,
+) {
+    let limits = &job.limits;
+    for (name, value, limit) in [
+        ("perplexity", Some(outputs.result.perplexity), limits.perplexity),
+        ("perplexity over the base's", outputs.ratio, limits.ratio),
+        ("KL divergence", outputs.kl, limits.kl),
+    ] {
+        let (Some(value), Some(limit)) = (value, limit) else { continue };
+        findings.examine(Check::Limits, 1);
+        if value > limit {
+            findings.add(Check::Limits, name, format!("is {value:.5}, above the limit {limit}"));
+        }
+    }
+    let Some(limit) = limits.output_error else { return };
+    for linear in weights.into_iter().flat_map(|w| &w.linears) {
+        let Some(error) = linear.output_error else { continue };
+        findings.examine(Check::Limits, 1);
+        if error > limit {
+            let message = format!("has an output error of {error:.5}, above the limit {limit}");
+            findings.add(Check::Limits, linear.name.clone(), message);
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! Configuration files and the list of tensors: what can be checked before a value is read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
+use std::path::Path;
+
+use gptq_checkpoint::{
+    Bits, Checkpoint, CheckpointFormat, DType, Layout, LinearShape, QuantizeConfig, TensorSpec,
+    tensor_specs,
+};
+use serde_json::{Map, Value};
+
+use super::contents::Values;
+use super::{Check, Findings};
+use crate::error::{Error, Result};
+use crate::loaders::{Bias, LoaderFacts};
+
+const QUANTIZE_CONFIG: &str = "quantize_config.json";
+const CONFIG: &str = "config.json";
+
+/// The two places that say how a checkpoint is quantised.
+pub(super) struct ConfigFiles {
+    /// The keys of each, by the name of its file; absent where the file or the key is.
+    found: BTreeMap<&'static str, std::result::Result<Map<String, Value>, String>>,
+}
+
+impl ConfigFiles {
+    /// Reads both files of a folder.
+    pub(super) fn read(dir: &Path) -> Result<Self> {
+        let mut found = BTreeMap::new();
+        for name in [QUANTIZE_CONFIG, CONFIG] {
+            let path = dir.join(name);
+            let text = match std::fs::read_to_string(&path) {
+                Ok(text) => text,
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Err(source) => return Err(Error::ReadFile { path, source }),
+            };
+            let parsed = serde_json::from_str::<Map<String, Value>>(&text);
+            match (parsed, name) {
+                (Err(e), _) => drop(found.insert(name, Err(format!("is not JSON: {e}")))),
+                (Ok(keys), QUANTIZE_CONFIG) => drop(found.insert(name, Ok(keys))),
+                (Ok(mut keys), _) => match keys.remove("quantization_config") {
+                    Some(Value::Object(keys)) => drop(found.insert(name, Ok(keys))),
+                    _ => continue,
+                },
+            }
+        }
+        Ok(Self { found })
+    }
+
+    fn keys(&self, name: &str) -> Option<&Map<String, Value>> {
+        self.found.get(name)?.as_ref().ok()
+    }
+}
+
+/// Bits and groups as the tensors have them; what the configuration says where they do not tell.
+pub(super) fn stored_settings(checkpoint: &Checkpoint) -> QuantizeConfig {
+    let mut settings = checkpoint.quantize_config().cloned().unwrap_or_else(|| {
+        // A dense checkpoint never comes here; these settings describe none of its tensors.
+        QuantizeConfig::new(Bits::Four, None, 0.01, false)
+    });
+    let linears = stored_linears(checkpoint);
+    let fits_bits = |bits: Bits| linears.iter().all(|l| l.words == Some(bits.words(l.shape.0)));
+    if let Some(bits) = Bits::ALL.into_iter().find(|&bits| fits_bits(bits)) {
+        settings.bits = bits;
+    }
+    let fits = |size: Option<usize>| {
+        let groups = |columns: usize| size.map_or(1, |size| columns.div_ceil(size));
+        linears.iter().all(|l| l.groups == Some(groups(l.shape.0)))
+    };
+    if !fits(settings.group_size) {
+        // The first group is never the ragged one, so its columns are a whole group's.
+        let widest = linears.iter().max_by_key(|l| l.groups);
+        let counted = widest.and_then(|l| first_group(checkpoint, &l.name, l.shape.0));
+        let candidates = [None, counted];
+        if let Some(size) = candidates.into_iter().find(|&size| fits(size)) {
+            settings.group_size = size;
+        }
+    }
+    settings
+}
+
+/// The shapes of a linear's tensors, as far as they are there.
+struct StoredLinear {
+    name: String,
+    /// Inputs and outputs that the model needs.
+    shape: (usize, usize),
+    /// Rows of qweight.
+    words: Option<usize>,
+    /// Rows of scales.
+    groups: Option<usize>,
+}
+
+fn stored_linears(checkpoint: &Checkpoint) -> Vec<StoredLinear> {
+    let rows = |name: &str, leaf: &str| {
+        let tensor = checkpoint.tensor(&format!("{name}.{leaf}")).ok()?;
+        tensor.shape.first().copied()
+    };
+    let stored = |(name, shape): (String, LinearShape)| StoredLinear {
+        words: rows(&name, "qweight"),
+        groups: rows(&name, "scales"),
+        shape: (shape.in_features, shape.out_features),
+        name,
+    };
+    checkpoint.config().linears().map(stored).collect()
+}
+
+/// Columns of group 0.
+fn first_group(checkpoint: &Checkpoint, linear: &str, columns: usize) -> Option<usize> {
+    let g_idx = checkpoint.tensor(&format!("{linear}.g_idx")).ok()?;
+    let members = g_idx.to_f32().iter().filter(|&&group| group == 0.0).count();
+    (g_idx.shape == [columns] && members > 0).then_some(members)
+}
+
+/// Both configuration files: there, readable, in agreement with each other and, where the tensors
+/// are known, with them; and the weights' metadata.
+pub(super) fn check_configs(
+    files: &ConfigFiles,
+    stored: Option<(&Checkpoint, &QuantizeConfig)>,
+    findings: &mut Findings,
+) {
+    findings.examine(Check::Configuration, 2);
+    let mut parsed = Vec::new();
+    for name in [QUANTIZE_CONFIG, CONFIG] {
+        let problem = match files.found.get(name) {
+            None if name == CONFIG => {
+                "has no quantization_config: transformers needs it".to_owned()
+            }
+            None => "is missing: AutoGPTQ needs it".to_owned(),
+            Some(Err(problem)) => problem.clone(),
+            Some(Ok(keys)) => {
+                let text = Value::Object(keys.clone()).to_string();
+                match QuantizeConfig::parse(&text, Path::new(name)) {
+                    Ok(config) => {
+                        parsed.push((name, config));
+                        continue;
+                    }
+                    Err(error) => error.to_string(),
+                }
+            }
+        };
+        findings.add(Check::Configuration, name, problem);
+    }
+    if let Some((_, stored)) = stored {
+        for (name, config) in &parsed {
+            check_against_tensors(name, config, stored, findings);
+        }
+    }
+    if let [(_, one), (_, other)] = parsed.as_slice() {
+        check_agreement(one, other, findings);
+    }
+    if let Some((checkpoint, stored)) = stored {
+        check_metadata(checkpoint, stored, findings);
+    }
+}
+
+fn check_against_tensors(
+    name: &str,
+    config: &QuantizeConfig,
+    stored: &QuantizeConfig,
+    findings: &mut Findings,
+) {
+    if config.bits != stored.bits {
+        let message = format!("says {} bits, but the tensors have {}", config.bits, stored.bits);
+        findings.add(Check::Configuration, name, message);
+    }
+    if config.group_size != stored.group_size {
+        let message = format!(
+            "says group size {}, but the tensors have {}",
+            group(config.group_size),
+            group(stored.group_size)
+        );
+        findings.add(Check::Configuration, name, message);
+    }
+}
+
+fn check_agreement(one: &QuantizeConfig, other: &QuantizeConfig, findings: &mut Findings) {
+    let format = |config: &QuantizeConfig| match config.checkpoint_format {
+        CheckpointFormat::Gptq => "gptq",
+        CheckpointFormat::GptqV2 => "gptq_v2",
+    };
+    let pairs = |c: &QuantizeConfig| {
+        [
+            ("bits", c.bits.to_string()),
+            ("group_size", group(c.group_size)),
+            ("damp_percent", c.damp_percent.to_string()),
+            ("desc_act", c.desc_act.to_string()),
+            ("sym", c.sym.to_string()),
+            ("true_sequential", c.true_sequential.to_string()),
+            ("checkpoint_format", format(c).to_owned()),
+        ]
+    };
+    for ((key, mine), (_, theirs)) in pairs(one).into_iter().zip(pairs(other)) {
+        if mine != theirs {
+            let message = format!("{key} is {mine} in {QUANTIZE_CONFIG} and {theirs} in {CONFIG}");
+            findings.add(Check::Configuration, CONFIG, message);
+        }
+    }
+}
+
+/// `none`, or the columns of a group.
+pub(super) fn group(size: Option<usize>) -> String {
+    size.map_or_else(|| "none".to_owned(), |size| size.to_string())
+}
+
+/// What the headers of the weight files say beside their tensors.
+fn check_metadata(checkpoint: &Checkpoint, stored: &QuantizeConfig, findings: &mut Findings) {
+    let desc_act = if stored.desc_act { "True" } else { "False" };
+    let group_size = stored.group_size.map_or(-1, |size| size as i64);
+    let expected = [
+        ("gptq_bits", stored.bits.to_string()),
+        ("gptq_group_size", group_size.to_string()),
+        ("gptq_desc_act", desc_act.to_owned()),
+    ];
+    for file in checkpoint.weight_files() {
+        findings.examine(Check::Configuration, 1);
+        let place = file.path.file_name().unwrap_or_default().to_string_lossy();
+        match file.metadata.get("format").map(String::as_str) {
+            Some("pt") => {}
+            Some(other) => {
+                let message = format!("has the metadata format = {other}, expected pt");
+                findings.add(Check::Configuration, place.as_ref(), message);
+            }
+            None => {
+                let message = "lacks the metadata format = pt, which transformers requires";
+                findings.add(Check::Configuration, place.as_ref(), message);
+            }
+        }
+        for (key, wanted) in &expected {
+            if let Some(found) = file.metadata.get(*key).filter(|found| *found != wanted) {
+                let message = format!("has the metadata {key} = {found}, expected {wanted}");
+                findings.add(Check::Configuration, place.as_ref(), message);
+            }
+        }
+    }
+}
+
+/// Names, types and shapes of all tensors, and the index; gives the layout that they follow.
+pub(super) fn check_tensors(
+    checkpoint: &Checkpoint,
+    stored: &QuantizeConfig,
+    findings: &mut Findings,
+) -> Layout {
+    let modern = tensor_specs(checkpoint.config(), stored, Layout::Modern);
+    let card = tensor_specs(checkpoint.config(), stored, Layout::Card);
+    let names = |specs: &[TensorSpec]| -> BTreeSet<String> {
+        specs.iter().map(|spec| spec.name.clone()).collect()
+    };
+    let in_modern = names(&modern);
+    let in_card = names(&card);
+    let mut extra = in_card.difference(&in_modern);
+    let layout =
+        if extra.any(|name| checkpoint.contains(name)) { Layout::Card } else { Layout::Modern };
+
+    for spec in if layout == Layout::Card { &card } else { &modern } {
+        findings.examine(Check::Tensors, 1);
+        if !checkpoint.contains(&spec.name) {
+            // AutoGPTQ's later versions write biases, but no frequencies.
+            if !spec.name.ends_with(".inv_freq") {
+                findings.add(Check::Tensors, spec.name.clone(), "is missing");
+            }
+            continue;
+        }
+        match checkpoint.tensor(&spec.name) {
+            Err(error) => findings.add(Check::Tensors, spec.name.clone(), error.to_string()),
+            Ok(tensor) => {
+                if !takes(spec, tensor.dtype) {
+                    let (found, wanted) = (tensor.dtype.name(), spec.dtype.name());
+                    let message = format!("is stored as {found}, expected {wanted}");
+                    findings.add(Check::Tensors, spec.name.clone(), message);
+                }
+                if tensor.shape != spec.shape {
+                    let message =
+                        format!("has shape {:?}, expected {:?}", tensor.shape, spec.shape);
+                    findings.add(Check::Tensors, spec.name.clone(), message);
+                }
+            }
+        }
+    }
+    let known = if layout == Layout::Card { &in_card } else { &in_modern };
+    for name in checkpoint.names().filter(|name| !known.contains(*name)) {
+        findings.add(Check::Tensors, name, "is not part of such a checkpoint");
+    }
+    check_index(checkpoint, findings);
+    layout
+}
+
+/// Loaders cast what is not quantised; the tensors of a linear have one type each.
+fn takes(spec: &TensorSpec, found: DType) -> bool {
+    let cast = matches!(spec.dtype, DType::F16 | DType::F32) && !spec.name.ends_with(".scales");
+    found == spec.dtype || (cast && found != DType::I32)
+}
+
+/// Every tensor of every shard is in the index, and the index knows how much that is.
+fn check_index(checkpoint: &Checkpoint, findings: &mut Findings) {
+    for file in checkpoint.weight_files() {
+        let place = file.path.file_name().unwrap_or_default().to_string_lossy();
+        for name in &file.unindexed {
+            let message = format!("holds {name}, which the index does not name");
+            findings.add(Check::Files, place.as_ref(), message);
+        }
+    }
+    let Some((name, total)) = index_total(checkpoint) else { return };
+    let tensors = checkpoint.names().filter_map(|name| checkpoint.tensor(name).ok());
+    let bytes: u64 = tensors.map(|tensor| tensor.bytes.len() as u64).sum();
+    if total != bytes {
+        let message = format!("says total_size {total}, but the tensors have {bytes} bytes");
+        findings.add(Check::Files, name, message);
+    }
+}
+
+/// Name of the index and the size that it gives, for sharded weights whose index gives one.
+fn index_total(checkpoint: &Checkpoint) -> Option<(String, u64)> {
+    let stem = sharded_stem(checkpoint)?;
+    let name = format!("{stem}.safetensors.index.json");
+    let text = std::fs::read_to_string(checkpoint.dir().join(&name)).ok()?;
+    let index: Value = serde_json::from_str(&text).ok()?;
+    Some((name, index["metadata"]["total_size"].as_u64()?))
+}
+
+/// `model` of `model-00001-of-00002.safetensors`; `None` for weights in one file.
+fn sharded_stem(checkpoint: &Checkpoint) -> Option<String> {
+    let stem = checkpoint.weight_files().first()?.path.file_stem()?.to_str()?;
+    let (rest, total) = stem.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    (digits(total) && digits(number)).then(|| stem.to_owned())
+}
+
+/// What loaders look at.
+pub(super) fn loader_facts(
+    checkpoint: &Checkpoint,
+    stored: &QuantizeConfig,
+    files: &ConfigFiles,
+    values: &Values,
+) -> LoaderFacts {
+    let config = checkpoint.config();
+    let weights = checkpoint.weight_files();
+    let stem = weights.first().and_then(|file| file.path.file_stem()).unwrap_or_default();
+    let sharded = sharded_stem(checkpoint);
+    LoaderFacts {
+        quantize: stored.clone(),
+        linears: config.block_linears().to_vec(),
+        grouped_heads: config.num_key_value_heads != config.num_attention_heads,
+        act_order: values.out_of_order,
+        shared_order: values.shared_order,
+        bias: match (values.biases, values.bias_values) {
+            (_, true) => Bias::Values,
+            (true, false) => Bias::Zero,
+            (false, false) => Bias::Absent,
+        },
+        frequencies: checkpoint.names().any(|name| name.ends_with(".inv_freq")),
+        file_stem: sharded.clone().unwrap_or_else(|| stem.to_string_lossy().into_owned()),
+        sharded: sharded.is_some(),
+        pt_metadata: weights.iter().all(|f| f.metadata.get("format").is_some_and(|v| v == "pt")),
+        quantize_config: files.keys(QUANTIZE_CONFIG).map(|keys| keys.keys().cloned().collect()),
+        quantization_config: files
+            .keys(CONFIG)
+            .is_some_and(|keys| keys.get("quant_method").is_some_and(|m| m == "gptq")),
+    }
+}

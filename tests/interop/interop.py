@@ -1,0 +1,238 @@
+"""Reads our checkpoints with other programs, and theirs with ours; writes a dated record.
+
+    python interop.py --gptq ../../target/release/gptq --work /tmp/interop --record records/DATE
+
+Ours: every setting of MATRIX is quantised and measured by `gptq ppl --per-token`, then read by
+three readers (readers.py). `dense` unpacks the file with code of its own and runs plain
+transformers: its losses, token by token, have to be ours. Its logits then stand for ours, and those
+of GPTQModel's Torch kernel and of transformers' GPTQ integration are compared with them.
+
+Theirs: GPTQModel quantises the model, and `gptq` has to give GPTQModel's own losses.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import readers
+import torch
+from readers import READERS, logits
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = ROOT / "calib/demo/heldout.txt"
+CALIBRATION = ROOT / "calib/demo/calibration.txt"
+DEMO = ROOT / "tests/fixtures/demo-llama"
+
+# bits, group size, act-order, layout, recipe
+MATRIX = [
+    (bits, group, act, layout, recipe)
+    for bits in (4, 3)
+    for group, act in (("32", True), ("64", True), ("128", True), ("128", False), ("none", True))
+    for layout, recipe in (("modern", "best"), ("modern", "autogptq"), ("card", "autogptq"))
+]
+# bits, group size, desc_act
+THEIRS = [(4, 128, True), (4, 32, False), (3, 64, True), (3, -1, False)]
+
+# Largest difference of a logit, and of a token's loss in nats, that counts as equal. f32 readers
+# differ by the order of sums; fp16 rounds every activation.
+TOLERANCE = {"dense": (None, 2e-3), "gptqmodel": (5e-3, 2e-3), "transformers": (0.5, 0.25)}
+
+
+def run(args, **kwargs):
+    return subprocess.run([str(a) for a in args], check=True, text=True, capture_output=True, **kwargs)
+
+
+class Ours:
+    """The gptq command."""
+
+    def __init__(self, options):
+        self.gptq, self.options = options.gptq, options
+
+    def quantise(self, model, out, bits, group, act, layout, recipe):
+        if out.exists():
+            return
+        run([self.gptq, "quantize", model, "--out", out, "--bits", bits, "--group-size", group,
+             f"--act-order={str(act).lower()}", "--layout", layout, "--recipe", recipe, "-q",
+             "--calib", ROOT / "calib/demo.toml", "--windows", self.options.calibration_windows,
+             "--seq-len", 512, "--device", "cpu"])
+
+    def losses(self, folder):
+        """Windows of token ids without their first, and the loss of each token."""
+        table = folder.parent / f"{folder.name}.csv"
+        run([self.gptq, "ppl", folder, "--dataset", TEXT, "--seq-len", self.options.seq_len,
+             "--max-windows", self.options.windows, "--per-token", table, "--device", "cpu", "-q"])
+        windows = {}
+        for row in csv.DictReader(table.open()):
+            windows.setdefault(int(row["window"]), []).append((int(row["token"]), float(row["nll"])))
+        return [windows[i] for i in sorted(windows)]
+
+    def verify(self, folder, base):
+        """`ok`, or the findings of `gptq verify --base`."""
+        done = subprocess.run([self.gptq, "verify", folder, "--base", base, "--json", "-q"],
+                              text=True, capture_output=True)
+        report = json.loads(done.stdout)
+        return "ok" if report["passed"] else report["findings"]
+
+
+def windows_of(folder, options):
+    """The text as transformers' tokeniser cuts it."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text()).input_ids
+    length = options.seq_len
+    return [ids[i * length:(i + 1) * length] for i in range(options.windows)]
+
+
+def losses_of(rows, window):
+    """Loss of each token but the first, from the logits of a window."""
+    return torch.nn.functional.cross_entropy(
+        rows[:-1], torch.tensor(window[1:]), reduction="none"
+    ).tolist()
+
+
+def compare(folder, ours, windows, reference=None):
+    """Every reader against our losses and against the logits of the dense one."""
+    for window, rows in zip(windows, ours, strict=True):
+        assert window[1:] == [token for token, _ in rows], "the tokens differ"
+    mine = [loss for rows in ours for _, loss in rows]
+    found = {"ours": {"perplexity": math.exp(sum(mine) / len(mine))}}
+    for name in READERS if reference is None else ("dense", reference):
+        model = READERS[name](folder)
+        rows = [logits(model, window) for window in windows]
+        if name == "dense":
+            wanted = rows
+        theirs = [loss for r, w in zip(rows, windows) for loss in losses_of(r, w)]
+        off = max(abs(a - b) for a, b in zip(mine, theirs))
+        apart = max((a - b).abs().max().item() for a, b in zip(rows, wanted))
+        most_logit, most_loss = TOLERANCE[name]
+        found[name] = {
+            "perplexity": math.exp(sum(theirs) / len(theirs)),
+            "largest_loss_difference": off,
+            "largest_logit_difference": None if name == "dense" else apart,
+            "agrees": off <= most_loss and (most_logit is None or apart <= most_logit),
+        }
+        if name != "dense":
+            found[name]["kernel"] = sorted(
+                {type(m).__name__ for m in model.modules() if hasattr(m, "qweight")}
+            )
+        del model
+    return found
+
+
+def make_theirs(model, out, bits, group, act):
+    """A checkpoint by GPTQModel, calibrated on the embedded text."""
+    if out.exists():
+        return
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(bits=bits, group_size=group, desc_act=act, sym=True)
+    loaded = GPTQModel.load(str(model), config, device="cpu", dtype=torch.float32)
+    text = CALIBRATION.read_text()
+    samples = [text[i * 2000:(i + 1) * 2000] for i in range(32)]
+    loaded.quantize(samples, batch_size=1, backend=BACKEND.TORCH)
+    loaded.save(str(out))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--gptq", required=True, help="the binary")
+    parser.add_argument("--work", required=True, type=Path, help="folder for checkpoints; kept")
+    parser.add_argument("--record", required=True, type=Path, help="record without its extension")
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--calibration-windows", type=int, default=32)
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.gptq, options.work = Path(options.gptq).resolve(), options.work.resolve()
+    options.record, options.model = options.record.resolve(), options.model.resolve()
+    # GPTQModel leaves logs where it runs.
+    os.chdir(options.work)
+    ours, cases = Ours(options), []
+    windows = windows_of(options.model, options)
+
+    def wanted(name):
+        return not options.only or name in options.only
+
+    def record(name, folder, reference=None):
+        start = time.time()
+        found = compare(folder, ours.losses(folder), windows, reference)
+        verified = ours.verify(folder, options.model)
+        agrees = verified == "ok" and all(v.get("agrees", True) for v in found.values())
+        cases.append({"case": name, "agrees": agrees, "verify": verified, "readers": found})
+        print(f"{name}: {'agrees' if agrees else 'DIFFERS'} ({time.time() - start:.0f} s)",
+              file=sys.stderr)
+        # After every case: a run takes long, and may be interrupted.
+        write(options, cases)
+
+    for bits, group, act, layout, recipe in MATRIX:
+        name = f"{bits}bit-{group}{'-act' if act else ''}-{layout}-{recipe}"
+        if wanted(name):
+            folder = options.work / name
+            ours.quantise(options.model, folder, bits, group, act, layout, recipe)
+            record(name, folder)
+    for bits, group, act in THEIRS:
+        name = f"gptqmodel-{bits}bit-{group}{'-act' if act else ''}"
+        if wanted(name):
+            folder = options.work / name
+            make_theirs(options.model, folder, bits, group, act)
+            record(name, folder, reference="gptqmodel")
+    return 0 if cases and all(case["agrees"] for case in cases) else 1
+
+
+def write(options, cases):
+    """The record as JSON, and as a table."""
+    packages = ("torch", "transformers", "gptqmodel", "optimum", "safetensors")
+    facts = {
+        "model": options.model.name,
+        "text": f"{TEXT.relative_to(ROOT)}, {options.windows} windows of {options.seq_len} tokens",
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "gptq": run([options.gptq, "--version"]).stdout.strip(),
+        "tolerance_logit_loss": TOLERANCE,
+    }
+    result = {**facts, "cases": cases}
+    options.record.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [
+        f"# {options.model.name}: {facts['text']}",
+        "",
+        ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + f", {facts['gptq']}",
+        "",
+        "Perplexity by `gptq` and by each reader; largest difference of a token's loss from ours;",
+        "largest difference of a logit from those of the dense reader.",
+        "",
+        "| checkpoint | gptq | dense: loss | GPTQModel: loss | logit | transformers: ppl | loss | logit | verify | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in cases:
+        found = case["readers"]
+
+        def cell(reader, key, form):
+            value = found.get(reader, {}).get(key)
+            return "" if value is None else format(value, form)
+
+        loss, logit = "largest_loss_difference", "largest_logit_difference"
+        verified = "ok" if case["verify"] == "ok" else f"{len(case['verify'])} findings"
+        lines.append("| " + " | ".join([
+            case["case"], cell("ours", "perplexity", ".4f"), cell("dense", loss, ".1e"),
+            cell("gptqmodel", loss, ".1e"), cell("gptqmodel", logit, ".1e"),
+            cell("transformers", "perplexity", ".4f"), cell("transformers", loss, ".3f"),
+            cell("transformers", logit, ".3f"), verified,
+            "agrees" if case["agrees"] else "**differs**",
+        ]) + " |")
+    options.record.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+//! `gptq verify`: sound checkpoints pass in every layout and recipe, and each planted fault is found
+//! and named.
+//!
+//! Faults are planted by writing bytes into a checkpoint's files, so that nothing of the code under
+//! test has a part in making them.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+mod util;
+
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use util::{Noise, Outcome, Workdir, repository};
+
+const BLOCK_1_UP: &str = "model.layers.1.mlp.up_proj";
+
+fn demo() -> String {
+    repository().join("tests/fixtures/demo-llama").display().to_string()
+}
+
+/// Quantises the embedded model on a few short windows.
+fn quantise(dir: &Workdir, name: &str, settings: &[&str]) {
+    let calibration = repository().join("calib/demo.toml").display().to_string();
+    let (demo, mut args) = (demo(), vec!["quantize"]);
+    args.extend([demo.as_str(), "--out", name, "--device", "cpu", "-q"]);
+    args.extend(["--calib", calibration.as_str(), "--windows", "8", "--seq-len", "256"]);
+    args.extend(settings);
+    dir.gptq(&args).ok();
+}
+
+fn against_base(dir: &Workdir, name: &str) -> Outcome {
+    dir.gptq(&["verify", name, "--base", &demo(), "-q"])
+}
+
+/// Asserts that verification fails, and that its listing has a line with all of `names`.
+#[track_caller]
+fn finds(outcome: &Outcome, names: &[&str]) {
+    assert_eq!(outcome.code, 1, "{}{}", outcome.stdout, outcome.stderr);
+    let named = |line: &str| names.iter().all(|name| line.contains(name));
+    assert!(outcome.stdout.lines().any(named), "no line with {names:?} in\n{}", outcome.stdout);
+    assert!(outcome.stderr.contains("fault"), "{}", outcome.stderr);
+}
+
+/// The one weight file of a checkpoint, to be damaged.
+struct File {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    header: Value,
+}
+
+impl File {
+    fn open(dir: &Path) -> Self {
+        let path = dir.join("model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let header = serde_json::from_slice(&bytes[8..8 + Self::length(&bytes)]).unwrap();
+        Self { path, bytes, header }
+    }
+
+    fn length(bytes: &[u8]) -> usize {
+        u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize
+    }
+
+    fn range(&self, tensor: &str) -> Range<usize> {
+        let offsets = &self.header[tensor]["data_offsets"];
+        let start = 8 + Self::length(&self.bytes);
+        let at = |i: usize| start + offsets[i].as_u64().unwrap() as usize;
+        at(0)..at(1)
+    }
+
+    fn shape(&self, tensor: &str) -> [usize; 2] {
+        let shape = &self.header[tensor]["shape"];
+        [0, 1].map(|i| shape[i].as_u64().unwrap() as usize)
+    }
+
+    fn tensor(&mut self, tensor: &str) -> &mut [u8] {
+        let range = self.range(tensor);
+        &mut self.bytes[range]
+    }
+
+    fn write(&self) {
+        fs::write(&self.path, &self.bytes).unwrap();
+    }
+
+    /// Replaces text in the header by text of the same length.
+    fn retell(&mut self, from: &str, to: &str) {
+        assert_eq!(from.len(), to.len());
+        let end = 8 + Self::length(&self.bytes);
+        let header = String::from_utf8(self.bytes[8..end].to_vec()).unwrap();
+        assert!(header.contains(from), "{header}");
+        self.bytes[8..end].copy_from_slice(header.replace(from, to).as_bytes());
+    }
+}
+
+/// Puts back what was there after `damage` was looked at.
+fn with_damage(dir: &Workdir, name: &str, damage: impl FnOnce(&mut File), look: impl FnOnce()) {
+    let mut file = File::open(&dir.path(name));
+    let whole = file.bytes.clone();
+    damage(&mut file);
+    file.write();
+    look();
+    fs::write(&file.path, whole).unwrap();
+}
+
+#[test]
+fn sound_checkpoints_pass_in_their_own_coordinates() {
+    let dir = Workdir::new();
+    for (name, rotation, settings) in [
+        (
+            "modern",
+            "none",
+            ["--bits", "4", "--recipe", "autogptq", "--group-size", "64"].as_slice(),
+        ),
+        ("card", "none", &["--bits", "3", "--recipe", "autogptq", "--layout", "card"]),
+        ("rtn", "none", &["--bits", "3", "--recipe", "rtn", "--group-size", "none"]),
+        ("best", "full", &["--bits", "3", "--recipe", "best", "--group-size", "64"]),
+        // Without metadata the rotation has to be found from the weights.
+        ("bare", "full", &["--bits", "4", "--recipe", "best", "--layout", "card"]),
+        ("heads", "heads", &["--recipe", "best", "--set", "rotate=heads", "--set", "head=0"]),
+    ] {
+        quantise(&dir, name, settings);
+        let report = dir.gptq(&["verify", name, "--base", &demo(), "-q", "--json"]).json();
+        assert_eq!(report["passed"], true, "{name}: {}", report["findings"]);
+        assert_eq!(report["weights"]["rotation"], rotation, "{name}");
+        let linears = report["weights"]["linears"].as_array().unwrap();
+        assert_eq!(linears.len(), 35);
+        assert!(linears.iter().all(|l| l["weight_error"].as_f64().unwrap() > 1e-3), "{name}");
+        let loaders = report["loaders"].as_array().unwrap();
+        let takes =
+            |loader| loaders.iter().find(|l| l["loader"] == loader).unwrap()["loads"].clone();
+        assert_eq!(takes("transformers"), true);
+        assert_eq!(takes("ExLlama"), !matches!(name, "card" | "rtn" | "best"));
+        assert_eq!(takes("GPTQ-for-LLaMa"), matches!(name, "modern" | "heads"), "{name}");
+    }
+}
+
+#[test]
+fn outputs_are_measured_and_held_to_limits() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--bits", "3", "--recipe", "best"]);
+    let text = repository().join("calib/demo/heldout.txt").display().to_string();
+    let (base, demo) = (["--base"], demo());
+    let mut args = vec!["verify", "q", base[0], &demo, "--dataset", &text];
+    args.extend(["--seq-len", "256", "--max-windows", "4", "--device", "cpu", "-q"]);
+    let json = [args.as_slice(), &["--json"]].concat();
+    let report = dir.gptq(&json).json();
+
+    // The same numbers as `gptq ppl --base` gives.
+    let mut ppl = vec!["ppl", "q", "--base", &demo, "--dataset", &text, "--json"];
+    ppl.extend(["--seq-len", "256", "--max-windows", "4", "--device", "cpu"]);
+    let ppl = dir.gptq(&ppl).json();
+    let near = |a: &Value, b: &Value, tolerance: f64| {
+        let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+        assert!((a - b).abs() <= tolerance * b.abs(), "{a} and {b}");
+    };
+    near(&report["outputs"]["perplexity"], &ppl["perplexity"], 1e-6);
+    near(&report["outputs"]["base_perplexity"], &ppl["base"]["perplexity"], 1e-5);
+    near(&report["outputs"]["kl"], &ppl["base"]["kl"], 1e-3);
+    for linear in report["weights"]["linears"].as_array().unwrap() {
+        let (weight, output) = (&linear["weight_error"], &linear["output_error"]);
+        let (weight, output) = (weight.as_f64().unwrap(), output.as_f64().unwrap());
+        assert!(output > 0.0 && output < 3.0 * weight, "{linear}");
+    }
+
+    dir.gptq(&[args.as_slice(), &["--max-kl", "1", "--max-ppl-ratio", "1.5"]].concat()).ok();
+    let strict = ["--max-kl", "0.001", "--max-ppl-ratio", "1.0001", "--max-output-error", "0.01"];
+    let outcome = dir.gptq(&[args.as_slice(), &strict].concat());
+    finds(&outcome, &["KL divergence is", "above the limit 0.001"]);
+    finds(&outcome, &["perplexity over the base's is", "1.0001"]);
+    finds(&outcome, &["model.layers.0.self_attn.o_proj has an output error", "0.01"]);
+    let outcome = dir.gptq(&["verify", "q", "--max-kl", "1"]);
+    assert_eq!(outcome.code, 1);
+    assert!(outcome.stderr.contains("--dataset"), "{}", outcome.stderr);
+}
+
+/// Any word whose codes are inverted is found among 140,000, wherever it is.
+#[test]
+fn single_words_are_found_against_the_base() {
+    let dir = Workdir::new();
+    for (name, settings) in [
+        ("a4", ["--bits", "4", "--recipe", "autogptq"].as_slice()),
+        ("a3", &["--bits", "3", "--recipe", "autogptq", "--group-size", "64"]),
+        ("b4", &["--bits", "4", "--recipe", "best", "--group-size", "none"]),
+        ("b3", &["--bits", "3", "--recipe", "best"]),
+    ] {
+        quantise(&dir, name, settings);
+        let mut noise = Noise::new(11);
+        for linear in ["mlp.up_proj", "self_attn.v_proj", "mlp.down_proj"] {
+            let tensor = format!("model.layers.3.{linear}.qweight");
+            let [rows, columns] = File::open(&dir.path(name)).shape(&tensor);
+            let mut below = |n: usize| ((noise.next() + 1.0) / 2.0 * n as f32) as usize % n;
+            let (row, column) = (below(rows), below(columns));
+            let flip = |file: &mut File| {
+                let at = 4 * (row * columns + column);
+                file.tensor(&tensor)[at..at + 4].iter_mut().for_each(|b| *b = !*b);
+            };
+            with_damage(&dir, name, flip, || {
+                // Nothing but the base tells.
+                dir.gptq(&["verify", name, "-q"]).ok();
+                let outcome = against_base(&dir, name);
+                let place = format!("row {row}, output {column} ");
+                finds(&outcome, &[&tensor, "holds a word at", &place]);
+                assert!(outcome.stderr.contains("has a fault"), "{name}: {}", outcome.stdout);
+            });
+        }
+        against_base(&dir, name).ok();
+    }
+}
+
+#[test]
+fn a_single_bit_is_found_by_recorded_sums() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--recipe", "rtn"]);
+    // As `sha256sum` prints them.
+    let mut files = serde_json::Map::new();
+    for name in ["model.safetensors", "tokenizer.json"] {
+        let output = std::process::Command::new("sha256sum").arg(dir.path("q").join(name)).output();
+        let Ok(output) = output else {
+            println!("skipped: there is no sha256sum here to record sums with");
+            return;
+        };
+        let sum = String::from_utf8(output.stdout).unwrap()[..64].to_owned();
+        let bytes = fs::metadata(dir.path("q").join(name)).unwrap().len();
+        files.insert(name.to_owned(), json!({"bytes": bytes, "sha256": sum}));
+    }
+    let manifest = json!({"format": 1, "files": files});
+    dir.write("q/gptq_manifest.json", &manifest.to_string());
+    let report = dir.gptq(&["verify", "q", "--json"]).json();
+    assert_eq!(report["checks"][0], json!({"check": "sums", "examined": 2, "findings": 0}));
+
+    let flip = |file: &mut File| file.tensor(&format!("{BLOCK_1_UP}.qweight"))[77] ^= 4;
+    with_damage(&dir, "q", flip, || {
+        let outcome = dir.gptq(&["verify", "q"]);
+        finds(&outcome, &["model.safetensors has another content than when it was written"]);
+    });
+    fs::remove_file(dir.path("q/tokenizer.json")).unwrap();
+    finds(&dir.gptq(&["verify", "q"]), &["tokenizer.json cannot be read"]);
+}
+
+#[test]
+fn wrong_values_are_found_without_a_base() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--bits", "4", "--recipe", "autogptq", "--group-size", "64"]);
+    let look = |damage: &dyn Fn(&mut File), names: &[&str]| {
+        with_damage(&dir, "q", damage, || finds(&dir.gptq(&["verify", "q"]), names));
+    };
+    let up = |leaf: &str| format!("{BLOCK_1_UP}.{leaf}");
+
+    let plain_zeros = |file: &mut File| file.tensor(&up("qzeros")).fill(0x88);
+    look(&plain_zeros, &[&up("qzeros"), "without the minus one", "8 instead of 7"]);
+    let one_zero = |file: &mut File| file.tensor(&up("qzeros"))[5] = 0x57;
+    look(&one_zero, &[&up("qzeros"), "holds 5 at group 0, output 11", "(1 such)"]);
+
+    let half = |value: u16| {
+        move |file: &mut File| {
+            file.tensor(&up("scales"))[6..8].copy_from_slice(&value.to_le_bytes());
+        }
+    };
+    look(&half(0), &[&up("scales"), "holds 0 at group 0, output 3"]);
+    look(&half(0xB400), &[&up("scales"), "holds -0.25 at group 0, output 3"]);
+    look(&half(0x7C00), &[&up("scales"), "holds inf at group 0, output 3"]);
+
+    let group = |value: i32| {
+        move |file: &mut File| {
+            file.tensor(&up("g_idx"))[8..12].copy_from_slice(&value.to_le_bytes());
+        }
+    };
+    look(&group(-1), &[&up("g_idx"), "puts column 2 into group -1 of"]);
+    // Whatever group column 2 had, two groups now differ from gate's and have wrong counts.
+    let other = |file: &mut File| {
+        let old = file.tensor(&up("g_idx"))[8];
+        group(i32::from(old == 0))(file);
+    };
+    look(&other, &[&up("g_idx"), "columns, expected 64"]);
+    look(&other, &[&up("g_idx"), "differs from that of mlp.gate_proj at column 2"]);
+
+    let norm = "model.layers.2.input_layernorm.weight";
+    let nan = |file: &mut File| file.tensor(norm)[..2].copy_from_slice(&0x7E00_u16.to_le_bytes());
+    look(&nan, &[norm, "NaN"]);
+    look(
+        &|file| file.retell("up_proj.qzeros", "up_proj.qzerox"),
+        &["1.mlp.up_proj.qzeros is missing"],
+    );
+    look(&|file| file.retell("up_proj.qzeros", "up_proj.qzerox"), &["qzerox is not part of"]);
+    look(
+        &|file| file.retell(r#""format":"pt""#, r#""format":"tf""#),
+        &["format = tf, expected pt"],
+    );
+    look(
+        &|file| file.retell(r#""gptq_bits":"4""#, r#""gptq_bits":"3""#),
+        &["gptq_bits = 3, expected 4"],
+    );
+    dir.gptq(&["verify", "q"]).ok();
+
+    // All findings come at once.
+    let several = |file: &mut File| {
+        plain_zeros(file);
+        half(0)(file);
+        nan(file);
+    };
+    with_damage(&dir, "q", several, || {
+        let outcome = dir.gptq(&["verify", "q"]);
+        finds(&outcome, &["without the minus one"]);
+        finds(&outcome, &["holds 0 at group 0"]);
+        finds(&outcome, &[norm]);
+        assert!(outcome.stderr.contains("3 faults"), "{}", outcome.stderr);
+    });
+}
+
+#[test]
+fn swapped_scale_rows_are_found_against_the_base() {
+    let dir = Workdir::new();
+    for (name, settings) in [
+        ("a", ["--bits", "4", "--recipe", "autogptq", "--group-size", "64"].as_slice()),
+        ("b", &["--bits", "3", "--recipe", "best", "--group-size", "128"]),
+    ] {
+        quantise(&dir, name, settings);
+        let tensor = format!("{BLOCK_1_UP}.scales");
+        let swap = |file: &mut File| {
+            let [_, outputs] = file.shape(&tensor);
+            let (first, second) = file.tensor(&tensor).split_at_mut(2 * outputs);
+            first.swap_with_slice(&mut second[..2 * outputs]);
+        };
+        with_damage(&dir, name, swap, || {
+            dir.gptq(&["verify", name, "-q"]).ok();
+            finds(&against_base(&dir, name), &[&tensor, "scales that belong to other weights"]);
+        });
+    }
+}
+
+#[test]
+fn truncated_files_and_wrong_configurations_are_found() {
+    let dir = Workdir::new();
+    quantise(
+        &dir,
+        "q",
+        &["--bits", "4", "--recipe", "rtn", "--group-size", "64", "--act-order=false"],
+    );
+    with_damage(
+        &dir,
+        "q",
+        |file| file.bytes.truncate(file.bytes.len() - 100),
+        || {
+            finds(&dir.gptq(&["verify", "q"]), &["model.safetensors", "truncated"]);
+        },
+    );
+
+    let edit = |file: &str, from: &str, to: &str, names: &[&[&str]]| {
+        let path = dir.path("q").join(file);
+        let whole = fs::read_to_string(&path).unwrap();
+        assert!(whole.contains(from), "{whole}");
+        fs::write(&path, whole.replace(from, to)).unwrap();
+        let outcome = dir.gptq(&["verify", "q"]);
+        names.iter().for_each(|names| finds(&outcome, names));
+        fs::write(&path, whole).unwrap();
+        // The tensors tell what is meant, so one wrong setting is no flood of wrong shapes.
+        assert!(outcome.stdout.lines().filter(|line| line.contains("_proj")).count() < 8);
+    };
+    for file in ["quantize_config.json", "config.json"] {
+        let size = ["says group size 128, but the tensors have 64"];
+        edit(
+            file,
+            "\"group_size\": 64",
+            "\"group_size\": 128",
+            &[&[file, size[0]], &["group_size is", "in quantize_config.json and"]],
+        );
+        edit(file, "\"bits\": 4", "\"bits\": 3", &[&[file, "says 3 bits, but the tensors have 4"]]);
+        edit(file, "\"sym\": true", "\"sym\": false", &[&["sym is"]]);
+    }
+    edit(
+        "config.json",
+        "quantization_config",
+        "something_else",
+        &[&["config.json has no quantization_config"]],
+    );
+    edit("quantize_config.json", "{", "[", &[&["quantize_config.json"]]);
+    fs::remove_file(dir.path("q/quantize_config.json")).unwrap();
+    finds(&dir.gptq(&["verify", "q"]), &["quantize_config.json is missing"]);
+
+    dir.gptq(&["verify", &demo()]).refused(&["demo-llama", "not a GPTQ checkpoint"]);
+    dir.gptq(&["verify", "nowhere"]).refused(&["nowhere"]);
+}
