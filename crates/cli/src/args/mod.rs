@@ -1,6 +1,8 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
 
 mod device;
+mod fetch;
+mod push;
 mod values;
 
 use std::path::PathBuf;
@@ -13,6 +15,8 @@ use gptq_pipeline::protocol::Protocol;
 use gptq_quant::Recipe;
 
 pub(crate) use device::DeviceArgs;
+pub(crate) use fetch::FetchArgs;
+pub(crate) use push::PushArgs;
 pub(crate) use values::GroupSize;
 
 /// Quantise Llama models with GPTQ and prove the result.
@@ -38,6 +42,8 @@ pub(crate) enum Command {
     Sweep(SweepArgs),
     Bench(BenchArgs),
     Doctor(DoctorArgs),
+    Fetch(FetchArgs),
+    Push(PushArgs),
 }
 
 /// Make one quantised checkpoint
