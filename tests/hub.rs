@@ -183,6 +183,9 @@ fn busy_servers_are_asked_again() {
 #[test]
 fn damaged_files_are_never_kept() {
     let (setting, _) = Setting::with_model();
+    // Small files have git's hash, large ones another.
+    setting.hub.fail("GET", "tokenizer.json", Fault::Damage, 2);
+    setting.gptq(&["fetch", "org/name"]).refused(&["`org/name/tokenizer.json`", "git hash"]);
     let shard = "model-00001-of-00002.safetensors";
     for (fault, told) in [(Fault::Damage, "SHA-256"), (Fault::Short, "bytes, but the Hub lists")] {
         setting.hub.fail("GET", shard, fault, 2);
@@ -191,9 +194,6 @@ fn damaged_files_are_never_kept() {
         let hash = sha256(&model()[shard]);
         assert!(!setting.blobs().iter().any(|blob| blob.starts_with(&hash)), "{fault:?}");
     }
-    // Small files have git's hash instead.
-    setting.hub.fail("GET", "tokenizer.json", Fault::Damage, 2);
-    setting.gptq(&["fetch", "org/name"]).refused(&["`org/name/tokenizer.json`", "git hash"]);
     // Once is bad luck.
     setting.hub.fail("GET", shard, Fault::Damage, 1);
     let done = setting.gptq(&["fetch", "org/name"]);
@@ -384,7 +384,22 @@ fn a_dry_run_lists_what_would_go_where() {
     let setting = Setting::new();
     branches(&setting);
     let dry = ["push", "branches", "--repo", "me/quantised", "--dry-run"];
-    assert_snapshot!(setting.gptq(&dry).snapshot(), @"");
+    assert_snapshot!(setting.gptq(&dry).snapshot(), @r"
+    exit code 0
+    --- stdout
+    branch     file                     size
+    3bit-128g  model.safetensors    200.0 kB
+    3bit-128g  LICENSE/LICENSE.txt     199 B
+    3bit-128g  config.json              23 B
+    4bit-32g   model.safetensors    200.0 kB
+    4bit-32g   LICENSE/LICENSE.txt     199 B
+    4bit-32g   config.json              22 B
+    main       model.safetensors    200.0 kB
+    main       LICENSE/LICENSE.txt     199 B
+    main       README.md                 9 B
+    main       config.json              18 B
+    10 files on 3 branches of me/quantised, 600.7 kB
+    ");
     let json = setting.gptq(&[&dry[..], &["--json", "--branch", "main"]].concat()).json();
     assert_eq!(json["files"], 4);
     assert_eq!(json["branches"][0]["branch"], "main");

@@ -24,7 +24,7 @@ pub(crate) struct FetchArgs {
     /// Split of a dataset, ORG/NAME:CONFIG:SPLIT; may be repeated
     #[arg(long, value_name = "DATASET")]
     pub(crate) dataset: Vec<DatasetSpec>,
-    /// Attempts after failed ones, waiting 1, 2, 4, … s; every byte that arrives starts the count anew
+    /// Attempts after failed ones, 1, 2, 4 s and so on apart; what arrives starts the count anew
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub(crate) retries: u32,
     /// Print the result as JSON
