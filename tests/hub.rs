@@ -3,7 +3,7 @@
 //!
 //! Every run's output is searched for the token.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod hub_support;
 #[allow(dead_code, reason = "each test binary uses a part of it")]
@@ -389,13 +389,13 @@ fn a_dry_run_lists_what_would_go_where() {
     --- stdout
     branch     file                     size
     3bit-128g  model.safetensors    200.0 kB
-    3bit-128g  LICENSE/LICENSE.txt     199 B
+    3bit-128g  LICENSE/LICENSE.txt     196 B
     3bit-128g  config.json              23 B
     4bit-32g   model.safetensors    200.0 kB
-    4bit-32g   LICENSE/LICENSE.txt     199 B
+    4bit-32g   LICENSE/LICENSE.txt     196 B
     4bit-32g   config.json              22 B
     main       model.safetensors    200.0 kB
-    main       LICENSE/LICENSE.txt     199 B
+    main       LICENSE/LICENSE.txt     196 B
     main       README.md                 9 B
     main       config.json              18 B
     10 files on 3 branches of me/quantised, 600.7 kB

@@ -251,7 +251,7 @@ impl<'a> Api<'a> {
                 hint: format!("accept its terms on {} first", self.url(&[], &[], "")),
             },
             (401, _, None) => Error::TokenNeeded { what },
-            (401, code, Some(_)) if code == "RepoNotFound" => {
+            (401, "RepoNotFound", Some(_)) => {
                 Error::NotFound { what: format!("repository `{id}` that the token may read") }
             }
             (401, _, Some(token)) => {

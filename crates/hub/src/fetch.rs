@@ -130,7 +130,7 @@ fn download(all: &Download<'_>, files: &[&RemoteFile]) -> Result<()> {
             what: all.api.id().to_owned(),
             reason: "a download thread panicked".to_owned(),
         };
-        let results = workers.into_iter().map(|worker| worker.join());
+        let results = workers.into_iter().map(std::thread::ScopedJoinHandle::join);
         let results: Vec<_> = results.map(|r| r.unwrap_or_else(|_| Err(panicked()))).collect();
         results.into_iter().collect()
     })
