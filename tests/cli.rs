@@ -9,8 +9,9 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 8] =
-    ["quantize", "ppl", "plan", "inspect", "verify", "sweep", "bench", "doctor"];
+const COMMANDS: [&str; 10] = [
+    "quantize", "ppl", "plan", "inspect", "verify", "sweep", "bench", "doctor", "fetch", "push",
+];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
 /// the card prints.
@@ -85,6 +86,8 @@ fn help_lists_the_commands() {
       sweep     Make and measure every branch of a configuration
       bench     Measure this machine on a synthetic block
       doctor    Show what this machine has for GPU runs, and what it lacks
+      fetch     Download a model or dataset from the Hugging Face Hub
+      push      Upload checkpoints to the Hugging Face Hub, a branch each
       help      Print this message or the help of the given subcommand(s)
 
     Options:
@@ -398,8 +401,16 @@ fn a_model_that_is_not_there_gets_a_hint() {
     assert_snapshot!(found.snapshot(), @r"
     exit code 1
     --- stderr
-    error: `org/name` at revision `main` is neither a local path nor in the Hub cache (looked in `[DIR]/cache/hub/models--org--name`); this build never downloads, as if HF_HUB_OFFLINE were set: give a local folder, or set HF_HOME to a cache that holds it
+    error: `org/name` at revision `main` is neither a local path nor in the Hub cache (looked in `[DIR]/cache/hub/models--org--name`): download it with `gptq fetch org/name`, give a local folder, or set HF_HOME to a cache that holds it
     ");
+}
+
+#[cfg(not(feature = "hub"))]
+#[test]
+fn a_build_without_the_hub_says_so() {
+    for command in [&["fetch", "org/name"][..], &["push", "out", "--repo", "org/name"]] {
+        run(command).refused(&["no Hub access", "--no-default-features"]);
+    }
 }
 
 #[test]

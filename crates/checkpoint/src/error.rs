@@ -337,8 +337,8 @@ pub enum Error {
     /// A Hub repository or revision that is not in the local cache.
     #[error(
         "`{id}` at revision `{revision}` is neither a local path nor in the Hub cache (looked in \
-         `{}`); this build never downloads, as if HF_HUB_OFFLINE were set: give a local folder, \
-         or set HF_HOME to a cache that holds it",
+         `{}`): download it with `gptq fetch {request}`, give a local folder, or set HF_HOME to a \
+         cache that holds it",
         looked_in.display()
     )]
     NotInHubCache {
@@ -348,6 +348,8 @@ pub enum Error {
         revision: String,
         /// The place that would hold it.
         looked_in: PathBuf,
+        /// What `gptq fetch` takes to download it.
+        request: String,
     },
     /// What is no local path may be in the cache, but no environment variable says where that is.
     #[error(

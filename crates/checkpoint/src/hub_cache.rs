@@ -2,7 +2,7 @@
 //!
 //! `HF_HUB_CACHE`, else `HF_HOME/hub`, else `~/.cache/huggingface/hub` holds
 //! `models--ORG--NAME/refs/REVISION`, a file with a commit, and `snapshots/COMMIT/`, the files.
-//! Nothing is ever downloaded, so `HF_HUB_OFFLINE` is honoured by construction.
+//! Nothing is downloaded here, so `HF_HUB_OFFLINE` is honoured by construction.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::{Error, Result};
 /// [`Error::InvalidHubId`], [`Error::InvalidRevision`], and [`Error::NotInHubCache`], which says
 /// where was looked and what to do.
 pub fn resolve_model(id_or_path: &str, revision: Option<&str>) -> Result<PathBuf> {
-    resolve("models", id_or_path, revision, cache_root().as_deref())
+    resolve("models", id_or_path, revision, hub_cache_root().as_deref())
 }
 
 /// A dataset's folder: `repo` itself where it exists, else the snapshot of that Hub id at
@@ -25,11 +25,13 @@ pub fn resolve_model(id_or_path: &str, revision: Option<&str>) -> Result<PathBuf
 /// # Errors
 /// As [`resolve_model`].
 pub fn resolve_dataset(repo: &str, revision: Option<&str>) -> Result<PathBuf> {
-    resolve("datasets", repo, revision, cache_root().as_deref())
+    resolve("datasets", repo, revision, hub_cache_root().as_deref())
 }
 
-/// The folder that holds all repositories, by the rules of the Hub's own client.
-fn cache_root() -> Option<PathBuf> {
+/// The folder that holds all repositories, by the rules of the Hub's own client; `None` where no
+/// environment variable leads to one.
+#[must_use]
+pub fn hub_cache_root() -> Option<PathBuf> {
     let variable = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     variable("HF_HUB_CACHE")
         .or_else(|| variable("HF_HOME").map(|home| home.join("hub")))
@@ -62,8 +64,13 @@ fn resolve(kind: &str, id: &str, revision: Option<&str>, root: Option<&Path>) ->
     if is_plain(&commit) && folder.is_dir() {
         return Ok(folder);
     }
+    let request = match (kind, revision) {
+        ("models", "main") => id.to_owned(),
+        ("models", other) => format!("{id} --revision {other}"),
+        _ => format!("--dataset {id}:CONFIG:SPLIT"),
+    };
     let (id, revision) = (id.to_owned(), revision.to_owned());
-    Err(Error::NotInHubCache { id, revision, looked_in: repository })
+    Err(Error::NotInHubCache { id, revision, looked_in: repository, request })
 }
 
 /// A name in the Hub's characters that is no hidden or parent folder.
@@ -90,7 +97,8 @@ mod tests {
             assert_eq!(find(revision).unwrap(), repository.join("snapshots/abc123"));
         }
         let message = find(Some("v2")).unwrap_err().to_string();
-        for part in ["HF_HOME", "v2", "HF_HUB_OFFLINE", "models--org--name", "local folder"] {
+        let fetch = "`gptq fetch org/name --revision v2`";
+        for part in ["HF_HOME", "v2", fetch, "models--org--name", "local folder"] {
             assert!(message.contains(part), "{message}");
         }
         assert!(find(Some("evil")).is_err());

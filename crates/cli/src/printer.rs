@@ -29,6 +29,12 @@ impl Printer {
         Self { quiet, bars, phase: Mutex::new(None) }
     }
 
+    /// Whether progress is shown as bars.
+    #[cfg(feature = "hub")]
+    pub(crate) fn shows_bars(&self) -> bool {
+        self.bars
+    }
+
     /// A line about what is being done.
     pub(crate) fn note(&self, message: &str) {
         if !self.quiet {

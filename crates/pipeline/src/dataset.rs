@@ -111,12 +111,17 @@ impl DatasetSpec {
     /// As [`rows`](Self::rows).
     pub fn load(&self) -> Result<Dataset, TextError> {
         let rows = self.rows()?;
-        let hub = match &self.place {
-            Place::Hub(hub) => Some(hub.clone()),
-            Place::File(..) => None,
-        };
-        let identity = DatasetIdentity::new(self.to_string(), hub, &rows);
+        let identity = DatasetIdentity::new(self.to_string(), self.hub().cloned(), &rows);
         Ok(Dataset { rows, identity })
+    }
+
+    /// The split on the Hub, unless the dataset is a local file.
+    #[must_use]
+    pub fn hub(&self) -> Option<&HubSplit> {
+        match &self.place {
+            Place::Hub(hub) => Some(hub),
+            Place::File(..) => None,
+        }
     }
 
     /// The same dataset with a relative local path taken from `folder`; others are unchanged.

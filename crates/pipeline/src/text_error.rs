@@ -23,8 +23,8 @@ pub enum TextError {
     },
     /// The Hub dataset is not in the local cache.
     #[error(
-        "Dataset `{dataset}` is not available offline; download it into the Hugging Face cache \
-         first, or give a local file"
+        "Dataset `{dataset}` is not in the Hub cache: download it with `gptq fetch --dataset \
+         {dataset}`, or give a local file"
     )]
     NotCached {
         /// The dataset as named by the user.
@@ -34,7 +34,8 @@ pub enum TextError {
     },
     /// The dataset's snapshot has no files for the configuration and split.
     #[error(
-        "Dataset `{dataset}` has no {looked_for} in `{}`; it holds {available}",
+        "Dataset `{dataset}` has no {looked_for} in `{}` (download it with `gptq fetch --dataset \
+         {dataset}`); it holds {available}",
         folder.display()
     )]
     SplitNotFound {

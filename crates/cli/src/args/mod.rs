@@ -1,6 +1,8 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
 
 mod device;
+mod fetch;
+mod push;
 mod values;
 mod verify;
 
@@ -16,6 +18,8 @@ use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_quant::Recipe;
 
 pub(crate) use device::DeviceArgs;
+pub(crate) use fetch::FetchArgs;
+pub(crate) use push::PushArgs;
 pub(crate) use values::GroupSize;
 pub(crate) use verify::VerifyArgs;
 
@@ -43,6 +47,8 @@ pub(crate) enum Command {
     Sweep(SweepArgs),
     Bench(BenchArgs),
     Doctor(DoctorArgs),
+    Fetch(FetchArgs),
+    Push(PushArgs),
 }
 
 /// Make one quantised checkpoint

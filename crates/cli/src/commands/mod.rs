@@ -2,12 +2,18 @@
 
 mod bench;
 mod doctor;
+#[cfg(feature = "hub")]
+mod fetch;
 mod inspect;
 mod plan;
 mod ppl;
+#[cfg(feature = "hub")]
+mod push;
 mod quantize;
 mod sweep;
 mod table;
+#[cfg(feature = "hub")]
+mod transfer;
 mod verify;
 
 use std::io::Write;
@@ -30,6 +36,14 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Sweep(args) => sweep::run(&args, printer),
         Command::Bench(args) => bench::run(&args, printer),
         Command::Doctor(args) => doctor::run(&args),
+        #[cfg(feature = "hub")]
+        Command::Fetch(args) => fetch::run(&args, printer),
+        #[cfg(feature = "hub")]
+        Command::Push(args) => push::run(&args, printer),
+        #[cfg(not(feature = "hub"))]
+        Command::Fetch(_) | Command::Push(_) => {
+            anyhow::bail!("This build has no Hub access; build it without --no-default-features")
+        }
     }
 }
 

@@ -25,7 +25,8 @@ pub(crate) fn gigabytes(bytes: u64) -> String {
 /// Bytes in a unit that keeps three digits or so.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
-        0..10_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        0..1000 => format!("{bytes} B"),
+        1000..10_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
         10_000_000..10_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => gigabytes(bytes),
     }

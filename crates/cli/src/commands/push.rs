@@ -1,0 +1,75 @@
+//! `gptq push`: folders to branches on the Hub.
+
+use anyhow::Result;
+use gptq_hub::{BranchPlan, Hub, PushRequest, plan_push, push};
+use serde::Serialize;
+
+use super::table::{size, table};
+use super::transfer::Transfer;
+use super::{print_json, print_result};
+use crate::args::PushArgs;
+use crate::printer::Printer;
+
+/// What `--json` prints of a dry run.
+#[derive(Serialize)]
+struct Plan<'a> {
+    repo: &'a str,
+    files: usize,
+    bytes: u64,
+    branches: &'a [BranchPlan],
+}
+
+/// What `--json` prints of an upload.
+#[derive(Serialize)]
+struct Output<'a> {
+    repo: &'a str,
+    address: String,
+    branches: Vec<&'a str>,
+    uploaded_files: usize,
+    uploaded_bytes: u64,
+    unchanged_files: usize,
+}
+
+pub(crate) fn run(args: &PushArgs, printer: &Printer) -> Result<()> {
+    let repo = &args.repo;
+    let branches = plan_push(&args.dir, args.branch.as_deref())?;
+    if args.dry_run {
+        let files = || branches.iter().flat_map(|plan| &plan.files);
+        let bytes = files().map(|file| file.bytes).sum();
+        let plan = Plan { repo, files: files().count(), bytes, branches: &branches };
+        return if args.json { print_json(&plan) } else { print_result(&listing(&plan)) };
+    }
+    let hub = Hub::from_env(args.retries)?;
+    let request = PushRequest { repo, private: args.private, branches: &branches };
+    let done = push(&hub, &request, &Transfer::new(printer))?;
+    let output = Output {
+        repo,
+        address: hub.address(repo),
+        branches: branches.iter().map(|plan| plan.branch.as_str()).collect(),
+        uploaded_files: done.files,
+        uploaded_bytes: done.bytes,
+        unchanged_files: done.unchanged,
+    };
+    if args.json { print_json(&output) } else { print_result(&summary(&output)) }
+}
+
+fn listing(plan: &Plan<'_>) -> String {
+    let mut rows = Vec::new();
+    for branch in plan.branches {
+        for file in &branch.files {
+            rows.push(vec![branch.branch.clone(), file.path.clone(), size(file.bytes)]);
+        }
+    }
+    let (files, branches, total) = (plan.files, plan.branches.len(), size(plan.bytes));
+    let text = table(&["branch", "file", "size"], 2, &rows);
+    format!("{text}{files} files on {branches} branches of {}, {total}", plan.repo)
+}
+
+fn summary(output: &Output<'_>) -> String {
+    let (files, bytes) = (output.uploaded_files, size(output.uploaded_bytes));
+    let unchanged = match output.unchanged_files {
+        0 => String::new(),
+        n => format!(", {n} were there already"),
+    };
+    format!("{}: {files} files uploaded, {bytes}{unchanged}", output.address)
+}

@@ -1,0 +1,177 @@
+//! The standard cache of one repository: `blobs/` by hash, `snapshots/COMMIT/` of links to them,
+//! `refs/REVISION` with a commit.
+//!
+//! Links and references are made only when every blob is there, so that a download which was cut
+//! short is never taken for a model. The layout and the lock files are those of huggingface_hub:
+//! its Python client and this one may share a cache.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::api::{Kind, RemoteFile};
+use crate::hash::Digest;
+use crate::{Error, Progress, Result};
+
+pub(crate) struct RepoCache {
+    root: PathBuf,
+    name: String,
+}
+
+impl RepoCache {
+    /// Makes the folders of a repository in the cache `root`.
+    pub(crate) fn create(root: &Path, kind: Kind, id: &str) -> Result<Self> {
+        let name = format!("{}--{}", kind.plural(), id.replace('/', "--"));
+        let cache = Self { root: root.to_owned(), name };
+        make_folder(&cache.folder().join("blobs"))?;
+        Ok(cache)
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.root.join(&self.name)
+    }
+
+    pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
+        self.folder().join("snapshots").join(commit)
+    }
+
+    pub(crate) fn blob(&self, digest: &Digest) -> PathBuf {
+        self.folder().join("blobs").join(digest.hex())
+    }
+
+    /// A blob that is still arriving.
+    pub(crate) fn incomplete(&self, digest: &Digest) -> PathBuf {
+        self.folder().join("blobs").join(format!("{}.incomplete", digest.hex()))
+    }
+
+    /// Bytes of a file that need not be downloaded: all, some or none.
+    pub(crate) fn present(&self, file: &RemoteFile) -> u64 {
+        let bytes = |path: PathBuf| fs::metadata(path).map_or(0, |meta| meta.len());
+        match bytes(self.blob(&file.digest)) {
+            whole if whole == file.bytes => whole,
+            _ => bytes(self.incomplete(&file.digest)).min(file.bytes),
+        }
+    }
+
+    /// Whether the blob is there. It got its name when it had been checked.
+    pub(crate) fn is_complete(&self, file: &RemoteFile) -> bool {
+        fs::metadata(self.blob(&file.digest)).is_ok_and(|meta| meta.len() == file.bytes)
+    }
+
+    /// Keeps other processes from writing the same blob until dropped.
+    pub(crate) fn lock(&self, file: &RemoteFile, progress: &dyn Progress) -> Result<File> {
+        let folder = self.root.join(".locks").join(&self.name);
+        make_folder(&folder)?;
+        let path = folder.join(format!("{}.lock", file.digest.hex()));
+        let lock = File::create(&path).map_err(Error::io("create", &path))?;
+        let mut told = false;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => return Ok(lock),
+                Err(TryLockError::WouldBlock) => {
+                    if !told {
+                        progress.note(&format!("waiting for another download of {}", file.path));
+                        told = true;
+                    }
+                    std::thread::sleep(Duration::from_millis(500));
+                }
+                Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path)(e)),
+            }
+        }
+    }
+
+    /// Refuses a download that the disk cannot hold.
+    pub(crate) fn check_space(&self, needed: u64) -> Result<()> {
+        let path = self.folder();
+        let stat = rustix::fs::statvfs(&path).map_err(|e| Error::io("inspect", &path)(e.into()))?;
+        let available = stat.f_bavail.saturating_mul(stat.f_frsize);
+        if available >= needed {
+            return Ok(());
+        }
+        Err(Error::DiskSpace { path, needed, available })
+    }
+
+    /// Publishes files whose blobs are all there as `revision`, which is `commit` now.
+    pub(crate) fn publish(
+        &self,
+        revision: &str,
+        commit: &str,
+        files: &[RemoteFile],
+    ) -> Result<PathBuf> {
+        let snapshot = self.snapshot(commit);
+        for file in files {
+            let link = snapshot.join(&file.path);
+            make_folder(link.parent().unwrap_or(&snapshot))?;
+            let up = "../".repeat(file.path.split('/').count() + 1);
+            let target = format!("{up}blobs/{}", file.digest.hex());
+            if fs::read_link(&link).is_ok_and(|there| there == Path::new(&target)) {
+                continue;
+            }
+            if link.symlink_metadata().is_ok() {
+                fs::remove_file(&link).map_err(Error::io("replace", &link))?;
+            }
+            std::os::unix::fs::symlink(target, &link).map_err(Error::io("create", &link))?;
+        }
+        if revision != commit {
+            let reference = self.folder().join("refs").join(revision);
+            make_folder(reference.parent().unwrap_or(&reference))?;
+            fs::write(&reference, commit).map_err(Error::io("write", &reference))?;
+        }
+        Ok(snapshot)
+    }
+}
+
+fn make_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(Error::io("create", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_lead_to_blobs_however_deep_they_lie() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::create(root.path(), Kind::Model, "org/name").unwrap();
+        let file = |path: &str, digit: &str| RemoteFile {
+            path: path.to_owned(),
+            bytes: 4,
+            digest: Digest::parse(&digit.repeat(40)).unwrap(),
+        };
+        let files = [file("config.json", "a"), file("LLAMA 2 LICENSE/LICENSE.txt", "b")];
+        for file in &files {
+            assert!(!cache.is_complete(file));
+            fs::write(cache.incomplete(&file.digest), "12").unwrap();
+            assert_eq!(cache.present(file), 2);
+            fs::write(cache.blob(&file.digest), &file.path[..4]).unwrap();
+            assert!(cache.is_complete(file));
+        }
+        // A second time, and over what an older version left.
+        for commit in ["c0ffee", "c0ffee", "decaf"] {
+            let snapshot = cache.publish("refs/pr/1", commit, &files).unwrap();
+            assert_eq!(snapshot, root.path().join("models--org--name/snapshots").join(commit));
+            for file in &files {
+                let text = fs::read_to_string(snapshot.join(&file.path)).unwrap();
+                assert_eq!(text, file.path[..4]);
+            }
+            let reference = root.path().join("models--org--name/refs/refs/pr/1");
+            assert_eq!(fs::read_to_string(reference).unwrap(), commit);
+        }
+        let changed = [file("config.json", "b")];
+        let snapshot = cache.publish("decaf", "decaf", &changed).unwrap();
+        assert_eq!(fs::read_to_string(snapshot.join("config.json")).unwrap(), "LLAM");
+        assert!(!root.path().join("models--org--name/refs/decaf").exists());
+    }
+
+    #[test]
+    fn a_full_disk_is_noticed_before_it_is_full() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::create(root.path(), Kind::Dataset, "org/name").unwrap();
+        cache.check_space(1).unwrap();
+        let message = cache.check_space(u64::MAX).unwrap_err().to_string();
+        assert!(
+            message.contains("datasets--org--name") && message.contains("HF_HOME"),
+            "{message}"
+        );
+    }
+}

@@ -1,0 +1,137 @@
+//! A model or a split of a dataset: listed, chosen, downloaded side by side, published.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::api::{Api, Kind, RemoteFile};
+use crate::cache::RepoCache;
+use crate::download::Download;
+use crate::hub::check_revision;
+use crate::needed::{available_splits, model_files, split_files};
+use crate::progress::Meter;
+use crate::{Error, Hub, Progress, Result};
+
+/// Files downloaded at a time: one connection seldom fills a fast line.
+const CONNECTIONS: usize = 4;
+
+/// What to download.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Weights, configuration, tokeniser and licences of the model `ORG/NAME`.
+    Model(String),
+    /// The parquet files of a split.
+    Dataset {
+        /// `ORG/NAME`, or `NAME` for the Hub's oldest datasets.
+        id: String,
+        /// The configuration, a folder of the repository.
+        config: String,
+        /// The split.
+        split: String,
+    },
+}
+
+/// What is in the cache now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fetched {
+    /// The snapshot's folder.
+    pub folder: PathBuf,
+    /// The commit that the revision stood for.
+    pub commit: String,
+    /// Files of the snapshot that were asked for.
+    pub files: usize,
+    /// Bytes on disk; equal files are stored once.
+    pub bytes: u64,
+    /// Bytes that came over the network.
+    pub downloaded: u64,
+}
+
+/// Downloads what is missing of `source` at `revision` (a branch, tag or commit) into `cache`, the
+/// folder that holds all repositories.
+///
+/// Each file is checked by size and hash before it gets its name. What has arrived stays when this
+/// fails, and the next call goes on from there.
+///
+/// # Errors
+/// When the network is forbidden or fails for too long, the Hub refuses, the repository has not
+/// what was asked for, a file arrives wrong twice, or the disk is full.
+pub fn fetch(
+    hub: &Hub,
+    source: &Source,
+    revision: &str,
+    cache: &Path,
+    progress: &dyn Progress,
+) -> Result<Fetched> {
+    let (kind, id) = match source {
+        Source::Model(id) => (Kind::Model, id),
+        Source::Dataset { id, .. } => (Kind::Dataset, id),
+    };
+    check_revision(revision)?;
+    let api = Api::new(hub, kind, id)?;
+    let commit = api.commit(revision, progress)?;
+    let listing = api.files(&commit, progress)?;
+    let files = choose(source, &listing)?;
+
+    let cache = RepoCache::create(cache, kind, id)?;
+    // Equal files are one blob.
+    let blobs: BTreeMap<&str, &RemoteFile> = files.iter().map(|f| (f.digest.hex(), f)).collect();
+    let bytes = blobs.values().map(|file| file.bytes).sum();
+    let present: u64 = blobs.values().map(|file| cache.present(file)).sum();
+    cache.check_space(bytes - present)?;
+    let missing: Vec<&RemoteFile> =
+        blobs.into_values().filter(|file| !cache.is_complete(file)).collect();
+    if !missing.is_empty() {
+        progress.begin(id, bytes, present);
+        let meter = Meter::new(progress, present);
+        let stop = AtomicBool::new(false);
+        let all = Download { api: &api, cache: &cache, commit: &commit, meter, stop };
+        let result = download(&all, &missing);
+        progress.end();
+        result?;
+    }
+    let folder = cache.publish(revision, &commit, &files)?;
+    Ok(Fetched { folder, commit, files: files.len(), bytes, downloaded: bytes - present })
+}
+
+fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<RemoteFile>> {
+    match source {
+        Source::Model(id) => {
+            model_files(listing).ok_or_else(|| Error::NoWeights { repo: id.clone() })
+        }
+        Source::Dataset { id, config, split } => {
+            let files = split_files(listing, config, split);
+            if files.is_empty() {
+                let available = available_splits(listing);
+                let (repo, config, split) = (id.clone(), config.clone(), split.clone());
+                return Err(Error::NoSplit { repo, config, split, available });
+            }
+            Ok(files)
+        }
+    }
+}
+
+/// All of `files`, several at a time; the first failure stops the others.
+fn download(all: &Download<'_>, files: &[&RemoteFile]) -> Result<()> {
+    let queue = Mutex::new(files.iter());
+    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+    let work = || -> Result<()> {
+        while let Some(file) = next() {
+            if let Err(error) = all.file(file) {
+                all.stop.store(true, Ordering::Relaxed);
+                return Err(error);
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(work)).collect();
+        let panicked = || Error::Answer {
+            what: all.api.id().to_owned(),
+            reason: "a download thread panicked".to_owned(),
+        };
+        let results = workers.into_iter().map(std::thread::ScopedJoinHandle::join);
+        let results: Vec<_> = results.map(|r| r.unwrap_or_else(|_| Err(panicked()))).collect();
+        results.into_iter().collect()
+    })
+}

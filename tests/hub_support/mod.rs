@@ -1,0 +1,375 @@
+//! A stand-in for the Hugging Face Hub on 127.0.0.1, with faults on demand.
+//!
+//! It speaks what the command's downloads and hf-hub's uploads use: revisions, paged listings,
+//! files with ranges (large ones from a second host, as the Hub's are), repositories, branches,
+//! commits, and the Xet storage that large files are uploaded to.
+
+mod http;
+mod xet;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use serde_json::{Value, json};
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+
+pub(crate) use http::Request;
+use http::{Answer, serve};
+
+/// The only token that may write.
+pub(crate) const TOKEN: &str = "hf_TestTokenThatNobodyMaySee";
+
+/// Entries of a listing's page, so that every test turns pages.
+const PAGE: usize = 3;
+
+/// What a fault does to a request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fault {
+    /// Answers with this status.
+    Status(u16),
+    /// Closes the connection in the middle of the body.
+    Cut,
+    /// Flips a bit of the body.
+    Damage,
+    /// Leaves the last byte out, in good order.
+    Short,
+    /// Ignores the range asked for.
+    Whole,
+}
+
+/// A repository: its branches, and the files of each commit.
+#[derive(Default)]
+pub(crate) struct Repository {
+    pub(crate) private: bool,
+    pub(crate) branches: BTreeMap<String, String>,
+    pub(crate) commits: BTreeMap<String, BTreeMap<String, Vec<u8>>>,
+    history: Vec<String>,
+}
+
+impl Repository {
+    /// Adds a commit on a branch, made where it is missing; gives its name.
+    pub(crate) fn commit(&mut self, branch: &str, files: BTreeMap<String, Vec<u8>>) -> String {
+        let name = hex(&Sha1::digest(format!("{branch}{}", self.history.len())));
+        self.branches.insert(branch.to_owned(), name.clone());
+        self.commits.insert(name.clone(), files);
+        self.history.push(name.clone());
+        name
+    }
+
+    /// The files of a branch, tag or commit.
+    pub(crate) fn files(&self, revision: &str) -> Option<&BTreeMap<String, Vec<u8>>> {
+        self.commits.get(self.branches.get(revision).map_or(revision, String::as_str))
+    }
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    /// By `models/org/name` or `datasets/org/name`.
+    pub(crate) repositories: BTreeMap<String, Repository>,
+    /// Requests to come that go wrong: method and a part of the path, how, how often.
+    pub(crate) faults: Vec<(&'static str, String, Fault, usize)>,
+    /// Every request, in order.
+    pub(crate) log: Vec<Request>,
+    /// Reading needs the token, too.
+    pub(crate) closed: bool,
+    /// Sizes that listings claim instead of the true ones.
+    pub(crate) claimed: BTreeMap<String, u64>,
+    /// Large contents by SHA-256, as uploaded.
+    pub(crate) stored: BTreeMap<String, Vec<u8>>,
+}
+
+pub(crate) struct StandIn {
+    state: Arc<Mutex<State>>,
+    pub(crate) address: String,
+}
+
+impl StandIn {
+    pub(crate) fn start() -> Self {
+        let state = Arc::new(Mutex::new(State::default()));
+        let storage = {
+            let state = Arc::clone(&state);
+            serve(move |request| storage(&mut state.lock().unwrap(), request))
+        };
+        let address = {
+            let state = Arc::clone(&state);
+            serve(move |request| hub(&mut state.lock().unwrap(), request, &storage))
+        };
+        Self { state, address }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// Puts files on the branch `main` of `models/org/name` or the like; gives the commit.
+    pub(crate) fn publish(&self, repository: &str, files: &[(&str, &[u8])]) -> String {
+        let files = files.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec()));
+        let mut state = self.state();
+        state.repositories.entry(repository.to_owned()).or_default().commit("main", files.collect())
+    }
+
+    /// The next `times` requests of this method whose path holds `part` go wrong.
+    pub(crate) fn fail(&self, method: &'static str, part: &str, fault: Fault, times: usize) {
+        self.state().faults.push((method, part.to_owned(), fault, times));
+    }
+
+    /// How many requests of this method had `part` in their path.
+    pub(crate) fn count(&self, method: &str, part: &str) -> usize {
+        let state = self.state();
+        state.log.iter().filter(|r| r.method == method && r.path.contains(part)).count()
+    }
+
+    pub(crate) fn forget_requests(&self) {
+        self.state().log.clear();
+    }
+}
+
+/// Files that the Hub keeps outside of git.
+fn is_large(path: &str) -> bool {
+    [".safetensors", ".bin", ".parquet"].iter().any(|ending| path.ends_with(ending))
+}
+
+/// The fault planned for a request, if there is one; noted in the log either way.
+fn next_fault(state: &mut State, request: &Request) -> Option<Fault> {
+    state.log.push(request.clone());
+    let planned = state.faults.iter_mut().find(|(method, part, _, times)| {
+        *times > 0 && *method == request.method && request.path.contains(part.as_str())
+    })?;
+    planned.3 -= 1;
+    Some(planned.2)
+}
+
+/// The Hub itself.
+fn hub(state: &mut State, request: &Request, storage: &str) -> Answer {
+    let fault = next_fault(state, request);
+    if let Some(Fault::Status(status)) = fault {
+        // As a careless server may: the token comes back in an error.
+        return Answer::refusal(status, &format!("no, {}", request.authorization));
+    }
+    if request.authorization != format!("Bearer {TOKEN}")
+        && (state.closed || request.method == "POST" || !request.authorization.is_empty())
+    {
+        return Answer::refusal(401, "Invalid username or password.");
+    }
+    let (path, query) = request.path.split_once('?').unwrap_or((&request.path, ""));
+    let parts: Vec<String> = path.trim_start_matches('/').split('/').map(http::decode).collect();
+    let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+    match (request.method.as_str(), parts.as_slice()) {
+        ("GET", ["api", kind, org, name, rest @ ..]) => {
+            match state.repositories.get(&format!("{kind}/{org}/{name}")) {
+                None => Answer::refusal(404, "Repository not found").code("RepoNotFound"),
+                Some(_) if rest.first() == Some(&"xet-write-token") => Answer::json(&json!({
+                    "accessToken": "xet", "exp": 4_000_000_000_u64, "casUrl": storage,
+                })),
+                Some(repository) => described(repository, &state.claimed, rest, query),
+            }
+        }
+        ("POST", ["api", "repos", "create"]) => create(state, &request.json()),
+        ("POST", ["api", "models", org, name, action, revision]) => {
+            let large = state.stored.clone();
+            match state.repositories.get_mut(&format!("models/{org}/{name}")) {
+                None => Answer::refusal(404, "Repository not found").code("RepoNotFound"),
+                Some(repository) => change(repository, action, revision, request, &large),
+            }
+        }
+        ("POST", [_, _, "info", "lfs", "objects", "batch"]) => {
+            Answer::json(&json!({"transfer": "xet", "objects": []}))
+        }
+        ("GET", ["datasets", org, name, "resolve", commit, path @ ..]) => {
+            let key = format!("datasets/{org}/{name}");
+            resolved(state, &key, commit, &path.join("/"), request, fault, storage)
+        }
+        ("GET", [org, name, "resolve", commit, path @ ..]) => {
+            let key = format!("models/{org}/{name}");
+            resolved(state, &key, commit, &path.join("/"), request, fault, storage)
+        }
+        _ => Answer::refusal(404, "no such page"),
+    }
+}
+
+/// What the API says of a repository that is there.
+fn described(
+    repository: &Repository,
+    claimed: &BTreeMap<String, u64>,
+    rest: &[&str],
+    query: &str,
+) -> Answer {
+    match *rest {
+        [] => Answer::json(&json!({"id": "org/name", "private": repository.private})),
+        ["refs"] => {
+            let branch = |(name, commit): (&String, &String)| json!({"name": name, "ref": format!("refs/heads/{name}"), "targetCommit": commit});
+            let branches: Vec<Value> = repository.branches.iter().map(branch).collect();
+            Answer::json(&json!({"branches": branches, "tags": []}))
+        }
+        ["commits", "main"] => {
+            let commit = |id: &String| json!({"id": id, "authors": [], "title": "", "message": ""});
+            // The newest comes first.
+            Answer::json(&repository.history.iter().rev().map(commit).collect())
+        }
+        ["revision", revision] => match repository.files(revision) {
+            Some(_) => {
+                let commit = repository.branches.get(revision).map_or(revision, String::as_str);
+                Answer::json(&json!({"sha": commit}))
+            }
+            None => Answer::refusal(404, "Invalid rev id").code("RevisionNotFound"),
+        },
+        ["tree", revision] => match repository.files(revision) {
+            Some(files) => tree(files, claimed, query),
+            None => Answer::refusal(404, "Invalid rev id").code("RevisionNotFound"),
+        },
+        _ => Answer::refusal(404, "no such page"),
+    }
+}
+
+/// A page of a listing, with a folder among the files.
+fn tree(files: &BTreeMap<String, Vec<u8>>, claimed: &BTreeMap<String, u64>, query: &str) -> Answer {
+    assert!(query.contains("recursive=true"), "{query}");
+    let start: usize = query.split("cursor=").nth(1).map_or(0, |cursor| cursor.parse().unwrap());
+    let mut entries = vec![json!({"type": "directory", "oid": "", "path": "folder", "size": 0})];
+    for (path, bytes) in files {
+        let size = claimed.get(path).copied().unwrap_or(bytes.len() as u64);
+        let mut entry = json!({"type": "file", "oid": git_hash(bytes), "path": path, "size": size});
+        if is_large(path) {
+            entry["lfs"] = json!({"oid": sha256(bytes), "size": size, "pointerSize": 130});
+        }
+        entries.push(entry);
+    }
+    let page: Vec<&Value> = entries.iter().skip(start).take(PAGE).collect();
+    let answer = Answer::json(&json!(page));
+    if start + PAGE >= entries.len() {
+        return answer;
+    }
+    let next = format!("<?recursive=true&cursor={}>; rel=\"next\"", start + PAGE);
+    answer.header("Link", &next)
+}
+
+/// A file: small ones at once, large ones by a detour to the storage, as on the Hub.
+fn resolved(
+    state: &mut State,
+    key: &str,
+    commit: &str,
+    path: &str,
+    request: &Request,
+    fault: Option<Fault>,
+    storage: &str,
+) -> Answer {
+    let Some(bytes) = state.repositories.get(key).and_then(|r| r.commits.get(commit)?.get(path))
+    else {
+        return Answer::refusal(404, "Entry not found").code("EntryNotFound");
+    };
+    if !is_large(path) {
+        return Answer::file(bytes, request, fault);
+    }
+    let name = sha256(bytes);
+    state.stored.insert(name.clone(), bytes.clone());
+    if let Some(fault) = fault {
+        // The storage is the one that fails.
+        state.faults.push(("GET", name.clone(), fault, 1));
+    }
+    Answer::redirect(&format!("{storage}/file/{name}"))
+}
+
+/// The storage behind the Hub: files to download, and Xet's uploads.
+fn storage(state: &mut State, request: &Request) -> Answer {
+    let fault = next_fault(state, request);
+    if let Some(Fault::Status(status)) = fault {
+        return Answer::refusal(status, "the storage is tired");
+    }
+    match request.path.strip_prefix("/file/") {
+        Some(name) => {
+            assert_eq!(request.authorization, "", "the token went to another host");
+            Answer::file(&state.stored[name], request, fault)
+        }
+        None => xet::answer(state, request),
+    }
+}
+
+fn create(state: &mut State, body: &Value) -> Answer {
+    let (org, name) = (body["organization"].as_str().unwrap(), body["name"].as_str().unwrap());
+    let key = format!("models/{org}/{name}");
+    if state.repositories.contains_key(&key) {
+        return Answer::refusal(409, "You already created this model repo");
+    }
+    let mut repository = Repository { private: body["private"] == true, ..Default::default() };
+    let attributes = b"*.safetensors filter=lfs\n".to_vec();
+    repository.commit("main", BTreeMap::from([(".gitattributes".to_owned(), attributes)]));
+    state.repositories.insert(key, repository);
+    Answer::json(&json!({"url": format!("http://hub/{org}/{name}")}))
+}
+
+/// Branches and commits.
+fn change(
+    repository: &mut Repository,
+    action: &str,
+    revision: &str,
+    request: &Request,
+    large: &BTreeMap<String, Vec<u8>>,
+) -> Answer {
+    match action {
+        "branch" if repository.branches.contains_key(revision) => {
+            Answer::refusal(409, "Reference already exists")
+        }
+        "branch" => {
+            let start = request.json()["startingPoint"].as_str().unwrap().to_owned();
+            assert!(repository.commits.contains_key(&start));
+            repository.branches.insert(revision.to_owned(), start);
+            Answer::json(&json!({}))
+        }
+        "preupload" => {
+            let mode = |file: &Value| {
+                let path = file["path"].as_str().unwrap();
+                let mode = if is_large(path) { "lfs" } else { "regular" };
+                json!({"path": path, "uploadMode": mode})
+            };
+            let body = request.json();
+            let files: Vec<Value> = body["files"].as_array().unwrap().iter().map(mode).collect();
+            Answer::json(&json!({"files": files}))
+        }
+        "commit" => {
+            let mut files = repository.files(revision).unwrap().clone();
+            for line in String::from_utf8(request.body.clone()).unwrap().lines() {
+                let line: Value = serde_json::from_str(line).unwrap();
+                let value = &line["value"];
+                let path = || value["path"].as_str().unwrap().to_owned();
+                match line["key"].as_str().unwrap() {
+                    "header" => {}
+                    "file" => {
+                        files.insert(path(), http::base64(value["content"].as_str().unwrap()));
+                    }
+                    "lfsFile" => {
+                        let name = value["oid"].as_str().unwrap();
+                        let Some(bytes) = large.get(name) else {
+                            return Answer::refusal(400, &format!("{name} was not uploaded"));
+                        };
+                        assert_eq!(value["size"], bytes.len());
+                        files.insert(path(), bytes.clone());
+                    }
+                    other => panic!("{other} in a commit"),
+                }
+            }
+            let name = repository.commit(revision, files);
+            Answer::json(&json!({"commitOid": name}))
+        }
+        other => Answer::refusal(404, &format!("no {other}")),
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+pub(crate) fn git_hash(bytes: &[u8]) -> String {
+    let mut hasher = Sha1::new();
+    hasher.update(format!("blob {}\0", bytes.len()));
+    hasher.update(bytes);
+    hex(&hasher.finalize())
+}
