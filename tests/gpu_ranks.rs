@@ -2,6 +2,7 @@
 //!
 //! Skipped, with the reason, where there are not two cards and NCCL; the environment must have
 //! `NCCL_NVLS_ENABLE=0` and `NCCL_P2P_DIRECT_DISABLE=1`, which the program sets by itself.
+//! `GPTQ_GPU_TIMING=1` adds the times of a 70B model's largest factor and sum.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports its errors")]
 
@@ -154,6 +155,48 @@ fn cards_factor_together_what_one_factors_alone() {
             println!("{n}: {seconds:?}");
         }
         check(&format!("factor {n}"), &Tensor::from_host(outcomes[0].1.clone()), alone, 1e-3);
+    }
+}
+
+#[test]
+fn timings_of_the_largest_factor() {
+    if std::env::var_os("GPTQ_GPU_TIMING").is_none() {
+        println!("skipped: GPTQ_GPU_TIMING is not set");
+        return;
+    }
+    let Some(devices) = cards() else { return };
+    for n in [8192_usize, 16_384, 28_672] {
+        let order: Vec<u32> = (0..n as u32).rev().collect();
+        let dead = vec![false; n];
+        let prep = HessianPrep { scale: 2.0, order: &order, dead: &dead, damp: 40.0 };
+        let outcomes = on_cards(&devices, |device, ranks| {
+            let mut sum = gram(device, n);
+            let timed = |what: &mut dyn FnMut() -> Result<()>| {
+                let mut least = f64::INFINITY;
+                for _ in 0..3 {
+                    device.synchronize("before")?;
+                    ranks.exchange(Vec::new())?;
+                    let start = Instant::now();
+                    what()?;
+                    device.synchronize("the timed work")?;
+                    least = least.min(start.elapsed().as_secs_f64() * 1e3);
+                }
+                Ok::<_, Error>(least)
+            };
+            let alone = timed(&mut || sum.upper_factor(&prep).map(|_| ()))?;
+            let mut tensor = device.zeros(n, n)?;
+            let summed = timed(&mut || ranks.sum(&mut tensor))?;
+            ranks.sum_gram(&mut sum)?;
+            let together = timed(&mut || sum.upper_factor(&prep).map(|_| ()))?;
+            Ok((alone, together, summed))
+        });
+        for (rank, outcome) in outcomes.into_iter().enumerate() {
+            let (alone, together, summed) = outcome.unwrap();
+            println!(
+                "{n}, card {rank}: factor alone {alone:.1} ms, together {together:.1} ms; \
+                 all-reduce {summed:.1} ms"
+            );
+        }
     }
 }
 

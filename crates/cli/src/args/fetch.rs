@@ -13,7 +13,6 @@ use gptq_pipeline::dataset::DatasetSpec;
 #[command(after_help = "Examples:
   gptq fetch HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext:wikitext-2-raw-v1:test
   gptq fetch stabilityai/StableBeluga2 --revision main --json")]
-#[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "a build without the Hub refuses"))]
 pub(crate) struct FetchArgs {
     /// Model on the Hub: weights (safetensors, else PyTorch), configuration, tokeniser, licences
     #[arg(value_name = "ORG/NAME", required_unless_present = "dataset")]

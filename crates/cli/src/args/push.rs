@@ -13,7 +13,6 @@ use clap::Args;
 #[command(after_help = "Examples:
   gptq push ./branches --repo me/StableBeluga2-70B-GPTQ --dry-run
   gptq push ./4bit-128g --repo me/SmolLM2-135M-GPTQ --branch 4bit-128g --private")]
-#[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "a build without the Hub refuses"))]
 pub(crate) struct PushArgs {
     /// A checkpoint, or a folder of checkpoints such as gptq sweep makes, named as their branches
     pub(crate) dir: PathBuf,
