@@ -33,8 +33,9 @@ use crate::quantise::{linear_name, next_block, read_ahead};
 
 /// Codes of a linear may be this much worse than the nearest ones (energy).
 const MAX_MISFIT: f64 = 8.0;
-/// Mean gain of a group: farther from 1 its scales or its codes are other weights'.
-const GAINS: std::ops::Range<f64> = 0.5..2.0;
+/// What a group gives along the base's weights, over them: farther from 1 it is other weights'. Noise
+/// and shifts, however large, do not point along the weights.
+const GAINS: std::ops::Range<f64> = 0.55..1.8;
 /// Another group's scales fit a group this much better when they are its own.
 const MIN_SWAP: f64 = 2.0;
 /// Scatter of a group's gains below which its scales are right.
@@ -277,11 +278,12 @@ impl Fit {
     }
 }
 
-/// Sums of one group in one row: of w·ŵ and ŵ².
+/// Sums of one group in one row: of w·ŵ, ŵ² and w².
 #[derive(Clone, Copy, Default)]
 struct Gain {
     product: f64,
     given: f64,
+    wanted: f64,
 }
 
 /// A linear's codes with their grid.
@@ -323,6 +325,7 @@ impl<'a> Grid<'a> {
             let gain = &mut gains[group];
             gain.product += f64::from(w) * f64::from(given);
             gain.given += f64::from(given) * f64::from(given);
+            gain.wanted += f64::from(w) * f64::from(w);
         }
         (deviations, sums, gains)
     }
@@ -332,7 +335,7 @@ impl<'a> Grid<'a> {
 fn farthest_gain(gains: &[Vec<Gain>], groups: usize) -> (usize, f64) {
     let of = |group: usize| {
         let sum = |part: fn(&Gain) -> f64| gains.iter().map(|row| part(&row[group])).sum::<f64>();
-        (group, sum(|g| g.product) / sum(|g| g.given))
+        (group, sum(|g| g.product) / sum(|g| g.wanted))
     };
     let far = |gain: f64| if gain > 0.0 { gain.ln().abs() } else { f64::INFINITY };
     let found = (0..groups).map(of).filter(|(_, gain)| gain.is_finite());
