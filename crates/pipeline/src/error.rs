@@ -137,6 +137,26 @@ pub enum Error {
         "Another gptq sweep is at work on branch `{0}`; wait for it, or split the sweep with --jobs"
     )]
     BranchInUse(String),
+    /// A folder without reports.
+    #[error(
+        "`{}` holds no gptq_report.json, nor does a folder in it; name a folder that gptq sweep or gptq quantize made",
+        .0.display()
+    )]
+    NoReports(PathBuf),
+    /// A template that does not fit what it is given.
+    #[error("The template `{name}` cannot be rendered: {source}")]
+    Template {
+        /// The template.
+        name: &'static str,
+        /// Why.
+        source: minijinja::Error,
+    },
+    /// The same branch found twice.
+    #[error("Branch `{branch}` is named twice; name each folder once")]
+    BranchTwice {
+        /// The branch, with the path where it was found if several have the name.
+        branch: String,
+    },
     /// A branch that a configuration does not have.
     #[error("No branch `{branch}` in `{file}`; it has {known}")]
     UnknownBranch {

@@ -29,6 +29,7 @@ pub mod protocol;
 pub mod python_random;
 pub mod quantise;
 pub mod resume;
+pub mod report;
 mod stash;
 mod states;
 pub mod sweep;
