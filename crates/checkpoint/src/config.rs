@@ -144,6 +144,15 @@ impl ModelConfig {
         })
     }
 
+    /// Every linear of the model with its full name, block by block.
+    pub fn linears(&self) -> impl Iterator<Item = (String, LinearShape)> {
+        let shapes = self.block_linears();
+        (0..self.num_hidden_layers).flat_map(move |block| {
+            let prefix = Self::block_prefix(block);
+            shapes.map(|shape| (format!("{prefix}.{}", shape.name), shape))
+        })
+    }
+
     /// Prefix of a block's tensors, `model.layers.{block}`.
     #[must_use]
     pub fn block_prefix(block: usize) -> String {

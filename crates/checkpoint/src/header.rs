@@ -5,12 +5,12 @@
 //! checks are our own because the safetensors crate drops all but one of two equal names and does
 //! not say which tensor is at fault.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 
 use safetensors::Dtype;
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
 /// Bytes of the length prefix.
 const PREFIX: usize = 8;
@@ -26,8 +26,12 @@ pub(crate) struct Entry {
     pub(crate) range: Range<usize>,
 }
 
-/// The tensors of a mapped file in order of position, or what is wrong with its header.
-pub(crate) fn parse(file: &[u8]) -> Result<Vec<(String, Entry)>, String> {
+/// What a header says beside its tensors: text by key.
+pub(crate) type Metadata = BTreeMap<String, String>;
+
+/// The tensors of a mapped file in order of position and its metadata, or what is wrong with its
+/// header.
+pub(crate) fn parse(file: &[u8]) -> Result<(Vec<(String, Entry)>, Metadata), String> {
     let Some((prefix, rest)) = file.split_first_chunk::<PREFIX>() else {
         return Err(format!("it has {} bytes, too few for a header; it is truncated", file.len()));
     };
@@ -42,10 +46,10 @@ pub(crate) fn parse(file: &[u8]) -> Result<Vec<(String, Entry)>, String> {
             rest.len()
         ));
     };
-    let Header(mut raw) =
+    let Header { mut tensors, metadata } =
         serde_json::from_slice(json).map_err(|e| format!("its header is malformed: {e}"))?;
-    raw.sort_by_key(|(_, info)| info.data_offsets);
-    tile(raw, PREFIX + len, file.len())
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    Ok((tile(tensors, PREFIX + len, file.len())?, metadata))
 }
 
 /// Checks that the ranges cover `start..end` exactly, each with the size of its tensor.
@@ -94,8 +98,11 @@ struct Info {
     data_offsets: (usize, usize),
 }
 
-/// All entries in file order; a map would hide duplicates.
-struct Header(Vec<(String, Info)>);
+struct Header {
+    /// All entries in file order; a map would hide duplicates.
+    tensors: Vec<(String, Info)>,
+    metadata: Metadata,
+}
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -113,22 +120,25 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-        let mut entries = Vec::new();
+        let mut header = Header { tensors: Vec::new(), metadata: Metadata::new() };
         let mut seen = HashSet::new();
         while let Some(name) = map.next_key::<String>()? {
             if !seen.insert(name.clone()) {
                 return Err(serde::de::Error::custom(format!("`{name}` appears twice")));
             }
             if name == "__metadata__" {
-                map.next_value::<IgnoredAny>()?;
+                let metadata: Option<Metadata> = map
+                    .next_value()
+                    .map_err(|e| serde::de::Error::custom(format!("`__metadata__`: {e}")))?;
+                header.metadata = metadata.unwrap_or_default();
                 continue;
             }
             let info = map
                 .next_value()
                 .map_err(|e| serde::de::Error::custom(format!("tensor `{name}`: {e}")))?;
-            entries.push((name, info));
+            header.tensors.push((name, info));
         }
-        Ok(Header(entries))
+        Ok(header)
     }
 }
 
@@ -162,11 +172,12 @@ mod tests {
     fn entries_come_in_order_of_position() {
         let b = r#""b":{"dtype":"F32","shape":[],"data_offsets":[4,8]}"#;
         let json = format!(r#"{{"__metadata__":{{"format":"pt"}},{b},{A}}}"#);
-        let entries = parse(&file(&json, 8)).unwrap();
+        let (entries, metadata) = parse(&file(&json, 8)).unwrap();
+        assert_eq!(metadata, Metadata::from([("format".to_owned(), "pt".to_owned())]));
         let start = 8 + json.len();
         assert_eq!(entries[0].0, "a");
         assert_eq!(entries[1].1.range, start + 4..start + 8);
-        assert!(parse(&file("{}", 0)).unwrap().is_empty());
+        assert!(parse(&file("{}", 0)).unwrap().0.is_empty());
     }
 
     #[test]
@@ -203,6 +214,8 @@ mod tests {
     #[test]
     fn malformed_json_is_an_error() {
         fails(&file(&format!("{{{A},{A}}}"), 4), "`a` appears twice");
+        fails(&file(r#"{"__metadata__":{"a":1}}"#, 0), "`__metadata__`");
+        assert!(parse(&file(r#"{"__metadata__":null}"#, 0)).unwrap().1.is_empty());
         fails(&file("[]", 0), "malformed");
         fails(&file("{\"a\":", 0), "malformed");
         fails(&file("{\"a\":{\"dtype\":\"X9\",\"shape\":[],\"data_offsets\":[0,0]}}", 0), "`a`");

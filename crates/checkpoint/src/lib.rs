@@ -35,7 +35,7 @@ pub use hub_cache::{resolve_dataset, resolve_model};
 pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
 pub use partial::{Partial, free_space, settle};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
-pub use reader::Checkpoint;
+pub use reader::{Checkpoint, WeightFile};
 pub use tensor::TensorRef;
 pub use writer::{CheckpointWriter, Sealed, Written};
 

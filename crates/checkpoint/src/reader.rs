@@ -24,9 +24,21 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     quantize: Option<QuantizeConfig>,
-    files: Vec<Mmap>,
+    files: Vec<WeightFile>,
     /// Tensors by name, with the file that holds them.
     tensors: BTreeMap<String, (usize, Entry)>,
+}
+
+/// A mapped safetensors file of a checkpoint.
+#[derive(Debug)]
+pub struct WeightFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What its header says beside its tensors.
+    pub metadata: BTreeMap<String, String>,
+    /// Tensors that it holds, but that the index does not name: no loader sees them.
+    pub unindexed: Vec<String>,
+    map: Mmap,
 }
 
 impl Checkpoint {
@@ -43,9 +55,9 @@ impl Checkpoint {
         let quantize = QuantizeConfig::load(dir, config.raw())?;
         let (files, tensors) = match find_weights(dir, quantize.as_ref())? {
             Weights::Single(path) => {
-                let (map, entries) = map_file(&path)?;
+                let (file, entries) = map_file(&path)?;
                 let tensors = entries.into_iter().map(|(name, entry)| (name, (0, entry)));
-                (vec![map], tensors.collect())
+                (vec![file], tensors.collect())
             }
             Weights::Index(index) => open_shards(dir, &index)?,
         };
@@ -84,7 +96,13 @@ impl Checkpoint {
     /// Bytes of all weight files, headers included.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
-        self.files.iter().map(|map| map.len() as u64).sum()
+        self.files.iter().map(|file| file.map.len() as u64).sum()
+    }
+
+    /// The weight files, in the order of their names.
+    #[must_use]
+    pub fn weight_files(&self) -> &[WeightFile] {
+        &self.files
     }
 
     /// A tensor by name, of any supported type.
@@ -97,7 +115,7 @@ impl Checkpoint {
             return Err(Error::MissingTensor { dir, tensor });
         };
         let dtype = DType::from_safetensors(entry.dtype, name)?;
-        let bytes = &self.files[*file][entry.range.clone()];
+        let bytes = &self.files[*file].map[entry.range.clone()];
         Ok(TensorRef { name, dtype, shape: &entry.shape, bytes })
     }
 
@@ -120,6 +138,14 @@ impl Checkpoint {
         self.quantize.is_some() && self.contains(&format!("{prefix}.qweight"))
     }
 
+    /// The same checkpoint read with other settings than its files give: what its tensors say,
+    /// where the files are wrong.
+    #[must_use]
+    pub fn with_quantize_config(mut self, quantize: QuantizeConfig) -> Self {
+        self.quantize = Some(quantize);
+        self
+    }
+
     /// Reads and checks a quantised linear. `prefix` is its full name, such as
     /// `model.layers.0.self_attn.q_proj`. Zeros of `gptq_v2` files are brought to the v1 form.
     ///
@@ -128,6 +154,21 @@ impl Checkpoint {
     /// configuration, [`Error::GroupIndex`], scales that are not finite, and
     /// [`Error::LinearBias`].
     pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
+        let mut linear = self.gptq_linear_as_stored(prefix, shape)?;
+        linear.check(prefix)?;
+        self.check_bias(&format!("{prefix}.bias"), shape.out_features)?;
+        if self.quantize.as_ref().is_some_and(|q| q.checkpoint_format == CheckpointFormat::GptqV2) {
+            linear.shift_v2_zeros()?;
+        }
+        Ok(linear)
+    }
+
+    /// Reads a quantised linear without looking at its values: zeros as they are stored, group
+    /// indices and scales as they come.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::gptq_linear`], without those about values.
+    pub fn gptq_linear_as_stored(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
         let Some(quantize) = &self.quantize else {
             return Err(Error::NotQuantised { dir: self.dir.clone() });
         };
@@ -140,7 +181,7 @@ impl Checkpoint {
         };
         let scales =
             self.exact(&format!("{prefix}.scales"), DType::F16, &[groups, out_features])?;
-        let mut linear = GptqLinear {
+        Ok(GptqLinear {
             bits,
             in_features,
             out_features,
@@ -149,13 +190,7 @@ impl Checkpoint {
             qzeros: words("qzeros", &[groups, bits.words(out_features)])?,
             scales: scales.to_f16()?,
             g_idx: words("g_idx", &[in_features])?,
-        };
-        linear.check(prefix)?;
-        self.check_bias(&format!("{prefix}.bias"), out_features)?;
-        if quantize.checkpoint_format == CheckpointFormat::GptqV2 {
-            linear.shift_v2_zeros()?;
-        }
-        Ok(linear)
+        })
     }
 
     /// Files beside the weights that are carried over to every checkpoint made from this one:
@@ -177,7 +212,7 @@ impl Checkpoint {
         #[expect(unsafe_code, reason = "madvise on a read-only file mapping")]
         let advised = unsafe {
             let range = &entry.range;
-            self.files[*file].unchecked_advise_range(
+            self.files[*file].map.unchecked_advise_range(
                 UncheckedAdvice::DontNeed,
                 range.start,
                 range.len(),
@@ -271,7 +306,7 @@ fn list_extension(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-type Opened = (Vec<Mmap>, BTreeMap<String, (usize, Entry)>);
+type Opened = (Vec<WeightFile>, BTreeMap<String, (usize, Entry)>);
 
 /// Opens the shards of an index, and checks that each holds what the index says.
 fn open_shards(dir: &Path, index: &Path) -> Result<Opened> {
@@ -282,7 +317,7 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Opened> {
         if !path.is_file() {
             return Err(Error::MissingShard { index: index.to_owned(), shard });
         }
-        let (map, entries) = map_file(&path)?;
+        let (mut file, entries) = map_file(&path)?;
         let mut entries: BTreeMap<String, Entry> = entries.into_iter().collect();
         for tensor in names {
             let Some(entry) = entries.remove(&tensor) else {
@@ -290,7 +325,8 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Opened> {
             };
             tensors.insert(tensor, (files.len(), entry));
         }
-        files.push(map);
+        file.unindexed = entries.into_keys().collect();
+        files.push(file);
     }
     Ok((files, tensors))
 }
@@ -318,14 +354,14 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> {
 }
 
 /// Maps a safetensors file and checks its header.
-fn map_file(path: &Path) -> Result<(Mmap, Vec<(String, Entry)>)> {
+fn map_file(path: &Path) -> Result<(WeightFile, Vec<(String, Entry)>)> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     // SAFETY: the mapping is read-only, and every bit pattern is a valid value of what is read from
     // it, so the only hazard is another process truncating the file while it is in use, which ends
     // this one with SIGBUS; checkpoints are not edited in place, and the writer here renames.
     #[expect(unsafe_code, reason = "mapping a checkpoint instead of reading all of it")]
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-    let entries = header::parse(&map)
+    let (entries, metadata) = header::parse(&map)
         .map_err(|reason| Error::InvalidHeader { path: path.to_owned(), reason })?;
-    Ok((map, entries))
+    Ok((WeightFile { path: path.to_owned(), metadata, unindexed: Vec::new(), map }, entries))
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use gptq_checkpoint::{Checkpoint, ModelConfig};
+use gptq_checkpoint::Checkpoint;
 use serde::Serialize;
 
 use super::table::{gigabytes, size, table};
@@ -72,15 +72,12 @@ fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
     let Some(quantized) = checkpoint.quantize_config() else { return Ok(None) };
     let config = checkpoint.config();
     let (mut linears, mut weights, mut bytes) = (0, 0_u64, 0_u64);
-    for block in 0..config.num_hidden_layers {
-        for shape in config.block_linears() {
-            let name = format!("{}.{}", ModelConfig::block_prefix(block), shape.name);
-            let linear = checkpoint.gptq_linear(&name, &shape)?;
-            let words = linear.qweight.len() + linear.qzeros.len() + linear.g_idx.len();
-            bytes += 4 * words as u64 + 2 * linear.scales.len() as u64;
-            weights += (shape.in_features * shape.out_features) as u64;
-            linears += 1;
-        }
+    for (name, shape) in config.linears() {
+        let linear = checkpoint.gptq_linear(&name, &shape)?;
+        let words = linear.qweight.len() + linear.qzeros.len() + linear.g_idx.len();
+        bytes += 4 * words as u64 + 2 * linear.scales.len() as u64;
+        weights += (shape.in_features * shape.out_features) as u64;
+        linears += 1;
     }
     Ok(Some(Quantization {
         bits: quantized.bits.get(),

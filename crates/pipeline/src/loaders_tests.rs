@@ -1,0 +1,148 @@
+//! The published matrix, and each rule on its own.
+
+use gptq_checkpoint::{Bits, ModelConfig};
+
+use super::*;
+
+/// Whether each loader takes a branch, in the order of [`LOADERS`]; GPTQModel loads what
+/// transformers loads with its kernels.
+const FOUR_BITS: [bool; 10] = [true, true, true, true, true, true, true, true, true, false];
+const THREE_BITS: [bool; 10] = [true, true, true, true, false, false, false, true, false, false];
+
+/// A Llama 2 of 70B parameters, as its branches were published.
+fn published(bits: u8, group_size: Option<usize>, act_order: bool) -> LoaderFacts {
+    let config = r#"{"model_type":"llama","hidden_size":8192,"intermediate_size":28672,
+        "num_attention_heads":64,"num_key_value_heads":8,"num_hidden_layers":80,
+        "vocab_size":32000}"#;
+    let config = ModelConfig::parse(config, std::path::Path::new("config.json")).unwrap();
+    let quantize = QuantizeConfig::new(Bits::new(bits).unwrap(), group_size, 0.01, act_order);
+    let keys = quantize.file_text(gptq_checkpoint::Layout::Card).unwrap();
+    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&keys).unwrap();
+    LoaderFacts {
+        quantize,
+        linears: config.block_linears().to_vec(),
+        grouped_heads: true,
+        act_order: act_order && group_size.is_some(),
+        shared_order: true,
+        bias: Bias::Zero,
+        frequencies: true,
+        file_stem: "model".to_owned(),
+        sharded: false,
+        pt_metadata: true,
+        quantize_config: Some(keys.keys().cloned().collect()),
+        quantization_config: true,
+    }
+}
+
+fn verdict(loader: &str, facts: &LoaderFacts) -> LoaderVerdict {
+    verdicts(facts).into_iter().find(|v| v.loader == loader).unwrap()
+}
+
+fn refuses(loader: &str, facts: &LoaderFacts, why: &str) {
+    let verdict = verdict(loader, facts);
+    assert!(!verdict.loads, "{verdict:?}");
+    assert!(verdict.reasons.iter().any(|r| r.contains(why)), "`{why}` is not in {verdict:?}");
+}
+
+#[test]
+fn the_nine_published_branches_have_the_published_matrix() {
+    for (bits, group_size, act_order, expected) in [
+        (4, Some(32), true, FOUR_BITS),
+        (4, Some(64), true, FOUR_BITS),
+        (4, Some(128), true, FOUR_BITS),
+        (4, Some(128), false, FOUR_BITS),
+        (4, None, true, FOUR_BITS),
+        (3, Some(64), true, THREE_BITS),
+        (3, Some(128), true, THREE_BITS),
+        (3, Some(128), false, THREE_BITS),
+        (3, None, true, THREE_BITS),
+    ] {
+        let facts = published(bits, group_size, act_order);
+        let found = verdicts(&facts);
+        let loads: Vec<bool> = found.iter().map(|v| v.loads).collect();
+        assert_eq!(loads, expected, "{bits} bits, {group_size:?}, {act_order}: {found:#?}");
+        assert!(found.iter().all(|v| v.loads || !v.reasons.is_empty()));
+
+        let remark = |loader: &str, text: &str| {
+            verdict(loader, &facts).reasons.iter().any(|r| r.contains(text))
+        };
+        assert!(remark("AutoGPTQ 0.4", "inject_fused_attention=False"));
+        let reordered = act_order && group_size.is_some();
+        assert_eq!(remark("AutoGPTQ 0.4", "2048 tokens"), bits == 4 && reordered);
+        assert_eq!(remark("transformers", "slow"), bits == 3);
+        assert_eq!(remark("vLLM gptq", "buggy"), bits == 4);
+        assert_eq!(remark("TGI", "Marlin"), bits == 4);
+        refuses("GPTQ-for-LLaMa", &facts, "bias tensors");
+    }
+}
+
+#[test]
+fn the_modern_layout_also_loads_in_gptq_for_llama() {
+    let modern = |bits| LoaderFacts {
+        bias: Bias::Absent,
+        frequencies: false,
+        ..published(bits, Some(128), true)
+    };
+    assert!(verdicts(&modern(4)).iter().all(|v| v.loads));
+    refuses("GPTQ-for-LLaMa", &modern(3), "3 bits");
+}
+
+#[test]
+fn every_rule_has_its_reason() {
+    let good = published(4, Some(128), true);
+    let with = |change: &dyn Fn(&mut LoaderFacts)| {
+        let mut facts = good.clone();
+        change(&mut facts);
+        facts
+    };
+    let group = |size| with(&|f| f.quantize.group_size = Some(size));
+    refuses("vLLM gptq_marlin", &group(256), "group size 256");
+    assert!(verdict("ExLlamaV2", &group(256)).loads);
+    // 8192 / 96 leaves a ragged group, which few kernels compute.
+    for loader in ["AutoGPTQ 0.4", "AutoGPTQ 0.7", "ExLlama", "vLLM gptq", "TGI"] {
+        refuses(loader, &group(96), "8192 inputs, no multiple of 96");
+    }
+    refuses("ExLlamaV2", &group(96), "power of two");
+
+    let narrow = with(&|f| f.linears[1].out_features = 96);
+    refuses("vLLM gptq_marlin", &narrow, "self_attn.k_proj has 96 outputs, no multiple of 64");
+    assert!(verdict("TGI", &narrow).reasons[0].contains("ExLlama or Triton"));
+    let short = with(&|f| f.linears[0].in_features = 8256);
+    refuses("vLLM gptq_marlin", &short, "self_attn.q_proj has 8256 inputs, no multiple of 128");
+    let wide = with(&|f| f.linears[6].in_features = 1 << 17);
+    refuses("ExLlamaV2", &wide, "131072 inputs to reorder");
+
+    let asymmetric = with(&|f| f.quantize.sym = false);
+    refuses("vLLM gptq_marlin", &asymmetric, "symmetric grids only");
+    assert!(verdict("ExLlama", &asymmetric).loads);
+    let v2 = with(&|f| f.quantize.checkpoint_format = CheckpointFormat::GptqV2);
+    for loader in ["AutoGPTQ 0.4", "AutoGPTQ 0.7", "ExLlama", "vLLM gptq", "TGI"] {
+        refuses(loader, &v2, "gptq_v2");
+    }
+    assert!(verdict("GPTQModel", &v2).loads && verdict("ExLlamaV2", &v2).loads);
+
+    let apart = with(&|f| f.shared_order = false);
+    for loader in ["vLLM gptq_marlin", "vLLM gptq", "TGI"] {
+        refuses(loader, &apart, "differ in g_idx");
+    }
+    let biased = with(&|f| f.bias = Bias::Values);
+    for loader in ["transformers", "GPTQModel", "ExLlama", "ExLlamaV2", "vLLM gptq", "TGI"] {
+        refuses(loader, &biased, "biases that are not zero");
+    }
+    let frequencies = with(&|f| f.bias = Bias::Absent);
+    refuses("GPTQ-for-LLaMa", &frequencies, "inv_freq");
+
+    refuses("AutoGPTQ 0.4", &with(&|f| f.quantize_config = None), "no quantize_config.json");
+    let unknown = with(&|f| f.quantize_config = Some(vec!["quant_method".to_owned()]));
+    refuses("AutoGPTQ 0.4", &unknown, "unknown key quant_method");
+    refuses("transformers", &with(&|f| f.quantization_config = false), "quantization_config");
+    let nothing = with(&|f| {
+        f.quantization_config = false;
+        f.quantize_config = None;
+    });
+    refuses("vLLM gptq", &nothing, "no file says");
+    let named = with(&|f| f.file_stem = "gptq_model-4bit-128g".to_owned());
+    refuses("transformers", &named, "gptq_model-4bit-128g.safetensors");
+    refuses("transformers", &with(&|f| f.pt_metadata = false), "format = pt");
+    refuses("AutoGPTQ 0.4", &with(&|f| f.sharded = true), "sharded");
+}
