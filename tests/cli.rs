@@ -9,7 +9,8 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 7] = ["quantize", "ppl", "plan", "inspect", "sweep", "bench", "doctor"];
+const COMMANDS: [&str; 8] =
+    ["quantize", "ppl", "plan", "inspect", "sweep", "report", "bench", "doctor"];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
 /// the card prints.
@@ -81,6 +82,7 @@ fn help_lists_the_commands() {
       plan      Predict sizes, memory and work of every branch from config.json alone
       inspect   Show what a checkpoint holds
       sweep     Make and measure every branch of a configuration
+      report    Show what a sweep gave, as Markdown, JSON or a page with charts
       bench     Measure this machine on a synthetic block
       doctor    Show what this machine has for GPU runs, and what it lacks
       help      Print this message or the help of the given subcommand(s)
@@ -361,7 +363,7 @@ fn values_that_no_branch_can_have_are_refused() {
     --- stderr
     error: Damping 1.5 is not supported; use a number above 0 and below 1
     ");
-    quantize(&["--calib", "nope"]).refused(&["nope", "card", "wikitext2"]);
+    quantize(&["--calib", "nope"]).refused(&["nope", "wikitext2"]);
     quantize(&["--recipe", "magic"]).refused(&["magic", "autogptq", "rtn"]);
     quantize(&["--gpu-memory", "1GB"]).refused(&["--gpu-memory"]);
     quantize(&["--branch", "nain"]).refused(&["`nain`", "main", "gptq-4bit-32g-actorder_True"]);

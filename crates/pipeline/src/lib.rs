@@ -5,6 +5,7 @@
 //! forwards. [`sweep`] runs both for every branch of a [`config`], and finds what earlier runs left by
 //! [`resume`] and [`manifest`]; [`jobs`] splits it over machines. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
+//! What a sweep leaves in its folders is shown by [`report`].
 
 mod baseline;
 pub mod bench;
@@ -15,11 +16,13 @@ pub mod config;
 pub mod dataset;
 mod error;
 pub mod evaluation;
+pub mod files;
 pub mod first_gram;
 mod fold;
 mod head;
 pub mod identity;
 pub mod jobs;
+pub mod loaders;
 pub mod manifest;
 pub mod memory;
 pub mod perplexity;
@@ -28,8 +31,8 @@ pub mod progress;
 pub mod protocol;
 pub mod python_random;
 pub mod quantise;
-pub mod resume;
 pub mod report;
+pub mod resume;
 mod stash;
 mod states;
 pub mod sweep;

@@ -1,6 +1,7 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
 
 mod device;
+mod report;
 mod values;
 
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use gptq_pipeline::protocol::Protocol;
 use gptq_quant::Recipe;
 
 pub(crate) use device::DeviceArgs;
+pub(crate) use report::ReportArgs;
 pub(crate) use values::GroupSize;
 
 /// Quantise Llama models with GPTQ and prove the result.
@@ -37,6 +39,7 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     Inspect(InspectArgs),
     Sweep(SweepArgs),
+    Report(ReportArgs),
     Bench(BenchArgs),
     Doctor(DoctorArgs),
 }

@@ -6,6 +6,7 @@ mod inspect;
 mod plan;
 mod ppl;
 mod quantize;
+mod report;
 mod sweep;
 mod table;
 
@@ -25,6 +26,7 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Plan(args) => plan::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Sweep(args) => sweep::run(&args, printer),
+        Command::Report(args) => report::run(&args, printer),
         Command::Bench(args) => bench::run(&args, printer),
         Command::Doctor(args) => doctor::run(&args),
     }

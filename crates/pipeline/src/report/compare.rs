@@ -40,12 +40,13 @@ impl Measurement {
     }
 
     /// Why two measurements cannot be compared; `None` when they can. A text counts by what it
-    /// holds: a local copy has another name.
+    /// holds, since a local copy has another name, and a model by its name without the owner, since
+    /// a folder has none.
     pub fn difference(&self, now: &Self) -> Option<String> {
         let differ = |what: &str, then: &dyn std::fmt::Display, now: &dyn std::fmt::Display| {
             Some(format!("{what} was {then}, now {now}"))
         };
-        if self.model != now.model {
+        if model_name(&self.model) != model_name(&now.model) {
             differ("the model", &self.model, &now.model)
         } else if self.protocol != now.protocol {
             differ("the protocol", &self.protocol, &now.protocol)
@@ -63,6 +64,10 @@ impl Measurement {
             None
         }
     }
+}
+
+fn model_name(model: &str) -> &str {
+    model.rsplit('/').next().unwrap_or(model)
 }
 
 /// Branches of one model on one text; or those that were not measured.
@@ -95,19 +100,22 @@ pub struct Row<'a> {
 
 /// A branch now and before.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(tag = "status", rename_all = "kebab-case")]
 pub enum Change {
     /// The previous report has no such branch.
     New,
     /// It has one, but measured something else or nothing.
     NotComparable,
     /// Differences, now minus before.
-    Since {
+    Compared {
         /// Perplexity now minus before.
         perplexity: f64,
         /// The same as a fraction of the value before.
         relative_perplexity: f64,
-        /// KL now minus before, and as a fraction of the value before, where both are known.
-        kl: Option<(f64, f64)>,
+        /// KL now minus before, where both are known.
+        kl: Option<f64>,
+        /// The same as a fraction of the value before.
+        relative_kl: Option<f64>,
         /// Bytes now minus before.
         bytes: i64,
     },
@@ -140,6 +148,42 @@ impl Row<'_> {
     pub fn contaminated(&self) -> bool {
         self.evaluation.is_some_and(|e| e.contaminated)
     }
+}
+
+/// A change with what it is about, for JSON.
+#[derive(Clone, Debug, Serialize)]
+pub struct BranchChange<'a> {
+    /// The model.
+    pub model: &'a str,
+    /// The branch.
+    pub branch: &'a str,
+    /// What was measured; `None` for branches without a measurement, and for those that are gone.
+    pub measurement: Option<Measurement>,
+    /// What changed; `None` for a branch that the previous report has and this one lacks.
+    pub change: Option<Change>,
+}
+
+/// The changes since the previous report, as one list.
+pub fn changes<'a>(comparisons: &[Comparison<'a>]) -> Vec<BranchChange<'a>> {
+    let mut all = Vec::new();
+    for comparison in comparisons {
+        let model = comparison.model;
+        let measurement = &comparison.measurement;
+        all.extend(comparison.rows.iter().map(|row| BranchChange {
+            model,
+            branch: &row.branch.branch,
+            measurement: measurement.clone(),
+            change: row.change,
+        }));
+        let gone = comparison.gone.iter();
+        all.extend(gone.map(|&branch| BranchChange {
+            model,
+            branch,
+            measurement: None,
+            change: None,
+        }));
+    }
+    all
 }
 
 /// Groups by model and measurement, in the order of first appearance.
@@ -202,10 +246,12 @@ fn change(previous: &Report, now: &BranchReport, evaluation: Option<&EvaluationR
     let alike = |e: &&EvaluationRecord| Measurement::new(before, e).difference(&measured).is_none();
     let Some(then) = before.evaluations.iter().find(alike) else { return Change::NotComparable };
     let relative = |now: f64, then: f64| (now - then) / then.abs().max(f64::MIN_POSITIVE);
-    Change::Since {
+    let kl = evaluation.kl.zip(then.kl);
+    Change::Compared {
         perplexity: evaluation.perplexity - then.perplexity,
         relative_perplexity: relative(evaluation.perplexity, then.perplexity),
-        kl: evaluation.kl.zip(then.kl).map(|(now, then)| (now - then, relative(now, then))),
+        kl: kl.map(|(now, then)| now - then),
+        relative_kl: kl.map(|(now, then)| relative(now, then)),
         bytes: now.file_bytes as i64 - before.file_bytes as i64,
     }
 }
@@ -250,15 +296,14 @@ mod tests {
         ]);
         now.branches[0].file_bytes -= 10;
         let groups = now.comparisons(Some(&before));
-        let Some(Change::Since { perplexity, relative_perplexity, kl, bytes }) =
+        let Some(Change::Compared { perplexity, relative_perplexity, kl, relative_kl, bytes }) =
             groups[0].rows[0].change
         else {
             panic!("{:?}", groups[0].rows[0].change);
         };
         assert_eq!((perplexity, bytes), (-1.0, -10));
         assert!((relative_perplexity + 0.05).abs() < 1e-12);
-        let (difference, relative) = kl.unwrap();
-        assert!((difference + 0.01).abs() < 1e-12 && (relative + 0.5).abs() < 1e-12);
+        assert!((kl.unwrap() + 0.01).abs() < 1e-12 && (relative_kl.unwrap() + 0.5).abs() < 1e-12);
         assert_eq!(groups[0].rows[1].change, Some(Change::New));
         assert_eq!(groups[1].rows[0].change, Some(Change::NotComparable));
         assert_eq!(groups[0].gone, ["lost"]);
@@ -270,6 +315,8 @@ mod tests {
         let sample = branch("a", 4, Some(32), 20.0, 0.02);
         let one = Measurement::new(&sample, &sample.evaluations[0]);
         assert_eq!(one.difference(&one), None);
+        let folder = Measurement { model: "model".to_owned(), ..one.clone() };
+        assert_eq!(one.difference(&folder), None);
         let told = |change: fn(&mut Measurement)| {
             let mut now = one.clone();
             change(&mut now);

@@ -119,9 +119,9 @@ pub(super) fn changes(change: Change) -> [String; 3] {
     match change {
         Change::New => ["new".to_owned(), String::new(), String::new()],
         Change::NotComparable => ["other text".to_owned(), String::new(), String::new()],
-        Change::Since { perplexity, relative_perplexity, kl, bytes } => [
+        Change::Compared { perplexity, relative_perplexity, kl, relative_kl, bytes } => [
             format!("{} ({})", units::signed(perplexity, 3), units::percent(relative_perplexity)),
-            kl.map_or_else(String::new, |(difference, relative)| {
+            kl.zip(relative_kl).map_or_else(String::new, |(difference, relative)| {
                 format!("{} ({})", units::signed(difference, 4), units::percent(relative))
             }),
             match bytes {
@@ -164,6 +164,14 @@ pub(crate) fn code(text: &str) -> String {
     format!("{fence}{pad}{text}{pad}{fence}")
 }
 
+/// Text as a block of code, whatever it holds.
+pub(crate) fn fenced(text: &str) -> String {
+    let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat(longest.max(2) + 1);
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    format!("{fence}\n{text}{end}{fence}")
+}
+
 /// Text as code in a cell of a table, where a bar ends the cell even in code.
 pub(crate) fn cell_code(text: &str) -> String {
     code(text).replace('|', "\\|")
@@ -193,7 +201,7 @@ mod tests {
             ]
         );
         assert!(text.contains("Calibration leaves 25 % less KL"), "{text}");
-        assert!(text.contains("40 windows × 512 tokens, 20440 scored, of heldout.txt"), "{text}");
+        assert!(text.contains("40 windows × 512 tokens, 20,440 scored, of heldout.txt"), "{text}");
         assert!(
             text.contains("- Calibration: 32 windows × 512 tokens of calibration.txt"),
             "{text}"

@@ -12,8 +12,8 @@ pub mod page;
 #[cfg(test)]
 pub(crate) mod samples;
 mod scatter;
-mod summary;
-mod units;
+pub(crate) mod summary;
+pub(crate) mod units;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,7 +41,11 @@ impl Report {
     pub fn open(paths: &[PathBuf]) -> Result<Self> {
         let mut found = Vec::new();
         for path in paths {
-            let branches = if path.is_dir() { folder(path)? } else { file(path)? };
+            let branches = if path.is_dir() {
+                checkpoints(path)?.into_iter().map(|(_, branch)| branch).collect()
+            } else {
+                file(path)?
+            };
             found.extend(branches.into_iter().map(|branch| (path, branch)));
         }
         let names: Vec<String> = found.iter().map(|(_, b)| b.branch.clone()).collect();
@@ -56,8 +60,13 @@ impl Report {
             }
             branches.push(branch);
         }
+        Ok(Self::of(branches))
+    }
+
+    /// Branches in the report's order.
+    pub(crate) fn of(mut branches: Vec<BranchReport>) -> Self {
         branches.sort_by(|a, b| order(a).cmp(&order(b)));
-        Ok(Self { format: REPORT_FORMAT, branches })
+        Self { format: REPORT_FORMAT, branches }
     }
 
     /// What was measured alike, side by side; with the changes since `previous`.
@@ -72,20 +81,27 @@ fn order(branch: &BranchReport) -> (u8, usize, bool, &str, &str) {
     (u8::MAX - branch.bits, group, !branch.act_order, &branch.recipe, &branch.branch)
 }
 
-/// A checkpoint's folder, or a folder of such folders.
-fn folder(path: &Path) -> Result<Vec<BranchReport>> {
+/// The checkpoints of a folder that is one or holds them, with their folders, in the report's order.
+pub(crate) fn checkpoints(path: &Path) -> Result<Vec<(PathBuf, BranchReport)>> {
     if path.join(REPORT_FILE).is_file() {
-        return Ok(vec![BranchReport::read(path)?]);
+        return Ok(vec![(path.to_owned(), BranchReport::read(path)?)]);
     }
     let unreadable = |source| Error::ReadReport { path: path.to_owned(), source };
-    let mut branches = Vec::new();
+    let mut found = Vec::new();
     for entry in fs::read_dir(path).map_err(unreadable)? {
         let dir = entry.map_err(unreadable)?.path();
-        if dir.join(REPORT_FILE).is_file() {
-            branches.push(BranchReport::read(&dir)?);
+        // What is still being made has no name of its own yet.
+        let unfinished = dir.extension().is_some_and(|extension| extension == "partial");
+        if !unfinished && dir.join(REPORT_FILE).is_file() {
+            let branch = BranchReport::read(&dir)?;
+            found.push((dir, branch));
         }
     }
-    if branches.is_empty() { Err(Error::NoReports(path.to_owned())) } else { Ok(branches) }
+    if found.is_empty() {
+        return Err(Error::NoReports(path.to_owned()));
+    }
+    found.sort_by(|(_, a), (_, b)| order(a).cmp(&order(b)));
+    Ok(found)
 }
 
 /// What `gptq report --json` printed, or the report of one checkpoint.

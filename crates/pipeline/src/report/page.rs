@@ -29,7 +29,7 @@ const HALF: [Canvas; 3] = [
         height: 380.0,
         left: 54.0,
         right: 18.0,
-        top: 14.0,
+        top: 32.0,
         bottom: 46.0,
     },
     Canvas {
@@ -38,7 +38,7 @@ const HALF: [Canvas; 3] = [
         height: 400.0,
         left: 58.0,
         right: 24.0,
-        top: 14.0,
+        top: 32.0,
         bottom: 46.0,
     },
     Canvas {
@@ -47,7 +47,7 @@ const HALF: [Canvas; 3] = [
         height: 340.0,
         left: 46.0,
         right: 10.0,
-        top: 14.0,
+        top: 32.0,
         bottom: 46.0,
     },
 ];
@@ -59,7 +59,7 @@ const FULL: [Canvas; 3] = [
         height: 340.0,
         left: 54.0,
         right: 90.0,
-        top: 14.0,
+        top: 32.0,
         bottom: 46.0,
     },
     Canvas {
@@ -68,7 +68,7 @@ const FULL: [Canvas; 3] = [
         height: 340.0,
         left: 58.0,
         right: 90.0,
-        top: 14.0,
+        top: 32.0,
         bottom: 46.0,
     },
     Canvas {
@@ -77,7 +77,7 @@ const FULL: [Canvas; 3] = [
         height: 320.0,
         left: 46.0,
         right: 66.0,
-        top: 14.0,
+        top: 32.0,
         bottom: 46.0,
     },
 ];
@@ -121,6 +121,9 @@ struct Chart {
     drawn: Vec<Scatter>,
 }
 
+/// A branch's measure, and that of the same grid rounded to nearest.
+type Measure = (f64, Option<f64>);
+
 /// A branch in the page's table.
 #[derive(Serialize)]
 struct RowView<'a> {
@@ -136,7 +139,7 @@ struct RowView<'a> {
     kl: String,
     rounded_perplexity: String,
     rounded_kl: String,
-    /// Lengths of the bars of KL and of the rounded grid's, in percent of the longest.
+    /// Lengths of the bars of KL and of the rounded grid's, in percent of the cell.
     bar: Option<f64>,
     rounded_bar: Option<f64>,
     contaminated: bool,
@@ -148,6 +151,7 @@ struct RowView<'a> {
 #[derive(Serialize)]
 struct ChangeView {
     text: String,
+    title: String,
     /// `better`, `worse`, or nothing.
     tone: &'static str,
 }
@@ -186,12 +190,8 @@ fn section<'a>(comparison: &'a Comparison<'a>) -> Section<'a> {
         .collect();
     let mut legend: Vec<u8> = comparison.rows.iter().map(|row| row.branch.bits).collect();
     legend.dedup();
-    let longest = comparison
-        .rows
-        .iter()
-        .flat_map(|row| [row.kl(), row.evaluation.and_then(|e| e.rtn).map(|m| m.kl)])
-        .flatten()
-        .fold(0.0, f64::max);
+    // A rounded grid may be worse by orders of magnitude: its tick stays at the end of the bar.
+    let longest = 1.4 * comparison.rows.iter().filter_map(Row::kl).fold(0.0, f64::max);
     let rows =
         comparison.rows.iter().zip(&titles).map(|(row, title)| row_view(row, title, unit, longest));
     Section {
@@ -294,7 +294,7 @@ fn charts(
     titles: &[String],
     unit: Unit,
 ) -> Vec<Chart> {
-    let dots = |measure: fn(&Row<'_>) -> Option<(f64, Option<f64>)>| -> Vec<Dot> {
+    let dots = |measure: fn(&Row<'_>) -> Option<Measure>| -> Vec<Dot> {
         let rows = comparison.rows.iter().zip(labels).zip(titles);
         rows.filter_map(|((row, label), title)| {
             let (y, rounded) = measure(row)?;
@@ -364,22 +364,26 @@ fn row_view<'a>(row: &Row<'a>, title: &str, unit: Unit, longest: f64) -> RowView
     }
 }
 
+/// Relative changes; the tooltip has them in full.
 fn change_views(change: Change) -> Vec<ChangeView> {
-    let tone = |difference: f64| match difference {
-        d if d < 0.0 => "better",
-        d if d > 0.0 => "worse",
+    // By the text, so that what rounds to nothing has no colour.
+    let tone = |text: &str| match text.chars().next() {
+        Some('−') => "better",
+        Some('+') => "worse",
         _ => "",
     };
-    let tones = match change {
-        Change::New | Change::NotComparable => [""; 3],
-        Change::Since { perplexity, kl, bytes, .. } => [
-            tone(perplexity),
-            kl.map_or("", |(difference, _)| tone(difference)),
-            tone(bytes as f64),
-        ],
+    let [perplexity_title, kl_title, bytes_text] = markdown::changes(change);
+    let Change::Compared { relative_perplexity, relative_kl, .. } = change else {
+        let empty = || ChangeView { text: String::new(), title: String::new(), tone: "" };
+        return vec![ChangeView { text: perplexity_title, ..empty() }, empty(), empty()];
     };
-    let texts = markdown::changes(change);
-    texts.into_iter().zip(tones).map(|(text, tone)| ChangeView { text, tone }).collect()
+    let kl = relative_kl.unwrap_or(0.0);
+    let size = ChangeView { tone: tone(&bytes_text), text: bytes_text, title: String::new() };
+    let relative = |value: f64, title: String| {
+        let text = if title.is_empty() { String::new() } else { units::percent(value) };
+        ChangeView { tone: tone(&text), text, title }
+    };
+    vec![relative(relative_perplexity, perplexity_title), relative(kl, kl_title), size]
 }
 
 #[cfg(test)]

@@ -10,9 +10,7 @@ use crate::sweep::Measured;
 
 /// Branches in the order of a report that was read.
 pub(crate) fn report<const N: usize>(branches: [BranchReport; N]) -> Report {
-    let mut branches = branches.to_vec();
-    branches.sort_by(|a, b| super::order(a).cmp(&super::order(b)));
-    Report { format: REPORT_FORMAT, branches }
+    Report::of(branches.to_vec())
 }
 
 /// A branch of two blocks with the accuracy given; rounded to nearest it is a third worse.

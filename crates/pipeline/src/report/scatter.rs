@@ -13,7 +13,7 @@ const TEXT: f64 = 12.0;
 const MARK: f64 = 6.0;
 /// The rounded grids may stretch the axis by this factor of what the branches span; those beyond
 /// are drawn at the edge.
-const STRETCH: f64 = 1.2;
+const STRETCH: f64 = 1.6;
 
 /// Pixels of a chart: drawn once for wide screens, once for narrow ones.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -107,7 +107,7 @@ impl Scatter {
         place_labels(&mut marks, canvas);
         Some(Self {
             canvas,
-            x_ticks: x.ticks((canvas.width / 110.0) as usize),
+            x_ticks: x.ticks((canvas.width / 80.0) as usize),
             y_ticks: y.ticks(5),
             log: y.is_log(),
             reference: reference.map(|r| y.at(r)),

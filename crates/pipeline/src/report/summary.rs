@@ -49,9 +49,9 @@ pub(crate) fn measured_on(comparison: &Comparison<'_>) -> Option<String> {
         measurement.protocol,
         measurement.windows,
         measurement.seq_len,
-        measurement.tokens,
+        units::count(measurement.tokens),
         measurement.dataset,
-        tokens_in_text,
+        units::count(tokens_in_text),
         dtypes.join(" and "),
     ))
 }
@@ -71,9 +71,12 @@ pub(crate) struct Valued {
     pub(crate) branches: Vec<String>,
 }
 
+/// Reads a value from a report.
+type ValueOf = fn(&BranchReport) -> String;
+
 /// How the branches of a comparison were made.
 pub(crate) fn provenance(comparison: &Comparison<'_>) -> Vec<Fact> {
-    let facts: [(&'static str, fn(&BranchReport) -> String); 7] = [
+    let facts: [(&'static str, ValueOf); 7] = [
         ("Made by", |b| b.tool.clone()),
         ("Device", |b| b.device.clone()),
         ("Recipe", |b| b.recipe.clone()),
@@ -86,11 +89,7 @@ pub(crate) fn provenance(comparison: &Comparison<'_>) -> Vec<Fact> {
     facts.into_iter().map(|(what, value)| fact(what, &branches, value)).collect()
 }
 
-fn fact(
-    what: &'static str,
-    branches: &[&BranchReport],
-    value: fn(&BranchReport) -> String,
-) -> Fact {
+fn fact(what: &'static str, branches: &[&BranchReport], value: ValueOf) -> Fact {
     let mut values: Vec<Valued> = Vec::new();
     for branch in branches {
         let text = value(branch);

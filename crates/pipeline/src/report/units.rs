@@ -29,9 +29,9 @@ impl Unit {
     }
 }
 
-/// Perplexities have three decimals.
+/// Perplexities have three decimals; those of a model that no longer speaks need none.
 pub(crate) fn perplexity(value: f64) -> String {
-    format!("{value:.3}")
+    if value < 1000.0 { format!("{value:.3}") } else { format!("{value:.0}") }
 }
 
 /// KL divergences have four.
@@ -53,6 +53,19 @@ pub(crate) fn signed(value: f64, decimals: usize) -> String {
         _ if value < 0.0 => format!("−{text}"),
         _ => format!("+{text}"),
     }
+}
+
+/// A count with its thousands apart.
+pub(crate) fn count(value: usize) -> String {
+    let digits = value.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 /// `128`, or `none`.
@@ -91,5 +104,9 @@ mod tests {
         assert_eq!(percent(-0.5), "−50.0 %");
         assert_eq!(percent(-0.000_1), "0.0 %");
         assert_eq!(signed(-0.000_4, 4), "−0.0004");
+        assert_eq!(
+            [7, 999, 1000, 20_440, 1_234_567].map(count),
+            ["7", "999", "1,000", "20,440", "1,234,567"]
+        );
     }
 }
