@@ -9,8 +9,8 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 8] =
-    ["quantize", "ppl", "plan", "inspect", "sweep", "report", "bench", "doctor"];
+const COMMANDS: [&str; 9] =
+    ["quantize", "ppl", "plan", "inspect", "sweep", "report", "check", "bench", "doctor"];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
 /// the card prints.
@@ -83,6 +83,7 @@ fn help_lists_the_commands() {
       inspect   Show what a checkpoint holds
       sweep     Make and measure every branch of a configuration
       report    Show what a sweep gave, as Markdown, JSON or a page with charts
+      check     Compare a sweep's accuracy with accepted values, and fail where it is worse
       bench     Measure this machine on a synthetic block
       doctor    Show what this machine has for GPU runs, and what it lacks
       help      Print this message or the help of the given subcommand(s)

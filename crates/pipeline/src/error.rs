@@ -143,6 +143,33 @@ pub enum Error {
         .0.display()
     )]
     NoReports(PathBuf),
+    /// A baseline that cannot be read.
+    #[error("Cannot read the baseline `{}`: {source}; gptq check --update makes it", path.display())]
+    ReadBaseline {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A baseline that does not say what it should.
+    #[error("`{}` is not a baseline: {message}", path.display())]
+    Baseline {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the place.
+        message: String,
+    },
+    /// A branch whose numbers say nothing about the baseline's.
+    #[error("`{branch}` cannot be compared with the baseline: {reason}")]
+    NotComparable {
+        /// The branch.
+        branch: String,
+        /// What differs.
+        reason: String,
+    },
+    /// A report without a single perplexity.
+    #[error("No branch of the report was measured; give the configuration an [evaluation]")]
+    NotMeasured,
     /// A template that does not fit what it is given.
     #[error("The template `{name}` cannot be rendered: {source}")]
     Template {

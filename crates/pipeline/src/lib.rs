@@ -5,13 +5,14 @@
 //! forwards. [`sweep`] runs both for every branch of a [`config`], and finds what earlier runs left by
 //! [`resume`] and [`manifest`]; [`jobs`] splits it over machines. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
-//! What a sweep leaves in its folders is shown by [`report`].
+//! What a sweep leaves in its folders is shown by [`report`] and held by [`check`].
 
 mod baseline;
 pub mod bench;
 pub mod branch_report;
 mod calibrate;
 pub mod calibration;
+pub mod check;
 pub mod config;
 pub mod dataset;
 mod error;

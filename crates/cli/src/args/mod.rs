@@ -1,5 +1,6 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
 
+mod check;
 mod device;
 mod report;
 mod values;
@@ -14,6 +15,7 @@ use gptq_pipeline::jobs::Share;
 use gptq_pipeline::protocol::Protocol;
 use gptq_quant::Recipe;
 
+pub(crate) use check::CheckArgs;
 pub(crate) use device::DeviceArgs;
 pub(crate) use report::ReportArgs;
 pub(crate) use values::GroupSize;
@@ -40,6 +42,7 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     Sweep(SweepArgs),
     Report(ReportArgs),
+    Check(CheckArgs),
     Bench(BenchArgs),
     Doctor(DoctorArgs),
 }
