@@ -9,8 +9,8 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 9] =
-    ["quantize", "ppl", "plan", "inspect", "sweep", "report", "check", "bench", "doctor"];
+const COMMANDS: [&str; 10] =
+    ["quantize", "ppl", "plan", "inspect", "sweep", "report", "check", "card", "bench", "doctor"];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
 /// the card prints.
@@ -84,6 +84,7 @@ fn help_lists_the_commands() {
       sweep     Make and measure every branch of a configuration
       report    Show what a sweep gave, as Markdown, JSON or a page with charts
       check     Compare a sweep's accuracy with accepted values, and fail where it is worse
+      card      Write the model card, README.md, of every checkpoint in a folder
       bench     Measure this machine on a synthetic block
       doctor    Show what this machine has for GPU runs, and what it lacks
       help      Print this message or the help of the given subcommand(s)
@@ -364,7 +365,7 @@ fn values_that_no_branch_can_have_are_refused() {
     --- stderr
     error: Damping 1.5 is not supported; use a number above 0 and below 1
     ");
-    quantize(&["--calib", "nope"]).refused(&["nope", "wikitext2"]);
+    quantize(&["--calib", "nope"]).refused(&["nope", "card", "wikitext2"]);
     quantize(&["--recipe", "magic"]).refused(&["magic", "autogptq", "rtn"]);
     quantize(&["--gpu-memory", "1GB"]).refused(&["--gpu-memory"]);
     quantize(&["--branch", "nain"]).refused(&["`nain`", "main", "gptq-4bit-32g-actorder_True"]);

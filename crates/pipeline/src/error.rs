@@ -170,6 +170,36 @@ pub enum Error {
     /// A report without a single perplexity.
     #[error("No branch of the report was measured; give the configuration an [evaluation]")]
     NotMeasured,
+    /// A model's facts that cannot be read.
+    #[error("Cannot read the card's facts `{}`: {source}", path.display())]
+    ReadFacts {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A model's facts that do not say what they should.
+    #[error("`{}` does not hold a card's facts: {message}", path.display())]
+    Facts {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// A branch that the Hub cannot have.
+    #[error(
+        "`{branch}` in `{}` cannot be a branch on the Hub: names have letters, digits, `-`, `_` and `.` only",
+        dir.display()
+    )]
+    CardBranch {
+        /// The branch.
+        branch: String,
+        /// Its folder.
+        dir: PathBuf,
+    },
+    /// A dense model where a GPTQ checkpoint is needed.
+    #[error("`{}` is not quantised: it has no quantize_config.json", .0.display())]
+    NotQuantised(PathBuf),
     /// A template that does not fit what it is given.
     #[error("The template `{name}` cannot be rendered: {source}")]
     Template {

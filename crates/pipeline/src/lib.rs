@@ -5,13 +5,16 @@
 //! forwards. [`sweep`] runs both for every branch of a [`config`], and finds what earlier runs left by
 //! [`resume`] and [`manifest`]; [`jobs`] splits it over machines. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
-//! What a sweep leaves in its folders is shown by [`report`] and held by [`check`].
+//! What a sweep leaves in its folders is shown by [`report`], held by [`check`] and published with a
+//! [`card`].
 
 mod baseline;
 pub mod bench;
 pub mod branch_report;
 mod calibrate;
 pub mod calibration;
+pub mod card;
+mod card_loaders;
 pub mod check;
 pub mod config;
 pub mod dataset;

@@ -1,5 +1,6 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
 
+mod card;
 mod check;
 mod device;
 mod report;
@@ -15,6 +16,7 @@ use gptq_pipeline::jobs::Share;
 use gptq_pipeline::protocol::Protocol;
 use gptq_quant::Recipe;
 
+pub(crate) use card::CardArgs;
 pub(crate) use check::CheckArgs;
 pub(crate) use device::DeviceArgs;
 pub(crate) use report::ReportArgs;
@@ -43,6 +45,7 @@ pub(crate) enum Command {
     Sweep(SweepArgs),
     Report(ReportArgs),
     Check(CheckArgs),
+    Card(CardArgs),
     Bench(BenchArgs),
     Doctor(DoctorArgs),
 }

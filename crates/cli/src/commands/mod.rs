@@ -1,6 +1,7 @@
 //! One file a command: from checked arguments to printed results.
 
 mod bench;
+mod card;
 mod check;
 mod doctor;
 mod inspect;
@@ -29,6 +30,7 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Sweep(args) => sweep::run(&args, printer),
         Command::Report(args) => report::run(&args, printer),
         Command::Check(args) => check::run(&args, printer),
+        Command::Card(args) => card::run(&args),
         Command::Bench(args) => bench::run(&args, printer),
         Command::Doctor(args) => doctor::run(&args),
     }
