@@ -9,8 +9,9 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 10] = [
-    "quantize", "ppl", "plan", "inspect", "verify", "sweep", "bench", "doctor", "fetch", "push",
+const COMMANDS: [&str; 13] = [
+    "quantize", "ppl", "plan", "inspect", "verify", "sweep", "report", "check", "card", "bench",
+    "doctor", "fetch", "push",
 ];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
@@ -84,6 +85,9 @@ fn help_lists_the_commands() {
       inspect   Show what a checkpoint holds
       verify    Check a GPTQ checkpoint in every respect, and say who loads it
       sweep     Make and measure every branch of a configuration
+      report    Show what a sweep gave, as Markdown, JSON or a page with charts
+      check     Compare a sweep's accuracy with accepted values, and fail where it is worse
+      card      Write the model card, README.md, of every checkpoint in a folder
       bench     Measure this machine on a synthetic block
       doctor    Show what this machine has for GPU runs, and what it lacks
       fetch     Download a model or dataset from the Hugging Face Hub

@@ -10,6 +10,7 @@ use gptq_quant::{QuantSpec, Recipe};
 use serde::Deserialize;
 
 use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
+use crate::card::CardFacts;
 use crate::dataset::DatasetSpec;
 use crate::error::{Error, Result};
 use crate::protocol::Protocol;
@@ -18,6 +19,7 @@ use crate::source_dtype::SourceDtype;
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";
 const BUILT_IN_TEXT: &str = include_str!("../../../configs/stablebeluga2.toml");
+const BUILT_IN_CARD: &str = include_str!("../../../configs/cards/stablebeluga2.toml");
 
 /// A configuration file, as written.
 #[derive(Debug, Deserialize)]
@@ -36,6 +38,8 @@ struct RawConfig {
     /// Single choices of every branch, as `KEY=VALUE`.
     #[serde(default)]
     set: Vec<String>,
+    /// File with the facts of the model's cards.
+    card: Option<PathBuf>,
     evaluation: Option<RawEvaluation>,
     branch: Vec<RawBranch>,
 }
@@ -89,6 +93,8 @@ pub struct SweepConfig {
     pub source_dtype: SourceDtype,
     /// What to measure each branch on.
     pub evaluation: Option<EvaluationSpec>,
+    /// What the model's cards say, where there are to be cards.
+    pub card: Option<CardFacts>,
     /// The branches, in order.
     pub branches: Vec<Branch>,
 }
@@ -151,12 +157,18 @@ impl SweepConfig {
         } else {
             CalibrationRecipe::open(&raw.calibration)?
         };
+        let card = match &raw.card {
+            Some(path) if file == BUILT_IN => Some(CardFacts::parse(BUILT_IN_CARD, path)?),
+            Some(path) => Some(CardFacts::open(&folder.join(path), None)?),
+            None => None,
+        };
         Ok(Self {
             file: file.to_owned(),
             model: local_model(&raw.model, folder),
             calibration: calibration.with(raw.calibration_overrides)?,
             layout,
             source_dtype: raw.source_dtype,
+            card,
             evaluation: raw.evaluation.map(|e| EvaluationSpec {
                 dataset: e.dataset.relative_to(folder),
                 protocol: e.protocol,
@@ -246,6 +258,7 @@ mod tests {
         assert!(config.branches.iter().all(|b| b.spec.recipe == Recipe::AutoGptq));
         assert_eq!(config.layout, Layout::Card);
         assert_eq!(config.branch("main").unwrap().spec.group_size, None);
+        assert_eq!(config.card.as_ref().unwrap().name, "StableBeluga2");
         assert!(config.branch("nain").unwrap_err().to_string().contains("main"));
     }
 

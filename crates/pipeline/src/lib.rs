@@ -5,6 +5,8 @@
 //! forwards. [`sweep`] runs both for every branch of a [`config`], and finds what earlier runs left by
 //! [`resume`] and [`manifest`]; [`jobs`] splits it over machines. Text becomes windows in
 //! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
+//! What a sweep leaves in its folders is shown by [`report`], held by [`check`] and published with a
+//! [`card`].
 
 mod bands;
 mod baseline;
@@ -12,10 +14,14 @@ pub mod bench;
 pub mod branch_report;
 mod calibrate;
 pub mod calibration;
+pub mod card;
+mod card_loaders;
+pub mod check;
 pub mod config;
 pub mod dataset;
 mod error;
 pub mod evaluation;
+pub mod files;
 pub mod first_gram;
 mod fold;
 mod head;
@@ -30,6 +36,7 @@ pub mod progress;
 pub mod protocol;
 pub mod python_random;
 pub mod quantise;
+pub mod report;
 pub mod resume;
 pub mod source_dtype;
 mod stash;

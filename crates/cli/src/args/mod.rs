@@ -1,8 +1,11 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
 
+mod card;
+mod check;
 mod device;
 mod fetch;
 mod push;
+mod report;
 mod values;
 mod verify;
 
@@ -17,9 +20,12 @@ use gptq_pipeline::protocol::Protocol;
 use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_quant::Recipe;
 
+pub(crate) use card::CardArgs;
+pub(crate) use check::CheckArgs;
 pub(crate) use device::DeviceArgs;
 pub(crate) use fetch::FetchArgs;
 pub(crate) use push::PushArgs;
+pub(crate) use report::ReportArgs;
 pub(crate) use values::GroupSize;
 pub(crate) use verify::VerifyArgs;
 
@@ -45,6 +51,9 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     Verify(Box<VerifyArgs>),
     Sweep(SweepArgs),
+    Report(ReportArgs),
+    Check(CheckArgs),
+    Card(CardArgs),
     Bench(BenchArgs),
     Doctor(DoctorArgs),
     Fetch(FetchArgs),

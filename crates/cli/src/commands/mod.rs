@@ -1,6 +1,8 @@
 //! One file a command: from checked arguments to printed results.
 
 mod bench;
+mod card;
+mod check;
 mod doctor;
 #[cfg(feature = "hub")]
 mod fetch;
@@ -10,6 +12,7 @@ mod ppl;
 #[cfg(feature = "hub")]
 mod push;
 mod quantize;
+mod report;
 mod sweep;
 mod table;
 #[cfg(feature = "hub")]
@@ -34,6 +37,9 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args, printer),
         Command::Sweep(args) => sweep::run(&args, printer),
+        Command::Report(args) => report::run(&args, printer),
+        Command::Check(args) => check::run(&args, printer),
+        Command::Card(args) => card::run(&args),
         Command::Bench(args) => bench::run(&args, printer),
         Command::Doctor(args) => doctor::run(&args),
         #[cfg(feature = "hub")]

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use gptq_checkpoint::free_space;
 use gptq_pipeline::calibration::CalibrationRecipe;
+use gptq_pipeline::card::write_sweep_cards;
 use gptq_pipeline::config::{Branch, SweepConfig};
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::resume::State;
@@ -55,6 +56,11 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
         return dry_run(&job, args.json, printer);
     }
     let report = sweep(&job, printer)?;
+    if let Some(facts) = &config.card
+        && !report.rows.is_empty()
+    {
+        write_sweep_cards(&args.out, &config.branches, facts)?;
+    }
     if args.json { print_json(&report) } else { print_result(&text(&report)) }
 }
 

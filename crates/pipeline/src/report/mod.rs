@@ -1,0 +1,123 @@
+//! What a sweep gave, for people: Markdown, JSON and one self-contained page with charts.
+//!
+//! Everything comes from the reports in the checkpoints' folders, so that any collection of them
+//! can be shown, in one order that does not depend on where they lie. [`compare`] puts together
+//! what was measured alike; [`markdown`] and [`page`] draw it.
+
+mod axis;
+mod blocks;
+pub mod compare;
+pub mod markdown;
+pub mod page;
+#[cfg(test)]
+pub(crate) mod samples;
+mod scatter;
+pub(crate) mod summary;
+pub(crate) mod units;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::branch_report::{BranchReport, REPORT_FILE, REPORT_FORMAT};
+use crate::error::{Error, Result};
+use compare::{Comparison, comparisons};
+
+/// Branches, as `gptq report --json` prints them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// [`REPORT_FORMAT`].
+    pub format: u32,
+    /// More bits first, then smaller groups, then act-order, then by name.
+    pub branches: Vec<BranchReport>,
+}
+
+impl Report {
+    /// Reads sweep folders, checkpoint folders, and JSON files of either kind.
+    ///
+    /// # Errors
+    /// A path without a report, or with one that cannot be read; see [`BranchReport::read`].
+    pub fn open(paths: &[PathBuf]) -> Result<Self> {
+        let mut found = Vec::new();
+        for path in paths {
+            let branches = if path.is_dir() {
+                checkpoints(path)?.into_iter().map(|(_, branch)| branch).collect()
+            } else {
+                file(path)?
+            };
+            found.extend(branches.into_iter().map(|branch| (path, branch)));
+        }
+        let names: Vec<String> = found.iter().map(|(_, b)| b.branch.clone()).collect();
+        let mut branches: Vec<BranchReport> = Vec::with_capacity(found.len());
+        for (path, mut branch) in found {
+            // Branches of two sweeps are told apart by where they were found.
+            if names.iter().filter(|&name| *name == branch.branch).count() > 1 {
+                branch.branch = format!("{}/{}", path.display(), branch.branch);
+            }
+            if branches.iter().any(|other| other.branch == branch.branch) {
+                return Err(Error::BranchTwice { branch: branch.branch });
+            }
+            branches.push(branch);
+        }
+        Ok(Self::of(branches))
+    }
+
+    /// Branches in the report's order.
+    pub(crate) fn of(mut branches: Vec<BranchReport>) -> Self {
+        branches.sort_by(|a, b| order(a).cmp(&order(b)));
+        Self { format: REPORT_FORMAT, branches }
+    }
+
+    /// What was measured alike, side by side; with the changes since `previous`.
+    pub fn comparisons<'a>(&'a self, previous: Option<&'a Self>) -> Vec<Comparison<'a>> {
+        comparisons(self, previous)
+    }
+}
+
+/// Branches of the table's order; the name last, so that it is total.
+fn order(branch: &BranchReport) -> (u8, usize, bool, &str, &str) {
+    let group = branch.group_size.unwrap_or(usize::MAX);
+    (u8::MAX - branch.bits, group, !branch.act_order, &branch.recipe, &branch.branch)
+}
+
+/// The checkpoints of a folder that is one or holds them, with their folders, in the report's order.
+pub(crate) fn checkpoints(path: &Path) -> Result<Vec<(PathBuf, BranchReport)>> {
+    if path.join(REPORT_FILE).is_file() {
+        return Ok(vec![(path.to_owned(), BranchReport::read(path)?)]);
+    }
+    let unreadable = |source| Error::ReadReport { path: path.to_owned(), source };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path).map_err(unreadable)? {
+        let dir = entry.map_err(unreadable)?.path();
+        // What is still being made has no name of its own yet.
+        let unfinished = dir.extension().is_some_and(|extension| extension == "partial");
+        if !unfinished && dir.join(REPORT_FILE).is_file() {
+            let branch = BranchReport::read(&dir)?;
+            found.push((dir, branch));
+        }
+    }
+    if found.is_empty() {
+        return Err(Error::NoReports(path.to_owned()));
+    }
+    found.sort_by(|(_, a), (_, b)| order(a).cmp(&order(b)));
+    Ok(found)
+}
+
+/// What `gptq report --json` printed, or the report of one checkpoint.
+fn file(path: &Path) -> Result<Vec<BranchReport>> {
+    let text = fs::read_to_string(path)
+        .map_err(|source| Error::ReadReport { path: path.to_owned(), source })?;
+    let invalid = |message: String| Error::Report { path: path.to_owned(), message };
+    let value: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
+    if value.get("format").and_then(serde_json::Value::as_u64) != Some(u64::from(REPORT_FORMAT)) {
+        return Err(invalid(format!("it has no `format` of {REPORT_FORMAT}")));
+    }
+    let read = if value.get("branches").is_some() {
+        serde_json::from_str(&text).map(|report: Report| report.branches)
+    } else {
+        serde_json::from_str(&text).map(|branch: BranchReport| vec![branch])
+    };
+    read.map_err(|e| invalid(e.to_string()))
+}

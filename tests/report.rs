@@ -1,0 +1,162 @@
+//! What is made of a sweep: its report, its accuracy gate and its model cards, through the binary.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+mod util;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use util::{TinyLlama, Workdir, listing, words};
+
+const CONFIG: &str = "model = \"model\"\ncalibration = \"calib.toml\"\nrecipe = \"autogptq\"\n\
+    damp = 0.01\ncard = \"facts.toml\"\n\
+    [evaluation]\ndataset = \"text.txt\"\nprotocol = \"paper\"\nseq_len = 32\n\
+    [[branch]]\nname = \"4bit-32g\"\nbits = 4\ngroup_size = 32\nact_order = true\n\
+    [[branch]]\nname = \"3bit\"\nbits = 3\ngroup_size = \"none\"\nact_order = false\n";
+const CALIBRATION: &str = "name = \"own\"\ndataset = \"other.txt\"\njoin = \"card\"\nwindows = 4\n\
+    seq_len = 32\nseed = 0\n";
+const FACTS: &str = "name = \"Tiny\"\nrepository = \"org/tiny-GPTQ\"\nauthor = \"nobody\"\n\
+    license = \"mit\"\nlanguages = [\"en\"]\ndescription = \"Says nothing.\"\n";
+
+/// A folder with a sweep of two branches in `branches`.
+fn swept() -> Workdir {
+    let dir = Workdir::new();
+    TinyLlama::new().write(&dir.path("model"));
+    dir.write("text.txt", &words(400));
+    dir.write("other.txt", &words(300).replace("w2", "w3"));
+    dir.write("sweep.toml", CONFIG);
+    dir.write("calib.toml", CALIBRATION);
+    dir.write("facts.toml", FACTS);
+    dir.gptq(&["sweep", "sweep.toml", "--out", "branches", "--device", "cpu"]).ok();
+    dir
+}
+
+/// Changes a branch's report as another run would.
+fn edit(dir: &Workdir, branch: &str, change: impl FnOnce(&mut Value)) {
+    let path = dir.path("branches").join(branch).join("gptq_report.json");
+    let mut report: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut report);
+    fs::write(path, report.to_string()).unwrap();
+}
+
+fn scale(value: &mut Value, factor: f64) {
+    *value = json!(value.as_f64().unwrap() * factor);
+}
+
+#[test]
+fn a_sweep_is_reported_as_markdown_json_and_a_page() {
+    let dir = swept();
+    let shown = dir.gptq(&["report", "branches", "--html", "report.html"]);
+    assert!(shown.ok().starts_with("# `model`: 2 branches\n"), "{}", shown.stdout);
+    assert!(shown.stdout.contains("\n| `3bit` | 3 | none | no | "), "{}", shown.stdout);
+    assert_eq!(shown.stderr, "wrote report.html\n");
+    let page = fs::read_to_string(dir.path("report.html")).unwrap();
+    assert!(page.contains("4bit-32g") && page.contains("Where the error is"));
+    // The same bytes from the same reports.
+    dir.gptq(&["report", "branches/3bit", "branches/4bit-32g", "--html", "again.html"]).ok();
+    assert_eq!(fs::read_to_string(dir.path("again.html")).unwrap(), page);
+
+    let report = dir.gptq(&["report", "branches", "--json"]);
+    let branches = report.json()["branches"].as_array().unwrap().clone();
+    assert_eq!(branches.iter().map(|b| &b["branch"]).collect::<Vec<_>>(), ["4bit-32g", "3bit"]);
+    // What was printed can be read back, as a report and as the previous one.
+    dir.write("old.json", report.ok());
+    assert_eq!(dir.gptq(&["report", "old.json", "--json"]).ok(), report.stdout);
+    edit(&dir, "3bit", |r| scale(&mut r["evaluations"][0]["perplexity"], 1.1));
+    let since = dir.gptq(&["report", "branches", "--previous", "old.json"]);
+    let row = since.ok().lines().find(|line| line.starts_with("| `3bit`")).unwrap();
+    assert!(row.contains("(+10.0 %) | 0.0000 (0.0 %) | same |"), "{row}");
+    let since = dir.gptq(&["report", "branches", "--previous", "old.json", "--json"]).json();
+    let change = &since["changes"][1];
+    assert_eq!(
+        (&change["branch"], &change["change"]["status"]),
+        (&json!("3bit"), &json!("compared"))
+    );
+    assert!((change["change"]["relative_perplexity"].as_f64().unwrap() - 0.1).abs() < 1e-9);
+}
+
+#[test]
+fn a_report_of_nothing_is_refused() {
+    let dir = Workdir::new();
+    fs::create_dir(dir.path("empty")).unwrap();
+    dir.write("notes.json", "{}");
+    dir.gptq(&["report", "empty"]).refused(&["empty", "gptq_report.json"]);
+    dir.gptq(&["report", "nowhere"]).refused(&["nowhere"]);
+    dir.gptq(&["report", "notes.json"]).refused(&["notes.json", "format"]);
+    dir.gptq(&["check", "empty", "--baseline", "b.json"]).refused(&["empty"]);
+    dir.gptq(&["card", "empty", "--facts", "f.toml"]).refused(&["f.toml"]);
+}
+
+#[test]
+fn the_gate_opens_for_what_was_accepted_and_closes_for_worse() {
+    let dir = swept();
+    let check = |args: &[&str]| {
+        dir.gptq(&[&["check", "branches", "--baseline", "baseline.json"], args].concat())
+    };
+    check(&[]).refused(&["baseline.json", "--update"]);
+    check(&["--update"]).ok();
+    let baseline = fs::read_to_string(dir.path("baseline.json")).unwrap();
+    assert!(check(&[]).ok().contains("4bit-32g  kl"), "{}", check(&[]).stdout);
+    assert_eq!(check(&["--json"]).json()["passed"], true);
+
+    edit(&dir, "3bit", |r| scale(&mut r["evaluations"][0]["kl"], 1.06));
+    let worse = check(&[]);
+    assert_eq!(worse.code, 1);
+    let row = worse.stdout.lines().find(|line| line.contains("WORSE")).unwrap();
+    assert!(row.starts_with("3bit") && row.contains(" kl ") && row.contains("+6.00 %"), "{row}");
+    assert!(worse.stderr.contains("1 of 7 values fail"), "{}", worse.stderr);
+    assert_eq!(check(&["--json"]).code, 1);
+    // The other branch alone passes; so does this one once it is accepted.
+    dir.gptq(&["check", "branches/4bit-32g", "--baseline", "baseline.json"]).ok();
+    assert_eq!(fs::read_to_string(dir.path("baseline.json")).unwrap(), baseline);
+    check(&["--update"]).ok();
+    assert!(check(&[]).stdout.contains("same"));
+
+    edit(&dir, "3bit", |r| scale(&mut r["evaluations"][0]["kl"], 0.9));
+    let better = check(&[]);
+    assert!(better.ok().contains("improved") && better.stderr.contains("--update"));
+    edit(&dir, "3bit", |r| r["evaluations"][0]["windows"] = json!(1));
+    check(&[]).refused(&["`3bit`", "number of windows"]);
+    fs::remove_dir_all(dir.path("branches/3bit")).unwrap();
+    assert!(check(&[]).stdout.contains("MISSING"));
+}
+
+#[test]
+fn a_sweep_leaves_a_card_in_every_branch_and_card_writes_it_anew() {
+    let dir = swept();
+    let read =
+        |branch: &str| fs::read_to_string(dir.path("branches").join(branch).join("README.md"));
+    let card = read("3bit").unwrap();
+    assert!(card.starts_with("---\nlicense: \"mit\"\n"), "{card}");
+    assert!(
+        card.contains("| **this:** [`3bit`](https://huggingface.co/org/tiny-GPTQ/tree/3bit) | 3 ")
+    );
+    assert!(card.contains("| ExLlamaV2 | `4bit-32g` |"), "{card}");
+    assert!(card.contains("Every figure was measured from the published file, protocol paper"));
+    // Loading is a matter of the file, which a card does not touch.
+    let before = listing(&dir.path("branches/3bit"));
+    let args = ["card", "branches", "--facts", "facts.toml", "--repo", "me/other"];
+    let written = dir.gptq(&args);
+    assert_eq!(written.ok(), "branches/4bit-32g/README.md\nbranches/3bit/README.md\n");
+    assert_eq!(listing(&dir.path("branches/3bit")), before);
+    assert_eq!(read("3bit").unwrap(), card.replace("org/tiny-GPTQ", "me/other"));
+    let json = dir.gptq(&[&args[..], &["--json"]].concat()).json();
+    assert_eq!(json, json!(["branches/4bit-32g/README.md", "branches/3bit/README.md"]));
+    // A finished sweep is still a finished one.
+    let again = dir.gptq(&["sweep", "sweep.toml", "--out", "branches", "--device", "cpu"]);
+    again.ok();
+    assert!(!again.stderr.contains("block 1/2"), "{}", again.stderr);
+    assert_eq!(read("3bit").unwrap(), card);
+}
+
+#[test]
+fn a_sweep_with_wrong_facts_makes_nothing() {
+    let dir = swept();
+    dir.write("facts.toml", "name = \"Tiny\"\n");
+    let args = ["sweep", "sweep.toml", "--out", "other", "--device", "cpu"];
+    dir.gptq(&args).refused(&["facts.toml", "repository"]);
+    assert!(!Path::new(&dir.path("other")).exists());
+}
