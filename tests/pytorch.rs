@@ -42,7 +42,8 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
 fn bin_sources_make_the_bytes_that_safetensors_make() {
     let dir = workdir();
     let model = TinyLlama::new();
-    model.write(&dir.path("safe"));
+    // Reports name the folder, which is called the same.
+    model.write(&dir.path("safe/tiny"));
     // What Llama's `.bin` files carry beside the weights.
     let mut with_frequencies = model.clone();
     for block in 0..2 {
@@ -52,12 +53,12 @@ fn bin_sources_make_the_bytes_that_safetensors_make() {
             .tensors
             .insert(name, Weights { dtype: Dtype::F32, shape: vec![8], values });
     }
-    with_frequencies.write_bin(&dir.path("bin"));
-    with_frequencies.write_bin_sharded(&dir.path("shards"), 3);
+    with_frequencies.write_bin(&dir.path("bin/tiny"));
+    with_frequencies.write_bin_sharded(&dir.path("shards/tiny"), 3);
     for options in [&["--recipe=autogptq"][..], &["--recipe=best"], &["--recipe=rtn"]] {
         let made = |model: &str| {
-            let out = format!("{model}-out");
-            dir.gptq(&[&["quantize", model, "--out", &out], &CALIBRATION[..], options].concat())
+            let (out, model) = (format!("{model}-out"), format!("{model}/tiny"));
+            dir.gptq(&[&["quantize", &model, "--out", &out], &CALIBRATION[..], options].concat())
                 .ok();
             let made = contents(&dir.path(&out));
             fs::remove_dir_all(dir.path(&out)).unwrap();
@@ -70,7 +71,8 @@ fn bin_sources_make_the_bytes_that_safetensors_make() {
         }
     }
     let measured = |model: &str| {
-        let args = ["ppl", model, "--device=cpu", "--dataset=text.txt", "--seq-len=32", "--json"];
+        let model = format!("{model}/tiny");
+        let args = ["ppl", &model, "--device=cpu", "--dataset=text.txt", "--seq-len=32", "--json"];
         dir.gptq(&args).json()["perplexity"].as_f64().unwrap()
     };
     assert_eq!(measured("safe"), measured("bin"));
