@@ -15,7 +15,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig, LlamaForCausalLM
 
 
 def bit_stream(words, bits, count):
@@ -96,8 +96,13 @@ def gptqmodel(folder):
 
 def transformers(folder):
     """transformers' own GPTQ integration, as a user calls it: fp16."""
+    settings = json.loads((Path(folder) / "quantize_config.json").read_text())
+    options = {}
+    if settings["group_size"] == -1:
+        # The kernel that GPTQModel chooses for a CPU by itself takes groups of 32 to 256 only.
+        options["quantization_config"] = GPTQConfig(bits=settings["bits"], backend="torch")
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), device_map="cpu", dtype=torch.float16
+        str(folder), device_map="cpu", dtype=torch.float16, **options
     )
     kernels = {type(m).__name__ for m in model.modules() if hasattr(m, "qweight")}
     assert kernels, "no linear was loaded as quantised"
