@@ -155,8 +155,8 @@ pub fn bench_products(width: Width, tokens: usize) -> Result<Vec<Measurement>> {
     Ok(all)
 }
 
-/// Calibrates a synthetic block, on every one of `ranks`. Rotations, which a thread of its own folds into weights while the
-/// block before is computed, are no part of it.
+/// Calibrates a synthetic block, on every one of `ranks`. Rotations, which a thread of its own folds
+/// into weights while the block before is computed, are no part of it.
 pub fn bench_block(
     device: &Device,
     ranks: &Ranks,

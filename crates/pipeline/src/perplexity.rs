@@ -14,7 +14,8 @@ use crate::states::{States, chunk_ranges, chunk_tokens, embed, forward};
 
 /// Normed final hidden states of every scored position, with the tokens that follow them.
 ///
-/// Every rank has those of its own windows. Kept by a sweep for the fp16 model, so that each branch's KL costs no second forward pass.
+/// Every rank has those of its own windows. Kept by a sweep for the dense model, so that each
+/// branch's KL costs no second forward pass.
 #[derive(Debug)]
 pub struct Scored {
     chunks: Vec<(Tensor, Vec<u32>)>,
