@@ -124,7 +124,7 @@ fn every_command_explains_itself() {
     Usage: gptq inspect [OPTIONS] <CHECKPOINT>
 
     Arguments:
-      <CHECKPOINT>  Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
+      <CHECKPOINT>  Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
 
     Options:
           --checksum     Read every value, and print how fast and their SHA-256: equal for equal

@@ -18,6 +18,9 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Noise, Outcome, TinyLlama, Workdir, listing, words};
 
+const ONLINE: (&str, &str) = ("HF_HUB_OFFLINE", "0");
+const OFFLINE: (&str, &str) = ("HF_HUB_OFFLINE", "1");
+
 /// A folder with a cache of its own, and a Hub.
 struct Setting {
     dir: Workdir,
@@ -46,7 +49,8 @@ impl Setting {
 
     fn gptq_env(&self, args: &[&str], env: &[(&str, &str)]) -> Outcome {
         let home = self.dir.path("home").display().to_string();
-        let mut all = vec![("HOME", home.as_str()), ("HF_ENDPOINT", self.hub.address.as_str())];
+        let address = self.hub.address.as_str();
+        let mut all = vec![("HOME", home.as_str()), ("HF_ENDPOINT", address), ONLINE];
         all.extend(self.token.map(|token| ("HF_TOKEN", token)));
         all.extend(env);
         let outcome = self.dir.gptq_env(args, &all);
@@ -93,7 +97,7 @@ const WANTED: [&str; 7] = [
 fn a_model_is_fetched_once_and_then_found_by_its_id() {
     let (setting, commit) = Setting::with_model();
     let hint = ["`gptq fetch org/name`", "local folder", "HF_HOME"];
-    setting.gptq(&["inspect", "org/name"]).refused(&hint);
+    setting.gptq_env(&["inspect", "org/name"], &[OFFLINE]).refused(&hint);
 
     let done = setting.gptq(&["fetch", "org/name"]);
     let snapshot = setting.repository("models--org--name/snapshots").join(&commit);
@@ -131,8 +135,117 @@ fn a_model_is_fetched_once_and_then_found_by_its_id() {
     assert_eq!(rows[0]["files"], WANTED.len());
     assert_eq!((&rows[0]["bytes"], &rows[0]["downloaded_bytes"]), (&json!(total), &json!(0)));
 
-    let shown = setting.gptq_env(&["inspect", "org/name", "--json"], &[("HF_HUB_OFFLINE", "1")]);
+    let shown = setting.gptq_env(&["inspect", "org/name", "--json"], &[OFFLINE]);
     assert_eq!(shown.json()["hidden_size"], 64);
+}
+
+#[test]
+fn what_a_command_needs_is_downloaded() {
+    let (setting, commit) = Setting::with_model();
+    let plan = setting.gptq(&["plan", "org/name"]);
+    assert!(plan.ok().contains("gptq-4bit-32g-actorder_True"), "{}", plan.stdout);
+    let snapshot = setting.repository("models--org--name/snapshots").join(&commit);
+    assert_eq!(listing(&snapshot), ["config.json"]);
+
+    fs::write(setting.dir.path("text.txt"), words(300)).unwrap();
+    let base = format!("org/name@{commit}");
+    let measure = ["ppl", "org/name", "--base", &base, "--dataset", "text.txt", "--seq-len", "32"];
+    let measured = setting.gptq(&measure);
+    assert!(measured.ok().contains("perplexity "), "{}", measured.stdout);
+    assert!(measured.stderr.contains("downloading"), "{}", measured.stderr);
+    setting.hub.forget_requests();
+    setting.gptq_env(&measure, &[OFFLINE]).ok();
+    assert_eq!(setting.hub.count("GET", "/"), 0);
+
+    let text = ["ppl", "org/name", "--dataset", "org/texts:w2:test"];
+    let missing = setting.gptq(&text);
+    missing.refused(&["`org/texts:w2:test`", "not in the Hub cache"]);
+    assert!(missing.stderr.contains("The Hub has no `org/texts@main`"), "{}", missing.stderr);
+    setting.gptq_env(&text, &[OFFLINE]).refused(&["`gptq fetch --dataset org/texts:w2:test`"]);
+    let gone = [("HF_ENDPOINT", "http://127.0.0.1:1")];
+    let nobody = setting.gptq_env(&["inspect", "org/other"], &gone);
+    nobody.refused(&["`gptq fetch org/other`"]);
+    assert!(nobody.stderr.contains("Connection refused"), "{}", nobody.stderr);
+}
+
+/// The bytes of a branch made of `org/name`, all files of it.
+fn quantised(setting: &Setting, out: &str, more: &[&str]) -> BTreeMap<String, Vec<u8>> {
+    fs::write(setting.dir.path("text.txt"), words(2000)).unwrap();
+    let mut args = vec!["quantize", "org/name", "--out", out, "--calib-dataset", "text.txt"];
+    args.extend(["--windows", "4", "--seq-len", "32", "--group-size", "32"]);
+    args.extend(more);
+    setting.gptq(&args).ok();
+    let dir = setting.dir.path(out);
+    listing(&dir)
+        .into_iter()
+        .map(|name| (name.clone(), fs::read(dir.join(name)).unwrap()))
+        .collect()
+}
+
+#[test]
+fn discarded_shards_give_the_same_branch_and_are_gone() {
+    for (extension, write) in [
+        ("safetensors", TinyLlama::write_sharded as fn(&TinyLlama, &Path, usize) -> Vec<PathBuf>),
+        ("bin", TinyLlama::write_bin_sharded),
+    ] {
+        let setting = Setting::new();
+        let dir = tempfile::tempdir().unwrap();
+        write(&TinyLlama::new(), dir.path(), 5);
+        let files = listing(dir.path());
+        let files: Vec<(&str, Vec<u8>)> = files
+            .iter()
+            .map(|name| (name.as_str(), fs::read(dir.path().join(name)).unwrap()))
+            .collect();
+        let files: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
+        setting.hub.publish("models/org/name", &files);
+        let snapshots = setting.repository("models--org--name/snapshots");
+
+        for recipe in ["best", "rtn"] {
+            let streamed =
+                quantised(&setting, "streamed", &["--recipe", recipe, "--discard-shards"]);
+            let snapshot = snapshots.join(&listing(&snapshots)[0]);
+            let left = listing(&snapshot);
+            assert!(!left.iter().any(|name| name.ends_with(extension)), "{left:?}");
+            // One blob for each small file.
+            assert_eq!(setting.blobs().len(), left.len());
+            // From the cache, which the command fills again.
+            let whole = quantised(&setting, "whole", &["--recipe", recipe]);
+            assert!(streamed == whole, "{extension} {recipe}");
+            assert_eq!(listing(&snapshot).len(), files.len());
+            fs::remove_dir_all(setting.dir.path("streamed")).unwrap();
+            fs::remove_dir_all(setting.dir.path("whole")).unwrap();
+        }
+    }
+}
+
+#[test]
+fn discarding_is_refused_where_it_would_lose_something() {
+    let (setting, _) = Setting::with_model();
+    TinyLlama::new().write_sharded(&setting.dir.path("local"), 2);
+    let quantize = |model: &str, more: &[&str]| {
+        let mut args =
+            vec!["quantize", model, "--out", "out", "--recipe", "rtn", "--discard-shards"];
+        args.extend(more);
+        setting.gptq(&args)
+    };
+    quantize("local", &[]).refused(&["`local`", "Hub id"]);
+    quantize("org/name", &["--device", "cuda:0,1"]).refused(&["one device", "--discard-shards"]);
+    setting
+        .hub
+        .publish("models/org/single", &[("config.json", b"{}"), ("model.safetensors", b"x")]);
+    quantize("org/single", &[]).refused(&["`org/single`", "one file"]);
+    assert_eq!(listing(&setting.dir.path("local")).len(), 5);
+
+    // A shard that does not come ends the run, with nothing under the name; what came is kept.
+    setting.hub.fail("GET", "model-00002-of-00002", Fault::Status(404), 100);
+    let lost = quantize("org/name", &[]);
+    lost.refused(&["`model-00002-of-00002.safetensors`"]);
+    assert!(lost.stderr.contains("The Hub has no"), "{}", lost.stderr);
+    assert!(!setting.dir.path("out").exists());
+    setting.hub.state().faults.clear();
+    setting.hub.forget_requests();
+    quantize("org/name", &[]).ok();
+    assert_eq!(setting.hub.count("GET", "model-00001-of-00002"), 0);
 }
 
 #[test]
@@ -158,7 +271,7 @@ fn a_failed_download_is_no_model_and_is_completed_by_the_next() {
         setting.hub.fail("GET", shard, fault, 1);
         let fetch = ["fetch", "org/name", "--retries", "0"];
         setting.gptq(&fetch).refused(&["`org/name/model-00002-of-00002.safetensors`", told]);
-        setting.gptq(&["inspect", "org/name"]).refused(&["`gptq fetch org/name`"]);
+        setting.gptq_env(&["inspect", "org/name"], &[OFFLINE]).refused(&["`gptq fetch org/name`"]);
         let there = setting.blobs().iter().filter(|name| !name.ends_with(".incomplete")).count();
 
         setting.hub.forget_requests();
@@ -187,11 +300,16 @@ fn damaged_files_are_never_kept() {
     setting.hub.fail("GET", "tokenizer.json", Fault::Damage, 2);
     setting.gptq(&["fetch", "org/name"]).refused(&["`org/name/tokenizer.json`", "git hash"]);
     let shard = "model-00001-of-00002.safetensors";
+    let hash = sha256(&model()[shard]);
     for (fault, told) in [(Fault::Damage, "SHA-256"), (Fault::Short, "bytes, but the Hub lists")] {
+        // Side by side with what failed before, all or some of it may have arrived.
+        let blobs = setting.repository("models--org--name/blobs");
+        for left in setting.blobs().iter().filter(|blob| blob.starts_with(&hash)) {
+            fs::remove_file(blobs.join(left)).unwrap();
+        }
         setting.hub.fail("GET", shard, fault, 2);
         let failed = setting.gptq(&["fetch", "org/name", "--retries", "0"]);
         failed.refused(&["`org/name/model-00001-of-00002.safetensors`", told]);
-        let hash = sha256(&model()[shard]);
         assert!(!setting.blobs().iter().any(|blob| blob.starts_with(&hash)), "{fault:?}");
     }
     // Once is bad luck.
@@ -316,7 +434,7 @@ fn a_dataset_is_fetched_by_split() {
     let commit = setting.hub.publish("datasets/org/texts", &files);
     TinyLlama::new().write(&setting.dir.path("model"));
     let ppl = ["ppl", "model", "--device=cpu", "--dataset", "org/texts:w2:test"];
-    let missing = setting.gptq(&ppl);
+    let missing = setting.gptq_env(&ppl, &[OFFLINE]);
     let hint = "`gptq fetch --dataset org/texts:w2:test`";
     assert!(missing.code == 1 && missing.stderr.contains(hint), "{}", missing.stderr);
 

@@ -61,6 +61,8 @@ impl Workdir {
             .env("NO_COLOR", "1")
             // Help is wrapped to the terminal's width.
             .env("COLUMNS", "100")
+            // What is not there is not to be downloaded.
+            .env("HF_HUB_OFFLINE", "1")
             .envs(env.iter().copied())
             .output()
             .unwrap();

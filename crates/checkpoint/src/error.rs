@@ -84,6 +84,20 @@ pub enum Error {
         /// The shard's name as written there.
         shard: String,
     },
+    /// A shard that was to come did not.
+    #[error("Cannot get the shard `{shard}`")]
+    Bring {
+        /// The shard's name.
+        shard: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A weight is read again although its shard may be gone.
+    #[error("`{tensor}` was read and discarded; shards that are discarded can be read once")]
+    Discarded {
+        /// The tensor.
+        tensor: String,
+    },
     /// The index places a tensor in a shard that does not hold it.
     #[error("`{}` places tensor `{tensor}` in `{shard}`, which does not hold it", index.display())]
     IndexMismatch {

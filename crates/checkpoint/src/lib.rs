@@ -4,12 +4,14 @@
 //! like, and nothing about how its weights are made or used: no GPU, no network, no numerics
 //! beyond exact conversions between stored types.
 //!
-//! - Reading: [`Checkpoint::open`] maps the weight files, safetensors or PyTorch's, and hands out [`TensorRef`] views, or a
-//!   whole quantised linear as a [`GptqLinear`].
+//! - Reading: [`Checkpoint::open`] maps the weight files, safetensors or PyTorch's, and hands out
+//!   [`TensorRef`] views, or a whole quantised linear as a [`GptqLinear`].
+//!   [`Checkpoint::open_arriving`] takes shards as they come, and deletes them when they are read.
 //! - Writing: [`plan_files`] says to the byte what a quantised checkpoint will be, and
 //!   [`CheckpointWriter`] fills it in any order and publishes it by one rename.
 //! - Finding: [`resolve_model`] and [`resolve_dataset`] look a Hub id up in the local cache.
 
+mod arriving;
 mod bits;
 mod config;
 mod dtype;
@@ -29,9 +31,11 @@ mod reader;
 mod rope;
 mod side_files;
 mod tensor;
+mod weights;
 mod writer;
 mod zip;
 
+pub use arriving::Bring;
 pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows, unpack_transposed};
 pub use config::{LinearShape, ModelConfig};
 pub use dtype::DType;
@@ -41,9 +45,10 @@ pub use hub_cache::{hub_cache_root, resolve_dataset, resolve_model};
 pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
 pub use partial::{Partial, free_space, settle};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
-pub use reader::{Checkpoint, WeightFile};
+pub use reader::Checkpoint;
 pub use rope::{Rope, RopeScaling};
 pub use tensor::TensorRef;
+pub use weights::WeightFile;
 pub use writer::{CheckpointWriter, Sealed, Written};
 
 // Tensors move between memory and files by reinterpreting bytes, and safetensors is little-endian.

@@ -4,17 +4,11 @@
 //! and memory stays at the tensors in use ([`Checkpoint::release`] gives pages back).
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::{Mmap, UncheckedAdvice};
-use serde_json::{Map, Value};
-
+use crate::arriving::{Arriving, Bring};
 use crate::gptq::check_sides;
-use crate::header::{self, Entry};
-use crate::quantize_config::is_file_name;
+use crate::weights::{Mapped, View, WeightFile, Weights};
 use crate::{
     CheckpointFormat, DType, Error, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, Result,
     TensorRef, pytorch, side_files,
@@ -26,21 +20,7 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     quantize: Option<QuantizeConfig>,
-    files: Vec<WeightFile>,
-    /// Tensors by name, with the file that holds them.
-    tensors: BTreeMap<String, (usize, Entry)>,
-}
-
-/// A mapped weight file of a checkpoint.
-#[derive(Debug)]
-pub struct WeightFile {
-    /// Where it is.
-    pub path: PathBuf,
-    /// What its header says beside its tensors.
-    pub metadata: BTreeMap<String, String>,
-    /// Tensors that it holds, but that the index does not name: no loader sees them.
-    pub unindexed: Vec<String>,
-    map: Mmap,
+    weights: Weights,
 }
 
 impl Checkpoint {
@@ -57,15 +37,23 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         let quantize = QuantizeConfig::load(dir, config.raw())?;
-        let (files, tensors) = match find_weights(dir, quantize.as_ref())? {
-            Weights::Single(path) => {
-                let (file, entries) = map_file(&path)?;
-                let tensors = entries.into_iter().map(|(name, entry)| (name, (0, entry)));
-                (vec![file], tensors.collect())
-            }
-            Weights::Index(index) => open_shards(dir, &index)?,
-        };
-        Ok(Self { dir: dir.to_owned(), config, quantize, files, tensors })
+        let weights = Weights::Mapped(Mapped::open(dir, quantize.as_ref())?);
+        Ok(Self { dir: dir.to_owned(), config, quantize, weights })
+    }
+
+    /// Opens a dense model whose shards are elsewhere: `dir` holds its configuration and its index,
+    /// and `bring` gives each shard's path when the first of its tensors is asked for. A shard is
+    /// deleted when the last linear that it holds was given to [`Checkpoint::discard`]; its other
+    /// tensors (embedding, norms, head) are kept in memory.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`] for what is in `dir`. What a shard holds is checked when it comes.
+    pub fn open_arriving(dir: &Path, bring: Box<Bring>) -> Result<Self> {
+        let config = ModelConfig::load(dir)?;
+        let quantize = QuantizeConfig::load(dir, config.raw())?;
+        let linears = config.linears().map(|(name, _)| format!("{name}.weight")).collect();
+        let weights = Weights::Arriving(Arriving::open(dir, linears, bring)?);
+        Ok(Self { dir: dir.to_owned(), config, quantize, weights })
     }
 
     /// The model's shape.
@@ -88,52 +76,58 @@ impl Checkpoint {
 
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
+        self.weights.names()
     }
 
     /// Whether the tensor is there.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.weights.contains(name)
     }
 
     /// Bytes of all weight files, headers included.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.map.len() as u64).sum()
+        self.weight_files().iter().map(WeightFile::bytes).sum()
     }
 
-    /// The weight files, in the order of their names.
+    /// The mapped weight files, in the order of their names; none of [`Checkpoint::open_arriving`].
     #[must_use]
     pub fn weight_files(&self) -> &[WeightFile] {
-        &self.files
+        match &self.weights {
+            Weights::Mapped(mapped) => mapped.files(),
+            Weights::Arriving(_) => &[],
+        }
     }
 
     /// A tensor by name, of any supported type.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::UnsupportedDType`].
+    /// [`Error::MissingTensor`] and [`Error::UnsupportedDType`]; of [`Checkpoint::open_arriving`]
+    /// also [`Error::Discarded`], and whatever is wrong with the shard.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
-        let Some((name, (file, entry))) = self.tensors.get_key_value(name) else {
+        let Some(View { name, entry, bytes }) = self.weights.view(name)? else {
             let (dir, tensor) = (self.dir.clone(), name.to_owned());
             return Err(Error::MissingTensor { dir, tensor });
         };
         let dtype = DType::from_safetensors(entry.dtype, name)?;
-        let bytes = &self.files[*file].map[entry.range.clone()];
         let bytes = match &entry.strides {
-            None => Cow::Borrowed(bytes),
+            None => bytes,
             Some(strides) => {
-                Cow::Owned(pytorch::gather(bytes, dtype.size(), &entry.shape, strides))
+                Cow::Owned(pytorch::gather(&bytes, dtype.size(), &entry.shape, strides))
             }
         };
         Ok(TensorRef { name, dtype, shape: &entry.shape, bytes })
     }
 
-    /// The type a tensor is stored in, whether or not it is one that can be read; `None` when it is
-    /// not there.
+    /// The type a tensor of a mapped file is stored in, whether or not it is one that can be read;
+    /// `None` when it is not there.
     #[must_use]
     pub fn stored_type(&self, name: &str) -> Option<safetensors::Dtype> {
-        self.tensors.get(name).map(|(_, entry)| entry.dtype)
+        match &self.weights {
+            Weights::Mapped(mapped) => mapped.entry(name).map(|entry| entry.dtype),
+            Weights::Arriving(_) => None,
+        }
     }
 
     /// A floating-point tensor that must have this shape.
@@ -244,8 +238,21 @@ impl Checkpoint {
     /// Tells the system that a tensor's pages are not needed any more. Advice only: nothing
     /// happens for a name that is not there, or on a system that does not take it.
     pub fn release(&self, name: &str) {
-        let Some((file, entry)) = self.tensors.get(name) else { return };
-        release(&self.files[*file].map, entry.range.clone());
+        if let Weights::Mapped(mapped) = &self.weights {
+            mapped.release(name);
+        }
+    }
+
+    /// Says that a linear's weight was read for the last time. Where shards arrive and go, the last
+    /// one of its shard deletes that; elsewhere nothing happens.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the shard cannot be deleted.
+    pub fn discard(&self, name: &str) -> Result<()> {
+        match &self.weights {
+            Weights::Mapped(_) => Ok(()),
+            Weights::Arriving(arriving) => arriving.discard(name),
+        }
     }
 
     /// A tensor with exactly this type and shape.
@@ -269,147 +276,4 @@ fn check_shape(tensor: &TensorRef<'_>, expected: &[usize]) -> Result<()> {
 
 fn wrong_type(tensor: &TensorRef<'_>, expected: &'static str) -> Error {
     Error::DType { tensor: tensor.name.to_owned(), expected, found: tensor.dtype.name() }
-}
-
-/// Name of the weights of a PyTorch folder, and the start of its index's.
-const PYTORCH: &str = "pytorch_model.bin";
-/// Largest piece of a file that the system maps at once when one byte of it is touched.
-const FOLIO: usize = 2 << 20;
-/// How the text begins that Git keeps in place of a large file.
-const LFS_POINTER: &[u8] = b"version https://git-lfs";
-
-/// Gives back the pages of a range. One touch may have mapped a neighbour's as well, so they go too.
-fn release(map: &Mmap, range: Range<usize>) {
-    let start = range.start / FOLIO * FOLIO;
-    let end = range.end.next_multiple_of(FOLIO).min(map.len());
-    // SAFETY: the mapping is read-only and backed by a file, so no page holds data of its own: one
-    // dropped here is read again from the file when it is next touched. References into it stay
-    // valid and see the same values.
-    #[expect(unsafe_code, reason = "madvise on a read-only file mapping")]
-    let advised =
-        unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
-    // Refused advice costs memory, not correctness.
-    drop(advised);
-}
-
-/// Where a folder keeps its weights.
-enum Weights {
-    Single(PathBuf),
-    Index(PathBuf),
-}
-
-fn find_weights(dir: &Path, quantize: Option<&QuantizeConfig>) -> Result<Weights> {
-    let mut stems = Vec::new();
-    if let Some(quantize) = quantize {
-        stems.push(quantize.file_stem());
-        // A folder may follow AutoGPTQ's scheme although its config names a base.
-        let scheme = QuantizeConfig { model_file_base_name: None, ..quantize.clone() };
-        stems.push(scheme.file_stem());
-    }
-    stems.push("model".to_owned());
-    for stem in stems {
-        let single = dir.join(format!("{stem}.safetensors"));
-        if single.is_file() {
-            return Ok(Weights::Single(single));
-        }
-        let index = dir.join(format!("{stem}.safetensors.index.json"));
-        if index.is_file() {
-            return Ok(Weights::Index(index));
-        }
-    }
-    let mut named = list_extension(dir, "safetensors")?;
-    let dir = dir.to_owned();
-    match (quantize, named.len()) {
-        (Some(_), 1) => return Ok(Weights::Single(named.remove(0))),
-        (Some(_), count) if count > 1 => return Err(Error::AmbiguousWeights { dir, count }),
-        _ => {}
-    }
-    let (single, index) = (dir.join(PYTORCH), dir.join(format!("{PYTORCH}.index.json")));
-    match (single.is_file(), index.is_file()) {
-        (true, _) => Ok(Weights::Single(single)),
-        (false, true) => Ok(Weights::Index(index)),
-        (false, false) => Err(Error::NoWeights { dir }),
-    }
-}
-
-/// Files of a folder with this extension.
-fn list_extension(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
-        let path = entry.map_err(Error::io("list", dir))?.path();
-        if path.extension().is_some_and(|e| e == extension) && path.is_file() {
-            found.push(path);
-        }
-    }
-    Ok(found)
-}
-
-type Opened = (Vec<WeightFile>, BTreeMap<String, (usize, Entry)>);
-
-/// Opens the shards of an index, and checks that each holds what the index says.
-fn open_shards(dir: &Path, index: &Path) -> Result<Opened> {
-    let mut files = Vec::new();
-    let mut tensors = BTreeMap::new();
-    for (shard, names) in read_index(index)? {
-        let path = dir.join(&shard);
-        if !path.is_file() {
-            return Err(Error::MissingShard { index: index.to_owned(), shard });
-        }
-        let (mut file, entries) = map_file(&path)?;
-        let mut entries: BTreeMap<String, Entry> = entries.into_iter().collect();
-        for tensor in names {
-            let Some(entry) = entries.remove(&tensor) else {
-                return Err(Error::IndexMismatch { index: index.to_owned(), tensor, shard });
-            };
-            tensors.insert(tensor, (files.len(), entry));
-        }
-        file.unindexed = entries.into_keys().collect();
-        files.push(file);
-    }
-    Ok((files, tensors))
-}
-
-/// The index's tensors by shard.
-fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> {
-    let invalid = |key: &str, reason: String| Error::InvalidConfig {
-        path: index.to_owned(),
-        key: key.to_owned(),
-        reason,
-    };
-    let text = std::fs::read_to_string(index).map_err(Error::io("read", index))?;
-    let parsed: Map<String, Value> = serde_json::from_str(&text).map_err(Error::json(index))?;
-    let Some(Value::Object(weight_map)) = parsed.get("weight_map") else {
-        return Err(invalid("weight_map", "is missing or no object".to_owned()));
-    };
-    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (tensor, shard) in weight_map {
-        let Some(shard) = shard.as_str().filter(|name| is_file_name(name)) else {
-            return Err(invalid(tensor, format!("is `{shard}`, expected a plain file name")));
-        };
-        shards.entry(shard.to_owned()).or_default().push(tensor.clone());
-    }
-    Ok(shards)
-}
-
-/// Maps a weight file and checks what it says of its tensors.
-fn map_file(path: &Path) -> Result<(WeightFile, Vec<(String, Entry)>)> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    // SAFETY: the mapping is read-only, and every bit pattern is a valid value of what is read from
-    // it, so the only hazard is another process truncating the file while it is in use, which ends
-    // this one with SIGBUS; checkpoints are not edited in place, and the writer here renames.
-    #[expect(unsafe_code, reason = "mapping a checkpoint instead of reading all of it")]
-    let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-    let owned = || path.to_owned();
-    if map.starts_with(LFS_POINTER) {
-        return Err(Error::LfsPointer { path: owned() });
-    }
-    let (entries, metadata) = if path.extension().is_some_and(|e| e == "safetensors") {
-        header::parse(&map).map_err(|reason| Error::InvalidHeader { path: owned(), reason })?
-    } else {
-        let entries = pytorch::parse(&map)
-            .map_err(|reason| Error::InvalidPyTorch { path: owned(), reason })?;
-        (entries, BTreeMap::new())
-    };
-    release(&map, 0..map.len());
-    Ok((WeightFile { path: owned(), metadata, unindexed: Vec::new(), map }, entries))
 }

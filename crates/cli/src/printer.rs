@@ -1,17 +1,18 @@
 //! Everything that is not a result: progress bars, block lines, warnings. All on stderr.
 
 use std::io::{IsTerminal, Write};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use gptq_pipeline::progress::{BlockReport, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Prints progress as bars on a terminal and as lines elsewhere.
+/// Prints progress as bars on a terminal and as lines elsewhere. Clones draw the same bars.
+#[derive(Clone)]
 pub(crate) struct Printer {
     quiet: bool,
     bars: bool,
-    phase: Mutex<Option<Phase>>,
+    phase: Arc<Mutex<Option<Phase>>>,
 }
 
 struct Phase {
@@ -26,7 +27,7 @@ impl Printer {
     /// `quiet` leaves only warnings and errors; `no_progress` replaces bars by lines.
     pub(crate) fn new(quiet: bool, no_progress: bool) -> Self {
         let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
-        Self { quiet, bars, phase: Mutex::new(None) }
+        Self { quiet, bars, phase: Arc::new(Mutex::new(None)) }
     }
 
     /// Whether progress is shown as bars.

@@ -35,14 +35,6 @@ impl Team {
         &self.devices[0]
     }
 
-    /// The device of a team of one.
-    pub(crate) fn alone(&self) -> Option<Device> {
-        match (self.devices.as_slice(), self.seats.as_slice()) {
-            ([device], [seat]) if seat.size() == 1 => Some(device.clone()),
-            _ => None,
-        }
-    }
-
     /// All devices' name for reports.
     pub(crate) fn name(&self) -> String {
         let name = self.device().name();

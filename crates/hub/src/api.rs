@@ -1,5 +1,6 @@
 //! The Hub over HTTP: requests, their failures, and listings.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use reqwest::blocking::{Client, Response};
@@ -220,7 +221,17 @@ impl<'a> Api<'a> {
         if from > 0 {
             request = request.header(RANGE, format!("bytes={from}-"));
         }
-        let response = request.send().map_err(|e| interrupted(&e))?;
+        let answered = &self.hub.answered;
+        let response = request.send().map_err(|e| match e.is_connect() {
+            // Without a network, waiting for one would only hide the message.
+            true if !answered.load(Ordering::Relaxed) => Failure::Fatal(Error::Network {
+                what: what.to_owned(),
+                reason: chain(&e),
+                attempts: 1,
+            }),
+            _ => interrupted(&e),
+        })?;
+        answered.store(true, Ordering::Relaxed);
         let status = response.status();
         if status.is_success() || (from > 0 && status == StatusCode::RANGE_NOT_SATISFIABLE) {
             return Ok(response);

@@ -28,7 +28,7 @@ pub(crate) struct Download<'a> {
     pub(crate) commit: &'a str,
     pub(crate) meter: Meter<'a>,
     /// Set when another file has failed; what has arrived by then is kept.
-    pub(crate) stop: AtomicBool,
+    pub(crate) stop: &'a AtomicBool,
 }
 
 impl Download<'_> {

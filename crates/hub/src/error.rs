@@ -120,6 +120,14 @@ pub enum Error {
         /// The repository.
         repo: String,
     },
+    /// A model that cannot come in parts.
+    #[error(
+        "The weights of `{repo}` are one file, not shards that could go one after the other; leave out --discard-shards"
+    )]
+    NotSharded {
+        /// The repository.
+        repo: String,
+    },
     /// A dataset without that split.
     #[error("Dataset `{repo}` has no parquet files of `{config}:{split}`; it holds {available}")]
     NoSplit {

@@ -16,11 +16,16 @@ use crate::{Error, Hub, Progress, Result};
 /// Files downloaded at a time: one connection seldom fills a fast line.
 const CONNECTIONS: usize = 4;
 
+/// A model's configuration.
+const CONFIG: &str = "config.json";
+
 /// What to download.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// Weights, configuration, tokeniser and licences of the model `ORG/NAME`.
     Model(String),
+    /// The configuration of the model `ORG/NAME` alone.
+    Config(String),
     /// The parquet files of a split.
     Dataset {
         /// `ORG/NAME`, or `NAME` for the Hub's oldest datasets.
@@ -64,7 +69,7 @@ pub fn fetch(
     progress: &dyn Progress,
 ) -> Result<Fetched> {
     let (kind, id) = match source {
-        Source::Model(id) => (Kind::Model, id),
+        Source::Model(id) | Source::Config(id) => (Kind::Model, id),
         Source::Dataset { id, .. } => (Kind::Dataset, id),
     };
     check_revision(revision)?;
@@ -74,6 +79,19 @@ pub fn fetch(
     let files = choose(source, &listing)?;
 
     let cache = RepoCache::create(cache, kind, id)?;
+    let (bytes, downloaded) = bring(&api, &cache, &commit, &files, progress)?;
+    let folder = cache.publish(revision, &commit, &files)?;
+    Ok(Fetched { folder, commit, files: files.len(), bytes, downloaded })
+}
+
+/// Brings the blobs of `files` that are not there; gives the bytes of all, and of those.
+pub(crate) fn bring(
+    api: &Api<'_>,
+    cache: &RepoCache,
+    commit: &str,
+    files: &[RemoteFile],
+    progress: &dyn Progress,
+) -> Result<(u64, u64)> {
     // Equal files are one blob.
     let blobs: BTreeMap<&str, &RemoteFile> = files.iter().map(|f| (f.digest.hex(), f)).collect();
     let bytes = blobs.values().map(|file| file.bytes).sum();
@@ -82,22 +100,26 @@ pub fn fetch(
     let missing: Vec<&RemoteFile> =
         blobs.into_values().filter(|file| !cache.is_complete(file)).collect();
     if !missing.is_empty() {
-        progress.begin(id, bytes, present);
+        progress.begin(api.id(), bytes, present);
         let meter = Meter::new(progress, present);
         let stop = AtomicBool::new(false);
-        let all = Download { api: &api, cache: &cache, commit: &commit, meter, stop };
+        let all = Download { api, cache, commit, meter, stop: &stop };
         let result = download(&all, &missing);
         progress.end();
         result?;
     }
-    let folder = cache.publish(revision, &commit, &files)?;
-    Ok(Fetched { folder, commit, files: files.len(), bytes, downloaded: bytes - present })
+    Ok((bytes, bytes - present))
 }
 
-fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<RemoteFile>> {
+pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<RemoteFile>> {
     match source {
         Source::Model(id) => {
             model_files(listing).ok_or_else(|| Error::NoWeights { repo: id.clone() })
+        }
+        Source::Config(id) => {
+            let config = listing.iter().find(|file| file.path == CONFIG);
+            let what = || format!("`{CONFIG}` in `{id}`");
+            Ok(vec![config.ok_or_else(|| Error::NotFound { what: what() })?.clone()])
         }
         Source::Dataset { id, config, split } => {
             let files = split_files(listing, config, split);

@@ -4,6 +4,7 @@ use std::env;
 use std::fmt;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
 use reqwest::Url;
 use reqwest::header::HeaderValue;
@@ -18,6 +19,8 @@ pub struct Hub {
     pub(crate) endpoint: Url,
     pub(crate) token: Option<Token>,
     pub(crate) retries: u32,
+    /// It has answered once: whoever cannot be reached after that may be reached again.
+    pub(crate) answered: AtomicBool,
     offline: bool,
 }
 
@@ -37,7 +40,8 @@ impl Hub {
     /// Reads `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the token: `HF_TOKEN`, else the file
     /// `HF_TOKEN_PATH`, else `token` in `HF_HOME` (`~/.cache/huggingface`), else none.
     ///
-    /// A transfer gives up after `retries` attempts in a row that brought nothing.
+    /// A transfer gives up after `retries` attempts in a row that brought nothing, and at once where
+    /// nobody can be reached at the start.
     ///
     /// # Errors
     /// [`Error::Endpoint`], [`Error::MalformedToken`], and [`Error::Io`] for a token file that is
@@ -53,13 +57,20 @@ impl Hub {
             .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
             .ok_or(Error::Endpoint { endpoint: text })?;
         let token = token(get)?;
-        Ok(Self { endpoint, token, retries, offline: get("HF_HUB_OFFLINE").is_some_and(is_true) })
+        let offline = get("HF_HUB_OFFLINE").is_some_and(is_true);
+        Ok(Self { endpoint, token, retries, answered: AtomicBool::new(false), offline })
     }
 
     /// The page of a model.
     #[must_use]
     pub fn address(&self, repo: &str) -> String {
         format!("{}/{repo}", self.endpoint.as_str().trim_end_matches('/'))
+    }
+
+    /// Whether the user forbade the network.
+    #[must_use]
+    pub fn is_offline(&self) -> bool {
+        self.offline
     }
 
     /// Refuses to go on where the user forbade the network.

@@ -2,6 +2,7 @@
 //!
 //! - [`fetch`] brings the files that this project reads of a model or of a dataset's split, checks
 //!   each by size and hash, and goes on where an earlier run stopped.
+//! - [`Stream`] brings a model's shards a few ahead of a reader that deletes them.
 //! - [`plan_push`] says which file of a folder goes to which branch, and [`push`] takes it there.
 //!
 //! Uploads go through hf-hub, which speaks the Hub's Xet protocol. Downloads are this crate's own
@@ -23,9 +24,11 @@ mod hub;
 mod needed;
 mod progress;
 mod push;
+mod stream;
 
 pub use error::{Error, Result};
 pub use fetch::{Fetched, Source, fetch};
 pub use hub::Hub;
 pub use progress::Progress;
 pub use push::{BranchPlan, PlannedFile, PushRequest, Pushed, plan_push, push};
+pub use stream::Stream;

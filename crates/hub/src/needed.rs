@@ -48,6 +48,11 @@ fn weights(files: &[&RemoteFile]) -> Option<Vec<String>> {
     None
 }
 
+/// Whether a chosen file holds weights, not settings.
+pub(crate) fn is_weights(file: &RemoteFile) -> bool {
+    FORMATS.iter().any(|(_, extension)| file.path.ends_with(&format!(".{extension}")))
+}
+
 /// `model-00001-of-00015.safetensors` and the like.
 fn is_shard(name: &str, stem: &str, extension: &str) -> bool {
     let middle = name.strip_prefix(stem).and_then(|n| n.strip_suffix(extension));

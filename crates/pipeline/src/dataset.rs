@@ -124,6 +124,14 @@ impl DatasetSpec {
         }
     }
 
+    /// Whether it is a split on the Hub that is not, or not whole, in the local cache.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        let Place::Hub(hub) = &self.place else { return false };
+        let snapshot = gptq_checkpoint::resolve_dataset(&hub.repo, None);
+        snapshot.is_err() || snapshot.is_ok_and(|s| self.files_of_split(hub, &s).is_err())
+    }
+
     /// The same dataset with a relative local path taken from `folder`; others are unchanged.
     #[must_use]
     pub fn relative_to(mut self, folder: &Path) -> Self {
@@ -136,6 +144,14 @@ impl DatasetSpec {
 
     /// The rows of a Hub split, from the parquet files of a snapshot folder in name order.
     fn rows_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<String>, TextError> {
+        let mut rows = Vec::new();
+        for file in self.files_of_split(hub, snapshot)? {
+            rows.extend(read_parquet(&file, &self.column)?);
+        }
+        Ok(rows)
+    }
+
+    fn files_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<PathBuf>, TextError> {
         let mut folders = vec![hub.config.as_str()];
         if hub.config == "default" {
             // Datasets with a single configuration keep their files in `data`.
@@ -152,11 +168,7 @@ impl DatasetSpec {
                 .collect();
             if !files.is_empty() {
                 self.check_complete(&folder, &files)?;
-                let mut rows = Vec::new();
-                for (name, _) in files {
-                    rows.extend(read_parquet(&folder.join(name), &self.column)?);
-                }
-                return Ok(rows);
+                return Ok(files.iter().map(|(name, _)| folder.join(name)).collect());
             }
         }
         let patterns: Vec<String> =

@@ -292,14 +292,26 @@ pub(crate) fn read_ahead<'scope, 'env>(
 
 fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>, exact: bool) -> Result<Block> {
     if folding.is_none() && !exact {
-        return Ok(model.load_block(index)?);
+        let block = model.load_block(index)?;
+        discard(model, index)?;
+        return Ok(block);
     }
     // Turned on the host, beside the work of a GPU.
     let mut block = model.load_block_on(&Device::Cpu, index)?;
+    discard(model, index)?;
     if let Some(folding) = folding {
         folding.block(&mut block)?;
     }
     Ok(model.place(block, exact)?)
+}
+
+/// No walk reads a block's linears twice: where shards arrive and go, these may go.
+fn discard(model: &Model<'_>, index: usize) -> Result<()> {
+    let prefix = ModelConfig::block_prefix(index);
+    for shape in model.config().block_linears() {
+        model.checkpoint().discard(&format!("{prefix}.{}.weight", shape.name))?;
+    }
+    Ok(())
 }
 
 /// The next block, or why it could not be read.

@@ -94,11 +94,22 @@ impl DeviceArgs {
 
     /// Opens the device of a command that uses one; `advice` says what to do instead.
     pub(crate) fn open_one(&self, printer: &Printer, advice: &str) -> Result<Device> {
-        let team = self.open(printer)?;
-        match team.alone() {
-            Some(device) => Ok(device),
-            None => bail!("this command uses one device; {advice}"),
+        self.check_one(advice)?;
+        Ok(self.open(printer)?.device().clone())
+    }
+
+    /// Refuses several devices, before any is opened; `advice` says what to do instead, or why.
+    pub(crate) fn check_one(&self, advice: &str) -> Result<()> {
+        let several = match (launched()?, &self.device) {
+            (Some(launched), _) => launched.launch.size > 1,
+            (None, Some(DeviceName::Cards(cards))) => cards.len() > 1,
+            (None, Some(DeviceName::All)) => every_card()?.len() > 1,
+            (None, Some(DeviceName::Cpu | DeviceName::Cuda) | None) => false,
+        };
+        if several {
+            bail!("this command uses one device; {advice}");
         }
+        Ok(())
     }
 
     /// The devices of a process that is alone.

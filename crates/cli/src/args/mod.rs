@@ -66,7 +66,7 @@ pub(crate) enum Command {
   gptq quantize ./SmolLM2-135M --out ./SmolLM2-135M-4bit-128g --bits 4 --group-size 128
   gptq quantize stabilityai/StableBeluga2 --branch gptq-4bit-32g-actorder_True --out ./4bit-32g")]
 pub(crate) struct QuantizeArgs {
-    /// Folder of the dense model, or a Hub id in the local Hugging Face cache
+    /// Folder of the dense model, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     pub(crate) model: String,
     /// Folder to make; it must not exist, or be empty
     #[arg(long, value_name = "DIR")]
@@ -108,6 +108,10 @@ pub(crate) struct QuantizeArgs {
     /// Split the weights into files of at most this size, such as 5GB
     #[arg(long, value_name = "SIZE", value_parser = values::parse_bytes)]
     pub(crate) max_shard_size: Option<u64>,
+    /// Download the model's shards as they are needed and delete them from the Hub's cache when
+    /// they are read: for a disk smaller than the model
+    #[arg(long)]
+    pub(crate) discard_shards: bool,
     /// Treat raised damping as an error
     #[arg(long)]
     pub(crate) strict: bool,
@@ -158,7 +162,7 @@ impl CalibrationArgs {
   gptq ppl ./model --protocol llama-cpp --dataset ./book.txt
   gptq ppl ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --per-token losses.csv")]
 pub(crate) struct PplArgs {
-    /// Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
+    /// Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     pub(crate) model: String,
     /// How the text is cut and scored: paper, llama-cpp or strided
     #[arg(long, default_value = "paper")]
@@ -190,7 +194,7 @@ pub(crate) struct PplArgs {
 #[command(after_help = "Example:
   gptq plan stabilityai/StableBeluga2 --config configs/stablebeluga2.toml")]
 pub(crate) struct PlanArgs {
-    /// Folder that holds config.json, or a Hub id in the local Hugging Face cache
+    /// Folder that holds config.json, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     pub(crate) model: String,
     /// Sweep configuration
     #[arg(long, value_name = "FILE", default_value = gptq_pipeline::config::BUILT_IN)]
@@ -209,7 +213,7 @@ pub(crate) struct PlanArgs {
   gptq inspect ./SmolLM2-135M-4bit-128g
   gptq inspect ./SmolLM2-135M --checksum")]
 pub(crate) struct InspectArgs {
-    /// Folder of the model or checkpoint, or a Hub id in the local Hugging Face cache
+    /// Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     pub(crate) checkpoint: String,
     /// Read every value, and print how fast and their SHA-256: equal for equal tensors, whatever
     /// files hold them

@@ -15,7 +15,7 @@ use super::DeviceArgs;
   gptq verify ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --dataset ./book.txt \\
     --max-windows 8 --max-kl 0.05 --max-ppl-ratio 1.1")]
 pub(crate) struct VerifyArgs {
-    /// Folder of the checkpoint, or a Hub id in the local Hugging Face cache
+    /// Folder of the checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     pub(crate) checkpoint: String,
     /// Dense model that it was made from: compares every weight
     #[arg(long, value_name = "MODEL")]

@@ -14,6 +14,9 @@ use super::{print_json, print_result};
 use crate::args::FetchArgs;
 use crate::printer::Printer;
 
+/// Attempts after failed ones, where nobody asks for another number.
+pub(crate) const RETRIES: u32 = 5;
+
 /// What `--json` prints, one for each thing asked for.
 #[derive(Serialize)]
 struct Output {
@@ -29,20 +32,19 @@ struct Output {
 
 pub(crate) fn run(args: &FetchArgs, printer: &Printer) -> Result<()> {
     let hub = Hub::from_env(args.retries)?;
-    let cache = gptq_checkpoint::hub_cache_root()
-        .context("No place for the cache is known: set HF_HOME to a folder")?;
+    let cache = cache_root()?;
     let mut wanted = Vec::new();
     if let Some(id) = &args.model {
         let revision = args.revision.as_deref().unwrap_or("main");
         wanted.push((id.clone(), Source::Model(id.clone()), revision));
     }
     for dataset in &args.dataset {
-        wanted.push((dataset.to_string(), split(dataset)?, "main"));
+        wanted.push((dataset.to_string(), split_source(dataset)?, "main"));
     }
     let mut outputs = Vec::new();
     for (name, source, revision) in wanted {
         let start = Instant::now();
-        let progress = Transfer::new(printer);
+        let progress = Transfer::new(printer.clone());
         let done = gptq_hub::fetch(&hub, &source, revision, &cache, &progress)?;
         let output = Output {
             name,
@@ -65,7 +67,14 @@ pub(crate) fn run(args: &FetchArgs, printer: &Printer) -> Result<()> {
     print_result(&folders.join("\n"))
 }
 
-fn split(dataset: &DatasetSpec) -> Result<Source> {
+/// The folder of all repositories.
+pub(super) fn cache_root() -> Result<PathBuf> {
+    gptq_checkpoint::hub_cache_root()
+        .context("No place for the cache is known: set HF_HOME to a folder")
+}
+
+/// A dataset's split as what the Hub has.
+pub(super) fn split_source(dataset: &DatasetSpec) -> Result<Source> {
     let Some(hub) = dataset.hub() else {
         bail!("`{dataset}` is a local file; a dataset on the Hub is ORG/NAME:CONFIG:SPLIT");
     };

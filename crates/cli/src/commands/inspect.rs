@@ -8,9 +8,11 @@ use gptq_checkpoint::{Checkpoint, RopeScaling};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::source::open_checkpoint;
 use super::table::{gigabytes, size, table};
-use super::{open_checkpoint, print_json, print_result};
+use super::{print_json, print_result};
 use crate::args::InspectArgs;
+use crate::printer::Printer;
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -51,8 +53,8 @@ struct Quantization {
     bits_per_weight: f64,
 }
 
-pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let checkpoint = open_checkpoint(&args.checkpoint)?;
+pub(crate) fn run(args: &InspectArgs, printer: &Printer) -> Result<()> {
+    let checkpoint = open_checkpoint(&args.checkpoint, printer)?;
     let mut output = describe(&checkpoint)?;
     if args.checksum {
         output.checksum = Some(checksum(&checkpoint)?);

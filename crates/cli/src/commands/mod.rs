@@ -13,6 +13,7 @@ mod ppl;
 mod push;
 mod quantize;
 mod report;
+mod source;
 mod sweep;
 mod table;
 #[cfg(feature = "hub")]
@@ -28,13 +29,16 @@ use crate::args::Command;
 use crate::printer::Printer;
 pub(crate) use table::gigabytes;
 
+#[cfg(not(feature = "hub"))]
+const NO_HUB: &str = "This build has no Hub access; build it without --no-default-features";
+
 /// Runs a command.
 pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
     match command {
         Command::Quantize(args) => quantize::run(&args, printer),
         Command::Ppl(args) => ppl::run(&args, printer),
-        Command::Plan(args) => plan::run(&args),
-        Command::Inspect(args) => inspect::run(&args),
+        Command::Plan(args) => plan::run(&args, printer),
+        Command::Inspect(args) => inspect::run(&args, printer),
         Command::Verify(args) => verify::run(&args, printer),
         Command::Sweep(args) => sweep::run(&args, printer),
         Command::Report(args) => report::run(&args, printer),
@@ -48,7 +52,7 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Push(args) => push::run(&args, printer),
         #[cfg(not(feature = "hub"))]
         Command::Fetch(_) | Command::Push(_) => {
-            anyhow::bail!("This build has no Hub access; build it without --no-default-features")
+            anyhow::bail!("{NO_HUB}")
         }
     }
 }
@@ -66,11 +70,6 @@ fn print_result(text: &str) -> Result<()> {
 /// Writes a result to stdout as indented JSON.
 fn print_json(value: &impl Serialize) -> Result<()> {
     print_result(&serde_json::to_string_pretty(value)?)
-}
-
-/// Opens a model or checkpoint by folder or Hub id.
-fn open_checkpoint(model: &str) -> Result<gptq_checkpoint::Checkpoint> {
-    Ok(gptq_checkpoint::Checkpoint::open(&gptq_checkpoint::resolve_model(model, None)?)?)
 }
 
 /// Peak memory of this process in bytes: `VmHWM` where the system tells.

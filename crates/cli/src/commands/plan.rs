@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use gptq_checkpoint::{ModelConfig, resolve_model};
 use gptq_pipeline::config::SweepConfig;
 use gptq_pipeline::plan::{BranchPlan, plan_branch};
 use serde::Serialize;
 
+use super::source::open_config;
 use super::table::{gigabytes, group, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::PlanArgs;
+use crate::printer::Printer;
 
 /// What `--json` prints for a branch.
 #[derive(Serialize)]
@@ -23,9 +24,9 @@ struct Row {
     plan: BranchPlan,
 }
 
-pub(crate) fn run(args: &PlanArgs) -> Result<()> {
+pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
     let config = SweepConfig::open(&args.config)?;
-    let model = ModelConfig::load(&resolve_model(&args.model, None)?)?;
+    let model = open_config(&args.model, printer)?;
     let windows = (config.calibration.windows, config.calibration.seq_len);
     let mut rows = Vec::new();
     for branch in &config.branches {

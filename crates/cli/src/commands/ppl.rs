@@ -13,7 +13,8 @@ use gptq_pipeline::evaluation::{EvalText, evaluation_text};
 use gptq_pipeline::perplexity::{Perplexity, Scored, score};
 use serde::Serialize;
 
-use super::{open_checkpoint, peak_memory, print_json, print_result};
+use super::source::{open_checkpoint, provide_text};
+use super::{peak_memory, print_json, print_result};
 use crate::args::PplArgs;
 use crate::printer::Printer;
 
@@ -48,7 +49,12 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         ensure!(writable, "Cannot write `{}`: no such folder, or a folder itself", file.display());
     }
     let team = args.device.open(printer)?;
-    let checkpoint = open_checkpoint(&args.model)?;
+    let checkpoint = open_checkpoint(&args.model, printer)?;
+    let base = match args.base.as_deref() {
+        Some(name) => Some((name, open_checkpoint(name, printer)?)),
+        None => None,
+    };
+    provide_text(&args.dataset, printer)?;
     let spec = EvaluationSpec {
         dataset: args.dataset.clone(),
         protocol: args.protocol,
@@ -67,8 +73,8 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     let measured = team.run(|device, ranks| {
         let place = (device, ranks);
         let (scored, losses, result) = evaluate(&checkpoint, place, &text, printer)?;
-        let compare = |name| compare(name, (&checkpoint, place), &text, &scored, printer);
-        Ok((result, losses, args.base.as_deref().map(compare).transpose()?))
+        let compare = |base| compare(base, (&checkpoint, place), &text, &scored, printer);
+        Ok((result, losses, base.as_ref().map(compare).transpose()?))
     })?;
     let Some((result, losses, base)) = measured else { return Ok(()) };
     let (base, base_losses) = base.unzip();
@@ -124,14 +130,13 @@ fn per_token(text: &EvalText, losses: &[f32], base: Option<&[f32]>) -> String {
 
 /// Measures the base model on the same windows.
 fn compare<'a>(
-    name: &'a str,
+    (name, base): &(&'a str, Checkpoint),
     (checkpoint, place): (&Checkpoint, (&Device, &Ranks)),
     text: &EvalText,
     scored: &Scored,
     printer: &Printer,
 ) -> Result<(Comparison<'a>, Vec<f32>)> {
-    let base = open_checkpoint(name)?;
-    let (base_scored, losses, result) = evaluate(&base, place, text, printer)?;
+    let (base_scored, losses, result) = evaluate(base, place, text, printer)?;
     let (device, ranks) = place;
     let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?
         .with_ranks(ranks.clone());

@@ -41,7 +41,7 @@ pub(crate) fn run(args: &PushArgs, printer: &Printer) -> Result<()> {
     }
     let hub = Hub::from_env(args.retries)?;
     let request = PushRequest { repo, private: args.private, branches: &branches };
-    let done = push(&hub, &request, &Transfer::new(printer))?;
+    let done = push(&hub, &request, &Transfer::new(printer.clone()))?;
     let output = Output {
         repo,
         address: hub.address(repo),

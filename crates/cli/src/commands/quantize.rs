@@ -14,8 +14,9 @@ use gptq_pipeline::tokens::TextTokenizer;
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
+use super::source::{open_arriving, open_checkpoint, provide_text};
 use super::table::size;
-use super::{open_checkpoint, peak_memory, print_json, print_result};
+use super::{peak_memory, print_json, print_result};
 use crate::args::QuantizeArgs;
 use crate::printer::Printer;
 
@@ -60,7 +61,12 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let start = Instant::now();
     let Settings { spec, source_dtype, layout, calibration } = settings(args)?;
     spec.validate()?;
-    let source = open_checkpoint(&args.model)?;
+    let source = if args.discard_shards {
+        args.device.check_one("--discard-shards lets each shard be read once")?;
+        open_arriving(&args.model, printer)?
+    } else {
+        open_checkpoint(&args.model, printer)?
+    };
     let team = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
@@ -164,6 +170,7 @@ pub(super) fn sample(
     recipe: &CalibrationRecipe,
     printer: &Printer,
 ) -> Result<Calibration> {
+    provide_text(&recipe.dataset, printer)?;
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size)?;
     let calibration = recipe.sample(&tokenizer)?;
     printer.note(&format!(

@@ -13,8 +13,9 @@ use gptq_pipeline::sweep::{Survey, SweepJob, SweepReport, SweepRow, sweep};
 use serde::Serialize;
 
 use super::quantize::sample;
+use super::source::{open_checkpoint, provide_text};
 use super::table::{group, operations, size, table, yes_no};
-use super::{open_checkpoint, print_json, print_result};
+use super::{print_json, print_result};
 use crate::args::SweepArgs;
 use crate::printer::Printer;
 
@@ -33,7 +34,10 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     config.calibration = config.calibration.clone().with(args.calibration.overrides())?;
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     let branches = selected(&config, &args.only)?;
-    let source = open_checkpoint(&config.model)?;
+    let source = open_checkpoint(&config.model, printer)?;
+    if let Some(evaluation) = &config.evaluation {
+        provide_text(&evaluation.dataset, printer)?;
+    }
     let device = args.device.open_one(printer, ADVICE)?;
     let calibration = sample(&source, &config.calibration, printer)?;
     let mut job = SweepJob {

@@ -15,8 +15,8 @@ const QUIET_TIME: Duration = Duration::from_secs(30);
 const TEMPLATE: &str = "{prefix} {wide_bar} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}, {eta} left";
 
 /// Shows one transfer after the other.
-pub(crate) struct Transfer<'a> {
-    printer: &'a Printer,
+pub(crate) struct Transfer {
+    printer: Printer,
     running: Mutex<Option<Running>>,
 }
 
@@ -29,8 +29,8 @@ struct Running {
     total: u64,
 }
 
-impl<'a> Transfer<'a> {
-    pub(crate) fn new(printer: &'a Printer) -> Self {
+impl Transfer {
+    pub(crate) fn new(printer: Printer) -> Self {
         Self { printer, running: Mutex::new(None) }
     }
 
@@ -39,7 +39,7 @@ impl<'a> Transfer<'a> {
     }
 }
 
-impl Progress for Transfer<'_> {
+impl Progress for Transfer {
     fn begin(&self, action: &str, total: u64, done: u64) {
         let bars = self.printer.shows_bars();
         let target = if bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
-use gptq_checkpoint::resolve_model;
 use gptq_compute::Device;
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
 
+use super::source::{locate, open_checkpoint, provide_text};
 use super::table::{group, size, table, yes_no};
-use super::{open_checkpoint, print_json, print_result};
+use super::{print_json, print_result};
 use crate::args::VerifyArgs;
 use crate::printer::Printer;
 
@@ -17,14 +17,17 @@ use crate::printer::Printer;
 const SHOWN: usize = 10;
 
 pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
-    let dir = resolve_model(&args.checkpoint, None)?;
-    let base = args.base.as_deref().map(open_checkpoint).transpose()?;
+    let dir = locate(&args.checkpoint, printer)?;
+    let base = args.base.as_deref().map(|base| open_checkpoint(base, printer)).transpose()?;
     let text = args.dataset.clone().map(|dataset| EvaluationSpec {
         dataset,
         protocol: args.protocol,
         seq_len: args.seq_len,
         max_windows: args.max_windows,
     });
+    if let Some(text) = &text {
+        provide_text(&text.dataset, printer)?;
+    }
     // Values are compared on the host; only a text needs a device.
     let device = if text.is_some() {
         args.device.open_one(printer, "name it as --device cuda:0")?

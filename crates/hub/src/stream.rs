@@ -1,0 +1,284 @@
+//! A model's shards one after the other, a few ahead of their reader: for a disk smaller than the
+//! model.
+//!
+//! The reader deletes what it has read; here is only seen to it that no more than [`AHEAD`] shards
+//! wait for it. Everything that arrives is a checked file of the standard cache, so a run that was
+//! cut short finds what had not been read.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::api::{Api, Kind, RemoteFile};
+use crate::cache::RepoCache;
+use crate::download::Download;
+use crate::fetch::{bring, choose};
+use crate::hub::check_revision;
+use crate::needed::is_weights;
+use crate::progress::Meter;
+use crate::{Error, Hub, Progress, Result, Source};
+
+/// Shards that are arriving or wait to be read. Each has a connection of its own.
+const AHEAD: usize = 2;
+
+/// A model whose small files are in the cache and whose shards are on their way.
+pub struct Stream {
+    shared: Arc<Shared>,
+    folder: PathBuf,
+}
+
+struct Shared {
+    hub: Hub,
+    id: String,
+    revision: String,
+    commit: String,
+    cache: RepoCache,
+    /// In the order of their names, which is the order of their tensors.
+    shards: Vec<RemoteFile>,
+    places: Mutex<Vec<Place>>,
+    changed: Condvar,
+    stop: AtomicBool,
+    progress: Arc<dyn Progress + Send + Sync>,
+}
+
+/// Where a shard is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Remote,
+    Coming,
+    Here,
+    Taken,
+}
+
+impl Stream {
+    /// Downloads everything but the weights of the model `id` at `revision` into `cache`, and begins
+    /// with the first shards.
+    ///
+    /// # Errors
+    /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file.
+    pub fn start(
+        hub: Hub,
+        id: &str,
+        revision: &str,
+        cache: &Path,
+        progress: Arc<dyn Progress + Send + Sync>,
+    ) -> Result<Self> {
+        check_revision(revision)?;
+        let api = Api::new(&hub, Kind::Model, id)?;
+        let commit = api.commit(revision, &*progress)?;
+        let listing = api.files(&commit, &*progress)?;
+        let files = choose(&Source::Model(id.to_owned()), &listing)?;
+        let (mut shards, others): (Vec<_>, Vec<_>) = files.into_iter().partition(is_weights);
+        if shards.len() < 2 {
+            return Err(Error::NotSharded { repo: id.to_owned() });
+        }
+        shards.sort_by(|a, b| a.path.cmp(&b.path));
+        let cache = RepoCache::create(cache, Kind::Model, id)?;
+        cache.check_space(space(&shards, &cache))?;
+        bring(&api, &cache, &commit, &others, &*progress)?;
+        let folder = cache.publish(revision, &commit, &others)?;
+        let shared = Arc::new(Shared {
+            id: id.to_owned(),
+            revision: revision.to_owned(),
+            commit,
+            cache,
+            places: Mutex::new(vec![Place::Remote; shards.len()]),
+            shards,
+            changed: Condvar::new(),
+            stop: AtomicBool::new(false),
+            progress,
+            hub,
+        });
+        for _ in 0..AHEAD {
+            let shared = Arc::clone(&shared);
+            // Not waited for: one that is in the middle of a pause ends with the process.
+            std::thread::spawn(move || shared.work());
+        }
+        Ok(Self { shared, folder })
+    }
+
+    /// The snapshot's folder, where shards appear.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Waits until a shard is in the folder. From then on it is the caller's to delete.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a name that the repository does not have, and as [`crate::fetch`].
+    pub fn wait(&self, shard: &str) -> Result<()> {
+        let shared = &*self.shared;
+        let Some(index) = shared.shards.iter().position(|file| file.path == shard) else {
+            return Err(Error::NotFound { what: format!("shard `{shard}` in `{}`", shared.id) });
+        };
+        let mut places = shared.places();
+        loop {
+            match places[index] {
+                Place::Taken => return Ok(()),
+                Place::Here => {
+                    places[index] = Place::Taken;
+                    shared.changed.notify_all();
+                    return Ok(());
+                }
+                Place::Coming => {
+                    places = shared.changed.wait(places).unwrap_or_else(PoisonError::into_inner);
+                }
+                // Wanted out of turn, or lost by a thread that failed: the failure shows here.
+                Place::Remote => {
+                    places[index] = Place::Coming;
+                    drop(places);
+                    shared.download(index)?;
+                    places = shared.places();
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn places(&self) -> MutexGuard<'_, Vec<Place>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Downloads shards as there is room for them, until none is left or one fails.
+    fn work(&self) {
+        while let Some(shard) = self.next() {
+            if self.download(shard).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The next shard to download, now coming.
+    fn next(&self) -> Option<usize> {
+        let mut places = self.places();
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            let next = places.iter().position(|&place| place == Place::Remote)?;
+            let waiting = |place: &&Place| matches!(place, Place::Coming | Place::Here);
+            if places.iter().filter(waiting).count() < AHEAD {
+                places[next] = Place::Coming;
+                return Some(next);
+            }
+            places = self.changed.wait(places).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Downloads a shard that is `Coming`; it is `Here` afterwards, or `Remote` again.
+    fn download(&self, shard: usize) -> Result<()> {
+        let mut arrival = Arrival { shared: self, shard, place: Place::Remote };
+        let file = &self.shards[shard];
+        if !self.cache.is_complete(file) {
+            let api = Api::new(&self.hub, Kind::Model, &self.id)?;
+            let meter = Meter::new(&*self.progress, self.cache.present(file));
+            let (cache, commit, stop) = (&self.cache, self.commit.as_str(), &self.stop);
+            Download { api: &api, cache, commit, meter, stop }.file(file)?;
+        }
+        if self.cache.is_complete(file) {
+            self.cache.publish(&self.revision, &self.commit, std::slice::from_ref(file))?;
+            arrival.place = Place::Here;
+        }
+        Ok(())
+    }
+}
+
+/// Says where a shard is when its download is over, however it ended.
+struct Arrival<'a> {
+    shared: &'a Shared,
+    shard: usize,
+    place: Place,
+}
+
+impl Drop for Arrival<'_> {
+    fn drop(&mut self) {
+        self.shared.places()[self.shard] = self.place;
+        self.shared.changed.notify_all();
+    }
+}
+
+/// Bytes that may be needed at a time: the shards ahead, and two that are read, as a block may lie
+/// in both.
+fn space(shards: &[RemoteFile], cache: &RepoCache) -> u64 {
+    let mut missing: Vec<u64> = shards.iter().map(|f| f.bytes - cache.present(f)).collect();
+    missing.sort_unstable();
+    missing.iter().rev().take(AHEAD + 2).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::hash::Digest;
+
+    struct Deaf;
+
+    impl Progress for Deaf {
+        fn begin(&self, _: &str, _: u64, _: u64) {}
+        fn position(&self, _: u64) {}
+        fn file(&self, _: &str, _: u64) {}
+        fn note(&self, _: &str) {}
+        fn end(&self) {}
+    }
+
+    #[test]
+    fn no_more_shards_come_than_may_wait() {
+        let root = tempfile::tempdir().unwrap();
+        let digest = Digest::parse(&"a".repeat(64)).unwrap();
+        let file = |i| RemoteFile {
+            path: format!("{i}.bin"),
+            bytes: 10 + i as u64,
+            digest: digest.clone(),
+        };
+        let shards: Vec<RemoteFile> = (0..5).map(file).collect();
+        let cache = RepoCache::create(root.path(), Kind::Model, "org/name").unwrap();
+        assert_eq!(space(&shards, &cache), 14 + 13 + 12 + 11);
+        let shared = Arc::new(Shared {
+            hub: Hub::from_env(0).unwrap(),
+            id: "org/name".to_owned(),
+            revision: "main".to_owned(),
+            commit: "c0ffee".to_owned(),
+            cache,
+            places: Mutex::new(vec![Place::Remote; shards.len()]),
+            shards,
+            changed: Condvar::new(),
+            stop: AtomicBool::new(false),
+            progress: Arc::new(Deaf),
+        });
+        let stream = Stream { shared: Arc::clone(&shared), folder: root.path().to_owned() };
+        let arrive = |shard: usize| {
+            drop(Arrival { shared: &shared, shard, place: Place::Here });
+        };
+        assert_eq!((shared.next(), shared.next()), (Some(0), Some(1)));
+        let (sender, receiver) = channel();
+        let worker = {
+            let shared = Arc::clone(&shared);
+            std::thread::spawn(move || while sender.send(shared.next()).is_ok() {})
+        };
+        let soon = Duration::from_millis(50);
+        assert!(receiver.recv_timeout(soon).is_err());
+        // One that has arrived still waits for its reader.
+        arrive(0);
+        assert!(receiver.recv_timeout(soon).is_err());
+        stream.wait("0.bin").unwrap();
+        assert_eq!(receiver.recv().unwrap(), Some(2));
+        stream.wait("0.bin").unwrap();
+        assert!(receiver.recv_timeout(soon).is_err());
+        assert!(matches!(stream.wait("9.bin"), Err(Error::NotFound { .. })));
+        drop(stream);
+        assert_eq!(receiver.recv().unwrap(), None);
+        drop(receiver);
+        worker.join().unwrap();
+    }
+}
