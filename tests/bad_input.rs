@@ -79,6 +79,13 @@ fn damaged(tensor: &str, change: impl FnOnce(&mut util::Weights)) -> Workdir {
     with_model(&model)
 }
 
+/// A tiny model changed as a whole.
+fn damaged_file(change: impl FnOnce(&mut TinyLlama)) -> Workdir {
+    let mut model = TinyLlama::new();
+    change(&mut model);
+    with_model(&model)
+}
+
 #[test]
 fn a_missing_shard_is_named() {
     let dir = workdir(|dir| {
@@ -153,6 +160,98 @@ fn a_missing_tensor_is_named() {
         model.tensors.remove(name).unwrap();
         both_refuse(&with_model(&model), &[name]);
     }
+}
+
+#[test]
+fn what_headers_show_is_refused_before_any_block() {
+    let last = "model.layers.1.mlp.down_proj.weight";
+    for name in ["lm_head.weight", "model.norm.weight", last] {
+        let missing = damaged_file(|model| {
+            model.tensors.remove(name);
+        });
+        let other_shape = damaged_file(|model| model.tensor(name).shape.push(1));
+        for dir in [missing, other_shape] {
+            for command in [&["--recipe=rtn"][..], &["--recipe=best"]] {
+                let refused = quantize(&dir, command);
+                refused.refused(&[name]);
+                assert!(!refused.stderr.contains("block "), "{}", refused.stderr);
+            }
+            dir.gptq(&["inspect", "model"]).refused(&[name]);
+        }
+    }
+}
+
+#[test]
+fn what_changes_nothing_is_said_or_refused() {
+    let dir = with_model(&TinyLlama::new());
+    let rtn = ["--recipe", "rtn"];
+    quantize(&dir, &[&rtn[..], &["--strict"]].concat()).refused(&["rtn", "--strict"]);
+    let made = quantize(&dir, &rtn);
+    made.ok();
+    assert!(made.stderr.contains("warning: recipe rtn does not calibrate"), "{}", made.stderr);
+    for option in ["--device=cpu", "--gpu-memory=1GB"] {
+        dir.gptq(&["verify", "out", option]).refused(&["--dataset", "device"]);
+    }
+    let many = ["--windows", "9000000000000000000"];
+    dir.gptq(&[&["quantize", "model", "--out", "other"], &many[..]].concat()).refused(&["windows"]);
+}
+
+#[test]
+fn a_closed_pipe_does_not_change_the_verdict() {
+    let dir = with_model(&TinyLlama::new());
+    quantize(&dir, &[]).ok();
+    let path = dir.path("out/model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let end = bytes.len() - 1;
+    bytes[end] ^= 0x40;
+    fs::write(&path, bytes).unwrap();
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_gptq"))
+        .args(["verify", "out"])
+        .current_dir(dir.path(""))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn a_recipe_on_the_command_line_brings_its_own_damping() {
+    let dir = with_model(&TinyLlama::new());
+    let branch = "[[branch]]\nname = \"b\"\nbits = 4\ngroup_size = 32\nact_order = true\n";
+    for (line, damp) in [("", 0.01), ("damp = 0.05\n", 0.05)] {
+        let recipe = "model = \"model\"\ncalibration = \"card\"\nrecipe = \"best\"\n";
+        dir.write("sweep.toml", &format!("{recipe}{line}{branch}"));
+        let options = ["--branch", "b", "--config", "sweep.toml", "--recipe", "autogptq", "--json"];
+        assert_eq!(quantize(&dir, &options).json()["damp"], damp);
+        fs::remove_dir_all(dir.path("out")).unwrap();
+    }
+}
+
+#[test]
+fn a_configuration_names_files_from_its_own_folder() {
+    let dir = workdir(|model| TinyLlama::new().write(model));
+    fs::create_dir(dir.path("sub")).unwrap();
+    fs::rename(dir.path("text.txt"), dir.path("sub/text.txt")).unwrap();
+    dir.write(
+        "sub/sweep.toml",
+        "model = \"../model\"\ncalibration = \"card\"\nrecipe = \"best\"\n\
+         [calibration_overrides]\ndataset = \"text.txt\"\nwindows = 2\nseq_len = 32\n[[branch]]\nname = \"b\"\nbits = 4\n\
+         group_size = 32\nact_order = true\n",
+    );
+    dir.gptq(&["sweep", "sub/sweep.toml", "--device=cpu"]).ok();
+}
+
+#[test]
+fn a_card_too_small_is_marked_in_the_plan() {
+    let dir = with_model(&TinyLlama::new());
+    let plan = |memory: &str| {
+        dir.gptq(&["plan", "model", "--gpu-memory", memory, "--json"]).json()[0]["fits"].clone()
+    };
+    assert_eq!((plan("80GB"), plan("1000B")), (json!(true), json!(false)));
+    let shown = dir.gptq(&["plan", "model", "--gpu-memory", "1000B"]);
+    assert!(shown.ok().contains("too much"), "{}", shown.stdout);
 }
 
 #[test]
@@ -403,9 +502,7 @@ fn every_width_and_group_works_and_is_as_large_as_planned() {
                 let made = quantize(&dir, &options).json();
                 let size = fs::metadata(dir.path("out/model.safetensors")).unwrap().len();
                 assert_eq!(made["file_bytes"], size);
-                if layout == "card" {
-                    assert_eq!(planned(&dir, bits, group), size, "{options:?}");
-                }
+                assert_eq!(planned(&dir, bits, group, layout), size, "{options:?}");
                 let shown = dir.gptq(&["inspect", "out", "--json"]).json();
                 assert_eq!(shown["file_bytes"], size);
                 assert_eq!(shown["quantization"]["bits"].to_string(), bits);
@@ -420,15 +517,15 @@ fn every_width_and_group_works_and_is_as_large_as_planned() {
     }
 }
 
-/// What `plan` says of a branch in the `card` layout.
-fn planned(dir: &Workdir, bits: &str, group: &str) -> u64 {
+/// What `plan` says of a branch.
+fn planned(dir: &Workdir, bits: &str, group: &str, layout: &str) -> u64 {
     let group = if group == "none" { "\"none\"".to_owned() } else { group.to_owned() };
     dir.write(
         "sweep.toml",
         &format!(
-            "model = \"model\"\ncalibration = \"card\"\nlayout = \"card\"\nrecipe = \"autogptq\"\n\
-             damp = 0.01\n[[branch]]\nname = \"b\"\nbits = {bits}\ngroup_size = {group}\n\
-             act_order = true\n"
+            "model = \"model\"\ncalibration = \"card\"\nlayout = \"{layout}\"\nrecipe = \"best\"\n\
+             [calibration_overrides]\ndataset = \"text.txt\"\nwindows = 4\nseq_len = 32\n\
+             [[branch]]\nname = \"b\"\nbits = {bits}\ngroup_size = {group}\nact_order = true\n"
         ),
     );
     let plan = dir.gptq(&["plan", "model", "--config", "sweep.toml", "--json"]).json();

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Seat};
 use gptq_pipeline::calibration::{CalibrationOverrides, CalibrationRecipe};
-use gptq_pipeline::progress::{BlockReport, Progress};
+use gptq_pipeline::progress::Silent;
 use gptq_pipeline::quantise::{QuantiseJob, quantise as quantise_branch};
 use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_pipeline::tokens::TextTokenizer;
@@ -125,18 +125,6 @@ fn ranks_make_the_file_that_one_makes() {
     }
 }
 
-/// Listens to nothing.
-struct Deaf;
-
-impl Progress for Deaf {
-    fn begin(&self, _phase: &str, _steps: usize) {}
-    fn step(&self) {}
-    fn block(&self, _report: &BlockReport) {}
-    fn end(&self) {}
-    fn note(&self, _message: &str) {}
-    fn warn(&self, _message: &str) {}
-}
-
 #[test]
 fn threads_make_the_file_that_processes_make() {
     let dir = model();
@@ -169,7 +157,7 @@ fn threads_make_the_file_that_processes_make() {
                 strict: false,
                 shared: None,
             };
-            quantise_branch(&job, &Deaf)
+            quantise_branch(&job, &Silent)
         })
     };
     let written: Vec<bool> = std::thread::scope(|scope| {

@@ -201,6 +201,32 @@ impl ModelConfig {
         })
     }
 
+    /// Every tensor of the dense model with its shape: embedding, blocks, final norm, and the head
+    /// where it is not the embedding.
+    #[must_use]
+    pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (hidden, vocab) = (self.hidden_size, self.vocab_size);
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+        for block in 0..self.num_hidden_layers {
+            let prefix = Self::block_prefix(block);
+            for (norm, size) in self.block_norms() {
+                tensors.push((format!("{prefix}.{norm}.weight"), vec![size]));
+            }
+            for linear in self.block_linears() {
+                let (name, rows) = (format!("{prefix}.{}", linear.name), linear.out_features);
+                tensors.push((format!("{name}.weight"), vec![rows, linear.in_features]));
+                if linear.bias {
+                    tensors.push((format!("{name}.bias"), vec![rows]));
+                }
+            }
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
+        if !self.tie_word_embeddings {
+            tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
+        }
+        tensors
+    }
+
     /// Prefix of a block's tensors, `model.layers.{block}`.
     #[must_use]
     pub fn block_prefix(block: usize) -> String {

@@ -143,6 +143,35 @@ impl Checkpoint {
         Ok(tensor)
     }
 
+    /// Checks that every tensor that the configuration implies is there, in a float type and the
+    /// right shape; of a quantised checkpoint those that are not quantised. Reads headers only: what
+    /// is wrong with a shard that is still to come shows when it comes.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::UnsupportedDType`], [`Error::Shape`] and [`Error::DType`].
+    pub fn check_tensors(&self) -> Result<()> {
+        for (tensor, shape) in self.config.dense_tensors() {
+            let linear = tensor.strip_suffix(".weight").unwrap_or(&tensor);
+            if self.has_gptq_linear(linear) {
+                continue;
+            }
+            if !self.contains(&tensor) {
+                return Err(Error::MissingTensor { dir: self.dir.clone(), tensor });
+            }
+            let Weights::Mapped(mapped) = &self.weights else { continue };
+            let Some(entry) = mapped.entry(&tensor) else { continue };
+            let dtype = DType::from_safetensors(entry.dtype, &tensor)?;
+            if entry.shape != shape {
+                return Err(Error::Shape { tensor, expected: shape, found: entry.shape.clone() });
+            }
+            if !dtype.is_float() {
+                let expected = "F32, F16 or BF16";
+                return Err(Error::DType { tensor, expected, found: dtype.name() });
+            }
+        }
+        Ok(())
+    }
+
     /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
     #[must_use]
     pub fn has_gptq_linear(&self, prefix: &str) -> bool {

@@ -15,11 +15,13 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     if error.use_stderr() { ExitCode::from(USER) } else { ExitCode::SUCCESS }
 }
 
+/// The program's own fault, which the panic's message has told.
+pub(crate) fn panicked() -> ExitCode {
+    ExitCode::from(INTERNAL)
+}
+
 /// Prints `error: …` with its causes, and a hint where one is known.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    if is_broken_pipe(error) {
-        return ExitCode::SUCCESS;
-    }
     let rank = launch::follower().map_or_else(String::new, |rank| format!("rank {rank}: "));
     let mut message = format!("{rank}error: {error}");
     let mut shown = error.to_string();
@@ -33,14 +35,6 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     }
     let _ = writeln!(std::io::stderr(), "{message}");
     ExitCode::from(if is_internal(error) { INTERNAL } else { USER })
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
-    })
 }
 
 /// Shapes are checked where files are read, so a mismatch inside a device operation is our fault.

@@ -27,8 +27,11 @@ fn main() -> ExitCode {
     // Of several processes the first speaks for all.
     let quiet = cli.quiet || launch::follower().is_some();
     let printer = Printer::new(quiet, cli.no_progress);
-    match commands::run(cli.command, &printer) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit::report(&error),
+    // Nothing is used after a panic but the exit code.
+    let run = std::panic::AssertUnwindSafe(|| commands::run(cli.command, &printer));
+    match std::panic::catch_unwind(run) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => exit::report(&error),
+        Err(_) => exit::panicked(),
     }
 }

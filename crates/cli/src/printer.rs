@@ -19,8 +19,32 @@ struct Phase {
     name: String,
     bar: ProgressBar,
     start: Instant,
+    last_line: Instant,
     done: usize,
     steps: usize,
+}
+
+/// Between two lines about steps that have nothing to say of themselves.
+const QUIET_TIME: Duration = Duration::from_secs(5);
+
+impl Phase {
+    fn count(&mut self) {
+        self.done += 1;
+        self.bar.inc(1);
+    }
+
+    /// Counts a step; without bars, now and then a line says how far it is.
+    fn step(&mut self, bars: bool) -> Option<String> {
+        self.count();
+        if bars || self.done == self.steps || self.last_line.elapsed() < QUIET_TIME {
+            return None;
+        }
+        self.last_line = Instant::now();
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let left = elapsed / self.done as f64 * self.steps.saturating_sub(self.done) as f64;
+        let (name, done, steps) = (&self.name, self.done, self.steps);
+        Some(format!("{name}: block {done}/{steps}  {elapsed:.0} s, {left:.0} s left"))
+    }
 }
 
 impl Printer {
@@ -75,19 +99,20 @@ impl Progress for Printer {
         if self.bars {
             bar.enable_steady_tick(Duration::from_millis(200));
         }
-        *self.phase() =
-            Some(Phase { name: phase.to_owned(), bar, start: Instant::now(), done: 0, steps });
+        let (name, start) = (phase.to_owned(), Instant::now());
+        *self.phase() = Some(Phase { name, bar, start, last_line: start, done: 0, steps });
     }
 
     fn step(&self) {
-        if let Some(phase) = self.phase().as_mut() {
-            phase.done += 1;
-            phase.bar.inc(1);
+        if let Some(line) = self.phase().as_mut().and_then(|phase| phase.step(self.bars)) {
+            self.note(&line);
         }
     }
 
     fn block(&self, report: &BlockReport) {
-        self.step();
+        if let Some(phase) = self.phase().as_mut() {
+            phase.count();
+        }
         if self.bars {
             return;
         }

@@ -40,6 +40,9 @@ pub struct CalibrationRecipe {
     pub seed: u64,
 }
 
+/// More than any text has, and little enough to count work with.
+const MOST_TOKENS: usize = 1 << 40;
+
 /// Parts of a recipe replaced for one run; None keeps the recipe's own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -163,6 +166,8 @@ impl CalibrationRecipe {
             "windows must be at least 1"
         } else if self.seq_len == 0 {
             "seq_len must be at least 1"
+        } else if self.windows.checked_mul(self.seq_len).is_none_or(|n| n > MOST_TOKENS) {
+            "windows × seq_len is more than 2^40 tokens"
         } else {
             return Ok(());
         };

@@ -106,6 +106,8 @@ pub struct Branch {
     pub name: String,
     /// Solver choices.
     pub spec: QuantSpec,
+    /// The damping is the configuration's, not the recipe's default.
+    pub own_damp: bool,
 }
 
 /// A perplexity measurement.
@@ -145,7 +147,8 @@ impl SweepConfig {
             let at = |message: String| invalid(format!("branch `{}`: {message}", branch.name));
             let spec = branch_spec(branch, &raw).map_err(at)?;
             check_name(&branch.name, &branches).map_err(at)?;
-            branches.push(Branch { name: branch.name.clone(), spec });
+            let own_damp = branch.damp.or(raw.damp).is_some();
+            branches.push(Branch { name: branch.name.clone(), spec, own_damp });
         }
         if branches.is_empty() {
             return Err(invalid("it has no [[branch]]".to_owned()));
@@ -162,10 +165,12 @@ impl SweepConfig {
             Some(path) => Some(CardFacts::open(&folder.join(path), None)?),
             None => None,
         };
+        let mut overrides = raw.calibration_overrides;
+        overrides.dataset = overrides.dataset.map(|dataset| dataset.relative_to(folder));
         Ok(Self {
             file: file.to_owned(),
             model: local_model(&raw.model, folder),
-            calibration: calibration.with(raw.calibration_overrides)?,
+            calibration: calibration.with(overrides)?,
             layout,
             source_dtype: raw.source_dtype,
             card,

@@ -30,6 +30,7 @@ pub mod jobs;
 pub mod loaders;
 pub mod manifest;
 pub mod memory;
+pub mod output;
 pub mod perplexity;
 pub mod plan;
 pub mod progress;

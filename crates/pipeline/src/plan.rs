@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::fold::written_config;
 use crate::memory::{BlockSizes, MemoryPlan, Workload, plan_cpu, plan_gpu};
-use crate::quantise::quantize_config;
+use crate::output::quantize_config;
 use crate::source_dtype::SourceDtype;
 
 /// Cost of one branch.
@@ -47,8 +47,8 @@ impl Work {
     }
 }
 
-/// Plans a branch; `metadata` is what the `modern` layout would carry beside its own keys,
-/// `gpu_memory` the bytes of the card.
+/// Plans a branch; `metadata` is what the `modern` layout carries beside its own keys
+/// ([`planned_metadata`](crate::output::planned_metadata)), `gpu_memory` the bytes of the card.
 pub fn plan_branch(
     model: &ModelConfig,
     spec: &QuantSpec,

@@ -41,8 +41,9 @@ impl BlockReport {
     }
 }
 
-/// Hears nothing: for ranks other than the first, whose progress is the same.
-pub(crate) struct Silent;
+/// Hears nothing: for ranks other than the first, whose progress is the same, and for callers that
+/// show none.
+pub struct Silent;
 
 impl Progress for Silent {
     fn begin(&self, _phase: &str, _steps: usize) {}

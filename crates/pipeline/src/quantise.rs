@@ -5,34 +5,28 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{Scope, ScopedJoinHandle};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::Scope;
 use std::time::Instant;
 
-use gptq_checkpoint::{
-    Bits, Checkpoint, CheckpointWriter, GptqLinear, Layout, ModelConfig, QuantizeConfig, Sealed,
-    Written, pack_rows, pack_transposed,
-};
+use gptq_checkpoint::{Checkpoint, Layout, ModelConfig, Sealed, Written};
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Block, LinearId, Model};
-use gptq_quant::{Codes, QuantSpec, Stored, round_to_nearest};
-use half::f16;
+use gptq_quant::{QuantSpec, round_to_nearest};
 
 use crate::bands::Bands;
-use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
+use crate::branch_report::{BranchReport, REPORT_FILE};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
-use crate::fold::{Folding, HEAD, written_config};
+use crate::fold::Folding;
 use crate::head;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
+use crate::output::{Outbox, copy_dense, join, send, write_behind, writer};
 use crate::progress::{BlockReport, LinearReport, Progress, Silent};
 use crate::source_dtype::SourceDtype;
 use crate::states::embed;
-
-/// Quantised linears that may wait for the writer.
-const WRITE_BEHIND: usize = 4;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
@@ -109,6 +103,7 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
     if job.source.quantize_config().is_some() {
         return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
     }
+    job.source.check_tensors()?;
     let rotate = job.spec.choices.rotate;
     let folding = Folding::new(job.source.config(), rotate);
     let progress = if job.ranks.is_first() { progress } else { &Silent };
@@ -150,19 +145,6 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
     let report = BranchReport::new(job, sealed.bytes, &blocks);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
     Ok((Some(Made { sealed, report, blocks }), streams))
-}
-
-/// The writer of a branch, its working folder made.
-fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
-    Ok(CheckpointWriter::create(
-        &job.out,
-        job.source,
-        &written_config(job.source.config(), &job.spec.choices),
-        &quantize_config(&job.spec)?,
-        job.layout,
-        &metadata(&job.spec, job.source_dtype, job.calibration),
-        job.max_shard_bytes,
-    )?)
 }
 
 /// All blocks in order; each is read while the one before is computed. Returns the states after the
@@ -319,51 +301,6 @@ pub(crate) fn next_block(ahead: &Receiver<Result<Block>>) -> Result<Block> {
     ahead.recv().map_err(|_| Error::Thread("reading"))?
 }
 
-/// The way to the writer; ranks other than the first have none.
-type Outbox = Option<SyncSender<(String, Bands)>>;
-type Writing<'scope> = Option<ScopedJoinHandle<'scope, Result<CheckpointWriter>>>;
-
-/// Packs and writes linears on a thread of its own, which hands the writer back.
-fn write_behind<'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    writer: Option<CheckpointWriter>,
-    spec: &QuantSpec,
-) -> (Outbox, Writing<'scope>) {
-    let Some(mut writer) = writer else { return (None, None) };
-    let (sender, receiver) = sync_channel::<(String, Bands)>(WRITE_BEHIND);
-    let spec = spec.clone();
-    let thread = scope.spawn(move || {
-        for (name, bands) in receiver {
-            writer.write_linear(&name, &packed(bands, &spec)?)?;
-        }
-        Ok(writer)
-    });
-    (Some(sender), Some(thread))
-}
-
-fn send(writer: &Outbox, name: &str, bands: Bands) -> Result<()> {
-    let Some(writer) = writer else { return Ok(()) };
-    writer.send((name.to_owned(), bands)).map_err(|_| Error::Thread("writing"))
-}
-
-fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
-    thread.map(|thread| thread.join().map_err(|_| Error::Thread("writing"))?).transpose()
-}
-
-/// A solved linear in the file's form.
-fn packed(bands: Bands, spec: &QuantSpec) -> Result<GptqLinear> {
-    let Stored { out_features, in_features, codes, scales, groups, g_idx } = bands.join();
-    let bits = Bits::new(spec.bits)?;
-    let qweight = match codes {
-        Codes::Packed(words) => words,
-        Codes::Plain(codes) => pack_transposed(bits, &codes, out_features, in_features)?,
-    };
-    // Symmetric: one zero for all, stored minus one.
-    let zeros = vec![spec.zero() - 1; scales.len()];
-    let qzeros = pack_rows(bits, &zeros, groups, out_features)?;
-    Ok(GptqLinear { bits, in_features, out_features, groups, qweight, qzeros, scales, g_idx })
-}
-
 /// Every linear of a block on its own, without calibration.
 fn rounded(
     model: &Model<'_>,
@@ -388,60 +325,6 @@ fn rounded(
 pub(crate) fn linear_name(model: &Model<'_>, block: &Block, id: LinearId) -> String {
     let shapes = model.config().block_linears();
     format!("{}.{}", ModelConfig::block_prefix(block.index()), shapes[id as usize].name)
-}
-
-/// What quantize_config.json says of a branch.
-pub(crate) fn quantize_config(spec: &QuantSpec) -> Result<QuantizeConfig> {
-    Ok(QuantizeConfig::new(Bits::new(spec.bits)?, spec.group_size, spec.damp, spec.act_order))
-}
-
-/// Provenance for the file's metadata; the `card` layout leaves it out.
-pub(crate) fn metadata(
-    spec: &QuantSpec,
-    source_dtype: SourceDtype,
-    calibration: Option<&Calibration>,
-) -> BTreeMap<String, String> {
-    let mut map = BTreeMap::from([
-        ("quantizer".to_owned(), TOOL.to_owned()),
-        ("recipe".to_owned(), spec.recipe.name().to_owned()),
-        ("source_dtype".to_owned(), source_dtype.name().to_owned()),
-    ]);
-    if spec.recipe.calibrates() {
-        map.insert("choices".to_owned(), spec.choices.to_string());
-    }
-    if let Some(calibration) = calibration {
-        let windows = &calibration.windows;
-        let seq_len = windows.first().map_or(0, Vec::len);
-        map.insert("calibration".to_owned(), calibration.dataset.portable().name);
-        map.insert("calibration_windows".to_owned(), format!("{} x {seq_len}", windows.len()));
-        map.insert("calibration_sha256".to_owned(), calibration.sha256.clone());
-    }
-    map
-}
-
-/// Copies what is not quantised: embeddings, norms and head (the fitted one, if there is one), as
-/// fp16, rotated as the linears are.
-fn copy_dense(
-    source: &Checkpoint,
-    folding: Option<&Folding>,
-    head: Option<&[f16]>,
-    writer: &mut CheckpointWriter,
-) -> Result<()> {
-    for name in writer.missing() {
-        if let (HEAD, Some(values)) = (name.as_str(), head) {
-            writer.write_f16(&name, values)?;
-            continue;
-        }
-        if let Some(values) = folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
-            writer.write_f16(&name, &values)?;
-            continue;
-        }
-        let tensor = source.tensor(&name)?;
-        tensor.check_finite()?;
-        writer.copy_dense(&name, &tensor)?;
-        source.release(&name);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -56,6 +56,11 @@ impl FromStr for DeviceName {
 }
 
 impl DeviceArgs {
+    /// Whether any of them was given.
+    pub(crate) fn is_given(&self) -> bool {
+        self.device.is_some() || self.gpu_memory.is_some()
+    }
+
     /// Opens the devices, says which they are, and gives each its budget. Where a launcher has
     /// started several processes, waits for the others.
     pub(crate) fn open(&self, printer: &Printer) -> Result<Team> {

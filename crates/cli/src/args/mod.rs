@@ -125,7 +125,8 @@ pub(crate) struct QuantizeArgs {
 /// What to calibrate on.
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
-    /// Calibration recipe: wikitext2, card, or a TOML file [default: wikitext2]
+    /// Calibration recipe: wikitext2, card, or a TOML file [default: the configuration's, or
+    /// wikitext2 without one]
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) calib: Option<String>,
     /// Text instead of the recipe's: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet
@@ -143,6 +144,11 @@ pub(crate) struct CalibrationArgs {
 }
 
 impl CalibrationArgs {
+    /// Whether any of them was given.
+    pub(crate) fn is_given(&self) -> bool {
+        self.calib.is_some() || self.overrides() != CalibrationOverrides::default()
+    }
+
     /// The values that replace a recipe's.
     pub(crate) fn overrides(&self) -> CalibrationOverrides {
         CalibrationOverrides {

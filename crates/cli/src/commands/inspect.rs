@@ -63,6 +63,7 @@ pub(crate) fn run(args: &InspectArgs, printer: &Printer) -> Result<()> {
 }
 
 fn describe(checkpoint: &Checkpoint) -> Result<Output> {
+    checkpoint.check_tensors()?;
     let config = checkpoint.config();
     let mut dtypes = BTreeMap::new();
     let mut tensors = 0;

@@ -57,14 +57,22 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
     }
 }
 
-/// Writes a result to stdout.
+/// Writes a result to stdout. That nobody reads on is the reader's choice and changes nothing else:
+/// not what is written after it, nor the exit code.
 fn print_result(text: &str) -> Result<()> {
+    match write_stdout(text) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+fn write_stdout(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())?;
     if !text.ends_with('\n') {
         out.write_all(b"\n")?;
     }
-    Ok(out.flush()?)
+    out.flush()
 }
 
 /// Writes a result to stdout as indented JSON.

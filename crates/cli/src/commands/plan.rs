@@ -1,14 +1,13 @@
 //! `gptq plan`: what every branch will cost.
 
-use std::collections::BTreeMap;
-
 use anyhow::Result;
 use gptq_pipeline::config::SweepConfig;
+use gptq_pipeline::output::planned_metadata;
 use gptq_pipeline::plan::{BranchPlan, plan_branch};
 use serde::Serialize;
 
 use super::source::open_config;
-use super::table::{gigabytes, group, table, yes_no};
+use super::table::{gigabytes, group, operations, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::PlanArgs;
 use crate::printer::Printer;
@@ -22,6 +21,8 @@ struct Row {
     act_order: bool,
     #[serde(flatten)]
     plan: BranchPlan,
+    /// Whether the card has the memory.
+    fits: bool,
 }
 
 pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
@@ -35,7 +36,7 @@ pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
             &branch.spec,
             config.source_dtype,
             config.layout,
-            &BTreeMap::new(),
+            &planned_metadata(&branch.spec, config.source_dtype, &config.calibration),
             windows,
             args.gpu_memory,
         )?;
@@ -44,6 +45,7 @@ pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
             bits: branch.spec.bits,
             group_size: branch.spec.group_size,
             act_order: branch.spec.act_order,
+            fits: plan.gpu.device_bytes <= args.gpu_memory,
             plan,
         });
     }
@@ -63,6 +65,11 @@ pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
     ))
 }
 
+/// Gigabytes, as cards and model cards give them, unless there is none.
+fn amount(bytes: u64) -> String {
+    if bytes < 100_000_000 { size(bytes) } else { gigabytes(bytes) }
+}
+
 fn cells(row: &Row) -> Vec<String> {
     vec![
         row.branch.clone(),
@@ -70,10 +77,10 @@ fn cells(row: &Row) -> Vec<String> {
         group(row.group_size),
         yes_no(row.act_order),
         row.plan.file_bytes.to_string(),
-        gigabytes(row.plan.file_bytes),
-        gigabytes(row.plan.gpu.device_bytes),
-        gigabytes(row.plan.gpu.host_bytes),
-        gigabytes(row.plan.cpu_bytes),
-        format!("{:.3} PFLOP", row.plan.work.total() / 1e15),
+        amount(row.plan.file_bytes),
+        amount(row.plan.gpu.device_bytes) + if row.fits { "" } else { " (too much)" },
+        amount(row.plan.gpu.host_bytes),
+        amount(row.plan.cpu_bytes),
+        operations(row.plan.work.total()),
     ]
 }

@@ -78,10 +78,11 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     })?;
     let Some((result, losses, base)) = measured else { return Ok(()) };
     let (base, base_losses) = base.unzip();
-    if let Some(file) = &args.per_token {
+    // The result is printed whatever becomes of the file.
+    let saved = args.per_token.as_ref().map_or(Ok(()), |file| {
         std::fs::write(file, per_token(&text, &losses, base_losses.as_deref()))
-            .with_context(|| format!("Cannot write `{}`", file.display()))?;
-    }
+            .with_context(|| format!("Cannot write `{}`", file.display()))
+    });
     let output = Output {
         model: &args.model,
         text: &text,
@@ -92,7 +93,8 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         seconds: start.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory(),
     };
-    if args.json { print_json(&output) } else { print_result(&summary(&output)) }
+    if args.json { print_json(&output) } else { print_result(&summary(&output)) }?;
+    saved
 }
 
 fn evaluate(
@@ -146,17 +148,7 @@ fn compare<'a>(
 
 fn summary(output: &Output<'_>) -> String {
     let Output { text, result, .. } = output;
-    let mut lines = format!(
-        "perplexity {:.4} ± {:.4}  ({}, {}, {} windows × {}, {} tokens scored, {})\n",
-        result.perplexity,
-        result.perplexity * result.standard_error,
-        text.protocol,
-        text.dataset,
-        result.windows,
-        text.seq_len,
-        result.tokens,
-        output.dtype,
-    );
+    let mut lines = super::table::perplexity(result, text, output.dtype);
     if let Some(base) = &output.base {
         lines.push_str(&format!(
             "base       {:.4}  ({}); ratio {:.4}, KL {:.5} nats a token\n",

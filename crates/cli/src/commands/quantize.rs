@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use gptq_checkpoint::Layout;
 use gptq_pipeline::branch_report::model_name;
 use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
 use gptq_pipeline::config::{BUILT_IN, SweepConfig};
-use gptq_pipeline::progress::BlockReport;
+use gptq_pipeline::progress::{BlockReport, Progress};
 use gptq_pipeline::quantise::{QuantiseJob, quantise};
 use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_pipeline::tokens::TextTokenizer;
@@ -61,6 +61,12 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let start = Instant::now();
     let Settings { spec, source_dtype, layout, calibration } = settings(args)?;
     spec.validate()?;
+    if !spec.recipe.calibrates() && args.calibration.is_given() {
+        let unused =
+            format!("recipe {} does not calibrate: its options change nothing", spec.recipe.name());
+        ensure!(!args.strict, "{unused} (--strict)");
+        printer.warn(&unused);
+    }
     let source = if args.discard_shards {
         args.device.check_one("--discard-shards lets each shard be read once")?;
         open_arriving(&args.model, printer)?
@@ -126,11 +132,14 @@ fn branch_name(spec: &QuantSpec) -> String {
 
 /// The branch's settings, or the defaults, with the options given on the command line on top.
 fn settings(args: &QuantizeArgs) -> Result<Settings> {
+    let mut own_damp = false;
     let mut settings = match &args.branch {
         Some(name) => {
             let config = SweepConfig::open(args.config.as_deref().unwrap_or(BUILT_IN))?;
+            let branch = config.branch(name)?;
+            own_damp = branch.own_damp;
             Settings {
-                spec: config.branch(name)?.spec.clone(),
+                spec: branch.spec.clone(),
                 source_dtype: config.source_dtype,
                 layout: config.layout,
                 calibration: config.calibration,
@@ -153,6 +162,9 @@ fn settings(args: &QuantizeArgs) -> Result<Settings> {
     spec.damp = args.damp.unwrap_or(spec.damp);
     if let Some(recipe) = args.recipe {
         (spec.recipe, spec.choices) = (recipe, recipe.choices());
+        if !own_damp {
+            spec.damp = args.damp.unwrap_or(recipe.damp());
+        }
     }
     spec.set(&args.set)?;
     settings.source_dtype = args.source_dtype.unwrap_or(settings.source_dtype);

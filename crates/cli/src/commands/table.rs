@@ -1,6 +1,8 @@
 //! Tables for people, and the few number formats that they use.
 
 use comfy_table::{CellAlignment, Table};
+use gptq_pipeline::evaluation::EvalText;
+use gptq_pipeline::perplexity::Perplexity;
 
 /// A borderless table; `left` names the number of leading columns that hold text.
 pub(crate) fn table(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
@@ -39,6 +41,20 @@ pub(crate) fn operations(count: f64) -> String {
         1e12..1e15 => format!("{:.1} TFLOP", count / 1e12),
         _ => format!("{:.1} PFLOP", count / 1e15),
     }
+}
+
+/// A perplexity with its standard error, and what was measured.
+pub(crate) fn perplexity(result: &Perplexity, text: &EvalText, dtype: &str) -> String {
+    format!(
+        "perplexity {:.4} ± {:.4}  ({}, {}, {} windows × {}, {} tokens scored, {dtype})\n",
+        result.perplexity,
+        result.perplexity * result.standard_error,
+        text.protocol,
+        text.dataset,
+        result.windows,
+        text.seq_len,
+        result.tokens,
+    )
 }
 
 /// `none` or the number of columns.

@@ -28,12 +28,18 @@ pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
     if let Some(text) = &text {
         provide_text(&text.dataset, printer)?;
     }
+    if text.is_none() && args.device.is_given() {
+        bail!(
+            "only a text is measured on a device: name one with --dataset, or leave the device out"
+        );
+    }
     // Values are compared on the host; only a text needs a device.
     let device = if text.is_some() {
         args.device.open_one(printer, "name it as --device cuda:0")?
     } else {
         Device::Cpu
     };
+    let dtype = device.dtype();
     let job = VerifyJob {
         dir: &dir,
         base: base.as_ref(),
@@ -42,7 +48,8 @@ pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
         limits: args.limits(),
     };
     let report = verify(&job, printer)?;
-    let printed = if args.json { print_json(&report) } else { print_result(&summary(&report)) };
+    let printed =
+        if args.json { print_json(&report) } else { print_result(&summary(&report, dtype)) };
     printed?;
     match report.findings.len() {
         0 => Ok(()),
@@ -51,7 +58,7 @@ pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
     }
 }
 
-fn summary(report: &VerifyReport) -> String {
+fn summary(report: &VerifyReport, dtype: &str) -> String {
     let mut parts = vec![checks(report)];
     if !report.findings.is_empty() {
         parts.push(findings(report));
@@ -67,7 +74,7 @@ fn summary(report: &VerifyReport) -> String {
         )
     }));
     parts.extend(errors(report));
-    parts.extend(outputs(report));
+    parts.extend(outputs(report, dtype));
     if !report.loaders.is_empty() {
         parts.push(loaders(report));
     }
@@ -149,19 +156,9 @@ fn spread<'a>(errors: impl Iterator<Item = (&'a str, f64)> + Clone) -> [String; 
     [format!("{mean:.4}"), format!("{error:.4}"), block]
 }
 
-fn outputs(report: &VerifyReport) -> Option<String> {
+fn outputs(report: &VerifyReport, dtype: &str) -> Option<String> {
     let (outputs, text) = (report.outputs.as_ref()?, report.text.as_ref()?);
-    let result = &outputs.result;
-    let mut lines = format!(
-        "perplexity {:.4} ± {:.4}  ({}, {}, {} windows × {}, {} tokens scored)\n",
-        result.perplexity,
-        result.perplexity * result.standard_error,
-        text.protocol,
-        text.dataset,
-        result.windows,
-        text.seq_len,
-        result.tokens,
-    );
+    let mut lines = super::table::perplexity(&outputs.result, text, dtype);
     if let (Some(base), Some(ratio), Some(kl)) =
         (outputs.base_perplexity, outputs.ratio, outputs.kl)
     {

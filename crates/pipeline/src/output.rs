@@ -1,0 +1,163 @@
+//! The file of a branch: its settings and provenance, linears packed and written behind the walk,
+//! and what is copied because it is not quantised.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{Scope, ScopedJoinHandle};
+
+use gptq_checkpoint::{
+    Bits, Checkpoint, CheckpointWriter, GptqLinear, QuantizeConfig, pack_rows, pack_transposed,
+};
+use gptq_quant::{Codes, QuantSpec, Stored};
+use half::f16;
+
+use crate::bands::Bands;
+use crate::branch_report::TOOL;
+use crate::calibration::{Calibration, CalibrationRecipe};
+use crate::error::{Error, Result};
+use crate::fold::{Folding, HEAD, written_config};
+use crate::identity::DatasetIdentity;
+use crate::quantise::QuantiseJob;
+use crate::source_dtype::SourceDtype;
+
+/// Quantised linears that may wait for the writer.
+const WRITE_BEHIND: usize = 4;
+
+/// The writer of a branch, its working folder made.
+pub(crate) fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
+    Ok(CheckpointWriter::create(
+        &job.out,
+        job.source,
+        &written_config(job.source.config(), &job.spec.choices),
+        &quantize_config(&job.spec)?,
+        job.layout,
+        &metadata(&job.spec, job.source_dtype, job.calibration),
+        job.max_shard_bytes,
+    )?)
+}
+
+/// What quantize_config.json says of a branch.
+pub(crate) fn quantize_config(spec: &QuantSpec) -> Result<QuantizeConfig> {
+    Ok(QuantizeConfig::new(Bits::new(spec.bits)?, spec.group_size, spec.damp, spec.act_order))
+}
+
+/// Provenance for the file's metadata; the `card` layout leaves it out.
+pub(crate) fn metadata(
+    spec: &QuantSpec,
+    source_dtype: SourceDtype,
+    calibration: Option<&Calibration>,
+) -> BTreeMap<String, String> {
+    let calibration = calibration.map(|c| {
+        let seq_len = c.windows.first().map_or(0, Vec::len);
+        (&c.dataset, (c.windows.len(), seq_len), c.sha256.as_str())
+    });
+    provenance(spec, source_dtype, calibration)
+}
+
+/// Metadata as long as that of a branch calibrated by `recipe`: only the windows' hash, which needs
+/// their text, is another.
+#[must_use]
+pub fn planned_metadata(
+    spec: &QuantSpec,
+    source_dtype: SourceDtype,
+    recipe: &CalibrationRecipe,
+) -> BTreeMap<String, String> {
+    let dataset = &recipe.dataset;
+    let dataset = DatasetIdentity::new(dataset.to_string(), dataset.hub().cloned(), &[]);
+    let hash = "0".repeat(64);
+    let calibration = (&dataset, (recipe.windows, recipe.seq_len), hash.as_str());
+    provenance(spec, source_dtype, spec.recipe.calibrates().then_some(calibration))
+}
+
+fn provenance(
+    spec: &QuantSpec,
+    source_dtype: SourceDtype,
+    calibration: Option<(&DatasetIdentity, (usize, usize), &str)>,
+) -> BTreeMap<String, String> {
+    let mut map = BTreeMap::from([
+        ("quantizer".to_owned(), TOOL.to_owned()),
+        ("recipe".to_owned(), spec.recipe.name().to_owned()),
+        ("source_dtype".to_owned(), source_dtype.name().to_owned()),
+    ]);
+    if spec.recipe.calibrates() {
+        map.insert("choices".to_owned(), spec.choices.to_string());
+    }
+    if let Some((dataset, (windows, seq_len), sha256)) = calibration {
+        map.insert("calibration".to_owned(), dataset.portable().name);
+        map.insert("calibration_windows".to_owned(), format!("{windows} x {seq_len}"));
+        map.insert("calibration_sha256".to_owned(), sha256.to_owned());
+    }
+    map
+}
+
+/// Copies what is not quantised: embeddings, norms and head (the fitted one, if there is one), as
+/// fp16, rotated as the linears are.
+pub(crate) fn copy_dense(
+    source: &Checkpoint,
+    folding: Option<&Folding>,
+    head: Option<&[f16]>,
+    writer: &mut CheckpointWriter,
+) -> Result<()> {
+    for name in writer.missing() {
+        if let (HEAD, Some(values)) = (name.as_str(), head) {
+            writer.write_f16(&name, values)?;
+            continue;
+        }
+        if let Some(values) = folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
+            writer.write_f16(&name, &values)?;
+            continue;
+        }
+        let tensor = source.tensor(&name)?;
+        tensor.check_finite()?;
+        writer.copy_dense(&name, &tensor)?;
+        source.release(&name);
+    }
+    Ok(())
+}
+
+/// The way to the writer; ranks other than the first have none.
+pub(crate) type Outbox = Option<SyncSender<(String, Bands)>>;
+pub(crate) type Writing<'scope> = Option<ScopedJoinHandle<'scope, Result<CheckpointWriter>>>;
+
+/// Packs and writes linears on a thread of its own, which hands the writer back.
+pub(crate) fn write_behind<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    writer: Option<CheckpointWriter>,
+    spec: &QuantSpec,
+) -> (Outbox, Writing<'scope>) {
+    let Some(mut writer) = writer else { return (None, None) };
+    let (sender, receiver) = sync_channel::<(String, Bands)>(WRITE_BEHIND);
+    let spec = spec.clone();
+    let thread = scope.spawn(move || {
+        for (name, bands) in receiver {
+            writer.write_linear(&name, &packed(bands, &spec)?)?;
+        }
+        Ok(writer)
+    });
+    (Some(sender), Some(thread))
+}
+
+/// Hands a solved linear over; waits while the writer has enough.
+pub(crate) fn send(writer: &Outbox, name: &str, bands: Bands) -> Result<()> {
+    let Some(writer) = writer else { return Ok(()) };
+    writer.send((name.to_owned(), bands)).map_err(|_| Error::Thread("writing"))
+}
+
+/// The writer, once everything handed over is written.
+pub(crate) fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
+    thread.map(|thread| thread.join().map_err(|_| Error::Thread("writing"))?).transpose()
+}
+
+/// A solved linear in the file's form.
+fn packed(bands: Bands, spec: &QuantSpec) -> Result<GptqLinear> {
+    let Stored { out_features, in_features, codes, scales, groups, g_idx } = bands.join();
+    let bits = Bits::new(spec.bits)?;
+    let qweight = match codes {
+        Codes::Packed(words) => words,
+        Codes::Plain(codes) => pack_transposed(bits, &codes, out_features, in_features)?,
+    };
+    // Symmetric: one zero for all, stored minus one.
+    let zeros = vec![spec.zero() - 1; scales.len()];
+    let qzeros = pack_rows(bits, &zeros, groups, out_features)?;
+    Ok(GptqLinear { bits, in_features, out_features, groups, qweight, qzeros, scales, g_idx })
+}
