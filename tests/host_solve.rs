@@ -31,12 +31,14 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
         upper: Tensor::from_host(upper.clone()),
         importance: plan.importance.clone(),
         damp: 0.01,
+        added: plan.damp,
         damp_retries: 0,
     };
     let solved = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
 
     let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
-    let search = ClipSearch { ratios: &ratios, importance: &plan.importance };
+    let by_solving = spec.choices.clip == Clip::Solve;
+    let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving };
     let half = spec.choices.scales == ScalePrecision::Half;
     let options = SolveOptions {
         bits: spec.bits,
@@ -44,7 +46,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
         group_weights: spec.choices.group_weights,
         half_scales: half,
         half_values: false,
-        search: (spec.choices.clip == Clip::Search).then_some(search),
+        search: (spec.choices.clip != Clip::None).then_some(search),
     };
     let case = Case { w: &w, upper: &upper, plan: &plan, options };
     let Codes::Plain(codes) = &solved.stored.codes else { panic!("packed codes from the CPU") };
@@ -76,6 +78,7 @@ fn every_choice_is_solved_as_its_definition_says() {
         ("fp16 scales", plain),
         ("searched", Choices { clip: Clip::Search, ..plain }),
         ("fresh", Choices { group_weights: Choices::BEST.group_weights, ..plain }),
+        ("fresh, searched", Choices { clip: Clip::Search, ..Choices::BEST }),
         ("best", Choices::BEST),
     ];
     for (name, choices) in cases {

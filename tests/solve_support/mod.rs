@@ -144,8 +144,14 @@ impl Case<'_> {
                 .max(0.0);
         };
         let zero = (max_code + 1.0) / 2.0;
+        let fresh = self.options.group_weights == GroupWeights::Fresh;
+        let tried =
+            search.by_solving && fresh && self.group() <= 128 && self.options.group_size.is_some();
         let loss = |s: f64| -> f64 {
             let value = |v: f64| s * (v / s).round_ties_even().clamp(-zero, max_code - zero);
+            if tried {
+                return self.trial(w, columns.start, value);
+            }
             let terms = w.iter().zip(&search.importance[columns.clone()]);
             terms.map(|(&v, &h)| f64::from(h) * (value(v) - v).powi(2)).sum()
         };
@@ -153,6 +159,27 @@ impl Case<'_> {
         let best =
             search.ratios.iter().map(|&r| loss(half(f64::from(r) * base))).fold(f64::MAX, f64::min);
         if best == 0.0 { 0.0 } else { (loss(f64::from(found)) / best - 1.0).max(0.0) }
+    }
+}
+
+impl Case<'_> {
+    /// Σ err² of solving the group whose weights are `w` with a grid that gives `value`.
+    fn trial(&self, w: &[f64], start: usize, value: impl Fn(f64) -> f64) -> f64 {
+        let mut now = w.to_vec();
+        let mut sum = 0.0;
+        for i in 0..now.len() {
+            let upper = |j: usize| f64::from(self.upper[[start + i, start + j]]);
+            let mut given = value(now[i]);
+            if self.options.half_values {
+                given = f64::from(f16::from_f64(given).to_f32());
+            }
+            let error = (now[i] - given) / upper(i);
+            sum += error * error;
+            for j in i + 1..now.len() {
+                now[j] -= error * upper(j);
+            }
+        }
+        sum
     }
 }
 

@@ -169,6 +169,34 @@ mod tests {
         assert!(device.over_hessian(&cross, &upper, &[0; 13]).is_err());
     }
 
+    /// What calibration computes instead of L: with D = L + X Wᵀ and H = s XᵀX + λ,
+    /// s LᵀX H⁻¹ = (s DᵀX + λ W) H⁻¹ − W.
+    #[test]
+    fn a_shift_follows_from_states_without_the_products() {
+        let (tokens, n, rows, scale, damp) = (60, 13, 5, 0.25, 0.7);
+        let device = Device::Cpu;
+        let host = |a: &Array2<f32>| Tensor::from_host(a.clone());
+        let (x, lacking, w) = (noise(tokens, n, 1), noise(tokens, rows, 2), noise(rows, n, 3));
+        let order: Vec<u32> = (0..n as u32).rev().collect();
+        let mut gram = device.gram(n).unwrap();
+        device.gram_add(&mut gram, &host(&x)).unwrap();
+        let prep = HessianPrep { scale, order: &order, dead: &[false; 13], damp };
+        let upper = gram.upper_factor(&prep).unwrap();
+        let over = |b: &Tensor| device.over_hessian(b, &upper, &order).unwrap();
+        let product = |outputs: &Array2<f32>| {
+            let mut sum = device.zeros(rows, n).unwrap();
+            device.cross_add(&mut sum, &host(outputs), &host(&x)).unwrap();
+            sum
+        };
+        let expected = over(&product(&lacking));
+        let drift = product(&(&lacking + &x.dot(&w.t())));
+        let wanted = device.shifted(&drift, &host(&w), damp / scale).unwrap();
+        let shift = device.shifted(&over(&wanted), &host(&w), -1.0 / scale).unwrap();
+        let error = shift.as_host() - expected.as_host();
+        let size = expected.as_host().iter().fold(0.0_f32, |a, v| a.max(v.abs()));
+        assert!(error.iter().all(|v| v.abs() < 1e-4 * size), "{error}");
+    }
+
     #[test]
     fn differences_are_of_equal_shapes() {
         let (a, b) = (noise(3, 4, 1), noise(3, 4, 2));

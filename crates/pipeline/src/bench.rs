@@ -253,11 +253,11 @@ fn stage_operations(stage: &str, width: Width, windows: usize, seq_len: usize) -
         }
         "gram" => inputs.iter().map(|n| tokens * n * n).sum(),
         "factor" => inputs.iter().map(|n| 2.0 / 3.0 * n * n * n).sum(),
-        // What is lacking is made and multiplied, and taken over the Hessian as triangles.
+        // The drift times the inputs, taken over the Hessian as triangles.
         "shift" => [LinearId::O, LinearId::Down]
             .map(|id| width.linear(id))
             .iter()
-            .map(|&(rows, n)| (rows * n) as f64 * (4.0 * tokens + 2.0 * n as f64))
+            .map(|&(rows, n)| (rows * n) as f64 * (2.0 * tokens + 2.0 * n as f64))
             .sum(),
         "solve" => all.iter().map(|(r, c)| (r * c * c) as f64).sum(),
         _ => 0.0,

@@ -140,27 +140,19 @@ impl Stream<'_> {
         })
     }
 
-    /// Adds what one chunk of the residual stream would lack against `reference`, if the unquantised
-    /// o or down got the inputs that there are, times those inputs: Lᵀ X.
-    fn lacking(
+    /// Adds what one chunk of the residual stream lacks against `reference` before o's or down's
+    /// products are added to it, times the inputs of these: Dᵀ X.
+    fn drift(
         &mut self,
         all: &Calibrator<'_>,
-        dense: &Block,
-        stage: Stage,
         chunk: usize,
         reference: &Tensor,
         sum: &mut Tensor,
     ) -> Result<()> {
         let device = all.device;
-        let mut output = self.states.hidden.read(chunk, |hidden| Ok(hidden.clone()))?;
-        self.kept(all).read(chunk, |input| {
-            match stage {
-                Stage::Output => dense.attention_output(device, input, &mut output)?,
-                _ => dense.mlp_output(device, input, &mut output)?,
-            }
-            let lacking = device.difference(reference, &output)?;
-            Ok(device.cross_add(sum, &lacking, input)?)
-        })
+        let hidden = &mut self.states.hidden;
+        let drift = hidden.read(chunk, |hidden| Ok(device.difference(reference, hidden)?))?;
+        self.kept(all).read(chunk, |input| Ok(device.cross_add(sum, &drift, input)?))
     }
 
     fn kept(&mut self, all: &Calibrator<'_>) -> &mut Stash {
@@ -246,7 +238,7 @@ impl BlockRun<'_, '_, '_> {
         drop(gram);
         self.laps.lap("factor")?;
         let shift = match stage {
-            Stage::Output | Stage::Down => self.shift(stage, &factored)?,
+            Stage::Output | Stage::Down => self.shift(stage, &factored, scale)?,
             Stage::Qkv | Stage::GateUp => None,
         };
         if let Some(shift) = &shift
@@ -278,28 +270,41 @@ impl BlockRun<'_, '_, '_> {
     }
 
     /// What this rank's rows of o or down should move by to give the residual stream all that it
-    /// lacks, `[rows, in]` without the Hessian's scale; moves the unquantised model's states past
-    /// the stage.
-    fn shift(&mut self, stage: Stage, factored: &Factored) -> Result<Option<Tensor>> {
+    /// lacks, `[rows, in]`, over the Hessian's scale s; moves the unquantised model's states past the
+    /// stage.
+    ///
+    /// With the unquantised W the stream would lack L = D − X Wᵀ, D being the distance of the
+    /// unquantised model's states behind the linear from those before it. H = s XᵀX + λ, so
+    /// s LᵀX H⁻¹ = (s DᵀX + λ W) H⁻¹ − W: the products X Wᵀ need not be made.
+    fn shift(&mut self, stage: Stage, factored: &Factored, scale: f32) -> Result<Option<Tensor>> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };
-        let shape = dense.linear(stage.linears()[0]).shape();
+        let weight = dense.linear(stage.linears()[0]);
+        let shape = weight.shape();
         let wanted = all.spec.choices.residual > 0.0;
-        let mut lacking = wanted.then(|| all.device.zeros(shape.0, shape.1)).transpose()?;
+        let mut drift = wanted.then(|| all.device.zeros(shape.0, shape.1)).transpose()?;
         for chunk in 0..states.seq_lens.len() {
             let hidden = states.past(all, dense, stage, chunk)?;
             self.laps.lap("reference")?;
-            if let Some(sum) = &mut lacking {
-                self.stream.lacking(all, dense, stage, chunk, &hidden, sum)?;
+            if let Some(sum) = &mut drift {
+                self.stream.drift(all, chunk, &hidden, sum)?;
                 self.laps.lap("shift")?;
             }
             states.hidden.put(chunk, hidden)?;
         }
-        let Some(mut lacking) = lacking else { return Ok(None) };
-        all.ranks.sum(&mut lacking)?;
-        let lacking = band(all.device, &lacking, all.ranks.share(shape.0, ROWS))?;
+        let Some(mut drift) = drift else { return Ok(None) };
+        all.ranks.sum(&mut drift)?;
+        let rows = all.ranks.share(shape.0, ROWS);
+        let weight = band(all.device, weight, rows.clone())?;
+        let wanted = {
+            let drift = band(all.device, &drift, rows)?;
+            all.device.shifted(&drift, &weight, factored.added / scale)?
+        };
+        drop(drift);
         self.exchanged()?;
-        let shift = all.device.over_hessian(&lacking, &factored.upper, &factored.order)?;
+        let target = all.device.over_hessian(&wanted, &factored.upper, &factored.order)?;
+        drop(wanted);
+        let shift = all.device.shifted(&target, &weight, -1.0 / scale)?;
         self.laps.lap("shift")?;
         Ok(Some(shift))
     }

@@ -92,9 +92,9 @@ fn work(model: &ModelConfig, (windows, seq_len): (usize, usize), reference: bool
             work.gram += tokens * n * n;
             work.factor += 2.0 / 3.0 * n * n * n;
         }
-        // o and down: what is lacking is made and multiplied, and taken over the Hessian.
+        // o and down: the drift times the inputs, taken over the Hessian.
         if matches!(i, 3 | 6) {
-            work.shift += rows * n * (4.0 * tokens + 2.0 * n);
+            work.shift += rows * n * (2.0 * tokens + 2.0 * n);
         }
     }
     work.shift += work.forward;

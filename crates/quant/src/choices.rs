@@ -20,6 +20,10 @@ pub enum Clip {
     None,
     /// The scale, among fractions of the absmax one, that minimises Σ diag(H) (w − ŵ)².
     Search,
+    /// Among the same, the scale under which solving the group's columns leaves the least error: for
+    /// groups of at most 128 columns with fresh weights, which are solved on their own; others as
+    /// [`Clip::Search`].
+    Solve,
 }
 
 /// Orthogonal matrices folded into the weights before they are quantised.
@@ -68,7 +72,7 @@ impl Choices {
     pub const BEST: Self = Self {
         group_weights: GroupWeights::Fresh,
         scales: ScalePrecision::Half,
-        clip: Clip::Search,
+        clip: Clip::Solve,
         residual: 0.5,
         head: 1.0,
         rotate: Rotate::Full,
@@ -100,7 +104,8 @@ impl Choices {
             ("scales", _) => return Err(unknown("scales=f32 or =fp16")),
             ("clip", "none") => self.clip = Clip::None,
             ("clip", "search") => self.clip = Clip::Search,
-            ("clip", _) => return Err(unknown("clip=none or =search")),
+            ("clip", "solve") => self.clip = Clip::Solve,
+            ("clip", _) => return Err(unknown("clip=none, =search or =solve")),
             ("rotate", "none") => self.rotate = Rotate::None,
             ("rotate", "heads") => self.rotate = Rotate::Heads,
             ("rotate", "full") => self.rotate = Rotate::Full,
@@ -138,6 +143,7 @@ impl Display for Choices {
         let clip = match self.clip {
             Clip::None => "none",
             Clip::Search => "search",
+            Clip::Solve => "solve",
         };
         let rotate = match self.rotate {
             Rotate::None => "none",
@@ -175,8 +181,8 @@ mod tests {
     #[test]
     fn mistakes_say_what_is_possible() {
         for (setting, hint) in [
-            ("clip", "clip=none or =search"),
-            ("clip=maybe", "clip=none or =search"),
+            ("clip", "clip=none, =search or =solve"),
+            ("clip=maybe", "clip=none, =search or =solve"),
             ("residual=2", "residual=0 to =1"),
             ("residual=NaN", "residual=0 to =1"),
             ("head=-1", "head=0 to =1"),

@@ -16,7 +16,8 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     let choices = &spec.choices;
     let half_scales = choices.scales == ScalePrecision::Half;
     let ratios = clip_ratios();
-    let search = ClipSearch { ratios: &ratios, importance: &factored.importance };
+    let by_solving = choices.clip == Clip::Solve;
+    let search = ClipSearch { ratios: &ratios, importance: &factored.importance, by_solving };
     let options = SolveOptions {
         bits: spec.bits,
         group_size: spec.group_size,
@@ -24,7 +25,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
         half_scales,
         // The card keeps weights in fp16: what the file dequantises to there is rounded.
         half_values: half_scales,
-        search: (choices.clip == Clip::Search).then_some(search),
+        search: (choices.clip != Clip::None).then_some(search),
     };
     let solved = cuda::solve(weight, &factored.upper, &factored.order, &factored.dead, &options)?;
     if !solved.loss.is_finite() {

@@ -26,7 +26,12 @@ pub(crate) fn clip_ratios() -> [f32; CLIP_STEPS] {
     std::array::from_fn(|i| 0.5 + 0.55 * i as f32 / (CLIP_STEPS - 1) as f32)
 }
 
-const CLIP_STEPS: usize = 34;
+/// How many candidates there are.
+pub(crate) const CLIP_STEPS: usize = 34;
+
+/// Adding and subtracting 1.5·2^23 rounds what is small to an integer, half to even, without a libm
+/// call.
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// The scale among `ratios` · 2 · absmax / max_code that minimises Σ importance (w − ŵ)², the first
 /// of equals; `half` rounds each candidate to fp16 before it is judged.
@@ -62,8 +67,6 @@ pub(crate) fn file_scale(scale: f32, half: bool) -> f32 {
 /// Σ importance (w − ŵ)² in lanes, so that it runs four wide on any x86-64.
 fn weighted_loss(row: &[f32], importance: &[f32], scale: f32, zero: f32, max_code: f32) -> f32 {
     const LANES: usize = 8;
-    /// Adding and subtracting 1.5·2^23 rounds half to even without a libm call.
-    const ROUND: f32 = 12_582_912.0;
     let term = |w: f32, h: f32| {
         // Bounds are integers, so clamping first gives the same code as rounding first.
         let code = ((w / scale).clamp(-zero, max_code - zero) + ROUND) - ROUND;

@@ -22,6 +22,8 @@ pub struct Factored {
     pub importance: Vec<f32>,
     /// Fraction of mean(diag H) that was added in the end.
     pub damp: f64,
+    /// What that added to the diagonal.
+    pub added: f32,
     /// How often damping had to be raised; 0 is the normal case.
     pub damp_retries: u32,
 }
@@ -44,11 +46,12 @@ pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / diagonal.len() as f64;
     let mut damp = spec.damp;
     for damp_retries in 0.. {
-        let prep = HessianPrep { scale, order: &order, dead: &dead, damp: (damp * mean) as f32 };
+        let added = (damp * mean) as f32;
+        let prep = HessianPrep { scale, order: &order, dead: &dead, damp: added };
         match gram.upper_factor(&prep) {
             Ok(upper) => {
                 let importance = order.iter().map(|&c| diagonal[c as usize]).collect();
-                return Ok(Factored { order, dead, upper, importance, damp, damp_retries });
+                return Ok(Factored { order, dead, upper, importance, damp, added, damp_retries });
             }
             Err(source @ gptq_compute::Error::NotPositiveDefinite { .. }) => {
                 if damp_retries == DAMP_RETRIES {

@@ -16,6 +16,7 @@ use crate::grid::{absmax_scale, clip_ratios, code, file_scale, searched_scale};
 use crate::hessian::Factored;
 use crate::solver::{Codes, Quantised, Stored, by_group, group_index, stored_scales};
 use crate::spec::QuantSpec;
+use crate::trial::Trial;
 
 /// Columns whose errors are spread one by one; the columns after them get one product per block.
 /// AutoGPTQ's value, and part of its numerics: group scales are read from weights updated only at
@@ -129,12 +130,22 @@ impl<'a> Solver<'a> {
         let half = self.choices.scales == ScalePrecision::Half;
         match self.choices.clip {
             Clip::None => file_scale(absmax_scale(members, self.max_code), half),
-            Clip::Search => {
+            Clip::Search | Clip::Solve => {
                 let importance = &self.importance[first..first + members.len()];
                 let grid = (self.zero, self.max_code);
                 searched_scale(members, importance, &self.ratios, grid, half)
             }
         }
+    }
+
+    /// Whether the group of these columns gets its scale by trial: it is solved on its own, from
+    /// weights that are all corrected.
+    fn tries(&self, group: &std::ops::Range<usize>, block_end: usize) -> bool {
+        self.choices.clip == Clip::Solve
+            && self.choices.group_weights == GroupWeights::Fresh
+            && !self.whole_rows
+            && self.group <= BLOCK
+            && group.end <= block_end
     }
 
     /// End of the block of columns that begins at `start`. With fresh weights a group that would
@@ -206,6 +217,7 @@ fn solve_block(
 ) {
     let n = band.weight.ncols();
     let mut current = vec![0.0_f32; columns.len()];
+    let mut trial = Trial::new();
     for (r, mut errors) in errors.axis_iter_mut(Axis(0)).enumerate() {
         let outer = band.weight.row(r);
         let Some(outer) = outer.as_slice() else { return };
@@ -220,7 +232,14 @@ fn solve_block(
                 } else {
                     &outer[j..until]
                 };
-                band.scales[r].push(solver.scale(members, j));
+                let scale = if solver.tries(&(j..until), columns.end) {
+                    let half = solver.choices.scales == ScalePrecision::Half;
+                    let upper = solver.upper.slice(s![j..until, j..until]);
+                    trial.scale(members, upper, (solver.zero, solver.max_code), half)
+                } else {
+                    solver.scale(members, j)
+                };
+                band.scales[r].push(scale);
             }
             let scale = band.scales[r][j / solver.group];
             let w = current[i];

@@ -15,6 +15,7 @@ mod rotation;
 mod rtn;
 mod solver;
 mod spec;
+mod trial;
 
 pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision};
 pub use error::{Error, Result};

@@ -22,7 +22,7 @@ use super::factor::rows_launch;
 use super::matrix::{Matrix, Values};
 use super::order::SolveOrder;
 use super::pack;
-use super::plan::{Window, widest, windows};
+use super::plan::{BLOCK, Window, widest, windows};
 use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
 
@@ -49,6 +49,9 @@ pub struct ClipSearch<'a> {
     pub ratios: &'a [f32],
     /// diag(H) in solve order.
     pub importance: &'a [f32],
+    /// A group that is a block of its own is judged by what solving it leaves, not by its weights'
+    /// errors weighted with `importance`.
+    pub by_solving: bool,
 }
 
 /// The solver's choices.
@@ -160,6 +163,8 @@ struct Search {
     ratios: Buffer<f32>,
     count: i32,
     importance: Buffer<f32>,
+    /// Scale and loss of each candidate and row, where groups are tried.
+    trials: Option<Buffer<f32>>,
 }
 
 impl<'a> Solver<'a> {
@@ -182,7 +187,10 @@ impl<'a> Solver<'a> {
             group,
             groups,
             upper: upper.f32(OP)?,
-            search: options.search.map(|s| Search::upload(cuda, s)).transpose()?,
+            search: options
+                .search
+                .map(|s| Search::upload(cuda, s, (rows, fresh && group <= BLOCK)))
+                .transpose()?,
             weight: cuda.uninit(OP, rows * n)?,
             errors: cuda.uninit(OP, rows * width)?,
             width,
@@ -266,12 +274,52 @@ impl<'a> Solver<'a> {
         for block in &window.blocks {
             let groups = block.start.div_ceil(self.group)..block.end.div_ceil(self.group);
             if self.options.group_size.is_some() && !groups.is_empty() {
-                self.write_scales(groups.start, groups.len())?;
+                if self.search.as_ref().is_some_and(|s| s.trials.is_some()) {
+                    self.try_scales(block.start, block.end)?;
+                } else {
+                    self.write_scales(groups.start, groups.len())?;
+                }
             }
             self.solve_block(block.start, block.end, block.start - window.start())?;
             self.spread(block.start..block.end, window.start(), block.end..window.near_end)?;
         }
         self.spread(window.start()..window.end(), window.start(), window.near_end..self.n)
+    }
+
+    /// The scale of the group that is columns `start .. end`, by solving it with every candidate.
+    fn try_scales(&mut self, start: usize, end: usize) -> Result<()> {
+        let (zero, max_code) = self.grid();
+        let weight = Block::of_mut(self.cuda, self.weight.make_mut(self.cuda)?, self.n);
+        let scales = Block::of_mut(self.cuda, self.scales.make_mut(self.cuda)?, self.rows);
+        let (weight, scales) = (weight.at(0, start), scales.at(start / self.group, 0));
+        let upper = Block::of(self.cuda, self.upper, self.n).at(start, start);
+        let (rows, ld, width) = (int(self.rows)?, int(self.n)?, int(end - start)?);
+        let (half_scales, half_values) =
+            (i32::from(self.options.half_scales), i32::from(self.options.half_values));
+        let Some(Search { ratios, count, trials: Some(trials), .. }) = &mut self.search else {
+            return Ok(());
+        };
+        let trials = trials.make_mut(self.cuda)?;
+        let kernel = self.cuda.kernel("gptq_block.cu", "gptq_try")?;
+        let mut launch = self.cuda.stream().launch_builder(&kernel);
+        launch.arg(weight.address()).arg(upper.address()).arg(ratios.slice()).arg(&mut *trials);
+        launch.arg(&rows).arg(&ld).arg(&width).arg(&zero).arg(&max_code);
+        launch.arg(&half_scales).arg(&half_values);
+        let config = |blocks: usize, candidates: i32| LaunchConfig {
+            grid_dim: (blocks as u32, candidates as u32, 1),
+            block_dim: (256, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the arguments are the kernel's; columns start .. end lie within W and U, there is
+        // a trial for each candidate and row, and rows are checked inside.
+        unsafe { launch.launch(config(self.rows.div_ceil(ROWS), *count)) }.stage(OP)?;
+        let kernel = self.cuda.kernel("gptq_block.cu", "gptq_pick")?;
+        let mut launch = self.cuda.stream().launch_builder(&kernel);
+        launch.arg(trials).arg(scales.address()).arg(&rows).arg(&*count);
+        // SAFETY: the arguments are the kernel's; the trials are those just written, and the scales
+        // of a group are `rows`.
+        unsafe { launch.launch(config(self.rows.div_ceil(256), 1)) }.stage(OP)?;
+        Ok(())
     }
 
     /// Solves columns `start .. end`; their errors go to the window's columns from `offset` on.
@@ -353,11 +401,15 @@ impl<'a> Solver<'a> {
 }
 
 impl Search {
-    fn upload(cuda: &Cuda, search: ClipSearch<'_>) -> Result<Self> {
+    /// `alone` says that every group is a block of its own, of so many rows.
+    fn upload(cuda: &Cuda, search: ClipSearch<'_>, (rows, alone): (usize, bool)) -> Result<Self> {
+        let count = search.ratios.len();
+        let tries = search.by_solving && alone;
         Ok(Self {
             ratios: cuda.copied(OP, search.ratios)?,
-            count: int(search.ratios.len())?,
+            count: int(count)?,
             importance: cuda.copied(OP, search.importance)?,
+            trials: tries.then(|| cuda.uninit(OP, 2 * count * rows)).transpose()?,
         })
     }
 }

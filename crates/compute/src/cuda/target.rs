@@ -128,7 +128,7 @@ pub(crate) fn shifted(w: &Matrix, shift: &Matrix, factor: f32) -> Result<Matrix>
     const OP: &str = "shifted";
     ensure_same_card(OP, &[w, shift])?;
     let cuda = w.cuda();
-    let mut out = to_f32(w)?;
+    let (mut out, shift) = (to_f32(w)?, to_f32(shift)?);
     let count = w.rows() * w.cols();
     let n = count as i64;
     let kernel = cuda.kernel("combine.cu", "shift")?;
