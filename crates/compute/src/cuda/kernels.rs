@@ -34,6 +34,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "dot.cu",
     "finite.cu",
     "gptq_block.cu",
+    "gptq_try.cu",
     "group_scales.cu",
     "hessian_prep.cu",
     "nll.cu",
@@ -49,7 +50,7 @@ const SOURCES: &[(&str, &str)] = embedded![
 ];
 
 /// Files that kernels may include.
-const HEADERS: &[(&str, &str)] = embedded!["half.cuh", "mma.cuh", "reduce.cuh"];
+const HEADERS: &[(&str, &str)] = embedded!["gptq.cuh", "half.cuh", "mma.cuh", "reduce.cuh"];
 
 /// What the assembler says of one kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

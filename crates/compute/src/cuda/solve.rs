@@ -300,7 +300,7 @@ impl<'a> Solver<'a> {
             return Ok(());
         };
         let trials = trials.make_mut(self.cuda)?;
-        let kernel = self.cuda.kernel("gptq_block.cu", "gptq_try")?;
+        let kernel = self.cuda.kernel("gptq_try.cu", "gptq_try")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address()).arg(ratios.slice()).arg(&mut *trials);
         launch.arg(&rows).arg(&ld).arg(&width).arg(&zero).arg(&max_code);
@@ -313,7 +313,7 @@ impl<'a> Solver<'a> {
         // SAFETY: the arguments are the kernel's; columns start .. end lie within W and U, there is
         // a trial for each candidate and row, and rows are checked inside.
         unsafe { launch.launch(config(self.rows.div_ceil(ROWS), *count)) }.stage(OP)?;
-        let kernel = self.cuda.kernel("gptq_block.cu", "gptq_pick")?;
+        let kernel = self.cuda.kernel("gptq_try.cu", "gptq_pick")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(trials).arg(scales.address()).arg(&rows).arg(&*count);
         // SAFETY: the arguments are the kernel's; the trials are those just written, and the scales
