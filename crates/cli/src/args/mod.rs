@@ -87,7 +87,7 @@ pub(crate) struct QuantizeArgs {
     #[arg(long)]
     pub(crate) recipe: Option<Recipe>,
     /// Change one choice of the recipe: group-weights=stale|fresh, scales=f32|fp16,
-    /// clip=none|search, residual=0..1, head=0..1, rotate=none|heads|full; may be repeated
+    /// clip=none|search|solve, residual=0..1, head=0..1, rotate=none|heads|full; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
     /// Type in which the source's weights are quantised: fp16 (rounded first, as the published
