@@ -22,7 +22,7 @@ use crate::report::compare::{Comparison, Row};
 use crate::report::markdown;
 use crate::report::units::{self, Unit};
 use crate::report::{Report, checkpoints, summary};
-use crate::resume::Lock;
+use crate::resume::{STATE_DIR, SharedFile};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 /// Name of the card in a checkpoint's folder.
@@ -156,7 +156,13 @@ struct CardRow<'a> {
 /// # Errors
 /// A folder without reports, checkpoints that cannot be read, and [`Error::WriteReport`].
 pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
-    write(&checkpoints(dir)?, facts)
+    let found = checkpoints(dir)?;
+    if dir.join(STATE_DIR).is_dir() {
+        // A sweep may be at work here, which writes cards too.
+        let cards = SharedFile::lock(dir, CARD_FILE)?;
+        return write(&found, facts, |path, card| cards.replace(path, card));
+    }
+    write(&found, facts, replace)
 }
 
 /// Writes the cards of a sweep in `out`: of `branches`, those that are finished. Of several processes
@@ -165,13 +171,18 @@ pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// As [`write_cards`].
 pub fn write_sweep_cards(out: &Path, branches: &[Branch], facts: &CardFacts) -> Result<()> {
-    let _lock = Lock::shared_file(out, CARD_FILE)?;
+    let cards = SharedFile::lock(out, CARD_FILE)?;
     let mut found = checkpoints(out)?;
     found.retain(|(_, found)| branches.iter().any(|branch| branch.name == found.branch));
-    write(&found, facts).map(drop)
+    write(&found, facts, |path, card| cards.replace(path, card)).map(drop)
 }
 
-fn write(found: &[(PathBuf, BranchReport)], facts: &CardFacts) -> Result<Vec<PathBuf>> {
+/// Writes the cards of what was found, each by `replace`.
+fn write(
+    found: &[(PathBuf, BranchReport)],
+    facts: &CardFacts,
+    replace: impl Fn(&Path, &[u8]) -> Result<()>,
+) -> Result<Vec<PathBuf>> {
     for (folder, branch) in found {
         if !plain(&branch.branch) {
             return Err(Error::CardBranch { branch: branch.branch.clone(), dir: folder.clone() });

@@ -155,7 +155,7 @@ fn readable(value: &str) -> bool {
 }
 
 /// Files that a manifest does not list: itself, the report, the model card, and hidden working files.
-fn is_extra(name: &str) -> bool {
+pub(crate) fn is_extra(name: &str) -> bool {
     let working = name.starts_with(".gptq");
     matches!(name, MANIFEST_FILE | REPORT_FILE | CARD) || working
 }

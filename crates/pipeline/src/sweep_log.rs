@@ -5,10 +5,10 @@
 //! branches' own reports it holds seconds, so it differs from run to run.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::resume::{Lock, STATE_DIR};
+use crate::resume::SharedFile;
 use crate::sweep::{SweepReport, SweepRow};
 
 /// Name of the table in the sweep's folder.
@@ -36,26 +36,16 @@ impl<'a> SweepLog<'a> {
     /// Puts the rows and the baseline of `report` into the table. Rows of other processes stay, those
     /// of branches that the configuration has no more go.
     pub(crate) fn update(&self, report: &SweepReport) -> Result<()> {
-        let _lock = Lock::shared_file(self.out, SWEEP_FILE)?;
+        let file = SharedFile::lock(self.out, SWEEP_FILE)?;
         let mut rows: Vec<SweepRow> = self.read().map_or_else(Vec::new, |table| table.rows);
         rows.retain(|row| report.rows.iter().all(|new| new.branch != row.branch));
         rows.extend(report.rows.iter().cloned());
         rows.retain(|row| self.branches.contains(&row.branch.as_str()));
         rows.sort_by_key(|row| self.branches.iter().position(|name| *name == row.branch));
         let table = SweepReport { rows, ..report.clone() };
-        self.write(&table)
-    }
-
-    /// By one rename: a reader finds the old table or the new one.
-    fn write(&self, table: &SweepReport) -> Result<()> {
         let path = self.out.join(SWEEP_FILE);
-        let text = serde_json::to_string_pretty(table)
+        let text = serde_json::to_string_pretty(&table)
             .map_err(|e| Error::Report { path: path.clone(), message: e.to_string() })?;
-        // Named after the process for file systems without locks.
-        let new: PathBuf =
-            self.out.join(STATE_DIR).join(format!("{SWEEP_FILE}.{}", std::process::id()));
-        fs::write(&new, text + "\n")
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(|source| Error::Folder { action: "write", path, source })
+        file.replace(&path, (text + "\n").as_bytes())
     }
 }
