@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use util::{Noise, Outcome, Workdir, repository};
+use util::{Noise, Outcome, Workdir, repository, tokenizer, words};
 
 const BLOCK_1_UP: &str = "model.layers.1.mlp.up_proj";
 
@@ -307,6 +307,76 @@ fn wrong_values_are_found_without_a_base() {
         finds(&outcome, &["holds 0 at group 0"]);
         finds(&outcome, &[norm]);
         assert!(outcome.stderr.contains("3 faults"), "{}", outcome.stderr);
+    });
+}
+
+/// A small random model of a family that has more than Llama, and a checkpoint made from it.
+fn family(dir: &Workdir, name: &str, recipe: &str, layout: &str) -> (String, String) {
+    let fixtures = repository().join("tests/fixtures/families");
+    let source = dir.path(name);
+    fs::create_dir_all(&source).unwrap();
+    fs::copy(fixtures.join(format!("{name}.json")), source.join("config.json")).unwrap();
+    let weights = fixtures.join(format!("{name}.safetensors"));
+    fs::copy(weights, source.join("model.safetensors")).unwrap();
+    dir.write(&format!("{name}/tokenizer.json"), &tokenizer().to_string());
+    dir.write("text.txt", &words(600));
+    let out = format!("{name}-{recipe}-{layout}");
+    let quantize = format!(
+        "quantize {name} --out {out} --recipe {recipe} --layout {layout} --bits 4 --group-size 32 \
+         --calib-dataset text.txt --windows 8 --seq-len 48 --device cpu -q"
+    );
+    dir.gptq(&quantize.split_whitespace().collect::<Vec<_>>()).ok();
+    (name.to_owned(), out)
+}
+
+/// Biases and head norms are values like any other: finite, and the base's.
+#[test]
+fn an_architectures_own_biases_and_head_norms_are_looked_at() {
+    let dir = Workdir::new();
+    let (nan, hundred) = (0x7E00_u16, 0x5640);
+    for (name, tensor, recipe, layout) in [
+        ("qwen2", "model.layers.0.self_attn.q_proj.bias", "autogptq", "modern"),
+        ("qwen2", "model.layers.1.self_attn.v_proj.bias", "best", "card"),
+        ("qwen3", "model.layers.1.self_attn.q_norm.weight", "best", "modern"),
+    ] {
+        let (base, made) = family(&dir, name, recipe, layout);
+        let with_base = || dir.gptq(&["verify", &made, "--base", &base, "-q"]);
+        let with_text = || {
+            let text = ["--dataset", "text.txt", "--seq-len", "48", "--device", "cpu"];
+            dir.gptq(&[&["verify", &made, "--base", &base, "-q"], &text[..]].concat())
+        };
+        with_text().ok();
+
+        let fill = |half: u16| {
+            move |file: &mut File| {
+                let values = file.tensor(tensor).chunks_mut(2);
+                values.for_each(|value| value.copy_from_slice(&half.to_le_bytes()));
+            }
+        };
+        with_damage(&dir, &made, fill(nan), || {
+            // What is wrong with the checkpoint is no reason to end without the table.
+            for outcome in [dir.gptq(&["verify", &made, "-q"]), with_base(), with_text()] {
+                finds(&outcome, &[tensor, "NaN"]);
+                assert!(outcome.stdout.contains("\nother values "), "{}", outcome.stdout);
+            }
+        });
+        with_damage(&dir, &made, fill(hundred), || {
+            dir.gptq(&["verify", &made, "-q"]).ok();
+            finds(&with_base(), &[tensor, "values of", "that the base does not"]);
+        });
+    }
+}
+
+#[test]
+fn a_bias_where_the_model_has_none_is_a_finding_with_and_without_a_base() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--bits", "4", "--recipe", "rtn", "--layout", "card"]);
+    let bias = format!("{BLOCK_1_UP}.bias");
+    let one = |file: &mut File| file.tensor(&bias)[7] = 0x3C;
+    with_damage(&dir, "q", one, || {
+        let found = [bias.as_str(), "holds 1 values that are not zero"];
+        finds(&dir.gptq(&["verify", "q", "-q"]), &found);
+        finds(&against_base(&dir, "q"), &found);
     });
 }
 
