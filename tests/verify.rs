@@ -133,7 +133,8 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
             |loader| loaders.iter().find(|l| l["loader"] == loader).unwrap()["loads"].clone();
         assert_eq!(takes("transformers"), true);
         assert_eq!(takes("ExLlama"), !matches!(name, "card" | "rtn" | "best"));
-        assert_eq!(takes("GPTQ-for-LLaMa"), matches!(name, "modern" | "heads"), "{name}");
+        // It splits q, k and v into equal parts, which those of this model are not.
+        assert_eq!(takes("GPTQ-for-LLaMa"), false);
     }
 }
 
@@ -346,6 +347,11 @@ fn an_architectures_own_biases_and_head_norms_are_looked_at() {
             dir.gptq(&[&["verify", &made, "--base", &base, "-q"], &text[..]].concat())
         };
         with_text().ok();
+        // ExLlama would skip the biases, and knows no head norms.
+        let report = dir.gptq(&["verify", &made, "--json"]).json();
+        let exllama =
+            report["loaders"].as_array().unwrap().iter().find(|l| l["loader"] == "ExLlama");
+        assert_eq!(exllama.unwrap()["loads"], false, "{report}");
 
         let fill = |half: u16| {
             move |file: &mut File| {

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::branch_report::BranchReport;
 use crate::error::{Error, Result};
-use crate::loaders::{Bias, LoaderFacts, LoaderVerdict, verdicts};
+use crate::loaders::{Architecture, Bias, LoaderFacts, LoaderVerdict, verdicts};
 
 /// A program in the card's table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -32,13 +32,11 @@ pub(crate) fn verdicts_of(
         path: checkpoint.dir().join(crate::branch_report::REPORT_FILE),
         message,
     })?;
-    let config = checkpoint.config();
     let text = quantize.file_text(layout)?;
     let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
         .map_err(|e| Error::Report { path: checkpoint.dir().to_owned(), message: e.to_string() })?;
     Ok(verdicts(&LoaderFacts {
-        linears: config.block_linears().to_vec(),
-        grouped_heads: config.num_key_value_heads != config.num_attention_heads,
+        architecture: Architecture::from(checkpoint.config()),
         act_order: branch.act_order,
         // One order for q, k and v, and one for gate and up.
         shared_order: true,
