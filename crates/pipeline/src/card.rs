@@ -21,7 +21,7 @@ use crate::files::replace;
 use crate::report::compare::{Comparison, Row};
 use crate::report::markdown;
 use crate::report::units::{self, Unit};
-use crate::report::{Report, checkpoints, summary};
+use crate::report::{self, Report, checkpoints, summary};
 use crate::resume::{STATE_DIR, SharedFile};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
@@ -172,8 +172,7 @@ pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
 /// As [`write_cards`].
 pub fn write_sweep_cards(out: &Path, branches: &[Branch], facts: &CardFacts) -> Result<()> {
     let cards = SharedFile::lock(out, CARD_FILE)?;
-    let mut found = checkpoints(out)?;
-    found.retain(|(_, found)| branches.iter().any(|branch| branch.name == found.branch));
+    let found = report::branches(out, branches.iter().map(|branch| branch.name.as_str()))?;
     write(&found, facts, |path, card| cards.replace(path, card)).map(drop)
 }
 

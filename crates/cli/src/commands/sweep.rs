@@ -60,12 +60,14 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
         return dry_run(&job, args.json, printer);
     }
     let report = sweep(&job, printer)?;
+    // First: hours of work are not to end without their table because of a card.
+    if args.json { print_json(&report) } else { print_result(&text(&report)) }?;
     if let Some(facts) = &config.card
         && !report.rows.is_empty()
     {
         write_sweep_cards(&args.out, &config.branches, facts)?;
     }
-    if args.json { print_json(&report) } else { print_result(&text(&report)) }
+    Ok(())
 }
 
 /// The branches named by `--only`, in the configuration's order; all of them otherwise.
