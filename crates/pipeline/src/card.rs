@@ -223,6 +223,7 @@ fn card(
         this_size => unit.text(branch.file_bytes),
         rows => Serde(&rows),
         measured => summary::measured_on(main),
+        base_name => main.base_name(),
         base_perplexity => main.base_perplexity().map(units::perplexity),
         contaminated => main.contaminated(),
         closest => summary::closest(main).map(|row| row.branch.branch.as_str()),

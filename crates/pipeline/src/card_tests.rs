@@ -111,6 +111,20 @@ fn the_table_has_sizes_and_measurements_of_the_reports() {
 }
 
 #[test]
+fn the_dense_model_is_named_after_its_weights() {
+    let mut report = branches();
+    for branch in &mut report.branches {
+        branch.source_dtype = crate::source_dtype::SourceDtype::Fp32;
+    }
+    let card = rendered(&report, 0);
+    assert!(card.contains("| Perplexity | to fp32 | KL |"), "{card}");
+    assert!(card.contains("The fp32 model has perplexity 18.727"), "{card}");
+    assert!(
+        card.contains("divergence from the fp32 model") && card.contains("- Source dtype: fp32")
+    );
+}
+
+#[test]
 fn a_contaminated_text_is_flagged() {
     let mut report = branches();
     report.branches[0].evaluations[0].contaminated = true;

@@ -61,7 +61,7 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     }
     let report = sweep(&job, printer)?;
     // First: hours of work are not to end without their table because of a card.
-    if args.json { print_json(&report) } else { print_result(&text(&report)) }?;
+    if args.json { print_json(&report) } else { print_result(&text(&report, device.dtype())) }?;
     if let Some(facts) = &config.card
         && !report.rows.is_empty()
     {
@@ -172,7 +172,8 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
     text
 }
 
-fn text(report: &SweepReport) -> String {
+/// The table; `dtype` is the arithmetic of what was measured.
+fn text(report: &SweepReport, dtype: &str) -> String {
     let header = [
         "branch",
         "bits",
@@ -197,7 +198,7 @@ fn text(report: &SweepReport) -> String {
     let mut text = table(&header, 1, &rows);
     if let (Some(e), Some(b)) = (&report.evaluation, &report.baseline) {
         text.push_str(&format!(
-            "\n{}: {} windows × {} tokens of {}; KL to {} in nats a token; f32.\n",
+            "\n{}: {} windows × {} tokens of {}; KL to {} in nats a token; {dtype}.\n",
             e.protocol,
             b.windows,
             e.seq_len,
@@ -229,4 +230,41 @@ fn cells(row: &SweepRow) -> Vec<String> {
         number(row.rtn.map(|m| m.kl), 4),
         number(row.quantise_seconds, 1),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{from_value, json};
+
+    use super::*;
+
+    fn report() -> SweepReport {
+        let row = |branch: &str| {
+            json!({
+                "branch": branch, "bits": 4, "group_size": 32, "act_order": true, "damp": 0.01,
+                "recipe": "autogptq", "dir": branch, "file_bytes": 1, "quantise_seconds": null,
+                "measure_seconds": null, "damp_retries": 0, "rtn": null, "key": "",
+                "result": {"perplexity": 19.0, "kl": 0.01}
+            })
+        };
+        let report = json!({
+            "model": "m", "source_dtype": "fp32", "baseline_key": null,
+            "baseline": {
+                "perplexity": 18.0, "mean_nll": 2.0, "standard_error": 0.1, "windows": 2, "tokens": 9
+            },
+            "evaluation": {
+                "protocol": "paper", "dataset": "t.txt", "tokens_in_text": 20, "seq_len": 8,
+                "contaminated": true
+            },
+            "rows": [row("a"), row("b")]
+        });
+        from_value(report).unwrap()
+    }
+
+    #[test]
+    fn the_arithmetic_is_that_of_the_device() {
+        let text = text(&report(), "fp16");
+        assert!(text.contains("2 windows × 8 tokens of t.txt; KL to fp32 in nats a token; fp16."));
+        assert!(text.contains("\nfp32 "), "{text}");
+    }
 }
