@@ -149,6 +149,17 @@ fn outputs_are_measured_and_held_to_limits() {
     let json = [args.as_slice(), &["--json"]].concat();
     let report = dir.gptq(&json).json();
 
+    assert_eq!(report["text"]["contaminated"], false);
+    // On what it was calibrated on; and where no report tells on what.
+    let calibration = repository().join("calib/demo/calibration.txt").display().to_string();
+    let mut on_calibration =
+        vec!["verify", "q", "--dataset", &calibration, "--device", "cpu", "-q"];
+    on_calibration.extend(["--seq-len", "64", "--max-windows", "1", "--json"]);
+    let contaminated = || dir.gptq(&on_calibration).json()["text"]["contaminated"].clone();
+    assert_eq!(contaminated(), true);
+    fs::remove_file(dir.path("q/gptq_report.json")).unwrap();
+    assert_eq!(contaminated(), Value::Null);
+
     // The same numbers as `gptq ppl --base` gives.
     let mut ppl = vec!["ppl", "q", "--base", &demo, "--dataset", &text, "--json"];
     ppl.extend(["--seq-len", "256", "--max-windows", "4", "--device", "cpu"]);

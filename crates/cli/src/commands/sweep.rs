@@ -9,7 +9,8 @@ use gptq_pipeline::card::write_sweep_cards;
 use gptq_pipeline::config::{Branch, SweepConfig};
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::resume::State;
-use gptq_pipeline::sweep::{Survey, SweepJob, SweepReport, SweepRow, sweep};
+use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
+use gptq_pipeline::sweep_log::{SweepReport, SweepRow};
 use serde::Serialize;
 
 use super::quantize::sample;
@@ -205,13 +206,25 @@ fn text(report: &SweepReport, dtype: &str) -> String {
             e.dataset,
             report.source_dtype.name()
         ));
-        if e.contaminated {
-            text.push_str(
-                "The branches were calibrated on this split: perplexities are optimistic.\n",
-            );
-        }
+    }
+    if let Some(warning) = contamination(&report.rows) {
+        text.push_str(&format!("{warning}\n"));
     }
     text
+}
+
+/// Which branches were calibrated on the text that they were measured on; a recipe that rounds looks
+/// at no text.
+fn contamination(rows: &[SweepRow]) -> Option<String> {
+    let seen: Vec<&str> =
+        rows.iter().filter(|row| row.contaminated).map(|row| row.branch.as_str()).collect();
+    let who = match seen.as_slice() {
+        [] => return None,
+        [one] => format!("{one} was"),
+        all if all.len() == rows.len() => "The branches were".to_owned(),
+        some => format!("{} were", some.join(", ")),
+    };
+    Some(format!("{who} calibrated on this split: perplexity and KL are optimistic."))
 }
 
 fn cells(row: &SweepRow) -> Vec<String> {
@@ -266,5 +279,21 @@ mod tests {
         let text = text(&report(), "fp16");
         assert!(text.contains("2 windows × 8 tokens of t.txt; KL to fp32 in nats a token; fp16."));
         assert!(text.contains("\nfp32 "), "{text}");
+    }
+
+    #[test]
+    fn branches_that_saw_the_text_are_named() {
+        let mut report = report();
+        let said = |report: &SweepReport| {
+            let text = text(report, "f32");
+            text.lines().find(|line| line.contains("optimistic")).map(str::to_owned)
+        };
+        assert_eq!(said(&report), None);
+        report.rows[1].contaminated = true;
+        let one = "b was calibrated on this split: perplexity and KL are optimistic.";
+        assert_eq!(said(&report).as_deref(), Some(one));
+        report.rows[0].contaminated = true;
+        let all = "The branches were calibrated on this split: perplexity and KL are optimistic.";
+        assert_eq!(said(&report).as_deref(), Some(all));
     }
 }
