@@ -223,33 +223,54 @@ fn single_words_are_found_against_the_base() {
 }
 
 #[test]
-fn a_single_bit_is_found_by_recorded_sums() {
+fn a_single_bit_and_a_single_digit_are_found_by_recorded_sums() {
     let dir = Workdir::new();
     quantise(&dir, "q", &["--recipe", "rtn"]);
     // As `sha256sum` prints them.
+    let sum = |name: &str| {
+        let output = std::process::Command::new("sha256sum").arg(dir.path("q").join(name)).output();
+        output.ok().map(|o| String::from_utf8(o.stdout).unwrap()[..64].to_owned())
+    };
+    let Some(report) = sum("gptq_report.json") else {
+        println!("skipped: there is no sha256sum here to record sums with");
+        return;
+    };
     let mut files = serde_json::Map::new();
     for name in ["model.safetensors", "tokenizer.json"] {
-        let output = std::process::Command::new("sha256sum").arg(dir.path("q").join(name)).output();
-        let Ok(output) = output else {
-            println!("skipped: there is no sha256sum here to record sums with");
-            return;
-        };
-        let sum = String::from_utf8(output.stdout).unwrap()[..64].to_owned();
         let bytes = fs::metadata(dir.path("q").join(name)).unwrap().len();
-        files.insert(name.to_owned(), json!({"bytes": bytes, "sha256": sum}));
+        files.insert(name.to_owned(), json!({"bytes": bytes, "sha256": sum(name)}));
     }
-    let manifest = json!({"format": 1, "files": files});
+    let manifest = json!({
+        "format": 1, "made_from": {}, "measured_on": null, "files": files, "made_report": report,
+        "report": report,
+    });
     dir.write("q/gptq_manifest.json", &manifest.to_string());
-    let report = dir.gptq(&["verify", "q", "--json"]).json();
-    assert_eq!(report["checks"][0], json!({"check": "sums", "examined": 2, "findings": 0}));
+    let passed = dir.gptq(&["verify", "q", "--json"]).json();
+    assert_eq!(passed["checks"][0], json!({"check": "sums", "examined": 3, "findings": 0}));
 
     let flip = |file: &mut File| file.tensor(&format!("{BLOCK_1_UP}.qweight"))[77] ^= 4;
     with_damage(&dir, "q", flip, || {
         let outcome = dir.gptq(&["verify", "q"]);
         finds(&outcome, &["model.safetensors has another content than when it was written"]);
     });
+    // The numbers that a branch is judged by.
+    let whole = fs::read_to_string(dir.path("q/gptq_report.json")).unwrap();
+    dir.write("q/gptq_report.json", &whole.replace("\"damp\": 0.01", "\"damp\": 0.02"));
+    let other = "gptq_report.json has another content than when it was written";
+    finds(&dir.gptq(&["verify", "q"]), &[other]);
+    fs::remove_file(dir.path("q/gptq_report.json")).unwrap();
     fs::remove_file(dir.path("q/tokenizer.json")).unwrap();
-    finds(&dir.gptq(&["verify", "q"]), &["tokenizer.json cannot be read"]);
+    let outcome = dir.gptq(&["verify", "q"]);
+    finds(&outcome, &["gptq_report.json cannot be read"]);
+    finds(&outcome, &["tokenizer.json cannot be read"]);
+
+    for (manifest, why) in [
+        (r#"{"format": 2}"#, "is not a manifest of files: missing field"),
+        (&manifest.to_string().replace("\"format\":1", "\"format\":2"), "its format is 2"),
+    ] {
+        dir.write("q/gptq_manifest.json", manifest);
+        finds(&dir.gptq(&["verify", "q"]), &["gptq_manifest.json", why]);
+    }
 }
 
 #[test]
