@@ -14,7 +14,7 @@ use minijinja::{AutoEscape, Environment, Value, context};
 use serde::{Deserialize, Serialize};
 
 use crate::branch_report::{BranchReport, TOOL};
-use crate::card_loaders::{LoaderRow, loader_rows, verdicts_of};
+use crate::card_loaders::{Judged, LoaderRow, loader_rows, verdicts_of};
 use crate::config::Branch;
 use crate::error::{Error, Result};
 use crate::files::replace;
@@ -187,25 +187,28 @@ fn write(
             return Err(Error::CardBranch { branch: branch.branch.clone(), dir: folder.clone() });
         }
     }
-    let mut loaders = Vec::with_capacity(found.len());
+    let mut judged = Vec::with_capacity(found.len());
+    let mut families = Vec::with_capacity(found.len());
     for (folder, branch) in found {
-        loaders.push((branch.branch.clone(), verdicts_of(&Checkpoint::open(folder)?, branch)?));
+        let checkpoint = Checkpoint::open(folder)?;
+        families.push(checkpoint.config().family);
+        judged.push(Judged { branch, verdicts: verdicts_of(&checkpoint, branch)? });
     }
-    let rows = loader_rows(&loaders);
+    let loaders = loader_rows(&judged);
     let report = Report::of(found.iter().map(|(_, branch)| branch.clone()).collect());
     let mut written = Vec::with_capacity(found.len());
-    for (folder, branch) in found {
+    for ((folder, branch), family) in found.iter().zip(families) {
         let path = folder.join(CARD_FILE);
-        replace(&path, card(&report, branch, facts, &rows)?.as_bytes())?;
+        replace(&path, card(&report, (branch, family), facts, &loaders)?.as_bytes())?;
         written.push(path);
     }
     Ok(written)
 }
 
-/// The card of one branch among all of a report.
+/// The card of one branch, of a model of that family, among all of a report.
 fn card(
     report: &Report,
-    branch: &BranchReport,
+    (branch, family): (&BranchReport, &str),
     facts: &CardFacts,
     loaders: &[LoaderRow],
 ) -> Result<String> {
@@ -219,6 +222,7 @@ fn card(
     let rows: Vec<CardRow<'_>> = report.branches.iter().map(|b| card_row(b, main, unit)).collect();
     let context = context! {
         facts => Serde(facts),
+        family => family,
         this => branch.branch.as_str(),
         this_size => unit.text(branch.file_bytes),
         rows => Serde(&rows),

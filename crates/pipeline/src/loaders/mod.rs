@@ -10,6 +10,7 @@ use gptq_checkpoint::{LinearShape, ModelConfig, QuantizeConfig, Rope};
 use serde::Serialize;
 
 use needs::Need;
+pub(crate) use needs::listed;
 
 /// What loaders look at in a checkpoint.
 #[derive(Clone, Debug)]

@@ -191,7 +191,7 @@ fn unless(met: bool, phrase: impl FnOnce() -> String) -> Option<String> {
     (!met).then(phrase)
 }
 
-fn listed<T: ToString>(values: &[T]) -> String {
+pub(crate) fn listed<T: ToString>(values: &[T]) -> String {
     let values: Vec<String> = values.iter().map(ToString::to_string).collect();
     values.join(", ")
 }
