@@ -16,19 +16,23 @@ use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use util::{Noise, TinyLlama, Workdir, contents, words};
+use util::{Noise, TinyLlama, Workdir, contents, listing, words};
 
 type Contents = BTreeMap<String, Vec<u8>>;
 
 /// Random kills of a quick run.
 const KILLS: usize = 12;
 
-/// A tiny model with a licence in a folder of its own, and two branches.
+const FACTS: &str = "name = \"Tiny\"\nrepository = \"org/tiny-GPTQ\"\nauthor = \"nobody\"\n\
+    license = \"mit\"\nlanguages = [\"en\"]\ndescription = \"Says nothing.\"\n";
+
+/// A tiny model with a licence in a folder of its own, and two branches with cards.
 fn prepared(damp: f32) -> Workdir {
     let dir = Workdir::new();
     TinyLlama::new().write(&dir.path("model"));
     dir.write("model/LICENSES/LICENSE", "may be used");
     dir.write("text.txt", &words(2000));
+    dir.write("facts.toml", FACTS);
     configure(&dir, damp);
     dir
 }
@@ -36,6 +40,7 @@ fn prepared(damp: f32) -> Workdir {
 fn configure(dir: &Workdir, damp: f32) {
     let mut config = format!(
         "model = \"model\"\ncalibration = \"card\"\nrecipe = \"autogptq\"\ndamp = {damp}\n\
+         card = \"facts.toml\"\n\
          [calibration_overrides]\ndataset = \"text.txt\"\nwindows = 16\nseq_len = 64\n\
          [evaluation]\ndataset = \"text.txt\"\nprotocol = \"paper\"\nseq_len = 64\n"
     );
@@ -69,10 +74,13 @@ fn finish(dir: &Workdir, out: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// What must be the same: everything but the table with its seconds.
+/// What must be the same: everything but the table with its seconds; of the sweep's own folder the
+/// names.
 fn branches(dir: &Workdir, out: &str) -> Contents {
     let mut all = contents(&dir.path(out));
     all.remove("sweep.json");
+    let own = listing(&dir.path(out).join(".gptq-sweep"));
+    all.extend(own.into_iter().map(|name| (format!(".gptq-sweep/{name}"), Vec::new())));
     all
 }
 

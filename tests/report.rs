@@ -153,6 +153,34 @@ fn a_sweep_leaves_a_card_in_every_branch_and_card_writes_it_anew() {
 }
 
 #[test]
+fn cards_of_a_sweep_are_about_its_branches_and_nothing_else() {
+    let dir = swept();
+    let card = |branch: &str| dir.path("branches").join(branch).join("README.md");
+    let before = fs::read_to_string(card("3bit")).unwrap();
+    // Somebody's notes, and a copy of a branch.
+    dir.write("branches/junk/gptq_report.json", "{}");
+    fs::create_dir(dir.path("branches/3bit-old")).unwrap();
+    for entry in fs::read_dir(dir.path("branches/3bit")).unwrap() {
+        let file = entry.unwrap().path();
+        let copy = dir.path("branches/3bit-old").join(file.file_name().unwrap());
+        fs::copy(&file, copy).unwrap();
+    }
+    fs::write(card("3bit-old"), "mine").unwrap();
+    let sweep = ["sweep", "sweep.toml", "--out", "branches", "--device", "cpu"];
+    assert!(dir.gptq(&sweep).ok().contains("\n3bit "));
+    assert_eq!(fs::read_to_string(card("3bit-old")).unwrap(), "mine");
+    assert_eq!(fs::read_to_string(card("3bit")).unwrap(), before);
+
+    // A card that cannot be written costs the card and not the table.
+    fs::remove_file(card("3bit")).unwrap();
+    fs::create_dir(card("3bit")).unwrap();
+    let outcome = dir.gptq(&sweep);
+    assert_eq!(outcome.code, 1, "{}", outcome.stderr);
+    assert!(outcome.stdout.contains("\n3bit "), "{}", outcome.stdout);
+    assert!(outcome.stderr.contains("branches/3bit/README.md"), "{}", outcome.stderr);
+}
+
+#[test]
 fn a_sweep_with_wrong_facts_makes_nothing() {
     let dir = swept();
     dir.write("facts.toml", "name = \"Tiny\"\n");

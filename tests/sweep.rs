@@ -354,6 +354,25 @@ fn jobs_share_a_folder_and_make_every_branch_once() {
 }
 
 #[test]
+fn only_branches_that_saw_the_text_are_said_to_have() {
+    let dir = prepared();
+    dir.write("sweep.toml", &configuration(32).replace("held-out.txt", "text.txt"));
+    let sweep = |only: &[&str]| dir.gptq(&[&RUN[..], only].concat()).ok().to_owned();
+    // Rounding is not calibrated.
+    assert!(!sweep(&["--only", "d"]).contains("calibrated"));
+    assert_eq!(read_json(&dir, "out/sweep.json")["evaluation"]["contaminated"], false);
+    let text = sweep(&["--only", "b", "--only", "d"]);
+    assert!(text.contains("\nb was calibrated on this split: "), "{text}");
+    let table = read_json(&dir, "out/sweep.json");
+    assert_eq!(table["evaluation"]["contaminated"], true);
+    for (row, contaminated) in [(0, true), (1, false)] {
+        assert_eq!(table["rows"][row]["contaminated"], contaminated);
+        let report = format!("out/{}/gptq_report.json", ["b", "d"][row]);
+        assert_eq!(read_json(&dir, &report)["evaluations"][0]["contaminated"], contaminated);
+    }
+}
+
+#[test]
 fn a_dry_run_tells_and_touches_nothing() {
     let dir = prepared();
     let dry = |more: &[&str]| dir.gptq(&[&RUN[..], &["--dry-run"], more].concat());

@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use util::{Noise, Outcome, Workdir, repository};
+use util::{Noise, Outcome, Workdir, repository, tokenizer, words};
 
 const BLOCK_1_UP: &str = "model.layers.1.mlp.up_proj";
 
@@ -133,7 +133,8 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
             |loader| loaders.iter().find(|l| l["loader"] == loader).unwrap()["loads"].clone();
         assert_eq!(takes("transformers"), true);
         assert_eq!(takes("ExLlama"), !matches!(name, "card" | "rtn" | "best"));
-        assert_eq!(takes("GPTQ-for-LLaMa"), matches!(name, "modern" | "heads"), "{name}");
+        // It splits q, k and v into equal parts, which those of this model are not.
+        assert_eq!(takes("GPTQ-for-LLaMa"), false);
     }
 }
 
@@ -147,6 +148,17 @@ fn outputs_are_measured_and_held_to_limits() {
     args.extend(["--seq-len", "256", "--max-windows", "4", "--device", "cpu", "-q"]);
     let json = [args.as_slice(), &["--json"]].concat();
     let report = dir.gptq(&json).json();
+
+    assert_eq!(report["text"]["contaminated"], false);
+    // On what it was calibrated on; and where no report tells on what.
+    let calibration = repository().join("calib/demo/calibration.txt").display().to_string();
+    let mut on_calibration =
+        vec!["verify", "q", "--dataset", &calibration, "--device", "cpu", "-q"];
+    on_calibration.extend(["--seq-len", "64", "--max-windows", "1", "--json"]);
+    let contaminated = || dir.gptq(&on_calibration).json()["text"]["contaminated"].clone();
+    assert_eq!(contaminated(), true);
+    fs::remove_file(dir.path("q/gptq_report.json")).unwrap();
+    assert_eq!(contaminated(), Value::Null);
 
     // The same numbers as `gptq ppl --base` gives.
     let mut ppl = vec!["ppl", "q", "--base", &demo, "--dataset", &text, "--json"];
@@ -211,33 +223,54 @@ fn single_words_are_found_against_the_base() {
 }
 
 #[test]
-fn a_single_bit_is_found_by_recorded_sums() {
+fn a_single_bit_and_a_single_digit_are_found_by_recorded_sums() {
     let dir = Workdir::new();
     quantise(&dir, "q", &["--recipe", "rtn"]);
     // As `sha256sum` prints them.
+    let sum = |name: &str| {
+        let output = std::process::Command::new("sha256sum").arg(dir.path("q").join(name)).output();
+        output.ok().map(|o| String::from_utf8(o.stdout).unwrap()[..64].to_owned())
+    };
+    let Some(report) = sum("gptq_report.json") else {
+        println!("skipped: there is no sha256sum here to record sums with");
+        return;
+    };
     let mut files = serde_json::Map::new();
     for name in ["model.safetensors", "tokenizer.json"] {
-        let output = std::process::Command::new("sha256sum").arg(dir.path("q").join(name)).output();
-        let Ok(output) = output else {
-            println!("skipped: there is no sha256sum here to record sums with");
-            return;
-        };
-        let sum = String::from_utf8(output.stdout).unwrap()[..64].to_owned();
         let bytes = fs::metadata(dir.path("q").join(name)).unwrap().len();
-        files.insert(name.to_owned(), json!({"bytes": bytes, "sha256": sum}));
+        files.insert(name.to_owned(), json!({"bytes": bytes, "sha256": sum(name)}));
     }
-    let manifest = json!({"format": 1, "files": files});
+    let manifest = json!({
+        "format": 1, "made_from": {}, "measured_on": null, "files": files, "made_report": report,
+        "report": report,
+    });
     dir.write("q/gptq_manifest.json", &manifest.to_string());
-    let report = dir.gptq(&["verify", "q", "--json"]).json();
-    assert_eq!(report["checks"][0], json!({"check": "sums", "examined": 2, "findings": 0}));
+    let passed = dir.gptq(&["verify", "q", "--json"]).json();
+    assert_eq!(passed["checks"][0], json!({"check": "sums", "examined": 3, "findings": 0}));
 
     let flip = |file: &mut File| file.tensor(&format!("{BLOCK_1_UP}.qweight"))[77] ^= 4;
     with_damage(&dir, "q", flip, || {
         let outcome = dir.gptq(&["verify", "q"]);
         finds(&outcome, &["model.safetensors has another content than when it was written"]);
     });
+    // The numbers that a branch is judged by.
+    let whole = fs::read_to_string(dir.path("q/gptq_report.json")).unwrap();
+    dir.write("q/gptq_report.json", &whole.replace("\"damp\": 0.01", "\"damp\": 0.02"));
+    let other = "gptq_report.json has another content than when it was written";
+    finds(&dir.gptq(&["verify", "q"]), &[other]);
+    fs::remove_file(dir.path("q/gptq_report.json")).unwrap();
     fs::remove_file(dir.path("q/tokenizer.json")).unwrap();
-    finds(&dir.gptq(&["verify", "q"]), &["tokenizer.json cannot be read"]);
+    let outcome = dir.gptq(&["verify", "q"]);
+    finds(&outcome, &["gptq_report.json cannot be read"]);
+    finds(&outcome, &["tokenizer.json cannot be read"]);
+
+    for (manifest, why) in [
+        (r#"{"format": 2}"#, "is not a manifest of files: missing field"),
+        (&manifest.to_string().replace("\"format\":1", "\"format\":2"), "its format is 2"),
+    ] {
+        dir.write("q/gptq_manifest.json", manifest);
+        finds(&dir.gptq(&["verify", "q"]), &["gptq_manifest.json", why]);
+    }
 }
 
 #[test]
@@ -307,6 +340,81 @@ fn wrong_values_are_found_without_a_base() {
         finds(&outcome, &["holds 0 at group 0"]);
         finds(&outcome, &[norm]);
         assert!(outcome.stderr.contains("3 faults"), "{}", outcome.stderr);
+    });
+}
+
+/// A small random model of a family that has more than Llama, and a checkpoint made from it.
+fn family(dir: &Workdir, name: &str, recipe: &str, layout: &str) -> (String, String) {
+    let fixtures = repository().join("tests/fixtures/families");
+    let source = dir.path(name);
+    fs::create_dir_all(&source).unwrap();
+    fs::copy(fixtures.join(format!("{name}.json")), source.join("config.json")).unwrap();
+    let weights = fixtures.join(format!("{name}.safetensors"));
+    fs::copy(weights, source.join("model.safetensors")).unwrap();
+    dir.write(&format!("{name}/tokenizer.json"), &tokenizer().to_string());
+    dir.write("text.txt", &words(600));
+    let out = format!("{name}-{recipe}-{layout}");
+    let quantize = format!(
+        "quantize {name} --out {out} --recipe {recipe} --layout {layout} --bits 4 --group-size 32 \
+         --calib-dataset text.txt --windows 8 --seq-len 48 --device cpu -q"
+    );
+    dir.gptq(&quantize.split_whitespace().collect::<Vec<_>>()).ok();
+    (name.to_owned(), out)
+}
+
+/// Biases and head norms are values like any other: finite, and the base's.
+#[test]
+fn an_architectures_own_biases_and_head_norms_are_looked_at() {
+    let dir = Workdir::new();
+    let (nan, hundred) = (0x7E00_u16, 0x5640);
+    for (name, tensor, recipe, layout) in [
+        ("qwen2", "model.layers.0.self_attn.q_proj.bias", "autogptq", "modern"),
+        ("qwen2", "model.layers.1.self_attn.v_proj.bias", "best", "card"),
+        ("qwen3", "model.layers.1.self_attn.q_norm.weight", "best", "modern"),
+    ] {
+        let (base, made) = family(&dir, name, recipe, layout);
+        let with_base = || dir.gptq(&["verify", &made, "--base", &base, "-q"]);
+        let with_text = || {
+            let text = ["--dataset", "text.txt", "--seq-len", "48", "--device", "cpu"];
+            dir.gptq(&[&["verify", &made, "--base", &base, "-q"], &text[..]].concat())
+        };
+        with_text().ok();
+        // ExLlama would skip the biases, and knows no head norms.
+        let report = dir.gptq(&["verify", &made, "--json"]).json();
+        let exllama =
+            report["loaders"].as_array().unwrap().iter().find(|l| l["loader"] == "ExLlama");
+        assert_eq!(exllama.unwrap()["loads"], false, "{report}");
+
+        let fill = |half: u16| {
+            move |file: &mut File| {
+                let values = file.tensor(tensor).chunks_mut(2);
+                values.for_each(|value| value.copy_from_slice(&half.to_le_bytes()));
+            }
+        };
+        with_damage(&dir, &made, fill(nan), || {
+            // What is wrong with the checkpoint is no reason to end without the table.
+            for outcome in [dir.gptq(&["verify", &made, "-q"]), with_base(), with_text()] {
+                finds(&outcome, &[tensor, "NaN"]);
+                assert!(outcome.stdout.contains("\nother values "), "{}", outcome.stdout);
+            }
+        });
+        with_damage(&dir, &made, fill(hundred), || {
+            dir.gptq(&["verify", &made, "-q"]).ok();
+            finds(&with_base(), &[tensor, "values of", "that the base does not"]);
+        });
+    }
+}
+
+#[test]
+fn a_bias_where_the_model_has_none_is_a_finding_with_and_without_a_base() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--bits", "4", "--recipe", "rtn", "--layout", "card"]);
+    let bias = format!("{BLOCK_1_UP}.bias");
+    let one = |file: &mut File| file.tensor(&bias)[7] = 0x3C;
+    with_damage(&dir, "q", one, || {
+        let found = [bias.as_str(), "holds 1 values that are not zero"];
+        finds(&dir.gptq(&["verify", "q", "-q"]), &found);
+        finds(&against_base(&dir, "q"), &found);
     });
 }
 

@@ -71,7 +71,7 @@ impl<'a> Baseline<'a> {
             windows: result.windows,
             tokens: result.tokens,
             dtype,
-            contaminated: self.text.contaminated && spec.recipe.calibrates(),
+            contaminated: self.text.contaminated == Some(true) && spec.recipe.calibrates(),
             perplexity: result.perplexity,
             standard_error: result.standard_error,
             kl: Some(kl),

@@ -14,15 +14,15 @@ use minijinja::{AutoEscape, Environment, Value, context};
 use serde::{Deserialize, Serialize};
 
 use crate::branch_report::{BranchReport, TOOL};
-use crate::card_loaders::{LoaderRow, loader_rows, verdicts_of};
+use crate::card_loaders::{Judged, LoaderRow, loader_rows, verdicts_of};
 use crate::config::Branch;
 use crate::error::{Error, Result};
 use crate::files::replace;
 use crate::report::compare::{Comparison, Row};
 use crate::report::markdown;
 use crate::report::units::{self, Unit};
-use crate::report::{Report, checkpoints, summary};
-use crate::resume::Lock;
+use crate::report::{self, Report, checkpoints, summary};
+use crate::resume::{STATE_DIR, SharedFile};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 /// Name of the card in a checkpoint's folder.
@@ -156,7 +156,13 @@ struct CardRow<'a> {
 /// # Errors
 /// A folder without reports, checkpoints that cannot be read, and [`Error::WriteReport`].
 pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
-    write(&checkpoints(dir)?, facts)
+    let found = checkpoints(dir)?;
+    if dir.join(STATE_DIR).is_dir() {
+        // A sweep may be at work here, which writes cards too.
+        let cards = SharedFile::lock(dir, CARD_FILE)?;
+        return write(&found, facts, |path, card| cards.replace(path, card));
+    }
+    write(&found, facts, replace)
 }
 
 /// Writes the cards of a sweep in `out`: of `branches`, those that are finished. Of several processes
@@ -165,37 +171,44 @@ pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// As [`write_cards`].
 pub fn write_sweep_cards(out: &Path, branches: &[Branch], facts: &CardFacts) -> Result<()> {
-    let _lock = Lock::shared_file(out, CARD_FILE)?;
-    let mut found = checkpoints(out)?;
-    found.retain(|(_, found)| branches.iter().any(|branch| branch.name == found.branch));
-    write(&found, facts).map(drop)
+    let cards = SharedFile::lock(out, CARD_FILE)?;
+    let found = report::branches(out, branches.iter().map(|branch| branch.name.as_str()))?;
+    write(&found, facts, |path, card| cards.replace(path, card)).map(drop)
 }
 
-fn write(found: &[(PathBuf, BranchReport)], facts: &CardFacts) -> Result<Vec<PathBuf>> {
+/// Writes the cards of what was found, each by `replace`.
+fn write(
+    found: &[(PathBuf, BranchReport)],
+    facts: &CardFacts,
+    replace: impl Fn(&Path, &[u8]) -> Result<()>,
+) -> Result<Vec<PathBuf>> {
     for (folder, branch) in found {
         if !plain(&branch.branch) {
             return Err(Error::CardBranch { branch: branch.branch.clone(), dir: folder.clone() });
         }
     }
-    let mut loaders = Vec::with_capacity(found.len());
+    let mut judged = Vec::with_capacity(found.len());
+    let mut families = Vec::with_capacity(found.len());
     for (folder, branch) in found {
-        loaders.push((branch.branch.clone(), verdicts_of(&Checkpoint::open(folder)?, branch)?));
+        let checkpoint = Checkpoint::open(folder)?;
+        families.push(checkpoint.config().family);
+        judged.push(Judged { branch, verdicts: verdicts_of(&checkpoint, branch)? });
     }
-    let rows = loader_rows(&loaders);
+    let loaders = loader_rows(&judged);
     let report = Report::of(found.iter().map(|(_, branch)| branch.clone()).collect());
     let mut written = Vec::with_capacity(found.len());
-    for (folder, branch) in found {
+    for ((folder, branch), family) in found.iter().zip(families) {
         let path = folder.join(CARD_FILE);
-        replace(&path, card(&report, branch, facts, &rows)?.as_bytes())?;
+        replace(&path, card(&report, (branch, family), facts, &loaders)?.as_bytes())?;
         written.push(path);
     }
     Ok(written)
 }
 
-/// The card of one branch among all of a report.
+/// The card of one branch, of a model of that family, among all of a report.
 fn card(
     report: &Report,
-    branch: &BranchReport,
+    (branch, family): (&BranchReport, &str),
     facts: &CardFacts,
     loaders: &[LoaderRow],
 ) -> Result<String> {
@@ -209,10 +222,12 @@ fn card(
     let rows: Vec<CardRow<'_>> = report.branches.iter().map(|b| card_row(b, main, unit)).collect();
     let context = context! {
         facts => Serde(facts),
+        family => family,
         this => branch.branch.as_str(),
         this_size => unit.text(branch.file_bytes),
         rows => Serde(&rows),
         measured => summary::measured_on(main),
+        base_name => main.base_name(),
         base_perplexity => main.base_perplexity().map(units::perplexity),
         contaminated => main.contaminated(),
         closest => summary::closest(main).map(|row| row.branch.branch.as_str()),

@@ -5,7 +5,14 @@ use serde::Serialize;
 
 use crate::branch_report::BranchReport;
 use crate::error::{Error, Result};
-use crate::loaders::{Bias, LoaderFacts, LoaderVerdict, verdicts};
+use crate::loaders::{Architecture, Bias, LoaderFacts, LoaderVerdict, listed, verdicts};
+
+/// A branch, with every program's verdict on it.
+#[derive(Debug)]
+pub(crate) struct Judged<'a> {
+    pub(crate) branch: &'a BranchReport,
+    pub(crate) verdicts: Vec<LoaderVerdict>,
+}
 
 /// A program in the card's table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -16,7 +23,19 @@ pub(crate) struct LoaderRow {
     /// Branches that it loads.
     pub(crate) branches: Vec<String>,
     /// How it runs them, and why it refuses the others.
-    pub(crate) notes: Vec<String>,
+    pub(crate) notes: Vec<Note>,
+}
+
+/// What is to be said of some of the branches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Note {
+    /// It is why they are refused, where others are not.
+    pub(crate) not: bool,
+    /// Whom it is about, where a few words say it.
+    pub(crate) whose: Option<String>,
+    /// Whom it is about, where they have to be named.
+    pub(crate) branches: Vec<String>,
+    pub(crate) text: String,
 }
 
 /// Verdicts on a checkpoint of this program, whose files are known by how they are written: the
@@ -32,13 +51,11 @@ pub(crate) fn verdicts_of(
         path: checkpoint.dir().join(crate::branch_report::REPORT_FILE),
         message,
     })?;
-    let config = checkpoint.config();
     let text = quantize.file_text(layout)?;
     let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
         .map_err(|e| Error::Report { path: checkpoint.dir().to_owned(), message: e.to_string() })?;
     Ok(verdicts(&LoaderFacts {
-        linears: config.block_linears().to_vec(),
-        grouped_heads: config.num_key_value_heads != config.num_attention_heads,
+        architecture: Architecture::from(checkpoint.config()),
         act_order: branch.act_order,
         // One order for q, k and v, and one for gate and up.
         shared_order: true,
@@ -54,26 +71,90 @@ pub(crate) fn verdicts_of(
 }
 
 /// A row for each loader, from the verdicts on each branch.
-pub(crate) fn loader_rows(branches: &[(String, Vec<LoaderVerdict>)]) -> Vec<LoaderRow> {
-    let Some((_, first)) = branches.first() else { return Vec::new() };
-    let mut rows = Vec::with_capacity(first.len());
-    for (i, loader) in first.iter().enumerate() {
-        let verdicts = || branches.iter().filter_map(move |(name, all)| Some((name, all.get(i)?)));
-        let loaded: Vec<String> =
-            verdicts().filter(|(_, v)| v.loads).map(|(name, _)| name.clone()).collect();
-        let mut notes: Vec<String> = Vec::new();
-        for loads in [true, false] {
-            for (_, verdict) in verdicts().filter(|(_, v)| v.loads == loads) {
-                for reason in &verdict.reasons {
-                    let note = if loads { reason.clone() } else { format!("not {reason}") };
-                    if !notes.contains(&note) {
-                        notes.push(note);
-                    }
-                }
-            }
+pub(crate) fn loader_rows(branches: &[Judged<'_>]) -> Vec<LoaderRow> {
+    let Some(first) = branches.first() else { return Vec::new() };
+    let row = |(i, loader): (usize, &LoaderVerdict)| {
+        let verdicts = branches.iter().filter_map(|b| Some((b.branch, b.verdicts.get(i)?)));
+        let (loaded, refused): (Vec<Verdict<'_>>, _) = verdicts.partition(|(_, v)| v.loads);
+        LoaderRow {
+            loader: loader.loader,
+            all: refused.is_empty(),
+            notes: [loaded_notes(&loaded), refused_notes(&refused, &loaded)].concat(),
+            branches: names(&loaded),
         }
-        let all = loaded.len() == branches.len();
-        rows.push(LoaderRow { loader: loader.loader, all, branches: loaded, notes });
+    };
+    first.verdicts.iter().enumerate().map(row).collect()
+}
+
+/// What one program says of a branch.
+type Verdict<'a> = (&'a BranchReport, &'a LoaderVerdict);
+
+/// How branches run that are loaded.
+fn loaded_notes(loaded: &[Verdict<'_>]) -> Vec<Note> {
+    let note = |text: &String| {
+        let (about, others) = parted(loaded, text);
+        let by_width = widths_apart(&about, &others);
+        Note {
+            not: false,
+            branches: names(if others.is_empty() || by_width.is_some() { &[] } else { &about }),
+            whose: by_width.filter(|_| !others.is_empty()),
+            text: text.clone(),
+        }
+    };
+    reasons(loaded).into_iter().map(note).collect()
+}
+
+/// Why branches are refused.
+fn refused_notes(refused: &[Verdict<'_>], loaded: &[Verdict<'_>]) -> Vec<Note> {
+    let note = |text: &String| {
+        let (about, others) = parted(refused, text);
+        // Of a width that is loaded elsewhere in the table, the width is not why.
+        let by_width = widths_apart(&about, &[others.as_slice(), loaded].concat());
+        let whole_row = others.is_empty() && loaded.is_empty();
+        let whose = match by_width {
+            _ if whole_row => None,
+            // The reason may begin with the width itself.
+            Some(widths) => Some(widths).filter(|widths| !text.starts_with(widths)),
+            None if others.is_empty() => Some("the others".to_owned()),
+            None => None,
+        };
+        let said = whole_row || whose.is_some() || text.starts_with(&widths(&about));
+        let branches = names(if said { &[] } else { &about });
+        Note { not: !whole_row, whose, branches, text: text.clone() }
+    };
+    reasons(refused).into_iter().map(note).collect()
+}
+
+/// Every reason once.
+fn reasons<'a>(verdicts: &[Verdict<'a>]) -> Vec<&'a String> {
+    let mut found = Vec::new();
+    for reason in verdicts.iter().flat_map(|(_, verdict)| &verdict.reasons) {
+        if !found.contains(&reason) {
+            found.push(reason);
+        }
     }
-    rows
+    found
+}
+
+/// Those that a reason is about, and the others.
+fn parted<'a>(verdicts: &[Verdict<'a>], reason: &String) -> (Vec<Verdict<'a>>, Vec<Verdict<'a>>) {
+    verdicts.iter().copied().partition(|(_, verdict)| verdict.reasons.contains(reason))
+}
+
+/// The widths of some branches, unless others have one of them too.
+fn widths_apart(about: &[Verdict<'_>], others: &[Verdict<'_>]) -> Option<String> {
+    let shared = |other: &Verdict<'_>| about.iter().any(|(b, _)| b.bits == other.0.bits);
+    (!others.iter().any(shared)).then(|| widths(about))
+}
+
+/// `3 bits`, `2, 3 bits`.
+fn widths(branches: &[Verdict<'_>]) -> String {
+    let mut widths: Vec<u8> = branches.iter().map(|(branch, _)| branch.bits).collect();
+    widths.sort_unstable();
+    widths.dedup();
+    format!("{} bits", listed(&widths))
+}
+
+fn names(branches: &[Verdict<'_>]) -> Vec<String> {
+    branches.iter().map(|(branch, _)| branch.branch.clone()).collect()
 }

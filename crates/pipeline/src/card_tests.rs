@@ -1,6 +1,7 @@
 use yaml_rust2::{Yaml, YamlLoader};
 
 use super::*;
+use crate::card_loaders::Note;
 use crate::loaders::LoaderVerdict;
 use crate::report::samples::{branch, report};
 
@@ -27,15 +28,27 @@ fn facts(text: &str) -> Result<CardFacts> {
     CardFacts::open(&path, None)
 }
 
+fn verdict(loader: &'static str, loads: bool, reasons: &[&str]) -> LoaderVerdict {
+    let reasons = reasons.iter().map(|&reason| reason.to_owned()).collect();
+    LoaderVerdict { loader, loads, reasons }
+}
+
 fn loaders() -> Vec<LoaderRow> {
-    let verdict = |loader, loads, reason: &str| LoaderVerdict {
-        loader,
-        loads,
-        reasons: vec![reason.to_owned()],
+    let report = branches();
+    let of = |exllama: LoaderVerdict, kernel: &str| {
+        vec![
+            exllama,
+            verdict("vLLM gptq", true, &["fp16 only"]),
+            verdict("HF", true, &["v", kernel]),
+        ]
     };
-    let four = vec![verdict("ExLlama", true, "fast"), verdict("vLLM gptq", true, "fp16 only")];
-    let three = vec![verdict("ExLlama", false, "3 bits"), verdict("vLLM gptq", true, "fp16 only")];
-    loader_rows(&[("main".to_owned(), four), ("3bit-128g".to_owned(), three)])
+    let four = of(verdict("ExLlama", true, &["fast"]), "fast too");
+    let three = of(verdict("ExLlama", false, &["3 bits: none"]), "slow");
+    let [main, other] = report.branches.as_slice() else { panic!("{report:?}") };
+    loader_rows(&[
+        Judged { branch: main, verdicts: four },
+        Judged { branch: other, verdicts: three },
+    ])
 }
 
 fn branches() -> Report {
@@ -45,7 +58,7 @@ fn branches() -> Report {
 }
 
 fn rendered(report: &Report, this: usize) -> String {
-    card(report, &report.branches[this], &facts(FACTS).unwrap(), &loaders()).unwrap()
+    card(report, (&report.branches[this], "qwen2"), &facts(FACTS).unwrap(), &loaders()).unwrap()
 }
 
 /// The header of a card, as a YAML reader sees it.
@@ -66,6 +79,7 @@ fn the_header_is_yaml_that_holds_the_facts() {
     assert_eq!(text("base_model"), "sea/Whale");
     assert_eq!(text("quantized_by"), "'me'");
     assert_eq!(text("prompt_template"), facts.prompt.unwrap().template);
+    assert_eq!(text("model_type"), "qwen2");
     assert_eq!(text("pipeline_tag"), "text-generation");
     // `no` is false in YAML 1.1 unless it is quoted.
     let languages = header["language"].as_vec().unwrap();
@@ -78,7 +92,8 @@ fn facts_that_are_absent_leave_no_trace() {
     let bare = "name = \"n\"\nrepository = \"o/n\"\nauthor = \"a\"\nlicense = \"mit\"\n\
                 languages = [\"en\"]\ndescription = \"d\"\n";
     let report = branches();
-    let card = card(&report, &report.branches[0], &facts(bare).unwrap(), &[]).unwrap();
+    let this = (&report.branches[0], "llama");
+    let card = card(&report, this, &facts(bare).unwrap(), &[]).unwrap();
     let header = header(&card);
     for key in ["base_model", "datasets", "prompt_template", "quantized_by"] {
         assert!(header[key].is_badvalue(), "{key}");
@@ -104,10 +119,60 @@ fn the_table_has_sizes_and_measurements_of_the_reports() {
     assert!(card.contains("The fp16 model has perplexity 18.727"));
     assert!(card.contains("hf download my-org/Whale-GPTQ --revision 3bit-128g"));
     assert!(card.contains("repository, revision = \"my-org/Whale-GPTQ\", \"3bit-128g\""));
-    assert!(card.contains("| ExLlama | `main` | fast; not 3 bits |"), "{card}");
+    assert!(card.contains("| ExLlama | `main` | fast; not 3 bits: none |"), "{card}");
+    assert!(card.contains("| HF | all | v; 4 bits: fast too; 3 bits: slow |"), "{card}");
     assert!(card.contains("| vLLM gptq | all | fp16 only |"), "{card}");
     assert!(card.contains("vllm serve my-org/Whale-GPTQ --revision 3bit-128g"));
     assert!(!card.contains('⚠'));
+}
+
+#[test]
+fn a_note_tells_whom_it_is_about_unless_it_is_all() {
+    let made = [("a", 4), ("b", 4), ("c", 3), ("d", 2), ("e", 2), ("f", 4)]
+        .map(|(name, bits)| branch(name, bits, Some(32), 19.0, 0.02));
+    let notes = |verdicts: &[LoaderVerdict]| -> Vec<String> {
+        let judged = made.iter().zip(verdicts);
+        let judged: Vec<Judged<'_>> = judged
+            .map(|(branch, verdict)| Judged { branch, verdicts: vec![verdict.clone()] })
+            .collect();
+        let text = |note: &Note| {
+            let whose = note.whose.clone().unwrap_or_else(|| note.branches.concat());
+            let not = if note.not { "not " } else { "" };
+            format!("{not}{whose}|{}", note.text)
+        };
+        loader_rows(&judged)[0].notes.iter().map(text).collect()
+    };
+    let verdicts = [
+        verdict("x", true, &["all", "some", "four"]),
+        verdict("x", true, &["all", "four"]),
+        verdict("x", true, &["all", "some"]),
+        verdict("x", false, &["2 bits: none", "shards"]),
+        verdict("x", false, &["2 bits: none", "narrow"]),
+        // Others of its width are loaded.
+        verdict("x", false, &["narrow"]),
+    ];
+    let loaded = ["|all", "ac|some", "4 bits|four"];
+    let refused = ["not |2 bits: none", "not d|shards", "not ef|narrow"];
+    assert_eq!(notes(&verdicts), [loaded, refused].concat());
+    assert_eq!(notes(&verdicts[..4])[3..], ["not |2 bits: none", "not 2 bits|shards"]);
+    let odd = [verdict("x", true, &[]), verdict("x", false, &["shards"])];
+    assert_eq!(notes(&odd), ["not the others|shards"]);
+    let none = [verdict("x", false, &["shards", "4 bits: none"])];
+    assert_eq!(notes(&none), ["|shards", "|4 bits: none"]);
+}
+
+#[test]
+fn the_dense_model_is_named_after_its_weights() {
+    let mut report = branches();
+    for branch in &mut report.branches {
+        branch.source_dtype = crate::source_dtype::SourceDtype::Fp32;
+    }
+    let card = rendered(&report, 0);
+    assert!(card.contains("| Perplexity | to fp32 | KL |"), "{card}");
+    assert!(card.contains("The fp32 model has perplexity 18.727"), "{card}");
+    assert!(
+        card.contains("divergence from the fp32 model") && card.contains("- Source dtype: fp32")
+    );
 }
 
 #[test]
@@ -151,7 +216,7 @@ fn the_facts_in_the_repository_are_valid() {
     for (file, repository) in [("stablebeluga2.toml", None), ("demo.toml", Some("org/name"))] {
         let facts = CardFacts::open(&cards.join(file), repository).unwrap();
         let report = branches();
-        let card = card(&report, &report.branches[0], &facts, &[]).unwrap();
+        let card = card(&report, (&report.branches[0], "llama"), &facts, &[]).unwrap();
         assert_eq!(header(&card)["model_name"].as_str(), Some(facts.name.as_str()));
         assert_eq!(repository.unwrap_or("my-org/StableBeluga2-70B-GPTQ"), facts.repository);
     }

@@ -221,6 +221,11 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
     if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
         return Err("the name may hold letters, digits, `-`, `_` and `.` only".to_owned());
     }
+    // Whatever the case: not every file system tells `Sweep.json` from `sweep.json`.
+    let lower = name.to_ascii_lowercase();
+    if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(".partial") {
+        return Err("a sweep has files and working folders of that name; choose another".to_owned());
+    }
     if before.iter().any(|b| b.name == name) {
         return Err("the name is used twice".to_owned());
     }
@@ -283,6 +288,10 @@ mod tests {
         assert!(parse(&branch("a", 5, "32")).contains("branch `a`: 5 bits"));
         assert!(parse(&branch("a", 4, "\"all\"")).contains("use one, or \"none\""));
         assert!(parse(&branch("a/b", 4, "32")).contains("letters, digits"));
+        for taken in ["sweep.json", "README.md", "a.partial"] {
+            let error = parse(&branch(taken, 4, "32"));
+            assert!(error.contains(&format!("branch `{taken}`: a sweep has files")), "{error}");
+        }
         let twice = branch("a", 4, "32") + &branch("a", 3, "32");
         assert!(parse(&twice).contains("used twice"));
         assert!(parse(&format!("typo = 1\n{}", branch("a", 4, "32"))).contains("typo"));

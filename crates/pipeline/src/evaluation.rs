@@ -23,8 +23,9 @@ pub struct EvalText {
     pub tokens_in_text: usize,
     /// Tokens of a window.
     pub seq_len: usize,
-    /// True when the model was calibrated on the same split: its perplexity is optimistic.
-    pub contaminated: bool,
+    /// True when the model was calibrated on the same split: its perplexity is optimistic. `null`
+    /// where it is not known what the model was calibrated on.
+    pub contaminated: Option<bool>,
     /// The windows.
     #[serde(skip)]
     pub windows: Vec<EvalWindow>,
@@ -48,7 +49,7 @@ pub fn evaluation_text(
         dataset: dataset.identity.name.clone(),
         tokens_in_text: ids.len(),
         seq_len,
-        contaminated: calibrated_on.is_some_and(|c| contaminated(c, &dataset.identity)),
+        contaminated: calibrated_on.map(|c| contaminated(c, &dataset.identity)),
         identity: dataset.identity,
         windows,
     })

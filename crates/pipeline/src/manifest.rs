@@ -50,13 +50,36 @@ struct FileSum {
     sha256: String,
 }
 
+/// How a file of the recorded size differs from its sum.
+const OTHER_CONTENT: &str = "has another content than when it was written";
+
+fn unreadable(error: &io::Error) -> String {
+    format!("cannot be read: {error}")
+}
+
+impl FileSum {
+    /// How a file differs from the sum.
+    fn fault(&self, path: &Path) -> Option<String> {
+        match file_sum(path) {
+            Ok(found) if found == *self => None,
+            Ok(found) if found.bytes != self.bytes => {
+                Some(format!("has {} bytes, {} when it was written", found.bytes, self.bytes))
+            }
+            Ok(_) => Some(OTHER_CONTENT.to_owned()),
+            Err(error) => Some(unreadable(&error)),
+        }
+    }
+}
+
 impl Manifest {
     /// Describes a folder whose weights were just made and whose report has no evaluations.
     pub(crate) fn of(dir: &Path, made_from: &MadeFrom, report: &BranchReport) -> Result<Self> {
         let files = names(dir)?.into_iter().filter(|name| !is_extra(name));
         let files: Vec<String> = files.collect();
         let sums = files.into_par_iter().map(|name| {
-            let sum = file_sum(&dir.join(&name))?;
+            let path = dir.join(&name);
+            let sum =
+                file_sum(&path).map_err(|source| Error::Folder { action: "read", path, source })?;
             Ok((name, sum))
         });
         let report = sha256(&report.to_bytes()?);
@@ -79,14 +102,24 @@ impl Manifest {
 
     /// Reads the manifest of a folder; `None` where there is none that this program understands.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
+        Ok(Self::read_or_fault(dir)?.and_then(std::result::Result::ok))
+    }
+
+    /// Reads the manifest of a folder, if there is one, or says why it cannot be understood.
+    pub(crate) fn read_or_fault(dir: &Path) -> Result<Option<std::result::Result<Self, String>>> {
         let path = dir.join(MANIFEST_FILE);
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::Folder { action: "read", path, source }),
         };
-        let manifest: Option<Self> = serde_json::from_slice(&text).ok();
-        Ok(manifest.filter(|m| m.format == FORMAT))
+        Ok(Some(match serde_json::from_slice::<Self>(&text) {
+            Ok(manifest) if manifest.format == FORMAT => Ok(manifest),
+            Ok(other) => {
+                Err(format!("its format is {}, and this program reads {FORMAT}", other.format))
+            }
+            Err(e) => Err(e.to_string()),
+        }))
     }
 
     /// The file's contents.
@@ -106,11 +139,28 @@ impl Manifest {
             return Some(name.clone());
         }
         let files: Vec<(&String, &FileSum)> = self.files.iter().collect();
-        let other = |&&(name, sum): &&(&String, &FileSum)| {
-            // A file that cannot be read is as good as another one.
-            file_sum(&dir.join(name)).map_or(true, |found| found != *sum)
-        };
+        let other = |&&(name, sum): &&(&String, &FileSum)| sum.fault(&dir.join(name)).is_some();
         files.par_iter().find_first(other).map(|(name, _)| (*name).clone())
+    }
+
+    /// Files with a recorded sum: those that are listed, and the report.
+    pub(crate) fn sums(&self) -> usize {
+        self.files.len() + 1
+    }
+
+    /// All files that are not what the manifest says, the report included, and how they differ.
+    pub(crate) fn faults(&self, dir: &Path) -> Vec<(String, String)> {
+        let files: Vec<(&String, &FileSum)> = self.files.iter().collect();
+        let fault = |(name, sum): &(&String, &FileSum)| {
+            Some(((*name).clone(), sum.fault(&dir.join(name))?))
+        };
+        let mut faults: Vec<(String, String)> = files.par_iter().filter_map(fault).collect();
+        let report = match fs::read(dir.join(REPORT_FILE)) {
+            Ok(text) => (sha256(&text) != self.report).then(|| OTHER_CONTENT.to_owned()),
+            Err(e) => Some(unreadable(&e)),
+        };
+        faults.extend(report.map(|fault| (REPORT_FILE.to_owned(), fault)));
+        faults
     }
 
     /// The folder's report, if it is the one that the manifest was written for.
@@ -155,7 +205,7 @@ fn readable(value: &str) -> bool {
 }
 
 /// Files that a manifest does not list: itself, the report, the model card, and hidden working files.
-fn is_extra(name: &str) -> bool {
+pub(crate) fn is_extra(name: &str) -> bool {
     let working = name.starts_with(".gptq");
     matches!(name, MANIFEST_FILE | REPORT_FILE | CARD) || working
 }
@@ -181,14 +231,13 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-fn file_sum(path: &Path) -> Result<FileSum> {
-    let failed = |source| Error::Folder { action: "read", path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(failed)?;
+fn file_sum(path: &Path) -> io::Result<FileSum> {
+    let mut file = File::open(path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut bytes = 0;
     loop {
-        let count = file.read(&mut buffer).map_err(failed)?;
+        let count = file.read(&mut buffer)?;
         if count == 0 {
             return Ok(FileSum { bytes, sha256: hex(&hash.finalize()) });
         }
@@ -222,7 +271,11 @@ pub fn source_digest(source: &Checkpoint) -> Result<String> {
     files.push("config.json".into());
     for name in files {
         let path = source.dir().join(&name);
-        let sum = file_sum(&path)?;
+        let sum = file_sum(&path).map_err(|source| Error::Folder {
+            action: "read",
+            path: path.clone(),
+            source,
+        })?;
         part(&mut hash, name.to_string_lossy().as_bytes());
         part(&mut hash, sum.sha256.as_bytes());
     }

@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 use crate::branch_report::{BranchReport, REPORT_FILE};
 use crate::error::{Error, Result};
+use crate::files::{replace, replace_through};
 use crate::manifest::{MadeFrom, Manifest};
 
 /// Folder of a sweep's own files beside the branches.
@@ -135,6 +136,8 @@ fn is_empty(dir: &Path) -> Result<bool> {
 #[derive(Debug)]
 pub(crate) struct Lock {
     _file: File,
+    /// False on a file system that has no locks.
+    held: bool,
 }
 
 impl Lock {
@@ -145,17 +148,17 @@ impl Lock {
     pub(crate) fn branch(out: &Path, name: &str) -> Result<Self> {
         let (file, path) = open(out, name)?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => Ok(Self { _file: file, held: true }),
             Err(TryLockError::WouldBlock) => Err(Error::BranchInUse(name.to_owned())),
             Err(TryLockError::Error(e)) => Self::without(file, path, e),
         }
     }
 
-    /// Waits for the lock of a file that all processes of a sweep write.
-    pub(crate) fn shared_file(out: &Path, name: &str) -> Result<Self> {
+    /// Waits for the lock of a name that all processes of a sweep use.
+    fn wait(out: &Path, name: &str) -> Result<Self> {
         let (file, path) = open(out, name)?;
         match file.lock() {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => Ok(Self { _file: file, held: true }),
             Err(e) => Self::without(file, path, e),
         }
     }
@@ -163,8 +166,45 @@ impl Lock {
     /// Some network file systems have no locks.
     fn without(file: File, path: PathBuf, error: io::Error) -> Result<Self> {
         match error.kind() {
-            io::ErrorKind::Unsupported => Ok(Self { _file: file }),
+            io::ErrorKind::Unsupported => Ok(Self { _file: file, held: false }),
             _ => Err(Error::Folder { action: "lock", path, source: error }),
+        }
+    }
+}
+
+/// Files that all processes of a sweep write, one process at a time.
+#[derive(Debug)]
+pub(crate) struct SharedFile {
+    _lock: Lock,
+    working: PathBuf,
+}
+
+impl SharedFile {
+    /// Waits until no other process of the sweep in `out` writes what goes by this name.
+    pub(crate) fn lock(out: &Path, name: &str) -> Result<Self> {
+        let lock = Lock::wait(out, name)?;
+        // One name, beside the branches and not in them: what a killed process leaves is no part of
+        // a branch, and the next one writes over it. Where there are no locks each has its own.
+        let working = match lock.held {
+            true => format!("{name}.new"),
+            false => format!("{name}.{}.new", std::process::id()),
+        };
+        Ok(Self { _lock: lock, working: out.join(STATE_DIR).join(working) })
+    }
+
+    /// Writes a whole file in the sweep's folder, or replaces it, by one rename.
+    ///
+    /// # Errors
+    /// [`Error::WriteReport`].
+    pub(crate) fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        match replace_through(&self.working, path, bytes) {
+            // A finished branch may have been moved to another disk, with a link in its place.
+            Err(Error::WriteReport { source, .. })
+                if source.kind() == io::ErrorKind::CrossesDevices =>
+            {
+                replace(path, bytes)
+            }
+            written => written,
         }
     }
 }

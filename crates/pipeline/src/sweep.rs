@@ -4,6 +4,7 @@
 //! the dense model's perplexity and its final hidden states (for KL), and the rounded baseline of
 //! each grid. Finished branches are found and reused (see [`crate::resume`]).
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -21,13 +22,11 @@ use crate::evaluation::{EvalText, evaluation_text};
 use crate::first_gram::FirstGrams;
 use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest, sha256, source_digest};
 use crate::output::metadata;
-use crate::perplexity::Perplexity;
 use crate::plan::{BranchPlan, plan_branch};
 use crate::progress::Progress;
 use crate::quantise::{Made, QuantiseJob, make};
 use crate::resume::{Left, Lock, State, look};
-use crate::source_dtype::SourceDtype;
-use crate::sweep_log::SweepLog;
+use crate::sweep_log::{Seconds, SweepLog, SweepReport, SweepRow};
 
 /// Branches to make, and everything that they are made with.
 #[derive(Clone, Debug)]
@@ -48,39 +47,6 @@ pub struct SweepJob<'a> {
     pub strict: bool,
 }
 
-/// A branch in the table.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SweepRow {
-    /// Branch name.
-    pub branch: String,
-    /// Width of a code.
-    pub bits: u8,
-    /// Columns of a group; `null` is all of in_features.
-    pub group_size: Option<usize>,
-    /// Columns solved by descending diag(H).
-    pub act_order: bool,
-    /// Damping asked for.
-    pub damp: f64,
-    /// Solver recipe.
-    pub recipe: String,
-    /// Folder that holds the checkpoint.
-    pub dir: PathBuf,
-    /// Bytes of the weight files.
-    pub file_bytes: u64,
-    /// Seconds to quantise and write; `null` when an earlier run did and its table is gone.
-    pub quantise_seconds: Option<f64>,
-    /// Seconds to measure, as above.
-    pub measure_seconds: Option<f64>,
-    /// Linears whose damping had to be raised.
-    pub damp_retries: u32,
-    /// Measured from the file, when the configuration asks for it.
-    pub result: Option<Measured>,
-    /// The same grid rounded to nearest.
-    pub rtn: Option<Measured>,
-    /// Digest of what the branch is made from and measured on: the timings are of exactly that.
-    pub key: String,
-}
-
 /// Accuracy on the evaluation text.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
@@ -88,23 +54,6 @@ pub struct Measured {
     pub perplexity: f64,
     /// Mean KL to the dense model in nats a token.
     pub kl: f64,
-}
-
-/// A finished sweep.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SweepReport {
-    /// Source model.
-    pub model: String,
-    /// What was quantised of its weights.
-    pub source_dtype: SourceDtype,
-    /// The dense model, its weights of that type, on the evaluation text.
-    pub baseline: Option<Perplexity>,
-    /// Digest of what the baseline is measured on and with.
-    pub baseline_key: Option<String>,
-    /// Protocol, text and windows of the evaluation.
-    pub evaluation: Option<EvalText>,
-    /// Branches in the configuration's order.
-    pub rows: Vec<SweepRow>,
 }
 
 /// What a sweep would do, before anything is done.
@@ -288,13 +237,6 @@ impl SweepJob<'_> {
     }
 }
 
-/// Wall-clock seconds of a branch, where they are known.
-#[derive(Clone, Copy, Debug, Default)]
-struct Seconds {
-    quantise: Option<f64>,
-    measure: Option<f64>,
-}
-
 /// A sweep on its way.
 struct Run<'a> {
     job: &'a SweepJob<'a>,
@@ -332,6 +274,7 @@ impl<'a> Run<'a> {
             evaluation: text.clone(),
             rows: Vec::with_capacity(branches.len()),
         };
+        report.judge_text();
         let finished = branches.iter().all(|b| matches!(b.state, State::Finished(_)));
         let idle = branches.is_empty() || (finished && report.baseline.is_some());
         let mut baseline = None;
@@ -380,7 +323,8 @@ impl<'a> Run<'a> {
             }
             State::New => self.make(branch, &made_from)?,
         };
-        self.report.rows.push(row(&report, dir, key, seconds));
+        self.report.rows.push(SweepRow::new(&report, dir, key, seconds));
+        self.report.judge_text();
         Ok(())
     }
 
@@ -403,9 +347,11 @@ impl<'a> Run<'a> {
             strict: job.strict,
             shared: Some(&self.shared),
         };
-        #[expect(clippy::expect_used, reason = "a job of one rank gives what that rank made")]
-        let made = make(&quantise, self.progress)?.expect("rank 0 of one");
-        let Made { sealed, report, .. } = made;
+        let Some(Made { sealed, report, .. }) = make(&quantise, self.progress)? else {
+            // What several ranks make is the first one's; here there is one, and it is the first.
+            let source = io::Error::other("the run ended without a checkpoint");
+            return Err(Error::Folder { action: "make", path: quantise.out, source });
+        };
         let mut folder = sealed.folder;
         let quantise = Some(start.elapsed().as_secs_f64());
         let start = Instant::now();
@@ -464,25 +410,4 @@ fn publish(
     folder.replace(MANIFEST_FILE, &manifest.measured(measured_on, &bytes).to_bytes()?)?;
     folder.publish()?;
     Ok(report)
-}
-
-fn row(report: &BranchReport, dir: PathBuf, key: String, seconds: Seconds) -> SweepRow {
-    let evaluation = report.evaluations.first();
-    let measured = |e: &EvaluationRecord| e.kl.map(|kl| Measured { perplexity: e.perplexity, kl });
-    SweepRow {
-        branch: report.branch.clone(),
-        bits: report.bits,
-        group_size: report.group_size,
-        act_order: report.act_order,
-        damp: report.damp,
-        recipe: report.recipe.clone(),
-        dir,
-        file_bytes: report.file_bytes,
-        quantise_seconds: seconds.quantise,
-        measure_seconds: seconds.measure,
-        damp_retries: report.damp_retries,
-        result: evaluation.and_then(measured),
-        rtn: evaluation.and_then(|e| e.rtn),
-        key,
-    }
 }

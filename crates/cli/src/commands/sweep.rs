@@ -9,7 +9,8 @@ use gptq_pipeline::card::write_sweep_cards;
 use gptq_pipeline::config::{Branch, SweepConfig};
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::resume::State;
-use gptq_pipeline::sweep::{Survey, SweepJob, SweepReport, SweepRow, sweep};
+use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
+use gptq_pipeline::sweep_log::{SweepReport, SweepRow};
 use serde::Serialize;
 
 use super::quantize::sample;
@@ -60,12 +61,14 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
         return dry_run(&job, args.json, printer);
     }
     let report = sweep(&job, printer)?;
+    // First: hours of work are not to end without their table because of a card.
+    if args.json { print_json(&report) } else { print_result(&text(&report, device.dtype())) }?;
     if let Some(facts) = &config.card
         && !report.rows.is_empty()
     {
         write_sweep_cards(&args.out, &config.branches, facts)?;
     }
-    if args.json { print_json(&report) } else { print_result(&text(&report)) }
+    Ok(())
 }
 
 /// The branches named by `--only`, in the configuration's order; all of them otherwise.
@@ -170,7 +173,8 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
     text
 }
 
-fn text(report: &SweepReport) -> String {
+/// The table; `dtype` is the arithmetic of what was measured.
+fn text(report: &SweepReport, dtype: &str) -> String {
     let header = [
         "branch",
         "bits",
@@ -195,20 +199,32 @@ fn text(report: &SweepReport) -> String {
     let mut text = table(&header, 1, &rows);
     if let (Some(e), Some(b)) = (&report.evaluation, &report.baseline) {
         text.push_str(&format!(
-            "\n{}: {} windows × {} tokens of {}; KL to {} in nats a token; f32.\n",
+            "\n{}: {} windows × {} tokens of {}; KL to {} in nats a token; {dtype}.\n",
             e.protocol,
             b.windows,
             e.seq_len,
             e.dataset,
             report.source_dtype.name()
         ));
-        if e.contaminated {
-            text.push_str(
-                "The branches were calibrated on this split: perplexities are optimistic.\n",
-            );
-        }
+    }
+    if let Some(warning) = contamination(&report.rows) {
+        text.push_str(&format!("{warning}\n"));
     }
     text
+}
+
+/// Which branches were calibrated on the text that they were measured on; a recipe that rounds looks
+/// at no text.
+fn contamination(rows: &[SweepRow]) -> Option<String> {
+    let seen: Vec<&str> =
+        rows.iter().filter(|row| row.contaminated).map(|row| row.branch.as_str()).collect();
+    let who = match seen.as_slice() {
+        [] => return None,
+        [one] => format!("{one} was"),
+        all if all.len() == rows.len() => "The branches were".to_owned(),
+        some => format!("{} were", some.join(", ")),
+    };
+    Some(format!("{who} calibrated on this split: perplexity and KL are optimistic."))
 }
 
 fn cells(row: &SweepRow) -> Vec<String> {
@@ -227,4 +243,57 @@ fn cells(row: &SweepRow) -> Vec<String> {
         number(row.rtn.map(|m| m.kl), 4),
         number(row.quantise_seconds, 1),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{from_value, json};
+
+    use super::*;
+
+    fn report() -> SweepReport {
+        let row = |branch: &str| {
+            json!({
+                "branch": branch, "bits": 4, "group_size": 32, "act_order": true, "damp": 0.01,
+                "recipe": "autogptq", "dir": branch, "file_bytes": 1, "quantise_seconds": null,
+                "measure_seconds": null, "damp_retries": 0, "rtn": null, "key": "",
+                "result": {"perplexity": 19.0, "kl": 0.01}
+            })
+        };
+        let report = json!({
+            "model": "m", "source_dtype": "fp32", "baseline_key": null,
+            "baseline": {
+                "perplexity": 18.0, "mean_nll": 2.0, "standard_error": 0.1, "windows": 2, "tokens": 9
+            },
+            "evaluation": {
+                "protocol": "paper", "dataset": "t.txt", "tokens_in_text": 20, "seq_len": 8,
+                "contaminated": true
+            },
+            "rows": [row("a"), row("b")]
+        });
+        from_value(report).unwrap()
+    }
+
+    #[test]
+    fn the_arithmetic_is_that_of_the_device() {
+        let text = text(&report(), "fp16");
+        assert!(text.contains("2 windows × 8 tokens of t.txt; KL to fp32 in nats a token; fp16."));
+        assert!(text.contains("\nfp32 "), "{text}");
+    }
+
+    #[test]
+    fn branches_that_saw_the_text_are_named() {
+        let mut report = report();
+        let said = |report: &SweepReport| {
+            let text = text(report, "f32");
+            text.lines().find(|line| line.contains("optimistic")).map(str::to_owned)
+        };
+        assert_eq!(said(&report), None);
+        report.rows[1].contaminated = true;
+        let one = "b was calibrated on this split: perplexity and KL are optimistic.";
+        assert_eq!(said(&report).as_deref(), Some(one));
+        report.rows[0].contaminated = true;
+        let all = "The branches were calibrated on this split: perplexity and KL are optimistic.";
+        assert_eq!(said(&report).as_deref(), Some(all));
+    }
 }

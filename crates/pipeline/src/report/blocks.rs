@@ -49,8 +49,12 @@ pub(crate) struct Source<'a> {
 }
 
 impl Lines {
-    /// Lays the chart out. `None` without a branch that was calibrated.
+    /// Lays the chart out, higher than `canvas` where its labels need the room. `None` without a branch
+    /// that was calibrated.
     pub(crate) fn new(canvas: Canvas, sources: &[Source<'_>]) -> Option<Self> {
+        let labels = sources.len() as f64 * LABEL_GAP;
+        let canvas =
+            Canvas { height: canvas.height.max(canvas.top + labels + canvas.bottom), ..canvas };
         let means: Vec<Vec<(usize, f64)>> = sources
             .iter()
             .map(|s| s.branch.blocks.iter().filter_map(|b| Some((b.block, mean(b)?))).collect())
@@ -304,20 +308,26 @@ mod tests {
 
     #[test]
     fn labels_at_the_ends_of_lines_keep_apart_and_in_order() {
-        let branches: Vec<BranchReport> = (0..9)
-            .map(|i| branch(&format!("b{i}"), 4, Some(32), 19.0, 0.02 + 1e-5 * f64::from(i)))
-            .collect();
-        let sources: Vec<Source<'_>> = branches
-            .iter()
-            .enumerate()
-            .map(|(index, branch)| Source { index, label: &branch.branch, branch })
-            .collect();
-        let chart = Lines::new(CANVAS, &sources).unwrap();
-        let ys: Vec<f64> = chart.lines.iter().map(|l| l.label_y).collect();
-        // Larger errors stand higher.
-        assert!(ys.windows(2).all(|pair| pair[0] - pair[1] >= LABEL_GAP - 0.2), "{ys:?}");
-        assert!(ys.iter().all(|&y| (CANVAS.top..=CANVAS.height - CANVAS.bottom).contains(&y)));
-        assert_eq!(chart.x_ticks.len(), 2);
+        // More than have room in the canvas make it higher.
+        for (count, height) in [(9, CANVAS.height), (27, 10.0 + 27.0 * LABEL_GAP + 40.0)] {
+            let branches: Vec<BranchReport> = (0..count)
+                .map(|i| branch(&format!("b{i}"), 4, Some(32), 19.0, 0.02 + 1e-5 * f64::from(i)))
+                .collect();
+            let sources: Vec<Source<'_>> = branches
+                .iter()
+                .enumerate()
+                .map(|(index, branch)| Source { index, label: &branch.branch, branch })
+                .collect();
+            let chart = Lines::new(CANVAS, &sources).unwrap();
+            let ys: Vec<f64> = chart.lines.iter().map(|l| l.label_y).collect();
+            // Larger errors stand higher.
+            assert!(ys.windows(2).all(|pair| pair[0] - pair[1] >= LABEL_GAP - 0.2), "{ys:?}");
+            assert!(
+                ys.iter().all(|&y| (CANVAS.top..=height - CANVAS.bottom).contains(&y)),
+                "{ys:?}"
+            );
+            assert_eq!((chart.canvas.height, chart.x_ticks.len()), (height, 2));
+        }
     }
 
     #[test]

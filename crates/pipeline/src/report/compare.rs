@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Report;
 use crate::branch_report::{BranchReport, EvaluationRecord};
+use crate::source_dtype::SourceDtype;
 
 /// What makes two perplexities comparable: the model, and every token that was scored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,11 +71,13 @@ fn model_name(model: &str) -> &str {
     model.rsplit('/').next().unwrap_or(model)
 }
 
-/// Branches of one model on one text; or those that were not measured.
+/// Branches of one dense model, its weights of one type, on one text; or those that were not measured.
 #[derive(Clone, Debug)]
 pub struct Comparison<'a> {
     /// The model.
     pub model: &'a str,
+    /// What the branches were made from, and are compared with.
+    pub source_dtype: SourceDtype,
     /// What all rows have in common; `None` for branches without a measurement.
     pub measurement: Option<Measurement>,
     /// Branches, in the report's order.
@@ -122,7 +125,17 @@ pub enum Change {
 }
 
 impl Comparison<'_> {
-    /// Perplexity of the fp16 model.
+    /// What the dense model is called: `fp16` or `fp32`.
+    pub fn base_name(&self) -> &'static str {
+        self.source_dtype.name()
+    }
+
+    /// Bits of the dense model's weights.
+    pub fn base_bits(&self) -> &'static str {
+        self.base_name().trim_start_matches("fp")
+    }
+
+    /// Perplexity of the dense model.
     pub fn base_perplexity(&self) -> Option<f64> {
         self.rows.iter().find_map(|row| row.evaluation?.base_perplexity)
     }
@@ -139,7 +152,7 @@ impl Comparison<'_> {
 }
 
 impl Row<'_> {
-    /// Mean KL to the fp16 model.
+    /// Mean KL to the dense model.
     pub fn kl(&self) -> Option<f64> {
         self.evaluation?.kl
     }
@@ -186,16 +199,17 @@ pub fn changes<'a>(comparisons: &[Comparison<'a>]) -> Vec<BranchChange<'a>> {
     all
 }
 
-/// Groups by model and measurement, in the order of first appearance.
+/// Groups by model, source type and measurement, in the order of first appearance.
 pub(super) fn comparisons<'a>(
     report: &'a Report,
     previous: Option<&'a Report>,
 ) -> Vec<Comparison<'a>> {
     let mut groups: Vec<Comparison<'a>> = Vec::new();
     let mut add = |measurement: Option<Measurement>, row: Row<'a>| {
-        let model = row.branch.model.as_str();
+        let (model, source_dtype) = (row.branch.model.as_str(), row.branch.source_dtype);
         let alike = |group: &&mut Comparison<'_>| {
             group.model == model
+                && group.source_dtype == source_dtype
                 && match (&group.measurement, &measurement) {
                     (Some(one), Some(other)) => one.difference(other).is_none(),
                     (None, None) => true,
@@ -206,6 +220,7 @@ pub(super) fn comparisons<'a>(
             Some(group) => group.rows.push(row),
             None => groups.push(Comparison {
                 model,
+                source_dtype,
                 measurement,
                 rows: vec![row],
                 has_previous: previous.is_some(),
@@ -278,6 +293,18 @@ mod tests {
             .collect();
         assert_eq!(names, [vec!["8bit-64g"], vec!["4bit-32g", "3bit-64g"], vec!["4bit-64g"]]);
         assert!(groups[0].measurement.is_none());
+    }
+
+    #[test]
+    fn branches_made_from_other_values_are_compared_with_those() {
+        let mut wide = branch("wide", 4, Some(32), 19.0, 0.01);
+        wide.source_dtype = SourceDtype::Fp32;
+        wide.evaluations[0].base_perplexity = Some(18.5);
+        let report = report([branch("half", 4, Some(32), 19.0, 0.01), wide]);
+        let groups = report.comparisons(None);
+        let bases: Vec<_> =
+            groups.iter().map(|g| (g.base_name(), g.base_bits(), g.base_perplexity())).collect();
+        assert_eq!(bases, [("fp16", "16", Some(18.727)), ("fp32", "32", Some(18.5))]);
     }
 
     #[test]

@@ -27,9 +27,10 @@ fn section(comparison: &Comparison<'_>) -> String {
     }
     match summary::measured_on(comparison) {
         Some(measured) => text.push_str(&format!(
-            "Measured from the files, {}. KL is to the fp16 model, in nats a token; ± is the standard \
+            "Measured from the files, {}. KL is to the {} model, in nats a token; ± is the standard \
              error over tokens; *rounded* is the same grid without calibration.\n\n",
-            escape(&measured)
+            escape(&measured),
+            comparison.base_name()
         )),
         None => text.push_str("Not measured: the sweep's configuration asks for no evaluation.\n\n"),
     }
@@ -53,6 +54,7 @@ fn section(comparison: &Comparison<'_>) -> String {
 }
 
 fn table(comparison: &Comparison<'_>) -> String {
+    let to_base = format!("to {}", comparison.base_name());
     let mut header = vec![
         "branch",
         "bits",
@@ -61,7 +63,7 @@ fn table(comparison: &Comparison<'_>) -> String {
         "size",
         "perplexity",
         "±",
-        "to fp16",
+        &to_base,
         "KL",
         "rounded",
         "rounded KL",
@@ -76,8 +78,8 @@ fn table(comparison: &Comparison<'_>) -> String {
         .map(|(i, _)| if i == 0 { "---" } else { "---:" }.to_owned())));
     if let Some(base) = comparison.base_perplexity() {
         let mut cells = vec![String::new(); header.len()];
-        cells[0] = "fp16".to_owned();
-        cells[1] = "16".to_owned();
+        cells[0] = comparison.base_name().to_owned();
+        cells[1] = comparison.base_bits().to_owned();
         cells[5] = units::perplexity(base);
         text.push_str(&row(cells));
     }
@@ -181,6 +183,7 @@ pub(crate) fn cell_code(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::report::samples::{branch, report};
+    use crate::source_dtype::SourceDtype;
 
     #[test]
     fn a_report_is_a_table_with_its_provenance() {
@@ -207,6 +210,17 @@ mod tests {
             "{text}"
         );
         assert!(!text.contains("Warning"));
+    }
+
+    #[test]
+    fn the_dense_model_is_named_after_its_weights() {
+        let mut branch = branch("4bit-32g", 4, Some(32), 18.9, 0.012);
+        branch.source_dtype = SourceDtype::Fp32;
+        let text = markdown(&report([branch]), None);
+        assert!(text.contains("\n| fp32 | 32 |  |  |  | 18.727 |"), "{text}");
+        assert!(text.contains("| to fp32 |") && text.contains("KL is to the fp32 model"), "{text}");
+        assert!(text.contains("\n- Source dtype: fp32\n"), "{text}");
+        assert!(!text.contains("fp16"), "{text}");
     }
 
     #[test]

@@ -100,8 +100,31 @@ pub(crate) fn checkpoints(path: &Path) -> Result<Vec<(PathBuf, BranchReport)>> {
     if found.is_empty() {
         return Err(Error::NoReports(path.to_owned()));
     }
+    Ok(in_order(found))
+}
+
+/// The finished branches of these names in a sweep's folder, with their folders, in the report's
+/// order. What else lies there is somebody else's, whatever it holds.
+pub(crate) fn branches<'a>(
+    out: &Path,
+    names: impl Iterator<Item = &'a str>,
+) -> Result<Vec<(PathBuf, BranchReport)>> {
+    let mut found = Vec::new();
+    for name in names {
+        let dir = out.join(name);
+        if dir.join(REPORT_FILE).is_file() {
+            let branch = BranchReport::read(&dir)?;
+            found.push((dir, branch));
+        }
+    }
+    // A folder that was renamed is no branch of its new name.
+    found.retain(|(dir, branch)| dir.ends_with(&branch.branch));
+    Ok(in_order(found))
+}
+
+fn in_order(mut found: Vec<(PathBuf, BranchReport)>) -> Vec<(PathBuf, BranchReport)> {
     found.sort_by(|(_, a), (_, b)| order(a).cmp(&order(b)));
-    Ok(found)
+    found
 }
 
 /// What `gptq report --json` printed, or the report of one checkpoint.

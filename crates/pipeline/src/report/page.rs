@@ -96,6 +96,8 @@ struct Section<'a> {
     lines: Vec<Lines>,
     maps: Option<Maps>,
     shades: Vec<f64>,
+    base_name: &'static str,
+    base_bits: &'static str,
     base: Option<String>,
     rows: Vec<RowView<'a>>,
     has_previous: bool,
@@ -106,7 +108,7 @@ struct Section<'a> {
 /// A number that stands out.
 #[derive(Serialize)]
 struct Tile {
-    label: &'static str,
+    label: String,
     value: String,
     note: String,
 }
@@ -114,9 +116,10 @@ struct Tile {
 /// One measure against size, for each width of screen.
 #[derive(Serialize)]
 struct Chart {
-    title: &'static str,
+    title: String,
     measure: &'static str,
     unit: &'static str,
+    base_name: &'static str,
     base: Option<String>,
     drawn: Vec<Scatter>,
 }
@@ -209,6 +212,8 @@ fn section<'a>(comparison: &'a Comparison<'a>) -> Section<'a> {
         lines: FULL.into_iter().filter_map(|canvas| Lines::new(canvas, &sources)).collect(),
         maps: Maps::new(&sources),
         shades: super::blocks::shades(),
+        base_name: comparison.base_name(),
+        base_bits: comparison.base_bits(),
         base: comparison.base_perplexity().map(units::perplexity),
         rows: rows.collect(),
         has_previous: comparison.has_previous,
@@ -255,7 +260,11 @@ fn tiles(comparison: &Comparison<'_>, unit: Unit) -> Vec<Tile> {
     let mut tiles = Vec::new();
     if let Some(base) = comparison.base_perplexity() {
         let note = "perplexity of the model that the branches are made from".to_owned();
-        tiles.push(Tile { label: "fp16", value: units::perplexity(base), note });
+        tiles.push(Tile {
+            label: comparison.base_name().to_owned(),
+            value: units::perplexity(base),
+            note,
+        });
     }
     if let Some(row) = summary::closest(comparison) {
         let loss = summary::loss(row).map(|l| format!("perplexity {}", units::percent(l)));
@@ -268,18 +277,19 @@ fn tiles(comparison: &Comparison<'_>, unit: Unit) -> Vec<Tile> {
         };
         let mut note = vec![row.branch.branch.clone(), unit.text(row.branch.file_bytes)];
         note.extend(loss.filter(|_| row.kl().is_some()));
-        tiles.push(Tile { label: "Closest to fp16", value, note: note.join(", ") });
+        let label = format!("Closest to {}", comparison.base_name());
+        tiles.push(Tile { label, value, note: note.join(", ") });
     }
     if let Some(row) = summary::smallest(comparison) {
         let mut note = vec![row.branch.branch.clone()];
         note.extend(row.kl().map(|kl| format!("KL {}", units::kl(kl))));
         note.extend(summary::loss(row).map(|l| format!("perplexity {}", units::percent(l))));
         let value = unit.text(row.branch.file_bytes);
-        tiles.push(Tile { label: "Smallest", value, note: note.join(", ") });
+        tiles.push(Tile { label: "Smallest".to_owned(), value, note: note.join(", ") });
     }
     if let Some(gain) = summary::gain_over_rounding(comparison) {
         tiles.push(Tile {
-            label: "Gain of calibration",
+            label: "Gain of calibration".to_owned(),
             value: format!("{} KL", units::signed(-100.0 * gain, 0) + " %"),
             note: "against rounding the same grids to nearest, in the mean of the branches"
                 .to_owned(),
@@ -314,22 +324,24 @@ fn charts(
     let kl = dots(|row| Some((row.kl()?, row.evaluation?.rtn.map(|m| m.kl))));
     let perplexity =
         dots(|row| Some((row.evaluation?.perplexity, row.evaluation?.rtn.map(|m| m.perplexity))));
-    let base = comparison.base_perplexity();
+    let (base_name, base) = (comparison.base_name(), comparison.base_perplexity());
     let drawn = |dots: &[Dot], base| -> Vec<Scatter> {
         HALF.into_iter().filter_map(|canvas| Scatter::new(canvas, dots, base)).collect()
     };
     let charts = [
         Chart {
-            title: "Distance from fp16",
+            title: format!("Distance from {base_name}"),
             measure: "KL, nats a token",
             unit: unit.name,
+            base_name,
             base: None,
             drawn: drawn(&kl, None),
         },
         Chart {
-            title: "Perplexity",
+            title: "Perplexity".to_owned(),
             measure: "perplexity",
             unit: unit.name,
+            base_name,
             base: base.map(units::perplexity),
             drawn: drawn(&perplexity, base),
         },
@@ -437,6 +449,19 @@ mod tests {
         let page = page(&report, None).unwrap();
         assert!(page.contains("4bit-none-act was calibrated on the text measured here"));
         assert_eq!(page.matches("class=\"flag\"").count(), 1);
+    }
+
+    #[test]
+    fn the_dense_model_is_named_after_its_weights() {
+        let mut report = nine();
+        for branch in &mut report.branches {
+            branch.source_dtype = crate::source_dtype::SourceDtype::Fp32;
+        }
+        let page = page(&report, None).unwrap();
+        assert!(page.contains("<th scope=\"row\">fp32</th><td>32</td>"));
+        assert!(page.contains("Distance from fp32") && page.contains(">to fp32</th>"));
+        // The class of its line in the charts is a name of no weights.
+        assert!(!page.contains("fp16"), "fp16 is named");
     }
 
     #[test]

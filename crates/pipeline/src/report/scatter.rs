@@ -1,4 +1,4 @@
-//! A chart of one measure against size: a mark for each branch, one for its rounded grid, the fp16
+//! A chart of one measure against size: a mark for each branch, one for its rounded grid, the dense
 //! model as a line, and labels that keep clear of each other.
 
 use serde::Serialize;
@@ -54,7 +54,7 @@ pub(crate) struct Scatter {
     pub(crate) y_ticks: Vec<Tick>,
     /// True when the measure's axis is logarithmic.
     pub(crate) log: bool,
-    /// Height of the fp16 line.
+    /// Height of the dense model's line.
     pub(crate) reference: Option<f64>,
     /// Path over the branches that no other one beats in both size and measure.
     pub(crate) frontier: String,
@@ -92,7 +92,7 @@ pub(crate) struct Label {
 }
 
 impl Scatter {
-    /// Lays the chart out; `reference` is the fp16 model's measure, where it has one. `None` when
+    /// Lays the chart out; `reference` is the dense model's measure, where it has one. `None` when
     /// there is nothing to draw.
     pub(crate) fn new(canvas: Canvas, dots: &[Dot], reference: Option<f64>) -> Option<Self> {
         let right = canvas.width - canvas.right;
@@ -266,7 +266,7 @@ mod tests {
         let chart = Scatter::new(CANVAS, &dots, Some(20.0)).unwrap();
         let place = |i: usize| format!("{} {}", chart.marks[i].x, chart.marks[i].y);
         assert_eq!(chart.frontier, format!("M{}L{}", place(0), place(1)));
-        // fp16 lies below all branches.
+        // The dense model lies below all branches.
         assert!(chart.marks.iter().all(|m| m.y < chart.reference.unwrap()));
     }
 

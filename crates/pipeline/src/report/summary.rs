@@ -18,7 +18,7 @@ pub(crate) fn gain_over_rounding(comparison: &Comparison<'_>) -> Option<f64> {
     (!logs.is_empty()).then(|| 1.0 - mean.exp())
 }
 
-/// The branch nearest to fp16: by KL, or by perplexity where KL was not measured.
+/// The branch nearest to the dense model: by KL, or by perplexity where KL was not measured.
 pub(crate) fn closest<'r, 'a>(comparison: &'r Comparison<'a>) -> Option<&'r Row<'a>> {
     let measure = |row: &&Row<'_>| row.kl().or_else(|| row.evaluation.map(|e| e.perplexity));
     let measured = comparison.rows.iter().filter(|row| measure(row).is_some());
@@ -31,7 +31,7 @@ pub(crate) fn smallest<'r, 'a>(comparison: &'r Comparison<'a>) -> Option<&'r Row
     comparison.rows.iter().min_by_key(|row| row.branch.file_bytes)
 }
 
-/// Perplexity over the fp16 model's, minus one.
+/// Perplexity over the dense model's, minus one.
 pub(crate) fn loss(row: &Row<'_>) -> Option<f64> {
     let evaluation = row.evaluation?;
     Some(evaluation.perplexity / evaluation.base_perplexity? - 1.0)
@@ -76,8 +76,9 @@ type ValueOf = fn(&BranchReport) -> String;
 
 /// How the branches of a comparison were made.
 pub(crate) fn provenance(comparison: &Comparison<'_>) -> Vec<Fact> {
-    let facts: [(&'static str, ValueOf); 7] = [
+    let facts: [(&'static str, ValueOf); 8] = [
         ("Made by", |b| b.tool.clone()),
+        ("Source dtype", |b| b.source_dtype.name().to_owned()),
         ("Device", |b| b.device.clone()),
         ("Recipe", |b| b.recipe.clone()),
         ("Choices", |b| b.choices.clone().unwrap_or_else(|| "none".to_owned())),
@@ -153,7 +154,7 @@ pub(crate) fn headline(comparison: &Comparison<'_>) -> Vec<String> {
     if let (Some(closest), Some(smallest)) = (closest(comparison), smallest(comparison))
         && comparison.rows.len() > 1
     {
-        lines.push(format!("Closest to fp16: {}", describe(closest)));
+        lines.push(format!("Closest to {}: {}", comparison.base_name(), describe(closest)));
         lines.push(format!("Smallest: {}", describe(smallest)));
     }
     if let Some(gain) = gain_over_rounding(comparison) {

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use gptq_checkpoint::{
-    Checkpoint, CheckpointFormat, GptqLinear, Layout, LinearShape, ModelConfig, QuantizeConfig,
-    pack_rows, tensor_specs, unpack_rows,
+    Checkpoint, CheckpointFormat, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, pack_rows,
+    unpack_rows,
 };
 use gptq_model::Stage;
 use rayon::prelude::*;
@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::{Check, Findings};
 
 /// The four tensors of a quantised linear.
-const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
+pub(super) const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
 
 /// What loaders and later checks want to know of the values.
 #[derive(Debug, Default)]
@@ -25,7 +25,7 @@ pub(super) struct Values {
     pub(super) biases: bool,
     /// Some of them are not zero.
     pub(super) bias_values: bool,
-    /// Some linear has indices or scales that nothing can be computed with.
+    /// Some linear has indices, scales or a bias that nothing can be computed with.
     pub(super) unreadable: bool,
 }
 
@@ -46,9 +46,6 @@ pub(super) fn check(
     let mut values = Values { shared_order: true, ..Values::default() };
     let config = checkpoint.config();
     let shapes = config.block_linears();
-    // What the architecture itself has is no addition of AutoGPTQ's.
-    let own = tensor_specs(config, stored, Layout::Modern).into_iter().map(|spec| spec.name);
-    let own: BTreeSet<String> = own.filter(|name| name.ends_with(".bias")).collect();
     for block in 0..config.num_hidden_layers {
         let prefix = ModelConfig::block_prefix(block);
         let name = |shape: &LinearShape| format!("{prefix}.{}", shape.name);
@@ -71,14 +68,14 @@ pub(super) fn check(
         }
         values.shared_order &= fused_orders(&prefix, &shapes, &linears, findings);
         for shape in &shapes {
-            let bias = format!("{}.bias", name(shape));
-            if !own.contains(&bias) {
-                check_bias(checkpoint, &bias, findings, &mut values);
+            // What the architecture itself has is no addition of AutoGPTQ's.
+            if !shape.bias {
+                check_bias(checkpoint, &format!("{}.bias", name(shape)), findings, &mut values);
             }
             LEAVES.iter().for_each(|leaf| checkpoint.release(&format!("{}.{leaf}", name(shape))));
         }
     }
-    check_dense(checkpoint, findings);
+    check_dense(checkpoint, findings, &mut values);
     values
 }
 
@@ -220,21 +217,26 @@ fn check_bias(checkpoint: &Checkpoint, name: &str, findings: &mut Findings, valu
     values.biases = true;
     let wrong = bias.to_f32().iter().filter(|&&v| v != 0.0).count();
     if wrong > 0 {
-        values.bias_values = true;
+        (values.bias_values, values.unreadable) = (true, true);
         findings.add(Check::Dense, name, format!("holds {wrong} values that are not zero"));
     }
 }
 
-/// All that is not part of a quantised linear.
-fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings) {
+/// All that is not part of a quantised linear, and the biases that the architecture itself has.
+fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings, values: &mut Values) {
+    let linears = checkpoint.config().linears();
+    let added = linears.filter(|(_, shape)| !shape.bias).map(|(name, _)| format!("{name}.bias"));
+    let added: BTreeSet<String> = added.collect();
     let of_linear = |name: &&str| {
         let leaf = name.rsplit('.').next().unwrap_or_default();
-        LEAVES.contains(&leaf) || leaf == "bias"
+        LEAVES.contains(&leaf) || added.contains(*name)
     };
     for name in checkpoint.names().filter(|name| !of_linear(name)) {
         let Ok(tensor) = checkpoint.tensor(name) else { continue };
         findings.examine(Check::Dense, 1);
         if let Err(error) = tensor.check_finite() {
+            // No linear is read without its bias.
+            values.unreadable |= name.ends_with(".bias");
             findings.add(Check::Dense, name, error.to_string());
         }
         checkpoint.release(name);

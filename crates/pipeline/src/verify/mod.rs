@@ -3,13 +3,14 @@
 //! Without a base: the files against their recorded sums, the configuration files against each other
 //! and against the tensors ([`structure`]), and every value that has a rule ([`contents`]). With the
 //! dense model that it was made from: every linear in the same coordinates ([`weights`]), which shows
-//! single words that were changed. With a text: output errors on the checkpoint's own activations,
-//! perplexity and KL divergence ([`outputs`]).
+//! single words that were changed, and all that is not quantised ([`dense`]). With a text: output
+//! errors on the checkpoint's own activations, perplexity and KL divergence ([`outputs`]).
 //!
 //! Any 32-bit word is a valid run of codes, so codes are in range by construction; a damaged one is
 //! seen by its sum or by its distance from the base.
 
 mod contents;
+mod dense;
 mod outputs;
 mod structure;
 mod sums;
@@ -79,7 +80,7 @@ pub enum Check {
     FusedOrder,
     /// Scales are finite and positive.
     Scales,
-    /// Norms, embeddings and head are finite, biases of quantised linears zero.
+    /// Norms, embeddings, head and the architecture's biases are finite, biases that AutoGPTQ adds zero.
     Dense,
     /// Every linear is a quantisation of the base's.
     Weights,
@@ -267,9 +268,11 @@ fn readable(
     // With tensors missing or misshapen there is nothing to compute with.
     let sound = findings.of(Check::Tensors) == 0 && !values.unreadable;
     if let Some(base) = job.base.filter(|_| sound) {
-        report.weights = Some(weights::compare(&checkpoint, base, findings, progress)?);
+        report.weights = Some(weights::compare(&checkpoint, base, &stored, findings, progress)?);
     }
-    if let Some(spec) = job.text.filter(|_| sound) {
+    // Nor is there anything to run where a norm or the embedding is not finite.
+    let runs = sound && findings.of(Check::Dense) == 0;
+    if let Some(spec) = job.text.filter(|_| runs) {
         let folding = report.weights.as_ref().zip(job.base);
         let folding = folding.and_then(|(weights, base)| weights.folding(base.config()));
         let run = outputs::Run { job, checkpoint: &checkpoint, folding };

@@ -5,6 +5,8 @@
 //! number that calibration reports, on another text. Hidden states are never compared with the
 //! base's, whose coordinates may be others; logits are.
 
+use std::path::Path;
+
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
@@ -13,10 +15,12 @@ use serde::Serialize;
 
 use super::weights::Weights;
 use super::{Check, Findings, VerifyJob};
+use crate::branch_report::BranchReport;
 use crate::config::EvaluationSpec;
 use crate::error::{Error, Result};
 use crate::evaluation::{EvalText, evaluation_text};
 use crate::fold::Folding;
+use crate::identity::{DatasetIdentity, contaminated};
 use crate::perplexity::{Perplexity, Scored, begin, score};
 use crate::progress::Progress;
 use crate::quantise::{next_block, read_ahead};
@@ -52,7 +56,8 @@ impl Run<'_> {
         weights: Option<&mut Weights>,
         progress: &dyn Progress,
     ) -> Result<(EvalText, Outputs)> {
-        let text = evaluation_text(self.checkpoint, spec, None)?;
+        let mut text = evaluation_text(self.checkpoint, spec, None)?;
+        text.contaminated = saw(self.job.dir, &text.identity);
         let device = &self.job.device;
         let model =
             Model::new(self.checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
@@ -107,6 +112,13 @@ impl Run<'_> {
         progress.end();
         Scored::of(model, &text.windows, text.windows.len(), states)
     }
+}
+
+/// Whether the checkpoint was calibrated on this text, where the report in its folder tells.
+fn saw(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
+    let report = BranchReport::read(dir).ok()?;
+    // A recipe without calibration saw none.
+    Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))
 }
 
 /// Runs a whole block over every chunk; gives XᵀX of the inputs of each stage.

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use super::contents::Values;
 use super::{Check, Findings};
 use crate::error::{Error, Result};
-use crate::loaders::{Bias, LoaderFacts};
+use crate::loaders::{Architecture, Bias, LoaderFacts};
 
 const QUANTIZE_CONFIG: &str = "quantize_config.json";
 const CONFIG: &str = "config.json";
@@ -334,14 +334,12 @@ pub(super) fn loader_facts(
     files: &ConfigFiles,
     values: &Values,
 ) -> LoaderFacts {
-    let config = checkpoint.config();
     let weights = checkpoint.weight_files();
     let stem = weights.first().and_then(|file| file.path.file_stem()).unwrap_or_default();
     let sharded = sharded_stem(checkpoint);
     LoaderFacts {
+        architecture: Architecture::from(checkpoint.config()),
         quantize: stored.clone(),
-        linears: config.block_linears().to_vec(),
-        grouped_heads: config.num_key_value_heads != config.num_attention_heads,
         act_order: values.out_of_order,
         shared_order: values.shared_order,
         bias: match (values.biases, values.bias_values) {

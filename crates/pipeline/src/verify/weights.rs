@@ -17,7 +17,7 @@
 //! Limits were set on the embedded model and on SmolLM2, where sound linears stay below half of them
 //! or so, however short the calibration.
 
-use gptq_checkpoint::{Bits, Checkpoint, GptqLinear, ModelConfig};
+use gptq_checkpoint::{Bits, Checkpoint, GptqLinear, ModelConfig, QuantizeConfig};
 use gptq_compute::Device;
 use gptq_model::{LinearId, Model, SourcePrecision};
 use gptq_quant::{Choices, Recipe, Rotate};
@@ -25,9 +25,9 @@ use ndarray::Array2;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{Check, Findings};
+use super::{Check, Findings, dense};
 use crate::error::Result;
-use crate::fold::{EMBEDDING, Folding, HEAD, dense_head};
+use crate::fold::Folding;
 use crate::progress::Progress;
 use crate::quantise::{linear_name, next_block, read_ahead};
 
@@ -83,6 +83,7 @@ impl Weights {
 pub(super) fn compare(
     checkpoint: &Checkpoint,
     base: &Checkpoint,
+    stored: &QuantizeConfig,
     findings: &mut Findings,
     progress: &dyn Progress,
 ) -> Result<Weights> {
@@ -123,7 +124,8 @@ pub(super) fn compare(
         Ok::<_, crate::Error>(())
     })?;
     progress.end();
-    let head_change = check_dense(checkpoint, base, folding.as_ref(), recorded, findings)?;
+    dense::check(checkpoint, base, (stored, folding.as_ref()), findings)?;
+    let head_change = dense::head_change(checkpoint, base, folding.as_ref(), recorded, findings)?;
     Ok(Weights { rotation: name(rotate), head_change, linears, rotate })
 }
 
@@ -419,71 +421,4 @@ fn odd_words(bits: Bits, deviations: &[Vec<f32>], usual: &[f64]) -> Vec<Word> {
 fn codes_of_word(bits: Bits, row: usize) -> std::ops::Range<usize> {
     let width = usize::from(bits.get());
     32 * row / width..(32 * (row + 1)).div_ceil(width)
-}
-
-/// Norms, embeddings and head; gives the change of the head, which a recipe may have fitted.
-fn check_dense(
-    checkpoint: &Checkpoint,
-    base: &Checkpoint,
-    folding: Option<&Folding>,
-    recorded: Option<Choices>,
-    findings: &mut Findings,
-) -> Result<f64> {
-    let blocks = (0..base.config().num_hidden_layers).flat_map(|block| {
-        let prefix = ModelConfig::block_prefix(block);
-        ["input_layernorm", "post_attention_layernorm"].map(|n| format!("{prefix}.{n}.weight"))
-    });
-    let names = [EMBEDDING.to_owned(), "model.norm.weight".to_owned()].into_iter().chain(blocks);
-    for name in names {
-        findings.examine(Check::DenseWeights, 1);
-        let turned = folding.map(|f| f.tensor(base, &name)).transpose()?.flatten();
-        let expected = match turned {
-            Some(values) => values,
-            None => base.tensor(&name)?.to_f16()?,
-        };
-        let expected: Vec<f32> = expected.iter().map(|v| v.to_f32()).collect();
-        let found = checkpoint.tensor(&name)?.to_f32();
-        // Turned values are sums, which another processor may round the other way.
-        let near = |(a, b): (&f32, &f32)| {
-            (a - b).abs() <= if folding.is_some() { b.abs() / 256.0 + 1e-3 } else { 0.0 }
-        };
-        let wrong = found.iter().zip(&expected).filter(|&pair| !near(pair)).count();
-        if wrong > 0 || found.len() != expected.len() {
-            let message = format!("has {wrong} values of {} that the base does not", found.len());
-            findings.add(Check::DenseWeights, name, message);
-        }
-    }
-    head_change(checkpoint, base, folding, recorded, findings)
-}
-
-/// A head that no recipe fitted is the base's.
-fn head_change(
-    checkpoint: &Checkpoint,
-    base: &Checkpoint,
-    folding: Option<&Folding>,
-    recorded: Option<Choices>,
-    findings: &mut Findings,
-) -> Result<f64> {
-    if !checkpoint.contains(HEAD) {
-        return Ok(0.0);
-    }
-    findings.examine(Check::DenseWeights, 1);
-    let expected = dense_head(base, folding)?;
-    let found = checkpoint.tensor(HEAD)?.to_f32();
-    let (mut change, mut energy) = (0.0, 0.0);
-    for (a, b) in found.iter().zip(&expected) {
-        change += f64::from(a - b.to_f32()).powi(2);
-        energy += f64::from(b.to_f32()).powi(2);
-    }
-    let change = change / f64::max(energy, f64::MIN_POSITIVE);
-    // Rounding of turned values to fp16, and no more than a head can need that was fitted.
-    let most = match recorded {
-        Some(choices) if choices.head == 0.0 => 1e-5,
-        _ => 0.25,
-    };
-    if change > most || found.len() != expected.len() {
-        let message = format!("differs from the base's by {change:.2e} of its energy");
-        findings.add(Check::DenseWeights, HEAD, message);
-    }
-    Ok(change)
 }

@@ -4,23 +4,26 @@
 //! check or to rely on, and remarks on how it then runs. A [`Need`] knows how to look at the
 //! [`LoaderFacts`] of a checkpoint and the phrase that says why it is not met.
 
-use gptq_checkpoint::{CheckpointFormat, LinearShape, QuantizeConfig};
+mod needs;
+
+use gptq_checkpoint::{LinearShape, ModelConfig, QuantizeConfig, Rope};
 use serde::Serialize;
+
+use needs::Need;
+pub(crate) use needs::listed;
 
 /// What loaders look at in a checkpoint.
 #[derive(Clone, Debug)]
 pub struct LoaderFacts {
+    /// The model's own parts.
+    pub architecture: Architecture,
     /// Bits, groups and conventions, as the tensors have them.
     pub quantize: QuantizeConfig,
-    /// The linears of a block.
-    pub linears: Vec<LinearShape>,
-    /// Fewer key and value heads than query heads.
-    pub grouped_heads: bool,
     /// Columns lie in another order than their groups in some linear.
     pub act_order: bool,
     /// q, k and v, and gate and up, have one group index each.
     pub shared_order: bool,
-    /// Biases of quantised linears.
+    /// Biases of quantised linears that the architecture does not have.
     pub bias: Bias,
     /// Rotary frequencies are stored.
     pub frequencies: bool,
@@ -36,7 +39,31 @@ pub struct LoaderFacts {
     pub quantization_config: bool,
 }
 
-/// Biases of the quantised linears of a checkpoint.
+/// What loaders look at, or overlook, in the model behind a checkpoint.
+#[derive(Clone, Debug)]
+pub struct Architecture {
+    /// `model_type`.
+    pub family: &'static str,
+    /// The linears of a block, with whether they have a bias.
+    pub linears: Vec<LinearShape>,
+    /// Fewer key and value heads than query heads.
+    pub grouped_heads: bool,
+    /// Rotary position embeddings.
+    pub rope: Rope,
+}
+
+impl From<&ModelConfig> for Architecture {
+    fn from(config: &ModelConfig) -> Self {
+        Self {
+            family: config.family,
+            linears: config.block_linears().to_vec(),
+            grouped_heads: config.num_key_value_heads != config.num_attention_heads,
+            rope: config.rope,
+        }
+    }
+}
+
+/// Biases that AutoGPTQ adds to the quantised linears of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bias {
     /// None.
@@ -82,149 +109,6 @@ impl Loader {
     }
 }
 
-/// What a loader requires of a checkpoint.
-enum Need {
-    /// One of these code widths.
-    Bits(&'static [u8]),
-    /// One of these group sizes, or no groups.
-    Groups(&'static [usize]),
-    /// in_features of every linear is a multiple of the group size.
-    WholeGroups,
-    /// The group size is derived as the smallest power of two that covers in_features.
-    PowerOfTwoGroups,
-    /// A symmetric grid: zeros are not read.
-    Symmetric,
-    /// in_features of every linear is a multiple.
-    InMultiple(usize),
-    /// out_features of every linear is a multiple.
-    OutMultiple(usize),
-    /// Columns of an act-order linear are numbered with 16 bits.
-    ShortOrder,
-    /// Linears that are fused keep one group index.
-    SharedOrder,
-    /// Zeros are stored minus one, whatever the configuration says.
-    MinusOneZeros,
-    /// No bias, or one of zeros.
-    ZeroBias,
-    /// No bias and no rotary frequencies: every key of the file must be the model's.
-    NoExtraTensors,
-    /// quantize_config.json.
-    QuantizeConfig,
-    /// quantize_config.json without a key beside these.
-    KnownKeys(&'static [&'static str]),
-    /// `quantization_config` in config.json.
-    QuantizationConfig,
-    /// Either of them.
-    AnyConfig,
-    /// `model.safetensors`, or an index of that name.
-    ModelFile,
-    /// One weight file.
-    OneFile,
-    /// `format = pt` in the metadata of the weights.
-    PtMetadata,
-}
-
-impl Need {
-    /// Why the need is not met; `None` when it is.
-    fn unmet(&self, facts: &LoaderFacts) -> Option<String> {
-        let quantize = &facts.quantize;
-        let first = |fits: &dyn Fn(&LinearShape) -> bool| facts.linears.iter().find(|l| !fits(l));
-        match *self {
-            Self::Bits(bits) => unless(bits.contains(&quantize.bits.get()), || {
-                format!("{} bits: it has kernels for {} only", quantize.bits, listed(bits))
-            }),
-            Self::Groups(sizes) => {
-                let size = quantize.group_size?;
-                unless(sizes.contains(&size), || {
-                    format!("group size {size}: its kernels take {} or none", listed(sizes))
-                })
-            }
-            Self::WholeGroups => {
-                let size = quantize.group_size?;
-                first(&|l| l.in_features.is_multiple_of(size)).map(|l| {
-                    format!("{} has {} inputs, no multiple of {size}", l.name, l.in_features)
-                })
-            }
-            Self::PowerOfTwoGroups => {
-                let size = quantize.group_size?;
-                let covering = |l: &LinearShape| {
-                    let groups = quantize.groups(l.in_features);
-                    l.in_features.div_ceil(groups).next_power_of_two() == size || groups == 1
-                };
-                first(&covering)
-                    .map(|l| format!("it takes the group size of {} for a power of two", l.name))
-            }
-            Self::Symmetric => {
-                unless(quantize.sym, || "it ignores zeros: symmetric grids only".to_owned())
-            }
-            Self::InMultiple(n) => first(&|l| l.in_features.is_multiple_of(n))
-                .map(|l| format!("{} has {} inputs, no multiple of {n}", l.name, l.in_features)),
-            Self::OutMultiple(n) => first(&|l| l.out_features.is_multiple_of(n))
-                .map(|l| format!("{} has {} outputs, no multiple of {n}", l.name, l.out_features)),
-            Self::ShortOrder => first(&|l| !facts.act_order || l.in_features <= 1 << 16)
-                .map(|l| format!("{} has {} inputs to reorder", l.name, l.in_features)),
-            Self::SharedOrder => unless(facts.shared_order, || {
-                "q, k and v, or gate and up, differ in g_idx: it fuses them".to_owned()
-            }),
-            Self::MinusOneZeros => {
-                unless(quantize.checkpoint_format == CheckpointFormat::Gptq, || {
-                    "gptq_v2: it takes zeros to be stored minus one".to_owned()
-                })
-            }
-            Self::ZeroBias => unless(facts.bias != Bias::Values, || {
-                "biases that are not zero: it has no place for them".to_owned()
-            }),
-            Self::NoExtraTensors => match (facts.bias, facts.frequencies) {
-                (Bias::Absent, false) => None,
-                (Bias::Absent, true) => Some("inv_freq tensors: it knows no such key".to_owned()),
-                _ => Some("bias tensors: it knows no such key; use --layout modern".to_owned()),
-            },
-            _ => self.unmet_by_files(facts),
-        }
-    }
-
-    /// The needs that look at files rather than numbers.
-    fn unmet_by_files(&self, facts: &LoaderFacts) -> Option<String> {
-        let named = || facts.file_stem == "model";
-        match self {
-            Self::QuantizeConfig => unless(facts.quantize_config.is_some(), || {
-                "there is no quantize_config.json".to_owned()
-            }),
-            Self::KnownKeys(known) => {
-                let keys = facts.quantize_config.iter().flatten();
-                let unknown = keys.map(String::as_str).find(|key| !known.contains(key));
-                unknown.map(|key| format!("quantize_config.json has the unknown key {key}"))
-            }
-            Self::QuantizationConfig => unless(facts.quantization_config, || {
-                "config.json has no quantization_config".to_owned()
-            }),
-            Self::AnyConfig => {
-                unless(facts.quantization_config || facts.quantize_config.is_some(), || {
-                    "no file says how it is quantised".to_owned()
-                })
-            }
-            Self::ModelFile => unless(named(), || {
-                format!("the weights are {}.safetensors, not model.safetensors", facts.file_stem)
-            }),
-            Self::OneFile => unless(!facts.sharded, || "the weights are sharded".to_owned()),
-            Self::PtMetadata => {
-                unless(facts.pt_metadata, || "the weights lack the metadata format = pt".to_owned())
-            }
-            _ => None,
-        }
-    }
-}
-
-/// The phrase, unless the need is met.
-fn unless(met: bool, phrase: impl FnOnce() -> String) -> Option<String> {
-    (!met).then(phrase)
-}
-
-fn listed<T: ToString>(values: &[T]) -> String {
-    let values: Vec<String> = values.iter().map(ToString::to_string).collect();
-    values.join(", ")
-}
-
 /// Checkpoints that a remark is about.
 enum When {
     Always,
@@ -250,7 +134,7 @@ impl When {
             Self::Always => true,
             Self::Bits(widths) => widths.contains(&bits),
             Self::ActOrder(width) => facts.act_order && bits == *width,
-            Self::Unfused => facts.grouped_heads || (facts.act_order && bits == 4),
+            Self::Unfused => facts.architecture.grouped_heads || (facts.act_order && bits == 4),
             Self::Marlin => marlin(),
             Self::NoMarlin(widths) => widths.contains(&bits) && !marlin(),
         }
@@ -287,6 +171,9 @@ static LOADERS: [Loader; 10] = [
             Need::MinusOneZeros,
             // Its 4-bit kernel asserts it, and its others round the number of groups down.
             Need::WholeGroups,
+            // Those it lists; and the scalings of the transformers that it was made for, 4.31.
+            Need::Family(&["llama"]),
+            Need::RopeScaling(&["linear", "dynamic"]),
         ],
         remarks: &[
             (When::Always, "use_safetensors=True"),
@@ -296,7 +183,13 @@ static LOADERS: [Loader; 10] = [
     },
     Loader {
         name: "AutoGPTQ 0.7",
-        needs: &[Need::AnyConfig, Need::Bits(ALL_BITS), Need::MinusOneZeros, Need::WholeGroups],
+        needs: &[
+            Need::AnyConfig,
+            Need::Bits(ALL_BITS),
+            Need::MinusOneZeros,
+            Need::WholeGroups,
+            Need::Family(&["llama", "mistral", "qwen2"]),
+        ],
         remarks: &[(When::Bits(&[4]), "ExLlamaV2 kernel"), (When::Bits(&[2, 3, 8]), "CUDA kernel")],
     },
     Loader {
@@ -326,12 +219,22 @@ static LOADERS: [Loader; 10] = [
             Need::WholeGroups,
             Need::OutMultiple(8),
             Need::ZeroBias,
+            // It skips every `_proj.bias`, and takes nothing but rope_theta from the rotary settings.
+            Need::Family(&["llama"]),
+            Need::NoBiases,
+            Need::RopeScaling(&[]),
         ],
         remarks: &[],
     },
     Loader {
         name: "ExLlamaV2",
-        needs: &[Need::Bits(&[4]), Need::PowerOfTwoGroups, Need::ShortOrder, Need::ZeroBias],
+        needs: &[
+            Need::Bits(&[4]),
+            Need::PowerOfTwoGroups,
+            Need::ShortOrder,
+            Need::ZeroBias,
+            Need::RopeScaling(&["linear", "llama3"]),
+        ],
         remarks: &[],
     },
     Loader {
@@ -374,6 +277,8 @@ static LOADERS: [Loader; 10] = [
             Need::SharedOrder,
             Need::MinusOneZeros,
             Need::ZeroBias,
+            // Others run in transformers there, without its GPTQ kernels.
+            Need::Family(&["llama", "mistral", "qwen2"]),
         ],
         remarks: &[
             (When::Marlin, "Marlin kernel"),
@@ -388,11 +293,18 @@ static LOADERS: [Loader; 10] = [
             Need::Bits(&[2, 4, 8]),
             Need::WholeGroups,
             Need::MinusOneZeros,
+            // Its attention fuses q, k and v under the first's index, as three equal parts, and turns
+            // them by frequencies of its own.
+            Need::SharedOrder,
+            Need::Family(&["llama"]),
+            Need::NoBiases,
+            Need::UngroupedHeads,
+            Need::RopeScaling(&[]),
+            Need::RopeTheta(10_000),
         ],
         remarks: &[(When::Always, "triton branch; bits and group size on its command line")],
     },
 ];
 
 #[cfg(test)]
-#[path = "loaders_tests.rs"]
 mod tests;

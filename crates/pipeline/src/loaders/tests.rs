@@ -1,6 +1,6 @@
 //! The published matrix, and each rule on its own.
 
-use gptq_checkpoint::{Bits, ModelConfig};
+use gptq_checkpoint::{Bits, CheckpointFormat};
 
 use super::*;
 
@@ -19,9 +19,8 @@ fn published(bits: u8, group_size: Option<usize>, act_order: bool) -> LoaderFact
     let keys = quantize.file_text(gptq_checkpoint::Layout::Card).unwrap();
     let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&keys).unwrap();
     LoaderFacts {
+        architecture: Architecture::from(&config),
         quantize,
-        linears: config.block_linears().to_vec(),
-        grouped_heads: true,
         act_order: act_order && group_size.is_some(),
         shared_order: true,
         bias: Bias::Zero,
@@ -77,14 +76,74 @@ fn the_nine_published_branches_have_the_published_matrix() {
 }
 
 #[test]
-fn the_modern_layout_also_loads_in_gptq_for_llama() {
-    let modern = |bits| LoaderFacts {
-        bias: Bias::Absent,
-        frequencies: false,
-        ..published(bits, Some(128), true)
+fn the_modern_layout_of_an_early_llama_also_loads_in_gptq_for_llama() {
+    let modern = |bits| {
+        let mut facts = published(bits, Some(128), true);
+        (facts.bias, facts.frequencies) = (Bias::Absent, false);
+        facts.architecture.grouped_heads = false;
+        facts
     };
     assert!(verdicts(&modern(4)).iter().all(|v| v.loads));
     refuses("GPTQ-for-LLaMa", &modern(3), "3 bits");
+    let mut later = modern(4);
+    later.architecture.grouped_heads = true;
+    later.architecture.rope.theta = 500_000.0;
+    refuses("GPTQ-for-LLaMa", &later, "fewer key and value heads");
+    refuses("GPTQ-for-LLaMa", &later, "rope_theta 500000: it takes it for 10000");
+}
+
+/// A checkpoint of another family, in the modern layout, as its own configuration tells.
+fn family(config: &str) -> LoaderFacts {
+    let sizes = r#""hidden_size":4096,"intermediate_size":12288,"num_attention_heads":32,
+        "num_key_value_heads":32,"num_hidden_layers":2,"vocab_size":32000"#;
+    let text = format!("{{{sizes},{config}}}");
+    let config = ModelConfig::parse(&text, std::path::Path::new("config.json")).unwrap();
+    LoaderFacts {
+        architecture: Architecture::from(&config),
+        bias: Bias::Absent,
+        frequencies: false,
+        ..published(4, Some(128), true)
+    }
+}
+
+#[test]
+fn loaders_know_only_their_architectures() {
+    let refusing = |facts: &LoaderFacts| -> Vec<&str> {
+        verdicts(facts).into_iter().filter(|v| !v.loads).map(|v| v.loader).collect()
+    };
+    let llama = |extra: &str| family(&format!(r#""model_type":"llama"{extra}"#));
+    assert_eq!(refusing(&llama("")), [""; 0]);
+
+    let early = ["AutoGPTQ 0.4", "ExLlama", "GPTQ-for-LLaMa"];
+    assert_eq!(refusing(&family(r#""model_type":"mistral""#)), early);
+    let qwen2 = family(r#""model_type":"qwen2""#);
+    assert_eq!(refusing(&qwen2), early);
+    refuses("AutoGPTQ 0.4", &qwen2, "qwen2: it computes llama only");
+    refuses("ExLlama", &qwen2, "self_attn.q_proj has a bias of its own");
+    let qwen3 = family(r#""model_type":"qwen3""#);
+    assert_eq!(
+        refusing(&qwen3),
+        ["AutoGPTQ 0.4", "AutoGPTQ 0.7", "ExLlama", "TGI", "GPTQ-for-LLaMa"]
+    );
+    refuses("TGI", &qwen3, "qwen3: it computes llama, mistral, qwen2 only");
+
+    let biased = llama(r#","attention_bias":true"#);
+    assert_eq!(refusing(&biased), ["ExLlama", "GPTQ-for-LLaMa"]);
+    let scaled = |kind: &str| llama(&format!(r#","rope_scaling":{{"factor":8.0,{kind}}}"#));
+    let llama3 = r#""rope_type":"llama3","low_freq_factor":1.0,"high_freq_factor":4.0,
+        "original_max_position_embeddings":8192"#;
+    assert_eq!(refusing(&scaled(llama3)), early);
+    refuses(
+        "AutoGPTQ 0.4",
+        &scaled(llama3),
+        "rotary scaling llama3: it reads linear, dynamic only",
+    );
+    refuses("ExLlama", &scaled(llama3), "rotary scaling llama3: it reads none");
+    assert_eq!(refusing(&scaled(r#""type":"linear""#)), ["ExLlama", "GPTQ-for-LLaMa"]);
+    assert_eq!(
+        refusing(&scaled(r#""type":"dynamic""#)),
+        ["ExLlama", "ExLlamaV2", "GPTQ-for-LLaMa"]
+    );
 }
 
 #[test]
@@ -104,12 +163,12 @@ fn every_rule_has_its_reason() {
     }
     refuses("ExLlamaV2", &group(96), "power of two");
 
-    let narrow = with(&|f| f.linears[1].out_features = 96);
+    let narrow = with(&|f| f.architecture.linears[1].out_features = 96);
     refuses("vLLM gptq_marlin", &narrow, "self_attn.k_proj has 96 outputs, no multiple of 64");
     assert!(verdict("TGI", &narrow).reasons[0].contains("ExLlama or Triton"));
-    let short = with(&|f| f.linears[0].in_features = 8256);
+    let short = with(&|f| f.architecture.linears[0].in_features = 8256);
     refuses("vLLM gptq_marlin", &short, "self_attn.q_proj has 8256 inputs, no multiple of 128");
-    let wide = with(&|f| f.linears[6].in_features = 1 << 17);
+    let wide = with(&|f| f.architecture.linears[6].in_features = 1 << 17);
     refuses("ExLlamaV2", &wide, "131072 inputs to reorder");
 
     let asymmetric = with(&|f| f.quantize.sym = false);
@@ -122,7 +181,7 @@ fn every_rule_has_its_reason() {
     assert!(verdict("GPTQModel", &v2).loads && verdict("ExLlamaV2", &v2).loads);
 
     let apart = with(&|f| f.shared_order = false);
-    for loader in ["vLLM gptq_marlin", "vLLM gptq", "TGI"] {
+    for loader in ["vLLM gptq_marlin", "vLLM gptq", "TGI", "GPTQ-for-LLaMa"] {
         refuses(loader, &apart, "differ in g_idx");
     }
     let biased = with(&|f| f.bias = Bias::Values);

@@ -1,0 +1,79 @@
+//! What is not quantised against the base's, in the same coordinates.
+
+use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig, tensor_specs};
+use gptq_quant::Choices;
+
+use super::contents::LEAVES;
+use super::{Check, Findings};
+use crate::error::Result;
+use crate::fold::{Folding, HEAD, dense_head};
+
+/// Embeddings, norms and the architecture's own biases: everything but the head, which a recipe may
+/// have fitted.
+pub(super) fn check(
+    checkpoint: &Checkpoint,
+    base: &Checkpoint,
+    (stored, folding): (&QuantizeConfig, Option<&Folding>),
+    findings: &mut Findings,
+) -> Result<()> {
+    let specs = tensor_specs(base.config(), stored, Layout::Modern).into_iter();
+    let quantised = |name: &str| name.rsplit('.').next().is_some_and(|leaf| LEAVES.contains(&leaf));
+    for name in specs.map(|spec| spec.name).filter(|name| !quantised(name) && name != HEAD) {
+        findings.examine(Check::DenseWeights, 1);
+        let Ok(found) = checkpoint.tensor(&name) else {
+            // The checkpoint's own configuration does without it.
+            findings.add(Check::DenseWeights, name, "is missing, but the base has it");
+            continue;
+        };
+        let turned = folding.map(|f| f.tensor(base, &name)).transpose()?.flatten();
+        let exact = turned.is_none();
+        let expected = match turned {
+            Some(values) => values,
+            None => base.tensor(&name)?.to_f16()?,
+        };
+        // Turned values are sums, which another processor may round the other way.
+        let near = |found: f32, wanted: f32| {
+            (found - wanted).abs() <= if exact { 0.0 } else { wanted.abs() / 256.0 + 1e-3 }
+        };
+        let found = found.to_f32();
+        let pairs = found.iter().zip(&expected);
+        let wrong = pairs.filter(|&(&a, b)| !near(a, b.to_f32())).count();
+        if wrong > 0 || found.len() != expected.len() {
+            let message = format!("has {wrong} values of {} that the base does not", found.len());
+            findings.add(Check::DenseWeights, name, message);
+        }
+    }
+    Ok(())
+}
+
+/// How much the head was changed, as energy over the base's. One that no recipe fitted is the base's.
+pub(super) fn head_change(
+    checkpoint: &Checkpoint,
+    base: &Checkpoint,
+    folding: Option<&Folding>,
+    recorded: Option<Choices>,
+    findings: &mut Findings,
+) -> Result<f64> {
+    if !checkpoint.contains(HEAD) {
+        return Ok(0.0);
+    }
+    findings.examine(Check::DenseWeights, 1);
+    let expected = dense_head(base, folding)?;
+    let found = checkpoint.tensor(HEAD)?.to_f32();
+    let (mut change, mut energy) = (0.0, 0.0);
+    for (a, b) in found.iter().zip(&expected) {
+        change += f64::from(a - b.to_f32()).powi(2);
+        energy += f64::from(b.to_f32()).powi(2);
+    }
+    let change = change / f64::max(energy, f64::MIN_POSITIVE);
+    // Rounding of turned values to fp16, and no more than a head can need that was fitted.
+    let most = match recorded {
+        Some(choices) if choices.head == 0.0 => 1e-5,
+        _ => 0.25,
+    };
+    if change > most || found.len() != expected.len() {
+        let message = format!("differs from the base's by {change:.2e} of its energy");
+        findings.add(Check::DenseWeights, HEAD, message);
+    }
+    Ok(change)
+}
