@@ -6,7 +6,9 @@
 //! its Python client and this one may share a cache.
 
 use std::fs::{self, File, TryLockError};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::api::{Kind, RemoteFile};
@@ -104,21 +106,49 @@ impl RepoCache {
             make_folder(link.parent().unwrap_or(&snapshot))?;
             let up = "../".repeat(file.path.split('/').count() + 1);
             let target = format!("{up}blobs/{}", file.digest.hex());
-            if fs::read_link(&link).is_ok_and(|there| there == Path::new(&target)) {
-                continue;
-            }
-            if link.symlink_metadata().is_ok() {
-                fs::remove_file(&link).map_err(Error::io("replace", &link))?;
-            }
-            std::os::unix::fs::symlink(target, &link).map_err(Error::io("create", &link))?;
+            make_link(Path::new(&target), &link)?;
         }
         if revision != commit {
-            let reference = self.folder().join("refs").join(revision);
-            make_folder(reference.parent().unwrap_or(&reference))?;
-            fs::write(&reference, commit).map_err(Error::io("write", &reference))?;
+            self.refer(revision, commit)?;
         }
         Ok(snapshot)
     }
+
+    /// Makes a revision stand for a commit, at once: whoever reads meanwhile, or after a kill, finds
+    /// the old commit or the new one.
+    fn refer(&self, revision: &str, commit: &str) -> Result<()> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let reference = self.folder().join("refs").join(revision);
+        make_folder(reference.parent().unwrap_or(&reference))?;
+        // Not in `refs`, where a left-over would be taken for a revision.
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let new = self.folder().join(format!(".ref-{}-{number}", std::process::id()));
+        let written = File::create(&new).and_then(|mut file| {
+            file.write_all(commit.as_bytes())?;
+            file.sync_all()
+        });
+        written.map_err(Error::io("write", &new))?;
+        fs::rename(&new, &reference).map_err(Error::io("write", &reference))
+    }
+}
+
+/// Makes a link, or leads one elsewhere, while other processes do the same.
+fn make_link(target: &Path, link: &Path) -> Result<()> {
+    let make = || match std::os::unix::fs::symlink(target, link) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            Ok(fs::read_link(link).is_ok_and(|there| there == target))
+        }
+        made => made.map(|()| true).map_err(Error::io("create", link)),
+    };
+    if make()? {
+        return Ok(());
+    }
+    match fs::remove_file(link) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("replace", link)(e)),
+        _ => {}
+    }
+    let taken = || Error::io("replace", link)(io::ErrorKind::AlreadyExists.into());
+    if make()? { Ok(()) } else { Err(taken()) }
 }
 
 fn make_folder(path: &Path) -> Result<()> {
@@ -161,6 +191,37 @@ mod tests {
         let snapshot = cache.publish("decaf", "decaf", &changed).unwrap();
         assert_eq!(fs::read_to_string(snapshot.join("config.json")).unwrap(), "LLAM");
         assert!(!root.path().join("models--org--name/refs/decaf").exists());
+    }
+
+    #[test]
+    fn several_may_publish_the_same_at_once() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::create(root.path(), Kind::Model, "org/name").unwrap();
+        let digest = Digest::parse(&"a".repeat(40)).unwrap();
+        let file = |i| RemoteFile { path: format!("{i}"), bytes: 4, digest: digest.clone() };
+        let files: Vec<RemoteFile> = (0..200).map(file).collect();
+        for commit in 0..8 {
+            let publish = || cache.publish("main", &format!("c{commit}"), &files).unwrap();
+            std::thread::scope(|scope| {
+                let others: Vec<_> = (0..3).map(|_| scope.spawn(publish)).collect();
+                others.into_iter().for_each(|other| drop(other.join().unwrap()));
+            });
+        }
+        let names = |folder: PathBuf| fs::read_dir(folder).unwrap().count();
+        assert_eq!(names(cache.snapshot("c7")), files.len());
+        assert_eq!(names(cache.folder()), 3, "nothing beside blobs, refs and snapshots");
+    }
+
+    #[test]
+    fn a_reference_is_replaced_not_rewritten() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::create(root.path(), Kind::Model, "org/name").unwrap();
+        cache.publish("main", "c0ffee", &[]).unwrap();
+        let (reference, old) = (cache.folder().join("refs/main"), root.path().join("old"));
+        fs::hard_link(&reference, &old).unwrap();
+        cache.publish("main", "decaf", &[]).unwrap();
+        assert_eq!(fs::read_to_string(reference).unwrap(), "decaf");
+        assert_eq!(fs::read_to_string(old).unwrap(), "c0ffee");
     }
 
     #[test]
