@@ -270,6 +270,17 @@ fn leftovers_of_another_client_do_no_harm() {
 }
 
 #[test]
+fn a_mirror_may_link_to_the_hub_behind_it() {
+    let (mut setting, _) = Setting::with_model();
+    setting.token = Some(TOKEN);
+    let behind = StandIn::start();
+    setting.hub.state().links_to = behind.address.clone();
+    let done = setting.gptq(&["fetch", "org/name", "--json"]).json();
+    assert_eq!(done[0]["files"], WANTED.len());
+    assert_eq!(behind.count("GET", ""), 0, "the token is for the mirror");
+}
+
+#[test]
 fn refusals_say_what_to_do() {
     let (mut setting, _) = Setting::with_model();
     setting.hub.state().closed = true;

@@ -76,6 +76,8 @@ pub(crate) struct State {
     pub(crate) closed: bool,
     /// Sizes that listings claim instead of the true ones.
     pub(crate) claimed: BTreeMap<String, u64>,
+    /// Where the pages of listings say that the next one is; their own host where this is empty.
+    pub(crate) links_to: String,
     /// Large contents by SHA-256, as uploaded.
     pub(crate) stored: BTreeMap<String, Vec<u8>>,
 }
@@ -163,7 +165,13 @@ fn hub(state: &mut State, request: &Request, storage: &str) -> Answer {
                 Some(_) if rest.first() == Some(&"xet-write-token") => Answer::json(&json!({
                     "accessToken": "xet", "exp": 4_000_000_000_u64, "casUrl": storage,
                 })),
-                Some(repository) => described(repository, &state.claimed, rest, query),
+                Some(repository) => match rest {
+                    ["tree", revision] => {
+                        let page = format!("{}{path}", state.links_to);
+                        tree(repository.files(revision), &state.claimed, query, &page)
+                    }
+                    _ => described(repository, rest),
+                },
             }
         }
         ("POST", ["api", "repos", "create"]) => create(state, &request.json()),
@@ -190,12 +198,7 @@ fn hub(state: &mut State, request: &Request, storage: &str) -> Answer {
 }
 
 /// What the API says of a repository that is there.
-fn described(
-    repository: &Repository,
-    claimed: &BTreeMap<String, u64>,
-    rest: &[&str],
-    query: &str,
-) -> Answer {
+fn described(repository: &Repository, rest: &[&str]) -> Answer {
     match *rest {
         [] => Answer::json(&json!({"id": "org/name", "private": repository.private})),
         ["refs"] => {
@@ -215,16 +218,20 @@ fn described(
             }
             None => Answer::refusal(404, "Invalid rev id").code("RevisionNotFound"),
         },
-        ["tree", revision] => match repository.files(revision) {
-            Some(files) => tree(files, claimed, query),
-            None => Answer::refusal(404, "Invalid rev id").code("RevisionNotFound"),
-        },
         _ => Answer::refusal(404, "no such page"),
     }
 }
 
-/// A page of a listing, with a folder among the files.
-fn tree(files: &BTreeMap<String, Vec<u8>>, claimed: &BTreeMap<String, u64>, query: &str) -> Answer {
+/// A page of a listing, with a folder among the files; `page` is the address for the next one.
+fn tree(
+    files: Option<&BTreeMap<String, Vec<u8>>>,
+    claimed: &BTreeMap<String, u64>,
+    query: &str,
+    page: &str,
+) -> Answer {
+    let Some(files) = files else {
+        return Answer::refusal(404, "Invalid rev id").code("RevisionNotFound");
+    };
     assert!(query.contains("recursive=true"), "{query}");
     let start: usize = query.split("cursor=").nth(1).map_or(0, |cursor| cursor.parse().unwrap());
     let mut entries = vec![json!({"type": "directory", "oid": "", "path": "folder", "size": 0})];
@@ -236,12 +243,12 @@ fn tree(files: &BTreeMap<String, Vec<u8>>, claimed: &BTreeMap<String, u64>, quer
         }
         entries.push(entry);
     }
-    let page: Vec<&Value> = entries.iter().skip(start).take(PAGE).collect();
-    let answer = Answer::json(&json!(page));
+    let shown: Vec<&Value> = entries.iter().skip(start).take(PAGE).collect();
+    let answer = Answer::json(&json!(shown));
     if start + PAGE >= entries.len() {
         return answer;
     }
-    let next = format!("<?recursive=true&cursor={}>; rel=\"next\"", start + PAGE);
+    let next = format!("<{page}?recursive=true&cursor={}>; rel=\"next\"", start + PAGE);
     answer.header("Link", &next)
 }
 
