@@ -300,6 +300,10 @@ fn refusals_say_what_to_do() {
     setting.gptq(&revision).refused(&["`org/name@v2`", "the repository is there"]);
     setting.hub.fail("GET", "/revision/", Fault::Status(403), 1);
     setting.gptq(&["fetch", "org/name"]).refused(&["forbids", "accept its terms", "/org/name"]);
+    setting.hub.publish("datasets/org/texts", &[("w2/test-00000-of-00001.parquet", b"x")]);
+    setting.hub.fail("GET", "/revision/", Fault::Status(403), 1);
+    let page = format!("on {}/datasets/org/texts first", setting.hub.address);
+    setting.gptq(&["fetch", "--dataset", "org/texts:w2:test"]).refused(&["forbids", &page]);
     // The stand-in sends the token back.
     setting.hub.fail("GET", "/revision/", Fault::Status(418), 1);
     setting.gptq(&["fetch", "org/name"]).refused(&["answered 418", "[token]"]);

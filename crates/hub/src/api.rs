@@ -173,9 +173,13 @@ impl<'a> Api<'a> {
 
     /// Opens a file at a commit, from an offset on.
     pub(crate) fn open(&self, commit: &str, path: &str, from: u64) -> Result<Response, Failure> {
-        let prefix: &[&str] = if self.kind == Kind::Dataset { &["datasets"] } else { &[] };
-        let url = self.url(prefix, &["resolve", commit], path);
+        let url = self.url(self.page(), &["resolve", commit], path);
         self.get(&format!("{}/{path}", self.id), url, from)
+    }
+
+    /// What stands before the id in the address of the repository's page.
+    fn page(&self) -> &'static [&'static str] {
+        if self.kind == Kind::Dataset { &["datasets"] } else { &[] }
     }
 
     /// An address below the endpoint; each part but `path` is one segment, whatever it holds.
@@ -261,7 +265,7 @@ impl<'a> Api<'a> {
             (_, "GatedRepo", Some(_)) | (403, _, _) => Error::Forbidden {
                 action: "reading",
                 what,
-                hint: format!("accept its terms on {} first", self.url(&[], &[], "")),
+                hint: format!("accept its terms on {} first", self.url(self.page(), &[], "")),
             },
             (401, _, None) => Error::TokenNeeded { what },
             (401, "RepoNotFound", Some(_)) => {
