@@ -144,6 +144,10 @@ fn uploads_that_may_not_happen_do_not() {
     setting
         .gptq(&["push", "branches", "--repo", "quantised"])
         .refused(&["`quantised`", "ORG/NAME"]);
+    for repo in ["quantised", "no org", "me/x/y"] {
+        let dry = setting.gptq(&["push", "branches", "--repo", repo, "--dry-run"]);
+        dry.refused(&[&format!("`{repo}`"), "ORG/NAME"]);
+    }
     setting.gptq(&["push", "nowhere", "--repo", "me/x"]).refused(&["`nowhere`"]);
     assert!(uploaded(&setting).is_empty());
 
