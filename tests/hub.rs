@@ -16,6 +16,7 @@ mod util;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use hub_support::{Fault, StandIn, TOKEN, git_hash, sha256};
 use insta::assert_snapshot;
@@ -253,9 +254,13 @@ fn leftovers_of_another_client_do_no_harm() {
     let partial = |name: &str, bytes: &[u8]| {
         fs::write(blobs.join(format!("{}.incomplete", sha256(&files[name]))), bytes).unwrap();
     };
-    // Longer than the file; and a wrong beginning, which the hash betrays at the end.
+    // Longer than the file, of its size, and a wrong beginning, which the hash betrays at the end.
     let (one, two) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
     partial(one, &vec![7; files[one].len() + 1]);
+    partial(two, &vec![7; files[two].len()]);
+    let done = setting.gptq(&["fetch", "org/name", "--json"]).json();
+    assert_eq!(done[0]["downloaded_bytes"], done[0]["bytes"], "all of it came over the network");
+    fs::remove_file(blobs.join(sha256(&files[two]))).unwrap();
     partial(two, b"something else");
     setting.gptq(&["fetch", "org/name"]).ok();
     // A server that ignores the range gets the whole file accepted.
@@ -267,6 +272,20 @@ fn leftovers_of_another_client_do_no_harm() {
     for name in [one, two] {
         assert_eq!(fs::read(snapshot.join(name)).unwrap(), files[name], "{name}");
     }
+}
+
+#[test]
+fn a_failure_is_not_kept_waiting_for() {
+    let (setting, _) = Setting::with_model();
+    setting.hub.fail("GET", "model-00001", Fault::Busy(100), 1);
+    // Fails for good when the other has begun to wait.
+    setting.hub.fail("GET", "config.json", Fault::Status(503), 1);
+    setting.hub.fail("GET", "config.json", Fault::Status(404), 1);
+    let start = Instant::now();
+    let failed = setting.gptq(&["fetch", "org/name"]);
+    failed.refused(&["The Hub has no `org/name/config.json`"]);
+    assert!(failed.stderr.contains("trying again in 100 s"), "{}", failed.stderr);
+    assert!(start.elapsed() < Duration::from_secs(50));
 }
 
 #[test]

@@ -29,6 +29,8 @@ const PAGE: usize = 3;
 pub(crate) enum Fault {
     /// Answers with this status.
     Status(u16),
+    /// Is busy, and names the seconds to wait.
+    Busy(u64),
     /// Closes the connection in the middle of the body.
     Cut,
     /// Flips a bit of the body.
@@ -146,6 +148,9 @@ fn next_fault(state: &mut State, request: &Request) -> Option<Fault> {
 /// The Hub itself.
 fn hub(state: &mut State, request: &Request, storage: &str) -> Answer {
     let fault = next_fault(state, request);
+    if let Some(Fault::Busy(seconds)) = fault {
+        return Answer::refusal(503, "busy").header("Retry-After", &seconds.to_string());
+    }
     if let Some(Fault::Status(status)) = fault {
         // As a careless server may: the token comes back in an error.
         return Answer::refusal(status, &format!("no, {}", request.authorization));

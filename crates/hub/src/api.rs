@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 
 use crate::hash::Digest;
 use crate::hub::{is_plain, split_id};
+use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result};
 
 /// What this program calls itself.
@@ -68,14 +69,15 @@ impl From<Error> for Failure {
 }
 
 /// Counts fruitless attempts and waits between them, each time twice as long.
-pub(crate) struct Patience {
+pub(crate) struct Patience<'a> {
     retries: u32,
     failed: u32,
+    stop: &'a Stop,
 }
 
-impl Patience {
-    pub(crate) fn new(retries: u32) -> Self {
-        Self { retries, failed: 0 }
+impl<'a> Patience<'a> {
+    pub(crate) fn new(retries: u32, stop: &'a Stop) -> Self {
+        Self { retries, failed: 0, stop }
     }
 
     /// Something arrived.
@@ -83,7 +85,7 @@ impl Patience {
         self.failed = 0;
     }
 
-    /// Waits before the next attempt, or gives up.
+    /// Waits before the next attempt, or gives up. Once the whole is stopped, there is no waiting.
     pub(crate) fn spend(
         &mut self,
         what: &str,
@@ -101,7 +103,7 @@ impl Patience {
         let doubled = Duration::from_secs(1 << (self.failed - 1).min(10));
         let wait = pause.unwrap_or(doubled.min(LONGEST_WAIT)).min(LONGEST_PAUSE);
         progress.note(&format!("{what}: {reason}; trying again in {} s", wait.as_secs()));
-        std::thread::sleep(wait);
+        self.stop.wait(wait);
         Ok(())
     }
 }
@@ -199,7 +201,8 @@ impl<'a> Api<'a> {
         url: Url,
         progress: &dyn Progress,
     ) -> Result<(T, HeaderMap)> {
-        let mut patience = Patience::new(self.hub.retries);
+        let never = Stop::new();
+        let mut patience = Patience::new(self.hub.retries, &never);
         loop {
             let answer = self.get(what, url.clone(), 0).and_then(|response| {
                 let headers = response.headers().clone();
@@ -370,6 +373,7 @@ fn next_page(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::tests::Impatient;
 
     #[test]
     fn pages_follow_each_other_on_the_endpoint() {
@@ -398,6 +402,14 @@ mod tests {
         for link in ["<http://:0>; rel=\"next\"", "<?cursor=0>; rel=\"next\""] {
             assert!(page(link).is_err(), "{link}");
         }
+    }
+
+    #[test]
+    fn a_stop_ends_a_wait() {
+        let (start, told) = (std::time::Instant::now(), Impatient(Stop::new()));
+        let failure = Failure::Transient { reason: "busy".to_owned(), pause: Some(LONGEST_PAUSE) };
+        Patience::new(1, &told.0).spend("a file", failure, &told).unwrap();
+        assert!(start.elapsed() < LONGEST_PAUSE / 10);
     }
 
     #[test]

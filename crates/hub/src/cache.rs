@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use crate::api::{Kind, RemoteFile};
 use crate::hash::Digest;
+use crate::stop::Stop;
 use crate::{Error, Progress, Result};
 
 pub(crate) struct RepoCache {
@@ -60,26 +61,35 @@ impl RepoCache {
         fs::metadata(self.blob(&file.digest)).is_ok_and(|meta| meta.len() == file.bytes)
     }
 
-    /// Keeps other processes from writing the same blob until dropped.
-    pub(crate) fn lock(&self, file: &RemoteFile, progress: &dyn Progress) -> Result<File> {
+    /// Keeps other processes from writing the same blob until dropped; `None` when it was stopped
+    /// before they had done so.
+    pub(crate) fn lock(
+        &self,
+        file: &RemoteFile,
+        stop: &Stop,
+        progress: &dyn Progress,
+    ) -> Result<Option<File>> {
         let folder = self.root.join(".locks").join(&self.name);
         make_folder(&folder)?;
         let path = folder.join(format!("{}.lock", file.digest.hex()));
         let lock = File::create(&path).map_err(Error::io("create", &path))?;
         let mut told = false;
-        loop {
+        while !stop.is_set() {
             match lock.try_lock() {
-                Ok(()) => return Ok(lock),
+                Ok(()) => return Ok(Some(lock)),
                 Err(TryLockError::WouldBlock) => {
                     if !told {
                         progress.note(&format!("waiting for another download of {}", file.path));
                         told = true;
                     }
-                    std::thread::sleep(Duration::from_millis(500));
+                    stop.wait(Duration::from_millis(500));
                 }
+                // Two downloads at once may damage a file there, which its hash tells.
+                Err(TryLockError::Error(e)) if has_no_locks(&e) => return Ok(Some(lock)),
                 Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path)(e)),
             }
         }
+        Ok(None)
     }
 
     /// Refuses a download that the disk cannot hold.
@@ -151,6 +161,12 @@ fn make_link(target: &Path, link: &Path) -> Result<()> {
     if make()? { Ok(()) } else { Err(taken()) }
 }
 
+/// Whether an error is that of a file system without locks, as some over a network are.
+fn has_no_locks(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Unsupported
+        || error.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error())
+}
+
 fn make_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(Error::io("create", path))
 }
@@ -158,6 +174,7 @@ fn make_folder(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::tests::{Impatient, Silent};
 
     #[test]
     fn links_lead_to_blobs_however_deep_they_lie() {
@@ -222,6 +239,29 @@ mod tests {
         cache.publish("main", "decaf", &[]).unwrap();
         assert_eq!(fs::read_to_string(reference).unwrap(), "decaf");
         assert_eq!(fs::read_to_string(old).unwrap(), "c0ffee");
+    }
+
+    #[test]
+    fn a_lock_is_waited_for_until_all_is_stopped() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::create(root.path(), Kind::Model, "org/name").unwrap();
+        let digest = Digest::parse(&"a".repeat(40)).unwrap();
+        let file = RemoteFile { path: "a".to_owned(), bytes: 4, digest };
+        let held = cache.lock(&file, &Stop::new(), &Silent).unwrap();
+        assert!(held.is_some());
+        let told = Impatient(Stop::new());
+        assert!(cache.lock(&file, &told.0, &told).unwrap().is_none());
+        drop(held);
+        assert!(cache.lock(&file, &Stop::new(), &Silent).unwrap().is_some());
+    }
+
+    #[test]
+    fn file_systems_without_locks_are_known() {
+        use rustix::io::Errno;
+        for errno in [Errno::NOLCK, Errno::NOSYS, Errno::OPNOTSUPP] {
+            assert!(has_no_locks(&errno.into()), "{errno}");
+        }
+        assert!(!has_no_locks(&Errno::IO.into()));
     }
 
     #[test]

@@ -207,6 +207,15 @@ pub enum Error {
         /// The repository.
         repo: String,
     },
+    /// A fault of this program.
+    #[error(
+        "A thread that was {doing} panicked, which is a fault of gptq: report the lines above, and \
+         run the command again"
+    )]
+    Panicked {
+        /// What it was doing, as a participle phrase.
+        doing: String,
+    },
     /// A failed step of an upload.
     #[error("Cannot {action}: {reason}; run the command again to upload what is missing")]
     Upload {

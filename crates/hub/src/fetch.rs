@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::api::{Api, Kind, RemoteFile};
 use crate::cache::RepoCache;
@@ -11,6 +10,7 @@ use crate::download::Download;
 use crate::hub::check_revision;
 use crate::needed::{available_splits, model_files, split_files};
 use crate::progress::Meter;
+use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result};
 
 /// Files downloaded at a time: one connection seldom fills a fast line.
@@ -48,7 +48,7 @@ pub struct Fetched {
     pub files: usize,
     /// Bytes on disk; equal files are stored once.
     pub bytes: u64,
-    /// Bytes that came over the network.
+    /// Bytes that came over the network, those that arrived damaged included.
     pub downloaded: u64,
 }
 
@@ -84,7 +84,8 @@ pub fn fetch(
     Ok(Fetched { folder, commit, files: files.len(), bytes, downloaded })
 }
 
-/// Brings the blobs of `files` that are not there; gives the bytes of all, and of those.
+/// Brings the blobs of `files` that are not there; gives the bytes of all, and those that
+/// came.
 pub(crate) fn bring(
     api: &Api<'_>,
     cache: &RepoCache,
@@ -99,16 +100,16 @@ pub(crate) fn bring(
     cache.check_space(bytes - present)?;
     let missing: Vec<&RemoteFile> =
         blobs.into_values().filter(|file| !cache.is_complete(file)).collect();
-    if !missing.is_empty() {
-        progress.begin(api.id(), bytes, present);
-        let meter = Meter::new(progress, present);
-        let stop = AtomicBool::new(false);
-        let all = Download { api, cache, commit, meter, stop: &stop };
-        let result = download(&all, &missing);
-        progress.end();
-        result?;
+    if missing.is_empty() {
+        return Ok((bytes, 0));
     }
-    Ok((bytes, bytes - present))
+    progress.begin(api.id(), bytes, present);
+    let stop = Stop::new();
+    let all = Download { api, cache, commit, meter: Meter::new(progress, present), stop: &stop };
+    let doing = || format!("downloading `{}`", api.id());
+    let result = side_by_side(&missing, &stop, doing, |file| all.file(file));
+    progress.end();
+    result.map(|()| (bytes, all.meter.received()))
 }
 
 pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<RemoteFile>> {
@@ -133,14 +134,19 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<Remo
     }
 }
 
-/// All of `files`, several at a time; the first failure stops the others.
-fn download(all: &Download<'_>, files: &[&RemoteFile]) -> Result<()> {
+/// Works on all of `files`, several at a time; the first failure stops the others.
+fn side_by_side(
+    files: &[&RemoteFile],
+    stop: &Stop,
+    doing: impl Fn() -> String,
+    work: impl Fn(&RemoteFile) -> Result<()> + Sync,
+) -> Result<()> {
     let queue = Mutex::new(files.iter());
-    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let work = || -> Result<()> {
         while let Some(file) = next() {
-            if let Err(error) = all.file(file) {
-                all.stop.store(true, Ordering::Relaxed);
+            if let Err(error) = work(file) {
+                stop.set();
                 return Err(error);
             }
         }
@@ -148,12 +154,35 @@ fn download(all: &Download<'_>, files: &[&RemoteFile]) -> Result<()> {
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(work)).collect();
-        let panicked = || Error::Answer {
-            what: all.api.id().to_owned(),
-            reason: "a download thread panicked".to_owned(),
-        };
+        let panicked = || Error::Panicked { doing: doing() };
         let results = workers.into_iter().map(std::thread::ScopedJoinHandle::join);
         let results: Vec<_> = results.map(|r| r.unwrap_or_else(|_| Err(panicked()))).collect();
         results.into_iter().collect()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hash::Digest;
+
+    #[test]
+    fn a_panic_is_called_one_and_loses_no_other_file() {
+        let digest = Digest::parse(&"a".repeat(40)).unwrap();
+        let file =
+            |path: &str| RemoteFile { path: path.to_owned(), bytes: 4, digest: digest.clone() };
+        let files = [file("a"), file("b"), file("c")];
+        let done = Mutex::new(Vec::new());
+        let doing = || "downloading `org/name`".to_owned();
+        let result = side_by_side(&files.each_ref(), &Stop::new(), doing, |file| {
+            assert_ne!(file.path, "b", "a fault");
+            done.lock().unwrap().push(file.path.clone());
+            Ok(())
+        });
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("`org/name` panicked"), "{message}");
+        let mut done = done.into_inner().unwrap();
+        done.sort();
+        assert_eq!(done, ["a", "c"]);
+    }
 }

@@ -24,6 +24,7 @@ mod hub;
 mod needed;
 mod progress;
 mod push;
+mod stop;
 mod stream;
 
 pub use error::{Error, Result};

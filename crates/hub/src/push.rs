@@ -335,10 +335,10 @@ impl<'a> Upload<'a> {
             }
             job.join()
         });
-        let panicked = || HFError::Other("the upload panicked".to_owned());
+        let what = format!("`{}` to {}", first.path, plan.branch);
         result
-            .unwrap_or_else(|_| Err(panicked()))
-            .map_err(|e| self.failed(&format!("upload `{}` to {}", first.path, plan.branch), &e))?;
+            .map_err(|_| Error::Panicked { doing: format!("uploading {what}") })?
+            .map_err(|e| self.failed(&format!("upload {what}"), &e))?;
         progress.position(done + bytes);
         for (plan, file) in files {
             progress.file(&format!("{}/{}", plan.branch, file.path), file.bytes);

@@ -6,7 +6,6 @@
 //! cut short finds what had not been read.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::api::{Api, Kind, RemoteFile};
@@ -16,6 +15,7 @@ use crate::fetch::{bring, choose};
 use crate::hub::check_revision;
 use crate::needed::is_weights;
 use crate::progress::Meter;
+use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result, Source};
 
 /// Shards that are arriving or wait to be read. Each has a connection of its own.
@@ -37,7 +37,7 @@ struct Shared {
     shards: Vec<RemoteFile>,
     places: Mutex<Vec<Place>>,
     changed: Condvar,
-    stop: AtomicBool,
+    stop: Stop,
     progress: Arc<dyn Progress + Send + Sync>,
 }
 
@@ -85,13 +85,13 @@ impl Stream {
             places: Mutex::new(vec![Place::Remote; shards.len()]),
             shards,
             changed: Condvar::new(),
-            stop: AtomicBool::new(false),
+            stop: Stop::new(),
             progress,
             hub,
         });
         for _ in 0..AHEAD {
             let shared = Arc::clone(&shared);
-            // Not waited for: one that is in the middle of a pause ends with the process.
+            // Not waited for: one that waits for the network ends with the process.
             std::thread::spawn(move || shared.work());
         }
         Ok(Self { shared, folder })
@@ -138,7 +138,9 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        // Under the lock, so that nobody misses it between looking and waiting.
+        let _places = self.shared.places();
+        self.shared.stop.set();
         self.shared.changed.notify_all();
     }
 }
@@ -161,7 +163,7 @@ impl Shared {
     fn next(&self) -> Option<usize> {
         let mut places = self.places();
         loop {
-            if self.stop.load(Ordering::Relaxed) {
+            if self.stop.is_set() {
                 return None;
             }
             let next = places.iter().position(|&place| place == Place::Remote)?;
@@ -221,16 +223,7 @@ mod tests {
 
     use super::*;
     use crate::hash::Digest;
-
-    struct Deaf;
-
-    impl Progress for Deaf {
-        fn begin(&self, _: &str, _: u64, _: u64) {}
-        fn position(&self, _: u64) {}
-        fn file(&self, _: &str, _: u64) {}
-        fn note(&self, _: &str) {}
-        fn end(&self) {}
-    }
+    use crate::progress::tests::Silent;
 
     #[test]
     fn no_more_shards_come_than_may_wait() {
@@ -253,8 +246,8 @@ mod tests {
             places: Mutex::new(vec![Place::Remote; shards.len()]),
             shards,
             changed: Condvar::new(),
-            stop: AtomicBool::new(false),
-            progress: Arc::new(Deaf),
+            stop: Stop::new(),
+            progress: Arc::new(Silent),
         });
         let stream = Stream { shared: Arc::clone(&shared), folder: root.path().to_owned() };
         let arrive = |shard: usize| {
