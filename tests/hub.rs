@@ -41,10 +41,7 @@ impl Setting {
     /// A Hub with the model `org/name`; gives its commit, too.
     fn with_model() -> (Self, String) {
         let setting = Self::new();
-        let files = model();
-        let files: Vec<(&str, &[u8])> =
-            files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-        let commit = setting.hub.publish("models/org/name", &files);
+        let commit = setting.publish_files(&model());
         (setting, commit)
     }
 
@@ -65,6 +62,21 @@ impl Setting {
         outcome
     }
 
+    /// Makes a folder the model `org/name`; gives the commit.
+    fn publish(&self, dir: &Path) -> String {
+        self.publish_files(&files(dir))
+    }
+
+    fn publish_files(&self, files: &BTreeMap<String, Vec<u8>>) -> String {
+        let files: Vec<(&str, &[u8])> =
+            files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+        self.hub.publish("models/org/name", &files)
+    }
+
+    fn folder(&self) -> String {
+        self.dir.path("").display().to_string().trim_end_matches('/').to_owned()
+    }
+
     fn repository(&self, name: &str) -> PathBuf {
         self.dir.path("home/.cache/huggingface/hub").join(name)
     }
@@ -74,14 +86,17 @@ impl Setting {
     }
 }
 
+/// The files of a folder.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let read = |name: String| (name.clone(), fs::read(dir.join(name)).unwrap());
+    listing(dir).into_iter().map(read).collect()
+}
+
 /// A model and what is not needed of its repository.
 fn model() -> BTreeMap<String, Vec<u8>> {
     let dir = tempfile::tempdir().unwrap();
     TinyLlama::new().write_sharded(dir.path(), 2);
-    let mut files: BTreeMap<String, Vec<u8>> = listing(dir.path())
-        .into_iter()
-        .map(|name| (name.clone(), fs::read(dir.path().join(name)).unwrap()))
-        .collect();
+    let mut files = files(dir.path());
     for name in ["LICENSE", "TERMS 1/LICENSE.txt", "pytorch_model.bin", "model-q4.gguf", "a.png"] {
         files.insert(name.to_owned(), name.as_bytes().to_vec());
     }
@@ -106,10 +121,7 @@ fn a_model_is_fetched_once_and_then_found_by_its_id() {
 
     let done = setting.gptq(&["fetch", "org/name"]);
     let snapshot = setting.repository("models--org--name/snapshots").join(&commit);
-    let shown = snapshot
-        .display()
-        .to_string()
-        .replace(&setting.dir.path("").display().to_string(), "[DIR]/");
+    let shown = snapshot.display().to_string().replace(&setting.folder(), "[DIR]");
     assert_eq!(done.ok().trim_end(), shown);
     assert!(done.stderr.contains("org/name: 7 files, "), "{}", done.stderr);
 
@@ -350,7 +362,9 @@ fn a_disk_too_small_is_noticed_before_the_first_byte() {
     let shard = "model-00001-of-00002.safetensors".to_owned();
     setting.hub.state().claimed.insert(shard, 1 << 60);
     setting.gptq(&["fetch", "org/name"]).refused(&["bytes free", "HF_HOME", "models--org--name"]);
-    assert_eq!(setting.hub.count("GET", "/resolve/"), 0);
+    // How large the model is, the index says.
+    assert_eq!(setting.hub.count("GET", "/resolve/"), 1);
+    assert_eq!(setting.hub.count("GET", "index.json"), 1);
 }
 
 #[test]

@@ -53,6 +53,75 @@ fn a_dataset_is_fetched_by_split() {
     setting.gptq(&["fetch", "--dataset", "text.txt"]).refused(&["`text.txt`", "local file"]);
 }
 
+#[test]
+fn an_adapter_is_no_model() {
+    let setting = Setting::new();
+    let dir = tempfile::tempdir().unwrap();
+    TinyLlama::new().write_bin(dir.path());
+    fs::write(dir.path().join("adapter_model.safetensors"), "x").unwrap();
+    setting.publish(dir.path());
+    setting.gptq(&["fetch", "org/name"]).ok();
+    setting.gptq_env(&["inspect", "org/name", "--checksum"], &[OFFLINE]).ok();
+}
+
+/// Gives shards and their index other names.
+fn rename(dir: &Path, index: &str, shard: impl Fn(usize) -> String) {
+    let old = dir.join("model.safetensors.index.json");
+    let mut text = fs::read_to_string(&old).unwrap();
+    let shards = listing(dir).into_iter().filter(|name| name.ends_with(".safetensors"));
+    for (i, name) in shards.enumerate() {
+        text = text.replace(&name, &shard(i));
+        fs::rename(dir.join(&name), dir.join(shard(i))).unwrap();
+    }
+    fs::remove_file(old).unwrap();
+    fs::write(dir.join(index), text).unwrap();
+}
+
+#[test]
+fn shards_are_those_of_the_index_whatever_their_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    TinyLlama::new().write_sharded(&model, 3);
+    rename(&model, "model.safetensors.index.json", |i| format!("part{i}.safetensors"));
+    fs::write(model.join("model-00001-of-00001.safetensors"), "of no index").unwrap();
+    let setting = Setting::new();
+    setting.publish(&model);
+    let done = setting.gptq(&["fetch", "org/name"]);
+    let snapshot = PathBuf::from(done.ok().trim_end().replace("[DIR]", &setting.folder()));
+    assert!(!snapshot.join("model-00001-of-00001.safetensors").exists());
+    setting.gptq_env(&["inspect", "org/name", "--checksum"], &[OFFLINE]).ok();
+    // One after the other as well.
+    quantised(&setting, "streamed", &["--recipe", "rtn", "--discard-shards"]);
+
+    // An early checkpoint, as AutoGPTQ named them.
+    setting.gptq(&["fetch", "org/name"]).ok();
+    let sharded = ["--recipe", "rtn", "--max-shard-size", "20000B"];
+    quantised(&setting, "early", &sharded);
+    let early = setting.dir.path("early");
+    let stem = "gptq_model-4bit-32g";
+    let shard = |i| format!("{stem}-{i}.safetensors");
+    rename(&early, &format!("{stem}.safetensors.index.json"), shard);
+    assert!(early.join(shard(1)).exists());
+    setting.publish(&early);
+    setting.gptq(&["fetch", "org/name"]).ok();
+    setting.gptq_env(&["verify", "org/name"], &[OFFLINE]).ok();
+}
+
+#[test]
+fn an_index_must_name_shards_that_are_there() {
+    let (setting, _) = Setting::with_model();
+    let mut files = model();
+    files.remove("model-00002-of-00002.safetensors");
+    setting.publish_files(&files);
+    let named = ["`org/name/model.safetensors.index.json`", "`model-00002-of-00002.safetensors`"];
+    setting.gptq(&["fetch", "org/name"]).refused(&named);
+    let streamed = ["quantize", "org/name", "--out", "out", "--recipe", "rtn", "--discard-shards"];
+    setting.gptq(&streamed).refused(&named);
+    files.insert("model.safetensors.index.json".to_owned(), b"[]".to_vec());
+    setting.publish_files(&files);
+    setting.gptq(&["fetch", "org/name"]).refused(&[named[0], "no index"]);
+}
+
 /// The bytes of a branch made of `org/name`, all files of it.
 fn quantised(setting: &Setting, out: &str, more: &[&str]) -> BTreeMap<String, Vec<u8>> {
     fs::write(setting.dir.path("text.txt"), words(2000)).unwrap();
@@ -60,11 +129,7 @@ fn quantised(setting: &Setting, out: &str, more: &[&str]) -> BTreeMap<String, Ve
     args.extend(["--windows", "4", "--seq-len", "32", "--group-size", "32"]);
     args.extend(more);
     setting.gptq(&args).ok();
-    let dir = setting.dir.path(out);
-    listing(&dir)
-        .into_iter()
-        .map(|name| (name.clone(), fs::read(dir.join(name)).unwrap()))
-        .collect()
+    files(&setting.dir.path(out))
 }
 
 #[test]
@@ -76,13 +141,8 @@ fn discarded_shards_give_the_same_branch_and_are_gone() {
         let setting = Setting::new();
         let dir = tempfile::tempdir().unwrap();
         write(&TinyLlama::new(), dir.path(), 5);
-        let files = listing(dir.path());
-        let files: Vec<(&str, Vec<u8>)> = files
-            .iter()
-            .map(|name| (name.as_str(), fs::read(dir.path().join(name)).unwrap()))
-            .collect();
-        let files: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
-        setting.hub.publish("models/org/name", &files);
+        let files = files(dir.path());
+        setting.publish_files(&files);
         let snapshots = setting.repository("models--org--name/snapshots");
 
         for recipe in ["best", "rtn"] {
@@ -118,7 +178,7 @@ fn discarding_is_refused_where_it_would_lose_something() {
     setting
         .hub
         .publish("models/org/single", &[("config.json", b"{}"), ("model.safetensors", b"x")]);
-    quantize("org/single", &[]).refused(&["`org/single`", "one file"]);
+    quantize("org/single", &[]).refused(&["`org/single`", "one file", "--discard-shards"]);
     assert_eq!(listing(&setting.dir.path("local")).len(), 5);
 
     // A shard that does not come ends the run, with nothing under the name; what came is kept.

@@ -1,6 +1,8 @@
 //! A model or a split of a dataset: listed, chosen, downloaded side by side, published.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -8,7 +10,7 @@ use crate::api::{Api, Kind, RemoteFile};
 use crate::cache::RepoCache;
 use crate::download::Download;
 use crate::hub::check_revision;
-use crate::needed::{available_splits, model_files, split_files};
+use crate::needed::{Needed, available_splits, model_files, shards, split_files};
 use crate::progress::Meter;
 use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result};
@@ -76,43 +78,20 @@ pub fn fetch(
     let api = Api::new(hub, kind, id)?;
     let commit = api.commit(revision, progress)?;
     let listing = api.files(&commit, progress)?;
-    let files = choose(source, &listing)?;
+    let Needed { mut files, indices } = choose(source, &listing)?;
 
     let cache = RepoCache::create(cache, kind, id)?;
-    let (bytes, downloaded) = bring(&api, &cache, &commit, &files, progress)?;
+    let received = Cell::new(0);
+    let bring = Bring { api: &api, cache: &cache, commit: &commit, received, progress };
+    files.extend(bring.shards(&indices, &listing)?);
+    bring.all(&files)?;
     let folder = cache.publish(revision, &commit, &files)?;
+    let bytes = blobs(&files).iter().map(|file| file.bytes).sum();
+    let downloaded = bring.received.get();
     Ok(Fetched { folder, commit, files: files.len(), bytes, downloaded })
 }
 
-/// Brings the blobs of `files` that are not there; gives the bytes of all, and those that
-/// came.
-pub(crate) fn bring(
-    api: &Api<'_>,
-    cache: &RepoCache,
-    commit: &str,
-    files: &[RemoteFile],
-    progress: &dyn Progress,
-) -> Result<(u64, u64)> {
-    // Equal files are one blob.
-    let blobs: BTreeMap<&str, &RemoteFile> = files.iter().map(|f| (f.digest.hex(), f)).collect();
-    let bytes = blobs.values().map(|file| file.bytes).sum();
-    let present: u64 = blobs.values().map(|file| cache.present(file)).sum();
-    cache.check_space(bytes - present)?;
-    let missing: Vec<&RemoteFile> =
-        blobs.into_values().filter(|file| !cache.is_complete(file)).collect();
-    if missing.is_empty() {
-        return Ok((bytes, 0));
-    }
-    progress.begin(api.id(), bytes, present);
-    let stop = Stop::new();
-    let all = Download { api, cache, commit, meter: Meter::new(progress, present), stop: &stop };
-    let doing = || format!("downloading `{}`", api.id());
-    let result = side_by_side(&missing, &stop, doing, |file| all.file(file));
-    progress.end();
-    result.map(|()| (bytes, all.meter.received()))
-}
-
-pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<RemoteFile>> {
+pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Needed> {
     match source {
         Source::Model(id) => {
             model_files(listing).ok_or_else(|| Error::NoWeights { repo: id.clone() })
@@ -120,7 +99,8 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<Remo
         Source::Config(id) => {
             let config = listing.iter().find(|file| file.path == CONFIG);
             let what = || format!("`{CONFIG}` in `{id}`");
-            Ok(vec![config.ok_or_else(|| Error::NotFound { what: what() })?.clone()])
+            let config = config.ok_or_else(|| Error::NotFound { what: what() })?;
+            Ok(Needed::files(vec![config.clone()]))
         }
         Source::Dataset { id, config, split } => {
             let files = split_files(listing, config, split);
@@ -129,8 +109,68 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<Remo
                 let (repo, config, split) = (id.clone(), config.clone(), split.clone());
                 return Err(Error::NoSplit { repo, config, split, available });
             }
-            Ok(files)
+            Ok(Needed::files(files))
         }
+    }
+}
+
+/// Equal files are one blob.
+fn blobs(files: &[RemoteFile]) -> Vec<&RemoteFile> {
+    let by_hash: BTreeMap<&str, &RemoteFile> = files.iter().map(|f| (f.digest.hex(), f)).collect();
+    by_hash.into_values().collect()
+}
+
+/// Brings files of a repository at a commit into its cache.
+pub(crate) struct Bring<'a> {
+    pub(crate) api: &'a Api<'a>,
+    pub(crate) cache: &'a RepoCache,
+    pub(crate) commit: &'a str,
+    /// Bytes that came over the network so far.
+    pub(crate) received: Cell<u64>,
+    pub(crate) progress: &'a dyn Progress,
+}
+
+impl Bring<'_> {
+    /// The shards that `indices` name, once each. The indices are brought, as nothing else says which
+    /// files of a repository are shards.
+    pub(crate) fn shards(
+        &self,
+        indices: &[RemoteFile],
+        listing: &[RemoteFile],
+    ) -> Result<Vec<RemoteFile>> {
+        self.all(indices)?;
+        let mut found = BTreeMap::new();
+        for index in indices {
+            let blob = self.cache.blob(&index.digest);
+            let text = fs::read(&blob).map_err(Error::io("read", &blob))?;
+            let what = format!("{}/{}", self.api.id(), index.path);
+            let shards = shards(&what, &text, listing)?;
+            found.extend(shards.into_iter().map(|shard| (shard.path.clone(), shard)));
+        }
+        Ok(found.into_values().collect())
+    }
+
+    /// Brings the blobs of `files` that are not there.
+    pub(crate) fn all(&self, files: &[RemoteFile]) -> Result<()> {
+        let Self { api, cache, commit, progress, .. } = *self;
+        let blobs = blobs(files);
+        let bytes: u64 = blobs.iter().map(|file| file.bytes).sum();
+        let present: u64 = blobs.iter().map(|file| cache.present(file)).sum();
+        cache.check_space(bytes - present)?;
+        let missing: Vec<&RemoteFile> =
+            blobs.into_iter().filter(|file| !cache.is_complete(file)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        progress.begin(api.id(), bytes, present);
+        let stop = Stop::new();
+        let all =
+            Download { api, cache, commit, meter: Meter::new(progress, present), stop: &stop };
+        let doing = || format!("downloading `{}`", api.id());
+        let result = side_by_side(&missing, &stop, doing, |file| all.file(file));
+        progress.end();
+        self.received.set(self.received.get() + all.meter.received());
+        result
     }
 }
 

@@ -5,15 +5,15 @@
 //! wait for it. Everything that arrives is a checked file of the standard cache, so a run that was
 //! cut short finds what had not been read.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::api::{Api, Kind, RemoteFile};
 use crate::cache::RepoCache;
 use crate::download::Download;
-use crate::fetch::{bring, choose};
+use crate::fetch::{Bring, choose};
 use crate::hub::check_revision;
-use crate::needed::is_weights;
 use crate::progress::Meter;
 use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result, Source};
@@ -55,7 +55,8 @@ impl Stream {
     /// with the first shards.
     ///
     /// # Errors
-    /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file.
+    /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file, or without an index by which
+    /// a reader knows its shards before they come.
     pub fn start(
         hub: Hub,
         id: &str,
@@ -67,16 +68,25 @@ impl Stream {
         let api = Api::new(&hub, Kind::Model, id)?;
         let commit = api.commit(revision, &*progress)?;
         let listing = api.files(&commit, &*progress)?;
-        let files = choose(&Source::Model(id.to_owned()), &listing)?;
-        let (mut shards, others): (Vec<_>, Vec<_>) = files.into_iter().partition(is_weights);
+        let needed = choose(&Source::Model(id.to_owned()), &listing)?;
+        if !needed.is_sharded() {
+            return Err(Error::NotSharded { repo: id.to_owned() });
+        }
+        let cache = RepoCache::create(cache, Kind::Model, id)?;
+        let bring = Bring {
+            api: &api,
+            cache: &cache,
+            commit: &commit,
+            received: Cell::new(0),
+            progress: &*progress,
+        };
+        let shards = bring.shards(&needed.indices, &listing)?;
         if shards.len() < 2 {
             return Err(Error::NotSharded { repo: id.to_owned() });
         }
-        shards.sort_by(|a, b| a.path.cmp(&b.path));
-        let cache = RepoCache::create(cache, Kind::Model, id)?;
         cache.check_space(space(&shards, &cache))?;
-        bring(&api, &cache, &commit, &others, &*progress)?;
-        let folder = cache.publish(revision, &commit, &others)?;
+        bring.all(&needed.files)?;
+        let folder = cache.publish(revision, &commit, &needed.files)?;
         let shared = Arc::new(Shared {
             id: id.to_owned(),
             revision: revision.to_owned(),
