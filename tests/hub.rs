@@ -287,6 +287,38 @@ fn leftovers_of_another_client_do_no_harm() {
 }
 
 #[test]
+fn the_cache_is_verified_on_demand() {
+    let (setting, _) = Setting::with_model();
+    setting.gptq(&["fetch", "org/name"]).ok();
+    let files = model();
+    let blobs = setting.repository("models--org--name/blobs");
+    let (shard, index) = ("model-00001-of-00002.safetensors", "model.safetensors.index.json");
+    let damage = |name: &str, hash: String| {
+        let blob = blobs.join(hash);
+        let mut bytes = files[name].clone();
+        bytes[0] ^= 1;
+        fs::write(&blob, bytes).unwrap();
+        (name.to_owned(), blob)
+    };
+    let fetch = |more: &[&str]| setting.gptq(&[&["fetch", "org/name", "--json"], more].concat());
+    let shard_blob = damage(shard, sha256(&files[shard]));
+    assert_eq!(fetch(&[]).json()[0]["downloaded_bytes"], 0);
+    let damaged = [shard_blob, damage(index, git_hash(&files[index]))];
+
+    let verified = fetch(&["--verify"]);
+    for (name, blob) in &damaged {
+        let told = format!("org/name/{name}: damaged; downloading it again");
+        assert!(verified.stderr.contains(&told), "{}", verified.stderr);
+        assert_eq!(fs::read(blob).unwrap(), files[name]);
+    }
+    let lost = files[shard].len() + files[index].len();
+    assert_eq!(verified.json()[0]["downloaded_bytes"], lost);
+    setting.hub.forget_requests();
+    assert_eq!(fetch(&["--verify"]).json()[0]["downloaded_bytes"], 0);
+    assert_eq!(setting.hub.count("GET", "/resolve/"), 0);
+}
+
+#[test]
 fn a_failure_is_not_kept_waiting_for() {
     let (setting, _) = Setting::with_model();
     setting.hub.fail("GET", "model-00001", Fault::Busy(100), 1);

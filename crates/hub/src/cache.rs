@@ -56,9 +56,20 @@ impl RepoCache {
         }
     }
 
-    /// Whether the blob is there. It got its name when it had been checked.
+    /// Whether the blob is there, going by its size. This client checks a blob before it gives it its
+    /// name, but others fill the cache, too; [`Self::remove_damaged`] looks at the contents.
     pub(crate) fn is_complete(&self, file: &RemoteFile) -> bool {
         fs::metadata(self.blob(&file.digest)).is_ok_and(|meta| meta.len() == file.bytes)
+    }
+
+    /// Removes a blob that is not what its name says; whether it was removed.
+    pub(crate) fn remove_damaged(&self, file: &RemoteFile) -> Result<bool> {
+        let blob = self.blob(&file.digest);
+        if file.digest.is_of(&blob).map_err(Error::io("read", &blob))? {
+            return Ok(false);
+        }
+        fs::remove_file(&blob).map_err(Error::io("remove", &blob))?;
+        Ok(true)
     }
 
     /// Keeps other processes from writing the same blob until dropped; `None` when it was stopped

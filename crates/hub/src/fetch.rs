@@ -57,8 +57,8 @@ pub struct Fetched {
 /// Downloads what is missing of `source` at `revision` (a branch, tag or commit) into `cache`, the
 /// folder that holds all repositories.
 ///
-/// Each file is checked by size and hash before it gets its name. What has arrived stays when this
-/// fails, and the next call goes on from there.
+/// Each file that arrives is checked by size and hash before it gets its name; one that is there is
+/// taken on its size. What has arrived stays when this fails, and the next call goes on from there.
 ///
 /// # Errors
 /// When the network is forbidden or fails for too long, the Hub refuses, the repository has not
@@ -68,6 +68,31 @@ pub fn fetch(
     source: &Source,
     revision: &str,
     cache: &Path,
+    progress: &dyn Progress,
+) -> Result<Fetched> {
+    obtain(hub, source, revision, cache, false, progress)
+}
+
+/// As [`fetch`], and hashes what is there: a file that is wrong is removed and downloaded again.
+///
+/// # Errors
+/// As [`fetch`].
+pub fn fetch_verified(
+    hub: &Hub,
+    source: &Source,
+    revision: &str,
+    cache: &Path,
+    progress: &dyn Progress,
+) -> Result<Fetched> {
+    obtain(hub, source, revision, cache, true, progress)
+}
+
+fn obtain(
+    hub: &Hub,
+    source: &Source,
+    revision: &str,
+    cache: &Path,
+    verified: bool,
     progress: &dyn Progress,
 ) -> Result<Fetched> {
     let (kind, id) = match source {
@@ -82,7 +107,7 @@ pub fn fetch(
 
     let cache = RepoCache::create(cache, kind, id)?;
     let received = Cell::new(0);
-    let bring = Bring { api: &api, cache: &cache, commit: &commit, received, progress };
+    let bring = Bring { api: &api, cache: &cache, commit: &commit, verified, received, progress };
     files.extend(bring.shards(&indices, &listing)?);
     bring.all(&files)?;
     let folder = cache.publish(revision, &commit, &files)?;
@@ -125,6 +150,8 @@ pub(crate) struct Bring<'a> {
     pub(crate) api: &'a Api<'a>,
     pub(crate) cache: &'a RepoCache,
     pub(crate) commit: &'a str,
+    /// What is there is hashed, too.
+    pub(crate) verified: bool,
     /// Bytes that came over the network so far.
     pub(crate) received: Cell<u64>,
     pub(crate) progress: &'a dyn Progress,
@@ -154,6 +181,9 @@ impl Bring<'_> {
     pub(crate) fn all(&self, files: &[RemoteFile]) -> Result<()> {
         let Self { api, cache, commit, progress, .. } = *self;
         let blobs = blobs(files);
+        if self.verified {
+            self.verify(&blobs)?;
+        }
         let bytes: u64 = blobs.iter().map(|file| file.bytes).sum();
         let present: u64 = blobs.iter().map(|file| cache.present(file)).sum();
         cache.check_space(bytes - present)?;
@@ -170,6 +200,30 @@ impl Bring<'_> {
         let result = side_by_side(&missing, &stop, doing, |file| all.file(file));
         progress.end();
         self.received.set(self.received.get() + all.meter.received());
+        result
+    }
+
+    /// Removes the blobs that are not what their names say.
+    fn verify(&self, blobs: &[&RemoteFile]) -> Result<()> {
+        let Self { api, cache, progress, .. } = *self;
+        let there: Vec<&RemoteFile> =
+            blobs.iter().copied().filter(|file| cache.is_complete(file)).collect();
+        if there.is_empty() {
+            return Ok(());
+        }
+        progress.begin(&format!("checking {}", api.id()), there.iter().map(|f| f.bytes).sum(), 0);
+        let (stop, meter) = (Stop::new(), Meter::new(progress, 0));
+        let doing = || format!("checking `{}`", api.id());
+        let result = side_by_side(&there, &stop, doing, |file| {
+            let Some(_lock) = cache.lock(file, &stop, progress)? else { return Ok(()) };
+            if cache.is_complete(file) && cache.remove_damaged(file)? {
+                let name = &file.path;
+                progress.note(&format!("{}/{name}: damaged; downloading it again", api.id()));
+            }
+            meter.add(file.bytes);
+            Ok(())
+        });
+        progress.end();
         result
     }
 }

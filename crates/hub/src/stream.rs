@@ -77,6 +77,7 @@ impl Stream {
             api: &api,
             cache: &cache,
             commit: &commit,
+            verified: false,
             received: Cell::new(0),
             progress: &*progress,
         };
