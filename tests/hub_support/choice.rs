@@ -182,6 +182,7 @@ fn discarding_is_refused_where_it_would_lose_something() {
     assert_eq!(listing(&setting.dir.path("local")).len(), 5);
 
     // A shard that does not come ends the run, with nothing under the name; what came is kept.
+    setting.hub.fail("GET", "model-00002-of-00002", Fault::Busy(2), 1);
     setting.hub.fail("GET", "model-00002-of-00002", Fault::Status(404), 100);
     let lost = quantize("org/name", &[]);
     lost.refused(&["`model-00002-of-00002.safetensors`"]);

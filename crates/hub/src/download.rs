@@ -125,7 +125,8 @@ impl Download<'_> {
     ) -> Result<bool, Failure> {
         let mut buffer = vec![0; BUFFER];
         loop {
-            if self.stop.is_set() {
+            // With the last byte here, the blob is as good as made.
+            if self.stop.is_set() && sink.have < file.bytes {
                 return Ok(false);
             }
             let read = response.read(&mut buffer).map_err(|e| broken(&e))?;
