@@ -5,18 +5,23 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "hub_support/choice.rs"]
+mod choice;
 mod hub_support;
+#[path = "hub_support/uploads.rs"]
+mod uploads;
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use hub_support::{Fault, StandIn, TOKEN, git_hash, sha256};
 use insta::assert_snapshot;
 use serde_json::{Value, json};
-use util::{Noise, Outcome, TinyLlama, Workdir, listing, words};
+use util::{Outcome, TinyLlama, Workdir, listing, words};
 
 const ONLINE: (&str, &str) = ("HF_HUB_OFFLINE", "0");
 const OFFLINE: (&str, &str) = ("HF_HUB_OFFLINE", "1");
@@ -36,10 +41,7 @@ impl Setting {
     /// A Hub with the model `org/name`; gives its commit, too.
     fn with_model() -> (Self, String) {
         let setting = Self::new();
-        let files = model();
-        let files: Vec<(&str, &[u8])> =
-            files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-        let commit = setting.hub.publish("models/org/name", &files);
+        let commit = setting.publish_files(&model());
         (setting, commit)
     }
 
@@ -60,6 +62,21 @@ impl Setting {
         outcome
     }
 
+    /// Makes a folder the model `org/name`; gives the commit.
+    fn publish(&self, dir: &Path) -> String {
+        self.publish_files(&files(dir))
+    }
+
+    fn publish_files(&self, files: &BTreeMap<String, Vec<u8>>) -> String {
+        let files: Vec<(&str, &[u8])> =
+            files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+        self.hub.publish("models/org/name", &files)
+    }
+
+    fn folder(&self) -> String {
+        self.dir.path("").display().to_string().trim_end_matches('/').to_owned()
+    }
+
     fn repository(&self, name: &str) -> PathBuf {
         self.dir.path("home/.cache/huggingface/hub").join(name)
     }
@@ -69,14 +86,17 @@ impl Setting {
     }
 }
 
+/// The files of a folder.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let read = |name: String| (name.clone(), fs::read(dir.join(name)).unwrap());
+    listing(dir).into_iter().map(read).collect()
+}
+
 /// A model and what is not needed of its repository.
 fn model() -> BTreeMap<String, Vec<u8>> {
     let dir = tempfile::tempdir().unwrap();
     TinyLlama::new().write_sharded(dir.path(), 2);
-    let mut files: BTreeMap<String, Vec<u8>> = listing(dir.path())
-        .into_iter()
-        .map(|name| (name.clone(), fs::read(dir.path().join(name)).unwrap()))
-        .collect();
+    let mut files = files(dir.path());
     for name in ["LICENSE", "TERMS 1/LICENSE.txt", "pytorch_model.bin", "model-q4.gguf", "a.png"] {
         files.insert(name.to_owned(), name.as_bytes().to_vec());
     }
@@ -101,10 +121,7 @@ fn a_model_is_fetched_once_and_then_found_by_its_id() {
 
     let done = setting.gptq(&["fetch", "org/name"]);
     let snapshot = setting.repository("models--org--name/snapshots").join(&commit);
-    let shown = snapshot
-        .display()
-        .to_string()
-        .replace(&setting.dir.path("").display().to_string(), "[DIR]/");
+    let shown = snapshot.display().to_string().replace(&setting.folder(), "[DIR]");
     assert_eq!(done.ok().trim_end(), shown);
     assert!(done.stderr.contains("org/name: 7 files, "), "{}", done.stderr);
 
@@ -166,86 +183,6 @@ fn what_a_command_needs_is_downloaded() {
     let nobody = setting.gptq_env(&["inspect", "org/other"], &gone);
     nobody.refused(&["`gptq fetch org/other`"]);
     assert!(nobody.stderr.contains("Connection refused"), "{}", nobody.stderr);
-}
-
-/// The bytes of a branch made of `org/name`, all files of it.
-fn quantised(setting: &Setting, out: &str, more: &[&str]) -> BTreeMap<String, Vec<u8>> {
-    fs::write(setting.dir.path("text.txt"), words(2000)).unwrap();
-    let mut args = vec!["quantize", "org/name", "--out", out, "--calib-dataset", "text.txt"];
-    args.extend(["--windows", "4", "--seq-len", "32", "--group-size", "32"]);
-    args.extend(more);
-    setting.gptq(&args).ok();
-    let dir = setting.dir.path(out);
-    listing(&dir)
-        .into_iter()
-        .map(|name| (name.clone(), fs::read(dir.join(name)).unwrap()))
-        .collect()
-}
-
-#[test]
-fn discarded_shards_give_the_same_branch_and_are_gone() {
-    for (extension, write) in [
-        ("safetensors", TinyLlama::write_sharded as fn(&TinyLlama, &Path, usize) -> Vec<PathBuf>),
-        ("bin", TinyLlama::write_bin_sharded),
-    ] {
-        let setting = Setting::new();
-        let dir = tempfile::tempdir().unwrap();
-        write(&TinyLlama::new(), dir.path(), 5);
-        let files = listing(dir.path());
-        let files: Vec<(&str, Vec<u8>)> = files
-            .iter()
-            .map(|name| (name.as_str(), fs::read(dir.path().join(name)).unwrap()))
-            .collect();
-        let files: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
-        setting.hub.publish("models/org/name", &files);
-        let snapshots = setting.repository("models--org--name/snapshots");
-
-        for recipe in ["best", "rtn"] {
-            let streamed =
-                quantised(&setting, "streamed", &["--recipe", recipe, "--discard-shards"]);
-            let snapshot = snapshots.join(&listing(&snapshots)[0]);
-            let left = listing(&snapshot);
-            assert!(!left.iter().any(|name| name.ends_with(extension)), "{left:?}");
-            // One blob for each small file.
-            assert_eq!(setting.blobs().len(), left.len());
-            // From the cache, which the command fills again.
-            let whole = quantised(&setting, "whole", &["--recipe", recipe]);
-            assert!(streamed == whole, "{extension} {recipe}");
-            assert_eq!(listing(&snapshot).len(), files.len());
-            fs::remove_dir_all(setting.dir.path("streamed")).unwrap();
-            fs::remove_dir_all(setting.dir.path("whole")).unwrap();
-        }
-    }
-}
-
-#[test]
-fn discarding_is_refused_where_it_would_lose_something() {
-    let (setting, _) = Setting::with_model();
-    TinyLlama::new().write_sharded(&setting.dir.path("local"), 2);
-    let quantize = |model: &str, more: &[&str]| {
-        let mut args =
-            vec!["quantize", model, "--out", "out", "--recipe", "rtn", "--discard-shards"];
-        args.extend(more);
-        setting.gptq(&args)
-    };
-    quantize("local", &[]).refused(&["`local`", "Hub id"]);
-    quantize("org/name", &["--device", "cuda:0,1"]).refused(&["one device", "--discard-shards"]);
-    setting
-        .hub
-        .publish("models/org/single", &[("config.json", b"{}"), ("model.safetensors", b"x")]);
-    quantize("org/single", &[]).refused(&["`org/single`", "one file"]);
-    assert_eq!(listing(&setting.dir.path("local")).len(), 5);
-
-    // A shard that does not come ends the run, with nothing under the name; what came is kept.
-    setting.hub.fail("GET", "model-00002-of-00002", Fault::Status(404), 100);
-    let lost = quantize("org/name", &[]);
-    lost.refused(&["`model-00002-of-00002.safetensors`"]);
-    assert!(lost.stderr.contains("The Hub has no"), "{}", lost.stderr);
-    assert!(!setting.dir.path("out").exists());
-    setting.hub.state().faults.clear();
-    setting.hub.forget_requests();
-    quantize("org/name", &[]).ok();
-    assert_eq!(setting.hub.count("GET", "model-00001-of-00002"), 0);
 }
 
 #[test]
@@ -329,9 +266,13 @@ fn leftovers_of_another_client_do_no_harm() {
     let partial = |name: &str, bytes: &[u8]| {
         fs::write(blobs.join(format!("{}.incomplete", sha256(&files[name]))), bytes).unwrap();
     };
-    // Longer than the file; and a wrong beginning, which the hash betrays at the end.
+    // Longer than the file, of its size, and a wrong beginning, which the hash betrays at the end.
     let (one, two) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
     partial(one, &vec![7; files[one].len() + 1]);
+    partial(two, &vec![7; files[two].len()]);
+    let done = setting.gptq(&["fetch", "org/name", "--json"]).json();
+    assert_eq!(done[0]["downloaded_bytes"], done[0]["bytes"], "all of it came over the network");
+    fs::remove_file(blobs.join(sha256(&files[two]))).unwrap();
     partial(two, b"something else");
     setting.gptq(&["fetch", "org/name"]).ok();
     // A server that ignores the range gets the whole file accepted.
@@ -343,6 +284,63 @@ fn leftovers_of_another_client_do_no_harm() {
     for name in [one, two] {
         assert_eq!(fs::read(snapshot.join(name)).unwrap(), files[name], "{name}");
     }
+}
+
+#[test]
+fn the_cache_is_verified_on_demand() {
+    let (setting, _) = Setting::with_model();
+    setting.gptq(&["fetch", "org/name"]).ok();
+    let files = model();
+    let blobs = setting.repository("models--org--name/blobs");
+    let (shard, index) = ("model-00001-of-00002.safetensors", "model.safetensors.index.json");
+    let damage = |name: &str, hash: String| {
+        let blob = blobs.join(hash);
+        let mut bytes = files[name].clone();
+        bytes[0] ^= 1;
+        fs::write(&blob, bytes).unwrap();
+        (name.to_owned(), blob)
+    };
+    let fetch = |more: &[&str]| setting.gptq(&[&["fetch", "org/name", "--json"], more].concat());
+    let shard_blob = damage(shard, sha256(&files[shard]));
+    assert_eq!(fetch(&[]).json()[0]["downloaded_bytes"], 0);
+    let damaged = [shard_blob, damage(index, git_hash(&files[index]))];
+
+    let verified = fetch(&["--verify"]);
+    for (name, blob) in &damaged {
+        let told = format!("org/name/{name}: damaged; downloading it again");
+        assert!(verified.stderr.contains(&told), "{}", verified.stderr);
+        assert_eq!(fs::read(blob).unwrap(), files[name]);
+    }
+    let lost = files[shard].len() + files[index].len();
+    assert_eq!(verified.json()[0]["downloaded_bytes"], lost);
+    setting.hub.forget_requests();
+    assert_eq!(fetch(&["--verify"]).json()[0]["downloaded_bytes"], 0);
+    assert_eq!(setting.hub.count("GET", "/resolve/"), 0);
+}
+
+#[test]
+fn a_failure_is_not_kept_waiting_for() {
+    let (setting, _) = Setting::with_model();
+    setting.hub.fail("GET", "model-00001", Fault::Busy(100), 1);
+    // Fails for good when the other has begun to wait.
+    setting.hub.fail("GET", "config.json", Fault::Status(503), 1);
+    setting.hub.fail("GET", "config.json", Fault::Status(404), 1);
+    let start = Instant::now();
+    let failed = setting.gptq(&["fetch", "org/name"]);
+    failed.refused(&["The Hub has no `org/name/config.json`"]);
+    assert!(failed.stderr.contains("trying again in 100 s"), "{}", failed.stderr);
+    assert!(start.elapsed() < Duration::from_secs(50));
+}
+
+#[test]
+fn a_mirror_may_link_to_the_hub_behind_it() {
+    let (mut setting, _) = Setting::with_model();
+    setting.token = Some(TOKEN);
+    let behind = StandIn::start();
+    setting.hub.state().links_to = behind.address.clone();
+    let done = setting.gptq(&["fetch", "org/name", "--json"]).json();
+    assert_eq!(done[0]["files"], WANTED.len());
+    assert_eq!(behind.count("GET", ""), 0, "the token is for the mirror");
 }
 
 #[test]
@@ -365,6 +363,10 @@ fn refusals_say_what_to_do() {
     setting.gptq(&revision).refused(&["`org/name@v2`", "the repository is there"]);
     setting.hub.fail("GET", "/revision/", Fault::Status(403), 1);
     setting.gptq(&["fetch", "org/name"]).refused(&["forbids", "accept its terms", "/org/name"]);
+    setting.hub.publish("datasets/org/texts", &[("w2/test-00000-of-00001.parquet", b"x")]);
+    setting.hub.fail("GET", "/revision/", Fault::Status(403), 1);
+    let page = format!("on {}/datasets/org/texts first", setting.hub.address);
+    setting.gptq(&["fetch", "--dataset", "org/texts:w2:test"]).refused(&["forbids", &page]);
     // The stand-in sends the token back.
     setting.hub.fail("GET", "/revision/", Fault::Status(418), 1);
     setting.gptq(&["fetch", "org/name"]).refused(&["answered 418", "[token]"]);
@@ -392,7 +394,9 @@ fn a_disk_too_small_is_noticed_before_the_first_byte() {
     let shard = "model-00001-of-00002.safetensors".to_owned();
     setting.hub.state().claimed.insert(shard, 1 << 60);
     setting.gptq(&["fetch", "org/name"]).refused(&["bytes free", "HF_HOME", "models--org--name"]);
-    assert_eq!(setting.hub.count("GET", "/resolve/"), 0);
+    // How large the model is, the index says.
+    assert_eq!(setting.hub.count("GET", "/resolve/"), 1);
+    assert_eq!(setting.hub.count("GET", "index.json"), 1);
 }
 
 #[test]
@@ -402,212 +406,4 @@ fn a_listing_cannot_write_outside_the_cache() {
     setting.hub.publish("models/org/name", &files);
     setting.gptq(&["fetch", "org/name"]).refused(&["evil.json", "would leave the repository"]);
     assert!(!setting.dir.path("home").exists());
-}
-
-#[test]
-fn other_revisions_stand_beside_main() {
-    let (setting, old) = Setting::with_model();
-    let new = setting.hub.publish("models/org/name", &[("model.safetensors", b"of another kind")]);
-    for revision in ["main", &old] {
-        let done = setting.gptq(&["fetch", "org/name", "--revision", revision, "--json"]).json();
-        let expected = if revision == "main" { &new } else { &old };
-        assert_eq!(&done[0]["commit"], expected);
-        assert_eq!(&done[0]["revision"], revision);
-    }
-    let name = "models--org--name";
-    assert_eq!(listing(&setting.repository(name).join("refs")), ["main"]);
-    let mut both = [old, new];
-    both.sort();
-    assert_eq!(listing(&setting.repository(name).join("snapshots")), both);
-}
-
-#[test]
-fn a_dataset_is_fetched_by_split() {
-    let (setting, _) = Setting::with_model();
-    let names = [
-        "README.md",
-        "w2/test-00000-of-00002.parquet",
-        "w2/test-00001-of-00002.parquet",
-        "w2/train-00000-of-00001.parquet",
-    ];
-    let files: Vec<(&str, &[u8])> = names.iter().map(|n| (*n, n.as_bytes())).collect();
-    let commit = setting.hub.publish("datasets/org/texts", &files);
-    TinyLlama::new().write(&setting.dir.path("model"));
-    let ppl = ["ppl", "model", "--device=cpu", "--dataset", "org/texts:w2:test"];
-    let missing = setting.gptq_env(&ppl, &[OFFLINE]);
-    let hint = "`gptq fetch --dataset org/texts:w2:test`";
-    assert!(missing.code == 1 && missing.stderr.contains(hint), "{}", missing.stderr);
-
-    let both = ["fetch", "org/name", "--dataset", "org/texts:w2:test", "--json"];
-    let done = setting.gptq(&both).json();
-    assert_eq!(done[1]["name"], "org/texts:w2:test");
-    assert_eq!(done[1]["commit"], commit);
-    let snapshot = setting.repository("datasets--org--texts/snapshots").join(&commit);
-    assert_eq!(
-        listing(&snapshot.join("w2")),
-        ["test-00000-of-00002.parquet", "test-00001-of-00002.parquet"]
-    );
-    // Found now, and read: it is no parquet.
-    let read = setting.gptq(&ppl);
-    assert!(read.stderr.contains("w2/test-00000-of-00002.parquet"), "{}", read.stderr);
-    let other = setting.gptq(&["fetch", "--dataset", "org/texts:w2:validation"]);
-    other.refused(&["`org/texts`", "w2:validation", "holds w2:test, w2:train"]);
-    setting.gptq(&["fetch", "--dataset", "text.txt"]).refused(&["`text.txt`", "local file"]);
-}
-
-/// A sweep's folder: two branches and `main`, weights of some length and small files.
-fn branches(setting: &Setting) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
-    let mut branches: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
-    for (seed, branch) in ["main", "3bit-128g", "4bit-32g"].into_iter().enumerate() {
-        let mut noise = Noise::new(seed as u64);
-        // Random bytes, so that the storage has to take them as they are.
-        let weights = (0..200_000).map(|_| noise.next().to_bits().to_be_bytes()[2]);
-        let mut files = BTreeMap::from([
-            ("model.safetensors".to_owned(), weights.collect::<Vec<u8>>()),
-            ("config.json".to_owned(), format!("{{\"branch\": \"{branch}\"}}").into_bytes()),
-            ("LICENSE/LICENSE.txt".to_owned(), words(50).into_bytes()),
-        ]);
-        if branch == "main" {
-            files.insert("README.md".to_owned(), b"# A card\n".to_vec());
-        }
-        for (name, bytes) in &files {
-            let path = setting.dir.path("branches").join(branch).join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, bytes).unwrap();
-        }
-        branches.insert(branch.to_owned(), files);
-    }
-    setting.dir.write("branches/report.json", "{}");
-    branches
-}
-
-const PUSH: [&str; 6] = ["push", "branches", "--repo", "me/quantised", "--retries", "0"];
-
-/// What the Hub holds, without the file that it makes itself.
-fn uploaded(setting: &Setting) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
-    let state = setting.hub.state();
-    let Some(repository) = state.repositories.get("models/me/quantised") else {
-        return BTreeMap::new();
-    };
-    let files = |branch: &String| {
-        let mut files = repository.files(branch).unwrap().clone();
-        assert!(files.remove(".gitattributes").is_some());
-        (branch.clone(), files)
-    };
-    repository.branches.keys().map(files).collect()
-}
-
-#[test]
-fn a_dry_run_lists_what_would_go_where() {
-    let setting = Setting::new();
-    branches(&setting);
-    let dry = ["push", "branches", "--repo", "me/quantised", "--dry-run"];
-    assert_snapshot!(setting.gptq(&dry).snapshot(), @r"
-    exit code 0
-    --- stdout
-    branch     file                     size
-    3bit-128g  model.safetensors    200.0 kB
-    3bit-128g  LICENSE/LICENSE.txt     196 B
-    3bit-128g  config.json              23 B
-    4bit-32g   model.safetensors    200.0 kB
-    4bit-32g   LICENSE/LICENSE.txt     196 B
-    4bit-32g   config.json              22 B
-    main       model.safetensors    200.0 kB
-    main       LICENSE/LICENSE.txt     196 B
-    main       README.md                 9 B
-    main       config.json              18 B
-    10 files on 3 branches of me/quantised, 600.7 kB
-    ");
-    let json = setting.gptq(&[&dry[..], &["--json", "--branch", "main"]].concat()).json();
-    assert_eq!(json["files"], 4);
-    assert_eq!(json["branches"][0]["branch"], "main");
-    assert_eq!(json["branches"][0]["files"][0]["path"], "model.safetensors");
-    assert_eq!(json["branches"][0]["files"][0]["bytes"], 200_000);
-    assert!(setting.hub.state().log.is_empty(), "a dry run needs no network");
-}
-
-#[test]
-fn a_sweep_becomes_a_branch_a_folder() {
-    let mut setting = Setting::new();
-    setting.token = Some(TOKEN);
-    let expected = branches(&setting);
-    let done = setting.gptq(&PUSH);
-    assert!(done.ok().contains("10 files uploaded"), "{}", done.stdout);
-    assert_eq!(uploaded(&setting), expected);
-    // Weights come first, in a commit of their own.
-    assert_eq!(setting.hub.count("POST", "/commit/"), 6);
-
-    setting.hub.forget_requests();
-    let again = setting.gptq(&[&PUSH[..], &["--json"]].concat()).json();
-    assert_eq!(again["uploaded_files"], 0);
-    assert_eq!(again["unchanged_files"], 10);
-    assert_eq!(again["branches"], json!(["3bit-128g", "4bit-32g", "main"]));
-    assert_eq!(setting.hub.count("POST", ""), 0);
-
-    // A branch that comes later inherits nothing from main, and a lone checkpoint is a branch, too.
-    setting.gptq(&["push", "branches/3bit-128g", "--repo", "me/quantised", "--branch", "new"]).ok();
-    assert_eq!(uploaded(&setting)["new"], expected["3bit-128g"]);
-    // What the folder lacks stays and is told of.
-    fs::remove_file(setting.dir.path("branches/main/README.md")).unwrap();
-    let fewer = setting.gptq(&PUSH);
-    assert!(fewer.stderr.contains("branch main has files"), "{}", fewer.stderr);
-    assert!(fewer.stderr.contains("README.md"), "{}", fewer.stderr);
-    fewer.ok();
-    assert_eq!(uploaded(&setting)["main"], expected["main"]);
-}
-
-#[test]
-fn a_failed_upload_is_completed_by_the_next() {
-    // The storage, a branch, the last commit of a branch, the repository.
-    let faults = [
-        ("/v1/xorbs/", 400, "upload `model.safetensors` to 3bit-128g"),
-        ("/branch/4bit-32g", 500, "create branch 4bit-32g"),
-        ("/commit/4bit-32g", 500, "`model.safetensors` to 4bit-32g"),
-        ("/commit/main", 400, "`model.safetensors` to main"),
-        ("/repos/create", 502, "create the repository"),
-    ];
-    for (part, status, told) in faults {
-        let mut setting = Setting::new();
-        setting.token = Some(TOKEN);
-        let expected = branches(&setting);
-        setting.hub.fail("POST", part, Fault::Status(status), 1);
-        let failed = setting.gptq(&PUSH);
-        failed.refused(&[told, "run the command again"]);
-        let there: usize = uploaded(&setting).values().map(BTreeMap::len).sum();
-
-        let done = setting.gptq(&[&PUSH[..], &["--json"]].concat()).json();
-        assert_eq!(done["uploaded_files"], 10 - there, "{part}");
-        assert_eq!(done["unchanged_files"], there, "{part}");
-        assert_eq!(uploaded(&setting), expected, "{part}");
-    }
-}
-
-#[test]
-fn uploads_that_may_not_happen_do_not() {
-    let mut setting = Setting::new();
-    branches(&setting);
-    setting.gptq(&PUSH).refused(&["HF_TOKEN", "write"]);
-    setting.token = Some("hf_wrong");
-    setting.gptq(&PUSH).refused(&["refused the token of HF_TOKEN", "`me/quantised`"]);
-    setting.token = Some(TOKEN);
-    setting.hub.fail("POST", "/repos/create", Fault::Status(403), 1);
-    setting.gptq(&PUSH).refused(&["forbids writing", "`me/quantised`", "write role"]);
-    setting.gptq_env(&PUSH, &[("HF_HUB_OFFLINE", "1")]).refused(&["HF_HUB_OFFLINE"]);
-    setting
-        .gptq(&["push", "branches", "--repo", "quantised"])
-        .refused(&["`quantised`", "ORG/NAME"]);
-    setting.gptq(&["push", "nowhere", "--repo", "me/x"]).refused(&["`nowhere`"]);
-    assert!(uploaded(&setting).is_empty());
-
-    setting.hub.publish("models/me/quantised", &[(".gitattributes", b"")]);
-    let private = [&PUSH[..], &["--private"]].concat();
-    setting.gptq(&private).refused(&["`me/quantised`", "public", "--private"]);
-    setting.hub.state().repositories.clear();
-    setting.gptq(&private).ok();
-    assert!(setting.hub.state().repositories["models/me/quantised"].private);
-    // A token in a file is as good.
-    setting.token = None;
-    setting.dir.write("token", &format!("{TOKEN}\n"));
-    let file = setting.dir.path("token").display().to_string();
-    setting.gptq_env(&PUSH, &[("HF_TOKEN_PATH", &file)]).ok();
 }

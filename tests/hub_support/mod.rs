@@ -29,6 +29,8 @@ const PAGE: usize = 3;
 pub(crate) enum Fault {
     /// Answers with this status.
     Status(u16),
+    /// Is busy, and names the seconds to wait.
+    Busy(u64),
     /// Closes the connection in the middle of the body.
     Cut,
     /// Flips a bit of the body.
@@ -76,6 +78,8 @@ pub(crate) struct State {
     pub(crate) closed: bool,
     /// Sizes that listings claim instead of the true ones.
     pub(crate) claimed: BTreeMap<String, u64>,
+    /// Where the pages of listings say that the next one is; their own host where this is empty.
+    pub(crate) links_to: String,
     /// Large contents by SHA-256, as uploaded.
     pub(crate) stored: BTreeMap<String, Vec<u8>>,
 }
@@ -144,6 +148,9 @@ fn next_fault(state: &mut State, request: &Request) -> Option<Fault> {
 /// The Hub itself.
 fn hub(state: &mut State, request: &Request, storage: &str) -> Answer {
     let fault = next_fault(state, request);
+    if let Some(Fault::Busy(seconds)) = fault {
+        return Answer::refusal(503, "busy").header("Retry-After", &seconds.to_string());
+    }
     if let Some(Fault::Status(status)) = fault {
         // As a careless server may: the token comes back in an error.
         return Answer::refusal(status, &format!("no, {}", request.authorization));
@@ -163,7 +170,13 @@ fn hub(state: &mut State, request: &Request, storage: &str) -> Answer {
                 Some(_) if rest.first() == Some(&"xet-write-token") => Answer::json(&json!({
                     "accessToken": "xet", "exp": 4_000_000_000_u64, "casUrl": storage,
                 })),
-                Some(repository) => described(repository, &state.claimed, rest, query),
+                Some(repository) => match rest {
+                    ["tree", revision] => {
+                        let page = format!("{}{path}", state.links_to);
+                        tree(repository.files(revision), &state.claimed, query, &page)
+                    }
+                    _ => described(repository, rest),
+                },
             }
         }
         ("POST", ["api", "repos", "create"]) => create(state, &request.json()),
@@ -190,12 +203,7 @@ fn hub(state: &mut State, request: &Request, storage: &str) -> Answer {
 }
 
 /// What the API says of a repository that is there.
-fn described(
-    repository: &Repository,
-    claimed: &BTreeMap<String, u64>,
-    rest: &[&str],
-    query: &str,
-) -> Answer {
+fn described(repository: &Repository, rest: &[&str]) -> Answer {
     match *rest {
         [] => Answer::json(&json!({"id": "org/name", "private": repository.private})),
         ["refs"] => {
@@ -215,16 +223,20 @@ fn described(
             }
             None => Answer::refusal(404, "Invalid rev id").code("RevisionNotFound"),
         },
-        ["tree", revision] => match repository.files(revision) {
-            Some(files) => tree(files, claimed, query),
-            None => Answer::refusal(404, "Invalid rev id").code("RevisionNotFound"),
-        },
         _ => Answer::refusal(404, "no such page"),
     }
 }
 
-/// A page of a listing, with a folder among the files.
-fn tree(files: &BTreeMap<String, Vec<u8>>, claimed: &BTreeMap<String, u64>, query: &str) -> Answer {
+/// A page of a listing, with a folder among the files; `page` is the address for the next one.
+fn tree(
+    files: Option<&BTreeMap<String, Vec<u8>>>,
+    claimed: &BTreeMap<String, u64>,
+    query: &str,
+    page: &str,
+) -> Answer {
+    let Some(files) = files else {
+        return Answer::refusal(404, "Invalid rev id").code("RevisionNotFound");
+    };
     assert!(query.contains("recursive=true"), "{query}");
     let start: usize = query.split("cursor=").nth(1).map_or(0, |cursor| cursor.parse().unwrap());
     let mut entries = vec![json!({"type": "directory", "oid": "", "path": "folder", "size": 0})];
@@ -236,12 +248,12 @@ fn tree(files: &BTreeMap<String, Vec<u8>>, claimed: &BTreeMap<String, u64>, quer
         }
         entries.push(entry);
     }
-    let page: Vec<&Value> = entries.iter().skip(start).take(PAGE).collect();
-    let answer = Answer::json(&json!(page));
+    let shown: Vec<&Value> = entries.iter().skip(start).take(PAGE).collect();
+    let answer = Answer::json(&json!(shown));
     if start + PAGE >= entries.len() {
         return answer;
     }
-    let next = format!("<?recursive=true&cursor={}>; rel=\"next\"", start + PAGE);
+    let next = format!("<{page}?recursive=true&cursor={}>; rel=\"next\"", start + PAGE);
     answer.header("Link", &next)
 }
 

@@ -1,8 +1,9 @@
 //! JSON text as Python's `json.dumps(indent=2)` writes it.
 //!
 //! Published checkpoints were written by Python, and our files should equal them byte for byte.
-//! The pretty printer of `serde_json` agrees with it in everything but floats: Python writes
-//! `1e-05` where Rust writes `1e-5`, and switches to exponents at other magnitudes.
+//! The pretty printer of `serde_json` differs from it in two things. Python writes floats as `1e-05`
+//! where Rust writes `1e-5`, and switches to exponents at other magnitudes; and it escapes every
+//! character outside printable ASCII.
 
 use std::io::{self, Write};
 
@@ -14,7 +15,7 @@ use serde_json::{Map, Value};
 pub(crate) fn indented(map: &Map<String, Value>) -> serde_json::Result<String> {
     let mut text = Vec::new();
     map.serialize(&mut Serializer::with_formatter(&mut text, Python(PrettyFormatter::new())))?;
-    // Input strings are UTF-8 and everything else is ASCII, so nothing is replaced.
+    // All of it is ASCII, so nothing is replaced.
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -40,6 +41,26 @@ struct Python<'a>(PrettyFormatter<'a>);
 impl Formatter for Python<'_> {
     fn write_f64<W: ?Sized + Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
         writer.write_all(python_float(value).as_bytes())
+    }
+
+    /// The stretches of a string that `serde_json` escapes nothing in.
+    fn write_string_fragment<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        // UTF-16, as JSON has it: two escapes for a character beyond U+FFFF.
+        let mut units = [0; 2];
+        for character in fragment.chars() {
+            if matches!(character, ' '..='~') {
+                writer.write_all(&[character as u8])?;
+                continue;
+            }
+            for unit in character.encode_utf16(&mut units) {
+                write!(writer, "\\u{unit:04x}")?;
+            }
+        }
+        Ok(())
     }
 
     fn begin_array<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
@@ -104,10 +125,22 @@ mod tests {
 
     #[test]
     fn structure_looks_like_python() {
-        let map = serde_json::from_str(r#"{"b":[1,"ü"],"a":{},"c":[],"d":1e-5}"#).unwrap();
+        let map = serde_json::from_str(r#"{"b":[1,"x"],"a":{},"c":[],"d":1e-5}"#).unwrap();
         assert_eq!(
             indented(&map).unwrap(),
-            "{\n  \"b\": [\n    1,\n    \"ü\"\n  ],\n  \"a\": {},\n  \"c\": [],\n  \"d\": 1e-05\n}"
+            "{\n  \"b\": [\n    1,\n    \"x\"\n  ],\n  \"a\": {},\n  \"c\": [],\n  \"d\": 1e-05\n}"
         );
+    }
+
+    /// `json.dumps({"ü😀": "…"}, indent=2)` of Python 3.
+    #[test]
+    fn strings_are_escaped_as_python_escapes_them() {
+        let text = "ü\u{7f}\u{1f}\n\u{2028}😀/\"\\é€~ <s>";
+        let map = Map::from_iter([("ü😀".to_owned(), Value::from(text))]);
+        let expected = r#"{
+  "\u00fc\ud83d\ude00": "\u00fc\u007f\u001f\n\u2028\ud83d\ude00/\"\\\u00e9\u20ac~ <s>"
+}"#;
+        assert_eq!(indented(&map).unwrap(), expected);
+        assert_eq!(serde_json::from_str::<Map<String, Value>>(expected).unwrap(), map);
     }
 }

@@ -9,6 +9,9 @@
 //! A run may be killed between any two of the steps here: whatever is left is recognised by the
 //! next one. That is why the marker is the first thing made and the last one removed.
 
+mod output;
+
+use std::env;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -30,11 +33,13 @@ pub struct Partial {
 }
 
 impl Partial {
-    /// Makes an empty working folder for `out`, over a left-over of an interrupted run.
+    /// Makes an empty working folder for `out`, over a left-over of an interrupted run. What would
+    /// keep it from getting its name is found now, not when the work is done.
     pub(crate) fn create(out: &Path) -> Result<Self> {
-        refuse_occupied(out)?;
-        let path = partial_path(out)?;
+        let out = output::resolved(out)?;
+        let path = partial_path(&out)?;
         remove_left_over(&path)?;
+        output::prove_replaceable(&out, env::current_dir().ok().as_deref())?;
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         }
@@ -42,7 +47,7 @@ impl Partial {
         let marker_path = path.join(MARKER);
         let marker = File::create_new(&marker_path).map_err(Error::io("create", &marker_path))?;
         lock(&marker, &path)?;
-        Ok(Self { path, out: out.to_owned(), marker, removed_on_drop: true })
+        Ok(Self { path, out, marker, removed_on_drop: true })
     }
 
     /// Goes on with the working folder that an earlier run left for `out`; `None` where there is
@@ -117,21 +122,30 @@ impl Partial {
         File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("write", &path))
     }
 
-    /// Gives the folder its final name.
+    /// Gives the folder its final name. Where that fails the folder stays as it is, and the error
+    /// says where.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn publish(mut self) -> Result<PathBuf> {
-        sync_dir(&self.path)?;
+        // It is finished: whatever fails from here on, hours of work are not thrown away.
+        self.keep();
         // Renaming onto an empty folder replaces it; one that was filled meanwhile is an error.
-        fs::rename(&self.path, &self.out).map_err(Error::io("create", &self.out))?;
-        self.removed_on_drop = false;
+        let named = sync(&self.path).and_then(|()| fs::rename(&self.path, &self.out));
+        named.map_err(|e| self.unnamed(&e))?;
         // The marker goes last: a crash before this line leaves either a left-over that is known
         // as ours, or a complete checkpoint with a hidden empty file, which `settle` removes.
         settle(&self.out)?;
         sync_dir(&self.out)?;
         sync_dir(parent_of(&self.out))?;
         Ok(self.out.clone())
+    }
+
+    fn unnamed(&self, error: &io::Error) -> Error {
+        let at = self.path.display();
+        let told = "rename it, as the next run would replace it";
+        let reason = format!("{error}; the finished checkpoint is in `{at}`: {told}");
+        output::refused("create", &self.out, reason)
     }
 
     /// Removes the folder now, for a writer that failed but lives on.
@@ -199,21 +213,6 @@ pub(crate) fn parent_of(path: &Path) -> &Path {
     }
 }
 
-/// An output must not exist, or be an empty folder.
-fn refuse_occupied(out: &Path) -> Result<()> {
-    match fs::read_dir(out) {
-        Ok(mut entries) => match entries.next() {
-            None => Ok(()),
-            Some(_) => Err(Error::OutputExists { path: out.to_owned() }),
-        },
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
-            Err(Error::OutputExists { path: out.to_owned() })
-        }
-        Err(e) => Err(Error::io("inspect", out)(e)),
-    }
-}
-
 fn remove_left_over(path: &Path) -> Result<()> {
     // Not `exists`: a link must never be followed into somebody's folder.
     match fs::symlink_metadata(path) {
@@ -240,14 +239,24 @@ fn lock(marker: &File, path: &Path) -> Result<()> {
     match marker.try_lock() {
         Ok(()) => Ok(()),
         Err(TryLockError::WouldBlock) => Err(Error::PartialInUse { path: path.to_owned() }),
-        // Some network file systems have no locks; the marker alone has to do there.
-        Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+        // The marker alone has to do there.
+        Err(TryLockError::Error(e)) if has_no_locks(&e) => Ok(()),
         Err(TryLockError::Error(e)) => Err(Error::io("lock", path)(e)),
     }
 }
 
+/// Whether an error is that of a file system without locks, as some over a network are.
+fn has_no_locks(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Unsupported
+        || error.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error())
+}
+
 fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", path))
+    sync(path).map_err(Error::io("sync", path))
+}
+
+fn sync(dir: &Path) -> io::Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all())
 }
 
 /// Bytes that the file system of `dir` can still take.
@@ -292,14 +301,32 @@ mod tests {
         assert_eq!(names, ["a"]);
     }
 
+    /// The whole text that a person sees.
+    pub(super) fn told(error: &Error) -> String {
+        let source = std::error::Error::source(error).unwrap();
+        format!("{error}: {source}")
+    }
+
     #[test]
-    fn occupied_outputs_are_refused() {
+    fn what_cannot_be_named_is_kept() {
         let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("file"), "x").unwrap();
-        for out in [dir.path().to_owned(), dir.path().join("file"), PathBuf::from("/")] {
-            let error = Partial::create(&out).unwrap_err();
-            assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+        let out = dir.path().join("m");
+        let partial = Partial::create(&out).unwrap();
+        partial.write(Path::new("a"), b"x").unwrap();
+        fs::create_dir_all(out.join("of somebody else")).unwrap();
+        let message = told(&partial.publish().unwrap_err());
+        let kept = dir.path().join("m.partial");
+        assert!(message.contains(&format!("is in `{}`", kept.display())), "{message}");
+        assert_eq!(fs::read(kept.join("a")).unwrap(), b"x");
+    }
+
+    #[test]
+    fn file_systems_without_locks_are_known() {
+        use rustix::io::Errno;
+        for errno in [Errno::NOLCK, Errno::NOSYS, Errno::OPNOTSUPP] {
+            assert!(has_no_locks(&errno.into()), "{errno}");
         }
+        assert!(!has_no_locks(&Errno::IO.into()));
     }
 
     #[test]

@@ -192,7 +192,7 @@ impl CheckpointWriter {
     /// Completes the checkpoint and gives the folder its name.
     ///
     /// # Errors
-    /// As [`CheckpointWriter::seal`].
+    /// As [`CheckpointWriter::seal`] and [`Sealed::publish`].
     pub fn finish(self) -> Result<Written> {
         self.seal()?.publish()
     }
@@ -354,7 +354,7 @@ impl Sealed {
     /// Gives the folder its name.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; the working folder is kept.
     pub fn publish(self) -> Result<Written> {
         let Self { folder, files, bytes } = self;
         Ok(Written { dir: folder.publish()?, files, bytes })

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 
 use crate::hash::Digest;
 use crate::hub::{is_plain, split_id};
+use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result};
 
 /// What this program calls itself.
@@ -68,14 +69,15 @@ impl From<Error> for Failure {
 }
 
 /// Counts fruitless attempts and waits between them, each time twice as long.
-pub(crate) struct Patience {
+pub(crate) struct Patience<'a> {
     retries: u32,
     failed: u32,
+    stop: &'a Stop,
 }
 
-impl Patience {
-    pub(crate) fn new(retries: u32) -> Self {
-        Self { retries, failed: 0 }
+impl<'a> Patience<'a> {
+    pub(crate) fn new(retries: u32, stop: &'a Stop) -> Self {
+        Self { retries, failed: 0, stop }
     }
 
     /// Something arrived.
@@ -83,7 +85,7 @@ impl Patience {
         self.failed = 0;
     }
 
-    /// Waits before the next attempt, or gives up.
+    /// Waits before the next attempt, or gives up. Once the whole is stopped, there is no waiting.
     pub(crate) fn spend(
         &mut self,
         what: &str,
@@ -101,7 +103,7 @@ impl Patience {
         let doubled = Duration::from_secs(1 << (self.failed - 1).min(10));
         let wait = pause.unwrap_or(doubled.min(LONGEST_WAIT)).min(LONGEST_PAUSE);
         progress.note(&format!("{what}: {reason}; trying again in {} s", wait.as_secs()));
-        std::thread::sleep(wait);
+        self.stop.wait(wait);
         Ok(())
     }
 }
@@ -164,16 +166,22 @@ impl<'a> Api<'a> {
             for entry in entries.into_iter().filter(|entry| entry.kind == "file") {
                 files.push(entry.checked(&what)?);
             }
-            next = next_page(&headers, &url);
+            next = next_page(&headers, &url, &self.hub.endpoint).map_err(|reason| {
+                Error::Answer { what: what.clone(), reason: self.hub.redacted(&reason) }
+            })?;
         }
         Ok(files)
     }
 
     /// Opens a file at a commit, from an offset on.
     pub(crate) fn open(&self, commit: &str, path: &str, from: u64) -> Result<Response, Failure> {
-        let prefix: &[&str] = if self.kind == Kind::Dataset { &["datasets"] } else { &[] };
-        let url = self.url(prefix, &["resolve", commit], path);
+        let url = self.url(self.page(), &["resolve", commit], path);
         self.get(&format!("{}/{path}", self.id), url, from)
+    }
+
+    /// What stands before the id in the address of the repository's page.
+    fn page(&self) -> &'static [&'static str] {
+        if self.kind == Kind::Dataset { &["datasets"] } else { &[] }
     }
 
     /// An address below the endpoint; each part but `path` is one segment, whatever it holds.
@@ -193,7 +201,8 @@ impl<'a> Api<'a> {
         url: Url,
         progress: &dyn Progress,
     ) -> Result<(T, HeaderMap)> {
-        let mut patience = Patience::new(self.hub.retries);
+        let never = Stop::new();
+        let mut patience = Patience::new(self.hub.retries, &never);
         loop {
             let answer = self.get(what, url.clone(), 0).and_then(|response| {
                 let headers = response.headers().clone();
@@ -259,7 +268,7 @@ impl<'a> Api<'a> {
             (_, "GatedRepo", Some(_)) | (403, _, _) => Error::Forbidden {
                 action: "reading",
                 what,
-                hint: format!("accept its terms on {} first", self.url(&[], &[], "")),
+                hint: format!("accept its terms on {} first", self.url(self.page(), &[], "")),
             },
             (401, _, None) => Error::TokenNeeded { what },
             (401, "RepoNotFound", Some(_)) => {
@@ -330,30 +339,77 @@ impl Entry {
     }
 }
 
-/// The next page of a listing. Only of the same host: the token goes with the request.
-fn next_page(headers: &HeaderMap, current: &Url) -> Option<Url> {
-    let link = headers.get(LINK)?.to_str().ok()?;
-    let next = link.split(',').find(|part| part.contains("rel=\"next\""))?;
-    let address = next.split_once('<')?.1.split_once('>')?.0;
-    current.join(address).ok().filter(|url| url.origin() == current.origin())
+/// The next page of a listing, or why there is none although there should be.
+///
+/// It is asked for at the endpoint, whatever host it is said to be on: a mirror passes on the links of
+/// the Hub behind it, a proxy may have changed the scheme, and the token goes to nobody else.
+fn next_page(
+    headers: &HeaderMap,
+    current: &Url,
+    endpoint: &Url,
+) -> std::result::Result<Option<Url>, String> {
+    let values =
+        headers.get_all(LINK).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let links = values.collect::<Vec<_>>().join(", ");
+    // An address may hold the comma that parts the links, but no `<`.
+    let address = links.split('<').find_map(|link| {
+        let (address, parameters) = link.split_once('>')?;
+        parameters.replace('"', "").contains("rel=next").then_some(address)
+    });
+    let Some(address) = address else { return Ok(None) };
+    let said = current.join(address).ok().filter(Url::has_host);
+    let said = said.ok_or_else(|| format!("`{address}` is no address of a next page"))?;
+    let mut next = endpoint.clone();
+    let root = endpoint.path().trim_end_matches('/');
+    let below = said.path().starts_with(&format!("{root}/"));
+    next.set_path(&format!("{}{}", if below { "" } else { root }, said.path()));
+    next.set_query(said.query());
+    if next == *current {
+        return Err(format!("the page after `{address}` is the same one"));
+    }
+    Ok(Some(next))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::tests::Impatient;
 
     #[test]
-    fn pages_follow_each_other_on_one_host_only() {
-        let here = Url::parse("http://hub:80/api/tree").unwrap();
-        let next = |link: &str| {
+    fn pages_follow_each_other_on_the_endpoint() {
+        let hub = |endpoint: &str, link: &str| {
+            let endpoint = Url::parse(endpoint).unwrap();
+            let current = endpoint.join("api/tree?cursor=0").unwrap();
             let headers = HeaderMap::from_iter([(LINK, link.parse().unwrap())]);
-            next_page(&headers, &here).map(String::from)
+            next_page(&headers, &current, &endpoint).map(|next| next.map(String::from))
         };
-        let expected = Some("http://hub/api/tree?cursor=x".to_owned());
-        assert_eq!(next("<http://hub/api/tree?cursor=x>; rel=\"next\""), expected);
-        assert_eq!(next("</other>; rel=\"prev\", <?cursor=x>; rel=\"next\""), expected);
-        assert_eq!(next("<http://evil/api/tree?cursor=x>; rel=\"next\""), None);
-        assert_eq!(next("<https://hub/api/tree>; rel=\"next\""), None);
+        let page = |link: &str| hub("http://hub:80/", link);
+        let expected = Ok(Some("http://hub/api/tree?cursor=x,y".to_owned()));
+        for link in [
+            "<http://hub/api/tree?cursor=x,y>; rel=\"next\"",
+            "</other>; rel=\"prev\", <?cursor=x,y>; rel=\"next\"",
+            "<https://hub/api/tree?cursor=x,y>; rel=\"next\"",
+            "<https://other:8080/api/tree?cursor=x,y>; rel=next",
+        ] {
+            assert_eq!(page(link), expected, "{link}");
+        }
+        for path in ["/api/tree", "/mirror/api/tree"] {
+            let link = format!("<https://other{path}?cursor=x>; rel=\"next\"");
+            let expected = Ok(Some("http://hub/mirror/api/tree?cursor=x".to_owned()));
+            assert_eq!(hub("http://hub/mirror/", &link), expected);
+        }
+        assert_eq!(page("</other>; rel=\"prev\""), Ok(None));
+        for link in ["<http://:0>; rel=\"next\"", "<?cursor=0>; rel=\"next\""] {
+            assert!(page(link).is_err(), "{link}");
+        }
+    }
+
+    #[test]
+    fn a_stop_ends_a_wait() {
+        let (start, told) = (std::time::Instant::now(), Impatient(Stop::new()));
+        let failure = Failure::Transient { reason: "busy".to_owned(), pause: Some(LONGEST_PAUSE) };
+        Patience::new(1, &told.0).spend("a file", failure, &told).unwrap();
+        assert!(start.elapsed() < LONGEST_PAUSE / 10);
     }
 
     #[test]

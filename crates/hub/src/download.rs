@@ -3,7 +3,6 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use reqwest::StatusCode;
 use reqwest::blocking::Response;
@@ -13,6 +12,7 @@ use crate::api::{Api, Failure, Patience, RemoteFile};
 use crate::cache::RepoCache;
 use crate::hash::Hasher;
 use crate::progress::Meter;
+use crate::stop::Stop;
 use crate::{Error, Result};
 
 /// Bytes read at a time.
@@ -28,7 +28,7 @@ pub(crate) struct Download<'a> {
     pub(crate) commit: &'a str,
     pub(crate) meter: Meter<'a>,
     /// Set when another file has failed; what has arrived by then is kept.
-    pub(crate) stop: &'a AtomicBool,
+    pub(crate) stop: &'a Stop,
 }
 
 impl Download<'_> {
@@ -36,15 +36,15 @@ impl Download<'_> {
     pub(crate) fn file(&self, file: &RemoteFile) -> Result<()> {
         let progress = self.meter.progress();
         let name = self.name(file);
-        let _lock = self.cache.lock(file, progress)?;
+        let Some(_lock) = self.cache.lock(file, self.stop, progress)? else { return Ok(()) };
         if self.cache.is_complete(file) {
             // Another process was faster.
             return Ok(());
         }
-        let mut patience = Patience::new(self.api.hub().retries);
+        let mut patience = Patience::new(self.api.hub().retries, self.stop);
         let mut damaged = 0;
         let incomplete = self.cache.incomplete(&file.digest);
-        while !self.stop.load(Ordering::Relaxed) {
+        while !self.stop.is_set() {
             let before = length(&incomplete);
             match self.attempt(file, &incomplete) {
                 Ok(true) => {
@@ -125,7 +125,8 @@ impl Download<'_> {
     ) -> Result<bool, Failure> {
         let mut buffer = vec![0; BUFFER];
         loop {
-            if self.stop.load(Ordering::Relaxed) {
+            // With the last byte here, the blob is as good as made.
+            if self.stop.is_set() && sink.have < file.bytes {
                 return Ok(false);
             }
             let read = response.read(&mut buffer).map_err(|e| broken(&e))?;

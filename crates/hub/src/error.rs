@@ -114,6 +114,17 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// An index that promises more than there is.
+    #[error(
+        "`{index}` names the shard `{shard}`, which does not lie beside it; the repository is \
+         incomplete, so choose another revision"
+    )]
+    MissingShard {
+        /// Repository and file.
+        index: String,
+        /// The shard's name as written there.
+        shard: String,
+    },
     /// A repository without weights that can be read.
     #[error("`{repo}` has no safetensors and no PyTorch .bin weights")]
     NoWeights {
@@ -122,7 +133,8 @@ pub enum Error {
     },
     /// A model that cannot come in parts.
     #[error(
-        "The weights of `{repo}` are one file, not shards that could go one after the other; leave out --discard-shards"
+        "The weights of `{repo}` are one file, or shards without the usual index, and cannot come one \
+         after the other; leave out --discard-shards"
     )]
     NotSharded {
         /// The repository.
@@ -206,6 +218,15 @@ pub enum Error {
     Public {
         /// The repository.
         repo: String,
+    },
+    /// A fault of this program.
+    #[error(
+        "A thread that was {doing} panicked, which is a fault of gptq: report the lines above, and \
+         run the command again"
+    )]
+    Panicked {
+        /// What it was doing, as a participle phrase.
+        doing: String,
     },
     /// A failed step of an upload.
     #[error("Cannot {action}: {reason}; run the command again to upload what is missing")]

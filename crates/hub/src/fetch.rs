@@ -1,16 +1,18 @@
 //! A model or a split of a dataset: listed, chosen, downloaded side by side, published.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::api::{Api, Kind, RemoteFile};
 use crate::cache::RepoCache;
 use crate::download::Download;
 use crate::hub::check_revision;
-use crate::needed::{available_splits, model_files, split_files};
+use crate::needed::{Needed, available_splits, model_files, shards, split_files};
 use crate::progress::Meter;
+use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result};
 
 /// Files downloaded at a time: one connection seldom fills a fast line.
@@ -48,15 +50,15 @@ pub struct Fetched {
     pub files: usize,
     /// Bytes on disk; equal files are stored once.
     pub bytes: u64,
-    /// Bytes that came over the network.
+    /// Bytes that came over the network, those that arrived damaged included.
     pub downloaded: u64,
 }
 
 /// Downloads what is missing of `source` at `revision` (a branch, tag or commit) into `cache`, the
 /// folder that holds all repositories.
 ///
-/// Each file is checked by size and hash before it gets its name. What has arrived stays when this
-/// fails, and the next call goes on from there.
+/// Each file that arrives is checked by size and hash before it gets its name; one that is there is
+/// taken on its size. What has arrived stays when this fails, and the next call goes on from there.
 ///
 /// # Errors
 /// When the network is forbidden or fails for too long, the Hub refuses, the repository has not
@@ -68,6 +70,31 @@ pub fn fetch(
     cache: &Path,
     progress: &dyn Progress,
 ) -> Result<Fetched> {
+    obtain(hub, source, revision, cache, false, progress)
+}
+
+/// As [`fetch`], and hashes what is there: a file that is wrong is removed and downloaded again.
+///
+/// # Errors
+/// As [`fetch`].
+pub fn fetch_verified(
+    hub: &Hub,
+    source: &Source,
+    revision: &str,
+    cache: &Path,
+    progress: &dyn Progress,
+) -> Result<Fetched> {
+    obtain(hub, source, revision, cache, true, progress)
+}
+
+fn obtain(
+    hub: &Hub,
+    source: &Source,
+    revision: &str,
+    cache: &Path,
+    verified: bool,
+    progress: &dyn Progress,
+) -> Result<Fetched> {
     let (kind, id) = match source {
         Source::Model(id) | Source::Config(id) => (Kind::Model, id),
         Source::Dataset { id, .. } => (Kind::Dataset, id),
@@ -76,42 +103,20 @@ pub fn fetch(
     let api = Api::new(hub, kind, id)?;
     let commit = api.commit(revision, progress)?;
     let listing = api.files(&commit, progress)?;
-    let files = choose(source, &listing)?;
+    let Needed { mut files, indices } = choose(source, &listing)?;
 
     let cache = RepoCache::create(cache, kind, id)?;
-    let (bytes, downloaded) = bring(&api, &cache, &commit, &files, progress)?;
+    let received = Cell::new(0);
+    let bring = Bring { api: &api, cache: &cache, commit: &commit, verified, received, progress };
+    files.extend(bring.shards(&indices, &listing)?);
+    bring.all(&files)?;
     let folder = cache.publish(revision, &commit, &files)?;
+    let bytes = blobs(&files).iter().map(|file| file.bytes).sum();
+    let downloaded = bring.received.get();
     Ok(Fetched { folder, commit, files: files.len(), bytes, downloaded })
 }
 
-/// Brings the blobs of `files` that are not there; gives the bytes of all, and of those.
-pub(crate) fn bring(
-    api: &Api<'_>,
-    cache: &RepoCache,
-    commit: &str,
-    files: &[RemoteFile],
-    progress: &dyn Progress,
-) -> Result<(u64, u64)> {
-    // Equal files are one blob.
-    let blobs: BTreeMap<&str, &RemoteFile> = files.iter().map(|f| (f.digest.hex(), f)).collect();
-    let bytes = blobs.values().map(|file| file.bytes).sum();
-    let present: u64 = blobs.values().map(|file| cache.present(file)).sum();
-    cache.check_space(bytes - present)?;
-    let missing: Vec<&RemoteFile> =
-        blobs.into_values().filter(|file| !cache.is_complete(file)).collect();
-    if !missing.is_empty() {
-        progress.begin(api.id(), bytes, present);
-        let meter = Meter::new(progress, present);
-        let stop = AtomicBool::new(false);
-        let all = Download { api, cache, commit, meter, stop: &stop };
-        let result = download(&all, &missing);
-        progress.end();
-        result?;
-    }
-    Ok((bytes, bytes - present))
-}
-
-pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<RemoteFile>> {
+pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Needed> {
     match source {
         Source::Model(id) => {
             model_files(listing).ok_or_else(|| Error::NoWeights { repo: id.clone() })
@@ -119,7 +124,8 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<Remo
         Source::Config(id) => {
             let config = listing.iter().find(|file| file.path == CONFIG);
             let what = || format!("`{CONFIG}` in `{id}`");
-            Ok(vec![config.ok_or_else(|| Error::NotFound { what: what() })?.clone()])
+            let config = config.ok_or_else(|| Error::NotFound { what: what() })?;
+            Ok(Needed::files(vec![config.clone()]))
         }
         Source::Dataset { id, config, split } => {
             let files = split_files(listing, config, split);
@@ -128,19 +134,113 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Vec<Remo
                 let (repo, config, split) = (id.clone(), config.clone(), split.clone());
                 return Err(Error::NoSplit { repo, config, split, available });
             }
-            Ok(files)
+            Ok(Needed::files(files))
         }
     }
 }
 
-/// All of `files`, several at a time; the first failure stops the others.
-fn download(all: &Download<'_>, files: &[&RemoteFile]) -> Result<()> {
+/// Equal files are one blob.
+fn blobs(files: &[RemoteFile]) -> Vec<&RemoteFile> {
+    let by_hash: BTreeMap<&str, &RemoteFile> = files.iter().map(|f| (f.digest.hex(), f)).collect();
+    by_hash.into_values().collect()
+}
+
+/// Brings files of a repository at a commit into its cache.
+pub(crate) struct Bring<'a> {
+    pub(crate) api: &'a Api<'a>,
+    pub(crate) cache: &'a RepoCache,
+    pub(crate) commit: &'a str,
+    /// What is there is hashed, too.
+    pub(crate) verified: bool,
+    /// Bytes that came over the network so far.
+    pub(crate) received: Cell<u64>,
+    pub(crate) progress: &'a dyn Progress,
+}
+
+impl Bring<'_> {
+    /// The shards that `indices` name, once each. The indices are brought, as nothing else says which
+    /// files of a repository are shards.
+    pub(crate) fn shards(
+        &self,
+        indices: &[RemoteFile],
+        listing: &[RemoteFile],
+    ) -> Result<Vec<RemoteFile>> {
+        self.all(indices)?;
+        let mut found = BTreeMap::new();
+        for index in indices {
+            let blob = self.cache.blob(&index.digest);
+            let text = fs::read(&blob).map_err(Error::io("read", &blob))?;
+            let what = format!("{}/{}", self.api.id(), index.path);
+            let shards = shards(&what, &text, listing)?;
+            found.extend(shards.into_iter().map(|shard| (shard.path.clone(), shard)));
+        }
+        Ok(found.into_values().collect())
+    }
+
+    /// Brings the blobs of `files` that are not there.
+    pub(crate) fn all(&self, files: &[RemoteFile]) -> Result<()> {
+        let Self { api, cache, commit, progress, .. } = *self;
+        let blobs = blobs(files);
+        if self.verified {
+            self.verify(&blobs)?;
+        }
+        let bytes: u64 = blobs.iter().map(|file| file.bytes).sum();
+        let present: u64 = blobs.iter().map(|file| cache.present(file)).sum();
+        cache.check_space(bytes - present)?;
+        let missing: Vec<&RemoteFile> =
+            blobs.into_iter().filter(|file| !cache.is_complete(file)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        progress.begin(api.id(), bytes, present);
+        let stop = Stop::new();
+        let all =
+            Download { api, cache, commit, meter: Meter::new(progress, present), stop: &stop };
+        let doing = || format!("downloading `{}`", api.id());
+        let result = side_by_side(&missing, &stop, doing, |file| all.file(file));
+        progress.end();
+        self.received.set(self.received.get() + all.meter.received());
+        result
+    }
+
+    /// Removes the blobs that are not what their names say.
+    fn verify(&self, blobs: &[&RemoteFile]) -> Result<()> {
+        let Self { api, cache, progress, .. } = *self;
+        let there: Vec<&RemoteFile> =
+            blobs.iter().copied().filter(|file| cache.is_complete(file)).collect();
+        if there.is_empty() {
+            return Ok(());
+        }
+        progress.begin(&format!("checking {}", api.id()), there.iter().map(|f| f.bytes).sum(), 0);
+        let (stop, meter) = (Stop::new(), Meter::new(progress, 0));
+        let doing = || format!("checking `{}`", api.id());
+        let result = side_by_side(&there, &stop, doing, |file| {
+            let Some(_lock) = cache.lock(file, &stop, progress)? else { return Ok(()) };
+            if cache.is_complete(file) && cache.remove_damaged(file)? {
+                let name = &file.path;
+                progress.note(&format!("{}/{name}: damaged; downloading it again", api.id()));
+            }
+            meter.add(file.bytes);
+            Ok(())
+        });
+        progress.end();
+        result
+    }
+}
+
+/// Works on all of `files`, several at a time; the first failure stops the others.
+fn side_by_side(
+    files: &[&RemoteFile],
+    stop: &Stop,
+    doing: impl Fn() -> String,
+    work: impl Fn(&RemoteFile) -> Result<()> + Sync,
+) -> Result<()> {
     let queue = Mutex::new(files.iter());
-    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let work = || -> Result<()> {
         while let Some(file) = next() {
-            if let Err(error) = all.file(file) {
-                all.stop.store(true, Ordering::Relaxed);
+            if let Err(error) = work(file) {
+                stop.set();
                 return Err(error);
             }
         }
@@ -148,12 +248,35 @@ fn download(all: &Download<'_>, files: &[&RemoteFile]) -> Result<()> {
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(work)).collect();
-        let panicked = || Error::Answer {
-            what: all.api.id().to_owned(),
-            reason: "a download thread panicked".to_owned(),
-        };
+        let panicked = || Error::Panicked { doing: doing() };
         let results = workers.into_iter().map(std::thread::ScopedJoinHandle::join);
         let results: Vec<_> = results.map(|r| r.unwrap_or_else(|_| Err(panicked()))).collect();
         results.into_iter().collect()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hash::Digest;
+
+    #[test]
+    fn a_panic_is_called_one_and_loses_no_other_file() {
+        let digest = Digest::parse(&"a".repeat(40)).unwrap();
+        let file =
+            |path: &str| RemoteFile { path: path.to_owned(), bytes: 4, digest: digest.clone() };
+        let files = [file("a"), file("b"), file("c")];
+        let done = Mutex::new(Vec::new());
+        let doing = || "downloading `org/name`".to_owned();
+        let result = side_by_side(&files.each_ref(), &Stop::new(), doing, |file| {
+            assert_ne!(file.path, "b", "a fault");
+            done.lock().unwrap().push(file.path.clone());
+            Ok(())
+        });
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("`org/name` panicked"), "{message}");
+        let mut done = done.into_inner().unwrap();
+        done.sort();
+        assert_eq!(done, ["a", "c"]);
+    }
 }

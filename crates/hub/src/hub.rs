@@ -139,6 +139,14 @@ pub(crate) fn split_id(id: &str) -> Result<Vec<&str>> {
     Ok(parts)
 }
 
+/// Owner and name of a repository that can be written to, which has both.
+pub(crate) fn split_repo(id: &str) -> Result<(&str, &str)> {
+    match split_id(id)?.as_slice() {
+        &[owner, name] => Ok((owner, name)),
+        _ => Err(Error::InvalidId { id: id.to_owned() }),
+    }
+}
+
 /// A revision or branch in characters that stay within a folder.
 pub(crate) fn check_revision(revision: &str) -> Result<()> {
     if revision.split('/').all(is_plain) {

@@ -2,8 +2,16 @@
 //!
 //! Of a model: its weights in one format, safetensors before PyTorch's, and the small files beside
 //! them that every checkpoint made from it carries on. Of a dataset: one split's parquet files.
+//!
+//! What is chosen has to be what a reader opens, so the order of the names is the reader's, and which
+//! files are shards is the index's to say.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Deserialize;
 
 use crate::api::RemoteFile;
+use crate::{Error, Result};
 
 /// Small files by extension; weights in other formats, images and scripts have none of these.
 const SMALL_EXTENSIONS: [&str; 6] = ["json", "txt", "jinja", "model", "tiktoken", "md"];
@@ -11,54 +19,80 @@ const SMALL_EXTENSIONS: [&str; 6] = ["json", "txt", "jinja", "model", "tiktoken"
 /// Larger files are no settings, whatever their name.
 const SMALL_BYTES: u64 = 64 << 20;
 
-/// Stem and extension of weights, the better format first.
-const FORMATS: [(&str, &str); 2] = [("model", "safetensors"), ("pytorch_model", "bin")];
+/// Names of weights, the better ones first.
+const WEIGHTS: [&str; 4] = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+];
 
-/// The files of a model, or nothing where it has no weights in a known format.
-pub(crate) fn model_files(listing: &[RemoteFile]) -> Option<Vec<RemoteFile>> {
-    let at_root: Vec<&RemoteFile> = listing.iter().filter(|f| !f.path.contains('/')).collect();
-    let weights = weights(&at_root)?;
-    let wanted = |file: &&RemoteFile| weights.contains(&file.path) || is_small(file);
-    Some(listing.iter().filter(wanted).cloned().collect())
+/// The end of an index's name.
+const INDEX: &str = ".index.json";
+
+/// What to download.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Needed {
+    /// Everything that is known from the listing.
+    pub(crate) files: Vec<RemoteFile>,
+    /// Those of `files` that name weights.
+    pub(crate) indices: Vec<RemoteFile>,
 }
 
-/// Names of the weight files, index included.
-fn weights(files: &[&RemoteFile]) -> Option<Vec<String>> {
-    let names: Vec<&str> = files.iter().map(|file| file.path.as_str()).collect();
-    for (stem, extension) in FORMATS {
-        let index = format!("{stem}.{extension}.index.json");
-        if names.contains(&index.as_str()) {
-            let shards = names.iter().filter(|name| is_shard(name, stem, extension));
-            return Some(shards.copied().chain([index.as_str()]).map(str::to_owned).collect());
-        }
-        let single = format!("{stem}.{extension}");
-        if names.contains(&single.as_str()) {
-            return Some(vec![single]);
-        }
-        // Early GPTQ checkpoints are named as their makers liked.
-        let others: Vec<String> = names
-            .iter()
-            .filter(|n| extension == "safetensors" && n.ends_with(".safetensors"))
-            .map(|&name| name.to_owned())
-            .collect();
-        if !others.is_empty() {
-            return Some(others);
-        }
+impl Needed {
+    pub(crate) fn files(files: Vec<RemoteFile>) -> Self {
+        Self { files, indices: Vec::new() }
     }
-    None
+
+    /// Whether the shards are those of an index that is found under its usual name.
+    pub(crate) fn is_sharded(&self) -> bool {
+        self.indices.iter().any(|index| WEIGHTS.contains(&index.path.as_str()))
+    }
 }
 
-/// Whether a chosen file holds weights, not settings.
-pub(crate) fn is_weights(file: &RemoteFile) -> bool {
-    FORMATS.iter().any(|(_, extension)| file.path.ends_with(&format!(".{extension}")))
+/// The files of a model, shards apart, or nothing where it has no weights in a known format.
+pub(crate) fn model_files(listing: &[RemoteFile]) -> Option<Needed> {
+    let weights = weights(listing)?;
+    let wanted = |file: &&RemoteFile| weights.contains(file) || is_small(file);
+    let files = listing.iter().filter(wanted).cloned().collect();
+    let is_index = |file: &&&RemoteFile| file.path.ends_with(INDEX);
+    let indices = weights.iter().filter(is_index).map(|&file| file.clone()).collect();
+    Some(Needed { files, indices })
 }
 
-/// `model-00001-of-00015.safetensors` and the like.
-fn is_shard(name: &str, stem: &str, extension: &str) -> bool {
-    let middle = name.strip_prefix(stem).and_then(|n| n.strip_suffix(extension));
-    let numbers = middle.and_then(|m| m.strip_prefix('-')?.strip_suffix('.')?.split_once("-of-"));
-    let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    numbers.is_some_and(|(which, of)| number(which) && number(of))
+/// The weights: a file, or an index of shards, or all files of early GPTQ checkpoints, which are named
+/// as their makers liked.
+fn weights(listing: &[RemoteFile]) -> Option<Vec<&RemoteFile>> {
+    let named = |name: &&str| listing.iter().find(|file| file.path == **name);
+    if let Some(file) = WEIGHTS.iter().find_map(named) {
+        return Some(vec![file]);
+    }
+    let ending = |end: &str| -> Vec<&RemoteFile> {
+        let at_root = listing.iter().filter(|file| !file.path.contains('/'));
+        at_root.filter(|file| file.path.ends_with(end)).collect()
+    };
+    let (indices, files) = (ending(".safetensors.index.json"), ending(".safetensors"));
+    [indices, files].into_iter().find(|found| !found.is_empty())
+}
+
+/// The shards that an index names; `what` is the index, for an error.
+pub(crate) fn shards(what: &str, index: &[u8], listing: &[RemoteFile]) -> Result<Vec<RemoteFile>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let unusable = |reason| Error::Answer { what: what.to_owned(), reason };
+    let Index { weight_map } =
+        serde_json::from_slice(index).map_err(|e| unusable(format!("it is no index: {e}")))?;
+    let names: BTreeSet<String> = weight_map.into_values().collect();
+    if names.is_empty() {
+        return Err(unusable("it names no shards".to_owned()));
+    }
+    let find = |shard: String| {
+        let beside = listing.iter().find(|file| file.path == shard && !shard.contains('/'));
+        beside.cloned().ok_or_else(|| Error::MissingShard { index: what.to_owned(), shard })
+    };
+    names.into_iter().map(find).collect()
 }
 
 /// Settings, tokenisers and licences; a licence may lie in a folder of its own.
@@ -67,7 +101,7 @@ fn is_small(file: &RemoteFile) -> bool {
     let licence = ["licen", "notice", "use_policy"].iter().any(|word| path.contains(word));
     let known =
         path.rsplit_once('.').is_some_and(|(_, extension)| SMALL_EXTENSIONS.contains(&extension));
-    let of_weights = path.ends_with(".index.json");
+    let of_weights = path.ends_with(INDEX);
     let depth = path.matches('/').count();
     file.bytes <= SMALL_BYTES
         && !path.starts_with('.')
@@ -125,42 +159,67 @@ mod tests {
     }
 
     fn chosen(names: &[&str]) -> Vec<String> {
-        let files = model_files(&listing(names)).unwrap_or_default();
-        files.into_iter().map(|file| file.path).collect()
+        let needed = model_files(&listing(names));
+        needed.map_or_else(Vec::new, |n| n.files.into_iter().map(|file| file.path).collect())
     }
 
     #[test]
     fn safetensors_are_preferred_and_only_one_format_is_taken() {
         let both = [
             "config.json",
-            "model-00001-of-00002.safetensors",
-            "model-00002-of-00002.safetensors",
+            "model-00001-of-00001.safetensors",
             "model.safetensors.index.json",
             "pytorch_model-00001-of-00001.bin",
             "pytorch_model.bin.index.json",
             "consolidated.safetensors",
             "model-q4.gguf",
         ];
-        assert_eq!(chosen(&both), both[..4]);
-        assert_eq!(
-            chosen(&["model.safetensors", "consolidated.safetensors"]),
-            ["model.safetensors"]
-        );
+        assert_eq!(chosen(&both), ["config.json", "model.safetensors.index.json"]);
+        let needed = model_files(&listing(&both)).unwrap();
+        assert!(needed.is_sharded());
+        assert_eq!(needed.indices, listing(&["model.safetensors.index.json"]));
+        for [first, other] in [
+            ["model.safetensors", "consolidated.safetensors"],
+            // As the reader has it, which would not open the shards.
+            ["model.safetensors", "model.safetensors.index.json"],
+            ["model.safetensors", "pytorch_model.bin"],
+            // An adapter is no model.
+            ["pytorch_model.bin", "adapter_model.safetensors"],
+            ["pytorch_model.bin.index.json", "adapter_model.safetensors"],
+            ["pytorch_model.bin", "rust_model.ot"],
+        ] {
+            assert_eq!(chosen(&[other, first]), [first]);
+        }
     }
 
     #[test]
-    fn pytorch_shards_are_taken_where_there_is_nothing_else() {
-        let old = [
-            "pytorch_model-00001-of-00002.bin",
-            "pytorch_model-00002-of-00002.bin",
-            "pytorch_model.bin.index.json",
-            "training_args.bin",
-        ];
-        assert_eq!(chosen(&old), old[..3]);
-        assert_eq!(chosen(&["pytorch_model.bin", "rust_model.ot"]), ["pytorch_model.bin"]);
-        let early = ["gptq_model-4bit-128g.safetensors", "quantize_config.json"];
-        assert_eq!(chosen(&early), early);
+    fn early_checkpoints_are_named_as_their_makers_liked() {
+        let single = ["gptq_model-4bit-128g.safetensors", "quantize_config.json"];
+        assert_eq!(chosen(&single), single);
+        let index = "gptq_model-4bit-128g.safetensors.index.json";
+        let sharded = ["gptq_model-4bit-128g-00001-of-00001.safetensors", index];
+        assert_eq!(chosen(&sharded), [index]);
+        assert!(!model_files(&listing(&sharded)).unwrap().is_sharded());
         assert_eq!(model_files(&listing(&["config.json", "model-q4.gguf"])), None);
+        assert_eq!(model_files(&listing(&["original/model.safetensors"])), None);
+    }
+
+    #[test]
+    fn shards_are_what_the_index_says() {
+        let files = listing(&["config.json", "b.safetensors", "a.safetensors", "sub/c"]);
+        let of = |map: &str| {
+            let index = format!("{{\"weight_map\": {map}}}");
+            shards("org/name/index", index.as_bytes(), &files)
+        };
+        let found = of(r#"{"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}"#);
+        assert_eq!(found.unwrap(), listing(&["a.safetensors", "b.safetensors"]));
+        for shard in ["c.safetensors", "sub/c", "../b.safetensors"] {
+            let message = of(&format!("{{\"x\": \"{shard}\"}}")).unwrap_err().to_string();
+            assert!(message.contains("`org/name/index`") && message.contains(shard), "{message}");
+        }
+        for map in ["{}", "[]", "{\"x\": 1}"] {
+            assert!(matches!(of(map), Err(Error::Answer { .. })), "{map}");
+        }
     }
 
     #[test]
@@ -195,7 +254,7 @@ mod tests {
         assert_eq!(chosen(&[&yes[..], &no].concat()), yes);
         let mut huge = listing(&["model.safetensors", "dump.json"]);
         huge[1].bytes = SMALL_BYTES + 1;
-        assert_eq!(model_files(&huge).unwrap().len(), 1);
+        assert_eq!(model_files(&huge).unwrap().files.len(), 1);
     }
 
     #[test]

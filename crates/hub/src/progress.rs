@@ -1,6 +1,6 @@
 //! What a transfer tells while it runs.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Listens to a transfer; called from several threads.
 pub trait Progress: Sync {
@@ -19,31 +19,89 @@ pub trait Progress: Sync {
 /// The bytes of a transfer that several threads share.
 pub(crate) struct Meter<'a> {
     progress: &'a dyn Progress,
-    done: Mutex<u64>,
+    bytes: Mutex<Bytes>,
+}
+
+struct Bytes {
+    /// Bytes that are there.
+    done: u64,
+    /// Bytes that came, those that had to be thrown away included.
+    received: u64,
 }
 
 impl<'a> Meter<'a> {
     pub(crate) fn new(progress: &'a dyn Progress, done: u64) -> Self {
-        Self { progress, done: Mutex::new(done) }
+        Self { progress, bytes: Mutex::new(Bytes { done, received: 0 }) }
     }
 
-    pub(crate) fn add(&self, bytes: u64) {
-        self.change(|done| done + bytes);
+    pub(crate) fn add(&self, count: u64) {
+        let mut bytes = self.bytes();
+        bytes.received += count;
+        bytes.done += count;
+        self.tell(&bytes);
     }
 
     /// Bytes that were counted and are not there after all.
-    pub(crate) fn take_back(&self, bytes: u64) {
-        self.change(|done| done.saturating_sub(bytes));
+    pub(crate) fn take_back(&self, count: u64) {
+        let mut bytes = self.bytes();
+        bytes.done = bytes.done.saturating_sub(count);
+        self.tell(&bytes);
+    }
+
+    pub(crate) fn received(&self) -> u64 {
+        self.bytes().received
     }
 
     /// Told under the lock, so that positions arrive in order.
-    fn change(&self, to: impl FnOnce(u64) -> u64) {
-        let mut done = self.done.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        *done = to(*done);
-        self.progress.position(*done);
+    fn tell(&self, bytes: &Bytes) {
+        self.progress.position(bytes.done);
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, Bytes> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn progress(&self) -> &'a dyn Progress {
         self.progress
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::stop::Stop;
+
+    /// Listens to nothing.
+    pub(crate) struct Silent;
+
+    impl Progress for Silent {
+        fn begin(&self, _: &str, _: u64, _: u64) {}
+        fn position(&self, _: u64) {}
+        fn file(&self, _: &str, _: u64) {}
+        fn note(&self, _: &str) {}
+        fn end(&self) {}
+    }
+
+    /// Stops a transfer at the first thing that a person is told.
+    pub(crate) struct Impatient(pub(crate) Stop);
+
+    impl Progress for Impatient {
+        fn begin(&self, _: &str, _: u64, _: u64) {}
+        fn position(&self, _: u64) {}
+        fn file(&self, _: &str, _: u64) {}
+        fn note(&self, _: &str) {
+            self.0.set();
+        }
+        fn end(&self) {}
+    }
+
+    #[test]
+    fn what_came_is_counted_although_it_was_of_no_use() {
+        let meter = Meter::new(&Silent, 10);
+        meter.take_back(10);
+        meter.add(7);
+        meter.take_back(7);
+        meter.add(10);
+        assert_eq!(meter.received(), 17);
     }
 }

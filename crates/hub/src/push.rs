@@ -15,7 +15,7 @@ use hf_hub::{HFClient, HFClientSync, HFError, HFRepositorySync};
 use serde::Serialize;
 
 use crate::api::{Api, Kind, RemoteFile, USER_AGENT};
-use crate::hub::{check_revision, split_id};
+use crate::hub::{check_revision, split_repo};
 use crate::{Error, Hub, Progress, Result};
 
 /// The branch that every repository has.
@@ -69,13 +69,14 @@ pub struct Pushed {
     pub unchanged: usize,
 }
 
-/// Says what of `dir` goes where, without a network: a checkpoint to `branch` (`main` if none is
-/// given), a folder of checkpoints to a branch each, or to `branch` only.
+/// Says what of `dir` goes where in `repo`, without a network: a checkpoint to `branch` (`main` if
+/// none is given), a folder of checkpoints to a branch each, or to `branch` only.
 ///
 /// # Errors
-/// [`Error::NothingToPush`], [`Error::NoBranch`], [`Error::InvalidRevision`] for a folder whose name
-/// is no branch name, and [`Error::Io`].
-pub fn plan_push(dir: &Path, branch: Option<&str>) -> Result<Vec<BranchPlan>> {
+/// [`Error::InvalidId`], [`Error::NothingToPush`], [`Error::NoBranch`], [`Error::InvalidRevision`]
+/// for a folder whose name is no branch name, and [`Error::Io`].
+pub fn plan_push(repo: &str, dir: &Path, branch: Option<&str>) -> Result<Vec<BranchPlan>> {
+    split_repo(repo)?;
     if let Some(branch) = branch {
         check_revision(branch)?;
     }
@@ -216,10 +217,7 @@ struct Upload<'a> {
 
 impl<'a> Upload<'a> {
     fn connect(hub: &'a Hub, repo: &'a str) -> Result<Self> {
-        let parts = split_id(repo)?;
-        let &[owner, name] = parts.as_slice() else {
-            return Err(Error::InvalidId { id: repo.to_owned() });
-        };
+        let (owner, name) = split_repo(repo)?;
         let token = hub.token.as_ref().ok_or(Error::NoToken)?;
         let client = HFClient::builder()
             .endpoint(hub.endpoint.as_str())
@@ -337,10 +335,10 @@ impl<'a> Upload<'a> {
             }
             job.join()
         });
-        let panicked = || HFError::Other("the upload panicked".to_owned());
+        let what = format!("`{}` to {}", first.path, plan.branch);
         result
-            .unwrap_or_else(|_| Err(panicked()))
-            .map_err(|e| self.failed(&format!("upload `{}` to {}", first.path, plan.branch), &e))?;
+            .map_err(|_| Error::Panicked { doing: format!("uploading {what}") })?
+            .map_err(|e| self.failed(&format!("upload {what}"), &e))?;
         progress.position(done + bytes);
         for (plan, file) in files {
             progress.file(&format!("{}/{}", plan.branch, file.path), file.bytes);
@@ -417,7 +415,7 @@ mod tests {
         ];
         write(dir.path(), &names);
         for (asked, branch) in [(None, "main"), (Some("4bit-128g"), "4bit-128g")] {
-            let plans = plan_push(dir.path(), asked).unwrap();
+            let plans = plan_push("me/x", dir.path(), asked).unwrap();
             assert_eq!(plans.len(), 1);
             assert_eq!(plans[0].branch, branch);
             let expected =
@@ -425,7 +423,11 @@ mod tests {
             assert_eq!(paths(&plans[0])[..4], expected);
             assert_eq!(plans[0].files[0].bytes, "model.safetensors".len() as u64);
         }
-        assert!(plan_push(dir.path(), Some("../x")).is_err());
+        assert!(plan_push("me/x", dir.path(), Some("../x")).is_err());
+        for repo in ["x", "no org", "me/x/y", "me/no name"] {
+            let planned = plan_push(repo, dir.path(), None);
+            assert!(matches!(planned, Err(Error::InvalidId { .. })), "{repo}");
+        }
     }
 
     #[test]
@@ -435,13 +437,17 @@ mod tests {
         write(dir.path(), &names);
         write(dir.path(), &["report.json", "logs/log.txt"]);
         let branches = |asked| -> Vec<String> {
-            plan_push(dir.path(), asked).unwrap().into_iter().map(|plan| plan.branch).collect()
+            plan_push("me/x", dir.path(), asked)
+                .unwrap()
+                .into_iter()
+                .map(|plan| plan.branch)
+                .collect()
         };
         assert_eq!(branches(None), ["3bit", "main"]);
         assert_eq!(branches(Some("main")), ["main"]);
-        let message = plan_push(dir.path(), Some("4bit")).unwrap_err().to_string();
+        let message = plan_push("me/x", dir.path(), Some("4bit")).unwrap_err().to_string();
         assert!(message.contains("`4bit`") && message.contains("3bit, main"), "{message}");
-        let message = plan_push(&dir.path().join("logs"), None).unwrap_err().to_string();
+        let message = plan_push("me/x", &dir.path().join("logs"), None).unwrap_err().to_string();
         assert!(message.contains("logs") && message.contains("config.json"), "{message}");
     }
 }

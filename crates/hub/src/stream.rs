@@ -5,17 +5,17 @@
 //! wait for it. Everything that arrives is a checked file of the standard cache, so a run that was
 //! cut short finds what had not been read.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::api::{Api, Kind, RemoteFile};
 use crate::cache::RepoCache;
 use crate::download::Download;
-use crate::fetch::{bring, choose};
+use crate::fetch::{Bring, choose};
 use crate::hub::check_revision;
-use crate::needed::is_weights;
 use crate::progress::Meter;
+use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result, Source};
 
 /// Shards that are arriving or wait to be read. Each has a connection of its own.
@@ -37,7 +37,7 @@ struct Shared {
     shards: Vec<RemoteFile>,
     places: Mutex<Vec<Place>>,
     changed: Condvar,
-    stop: AtomicBool,
+    stop: Stop,
     progress: Arc<dyn Progress + Send + Sync>,
 }
 
@@ -55,7 +55,8 @@ impl Stream {
     /// with the first shards.
     ///
     /// # Errors
-    /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file.
+    /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file, or without an index by which
+    /// a reader knows its shards before they come.
     pub fn start(
         hub: Hub,
         id: &str,
@@ -67,16 +68,26 @@ impl Stream {
         let api = Api::new(&hub, Kind::Model, id)?;
         let commit = api.commit(revision, &*progress)?;
         let listing = api.files(&commit, &*progress)?;
-        let files = choose(&Source::Model(id.to_owned()), &listing)?;
-        let (mut shards, others): (Vec<_>, Vec<_>) = files.into_iter().partition(is_weights);
+        let needed = choose(&Source::Model(id.to_owned()), &listing)?;
+        if !needed.is_sharded() {
+            return Err(Error::NotSharded { repo: id.to_owned() });
+        }
+        let cache = RepoCache::create(cache, Kind::Model, id)?;
+        let bring = Bring {
+            api: &api,
+            cache: &cache,
+            commit: &commit,
+            verified: false,
+            received: Cell::new(0),
+            progress: &*progress,
+        };
+        let shards = bring.shards(&needed.indices, &listing)?;
         if shards.len() < 2 {
             return Err(Error::NotSharded { repo: id.to_owned() });
         }
-        shards.sort_by(|a, b| a.path.cmp(&b.path));
-        let cache = RepoCache::create(cache, Kind::Model, id)?;
         cache.check_space(space(&shards, &cache))?;
-        bring(&api, &cache, &commit, &others, &*progress)?;
-        let folder = cache.publish(revision, &commit, &others)?;
+        bring.all(&needed.files)?;
+        let folder = cache.publish(revision, &commit, &needed.files)?;
         let shared = Arc::new(Shared {
             id: id.to_owned(),
             revision: revision.to_owned(),
@@ -85,13 +96,13 @@ impl Stream {
             places: Mutex::new(vec![Place::Remote; shards.len()]),
             shards,
             changed: Condvar::new(),
-            stop: AtomicBool::new(false),
+            stop: Stop::new(),
             progress,
             hub,
         });
         for _ in 0..AHEAD {
             let shared = Arc::clone(&shared);
-            // Not waited for: one that is in the middle of a pause ends with the process.
+            // Not waited for: one that waits for the network ends with the process.
             std::thread::spawn(move || shared.work());
         }
         Ok(Self { shared, folder })
@@ -138,7 +149,9 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        // Under the lock, so that nobody misses it between looking and waiting.
+        let _places = self.shared.places();
+        self.shared.stop.set();
         self.shared.changed.notify_all();
     }
 }
@@ -161,7 +174,7 @@ impl Shared {
     fn next(&self) -> Option<usize> {
         let mut places = self.places();
         loop {
-            if self.stop.load(Ordering::Relaxed) {
+            if self.stop.is_set() {
                 return None;
             }
             let next = places.iter().position(|&place| place == Place::Remote)?;
@@ -221,16 +234,7 @@ mod tests {
 
     use super::*;
     use crate::hash::Digest;
-
-    struct Deaf;
-
-    impl Progress for Deaf {
-        fn begin(&self, _: &str, _: u64, _: u64) {}
-        fn position(&self, _: u64) {}
-        fn file(&self, _: &str, _: u64) {}
-        fn note(&self, _: &str) {}
-        fn end(&self) {}
-    }
+    use crate::progress::tests::Silent;
 
     #[test]
     fn no_more_shards_come_than_may_wait() {
@@ -253,8 +257,8 @@ mod tests {
             places: Mutex::new(vec![Place::Remote; shards.len()]),
             shards,
             changed: Condvar::new(),
-            stop: AtomicBool::new(false),
-            progress: Arc::new(Deaf),
+            stop: Stop::new(),
+            progress: Arc::new(Silent),
         });
         let stream = Stream { shared: Arc::clone(&shared), folder: root.path().to_owned() };
         let arrive = |shard: usize| {

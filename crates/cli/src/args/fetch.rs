@@ -5,9 +5,9 @@ use gptq_pipeline::dataset::DatasetSpec;
 
 /// Download a model or dataset from the Hugging Face Hub
 ///
-/// Files go to the Hub's standard cache, each checked by size and hash; a download that was cut
-/// short goes on where it stopped. Other commands then take the model by its id. HF_TOKEN (or
-/// HF_TOKEN_PATH, or a login) opens private models; HF_HOME and HF_HUB_CACHE place the cache, and
+/// Files go to the Hub's standard cache, each checked by size and hash when it arrives; a download
+/// that was cut short goes on where it stopped. Other commands then take the model by its id. HF_TOKEN
+/// (or HF_TOKEN_PATH, or a login) opens private models; HF_HOME and HF_HUB_CACHE place the cache, and
 /// HF_ENDPOINT names another Hub.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -23,6 +23,9 @@ pub(crate) struct FetchArgs {
     /// Split of a dataset, ORG/NAME:CONFIG:SPLIT; may be repeated
     #[arg(long, value_name = "DATASET")]
     pub(crate) dataset: Vec<DatasetSpec>,
+    /// Hash what is in the cache already, too, and download again what is damaged
+    #[arg(long)]
+    pub(crate) verify: bool,
     /// Attempts after failed ones, 1, 2, 4 s and so on apart; what arrives starts the count anew
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub(crate) retries: u32,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use gptq_hub::{Hub, Source};
+use gptq_hub::{Hub, Source, fetch_verified};
 use gptq_pipeline::dataset::DatasetSpec;
 use serde::Serialize;
 
@@ -45,7 +45,8 @@ pub(crate) fn run(args: &FetchArgs, printer: &Printer) -> Result<()> {
     for (name, source, revision) in wanted {
         let start = Instant::now();
         let progress = Transfer::new(printer.clone());
-        let done = gptq_hub::fetch(&hub, &source, revision, &cache, &progress)?;
+        let fetch = if args.verify { fetch_verified } else { gptq_hub::fetch };
+        let done = fetch(&hub, &source, revision, &cache, &progress)?;
         let output = Output {
             name,
             revision: revision.to_owned(),

@@ -32,7 +32,7 @@ struct Output<'a> {
 
 pub(crate) fn run(args: &PushArgs, printer: &Printer) -> Result<()> {
     let repo = &args.repo;
-    let branches = plan_push(&args.dir, args.branch.as_deref())?;
+    let branches = plan_push(repo, &args.dir, args.branch.as_deref())?;
     if args.dry_run {
         let files = || branches.iter().flat_map(|plan| &plan.files);
         let bytes = files().map(|file| file.bytes).sum();

@@ -1,0 +1,138 @@
+//! Whether a finished folder can get its name: asked before the work, not after it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+/// The place of an output, which must not exist or be an empty folder. Links are followed: a folder
+/// can be renamed onto an empty folder, but not onto a link to one.
+pub(super) fn resolved(out: &Path) -> Result<PathBuf> {
+    let occupied = || Err(Error::OutputExists { path: out.to_owned() });
+    let found = fs::canonicalize(out).and_then(|path| {
+        let is_empty = fs::read_dir(&path)?.next().is_none();
+        Ok((is_empty, path))
+    });
+    match found {
+        Ok((true, path)) => Ok(path),
+        Ok((false, _)) => occupied(),
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => occupied(),
+        // With a slash at its end, a link is not seen as one.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            match fs::read_link(out.components().as_path()) {
+                Ok(target) => {
+                    let target = target.display();
+                    let told = "make that folder, or remove the link";
+                    let reason = format!("it is a link to `{target}`, which is missing: {told}");
+                    Err(refused("create", out, reason))
+                }
+                Err(_) => Ok(out.to_owned()),
+            }
+        }
+        Err(e) => Err(Error::io("inspect", out)(e)),
+    }
+}
+
+/// Replaces an empty output folder by a new one, as `Partial::publish` will: what the system would refuse
+/// then, it refuses now.
+pub(super) fn prove_replaceable(out: &Path, current: Option<&Path>) -> Result<()> {
+    let permissions = match fs::metadata(out) {
+        Ok(meta) => meta.permissions(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io("inspect", out)(e)),
+    };
+    if current == Some(out) {
+        // The relative paths of this run would lead nowhere.
+        let reason = "it is the current folder: run the command from another one, or name a folder \
+                      inside it";
+        return Err(refused("replace", out, reason.to_owned()));
+    }
+    fs::remove_dir(out).map_err(|e| match e.kind() {
+        io::ErrorKind::ResourceBusy => {
+            let reason = "it is a mount point, which no folder can be renamed to: name a folder \
+                          inside it";
+            refused("replace", out, reason.to_owned())
+        }
+        _ => Error::io("replace", out)(e),
+    })?;
+    fs::create_dir(out).map_err(Error::io("create", out))?;
+    fs::set_permissions(out, permissions).map_err(Error::io("create", out))
+}
+
+/// A refusal whose reason the system gives too late, or not in words that help.
+pub(super) fn refused(action: &'static str, path: &Path, reason: String) -> Error {
+    Error::Io { action, path: path.to_owned(), source: io::Error::other(reason) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::partial::Partial;
+    use crate::partial::tests::told;
+
+    #[test]
+    fn occupied_outputs_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "x").unwrap();
+        for out in [dir.path().to_owned(), dir.path().join("file"), PathBuf::from("/")] {
+            let error = Partial::create(&out).unwrap_err();
+            assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn links_are_followed_and_must_lead_somewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let (link, target) = (dir.path().join("m"), dir.path().join("disk/m"));
+        std::os::unix::fs::symlink("disk/m", &link).unwrap();
+        for out in [link.clone(), link.join("")] {
+            let message = told(&Partial::create(&out).unwrap_err());
+            assert!(message.contains("`disk/m`") && message.contains("link"), "{message}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+        fs::create_dir_all(&target).unwrap();
+        let partial = Partial::create(&link).unwrap();
+        partial.write(Path::new("a"), b"x").unwrap();
+        partial.publish().unwrap();
+        assert_eq!(fs::read(target.join("a")).unwrap(), b"x");
+        assert!(link.is_symlink());
+        // Through the link it is as occupied as by its name.
+        let error = Partial::create(&link).unwrap_err();
+        assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+    }
+
+    /// Only a privileged user can mount something.
+    #[test]
+    fn a_mount_point_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("disk");
+        fs::create_dir(&out).unwrap();
+        let mount = ["-t", "tmpfs", "tmpfs"];
+        let mounted = std::process::Command::new("mount").args(mount).arg(&out).output();
+        if !mounted.is_ok_and(|done| done.status.success()) {
+            println!("skipped: not permitted to mount a tmpfs");
+            return;
+        }
+        let created = Partial::create(&out);
+        let inside = Partial::create(&out.join("m")).and_then(Partial::publish);
+        std::process::Command::new("umount").arg(&out).status().unwrap();
+        let message = told(&created.unwrap_err());
+        assert!(message.contains("mount point") && message.contains("inside"), "{message}");
+        inside.unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_empty_output_keeps_its_mode_and_may_not_be_the_current_folder() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let message = told(&prove_replaceable(dir.path(), Some(dir.path())).unwrap_err());
+        assert!(message.contains("current folder"), "{message}");
+        let out = dir.path().join("m");
+        fs::create_dir(&out).unwrap();
+        fs::set_permissions(&out, fs::Permissions::from_mode(0o2750)).unwrap();
+        drop(Partial::create(&out).unwrap());
+        assert_eq!(fs::metadata(&out).unwrap().permissions().mode() & 0o7777, 0o2750);
+    }
+}
