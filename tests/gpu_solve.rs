@@ -16,6 +16,7 @@ mod solve_support;
 use std::sync::Arc;
 use std::time::Duration;
 
+use gptq_checkpoint::{Bits, GptqLinear};
 use gptq_compute::cuda::{
     self, ClipSearch, Cuda, GroupWeights, Library, PackedLinear, Precision, SolveOptions, Solved,
     Timer,
@@ -302,57 +303,45 @@ fn solves_are_deterministic_and_refuse_what_does_not_fit() {
 }
 
 #[test]
-fn packed_weights_are_read() {
+fn packed_weights_mean_what_the_format_says() {
     let Some((_, cuda)) = card() else { return };
     let (rows, cols, groups) = (96, 544, 5);
-    let bits_of = |seed: usize, count: usize| -> Vec<u32> {
+    let words = |seed: usize, count: usize| -> Vec<u32> {
         (0..count)
             .map(|i| (noise(seed, i).to_bits() << 9) ^ (noise(seed + 1, i).to_bits() >> 3))
             .collect()
     };
-    for bits in [2_usize, 3, 4, 8] {
-        let qweight = bits_of(20, cols / 32 * bits * rows);
-        let qzeros = bits_of(30, groups * rows / 32 * bits);
-        let scales: Vec<f16> =
-            (0..groups * rows).map(|i| f16::from_f32(noise(40, i) * 0.02)).collect();
-        let g_idx: Vec<i32> = (0..cols).map(|k| (k * 7 % groups) as i32).collect();
-        for zero_offset in [0, 1] {
-            let packed = PackedLinear {
-                bits: bits as u8,
-                rows,
-                cols,
-                qweight: &qweight,
-                qzeros: &qzeros,
-                scales: &scales,
-                g_idx: &g_idx,
-                zero_offset,
-            };
-            let weight = cuda::dequantise(&cuda, &packed).unwrap().to_host().unwrap();
-            let stream = |words: &dyn Fn(usize) -> u32, at: usize| -> u32 {
-                (0..bits)
-                    .map(|b| (words((at * bits + b) / 32) >> ((at * bits + b) % 32) & 1) << b)
-                    .sum()
-            };
-            for ((r, k), &found) in weight.indexed_iter() {
-                let g = g_idx[k] as usize;
-                let code = stream(&|word| qweight[word * rows + r], k);
-                let zero = stream(&|word| qzeros[g * (rows / 32 * bits) + word], r);
-                let steps = code as f32 - (zero + u32::from(zero_offset)) as f32;
-                let want = f16::from_f32(scales[g * rows + r].to_f32() * steps).to_f32();
-                assert_eq!(found, want, "{bits} bits, output {r}, input {k}");
-            }
+    for bits in Bits::ALL {
+        let mut linear = GptqLinear {
+            bits,
+            in_features: cols,
+            out_features: rows,
+            groups,
+            qweight: words(20, bits.words(cols) * rows),
+            qzeros: words(30, groups * bits.words(rows)),
+            scales: (0..groups * rows).map(|i| f16::from_f32(noise(40, i) * 0.02)).collect(),
+            g_idx: (0..cols).map(|k| (k * 7 % groups) as u32).collect(),
+        };
+        // Stored zeros of all ones, which mean 0, among ordinary ones: 32 outputs of every group.
+        for zeros in linear.qzeros.chunks_exact_mut(bits.words(rows)) {
+            zeros[..bits.words(32)].fill(u32::MAX);
         }
-        let beyond = vec![groups as i32; cols];
         let packed = PackedLinear {
-            bits: bits as u8,
+            bits: bits.get(),
             rows,
             cols,
-            qweight: &qweight,
-            qzeros: &qzeros,
-            scales: &scales,
-            g_idx: &beyond,
-            zero_offset: 1,
+            qweight: &linear.qweight,
+            qzeros: &linear.qzeros,
+            scales: &linear.scales,
+            g_idx: bytemuck::cast_slice(&linear.g_idx),
         };
+        let found = cuda::dequantise(&cuda, &packed).unwrap().to_host().unwrap();
+        for (((r, k), &found), value) in found.indexed_iter().zip(linear.dequantise()) {
+            let want = f16::from_f32(value).to_f32();
+            assert_eq!(found, want, "{bits} bits, output {r}, input {k}");
+        }
+        let beyond = vec![groups as i32; cols];
+        let packed = PackedLinear { g_idx: &beyond, ..packed };
         assert!(matches!(cuda::dequantise(&cuda, &packed), Err(Error::RowOutOfRange { .. })));
     }
 }
