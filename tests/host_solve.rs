@@ -23,7 +23,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let upper = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
     let upper = upper.as_host().clone();
     let identity = upper.t().dot(&upper).dot(&plan.hessian(&gram)) - Array2::<f32>::eye(n);
-    let worst = identity.iter().fold(0.0_f32, |a, v| a.max(v.abs()));
+    let worst = identity.iter().map(|v| v.abs()).max_by(f32::total_cmp).unwrap();
     within(&format!("{name}: UᵀU H = 1"), f64::from(worst), 1e-2);
     let factored = Factored {
         order: plan.order.clone(),
@@ -67,6 +67,30 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let tolerance = if spec.bits == 8 { 5e-3 } else { 1e-4 };
     within(&format!("{name}: scales"), replay.scale, tolerance);
     within(&format!("{name}: loss"), (solved.loss.unwrap() / replay.loss - 1.0).abs(), 1e-4);
+}
+
+/// A NaN anywhere must show in what `within` sees.
+#[test]
+fn a_replay_does_not_drop_nan() {
+    let n = 64;
+    let (w, gram) = (weights(4, n), gram(n));
+    let plan = Plan::new(&gram, false);
+    let upper = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
+    let ratios = [1.0];
+    for search in [None, Some(ClipSearch { ratios: &ratios, importance: &plan.importance })] {
+        let options = SolveOptions {
+            bits: 4,
+            group_size: Some(32),
+            group_weights: Choices::BEST.group_weights,
+            half_scales: false,
+            half_values: false,
+            search,
+        };
+        let case = Case { w: &w, upper: upper.as_host(), plan: &plan, options };
+        let mut replay = Replay::default();
+        case.replay(0, &[8; 64], &[f32::NAN, 1.0], &mut replay);
+        assert!(replay.code.is_nan() && replay.scale.is_nan() && replay.loss.is_nan());
+    }
 }
 
 #[test]

@@ -105,7 +105,7 @@ impl Case<'_> {
                 let columns = j..(j + self.group()).min(n);
                 let error =
                     self.scale_error(&seen[columns.clone()], columns, scale[j / self.group()]);
-                out.scale = out.scale.max(error);
+                out.scale = larger(out.scale, error);
             }
             let step = f64::from(scale[j / self.group()]);
             let chosen = f64::from(code[j]);
@@ -113,7 +113,7 @@ impl Case<'_> {
             let clipped =
                 (chosen == 0.0 && steps < 0.0) || (chosen == 2.0 * zero - 1.0 && steps > 0.0);
             if !clipped {
-                out.code = out.code.max(steps.abs() - 0.5);
+                out.code = larger(out.code, steps.abs() - 0.5);
             }
             let mut value = step * (chosen - zero);
             if self.options.half_values {
@@ -140,8 +140,8 @@ impl Case<'_> {
         let Some(search) = self.options.search else {
             let range = if low < 0.0 { 2.0 * absmax } else { high };
             let range = if absmax == 0.0 { 2.0 } else { range };
-            return ((f64::from(found) - half(range / max_code)).abs() / f64::from(found) - slack)
-                .max(0.0);
+            let off = (f64::from(found) - half(range / max_code)).abs() / f64::from(found);
+            return larger(off - slack, 0.0);
         };
         let zero = (max_code + 1.0) / 2.0;
         let loss = |s: f64| -> f64 {
@@ -152,8 +152,14 @@ impl Case<'_> {
         let base = 2.0 * if absmax == 0.0 { 1.0 } else { absmax } / max_code;
         let best =
             search.ratios.iter().map(|&r| loss(half(f64::from(r) * base))).fold(f64::MAX, f64::min);
-        if best == 0.0 { 0.0 } else { (loss(f64::from(found)) / best - 1.0).max(0.0) }
+        let left = loss(f64::from(found));
+        if best == 0.0 { left } else { larger(left / best - 1.0, 0.0) }
     }
+}
+
+/// The larger of two errors, or NaN where one is, which `max` would drop.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || a > b { a } else { b }
 }
 
 /// Prints `error` as a fraction of `tolerance`, and fails beyond it (or on NaN).

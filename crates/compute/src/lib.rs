@@ -16,6 +16,8 @@ mod ranks;
 mod rope;
 mod target;
 mod tensor;
+#[cfg(test)]
+mod testing;
 
 pub use cpu::linalg;
 pub use cpu::matmul::matmul_nt;

@@ -77,6 +77,7 @@ fn one_head(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::largest;
 
     /// The definition, in f64, token by token.
     fn oracle(q: &Array2<f32>, k: &Array2<f32>, v: &Array2<f32>, s: AttentionShape) -> Array2<f64> {
@@ -113,8 +114,7 @@ mod tests {
             let k = Array2::from_shape_fn((tokens, 16), |(i, j)| value(11 + i * 16 + j));
             let v = Array2::from_shape_fn((tokens, 16), |(i, j)| value(17 + i * 16 + j));
             let out = causal(&q, &k, &v, shape).mapv(f64::from);
-            let worst =
-                (out - oracle(&q, &k, &v, shape)).iter().fold(0.0_f64, |a, e| a.max(e.abs()));
+            let worst = largest(&(out - oracle(&q, &k, &v, shape)));
             assert!(worst < 2e-6, "seq_len {seq_len}: worst error {worst:e}");
         }
     }

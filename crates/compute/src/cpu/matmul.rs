@@ -30,8 +30,10 @@ pub fn matmul_nt(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use ndarray::Array2;
+
+    use super::*;
+    use crate::testing::largest;
 
     #[test]
     fn ragged_products_match_f64() {
@@ -42,7 +44,7 @@ mod tests {
         let mut out = Array2::from_elem((m, n), 1.0);
         matmul_nt(x.view(), w.view(), 1.0, out.view_mut());
         let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t()) + 1.0;
-        let worst = (&out.mapv(f64::from) - &exact).iter().fold(0.0_f64, |a, e| a.max(e.abs()));
+        let worst = largest(&(&out.mapv(f64::from) - &exact));
         assert!(worst < 1e-5, "worst error {worst:e}");
     }
 }
