@@ -43,10 +43,9 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
         group_size: spec.group_size,
         group_weights: spec.choices.group_weights,
         half_scales: half,
-        half_values: false,
         search: (spec.choices.clip == Clip::Search).then_some(search),
     };
-    let case = Case { w: &w, upper: &upper, plan: &plan, options };
+    let case = Case { w: &w, upper: &upper, plan: &plan, options, half_values: false };
     let Codes::Plain(codes) = &solved.stored.codes else { panic!("packed codes from the CPU") };
     let groups = n.div_ceil(case.group());
     let mut replay = Replay::default();
@@ -83,10 +82,10 @@ fn a_replay_does_not_drop_nan() {
             group_size: Some(32),
             group_weights: Choices::BEST.group_weights,
             half_scales: false,
-            half_values: false,
             search,
         };
-        let case = Case { w: &w, upper: upper.as_host(), plan: &plan, options };
+        let upper = upper.as_host();
+        let case = Case { w: &w, upper, plan: &plan, options, half_values: false };
         let mut replay = Replay::default();
         case.replay(0, &[8; 64], &[f32::NAN, 1.0], &mut replay);
         assert!(replay.code.is_nan() && replay.scale.is_nan() && replay.loss.is_nan());

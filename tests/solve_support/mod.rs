@@ -66,6 +66,9 @@ pub(crate) struct Case<'a> {
     pub(crate) upper: &'a Array2<f32>,
     pub(crate) plan: &'a Plan,
     pub(crate) options: SolveOptions<'a>,
+    /// A code's value is rounded to fp16 before its error is computed, as a card does where scales
+    /// are fp16.
+    pub(crate) half_values: bool,
 }
 
 impl Case<'_> {
@@ -116,7 +119,7 @@ impl Case<'_> {
                 out.code = larger(out.code, steps.abs() - 0.5);
             }
             let mut value = step * (chosen - zero);
-            if self.options.half_values {
+            if self.half_values {
                 value = f64::from(f16::from_f64(value).to_f32());
             }
             let error = (now[j] - value) / f64::from(self.upper[[j, j]]);

@@ -116,14 +116,6 @@ impl Device {
         }
     }
 
-    /// A Gram of this device from a full symmetric matrix in host memory.
-    pub fn gram_from(&self, sum: Array2<f32>) -> Result<Gram> {
-        match self {
-            Self::Cpu => Ok(Gram::from_host(sum)),
-            Self::Cuda(cuda) => Ok(Gram::new(Storage::Cuda(cuda::Matrix::upload_f32(cuda, &sum)?))),
-        }
-    }
-
     /// Adds xᵀx of activations `[tokens, n]` to `gram`.
     pub fn gram_add(&self, gram: &mut Gram, x: &Tensor) -> Result<()> {
         match (&mut gram.sum, &x.0) {

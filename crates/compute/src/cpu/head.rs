@@ -53,7 +53,12 @@ impl Logits {
     }
 
     /// Logits of the band's rows.
-    fn band(&mut self, band: usize, hidden: &Array2<f32>, head: &Array2<f32>) -> ArrayView2<'_, f32> {
+    fn band(
+        &mut self,
+        band: usize,
+        hidden: &Array2<f32>,
+        head: &Array2<f32>,
+    ) -> ArrayView2<'_, f32> {
         let start = band * BAND;
         let end = (start + BAND).min(hidden.nrows());
         let rows = hidden.slice(s![start..end, ..]);

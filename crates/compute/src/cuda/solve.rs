@@ -60,10 +60,9 @@ pub struct SolveOptions<'a> {
     pub group_size: Option<usize>,
     /// Which weights a scale is computed from.
     pub group_weights: GroupWeights,
-    /// Scales are rounded to fp16 before codes are chosen.
+    /// Scales are rounded to fp16 before codes are chosen, and a code's value before its error is
+    /// computed: the weights that the file dequantises to on a card, which keeps them in fp16.
     pub half_scales: bool,
-    /// A code's value is rounded to fp16 before its error is computed.
-    pub half_values: bool,
     /// AutoGPTQ's absmax scales when `None`.
     pub search: Option<ClipSearch<'a>>,
 }
@@ -289,7 +288,7 @@ impl<'a> Solver<'a> {
         let groups_left = int(self.groups - first)?;
         let until = int((first + 1) * self.group - start)?;
         let (zero, max_code) = self.grid();
-        let half_values = i32::from(self.options.half_values);
+        let half_values = i32::from(self.options.half_scales);
         let kernel = self.cuda.kernel("gptq_block.cu", "gptq_block")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address());
