@@ -20,7 +20,7 @@ use solve_support::{Case, Plan, Replay, gram, weights, within};
 fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let (w, gram) = (weights(rows, n), gram(n));
     let plan = Plan::new(&gram, spec.act_order);
-    let upper = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
+    let (upper, precision) = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
     let upper = upper.as_host().clone();
     let identity = upper.t().dot(&upper).dot(&plan.hessian(&gram)) - Array2::<f32>::eye(n);
     let worst = identity.iter().map(|v| v.abs()).max_by(f32::total_cmp).unwrap();
@@ -32,6 +32,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
         importance: plan.importance.clone(),
         damp: 0.01,
         damp_retries: 0,
+        precision,
     };
     let solved = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
 
@@ -74,7 +75,7 @@ fn a_replay_does_not_drop_nan() {
     let n = 64;
     let (w, gram) = (weights(4, n), gram(n));
     let plan = Plan::new(&gram, false);
-    let upper = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
+    let (upper, _) = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
     let ratios = [1.0];
     for search in [None, Some(ClipSearch { ratios: &ratios, importance: &plan.importance })] {
         let options = SolveOptions {

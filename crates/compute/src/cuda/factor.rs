@@ -24,7 +24,7 @@ use super::nccl::Communicator;
 use super::order::SolveOrder;
 use super::split;
 use crate::error::{Error, Result, ensure_shape};
-use crate::gram::HessianPrep;
+use crate::gram::{HessianPrep, Precision};
 use crate::ranks::Ranks;
 use crate::tensor::{Storage, Tensor};
 
@@ -35,15 +35,6 @@ const BASE: usize = 32;
 const PANEL: usize = 512;
 /// Most blocks of a grid-stride kernel.
 const MAX_BLOCKS: usize = 1 << 16;
-
-/// The type in which a factor was computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// The usual one.
-    F32,
-    /// After f32 met a pivot that was not positive.
-    F64,
-}
 
 /// U `[n, n]` in f32 with `UᵀU = H⁻¹`, H being made from the upper triangle of `gram` as `prep` says.
 ///
@@ -83,7 +74,7 @@ pub(crate) fn shared_upper_factor(
     let (upper, precision) = match outcome {
         Ok(mut inverse) => {
             reverse(cuda, inverse.make_mut(cuda)?)?;
-            (inverse, Precision::F32)
+            (inverse, Precision::Usual)
         }
         Err(Error::NotPositiveDefinite { .. }) => {
             let stage = "the Hessian in f64, which f32 found not positive definite";
@@ -91,7 +82,7 @@ pub(crate) fn shared_upper_factor(
                 cholesky(cuda, matrix, n)?;
                 invert_lower(cuda, matrix, n, None)
             })?;
-            (reversed_narrow(cuda, inverse.slice(), n)?, Precision::F64)
+            (reversed_narrow(cuda, inverse.slice(), n)?, Precision::RetriedInF64)
         }
         Err(other) => return Err(other),
     };

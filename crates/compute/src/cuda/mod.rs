@@ -43,7 +43,7 @@ pub(crate) mod transfer;
 pub use context::Cuda;
 pub use error::Fault;
 pub(crate) use factor::shared_upper_factor;
-pub use factor::{Precision, upper_factor};
+pub use factor::upper_factor;
 pub use gram::CHUNK_TOKENS;
 pub use kernels::{KernelReport, compile_all, kernel_files};
 pub use libraries::Library;
