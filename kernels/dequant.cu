@@ -1,9 +1,9 @@
 // dequant: the weights of a GPTQ checkpoint in fp16.
 //
-//   weight[r, k] = fp16(scales[g, r] * (code[k, r] - (zero[g, r] + add))),  g = g_idx[k]
+//   weight[r, k] = fp16(scales[g, r] * (code[k, r] - zero[g, r])),  g = g_idx[k]
 //
-// Codes run down a column of qweight and zeros along a row of qzeros, both as one little-endian bit
-// stream (see pack.cu); `add` is 1 for the AutoGPTQ format, 0 for its second version.
+// Codes run down a column of qweight and zeros, stored minus one, along a row of qzeros, both as one
+// little-endian bit stream (see pack.cu). A zero of 0 is stored as all ones: adding one wraps.
 //
 // Layout   qweight [n / 32 * bits, rows] u32, qzeros [groups, rows / 32 * bits] u32, scales
 //          [groups, rows] fp16, g_idx [n] i32, weight [rows, n] fp16; n and rows multiples of 32.
@@ -45,7 +45,7 @@ __device__ __forceinline__ unsigned unit_value(const unsigned (&words)[BITS], in
 template <int BITS>
 __device__ __forceinline__ void dequantise(const unsigned* qweight, const unsigned* qzeros,
                                            const half_t* scales, const int* g_idx, half_t* weight,
-                                           int rows, int n, int add) {
+                                           int rows, int n) {
     __shared__ __align__(16) half_t tile[kRows][kColumns + 4];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = blockIdx.y * kRows + lane, unit = blockIdx.x * kUnits + warp;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void dequantise(const unsigned* qweight, const unsign
                 group = g;
                 scale = half_to_float(scales[(long long)g * rows + row]);
                 const unsigned* zeros = qzeros + (long long)g * (rows / 32 * BITS);
-                zero = (float)(stream_value<BITS>(zeros, row) + add);
+                zero = (float)((stream_value<BITS>(zeros, row) + 1) & ((1u << BITS) - 1));
             }
             const float steps = (float)unit_value<BITS>(words, k) - zero;
             tile[lane][32 * warp + k] = float_to_half(__fmul_rn(scale, steps));
@@ -83,8 +83,8 @@ __device__ __forceinline__ void dequantise(const unsigned* qweight, const unsign
 #define DEQUANT(bits)                                                                              \
     extern "C" __global__ void __launch_bounds__(256)                                              \
     dequant_##bits(const unsigned* qweight, const unsigned* qzeros, const half_t* scales,          \
-                   const int* g_idx, half_t* weight, int rows, int n, int add) {                   \
-        dequantise<bits>(qweight, qzeros, scales, g_idx, weight, rows, n, add);                    \
+                   const int* g_idx, half_t* weight, int rows, int n) {                            \
+        dequantise<bits>(qweight, qzeros, scales, g_idx, weight, rows, n);                         \
     }
 DEQUANT(2)
 DEQUANT(3)

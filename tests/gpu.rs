@@ -28,6 +28,17 @@ fn both(gpu: &Device, values: &Array2<f32>) -> (Tensor, Tensor) {
     (Device::Cpu.upload(matrix).unwrap(), gpu.upload(matrix).unwrap())
 }
 
+/// Neither side of a comparison may be NaN: an error that is NaN exceeds nothing.
+#[test]
+fn a_comparison_with_nan_fails() {
+    let (one, nan) = (Array2::<f32>::ones((2, 2)), Array2::from_elem((2, 2), f32::NAN));
+    check("ones", &Tensor::from_host(one.clone()), &one, SUMS);
+    for (got, want) in [(&nan, &one), (&one, &nan), (&nan, &nan)] {
+        let compared = || check("NaN", &Tensor::from_host(got.clone()), want, SUMS);
+        assert!(std::panic::catch_unwind(compared).is_err());
+    }
+}
+
 #[test]
 fn uploads_are_exact_or_refused() {
     let Some(gpu) = gpu() else { return };

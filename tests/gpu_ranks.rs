@@ -143,10 +143,10 @@ fn cards_factor_together_what_one_factors_alone() {
             ranks.sum_gram(&mut sum)?;
             device.synchronize("the sum")?;
             let start = Instant::now();
-            let together = sum.upper_factor(&prep)?;
+            let together = sum.upper_factor(&prep)?.0;
             device.synchronize("the factor")?;
             let seconds = start.elapsed();
-            Ok((alone.map(|u| u.to_host()).transpose()?, together.to_host()?, seconds))
+            Ok((alone.map(|(u, _)| u.to_host()).transpose()?, together.to_host()?, seconds))
         });
         let outcomes: Vec<_> = outcomes.into_iter().map(Result::unwrap).collect();
         let alone = outcomes[0].0.as_ref().unwrap();

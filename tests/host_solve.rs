@@ -20,10 +20,10 @@ use solve_support::{Case, Plan, Replay, gram, weights, within};
 fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let (w, gram) = (weights(rows, n), gram(n));
     let plan = Plan::new(&gram, spec.act_order);
-    let upper = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
+    let (upper, precision) = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
     let upper = upper.as_host().clone();
     let identity = upper.t().dot(&upper).dot(&plan.hessian(&gram)) - Array2::<f32>::eye(n);
-    let worst = identity.iter().fold(0.0_f32, |a, v| a.max(v.abs()));
+    let worst = identity.iter().map(|v| v.abs()).max_by(f32::total_cmp).unwrap();
     within(&format!("{name}: UᵀU H = 1"), f64::from(worst), 1e-2);
     let factored = Factored {
         order: plan.order.clone(),
@@ -33,6 +33,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
         damp: 0.01,
         added: plan.damp,
         damp_retries: 0,
+        precision,
     };
     let solved = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
 
@@ -45,10 +46,9 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
         group_size: spec.group_size,
         group_weights: spec.choices.group_weights,
         half_scales: half,
-        half_values: false,
         search: (spec.choices.clip != Clip::None).then_some(search),
     };
-    let case = Case { w: &w, upper: &upper, plan: &plan, options };
+    let case = Case { w: &w, upper: &upper, plan: &plan, options, half_values: false };
     let Codes::Plain(codes) = &solved.stored.codes else { panic!("packed codes from the CPU") };
     let groups = n.div_ceil(case.group());
     let mut replay = Replay::default();
@@ -69,6 +69,32 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let tolerance = if spec.bits == 8 { 5e-3 } else { 1e-4 };
     within(&format!("{name}: scales"), replay.scale, tolerance);
     within(&format!("{name}: loss"), (solved.loss.unwrap() / replay.loss - 1.0).abs(), 1e-4);
+}
+
+/// A NaN anywhere must show in what `within` sees.
+#[test]
+fn a_replay_does_not_drop_nan() {
+    let n = 64;
+    let (w, gram) = (weights(4, n), gram(n));
+    let plan = Plan::new(&gram, false);
+    let (upper, _) = Gram::from_host(gram.clone()).upper_factor(&plan.prep()).unwrap();
+    let ratios = [1.0];
+    let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving: false };
+    let tried = ClipSearch { by_solving: true, ..search };
+    for search in [None, Some(search), Some(tried)] {
+        let options = SolveOptions {
+            bits: 4,
+            group_size: Some(32),
+            group_weights: Choices::BEST.group_weights,
+            half_scales: false,
+            search,
+        };
+        let upper = upper.as_host();
+        let case = Case { w: &w, upper, plan: &plan, options, half_values: false };
+        let mut replay = Replay::default();
+        case.replay(0, &[8; 64], &[f32::NAN, 1.0], &mut replay);
+        assert!(replay.code.is_nan() && replay.scale.is_nan() && replay.loss.is_nan());
+    }
 }
 
 #[test]

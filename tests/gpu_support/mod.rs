@@ -90,7 +90,7 @@ pub fn check(what: &str, got: &Tensor, want: &Array2<f32>, tolerance: f64) {
     let (mut error, mut norm, mut worst, mut largest) = (0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64);
     for (&a, &b) in got.iter().zip(want) {
         let (a, b) = (f64::from(a), f64::from(b));
-        assert!(a.is_finite(), "{what}: {a} for {b}");
+        assert!(a.is_finite() && b.is_finite(), "{what}: {a} for {b}");
         error += (a - b) * (a - b);
         norm += b * b;
         worst = worst.max((a - b).abs());

@@ -66,6 +66,9 @@ pub(crate) struct Case<'a> {
     pub(crate) upper: &'a Array2<f32>,
     pub(crate) plan: &'a Plan,
     pub(crate) options: SolveOptions<'a>,
+    /// A code's value is rounded to fp16 before its error is computed, as a card does where scales
+    /// are fp16.
+    pub(crate) half_values: bool,
 }
 
 impl Case<'_> {
@@ -105,7 +108,7 @@ impl Case<'_> {
                 let columns = j..(j + self.group()).min(n);
                 let error =
                     self.scale_error(&seen[columns.clone()], columns, scale[j / self.group()]);
-                out.scale = out.scale.max(error);
+                out.scale = larger(out.scale, error);
             }
             let step = f64::from(scale[j / self.group()]);
             let chosen = f64::from(code[j]);
@@ -113,10 +116,10 @@ impl Case<'_> {
             let clipped =
                 (chosen == 0.0 && steps < 0.0) || (chosen == 2.0 * zero - 1.0 && steps > 0.0);
             if !clipped {
-                out.code = out.code.max(steps.abs() - 0.5);
+                out.code = larger(out.code, steps.abs() - 0.5);
             }
             let mut value = step * (chosen - zero);
-            if self.options.half_values {
+            if self.half_values {
                 value = f64::from(f16::from_f64(value).to_f32());
             }
             let error = (now[j] - value) / f64::from(self.upper[[j, j]]);
@@ -140,8 +143,8 @@ impl Case<'_> {
         let Some(search) = self.options.search else {
             let range = if low < 0.0 { 2.0 * absmax } else { high };
             let range = if absmax == 0.0 { 2.0 } else { range };
-            return ((f64::from(found) - half(range / max_code)).abs() / f64::from(found) - slack)
-                .max(0.0);
+            let off = (f64::from(found) - half(range / max_code)).abs() / f64::from(found);
+            return larger(off - slack, 0.0);
         };
         let zero = (max_code + 1.0) / 2.0;
         let fresh = self.options.group_weights == GroupWeights::Fresh;
@@ -158,7 +161,8 @@ impl Case<'_> {
         let base = 2.0 * if absmax == 0.0 { 1.0 } else { absmax } / max_code;
         let best =
             search.ratios.iter().map(|&r| loss(half(f64::from(r) * base))).fold(f64::MAX, f64::min);
-        if best == 0.0 { 0.0 } else { (loss(f64::from(found)) / best - 1.0).max(0.0) }
+        let left = loss(f64::from(found));
+        if best == 0.0 { left } else { larger(left / best - 1.0, 0.0) }
     }
 }
 
@@ -170,7 +174,7 @@ impl Case<'_> {
         for i in 0..now.len() {
             let upper = |j: usize| f64::from(self.upper[[start + i, start + j]]);
             let mut given = value(now[i]);
-            if self.options.half_values {
+            if self.half_values {
                 given = f64::from(f16::from_f64(given).to_f32());
             }
             let error = (now[i] - given) / upper(i);
@@ -181,6 +185,11 @@ impl Case<'_> {
         }
         sum
     }
+}
+
+/// The larger of two errors, or NaN where one is, which `max` would drop.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || a > b { a } else { b }
 }
 
 /// Prints `error` as a fraction of `tolerance`, and fails beyond it (or on NaN).

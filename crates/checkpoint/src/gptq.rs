@@ -254,6 +254,17 @@ mod tests {
         }
     }
 
+    /// As other tools store a zero of 0, and as kernels/dequant.cu reads it too.
+    #[test]
+    fn a_stored_zero_of_all_ones_means_0() {
+        for bits in Bits::ALL {
+            let mut linear = Parts { bits, zeros: vec![1; 32], ..small() }.pack().unwrap();
+            linear.qzeros.fill(u32::MAX);
+            assert_eq!(linear.unpack_zeros(), [0; 32], "{bits} bits");
+            assert_eq!(linear.dequantise(), [3.0; 1024], "{bits} bits");
+        }
+    }
+
     #[test]
     fn what_the_format_cannot_hold_is_refused() {
         small().pack().unwrap();

@@ -153,7 +153,7 @@ impl Device {
     /// Copies f32 values `[rows, cols]` to the device.
     pub fn upload_f32(&self, values: Array2<f32>) -> Result<Tensor> {
         match self {
-            Self::Cpu => Ok(Tensor(Storage::Cpu(values))),
+            Self::Cpu => Ok(Tensor::from_host(values)),
             Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::Matrix::upload_f32(cuda, &values)?))),
         }
     }

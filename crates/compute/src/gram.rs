@@ -30,6 +30,15 @@ pub struct HessianPrep<'a> {
     pub damp: f32,
 }
 
+/// How a factor was computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// As usual: in f64 on the CPU, in f32 on a GPU.
+    Usual,
+    /// In f64 on a GPU, after f32 met a pivot that was not positive.
+    RetriedInF64,
+}
+
 impl Gram {
     /// Order of the matrix: in_features.
     pub fn order(&self) -> usize {
@@ -47,7 +56,8 @@ impl Gram {
         }
     }
 
-    /// U, upper triangular with `UᵀU = H⁻¹`, of the Hessian H that `prep` describes, in solve order.
+    /// U, upper triangular with `UᵀU = H⁻¹`, of the Hessian H that `prep` describes, in solve order,
+    /// and how it was computed.
     ///
     /// The CPU factors in f64; a GPU in f32, and in f64 when f32 finds a pivot that is not positive.
     /// Cards that hold the same sum (see [`Ranks::sum_gram`]) factor a large one together, and must
@@ -55,15 +65,16 @@ impl Gram {
     ///
     /// # Errors
     /// [`Error::NotPositiveDefinite`] when the Cholesky factor does not exist.
-    pub fn upper_factor(&self, prep: &HessianPrep<'_>) -> Result<Tensor> {
+    pub fn upper_factor(&self, prep: &HessianPrep<'_>) -> Result<(Tensor, Precision)> {
         match &self.sum {
             Storage::Cpu(a) => {
                 let hessian = cpu::gram::hessian(a, prep);
-                Ok(Tensor(Storage::Cpu(cpu::linalg::inverse_upper_factor(&hessian)?)))
+                let upper = cpu::linalg::inverse_upper_factor(&hessian)?;
+                Ok((Tensor(Storage::Cpu(upper)), Precision::Usual))
             }
             Storage::Cuda(m) => {
                 let sum = Tensor(Storage::Cuda(m.clone()));
-                Ok(cuda::shared_upper_factor(&sum, prep, &self.ranks)?.0)
+                cuda::shared_upper_factor(&sum, prep, &self.ranks)
             }
         }
     }
@@ -113,14 +124,6 @@ impl Device {
         match self {
             Self::Cpu => Ok(Gram::new(Storage::Cpu(Array2::zeros((n, n))))),
             Self::Cuda(cuda) => Ok(Gram::new(Storage::Cuda(cuda::gram::zeros(cuda, n)?))),
-        }
-    }
-
-    /// A Gram of this device from a full symmetric matrix in host memory.
-    pub fn gram_from(&self, sum: Array2<f32>) -> Result<Gram> {
-        match self {
-            Self::Cpu => Ok(Gram::from_host(sum)),
-            Self::Cuda(cuda) => Ok(Gram::new(Storage::Cuda(cuda::Matrix::upload_f32(cuda, &sum)?))),
         }
     }
 

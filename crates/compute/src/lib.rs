@@ -16,12 +16,14 @@ mod ranks;
 mod rope;
 mod target;
 mod tensor;
+#[cfg(test)]
+mod testing;
 
 pub use cpu::linalg;
 pub use cpu::matmul::matmul_nt;
 pub use device::{AttentionShape, ComingTensor, Device, ParkedTensor};
 pub use error::{Error, Result};
-pub use gram::{Gram, HessianPrep};
+pub use gram::{Gram, HessianPrep, Precision};
 pub use host::{FloatType, HostMatrix};
 pub use laps::Laps;
 pub use ranks::{Launch, Ranks, Seat, Watch, share};

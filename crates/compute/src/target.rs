@@ -147,7 +147,7 @@ mod tests {
         let dead = vec![false; n];
         let prep = HessianPrep { scale: 1.0, order: &order, dead: &dead, damp: 0.0 };
         let gram: Gram = gram;
-        let upper = gram.upper_factor(&prep).unwrap();
+        let (upper, _) = gram.upper_factor(&prep).unwrap();
         let shift = device.over_hessian(&cross, &upper, &order).unwrap();
         let moved = device.shifted(&host(&w), &shift, 1.0).unwrap();
 
@@ -181,7 +181,7 @@ mod tests {
         let mut gram = device.gram(n).unwrap();
         device.gram_add(&mut gram, &host(&x)).unwrap();
         let prep = HessianPrep { scale, order: &order, dead: &[false; 13], damp };
-        let upper = gram.upper_factor(&prep).unwrap();
+        let (upper, _) = gram.upper_factor(&prep).unwrap();
         let over = |b: &Tensor| device.over_hessian(b, &upper, &order).unwrap();
         let product = |outputs: &Array2<f32>| {
             let mut sum = device.zeros(rows, n).unwrap();

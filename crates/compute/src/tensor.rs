@@ -22,9 +22,11 @@ pub(crate) enum Storage {
 }
 
 impl Tensor {
-    /// A matrix in host memory, for [`crate::Device::Cpu`].
+    /// A matrix in host memory, for [`crate::Device::Cpu`]. One that is not row-major, such as the
+    /// product of two transposed matrices, is copied into that order, which operations walk along.
     pub fn from_host(values: Array2<f32>) -> Self {
-        Self(Storage::Cpu(values))
+        let standard = values.is_standard_layout();
+        Self(Storage::Cpu(if standard { values } else { values.as_standard_layout().into_owned() }))
     }
 
     /// Rows: tokens or output features.
@@ -88,15 +90,44 @@ impl Tensor {
             Storage::Cuda(_) => panic!("a GPU tensor was taken as a CPU tensor"),
         }
     }
+}
 
-    /// The values of a CPU tensor, for writing.
-    ///
-    /// # Panics
-    /// When the tensor is on another device.
-    pub fn as_host_mut(&mut self) -> &mut Array2<f32> {
-        match &mut self.0 {
-            Storage::Cpu(a) => a,
-            Storage::Cuda(_) => panic!("a GPU tensor was written as a CPU tensor"),
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionShape, Device, RopeTable};
+
+    fn noise(rows: usize, cols: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, cols), |(i, j)| ((i * 31 + j * 17) % 23) as f32 / 7.0 - 1.5)
+    }
+
+    /// Every way in makes the values row-major: operations give the same for both orders.
+    #[test]
+    fn column_major_values_are_values_too() {
+        let device = Device::Cpu;
+        let (rows, width) = (12, 16);
+        let plain = noise(rows, width);
+        let turned = plain.t().as_standard_layout().into_owned().reversed_axes();
+        assert!(turned == plain && !turned.is_standard_layout());
+        let table = RopeTable::new(&[1.0, 0.5, 0.2, 0.1], 6);
+        let shape = AttentionShape { heads: 2, kv_heads: 2, head_dim: 8, seq_len: 6 };
+        let results = |x: &Tensor| {
+            let mut rotated = x.clone();
+            device.rope(&mut rotated, &table, 6).unwrap();
+            let normed = device.rms_norm(x, &[0.5; 16], 1e-5).unwrap();
+            let gated = device.silu_mul(x.clone(), x).unwrap();
+            let attended = device.attention(x, &rotated, x, shape).unwrap();
+            [rotated, normed, gated, attended].map(Tensor::into_host)
+        };
+        let want = results(&Tensor::from_host(plain));
+        assert_eq!(results(&Tensor::from_host(turned.clone())), want);
+        assert_eq!(results(&device.upload_f32(turned).unwrap()), want);
+    }
+
+    #[test]
+    fn row_major_values_are_not_copied() {
+        let values = noise(3, 4);
+        let at = values.as_ptr();
+        assert_eq!(Tensor::from_host(values).as_host().as_ptr(), at);
     }
 }

@@ -343,7 +343,6 @@ fn dequantised(device: &Device, linear: &GptqLinear) -> Result<Tensor> {
                 qzeros: &linear.qzeros,
                 scales: &linear.scales,
                 g_idx: bytemuck::cast_slice(&linear.g_idx),
-                zero_offset: 1,
             };
             Ok(dequantise(cuda, &packed)?)
         }

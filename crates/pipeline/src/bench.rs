@@ -172,7 +172,7 @@ pub fn bench_block(
     let linears = LinearId::ALL.map(|id| width.linear(id));
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
     let own = ranks.share(windows, 1);
-    let work = Workload { tokens: own.len() * seq_len, reference, exact: false };
+    let work = Workload { tokens: own.len() * seq_len, seq_len, reference, exact: false };
     let parking = parking(device, sizes, work)?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);

@@ -58,6 +58,9 @@ pub struct BranchReport {
     pub calibration: Option<CalibrationRecord>,
     /// Linears whose damping had to be raised.
     pub damp_retries: u32,
+    /// Linears whose Hessian a GPU had to factor in f64; 0 in reports of versions that did not count.
+    #[serde(default)]
+    pub f64_retries: u32,
     /// Every block, in order.
     pub blocks: Vec<BlockRecord>,
     /// Measurements from the file; empty until there is one.
@@ -127,6 +130,11 @@ pub fn model_name(id_or_path: &str) -> String {
     name.unwrap_or_else(|| id_or_path.to_owned())
 }
 
+/// The sum over all linears.
+fn total(blocks: &[BlockReport], of: fn(&LinearReport) -> u32) -> u32 {
+    blocks.iter().flat_map(|b| &b.linears).map(of).sum()
+}
+
 impl CalibrationRecord {
     fn new(calibration: &Calibration) -> Self {
         Self {
@@ -161,7 +169,8 @@ impl BranchReport {
             device: job.device.kind(),
             file_bytes,
             calibration: job.calibration.filter(|_| calibrates).map(CalibrationRecord::new),
-            damp_retries: blocks.iter().flat_map(|b| &b.linears).map(|l| l.damp_retries).sum(),
+            damp_retries: total(blocks, |l| l.damp_retries),
+            f64_retries: total(blocks, |l| l.f64_retries),
             blocks: blocks.iter().map(record).collect(),
             evaluations: Vec::new(),
         }
@@ -233,6 +242,7 @@ mod tests {
                 sha256: "00".to_owned(),
             }),
             damp_retries: 0,
+            f64_retries: 1,
             blocks: vec![BlockRecord {
                 block: 0,
                 linears: vec![LinearReport {
@@ -241,6 +251,7 @@ mod tests {
                     relative_error: Some(0.100_000_000_000_000_02),
                     damp: Some(0.01),
                     damp_retries: 0,
+                    f64_retries: 1,
                 }],
             }],
             evaluations: vec![EvaluationRecord {
@@ -279,6 +290,22 @@ mod tests {
         let read = BranchReport::read(dir.path()).unwrap();
         assert_eq!(read, report);
         assert_eq!(read.to_bytes().unwrap(), fs::read(dir.path().join(REPORT_FILE)).unwrap());
+    }
+
+    #[test]
+    fn reports_from_before_f64_was_counted_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = String::from_utf8(report().to_bytes().unwrap()).unwrap();
+        let counted = |line: &&str| line.contains("f64_retries");
+        assert_eq!(text.lines().filter(counted).count(), 2);
+        let lines: Vec<&str> = text.lines().filter(|line| !counted(line)).collect();
+        // The last field of a linear leaves a comma behind.
+        let before = lines
+            .join("\n")
+            .replace("\"damp_retries\": 0,\n        }", "\"damp_retries\": 0\n        }");
+        fs::write(dir.path().join(REPORT_FILE), before).unwrap();
+        let read = BranchReport::read(dir.path()).unwrap();
+        assert_eq!((read.f64_retries, read.blocks[0].linears[0].f64_retries), (0, 0));
     }
 
     #[test]

@@ -63,6 +63,16 @@ pub enum Error {
         /// Damping asked for.
         asked: f64,
     },
+    /// A Hessian had to be factored in f64 under `--strict`.
+    #[error(
+        "The Hessian of `{linear}` is not positive definite in f32 at damping {damp} and needed f64, which --strict forbids; raise --damp or calibrate on more windows"
+    )]
+    StrictPrecision {
+        /// The linear's prefix.
+        linear: String,
+        /// Damping of the attempt.
+        damp: f64,
+    },
     /// The source holds quantised linears already.
     #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
     AlreadyQuantised(PathBuf),

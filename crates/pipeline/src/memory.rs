@@ -5,6 +5,7 @@
 
 use gptq_checkpoint::ModelConfig;
 use gptq_compute::Device;
+use gptq_compute::cuda::CHUNK_TOKENS;
 use serde::Serialize;
 
 use crate::states::chunk_tokens;
@@ -75,6 +76,8 @@ const USABLE: f64 = 0.94;
 pub struct Workload {
     /// Tokens of all windows; 0 when there is no calibration.
     pub tokens: usize,
+    /// Tokens of the longest window.
+    pub seq_len: usize,
     /// The unquantised model's states are walked too, for the asymmetric term.
     pub reference: bool,
     /// Weights are solved from values wider than those that a GPU's forward uses.
@@ -128,9 +131,11 @@ struct GpuBytes {
 }
 
 impl GpuBytes {
-    fn new(block: BlockSizes, Workload { tokens, reference, exact }: Workload) -> Self {
+    fn new(block: BlockSizes, work: Workload) -> Self {
+        let Workload { tokens, seq_len, reference, exact } = work;
         let streams = 1 + usize::from(reference);
-        let chunk = 16_384.min(tokens.max(1));
+        // A window longer than a chunk is one of its own.
+        let chunk = CHUNK_TOKENS.max(seq_len).min(tokens.max(1));
         // The block computed, the one read ahead, and the first as it was before.
         let blocks = (1 + streams) * 2 * block.weights;
         // A chunk in flight: gate, up and their product, hidden states coming and going; with a
@@ -173,7 +178,7 @@ impl GpuBytes {
 /// Peak of a CPU run: hidden states and one stage's inputs for all tokens, the blocks' weights (one
 /// read ahead), and the largest linear's solve.
 pub fn plan_cpu(block: BlockSizes, work: Workload) -> u64 {
-    let Workload { tokens, reference, .. } = work;
+    let Workload { tokens, seq_len, reference, .. } = work;
     let streams = 1 + usize::from(reference);
     // An embedding that is not fp16 in the source is rounded once, and the tokeniser, the program
     // and the text take some tens of megabytes.
@@ -181,7 +186,8 @@ pub fn plan_cpu(block: BlockSizes, work: Workload) -> u64 {
     let states = tokens * (streams * block.hidden + block.widest);
     // One chunk's gate and up; with a reference states of both streams and their difference.
     let lacking = if reference { 3 * block.hidden } else { 0 };
-    let flight = chunk_tokens(&Device::Cpu).min(tokens) * (2 * block.intermediate + lacking);
+    let chunk = chunk_tokens(&Device::Cpu).max(seq_len).min(tokens);
+    let flight = chunk * (2 * block.intermediate + lacking);
     // Weights in solve order, values twice, codes; Gram, Hessian and U in f32, the factor in f64.
     // Shifts and shifted weights come when the factor's room is free again.
     let square = if tokens > 0 { 20 * block.widest * block.widest } else { 0 };
@@ -203,7 +209,8 @@ mod tests {
     #[test]
     fn a_larger_card_parks_less() {
         let block = BlockSizes::of(&llama_70b());
-        let work = |reference| Workload { tokens: 128 * 4096, reference, exact: false };
+        let work =
+            |reference| Workload { tokens: 128 * 4096, seq_len: 4096, reference, exact: false };
         let plan = |gib: u64| plan_gpu(block, work(false), gib << 30);
         assert_eq!(plan(79).parking, Parking::default());
         let some = plan(48).parking;
@@ -224,5 +231,23 @@ mod tests {
         let rounded = plan_gpu(block, work(false), 79 << 30);
         assert_eq!(exact.device_bytes - rounded.device_bytes, 4 * 28672 * 8192);
         assert_eq!(exact.host_bytes - rounded.host_bytes, 4 * 855_638_016);
+    }
+
+    /// A window is never cut, so a chunk of one that is longer than a chunk takes more.
+    #[test]
+    fn long_windows_take_larger_chunks() {
+        let block = BlockSizes::of(&llama_70b());
+        let tokens = 4 * 131_072;
+        let work = |seq_len| Workload { tokens, seq_len, reference: false, exact: false };
+        let device = |seq_len| plan_gpu(block, work(seq_len), 1 << 40).device_bytes;
+        let host = |seq_len| plan_cpu(block, work(seq_len));
+        assert_eq!(device(16_384), device(4096));
+        assert_eq!(host(4096), host(512));
+        // Gate, up and their product, and hidden states thrice, of the tokens beyond.
+        let more = (131_072 - 16_384) * (3 * 2 * 28_672 + 3 * 4 * 8192);
+        assert!(device(131_072) - device(4096) <= more && device(131_072) > device(4096));
+        let moving = |seq_len| GpuBytes::new(block, work(seq_len)).moving;
+        assert_eq!(moving(131_072), 8 * moving(4096));
+        assert_eq!(host(131_072) - host(4096), 4 * 2 * 28_672 * (131_072 - 4096));
     }
 }

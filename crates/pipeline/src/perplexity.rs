@@ -97,8 +97,9 @@ fn walk(
 /// The states of windows before the first block; `exact` as for [`Workload`].
 pub(crate) fn begin(model: &Model<'_>, windows: &[EvalWindow], exact: bool) -> Result<States> {
     let tokens = tokens(windows);
-    let held = windows.iter().map(|w| w.tokens.len()).sum();
-    let work = Workload { tokens: held, reference: false, exact };
+    let held = tokens.iter().map(|window| window.len()).sum();
+    let seq_len = tokens.iter().map(|window| window.len()).max().unwrap_or(1);
+    let work = Workload { tokens: held, seq_len, reference: false, exact };
     let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
     embed(model, &tokens, parked.hidden)
 }

@@ -64,7 +64,8 @@ pub fn plan_branch(
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
     let exact = source_dtype == SourceDtype::Fp32;
-    let held = Workload { tokens, reference: spec.choices.needs_reference(), exact };
+    let reference = spec.choices.needs_reference();
+    let held = Workload { tokens, seq_len, reference, exact };
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
         cpu_bytes: plan_cpu(block, held),

@@ -53,7 +53,7 @@ pub struct QuantiseJob<'a> {
     pub out: PathBuf,
     /// Split the weights into files of at most this many bytes.
     pub max_shard_bytes: Option<u64>,
-    /// Treat raised damping as an error.
+    /// Treat a Hessian that needed f64 or more damping as an error.
     pub strict: bool,
     /// What is shared with other branches of the same source and calibration.
     pub shared: Option<&'a FirstGrams>,
@@ -68,6 +68,8 @@ pub struct QuantiseOutcome {
     pub blocks: Vec<BlockReport>,
     /// Linears whose damping had to be raised.
     pub damp_retries: u32,
+    /// Linears whose Hessian a GPU had to factor in f64.
+    pub f64_retries: u32,
 }
 
 /// A branch that was made, in its working folder still.
@@ -82,8 +84,8 @@ pub(crate) struct Made {
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<QuantiseOutcome>> {
     let outcome = match make(job, progress)? {
         Some(Made { sealed, report, blocks }) => {
-            let damp_retries = report.damp_retries;
-            Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries })
+            let BranchReport { damp_retries, f64_retries, .. } = report;
+            Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
         }
         None => None,
     };
@@ -168,7 +170,7 @@ fn walk(
         let tokens = own.iter().map(Vec::len).sum();
         let reference = job.spec.choices.needs_reference();
         let exact = job.source_dtype == SourceDtype::Fp32;
-        let work = Workload { tokens, reference, exact };
+        let work = Workload { tokens, seq_len, reference, exact };
         parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
         let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
         let reference = reference.then(|| embed(model, &own, parked.hidden)).transpose()?;
@@ -228,22 +230,18 @@ impl CalibratedRun<'_> {
         };
         let done =
             calibrator.block(block, streams, &mut |name, bands| send(writer, name, bands))?;
-        self.check_damping(&done.linears, progress)?;
+        self.check_retries(&done.linears, progress)?;
         Ok(done)
     }
 
-    /// Raised damping is said once for each Hessian, or refused.
-    fn check_damping(&self, linears: &[LinearReport], progress: &dyn Progress) -> Result<()> {
+    /// What a Hessian needed beside the damping asked for is said, or refused.
+    fn check_retries(&self, linears: &[LinearReport], progress: &dyn Progress) -> Result<()> {
         let asked = self.job.spec.damp;
-        for linear in linears.iter().filter(|l| l.damp_retries > 0) {
-            let damp = linear.damp.unwrap_or(asked);
+        for linear in linears {
             if self.job.strict {
-                return Err(Error::Strict { linear: linear.name.clone(), damp, asked });
+                linear.refuse_retries(asked)?;
             }
-            progress.warn(&format!(
-                "the Hessian of `{}` is not positive definite at damping {asked}; used {damp}",
-                linear.name
-            ));
+            linear.retries(asked).iter().for_each(|said| progress.warn(said));
         }
         Ok(())
     }
@@ -316,7 +314,7 @@ fn rounded(
         let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
         send(writer, &name, Bands::whole(solved.stored))?;
-        linears.push(LinearReport { name, relative_error: None, damp: None, damp_retries: 0 });
+        linears.push(LinearReport::rounded(name));
     }
     Ok(Calibrated { linears, stages: BTreeMap::new() })
 }

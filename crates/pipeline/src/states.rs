@@ -4,6 +4,7 @@
 //! matrix product sees: several short windows, or one long one.
 
 use gptq_compute::Device;
+use gptq_compute::cuda::CHUNK_TOKENS;
 use gptq_model::{Block, Model};
 
 use crate::error::Result;
@@ -17,12 +18,12 @@ pub(crate) struct States {
     pub(crate) seq_lens: Vec<usize>,
 }
 
-/// Tokens of a chunk: as few as products still run at full speed with. A GPU's Gram adds 16,384
-/// tokens at a time, so multiples of that give the same sums however windows are cut.
+/// Tokens of a chunk: as few as products still run at full speed with. A GPU's Gram adds so many
+/// tokens at a time, so whole chunks give the same sums however windows are cut.
 pub(crate) fn chunk_tokens(device: &Device) -> usize {
     match device {
         Device::Cpu => 4096,
-        Device::Cuda(_) => 16_384,
+        Device::Cuda(_) => CHUNK_TOKENS,
     }
 }
 

@@ -43,7 +43,7 @@ pub struct SweepJob<'a> {
     pub device: &'a Device,
     /// Folder for the branches, one folder each.
     pub out: &'a Path,
-    /// Treat raised damping as an error.
+    /// Treat a Hessian that needed f64 or more damping as an error.
     pub strict: bool,
 }
 
@@ -95,14 +95,11 @@ impl Survey {
     }
 
     /// What is reused must pass what is made now.
-    fn forbid_raised_damping(&self) -> Result<()> {
+    fn forbid_retries(&self) -> Result<()> {
         let reports = self.branches.iter().filter_map(|b| b.state.report());
         for report in reports {
-            let linears = report.blocks.iter().flat_map(|b| &b.linears);
-            if let Some(linear) = linears.into_iter().find(|l| l.damp_retries > 0) {
-                let damp = linear.damp.unwrap_or(report.damp);
-                let linear = linear.name.clone();
-                return Err(Error::Strict { linear, damp, asked: report.damp });
+            for linear in report.blocks.iter().flat_map(|b| &b.linears) {
+                linear.refuse_retries(report.damp)?;
             }
         }
         Ok(())
@@ -125,7 +122,7 @@ pub fn sweep(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<SweepReport>
     let survey = Survey::new(job, progress)?;
     tell(job, &survey, progress);
     if job.strict {
-        survey.forbid_raised_damping()?;
+        survey.forbid_retries()?;
     }
     let names = job.config.branches.iter().map(|b| b.name.as_str()).collect();
     let log = SweepLog::new(job.out, names);

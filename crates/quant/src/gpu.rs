@@ -14,7 +14,6 @@ use crate::spec::QuantSpec;
 /// Quantises `weight` `[out, in]` in device memory; see [`crate::solve`].
 pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
     let choices = &spec.choices;
-    let half_scales = choices.scales == ScalePrecision::Half;
     let ratios = clip_ratios();
     let by_solving = choices.clip == Clip::Solve;
     let search = ClipSearch { ratios: &ratios, importance: &factored.importance, by_solving };
@@ -22,9 +21,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
         bits: spec.bits,
         group_size: spec.group_size,
         group_weights: choices.group_weights,
-        half_scales,
-        // The card keeps weights in fp16: what the file dequantises to there is rounded.
-        half_values: half_scales,
+        half_scales: choices.scales == ScalePrecision::Half,
         search: (choices.clip != Clip::None).then_some(search),
     };
     let solved = cuda::solve(weight, &factored.upper, &factored.order, &factored.dead, &options)?;

@@ -1,6 +1,6 @@
 //! From a Gram to the factor that the solver walks along: dead columns, order, damping.
 
-use gptq_compute::{Gram, HessianPrep, Tensor};
+use gptq_compute::{Gram, HessianPrep, Precision, Tensor};
 
 use crate::error::{Error, Result};
 use crate::spec::QuantSpec;
@@ -26,6 +26,8 @@ pub struct Factored {
     pub added: f32,
     /// How often damping had to be raised; 0 is the normal case.
     pub damp_retries: u32,
+    /// How U was computed at that damping.
+    pub precision: Precision,
 }
 
 /// Prepares and factors H = `scale` · Gram (scale is 2 / windows).
@@ -49,9 +51,18 @@ pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
         let added = (damp * mean) as f32;
         let prep = HessianPrep { scale, order: &order, dead: &dead, damp: added };
         match gram.upper_factor(&prep) {
-            Ok(upper) => {
+            Ok((upper, precision)) => {
                 let importance = order.iter().map(|&c| diagonal[c as usize]).collect();
-                return Ok(Factored { order, dead, upper, importance, damp, added, damp_retries });
+                return Ok(Factored {
+                    order,
+                    dead,
+                    upper,
+                    importance,
+                    damp,
+                    added,
+                    damp_retries,
+                    precision,
+                });
             }
             Err(source @ gptq_compute::Error::NotPositiveDefinite { .. }) => {
                 if damp_retries == DAMP_RETRIES {
@@ -94,7 +105,7 @@ mod tests {
         let damp = 0.01 * (2.0 + 1.0 + 3.0 + 2.0 + 0.5) / 5.0;
         let u = f.upper.as_host();
         assert!((u[[3, 3]] - 1.0 / (1.0 + damp as f32).sqrt()).abs() < 1e-6);
-        assert_eq!(f.damp_retries, 0);
+        assert_eq!((f.damp_retries, f.precision), (0, Precision::Usual));
     }
 
     #[test]

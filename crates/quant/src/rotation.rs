@@ -120,6 +120,11 @@ fn split_mix(state: &mut u64) -> u64 {
 mod tests {
     use super::*;
 
+    /// The largest absolute value, or NaN where one is, which `max` would drop.
+    fn largest(values: &Array2<f32>) -> f32 {
+        values.iter().map(|v| v.abs()).max_by(f32::total_cmp).unwrap()
+    }
+
     fn matrix(rotation: &Rotation) -> Array2<f32> {
         let mut eye = Array2::<f32>::eye(rotation.order());
         rotation.apply_rows(eye.as_slice_mut().unwrap());
@@ -130,10 +135,9 @@ mod tests {
     fn it_is_orthogonal_and_flat_at_every_order() {
         for n in [1, 2, 3, 24, 64, 96, 576] {
             let r = matrix(&Rotation::new(n, 7));
-            let worst =
-                (r.dot(&r.t()) - Array2::<f32>::eye(n)).iter().fold(0.0_f32, |a, e| a.max(e.abs()));
+            let worst = largest(&(r.dot(&r.t()) - Array2::<f32>::eye(n)));
             assert!(worst < 1e-5, "n = {n}: {worst}");
-            let largest = r.iter().fold(0.0_f32, |a, v| a.max(v.abs()));
+            let largest = largest(&r);
             // A Hartley entry is at most √2 / √m.
             assert!(largest < 1.42 / (n as f32).sqrt() + 1e-6, "n = {n}: {largest}");
         }
@@ -149,7 +153,7 @@ mod tests {
         // Two runs of six outputs, each rotated.
         r.apply_rows(want.as_slice_mut().unwrap());
         r.apply_outputs(&mut w);
-        let worst = (x.dot(&w.t()) - want).iter().fold(0.0_f32, |a, e| a.max(e.abs()));
+        let worst = largest(&(x.dot(&w.t()) - want));
         assert!(worst < 1e-4, "{worst}");
     }
 }

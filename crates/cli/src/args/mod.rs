@@ -112,7 +112,7 @@ pub(crate) struct QuantizeArgs {
     /// they are read: for a disk smaller than the model
     #[arg(long)]
     pub(crate) discard_shards: bool,
-    /// Treat raised damping as an error
+    /// Treat a Hessian that needs more damping, or f64 on a GPU, as an error
     #[arg(long)]
     pub(crate) strict: bool,
     #[command(flatten)]
@@ -262,7 +262,7 @@ pub(crate) struct SweepArgs {
     pub(crate) source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
-    /// Treat raised damping as an error
+    /// Treat a Hessian that needs more damping, or f64 on a GPU, as an error
     #[arg(long)]
     pub(crate) strict: bool,
     #[command(flatten)]

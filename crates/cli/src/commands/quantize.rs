@@ -38,6 +38,7 @@ struct Output<'a> {
     peak_memory_bytes: Option<u64>,
     peak_device_bytes: Option<usize>,
     damp_retries: u32,
+    f64_retries: u32,
     blocks: &'a [BlockReport],
 }
 
@@ -117,6 +118,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         peak_memory_bytes: peak_memory(),
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         damp_retries: outcome.damp_retries,
+        f64_retries: outcome.f64_retries,
         blocks: &outcome.blocks,
     };
     if args.json { print_json(&output) } else { print_result(&summary(&output)) }
@@ -212,6 +214,10 @@ fn summary(output: &Output<'_>) -> String {
     }
     if output.damp_retries > 0 {
         text.push_str(&format!("\ndamping was raised for {} linears", output.damp_retries));
+    }
+    if output.f64_retries > 0 {
+        let count = output.f64_retries;
+        text.push_str(&format!("\nthe Hessians of {count} linears were factored in f64"));
     }
     text.push_str(&format!("\nMeasure it: gptq ppl {dir}\n"));
     text

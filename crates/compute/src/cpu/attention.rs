@@ -7,6 +7,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use rayon::prelude::*;
 
+use super::rows::slice_mut;
 use super::simd;
 use super::tiles::tiles_mut;
 use crate::device::AttentionShape;
@@ -51,7 +52,8 @@ fn one_head(
         let end = (start + BAND).min(seq_len);
         let rows = end - start;
         let band = &mut scratch[..rows * end];
-        let Ok(mut scores) = ArrayViewMut2::from_shape((rows, end), band) else { return };
+        #[expect(clippy::expect_used, reason = "the band was cut to this shape just above")]
+        let mut scores = ArrayViewMut2::from_shape((rows, end), band).expect("rows × end scores");
         general_mat_mul(
             scale,
             &q.slice(s![start..end, ..]),
@@ -61,8 +63,7 @@ fn one_head(
         );
         let mut sums = [0.0_f32; BAND];
         for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
-            let Some(row) = row.as_slice_mut() else { return };
-            let (seen, future) = row.split_at_mut(start + i + 1);
+            let (seen, future) = slice_mut(&mut row).split_at_mut(start + i + 1);
             sums[i] = simd::exp_sum(seen, simd::max(seen));
             future.fill(0.0);
         }
@@ -77,6 +78,7 @@ fn one_head(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::largest;
 
     /// The definition, in f64, token by token.
     fn oracle(q: &Array2<f32>, k: &Array2<f32>, v: &Array2<f32>, s: AttentionShape) -> Array2<f64> {
@@ -113,8 +115,7 @@ mod tests {
             let k = Array2::from_shape_fn((tokens, 16), |(i, j)| value(11 + i * 16 + j));
             let v = Array2::from_shape_fn((tokens, 16), |(i, j)| value(17 + i * 16 + j));
             let out = causal(&q, &k, &v, shape).mapv(f64::from);
-            let worst =
-                (out - oracle(&q, &k, &v, shape)).iter().fold(0.0_f64, |a, e| a.max(e.abs()));
+            let worst = largest(&(out - oracle(&q, &k, &v, shape)));
             assert!(worst < 2e-6, "seq_len {seq_len}: worst error {worst:e}");
         }
     }

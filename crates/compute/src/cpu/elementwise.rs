@@ -3,22 +3,21 @@
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
-use super::rows::into_matrix;
+use super::rows::{into_matrix, slice, slice_mut};
 use super::simd;
 use crate::rope::RopeTable;
 
 /// Rows handed to one task: enough work to pay for scheduling, small enough to balance.
 const ROWS_PER_TASK: usize = 64;
 
-/// x / sqrt(mean(x²) + eps) · gain over every run of gain.len() values of a row, with the mean in f32
-/// as PyTorch loaders compute it.
+/// x / sqrt(mean(x²) + eps) · gain over every run of gain.len() values of a row. The mean is a sum in
+/// f64 rounded once to f32, the type in which loaders add eps and take the root.
 pub(crate) fn rms_norm(x: &Array2<f32>, gain: &[f32], eps: f32) -> Array2<f32> {
     let (rows, cols) = x.dim();
     let mut out = vec![0.0_f32; rows * cols];
     out.par_chunks_mut(cols * ROWS_PER_TASK).enumerate().for_each(|(task, band)| {
         for (i, out) in band.chunks_mut(cols).enumerate() {
-            let row = x.row(task * ROWS_PER_TASK + i);
-            let Some(row) = row.as_slice() else { return };
+            let row = slice(x.row(task * ROWS_PER_TASK + i));
             for (out, run) in out.chunks_mut(gain.len()).zip(row.chunks(gain.len())) {
                 let square = run.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
                 let mean = square / gain.len() as f64;
@@ -47,8 +46,7 @@ pub(crate) fn rope(x: &mut Array2<f32>, table: &RopeTable, seq_len: usize) {
     rows.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(i, row)| {
         let at = (i % seq_len) * half;
         let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
-        let Some(row) = row.as_slice_mut() else { return };
-        for head in row.chunks_exact_mut(2 * half) {
+        for head in slice_mut(row).chunks_exact_mut(2 * half) {
             let (low, high) = head.split_at_mut(half);
             for ((l, h), (c, s)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
                 (*l, *h) = (*l * c - *h * s, *h * c + *l * s);
@@ -61,9 +59,7 @@ pub(crate) fn rope(x: &mut Array2<f32>, table: &RopeTable, seq_len: usize) {
 pub(crate) fn silu_mul(mut gate: Array2<f32>, up: &Array2<f32>) -> Array2<f32> {
     let mut rows: Vec<_> = gate.axis_iter_mut(Axis(0)).collect();
     rows.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(i, gate)| {
-        if let (Some(gate), Some(up)) = (gate.as_slice_mut(), up.row(i).as_slice()) {
-            simd::silu_mul(gate, up);
-        }
+        simd::silu_mul(slice_mut(gate), slice(up.row(i)));
     });
     gate
 }

@@ -1,28 +1,29 @@
 //! The language-model head: losses and divergences without holding all logits.
 
-use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, s};
+use ndarray::{Array2, ArrayView2, s};
 use rayon::prelude::*;
 
+use super::matmul::matmul_nt;
+use super::rows::slice;
 use super::simd;
 
-/// Rows of logits held by one task: 32 × 49,152 values are 6 MiB.
-const ROWS_PER_TASK: usize = 32;
+/// Rows of logits held at a time, by all threads together: 512 × 49,152 values are 100 MiB. A
+/// product packs the whole head for each of its bands, so low ones lose: 32 rows took 1.6 times as
+/// long.
+const BAND: usize = 512;
 
 /// −log softmax(hidden · headᵀ)[target], one value a row.
 pub(crate) fn token_nll(hidden: &Array2<f32>, head: &Array2<f32>, targets: &[u32]) -> Vec<f32> {
-    let chunks: Vec<Vec<f32>> = chunk_starts(targets.len())
-        .map(|start| {
-            let logits = logits(hidden, head, start);
-            logits
-                .rows()
-                .into_iter()
-                .zip(&targets[start..])
-                .map(|(row, &target)| log_norm(row.as_slice()) - row[target as usize])
-                .collect()
-        })
-        .collect();
-    chunks.concat()
+    let mut room = Logits::new(hidden, head);
+    let mut losses = Vec::with_capacity(targets.len());
+    for (band, targets) in targets.chunks(BAND).enumerate() {
+        let logits = room.band(band, hidden, head);
+        losses.par_extend(targets.par_iter().enumerate().map(|(i, &target)| {
+            let row = slice(logits.row(i));
+            simd::log_sum_exp(row) - row[target as usize]
+        }));
+    }
+    losses
 }
 
 /// KL(p‖q) of the two distributions of every row.
@@ -30,38 +31,40 @@ pub(crate) fn token_kl(
     (p_hidden, p_head): (&Array2<f32>, &Array2<f32>),
     (q_hidden, q_head): (&Array2<f32>, &Array2<f32>),
 ) -> Vec<f32> {
-    let chunks: Vec<Vec<f32>> = chunk_starts(p_hidden.nrows())
-        .map(|start| {
-            let (p, q) = (logits(p_hidden, p_head, start), logits(q_hidden, q_head, start));
-            p.rows()
-                .into_iter()
-                .zip(q.rows())
-                .map(|(p, q)| match (p.as_slice(), q.as_slice()) {
-                    (Some(p), Some(q)) => {
-                        simd::kl(p, simd::log_sum_exp(p), q, simd::log_sum_exp(q)) as f32
-                    }
-                    _ => f32::NAN,
-                })
-                .collect()
-        })
-        .collect();
-    chunks.concat()
+    let (mut p_room, mut q_room) = (Logits::new(p_hidden, p_head), Logits::new(q_hidden, q_head));
+    let mut divergences = Vec::with_capacity(p_hidden.nrows());
+    for band in 0..p_hidden.nrows().div_ceil(BAND) {
+        let p = p_room.band(band, p_hidden, p_head);
+        let q = q_room.band(band, q_hidden, q_head);
+        divergences.par_extend((0..p.nrows()).into_par_iter().map(|i| {
+            let (p, q) = (slice(p.row(i)), slice(q.row(i)));
+            simd::kl(p, simd::log_sum_exp(p), q, simd::log_sum_exp(q)) as f32
+        }));
+    }
+    divergences
 }
 
-fn chunk_starts(rows: usize) -> impl IndexedParallelIterator<Item = usize> {
-    (0..rows.div_ceil(ROWS_PER_TASK)).into_par_iter().map(|chunk| chunk * ROWS_PER_TASK)
-}
+/// Room for one band of logits, used again for the next.
+struct Logits(Array2<f32>);
 
-/// Logits of up to `ROWS_PER_TASK` rows from `start`.
-fn logits(hidden: &Array2<f32>, head: &Array2<f32>, start: usize) -> Array2<f32> {
-    let end = (start + ROWS_PER_TASK).min(hidden.nrows());
-    let mut out = Array2::zeros((end - start, head.nrows()));
-    general_mat_mul(1.0, &hidden.slice(s![start..end, ..]), &head.t(), 0.0, &mut out);
-    out
-}
+impl Logits {
+    fn new(hidden: &Array2<f32>, head: &Array2<f32>) -> Self {
+        Self(Array2::zeros((BAND.min(hidden.nrows()), head.nrows())))
+    }
 
-fn log_norm(row: Option<&[f32]>) -> f32 {
-    row.map_or(f32::NAN, simd::log_sum_exp)
+    /// Logits of the band's rows.
+    fn band(
+        &mut self,
+        band: usize,
+        hidden: &Array2<f32>,
+        head: &Array2<f32>,
+    ) -> ArrayView2<'_, f32> {
+        let start = band * BAND;
+        let end = (start + BAND).min(hidden.nrows());
+        let rows = hidden.slice(s![start..end, ..]);
+        matmul_nt(rows, head.view(), 0.0, self.0.slice_mut(s![..end - start, ..]));
+        self.0.slice(s![..end - start, ..])
+    }
 }
 
 #[cfg(test)]
@@ -71,10 +74,12 @@ mod tests {
     #[test]
     fn losses_and_divergences_match_f64() {
         let value = |i: usize| ((i * 2_654_435_761) % 1009) as f32 / 500.0 - 1.0;
-        let hidden = Array2::from_shape_fn((70, 12), |(i, j)| value(i * 12 + j));
-        let other = Array2::from_shape_fn((70, 12), |(i, j)| value(5 + i * 12 + j));
+        // A whole band and a ragged one.
+        let rows = BAND + 70;
+        let hidden = Array2::from_shape_fn((rows, 12), |(i, j)| value(i * 12 + j));
+        let other = Array2::from_shape_fn((rows, 12), |(i, j)| value(5 + i * 12 + j));
         let head = Array2::from_shape_fn((101, 12), |(i, j)| value(9 + i * 12 + j));
-        let targets: Vec<u32> = (0..70).map(|i| (i * 37 % 101) as u32).collect();
+        let targets: Vec<u32> = (0..rows).map(|i| (i * 37 % 101) as u32).collect();
         let log_softmax = |h: &Array2<f32>| {
             let mut l = h.mapv(f64::from).dot(&head.mapv(f64::from).t());
             for mut row in l.rows_mut() {
@@ -84,10 +89,13 @@ mod tests {
             l
         };
         let (p, q) = (log_softmax(&hidden), log_softmax(&other));
-        for (i, nll) in token_nll(&hidden, &head, &targets).iter().enumerate() {
+        let (losses, divergences) =
+            (token_nll(&hidden, &head, &targets), token_kl((&hidden, &head), (&other, &head)));
+        assert_eq!((losses.len(), divergences.len()), (rows, rows));
+        for (i, nll) in losses.iter().enumerate() {
             assert!((f64::from(*nll) + p[[i, targets[i] as usize]]).abs() < 1e-5);
         }
-        for (i, kl) in token_kl((&hidden, &head), (&other, &head)).iter().enumerate() {
+        for (i, kl) in divergences.iter().enumerate() {
             let exact: f64 = p.row(i).iter().zip(q.row(i)).map(|(a, b)| a.exp() * (a - b)).sum();
             assert!((f64::from(*kl) - exact).abs() < 1e-5, "row {i}: {kl} {exact}");
         }

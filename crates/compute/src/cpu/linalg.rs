@@ -134,6 +134,7 @@ fn inverse_of_block(l: ArrayView2<'_, f64>) -> Array2<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::largest;
 
     fn positive_definite(n: usize) -> Array2<f32> {
         let value = |i: usize| ((i * 2_654_435_761) % 1009) as f32 / 500.0 - 1.0;
@@ -150,8 +151,7 @@ mod tests {
             let u = inverse_upper_factor(&h).unwrap().mapv(f64::from);
             // U H Uᵀ = I is equivalent to UᵀU = H⁻¹ and needs no second inverse.
             let identity = u.dot(&h.mapv(f64::from)).dot(&u.t());
-            let worst =
-                (identity - Array2::<f64>::eye(n)).iter().fold(0.0_f64, |a, e| a.max(e.abs()));
+            let worst = largest(&(identity - Array2::<f64>::eye(n)));
             assert!(worst < 2e-5, "n = {n}: worst error {worst:e}");
             assert!(u.indexed_iter().all(|((i, j), &v)| i <= j || v == 0.0));
         }

@@ -1,6 +1,6 @@
 //! Bringing rows of stored matrices to f32.
 
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, ArrayView1, ArrayViewMut1, Axis};
 use rayon::prelude::*;
 
 use crate::host::HostMatrix;
@@ -18,9 +18,7 @@ pub(crate) fn upload(matrix: HostMatrix<'_>) -> Array2<f32> {
 pub(crate) fn gather(table: HostMatrix<'_>, ids: &[u32]) -> Array2<f32> {
     let mut out = Array2::zeros((ids.len(), table.cols()));
     for (mut row, &id) in out.axis_iter_mut(Axis(0)).zip(ids) {
-        if let Some(values) = row.as_slice_mut() {
-            table.read_row(id as usize, values);
-        }
+        table.read_row(id as usize, slice_mut(&mut row));
     }
     out
 }
@@ -32,6 +30,18 @@ pub(crate) fn select(x: &Array2<f32>, rows: &[u32]) -> Array2<f32> {
         to.assign(&x.row(from as usize));
     }
     out
+}
+
+/// A row's values, which lie side by side: [`crate::Tensor`] makes every matrix row-major.
+pub(crate) fn slice<'a>(row: ArrayView1<'a, f32>) -> &'a [f32] {
+    #[expect(clippy::expect_used, reason = "a wrong result otherwise, and tensors are row-major")]
+    row.to_slice().expect("a row of a row-major matrix")
+}
+
+/// As [`slice()`], for writing.
+pub(crate) fn slice_mut<'a>(row: &'a mut ArrayViewMut1<'_, f32>) -> &'a mut [f32] {
+    #[expect(clippy::expect_used, reason = "a wrong result otherwise, and tensors are row-major")]
+    row.as_slice_mut().expect("a row of a row-major matrix")
 }
 
 /// `values` as a matrix; the lengths agree by construction at each call.

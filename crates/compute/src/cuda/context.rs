@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublas::CudaBlas;
+use cudarc::cublas::sys::{cublasMath_t, cublasSetMathMode};
 use cudarc::cusolver::DnHandle;
 use cudarc::driver::sys::{CUdevice_attribute, CUmemPool_attribute, CUresult};
 use cudarc::driver::{
@@ -70,7 +71,7 @@ impl Cuda {
             multiprocessors: context.attribute(processors).stage(STAGE)? as usize,
             kernels: Kernels::load(&context, &arch)?,
             arch,
-            blas: Mutex::new(CudaBlas::new(Arc::clone(&stream)).stage(STAGE)?),
+            blas: Mutex::new(open_blas(&stream)?),
             solver: Mutex::new(DnHandle::new(Arc::clone(&stream)).stage(STAGE)?),
             memory: Arc::default(),
             staging: Staging::default(),
@@ -289,6 +290,17 @@ fn architecture(name: &str, (major, minor): (i32, i32)) -> Result<String> {
     }
     let suffix = if major >= 9 { "a" } else { "" };
     Ok(format!("sm_{major}{minor}{suffix}"))
+}
+
+/// cuBLAS on `stream`, with sums in f32 alone: by default it may cut k and add the parts in the type
+/// of the result, which is fp16 for activations.
+fn open_blas(stream: &Arc<CudaStream>) -> Result<CudaBlas> {
+    let blas = CudaBlas::new(Arc::clone(stream)).stage(STAGE)?;
+    // The default mode is 0, so this flag alone is the default and the flag.
+    let mode = cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    // SAFETY: the handle is open, and nobody else has it yet.
+    unsafe { cublasSetMathMode(*blas.handle(), mode) }.result().stage(STAGE)?;
+    Ok(blas)
 }
 
 /// Keeps freed memory in the driver's pool: by default each synchronisation gives it back.

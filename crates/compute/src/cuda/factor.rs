@@ -24,7 +24,7 @@ use super::nccl::Communicator;
 use super::order::SolveOrder;
 use super::split;
 use crate::error::{Error, Result, ensure_shape};
-use crate::gram::HessianPrep;
+use crate::gram::{HessianPrep, Precision};
 use crate::ranks::Ranks;
 use crate::tensor::{Storage, Tensor};
 
@@ -35,15 +35,6 @@ const BASE: usize = 32;
 const PANEL: usize = 512;
 /// Most blocks of a grid-stride kernel.
 const MAX_BLOCKS: usize = 1 << 16;
-
-/// The type in which a factor was computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// The usual one.
-    F32,
-    /// After f32 met a pivot that was not positive.
-    F64,
-}
 
 /// U `[n, n]` in f32 with `UᵀU = H⁻¹`, H being made from the upper triangle of `gram` as `prep` says.
 ///
@@ -83,7 +74,7 @@ pub(crate) fn shared_upper_factor(
     let (upper, precision) = match outcome {
         Ok(mut inverse) => {
             reverse(cuda, inverse.make_mut(cuda)?)?;
-            (inverse, Precision::F32)
+            (inverse, Precision::Usual)
         }
         Err(Error::NotPositiveDefinite { .. }) => {
             let stage = "the Hessian in f64, which f32 found not positive definite";
@@ -91,7 +82,7 @@ pub(crate) fn shared_upper_factor(
                 cholesky(cuda, matrix, n)?;
                 invert_lower(cuda, matrix, n, None)
             })?;
-            (reversed_narrow(cuda, inverse.slice(), n)?, Precision::F64)
+            (reversed_narrow(cuda, inverse.slice(), n)?, Precision::RetriedInF64)
         }
         Err(other) => return Err(other),
     };
@@ -321,18 +312,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn levels_cover_the_matrix() {
+    fn levels_are_cut_where_the_matrix_ends() {
         assert!(levels(32).is_empty());
         assert_eq!(levels(33), [Level { half: 32, full: 0, ragged: 1 }]);
-        for n in [64, 65, 100, 576, 8192, 28672] {
-            let levels = levels(n);
-            for level in &levels {
-                let covered = level.full * 2 * level.half + level.half + level.ragged;
-                assert!(level.ragged < level.half || level.full == 0);
-                // Whatever is not covered is one whole block or less, and waits for a later level.
-                assert!(covered >= n || n - level.full * 2 * level.half <= level.half);
+        let first = Level { half: 32, full: 1, ragged: 0 };
+        assert_eq!(levels(96), [first, Level { half: 64, full: 0, ragged: 32 }]);
+    }
+
+    /// Every block below the diagonal is made by one join, after all of the two triangles that it is
+    /// made from.
+    #[test]
+    fn joins_make_every_block_once_and_in_order() {
+        for n in [1_usize, 32, 33, 64, 65, 100, 160, 576, 1000, 1088, 2500] {
+            let blocks = n.div_ceil(BASE);
+            let mut made = vec![0; blocks * blocks];
+            for Level { half, full, ragged } in levels(n) {
+                let whole = (0..full).map(|pair| (pair * 2 * half, half));
+                let last = Some((full * 2 * half, ragged)).filter(|&(_, rows)| rows > 0);
+                for (start, rows) in whole.chain(last) {
+                    let (from, middle) = (start / BASE, (start + half) / BASE);
+                    let end = (start + half + rows).div_ceil(BASE);
+                    assert!(start + half + rows <= n, "n = {n}: a join beyond the end");
+                    for i in from..end {
+                        for j in from..i {
+                            let here = &mut made[i * blocks + j];
+                            let joined = i >= middle && j < middle;
+                            assert_eq!(*here, i32::from(!joined), "n = {n}: block {i}, {j}");
+                            *here = 1;
+                        }
+                    }
+                }
             }
-            assert!(levels.last().is_some_and(|l| 2 * l.half >= n));
+            for (i, row) in made.chunks_exact(blocks).enumerate() {
+                let below = row.iter().take(i).all(|&joins| joins == 1);
+                assert!(below && row[i..].iter().all(|&joins| joins == 0), "n = {n}: row {i}");
+            }
         }
     }
 

@@ -1,7 +1,8 @@
 //! Matrix products by cuBLAS on row-major operands.
 //!
 //! cuBLAS is column-major: a row-major `[m, k]` matrix is its `[k, m]`. So x · wᵀ is asked for as
-//! its transpose, w · xᵀ, with w transposed. Sums are always f32; TF32 is never asked for.
+//! its transpose, w · xᵀ, with w transposed. Sums are always f32, as the handle's math mode demands
+//! (see `context`); TF32 is never asked for.
 
 use std::ffi::c_void;
 use std::sync::Arc;

@@ -18,9 +18,10 @@ use crate::error::{Result, ensure_shape};
 
 /// Rows of a panel.
 const PANEL: usize = 2048;
-/// Tokens summed inside one product, before the sum is added to the total in f32. A fixed number
-/// makes the result independent of the chunks that callers use, when those are multiples of it.
-const TOKENS: usize = 16_384;
+/// Tokens summed inside one product, before the sum is added to the total in f32, and tokens of a
+/// caller's chunk. A fixed number makes the result independent of the chunks that callers use, when
+/// those are multiples of it.
+pub const CHUNK_TOKENS: usize = 16_384;
 
 /// An empty Gram `[n, n]`.
 pub(crate) fn zeros(cuda: &Arc<Cuda>, n: usize) -> Result<Matrix> {
@@ -35,8 +36,8 @@ pub(crate) fn accumulate(sum: &mut Matrix, x: &Matrix) -> Result<()> {
     let x = to_f16(x)?;
     let (cuda, n) = (x.cuda(), x.cols());
     let (total, inputs) = (sum.f32_mut(OP)?, x.f16(OP)?);
-    for token in (0..x.rows()).step_by(TOKENS) {
-        let tokens = TOKENS.min(x.rows() - token);
+    for token in (0..x.rows()).step_by(CHUNK_TOKENS) {
+        let tokens = CHUNK_TOKENS.min(x.rows() - token);
         for row in (0..n).step_by(PANEL) {
             let rows = PANEL.min(n - row);
             // Column-major: columns row.. of the transposed result, from the diagonal down.

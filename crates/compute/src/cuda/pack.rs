@@ -28,14 +28,12 @@ pub struct PackedLinear<'a> {
     pub cols: usize,
     /// `[cols / 32 · bits, rows]`.
     pub qweight: &'a [u32],
-    /// `[groups, rows / 32 · bits]`.
+    /// Zeros minus one, `[groups, rows / 32 · bits]`: a zero of 0 is stored as all ones.
     pub qzeros: &'a [u32],
     /// `[groups, rows]`.
     pub scales: &'a [f16],
     /// Group of each input feature.
     pub g_idx: &'a [i32],
-    /// What a stored zero lacks: 1 in the AutoGPTQ format, 0 in its second version.
-    pub zero_offset: u8,
 }
 
 /// The weights `[rows, cols]` in fp16: scale · (code − zero), rounded once.
@@ -59,10 +57,10 @@ pub fn dequantise(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor>
         _ => "dequant_8",
     };
     let kernel = cuda.kernel("dequant.cu", name)?;
-    let (height, width, add) = (int(rows)?, int(cols)?, i32::from(packed.zero_offset));
+    let (height, width) = (int(rows)?, int(cols)?);
     let mut launch = cuda.stream().launch_builder(&kernel);
     launch.arg(qweight.slice()).arg(qzeros.slice()).arg(scales.slice()).arg(g_idx.slice());
-    launch.arg(weight.make_mut(cuda)?).arg(&height).arg(&width).arg(&add);
+    launch.arg(weight.make_mut(cuda)?).arg(&height).arg(&width);
     // SAFETY: the arguments are the kernel's, and `check` has compared every length and index.
     unsafe { launch.launch(tiles(rows, cols)) }.stage(STAGE)?;
     Ok(Tensor(Storage::Cuda(Matrix::from_f16(cuda, (rows, cols), weight))))

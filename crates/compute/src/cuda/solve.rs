@@ -63,10 +63,9 @@ pub struct SolveOptions<'a> {
     pub group_size: Option<usize>,
     /// Which weights a scale is computed from.
     pub group_weights: GroupWeights,
-    /// Scales are rounded to fp16 before codes are chosen.
+    /// Scales are rounded to fp16 before codes are chosen, and a code's value before its error is
+    /// computed: the weights that the file dequantises to on a card, which keeps them in fp16.
     pub half_scales: bool,
-    /// A code's value is rounded to fp16 before its error is computed.
-    pub half_values: bool,
     /// AutoGPTQ's absmax scales when `None`.
     pub search: Option<ClipSearch<'a>>,
 }
@@ -294,8 +293,7 @@ impl<'a> Solver<'a> {
         let (weight, scales) = (weight.at(0, start), scales.at(start / self.group, 0));
         let upper = Block::of(self.cuda, self.upper, self.n).at(start, start);
         let (rows, ld, width) = (int(self.rows)?, int(self.n)?, int(end - start)?);
-        let (half_scales, half_values) =
-            (i32::from(self.options.half_scales), i32::from(self.options.half_values));
+        let half_scales = i32::from(self.options.half_scales);
         let Some(Search { ratios, count, trials: Some(trials), .. }) = &mut self.search else {
             return Ok(());
         };
@@ -304,7 +302,7 @@ impl<'a> Solver<'a> {
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address()).arg(ratios.slice()).arg(&mut *trials);
         launch.arg(&rows).arg(&ld).arg(&width).arg(&zero).arg(&max_code);
-        launch.arg(&half_scales).arg(&half_values);
+        launch.arg(&half_scales);
         let config = |blocks: usize, candidates: i32| LaunchConfig {
             grid_dim: (blocks as u32, candidates as u32, 1),
             block_dim: (256, 1, 1),
@@ -337,7 +335,7 @@ impl<'a> Solver<'a> {
         let groups_left = int(self.groups - first)?;
         let until = int((first + 1) * self.group - start)?;
         let (zero, max_code) = self.grid();
-        let half_values = i32::from(self.options.half_values);
+        let half_values = i32::from(self.options.half_scales);
         let kernel = self.cuda.kernel("gptq_block.cu", "gptq_block")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address());

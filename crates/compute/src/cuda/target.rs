@@ -15,14 +15,13 @@ use super::elementwise::{to_f16, to_f32};
 use super::error::Stage;
 use super::factor::rows_launch;
 use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm};
+use super::gram::CHUNK_TOKENS as TOKENS;
 use super::matrix::{Matrix, Values, ensure_same_card};
 use super::order::inverse_of;
 use crate::error::{Error, Result};
 
 /// Columns of a panel of a product with a triangle, whose zeros beyond the panel are skipped.
 const PANEL: usize = 2048;
-/// Tokens summed inside one product, as for Grams: sums do not depend on the chunks of callers.
-const TOKENS: usize = 16_384;
 
 /// An f32 matrix of zeros.
 pub(crate) fn zeros(cuda: &Arc<Cuda>, shape: (usize, usize)) -> Result<Matrix> {

@@ -1,9 +1,13 @@
-//! Copies between host and device that neither wait for queued work nor for each other.
+//! Copies between host and device: uploads do not wait for queued work, nor small ones for large
+//! ones.
 //!
 //! Host values go through two halves of a pinned buffer: while one half is being copied by the
 //! card, the next piece is being written to the other by all cores. Uploads run on the copy stream
 //! and the stream of all work waits for their end on the device, so the weights of the next block
-//! arrive while the current one computes.
+//! arrive while the current one computes. Whoever uploads a tensor holds its buffer until the last
+//! piece was read, page faults of a mapped file included; norm gains, biases and orders, which the
+//! computing thread needs meanwhile, have a buffer of their own, and wait at most for the halves that
+//! are on their way to the card.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,44 +27,49 @@ use crate::host::{FloatType, HostMatrix};
 
 /// Bytes of one half: copies of this size run at full speed, and two take no room worth naming.
 const HALF: usize = 16 << 20;
-/// Bytes that one task copies.
+/// Bytes that one task copies, and the most that is a small upload.
 const PIECE: usize = 1 << 20;
 
-/// The pinned buffers of the two directions, each allocated at its first use. They are apart so that
-/// an upload does not wait for a read, which itself waits for queued work.
+/// The pinned buffers, each allocated at its first use. The two directions are apart so that an
+/// upload does not wait for a read, which itself waits for queued work.
 #[derive(Default)]
 pub(super) struct Staging {
     inward: Mutex<Option<Halves>>,
+    /// For uploads of at most [`PIECE`] bytes.
+    small: Mutex<Option<Halves>>,
     outward: Mutex<Option<Halves>>,
 }
 
 struct Halves {
     memory: [PinnedHostSlice<u8>; 2],
+    /// The half that the next piece of an upload takes: small uploads, of one piece each, take turns.
+    next: usize,
     /// Recorded after the last copy from or to a half.
     used: [CudaEvent; 2],
 }
 
 impl Halves {
-    fn new(cuda: &Cuda) -> Result<Self> {
+    fn new(cuda: &Cuda, bytes: usize) -> Result<Self> {
         const STAGE: &str = "allocating pinned host memory";
         // SAFETY: every byte is written before it is read, by the host or by a copy.
-        let half = || unsafe { cuda.context().alloc_pinned_with_flags::<u8>(HALF, 0) }.stage(STAGE);
+        let half =
+            || unsafe { cuda.context().alloc_pinned_with_flags::<u8>(bytes, 0) }.stage(STAGE);
         let event = || cuda.context().new_event(None).stage(STAGE);
-        Ok(Self { memory: [half()?, half()?], used: [event()?, event()?] })
+        Ok(Self { memory: [half()?, half()?], next: 0, used: [event()?, event()?] })
     }
 }
 
 impl Cuda {
-    /// Runs `work` with one of the staging buffers.
+    /// Runs `work` with one of the staging buffers, whose halves are of `bytes`.
     fn with_staging<R>(
         &self,
-        staging: &Mutex<Option<Halves>>,
+        (staging, bytes): (&Mutex<Option<Halves>>, usize),
         work: impl FnOnce(&mut Halves) -> Result<R>,
     ) -> Result<R> {
         let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut halves = match staging.take() {
             Some(halves) => halves,
-            None => Halves::new(self)?,
+            None => Halves::new(self, bytes)?,
         };
         let outcome = work(&mut halves);
         *staging = Some(halves);
@@ -69,19 +78,30 @@ impl Cuda {
 
     /// Queues the copy of `bytes` to `to`, on the copy stream; returns when `bytes` are read.
     fn stage_in(&self, stage: &'static str, bytes: &[u8], to: u64) -> Result<()> {
-        self.with_staging(&self.staging().inward, |halves| {
-            for (i, chunk) in bytes.chunks(HALF).enumerate() {
-                halves.used[i % 2].synchronize().stage(stage)?;
-                let half = halves.memory[i % 2].as_mut_slice().stage(stage)?;
+        let (staging, size) = match bytes.len() <= PIECE {
+            true => (&self.staging().small, PIECE),
+            false => (&self.staging().inward, HALF),
+        };
+        self.with_staging((staging, size), |halves| {
+            for (i, chunk) in bytes.chunks(size).enumerate() {
+                let at_hand = halves.next;
+                halves.next = 1 - at_hand;
+                halves.used[at_hand].synchronize().stage(stage)?;
+                let half = halves.memory[at_hand].as_mut_slice().stage(stage)?;
                 let half = &mut half[..chunk.len()];
-                let pieces = half.par_chunks_mut(PIECE).zip(chunk.par_chunks(PIECE));
-                pieces.for_each(|(to, from)| to.copy_from_slice(from));
-                let at = to + (i * HALF) as u64;
+                if chunk.len() <= PIECE {
+                    // One piece: a thread of the pool would have to be free first.
+                    half.copy_from_slice(chunk);
+                } else {
+                    let pieces = half.par_chunks_mut(PIECE).zip(chunk.par_chunks(PIECE));
+                    pieces.for_each(|(to, from)| to.copy_from_slice(from));
+                }
+                let at = to + (i * size) as u64;
                 // SAFETY: the target holds `bytes.len()` bytes and was allocated on this stream;
                 // the half is not touched again before its event is done.
                 unsafe { result::memcpy_htod_async(at, half, self.copies().cu_stream()) }
                     .stage(stage)?;
-                halves.used[i % 2].record(self.copies()).stage(stage)?;
+                halves.used[at_hand].record(self.copies()).stage(stage)?;
             }
             Ok(())
         })
@@ -119,7 +139,7 @@ impl Cuda {
 
     /// Copies from `from` on the device into `bytes`, after all queued work.
     fn stage_out(&self, stage: &'static str, from: u64, bytes: &mut [u8]) -> Result<()> {
-        self.with_staging(&self.staging().outward, |halves| {
+        self.with_staging((&self.staging().outward, HALF), |halves| {
             let mut waiting: Option<(usize, &mut [u8])> = None;
             let drain = |halves: &mut Halves, entry: Option<(usize, &mut [u8])>| {
                 let Some((half, chunk)) = entry else { return Ok(()) };

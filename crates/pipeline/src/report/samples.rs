@@ -28,6 +28,7 @@ pub(crate) fn branch(
         relative_error: Some(error * kl),
         damp: Some(0.01),
         damp_retries: 0,
+        f64_retries: 0,
     };
     let blocks = (0..2).map(|block| BlockRecord {
         block,
@@ -59,6 +60,7 @@ pub(crate) fn branch(
             sha256: "c0ffee".to_owned(),
         }),
         damp_retries: 0,
+        f64_retries: 0,
         blocks: blocks.collect(),
         evaluations: vec![EvaluationRecord {
             protocol: "paper".to_owned(),
