@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::identity::DatasetIdentity;
+use crate::identity::{DatasetIdentity, contaminated};
 use crate::progress::{BlockReport, LinearReport};
 use crate::quantise::QuantiseJob;
 use crate::source_dtype::SourceDtype;
@@ -128,6 +128,13 @@ pub fn model_name(id_or_path: &str) -> String {
     let folder = Path::new(id_or_path).canonicalize();
     let name = folder.ok().and_then(|f| Some(f.file_name()?.to_string_lossy().into_owned()));
     name.unwrap_or_else(|| id_or_path.to_owned())
+}
+
+/// Whether the checkpoint in a folder was calibrated on this text, where the report beside it tells.
+pub fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
+    let report = BranchReport::read(dir).ok()?;
+    // A recipe without calibration saw none.
+    Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))
 }
 
 /// The sum over all linears.

@@ -15,13 +15,14 @@ use gptq_model::{Block, LinearId, Model};
 use gptq_quant::{QuantSpec, round_to_nearest};
 
 use crate::bands::Bands;
-use crate::branch_report::{BranchReport, REPORT_FILE};
+use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::fold::Folding;
 use crate::head;
+use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest};
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::output::{Outbox, copy_dense, join, send, write_behind, writer};
 use crate::progress::{BlockReport, LinearReport, Progress, Silent};
@@ -84,6 +85,10 @@ pub(crate) struct Made {
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<QuantiseOutcome>> {
     let outcome = match make(job, progress)? {
         Some(Made { sealed, report, blocks }) => {
+            // The sums by which verify finds what has changed since.
+            let made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
+            let manifest = Manifest::of(sealed.folder.path(), &made_from, &report)?;
+            sealed.folder.replace(MANIFEST_FILE, &manifest.to_bytes()?)?;
             let BranchReport { damp_retries, f64_retries, .. } = report;
             Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
         }

@@ -8,9 +8,11 @@ use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
+use gptq_pipeline::branch_report::calibrated_on;
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
 use gptq_pipeline::perplexity::{Perplexity, Scored, score};
+use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
 use super::source::{open_checkpoint, provide_text};
@@ -61,7 +63,11 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         seq_len: args.seq_len,
         max_windows: args.max_windows,
     };
-    let text = evaluation_text(&checkpoint, &spec, None)?;
+    let mut text = evaluation_text(&checkpoint, &spec, None)?;
+    text.contaminated = calibrated_on(checkpoint.dir(), &text.identity);
+    if text.contaminated == Some(true) {
+        printer.warn("the checkpoint was calibrated on this text, which flatters it");
+    }
     printer.note(&format!(
         "{} windows of {} tokens of {}, protocol {}",
         text.windows.len(),

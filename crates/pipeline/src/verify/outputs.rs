@@ -5,7 +5,6 @@
 //! number that calibration reports, on another text. Hidden states are never compared with the
 //! base's, whose coordinates may be others; logits are.
 
-use std::path::Path;
 
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
@@ -15,12 +14,11 @@ use serde::Serialize;
 
 use super::weights::Weights;
 use super::{Check, Findings, VerifyJob};
-use crate::branch_report::BranchReport;
+use crate::branch_report::calibrated_on;
 use crate::config::EvaluationSpec;
 use crate::error::{Error, Result};
 use crate::evaluation::{EvalText, evaluation_text};
 use crate::fold::Folding;
-use crate::identity::{DatasetIdentity, contaminated};
 use crate::perplexity::{Perplexity, Scored, begin, score};
 use crate::progress::Progress;
 use crate::quantise::{next_block, read_ahead};
@@ -57,7 +55,7 @@ impl Run<'_> {
         progress: &dyn Progress,
     ) -> Result<(EvalText, Outputs)> {
         let mut text = evaluation_text(self.checkpoint, spec, None)?;
-        text.contaminated = saw(self.job.dir, &text.identity);
+        text.contaminated = calibrated_on(self.job.dir, &text.identity);
         let device = &self.job.device;
         let model =
             Model::new(self.checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
@@ -112,13 +110,6 @@ impl Run<'_> {
         progress.end();
         Scored::of(model, &text.windows, text.windows.len(), states)
     }
-}
-
-/// Whether the checkpoint was calibrated on this text, where the report in its folder tells.
-fn saw(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
-    let report = BranchReport::read(dir).ok()?;
-    // A recipe without calibration saw none.
-    Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))
 }
 
 /// Runs a whole block over every chunk; gives XᵀX of the inputs of each stage.
