@@ -39,6 +39,10 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
 
 /// Shapes are checked where files are read, so a mismatch inside a device operation is our fault.
 fn is_internal(error: &anyhow::Error) -> bool {
+    #[cfg(feature = "hub")]
+    if matches!(error.downcast_ref(), Some(gptq_hub::Error::Panicked { .. })) {
+        return true;
+    }
     error.chain().any(|cause| {
         matches!(
             cause.downcast_ref::<gptq_compute::Error>(),
