@@ -105,6 +105,9 @@ fn every_folder_is_complete_and_equals_the_branch_made_alone() {
             serde_json::from_slice(&swept.remove("gptq_manifest.json").unwrap()).unwrap();
         let listed = manifest["files"].as_object().unwrap();
         assert_eq!(listed.len() + 1, swept.len());
+        let sums: Value =
+            serde_json::from_slice(&alone.remove("gptq_manifest.json").unwrap()).unwrap();
+        assert_eq!(sums["files"], manifest["files"]);
         // The reports differ in the measurement alone.
         let parse =
             |bytes: Option<Vec<u8>>| serde_json::from_slice::<Value>(&bytes.unwrap()).unwrap();

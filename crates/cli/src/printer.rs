@@ -104,7 +104,9 @@ impl Progress for Printer {
     }
 
     fn step(&self) {
-        if let Some(line) = self.phase().as_mut().and_then(|phase| phase.step(self.bars)) {
+        // A statement of its own: the phase is free again before the line is printed.
+        let line = self.phase().as_mut().and_then(|phase| phase.step(self.bars));
+        if let Some(line) = line {
             self.note(&line);
         }
     }
@@ -139,5 +141,32 @@ impl Progress for Printer {
 
     fn warn(&self, message: &str) {
         self.line(&format!("warning: {message}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_speak_now_and_then_where_there_are_no_bars() {
+        let printer = Printer::new(false, true);
+        printer.begin("test", 3);
+        let step = |bars| printer.phase().as_mut().and_then(|phase| phase.step(bars));
+        assert_eq!(step(false), None);
+        let long_ago = || Instant::now().checked_sub(2 * QUIET_TIME).unwrap();
+        printer.phase().as_mut().unwrap().last_line = long_ago();
+        // Not the line itself, which is stderr's, but that printing it does not wait for itself.
+        printer.step();
+        assert_eq!(printer.phase().as_ref().unwrap().done, 2);
+        printer.phase().as_mut().unwrap().last_line = long_ago();
+        assert_eq!(step(false), None, "the last step ends the phase, which says so");
+        printer.end();
+        printer.begin("test", 3);
+        printer.phase().as_mut().unwrap().last_line = long_ago();
+        assert_eq!(step(true), None, "a bar says it");
+        printer.phase().as_mut().unwrap().last_line = long_ago();
+        let line = step(false).unwrap();
+        assert!(line.starts_with("test: block 2/3  0 s, "), "{line}");
     }
 }

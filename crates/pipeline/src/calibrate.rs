@@ -141,17 +141,22 @@ impl Stream<'_> {
     }
 
     /// Adds what one chunk of the residual stream lacks against `reference` before o's or down's
-    /// products are added to it, times the inputs of these: Dᵀ X.
+    /// products, but not their `bias`, are added to it, times the inputs of these: Dᵀ X.
     fn drift(
         &mut self,
         all: &Calibrator<'_>,
         chunk: usize,
+        bias: Option<&[f32]>,
         reference: &Tensor,
         sum: &mut Tensor,
     ) -> Result<()> {
         let device = all.device;
-        let hidden = &mut self.states.hidden;
-        let drift = hidden.read(chunk, |hidden| Ok(device.difference(reference, hidden)?))?;
+        let drift = self.states.hidden.read(chunk, |hidden| {
+            let Some(bias) = bias else { return Ok(device.difference(reference, hidden)?) };
+            let mut hidden = hidden.clone();
+            device.add_bias(&mut hidden, bias)?;
+            Ok(device.difference(reference, &hidden)?)
+        })?;
         self.kept(all).read(chunk, |input| Ok(device.cross_add(sum, &drift, input)?))
     }
 
@@ -274,12 +279,12 @@ impl BlockRun<'_, '_, '_> {
     /// stage.
     ///
     /// With the unquantised W the stream would lack L = D − X Wᵀ, D being the distance of the
-    /// unquantised model's states behind the linear from those before it. H = s XᵀX + λ, so
+    /// unquantised model's states behind the linear from those before it, and from its bias. H = s XᵀX + λ, so
     /// s LᵀX H⁻¹ = (s DᵀX + λ W) H⁻¹ − W: the products X Wᵀ need not be made.
     fn shift(&mut self, stage: Stage, factored: &Factored, scale: f32) -> Result<Option<Tensor>> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };
-        let weight = dense.linear(stage.linears()[0]);
+        let (weight, bias) = (dense.linear(stage.linears()[0]), dense.bias(stage.linears()[0]));
         let shape = weight.shape();
         let wanted = all.spec.choices.residual > 0.0;
         let mut drift = wanted.then(|| all.device.zeros(shape.0, shape.1)).transpose()?;
@@ -287,7 +292,7 @@ impl BlockRun<'_, '_, '_> {
             let hidden = states.past(all, dense, stage, chunk)?;
             self.laps.lap("reference")?;
             if let Some(sum) = &mut drift {
-                self.stream.drift(all, chunk, &hidden, sum)?;
+                self.stream.drift(all, chunk, bias, &hidden, sum)?;
                 self.laps.lap("shift")?;
             }
             states.hidden.put(chunk, hidden)?;

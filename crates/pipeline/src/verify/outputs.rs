@@ -5,7 +5,6 @@
 //! number that calibration reports, on another text. Hidden states are never compared with the
 //! base's, whose coordinates may be others; logits are.
 
-
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
