@@ -104,7 +104,9 @@ impl Progress for Printer {
     }
 
     fn step(&self) {
-        if let Some(line) = self.phase().as_mut().and_then(|phase| phase.step(self.bars)) {
+        // A statement of its own gives the phase back, which printing the line locks again.
+        let line = self.phase().as_mut().and_then(|phase| phase.step(self.bars));
+        if let Some(line) = line {
             self.note(&line);
         }
     }
@@ -139,5 +141,30 @@ impl Progress for Printer {
 
     fn warn(&self, message: &str) {
         self.line(&format!("warning: {message}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// A step that is said must not wait for itself: evaluations of more than a few seconds hung.
+    #[test]
+    fn a_step_that_takes_long_is_said() {
+        let printer = Printer::new(false, true);
+        printer.begin("evaluate", 3);
+        if let Some(phase) = printer.phase().as_mut() {
+            phase.last_line -= 2 * QUIET_TIME;
+        }
+        let (done, finished) = channel();
+        let stepping = printer.clone();
+        std::thread::spawn(move || {
+            stepping.step();
+            done.send(()).ok();
+        });
+        finished.recv_timeout(Duration::from_secs(60)).expect("the step ends");
+        printer.end();
     }
 }
