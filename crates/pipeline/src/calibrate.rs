@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{Device, Gram, Laps, Precision, Ranks, RopeTable, Tensor};
+use gptq_compute::{Device, Gram, Laps, Ranks, RopeTable, Tensor};
 use gptq_model::{Block, LinearId, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantised, factor, solve};
 
@@ -414,11 +414,5 @@ impl BlockRun<'_, '_, '_> {
 }
 
 fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearReport {
-    LinearReport {
-        name,
-        relative_error: Some(loss / energy.max(f64::MIN_POSITIVE)),
-        damp: Some(factored.damp),
-        damp_retries: factored.damp_retries,
-        f64_retries: u32::from(factored.precision == Precision::RetriedInF64),
-    }
+    LinearReport::solved(name, Some(loss / energy.max(f64::MIN_POSITIVE)), factored)
 }

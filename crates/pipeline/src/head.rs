@@ -13,22 +13,23 @@ use half::slice::HalfFloatSliceExt;
 use crate::calibrate::Streams;
 use crate::error::{Error, Result};
 use crate::fold::{Folding, HEAD, dense_head, final_gain};
+use crate::progress::LinearReport;
 
 /// Rows of the head that are moved at a time.
 const BAND: usize = 16_384;
 
-/// The head `[vocab, hidden]` as the file should hold it; on rank 0 alone.
+/// The head `[vocab, hidden]` as the file should hold it, on rank 0 alone, and what its Hessian needed.
 pub(crate) fn fitted(
     model: &Model<'_>,
     folding: Option<&Folding>,
     spec: &QuantSpec,
     windows: usize,
     streams: &mut Streams,
-) -> Result<Option<Vec<f16>>> {
+) -> Result<(Option<Vec<f16>>, LinearReport)> {
     let gain = final_gain(model.checkpoint(), folding)?;
-    let map = map(model, &gain, spec, windows, streams)?;
+    let (map, report) = map(model, &gain, spec, windows, streams)?;
     if !model.ranks().is_first() {
-        return Ok(None);
+        return Ok((None, report));
     }
     let mut head = dense_head(model.checkpoint(), folding)?;
     let width = model.config().hidden_size;
@@ -36,7 +37,7 @@ pub(crate) fn fitted(
     for band in head.chunks_mut(BAND * width) {
         move_rows(model.device(), band, &map, share)?;
     }
-    Ok(Some(head))
+    Ok((Some(head), report))
 }
 
 /// (X_fp − X)ᵀX H⁻¹ `[hidden, hidden]`.
@@ -46,7 +47,7 @@ fn map(
     spec: &QuantSpec,
     windows: usize,
     streams: &mut Streams,
-) -> Result<Tensor> {
+) -> Result<(Tensor, LinearReport)> {
     let (device, width) = (model.device(), gain.len());
     let eps = model.config().rms_norm_eps;
     let activations = || Error::Activations { linear: HEAD.to_owned() };
@@ -68,7 +69,8 @@ fn map(
         source => Error::Solve { linear: HEAD.to_owned(), source },
     })?;
     let map = device.over_hessian(&lacking, &factored.upper, &factored.order)?;
-    if device.all_finite(&map)? { Ok(map) } else { Err(activations()) }
+    let report = LinearReport::solved(HEAD.to_owned(), None, &factored);
+    if device.all_finite(&map)? { Ok((map, report)) } else { Err(activations()) }
 }
 
 /// Rows W ← W + share · W · map.

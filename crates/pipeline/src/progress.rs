@@ -1,5 +1,7 @@
 //! How a run tells its caller what it is doing; drawing belongs to the caller.
 
+use gptq_compute::Precision;
+use gptq_quant::Factored;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -23,6 +25,17 @@ pub struct LinearReport {
 }
 
 impl LinearReport {
+    /// Of a linear that was solved with this Hessian.
+    pub(crate) fn solved(name: String, relative_error: Option<f64>, factored: &Factored) -> Self {
+        Self {
+            name,
+            relative_error,
+            damp: Some(factored.damp),
+            damp_retries: factored.damp_retries,
+            f64_retries: u32::from(factored.precision == Precision::RetriedInF64),
+        }
+    }
+
     /// Of a linear that was rounded without calibration.
     pub(crate) fn rounded(name: String) -> Self {
         Self { name, relative_error: None, damp: None, damp_retries: 0, f64_retries: 0 }

@@ -142,7 +142,9 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
     let (blocks, mut streams) = walked;
     let head = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
-            head::fitted(&model, folding, &job.spec, windows.len(), streams)?
+            let (head, report) = head::fitted(&model, folding, &job.spec, windows.len(), streams)?;
+            check_retries(job, &[report], progress)?;
+            head
         }
         _ => None,
     };
@@ -235,21 +237,24 @@ impl CalibratedRun<'_> {
         };
         let done =
             calibrator.block(block, streams, &mut |name, bands| send(writer, name, bands))?;
-        self.check_retries(&done.linears, progress)?;
+        check_retries(self.job, &done.linears, progress)?;
         Ok(done)
     }
+}
 
-    /// What a Hessian needed beside the damping asked for is said, or refused.
-    fn check_retries(&self, linears: &[LinearReport], progress: &dyn Progress) -> Result<()> {
-        let asked = self.job.spec.damp;
-        for linear in linears {
-            if self.job.strict {
-                linear.refuse_retries(asked)?;
-            }
-            linear.retries(asked).iter().for_each(|said| progress.warn(said));
+/// What Hessians needed beside the damping asked for is said, or refused.
+fn check_retries(
+    job: &QuantiseJob<'_>,
+    linears: &[LinearReport],
+    progress: &dyn Progress,
+) -> Result<()> {
+    for linear in linears {
+        if job.strict {
+            linear.refuse_retries(job.spec.damp)?;
         }
-        Ok(())
+        linear.retries(job.spec.damp).iter().for_each(|said| progress.warn(said));
     }
+    Ok(())
 }
 
 /// Reads blocks one ahead of their use, and folds rotations into them, on a thread of its own.
