@@ -1,9 +1,9 @@
 //! JSON text as Python's `json.dumps(indent=2)` writes it.
 //!
 //! Published checkpoints were written by Python, and our files should equal them byte for byte.
-//! The pretty printer of `serde_json` differs from it in two things. Python writes floats as `1e-05`
-//! where Rust writes `1e-5`, and switches to exponents at other magnitudes; and it escapes every
-//! character outside printable ASCII.
+//! The pretty printer of `serde_json` differs from it in two things. Python writes floats as
+//! `1e-05` where Rust writes `1e-5`, and switches to exponents at other magnitudes; and it escapes
+//! every character outside printable ASCII.
 
 use std::io::{self, Write};
 

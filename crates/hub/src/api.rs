@@ -341,8 +341,8 @@ impl Entry {
 
 /// The next page of a listing, or why there is none although there should be.
 ///
-/// It is asked for at the endpoint, whatever host it is said to be on: a mirror passes on the links of
-/// the Hub behind it, a proxy may have changed the scheme, and the token goes to nobody else.
+/// It is asked for at the endpoint, whatever host it is said to be on: a mirror passes on the links
+/// of the Hub behind it, a proxy may have changed the scheme, and the token goes to nobody else.
 fn next_page(
     headers: &HeaderMap,
     current: &Url,

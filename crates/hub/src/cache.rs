@@ -56,8 +56,8 @@ impl RepoCache {
         }
     }
 
-    /// Whether the blob is there, going by its size. This client checks a blob before it gives it its
-    /// name, but others fill the cache, too; [`Self::remove_damaged`] looks at the contents.
+    /// Whether the blob is there, going by its size. This client checks a blob before it gives it
+    /// its name, but others fill the cache, too; [`Self::remove_damaged`] looks at the contents.
     pub(crate) fn is_complete(&self, file: &RemoteFile) -> bool {
         fs::metadata(self.blob(&file.digest)).is_ok_and(|meta| meta.len() == file.bytes)
     }
@@ -135,8 +135,8 @@ impl RepoCache {
         Ok(snapshot)
     }
 
-    /// Makes a revision stand for a commit, at once: whoever reads meanwhile, or after a kill, finds
-    /// the old commit or the new one.
+    /// Makes a revision stand for a commit, at once: whoever reads meanwhile, or after a kill,
+    /// finds the old commit or the new one.
     fn refer(&self, revision: &str, commit: &str) -> Result<()> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let reference = self.folder().join("refs").join(revision);

@@ -133,8 +133,8 @@ pub enum Error {
     },
     /// A model that cannot come in parts.
     #[error(
-        "The weights of `{repo}` are one file, or shards without the usual index, and cannot come one \
-         after the other; leave out --discard-shards"
+        "The weights of `{repo}` are one file, or shards without the usual index, and cannot come \
+         one after the other; leave out --discard-shards"
     )]
     NotSharded {
         /// The repository.

@@ -158,8 +158,8 @@ pub(crate) struct Bring<'a> {
 }
 
 impl Bring<'_> {
-    /// The shards that `indices` name, once each. The indices are brought, as nothing else says which
-    /// files of a repository are shards.
+    /// The shards that `indices` name, once each. The indices are brought, as nothing else says
+    /// which files of a repository are shards.
     pub(crate) fn shards(
         &self,
         indices: &[RemoteFile],

@@ -3,8 +3,8 @@
 //! Of a model: its weights in one format, safetensors before PyTorch's, and the small files beside
 //! them that every checkpoint made from it carries on. Of a dataset: one split's parquet files.
 //!
-//! What is chosen has to be what a reader opens, so the order of the names is the reader's, and which
-//! files are shards is the index's to say.
+//! What is chosen has to be what a reader opens, so the order of the names is the reader's, and
+//! which files are shards is the index's to say.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -60,8 +60,8 @@ pub(crate) fn model_files(listing: &[RemoteFile]) -> Option<Needed> {
     Some(Needed { files, indices })
 }
 
-/// The weights: a file, or an index of shards, or all files of early GPTQ checkpoints, which are named
-/// as their makers liked.
+/// The weights: a file, or an index of shards, or what early GPTQ checkpoints have, which are named
+/// as their makers liked: their indices, or else all their files.
 fn weights(listing: &[RemoteFile]) -> Option<Vec<&RemoteFile>> {
     let named = |name: &&str| listing.iter().find(|file| file.path == **name);
     if let Some(file) = WEIGHTS.iter().find_map(named) {

@@ -55,8 +55,8 @@ impl Stream {
     /// with the first shards.
     ///
     /// # Errors
-    /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file, or without an index by which
-    /// a reader knows its shards before they come.
+    /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file, or without an index by
+    /// which a reader knows its shards before they come.
     pub fn start(
         hub: Hub,
         id: &str,

@@ -34,8 +34,8 @@ pub(super) fn resolved(out: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Replaces an empty output folder by a new one, as `Partial::publish` will: what the system would refuse
-/// then, it refuses now.
+/// Replaces an empty output folder by a new one, as `Partial::publish` will: what the system would
+/// refuse then, it refuses now.
 pub(super) fn prove_replaceable(out: &Path, current: Option<&Path>) -> Result<()> {
     let permissions = match fs::metadata(out) {
         Ok(meta) => meta.permissions(),

@@ -6,9 +6,9 @@ use gptq_pipeline::dataset::DatasetSpec;
 /// Download a model or dataset from the Hugging Face Hub
 ///
 /// Files go to the Hub's standard cache, each checked by size and hash when it arrives; a download
-/// that was cut short goes on where it stopped. Other commands then take the model by its id. HF_TOKEN
-/// (or HF_TOKEN_PATH, or a login) opens private models; HF_HOME and HF_HUB_CACHE place the cache, and
-/// HF_ENDPOINT names another Hub.
+/// that was cut short goes on where it stopped. Other commands then take the model by its id.
+/// HF_TOKEN (or HF_TOKEN_PATH, or a login) opens private models; HF_HOME and HF_HUB_CACHE place the
+/// cache, and HF_ENDPOINT names another Hub.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   gptq fetch HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext:wikitext-2-raw-v1:test
