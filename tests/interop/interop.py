@@ -133,7 +133,9 @@ def make_theirs(model, out, bits, group, act):
         return
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
-    config = QuantizeConfig(bits=bits, group_size=group, desc_act=act, sym=True)
+    # Its own ordering of groups, the default without act-order, is refused where there are none.
+    ordering = {"act_group_aware": False} if group < 0 else {}
+    config = QuantizeConfig(bits=bits, group_size=group, desc_act=act, sym=True, **ordering)
     loaded = GPTQModel.load(str(model), config, device="cpu", dtype=torch.float32)
     text = CALIBRATION.read_text()
     samples = [text[i * 2000:(i + 1) * 2000] for i in range(32)]
