@@ -179,8 +179,8 @@ impl Case<'_> {
             }
             let error = (now[i] - given) / upper(i);
             sum += error * error;
-            for j in i + 1..now.len() {
-                now[j] -= error * upper(j);
+            for (j, now) in now.iter_mut().enumerate().skip(i + 1) {
+                *now -= error * upper(j);
             }
         }
         sum

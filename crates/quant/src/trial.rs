@@ -92,8 +92,8 @@ mod tests {
             let steps = (now[i] / scale).round_ties_even().clamp(-zero, max_code - zero);
             let error = (now[i] - steps * scale) / f64::from(upper[[i, i]]);
             sum += error * error;
-            for j in i + 1..now.len() {
-                now[j] -= error * f64::from(upper[[i, j]]);
+            for (j, now) in now.iter_mut().enumerate().skip(i + 1) {
+                *now -= error * f64::from(upper[[i, j]]);
             }
         }
         sum
