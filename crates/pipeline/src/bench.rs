@@ -1,6 +1,6 @@
 //! Synthetic measurements: matrix products, and a whole block calibrated as a run would.
 //!
-//! Random data, warm-ups, medians. A matrix product on the CPU is held against matrixmultiply alone:
+//! Random data, warm-ups, medians of blocks. A matrix product on the CPU is held against matrixmultiply alone:
 //! one thread's rate on the same shape, times the threads. Stages of a block on a GPU are held
 //! against what one H100 80GB reaches on the stage's operations (see [`floor_rate`]).
 
@@ -23,7 +23,7 @@ use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::stash::Stash;
 use crate::states::{States, chunk_tokens};
 
-/// Runs of each measurement, at least; the median is reported.
+/// Runs of each measurement, at least.
 const RUNS: usize = 3;
 /// Two matrix products are compared for so long.
 const ENOUGH: Duration = Duration::from_secs(1);
@@ -82,7 +82,7 @@ pub struct Measurement {
     pub operation: String,
     /// Its shape.
     pub shape: String,
-    /// Median seconds.
+    /// Seconds: the least of a product, those of the median run of a stage.
     pub seconds: f64,
     /// Operations counted, one multiply-add being two.
     pub operations: f64,
@@ -324,26 +324,24 @@ fn synthetic_states(
     Ok(States { hidden, seq_lens: vec![seq_len; chunks] })
 }
 
-/// Median seconds of two ways after a warm-up, run in turns so that a machine's moods meet both:
-/// [`RUNS`] of each at least, more of what is over in milliseconds.
+/// Least seconds of two ways after a warm-up, run in turns so that a machine's moods meet both:
+/// [`RUNS`] of each at least, more of what is over in milliseconds. Not the median: a neighbour that
+/// takes one of two cores away halves what both threads do, and leaves one thread alone.
 fn in_turns(mut ways: [&mut dyn FnMut() -> Result<()>; 2]) -> Result<[f64; 2]> {
-    let mut seconds = [Vec::new(), Vec::new()];
+    let mut least = [f64::INFINITY; 2];
     let begin = Instant::now();
     let mut rounds = 0;
     while rounds <= RUNS || begin.elapsed() < ENOUGH {
-        for (way, seconds) in ways.iter_mut().zip(&mut seconds) {
+        for (way, least) in ways.iter_mut().zip(&mut least) {
             let start = Instant::now();
             way()?;
             if rounds > 0 {
-                seconds.push(start.elapsed().as_secs_f64());
+                *least = least.min(start.elapsed().as_secs_f64());
             }
         }
         rounds += 1;
     }
-    Ok(seconds.map(|mut seconds| {
-        seconds.sort_by(f64::total_cmp);
-        seconds[seconds.len() / 2]
-    }))
+    Ok(least)
 }
 
 /// Reproducible bits (the finaliser of SplitMix64).
