@@ -78,4 +78,35 @@ __device__ __forceinline__ void axpy(float (&w)[4], float factor, float4 u) {
     w[3] = fmaf(factor, u.w, w[3]);
 }
 
+// A lane's values of a row of at most kWidth columns.
+__device__ __forceinline__ void load_row(float (&x)[kChunks][4], const float* w, int width,
+                                         int lane) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+        const float4 v = load4(w + kChunk * k, width - kChunk * k - 4 * lane);
+        x[k][0] = v.x, x[k][1] = v.y, x[k][2] = v.z, x[k][3] = v.w;
+    }
+}
+
+// The columns to come, in `left` chunks, corrected for the error of column i of this chunk.
+__device__ __forceinline__ void spread_error(float (&x)[kChunks][4], const float* u, int i,
+                                             int left, float error, int lane) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+        if (k < left) {
+            const int at = i * kWidth + kChunk * k + 4 * lane;
+            axpy(x[k], -error, *reinterpret_cast<const float4*>(u + at));
+        }
+    }
+}
+
+// The next chunk's columns become the first.
+__device__ __forceinline__ void move_down(float (&x)[kChunks][4]) {
+#pragma unroll
+    for (int k = 0; k < kChunks - 1; ++k) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) x[k][c] = x[k + 1][c];
+    }
+}
+
 }  // namespace

@@ -73,11 +73,7 @@ __device__ __forceinline__ void solve(float* w, const float* u, const float* sca
     Scales scale(first, first + (long long)(groups_left - 1) * rows, rows, group_size, until);
 
     float x[kChunks][4];
-#pragma unroll
-    for (int k = 0; k < kChunks; ++k) {
-        const float4 v = load4(w + kChunk * k, width - kChunk * k - 4 * lane);
-        x[k][0] = v.x, x[k][1] = v.y, x[k][2] = v.z, x[k][3] = v.w;
-    }
+    load_row(x, w, width, lane);
     float next_u[kFetch];
     fetch(u, ld, width, 0, next_u);
     float loss = 0.0f;
@@ -95,13 +91,7 @@ __device__ __forceinline__ void solve(float* w, const float* u, const float* sca
             const Solved s = quantise(wi, scale.step(), uc[i * kWidth + i], grid);
             loss = fmaf(s.error, s.error, loss);
             if (lane == i / 4) code4[i % 4] = s.code, err4[i % 4] = s.error;
-#pragma unroll
-            for (int k = 0; k < kChunks; ++k) {
-                if (k < left) {
-                    const int at = i * kWidth + kChunk * k + 4 * lane;
-                    axpy(x[k], -s.error, *reinterpret_cast<const float4*>(uc + at));
-                }
-            }
+            spread_error(x, uc, i, left, s.error, lane);
         }
         const int valid = live ? width - kChunk * chunk - 4 * lane : 0;
         store4(err + kChunk * chunk, err4, valid);
@@ -109,11 +99,7 @@ __device__ __forceinline__ void solve(float* w, const float* u, const float* sca
         for (int c = 0; c < 4; ++c) {
             if (c < valid) codes[kChunk * chunk + c] = (unsigned char)code4[c];
         }
-#pragma unroll
-        for (int k = 0; k < kChunks - 1; ++k) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) x[k][c] = x[k + 1][c];
-        }
+        move_down(x);
     }
     if (live && lane == 0) row_loss[row] += (double)loss;
 }

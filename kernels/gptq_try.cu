@@ -16,12 +16,6 @@
 
 namespace {
 
-__device__ __forceinline__ float file_scale(float scale, bool half_scales) {
-    if (!half_scales) return scale;
-    const float rounded = half_to_float(float_to_half(scale));
-    return rounded == 0.0f ? 0x1p-24f : rounded;
-}
-
 // Sum of err^2 of each row's group under one candidate scale a row.
 __device__ __forceinline__ float attempt(float (&x)[kChunks][4], float (&su)[2][kStage],
                                          const float* u, int ld, int width, float scale,
@@ -43,19 +37,9 @@ __device__ __forceinline__ float attempt(float (&x)[kChunks][4], float (&su)[2][
             const Solved s = quantise(wi, scale, uc[i * kWidth + i], grid);
             // Beyond the width w is 0, and so is its error.
             loss = fmaf(s.error, s.error, loss);
-#pragma unroll
-            for (int k = 0; k < kChunks; ++k) {
-                if (k < left) {
-                    const int at = i * kWidth + kChunk * k + 4 * lane;
-                    axpy(x[k], -s.error, *reinterpret_cast<const float4*>(uc + at));
-                }
-            }
+            spread_error(x, uc, i, left, s.error, lane);
         }
-#pragma unroll
-        for (int k = 0; k < kChunks - 1; ++k) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) x[k][c] = x[k + 1][c];
-        }
+        move_down(x);
     }
     return loss;
 }
@@ -72,11 +56,10 @@ gptq_try(const float* w, const float* u, const float* ratios, float2* trials, in
     const bool live = row < rows;
     w += (long long)(live ? row : 0) * ld + 4 * lane;
     float x[kChunks][4];
+    load_row(x, w, width, lane);
     float absmax = 0.0f;
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
-        const float4 v = load4(w + kChunk * k, width - kChunk * k - 4 * lane);
-        x[k][0] = v.x, x[k][1] = v.y, x[k][2] = v.z, x[k][3] = v.w;
 #pragma unroll
         for (int c = 0; c < 4; ++c) absmax = fmaxf(absmax, fabsf(x[k][c]));
     }

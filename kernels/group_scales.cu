@@ -24,12 +24,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRatios = 17;  // candidates summed in one pass: half of 34, all in registers
 
-__device__ __forceinline__ float file_scale(float scale, bool half_scales) {
-    if (!half_scales) return scale;
-    const float rounded = half_to_float(float_to_half(scale));
-    return rounded == 0.0f ? 0x1p-24f : rounded;
-}
-
 struct Range {
     float low, high;  // both widened by zero
 };

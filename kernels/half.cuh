@@ -33,3 +33,10 @@ static __device__ __forceinline__ float2 half2_to_floats(half2_t h) {
         : "r"(h));
     return f;
 }
+
+// A scale as the solver is to use it: in fp16 a group of tiny weights must not get the scale 0.
+static __device__ __forceinline__ float file_scale(float scale, bool half_scales) {
+    if (!half_scales) return scale;
+    const float rounded = half_to_float(float_to_half(scale));
+    return rounded == 0.0f ? 0x1p-24f : rounded;
+}
