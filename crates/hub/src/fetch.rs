@@ -57,37 +57,14 @@ pub struct Fetched {
 /// Downloads what is missing of `source` at `revision` (a branch, tag or commit) into `cache`, the
 /// folder that holds all repositories.
 ///
-/// Each file that arrives is checked by size and hash before it gets its name; one that is there is
-/// taken on its size. What has arrived stays when this fails, and the next call goes on from there.
+/// Each file that arrives is checked by size and hash before it gets its name. One that is there is
+/// taken on its size; with `verified` it is hashed, and downloaded again if it is wrong. What has
+/// arrived stays when this fails, and the next call goes on from there.
 ///
 /// # Errors
 /// When the network is forbidden or fails for too long, the Hub refuses, the repository has not
 /// what was asked for, a file arrives wrong twice, or the disk is full.
 pub fn fetch(
-    hub: &Hub,
-    source: &Source,
-    revision: &str,
-    cache: &Path,
-    progress: &dyn Progress,
-) -> Result<Fetched> {
-    obtain(hub, source, revision, cache, false, progress)
-}
-
-/// As [`fetch`], and hashes what is there: a file that is wrong is removed and downloaded again.
-///
-/// # Errors
-/// As [`fetch`].
-pub fn fetch_verified(
-    hub: &Hub,
-    source: &Source,
-    revision: &str,
-    cache: &Path,
-    progress: &dyn Progress,
-) -> Result<Fetched> {
-    obtain(hub, source, revision, cache, true, progress)
-}
-
-fn obtain(
     hub: &Hub,
     source: &Source,
     revision: &str,

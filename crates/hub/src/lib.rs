@@ -1,8 +1,8 @@
 //! The Hugging Face Hub: downloads into the standard cache, and uploads of branches.
 //!
 //! - [`fetch`] brings the files that this project reads of a model or of a dataset's split, checks
-//!   what arrives by size and hash, and goes on where an earlier run stopped; [`fetch_verified`]
-//!   checks what is there already, too.
+//!   what arrives by size and hash, on request what is there as well, and goes on where an earlier
+//!   run stopped.
 //! - [`Stream`] brings a model's shards a few ahead of a reader that deletes them.
 //! - [`plan_push`] says which file of a folder goes to which branch, and [`push`] takes it there.
 //!
@@ -29,7 +29,7 @@ mod stop;
 mod stream;
 
 pub use error::{Error, Result};
-pub use fetch::{Fetched, Source, fetch, fetch_verified};
+pub use fetch::{Fetched, Source, fetch};
 pub use hub::Hub;
 pub use progress::Progress;
 pub use push::{BranchPlan, PlannedFile, PushRequest, Pushed, plan_push, push};

@@ -3,6 +3,9 @@
 use clap::Args;
 use gptq_pipeline::dataset::DatasetSpec;
 
+/// Attempts after failed ones, where nobody asks for another number.
+pub(crate) const RETRIES: u32 = 5;
+
 /// Download a model or dataset from the Hugging Face Hub
 ///
 /// Files go to the Hub's standard cache, each checked by size and hash when it arrives; a download
@@ -27,7 +30,7 @@ pub(crate) struct FetchArgs {
     #[arg(long)]
     pub(crate) verify: bool,
     /// Attempts after failed ones, 1, 2, 4 s and so on apart; what arrives starts the count anew
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = RETRIES)]
     pub(crate) retries: u32,
     /// Print the result as JSON
     #[arg(long)]

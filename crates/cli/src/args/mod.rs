@@ -23,7 +23,7 @@ use gptq_quant::Recipe;
 pub(crate) use card::CardArgs;
 pub(crate) use check::CheckArgs;
 pub(crate) use device::DeviceArgs;
-pub(crate) use fetch::FetchArgs;
+pub(crate) use fetch::{FetchArgs, RETRIES};
 pub(crate) use push::PushArgs;
 pub(crate) use report::ReportArgs;
 pub(crate) use values::GroupSize;

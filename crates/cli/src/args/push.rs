@@ -29,7 +29,7 @@ pub(crate) struct PushArgs {
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// Attempts after failed ones
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = super::RETRIES)]
     pub(crate) retries: u32,
     /// Print the result as JSON
     #[arg(long)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use gptq_hub::{Hub, Source, fetch_verified};
+use gptq_hub::{Hub, Source};
 use gptq_pipeline::dataset::DatasetSpec;
 use serde::Serialize;
 
@@ -13,9 +13,6 @@ use super::transfer::Transfer;
 use super::{print_json, print_result};
 use crate::args::FetchArgs;
 use crate::printer::Printer;
-
-/// Attempts after failed ones, where nobody asks for another number.
-pub(crate) const RETRIES: u32 = 5;
 
 /// What `--json` prints, one for each thing asked for.
 #[derive(Serialize)]
@@ -45,8 +42,7 @@ pub(crate) fn run(args: &FetchArgs, printer: &Printer) -> Result<()> {
     for (name, source, revision) in wanted {
         let start = Instant::now();
         let progress = Transfer::new(printer.clone());
-        let fetch = if args.verify { fetch_verified } else { gptq_hub::fetch };
-        let done = fetch(&hub, &source, revision, &cache, &progress)?;
+        let done = gptq_hub::fetch(&hub, &source, revision, &cache, args.verify, &progress)?;
         let output = Output {
             name,
             revision: revision.to_owned(),

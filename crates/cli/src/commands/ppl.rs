@@ -8,7 +8,6 @@ use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
-use gptq_pipeline::branch_report::calibrated_on;
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
 use gptq_pipeline::perplexity::{Perplexity, Scored, score};
@@ -63,8 +62,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         seq_len: args.seq_len,
         max_windows: args.max_windows,
     };
-    let mut text = evaluation_text(&checkpoint, &spec, None)?;
-    text.contaminated = calibrated_on(checkpoint.dir(), &text.identity);
+    let text = evaluation_text(&checkpoint, &spec, None)?;
     if text.contaminated == Some(true) {
         printer.warn("the checkpoint was calibrated on this text, which flatters it");
     }

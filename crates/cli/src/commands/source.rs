@@ -115,7 +115,8 @@ mod download {
     use gptq_hub::{Hub, Source, Stream};
 
     use super::{Checkpoint, DatasetSpec, Error, Part, PathBuf, Printer, Result, split_revision};
-    use crate::commands::fetch::{RETRIES, cache_root, split_source};
+    use crate::args::RETRIES;
+    use crate::commands::fetch::{cache_root, split_source};
     use crate::commands::transfer::Transfer;
 
     /// Downloads a model that opening failed for; that is what is wrong where this fails, too.
@@ -173,7 +174,7 @@ mod download {
         };
         printer.note(&format!("{name} is not in the Hub cache: downloading it"));
         let progress = Transfer::new(printer.clone());
-        let fetched = gptq_hub::fetch(&hub, source, revision, &cache, &progress);
+        let fetched = gptq_hub::fetch(&hub, source, revision, &cache, false, &progress);
         Ok(Some(fetched.map(|fetched| fetched.folder)))
     }
 }
