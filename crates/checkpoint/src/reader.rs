@@ -136,10 +136,7 @@ impl Checkpoint {
     /// As [`Checkpoint::tensor`], and [`Error::Shape`] or [`Error::DType`] naming both sides.
     pub fn tensor_shaped(&self, name: &str, shape: &[usize]) -> Result<TensorRef<'_>> {
         let tensor = self.tensor(name)?;
-        check_shape(&tensor, shape)?;
-        if !tensor.dtype.is_float() {
-            return Err(wrong_type(&tensor, "F32, F16 or BF16"));
-        }
+        check_float(name, tensor.dtype, (tensor.shape, shape))?;
         Ok(tensor)
     }
 
@@ -161,13 +158,7 @@ impl Checkpoint {
             let Weights::Mapped(mapped) = &self.weights else { continue };
             let Some(entry) = mapped.entry(&tensor) else { continue };
             let dtype = DType::from_safetensors(entry.dtype, &tensor)?;
-            if entry.shape != shape {
-                return Err(Error::Shape { tensor, expected: shape, found: entry.shape.clone() });
-            }
-            if !dtype.is_float() {
-                let expected = "F32, F16 or BF16";
-                return Err(Error::DType { tensor, expected, found: dtype.name() });
-            }
+            check_float(&tensor, dtype, (&entry.shape, &shape))?;
         }
         Ok(())
     }
@@ -287,22 +278,28 @@ impl Checkpoint {
     /// A tensor with exactly this type and shape.
     fn exact(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<TensorRef<'_>> {
         let tensor = self.tensor(name)?;
-        check_shape(&tensor, shape)?;
+        check_shape(name, (tensor.shape, shape))?;
         if tensor.dtype != dtype {
-            return Err(wrong_type(&tensor, dtype.name()));
+            return Err(wrong_type(name, tensor.dtype, dtype.name()));
         }
         Ok(tensor)
     }
 }
 
-fn check_shape(tensor: &TensorRef<'_>, expected: &[usize]) -> Result<()> {
-    if tensor.shape == expected {
-        return Ok(());
-    }
-    let (found, expected) = (tensor.shape.to_vec(), expected.to_vec());
-    Err(Error::Shape { tensor: tensor.name.to_owned(), expected, found })
+/// Checks what a tensor of floating-point values claims to be.
+fn check_float(name: &str, dtype: DType, shapes: (&[usize], &[usize])) -> Result<()> {
+    check_shape(name, shapes)?;
+    if dtype.is_float() { Ok(()) } else { Err(wrong_type(name, dtype, "F32, F16 or BF16")) }
 }
 
-fn wrong_type(tensor: &TensorRef<'_>, expected: &'static str) -> Error {
-    Error::DType { tensor: tensor.name.to_owned(), expected, found: tensor.dtype.name() }
+fn check_shape(name: &str, (found, expected): (&[usize], &[usize])) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    let (found, expected) = (found.to_vec(), expected.to_vec());
+    Err(Error::Shape { tensor: name.to_owned(), expected, found })
+}
+
+fn wrong_type(name: &str, found: DType, expected: &'static str) -> Error {
+    Error::DType { tensor: name.to_owned(), expected, found: found.name() }
 }

@@ -42,8 +42,7 @@ pub(crate) fn searched_scale(
     (zero, max_code): (f32, f32),
     half: bool,
 ) -> f32 {
-    let absmax = row.iter().fold(0.0_f32, |a, &v| a.max(v.abs()));
-    let base = 2.0 * if absmax == 0.0 { 1.0 } else { absmax } / max_code;
+    let base = clip_base(row, max_code);
     let (mut best, mut least) = (file_scale(base, half), f32::INFINITY);
     for ratio in ratios {
         let scale = file_scale(ratio * base, half);
@@ -53,6 +52,12 @@ pub(crate) fn searched_scale(
         }
     }
     best
+}
+
+/// What the candidates are multiples of: 2 · absmax / max_code, or 2 / max_code for zeros.
+pub(crate) fn clip_base(row: &[f32], max_code: f32) -> f32 {
+    let absmax = row.iter().fold(0.0_f32, |a, &v| a.max(v.abs()));
+    2.0 * if absmax == 0.0 { 1.0 } else { absmax } / max_code
 }
 
 /// The scale as the solver is to use it: in fp16 a group of tiny weights must not get the scale 0.

@@ -138,14 +138,13 @@ impl<'a> Solver<'a> {
         }
     }
 
-    /// Whether the group of these columns gets its scale by trial: it is solved on its own, from
-    /// weights that are all corrected.
-    fn tries(&self, group: &std::ops::Range<usize>, block_end: usize) -> bool {
+    /// Whether groups get their scales by trial: they lie within blocks, and are solved from weights
+    /// that are all corrected.
+    fn tries(&self) -> bool {
         self.choices.clip == Clip::Solve
             && self.choices.group_weights == GroupWeights::Fresh
             && !self.whole_rows
             && self.group <= BLOCK
-            && group.end <= block_end
     }
 
     /// End of the block of columns that begins at `start`. With fresh weights a group that would
@@ -232,7 +231,7 @@ fn solve_block(
                 } else {
                     &outer[j..until]
                 };
-                let scale = if solver.tries(&(j..until), columns.end) {
+                let scale = if solver.tries() {
                     let half = solver.choices.scales == ScalePrecision::Half;
                     let upper = solver.upper.slice(s![j..until, j..until]);
                     trial.scale(members, upper, (solver.zero, solver.max_code), half)

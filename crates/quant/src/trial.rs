@@ -7,7 +7,7 @@
 
 use ndarray::ArrayView2;
 
-use crate::grid::{CLIP_STEPS, ROUND, clip_ratios, file_scale};
+use crate::grid::{CLIP_STEPS, ROUND, clip_base, clip_ratios, file_scale};
 
 /// Candidates side by side.
 type Lanes = [f32; CLIP_STEPS];
@@ -34,8 +34,7 @@ impl Trial {
         (zero, max_code): (f32, f32),
         half: bool,
     ) -> f32 {
-        let absmax = row.iter().fold(0.0_f32, |a, &v| a.max(v.abs()));
-        let base = 2.0 * if absmax == 0.0 { 1.0 } else { absmax } / max_code;
+        let base = clip_base(row, max_code);
         let scales = self.ratios.map(|ratio| file_scale(ratio * base, half));
         let losses = self.losses(row, upper, &scales, (zero, max_code));
         let (mut best, mut least) = (scales[0], f32::INFINITY);

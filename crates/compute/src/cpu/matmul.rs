@@ -58,12 +58,18 @@ mod tests {
     use super::*;
     use crate::testing::largest;
 
-    #[test]
-    fn ragged_products_match_f64() {
-        let (m, n, k) = (261, 773, 37);
+    /// x `[m, k]` and w `[n, k]`.
+    fn operands((m, n, k): (usize, usize, usize)) -> (Array2<f32>, Array2<f32>) {
         let value = |i: usize| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0;
         let x = Array2::from_shape_fn((m, k), |(i, j)| value(i * k + j));
         let w = Array2::from_shape_fn((n, k), |(i, j)| value(7 + i * k + j));
+        (x, w)
+    }
+
+    #[test]
+    fn ragged_products_match_f64() {
+        let (m, n, k) = (261, 773, 37);
+        let (x, w) = operands((m, n, k));
         let mut out = Array2::from_elem((m, n), 1.0);
         matmul_nt(x.view(), w.view(), 1.0, out.view_mut());
         let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t()) + 1.0;
@@ -95,9 +101,7 @@ mod tests {
     #[test]
     fn products_do_not_depend_on_the_number_of_threads() {
         let (m, n, k) = (1100, 70, 600);
-        let value = |i: usize| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0;
-        let x = Array2::from_shape_fn((m, k), |(i, j)| value(i * k + j));
-        let w = Array2::from_shape_fn((n, k), |(i, j)| value(7 + i * k + j));
+        let (x, w) = operands((m, n, k));
         let product = |threads: usize| {
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = Array2::from_elem((m, n), 0.3);
