@@ -131,7 +131,7 @@ pub fn model_name(id_or_path: &str) -> String {
 }
 
 /// Whether the checkpoint in a folder was calibrated on this text, where the report beside it tells.
-pub fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
+pub(crate) fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
     let report = BranchReport::read(dir).ok()?;
     // A recipe without calibration saw none.
     Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))

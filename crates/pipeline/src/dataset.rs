@@ -129,7 +129,7 @@ impl DatasetSpec {
     pub fn is_missing(&self) -> bool {
         let Place::Hub(hub) = &self.place else { return false };
         let snapshot = gptq_checkpoint::resolve_dataset(&hub.repo, None);
-        snapshot.is_err() || snapshot.is_ok_and(|s| self.files_of_split(hub, &s).is_err())
+        !snapshot.is_ok_and(|s| self.files_of_split(hub, &s).is_ok())
     }
 
     /// The same dataset with a relative local path taken from `folder`; others are unchanged.

@@ -3,6 +3,7 @@
 use gptq_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
 
+use crate::branch_report::calibrated_on;
 use crate::config::EvaluationSpec;
 use crate::error::Result;
 use crate::identity::{DatasetIdentity, contaminated};
@@ -31,11 +32,12 @@ pub struct EvalText {
     pub windows: Vec<EvalWindow>,
 }
 
-/// Reads, encodes and cuts the text with the checkpoint's own tokeniser.
+/// Reads, encodes and cuts the text with the checkpoint's own tokeniser. What the model was calibrated
+/// on is `calibration`, or else what the report in the checkpoint's folder says.
 pub fn evaluation_text(
     checkpoint: &Checkpoint,
     spec: &EvaluationSpec,
-    calibrated_on: Option<&DatasetIdentity>,
+    calibration: Option<&DatasetIdentity>,
 ) -> Result<EvalText> {
     let config = checkpoint.config();
     let tokenizer = TextTokenizer::open(checkpoint.dir(), config.vocab_size)?;
@@ -49,7 +51,10 @@ pub fn evaluation_text(
         dataset: dataset.identity.name.clone(),
         tokens_in_text: ids.len(),
         seq_len,
-        contaminated: calibrated_on.map(|c| contaminated(c, &dataset.identity)),
+        contaminated: match calibration {
+            Some(c) => Some(contaminated(c, &dataset.identity)),
+            None => calibrated_on(checkpoint.dir(), &dataset.identity),
+        },
         identity: dataset.identity,
         windows,
     })

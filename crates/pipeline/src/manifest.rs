@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-use gptq_checkpoint::Checkpoint;
+use gptq_checkpoint::{Checkpoint, Partial};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -91,6 +91,17 @@ impl Manifest {
             made_report: report.clone(),
             report,
         })
+    }
+
+    /// Writes the manifest of a working folder whose files are complete but for a measurement.
+    pub(crate) fn list(
+        folder: &Partial,
+        made_from: &MadeFrom,
+        report: &BranchReport,
+    ) -> Result<Self> {
+        let manifest = Self::of(folder.path(), made_from, report)?;
+        folder.replace(MANIFEST_FILE, &manifest.to_bytes()?)?;
+        Ok(manifest)
     }
 
     /// The same folder with another report.

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::fold::Folding;
 use crate::head;
-use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest};
+use crate::manifest::{MadeFrom, Manifest};
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::output::{Outbox, copy_dense, join, send, write_behind, writer};
 use crate::progress::{BlockReport, LinearReport, Progress, Silent};
@@ -87,8 +87,7 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option
         Some(Made { sealed, report, blocks }) => {
             // The sums by which verify finds what has changed since.
             let made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
-            let manifest = Manifest::of(sealed.folder.path(), &made_from, &report)?;
-            sealed.folder.replace(MANIFEST_FILE, &manifest.to_bytes()?)?;
+            Manifest::list(&sealed.folder, &made_from, &report)?;
             let BranchReport { damp_retries, f64_retries, .. } = report;
             Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
         }

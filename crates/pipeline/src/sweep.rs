@@ -353,7 +353,7 @@ impl<'a> Run<'a> {
         let quantise = Some(start.elapsed().as_secs_f64());
         let start = Instant::now();
         let (manifest, record) = std::thread::scope(|scope| {
-            let listing = scope.spawn(|| list(&folder, made_from, &report));
+            let listing = scope.spawn(|| Manifest::list(&folder, made_from, &report));
             let record = self.measure(branch, folder.path());
             let manifest = listing.join().map_err(|_| Error::Thread("listing"))?;
             Ok::<_, Error>((manifest?, record))
@@ -384,13 +384,6 @@ impl<'a> Run<'a> {
         let progress = self.progress;
         self.baseline.as_mut().map(|b| b.record(&branch.spec, dir, progress)).transpose()
     }
-}
-
-/// Writes the manifest of a folder whose files are complete but for the measurement.
-fn list(folder: &Partial, made_from: &MadeFrom, report: &BranchReport) -> Result<Manifest> {
-    let manifest = Manifest::of(folder.path(), made_from, report)?;
-    folder.replace(MANIFEST_FILE, &manifest.to_bytes()?)?;
-    Ok(manifest)
 }
 
 /// Writes what was measured, and the manifest as the last file, and gives the branch its name.

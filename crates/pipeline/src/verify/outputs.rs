@@ -13,7 +13,6 @@ use serde::Serialize;
 
 use super::weights::Weights;
 use super::{Check, Findings, VerifyJob};
-use crate::branch_report::calibrated_on;
 use crate::config::EvaluationSpec;
 use crate::error::{Error, Result};
 use crate::evaluation::{EvalText, evaluation_text};
@@ -53,8 +52,7 @@ impl Run<'_> {
         weights: Option<&mut Weights>,
         progress: &dyn Progress,
     ) -> Result<(EvalText, Outputs)> {
-        let mut text = evaluation_text(self.checkpoint, spec, None)?;
-        text.contaminated = calibrated_on(self.job.dir, &text.identity);
+        let text = evaluation_text(self.checkpoint, spec, None)?;
         let device = &self.job.device;
         let model =
             Model::new(self.checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
