@@ -98,6 +98,7 @@ mod download {
         Err(error.into())
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "with the Hub it may fail")]
     pub(super) fn text(_: &DatasetSpec, _: &Printer) -> Result<()> {
         Ok(())
     }
