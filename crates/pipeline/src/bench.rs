@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use gptq_checkpoint::{Rope, RopeScaling};
-use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable};
+use gptq_compute::{Agreement, Device, FloatType, HostMatrix, Ranks, RopeTable};
 use gptq_model::{Block, BlockParts, LinearId};
 use gptq_quant::QuantSpec;
 use half::f16;
@@ -16,9 +16,10 @@ use ndarray::Array2;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use crate::agreement::words_of_block;
 use crate::bands::largest;
 use crate::calibrate::{Calibrator, StageSeconds, Streams};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::stash::Stash;
 use crate::states::{States, chunk_tokens};
@@ -170,6 +171,16 @@ pub fn bench_block(
 ) -> Result<BlockBench> {
     let reference = spec.choices.needs_reference();
     let linears = LinearId::ALL.map(|id| width.linear(id));
+    ranks.agree(|| {
+        Ok::<_, Error>(
+            Agreement::new(words_of_block(width.hidden, &linears))
+                .with("the command", "bench")
+                .with("width", width.name)
+                .with("windows", format!("{windows} × {seq_len} tokens"))
+                .with("recipe", spec.recipe.name())
+                .with("choices", spec.choices),
+        )
+    })?;
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
     let own = ranks.share(windows, 1);
     let work = Workload { tokens: own.len() * seq_len, seq_len, reference, exact: false };

@@ -52,6 +52,10 @@ pub struct BranchReport {
     pub layout: String,
     /// What computed it.
     pub device: String,
+    /// How many such devices shared the work: sums are rounded in another order by each number of
+    /// them, so files differ. Left out where it is one.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub ranks: usize,
     /// Bytes of the weight files.
     pub file_bytes: u64,
     /// What it was calibrated on; `null` for recipes without calibration.
@@ -65,6 +69,14 @@ pub struct BranchReport {
     pub blocks: Vec<BlockRecord>,
     /// Measurements from the file; empty until there is one.
     pub evaluations: Vec<EvaluationRecord>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(ranks: &usize) -> bool {
+    *ranks == 1
 }
 
 /// Calibration windows.
@@ -174,6 +186,7 @@ impl BranchReport {
             source_dtype: job.source_dtype,
             layout: job.layout.name().to_owned(),
             device: job.device.kind(),
+            ranks: job.ranks.size(),
             file_bytes,
             calibration: job.calibration.filter(|_| calibrates).map(CalibrationRecord::new),
             damp_retries: total(blocks, |l| l.damp_retries),
@@ -240,6 +253,7 @@ mod tests {
             source_dtype: SourceDtype::Fp16,
             layout: "modern".to_owned(),
             device: "cpu".to_owned(),
+            ranks: 1,
             file_bytes: 123,
             calibration: Some(CalibrationRecord {
                 dataset: dataset.clone(),
@@ -297,6 +311,18 @@ mod tests {
         let read = BranchReport::read(dir.path()).unwrap();
         assert_eq!(read, report);
         assert_eq!(read.to_bytes().unwrap(), fs::read(dir.path().join(REPORT_FILE)).unwrap());
+    }
+
+    #[test]
+    fn several_ranks_are_recorded_and_one_is_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |ranks| {
+            BranchReport { ranks, ..report() }.write(dir.path()).unwrap();
+            assert_eq!(BranchReport::read(dir.path()).unwrap().ranks, ranks);
+            fs::read_to_string(dir.path().join(REPORT_FILE)).unwrap()
+        };
+        assert!(text(2).contains("\"ranks\": 2"));
+        assert!(!text(1).contains("ranks"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::branch_report::calibrated_on;
 use crate::config::EvaluationSpec;
 use crate::error::Result;
 use crate::identity::{DatasetIdentity, contaminated};
+use crate::manifest::sha256;
 use crate::protocol::EvalWindow;
 use crate::tokens::TextTokenizer;
 
@@ -30,6 +31,19 @@ pub struct EvalText {
     /// The windows.
     #[serde(skip)]
     pub windows: Vec<EvalWindow>,
+}
+
+impl EvalText {
+    /// SHA-256 (hex) of all windows: where each is scored from as little-endian u64, and its tokens
+    /// as u32.
+    pub(crate) fn sha256(&self) -> String {
+        let bytes = |w: &EvalWindow| {
+            let mut bytes = (w.score_from as u64).to_le_bytes().to_vec();
+            bytes.extend(w.tokens.iter().flat_map(|t| t.to_le_bytes()));
+            bytes
+        };
+        sha256(&self.windows.iter().flat_map(bytes).collect::<Vec<u8>>())
+    }
 }
 
 /// Reads, encodes and cuts the text with the checkpoint's own tokeniser. What the model was calibrated

@@ -8,6 +8,7 @@
 //! What a sweep leaves in its folders is shown by [`report`], held by [`check`] and published with a
 //! [`card`].
 
+pub mod agreement;
 mod bands;
 mod baseline;
 pub mod bench;

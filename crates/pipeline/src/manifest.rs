@@ -196,7 +196,7 @@ impl Manifest {
 
     /// What differs between this and what is wanted now, in words.
     pub(crate) fn changes(&self, wanted: &MadeFrom) -> Option<String> {
-        let changes: Vec<String> = wanted
+        let mut changes: Vec<String> = wanted
             .iter()
             .filter(|(name, value)| self.made_from.get(*name) != Some(value))
             .map(|(name, value)| match self.made_from.get(name) {
@@ -206,6 +206,8 @@ impl Manifest {
                 _ => format!("{name} has changed"),
             })
             .collect();
+        let dropped = self.made_from.iter().filter(|(name, _)| !wanted.contains_key(*name));
+        changes.extend(dropped.map(|(name, value)| format!("{name} was `{value}`")));
         (!changes.is_empty()).then(|| changes.join("; "))
     }
 }
@@ -373,6 +375,11 @@ mod tests {
         let mut more = made_from("4 bits", 'a');
         more.insert("weather".to_owned(), "fair".to_owned());
         assert_eq!(manifest.changes(&more).unwrap(), "weather has changed");
+        // What several ranks have made is not what one makes.
+        let mut ranks = manifest;
+        ranks.made_from.insert("the number of ranks".to_owned(), "2".to_owned());
+        let changes = ranks.changes(&made_from("4 bits", 'a'));
+        assert_eq!(changes.unwrap(), "the number of ranks was `2`");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use gptq_compute::{Device, Ranks};
 use gptq_model::{Block, LinearId, Model};
 use gptq_quant::{QuantSpec, round_to_nearest};
 
+use crate::agreement;
 use crate::bands::Bands;
 use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
@@ -83,10 +84,14 @@ pub(crate) struct Made {
 /// Makes one branch, on every rank of the job; rank 0 learns what was made. Nothing is left under
 /// the output name unless everything succeeded.
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<QuantiseOutcome>> {
+    job.ranks.agree(|| agreement::quantise(job))?;
     let outcome = match make(job, progress)? {
         Some(Made { sealed, report, blocks }) => {
             // The sums by which verify finds what has changed since.
-            let made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
+            let mut made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
+            if job.ranks.size() > 1 {
+                made_from.insert("the number of ranks".to_owned(), job.ranks.size().to_string());
+            }
             Manifest::list(&sealed.folder, &made_from, &report)?;
             let BranchReport { damp_retries, f64_retries, .. } = report;
             Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })

@@ -152,12 +152,6 @@ fn tell(job: &SweepJob<'_>, survey: &Survey, progress: &dyn Progress) {
 
 /// A text and its windows, in one line that equal measurements share.
 fn describe(text: &EvalText) -> String {
-    let tokens = |w: &crate::protocol::EvalWindow| {
-        let mut bytes = (w.score_from as u64).to_le_bytes().to_vec();
-        bytes.extend(w.tokens.iter().flat_map(|t| t.to_le_bytes()));
-        bytes
-    };
-    let windows: Vec<u8> = text.windows.iter().flat_map(tokens).collect();
     format!(
         "{}, {} × {} of {} tokens of {} ({}), sha256 {}",
         text.protocol,
@@ -166,7 +160,7 @@ fn describe(text: &EvalText) -> String {
         text.tokens_in_text,
         text.identity.portable().name,
         text.identity.fingerprint,
-        sha256(&windows)
+        text.sha256()
     )
 }
 

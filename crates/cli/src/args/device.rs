@@ -71,7 +71,11 @@ impl DeviceArgs {
                     "rank {} of {}, meeting the others at {}:{}",
                     launch.rank, launch.size, launch.host, launch.port
                 ));
-                Some(vec![Seat::join(launch)?])
+                let seat = Seat::join(launch)?;
+                if let Some(strangers) = seat.strangers() {
+                    printer.warn(strangers);
+                }
+                Some(vec![seat])
             }
             None => None,
         };

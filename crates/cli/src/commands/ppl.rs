@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
+use gptq_pipeline::agreement;
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
 use gptq_pipeline::perplexity::{Perplexity, Scored, score};
@@ -29,6 +30,7 @@ struct Output<'a> {
     result: Perplexity,
     dtype: &'static str,
     device: String,
+    ranks: usize,
     base: Option<Comparison<'a>>,
     seconds: f64,
     peak_memory_bytes: Option<u64>,
@@ -73,8 +75,9 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         text.dataset,
         text.protocol
     ));
-    let (device, device_name) = (team.device().clone(), team.name());
+    let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
     let measured = team.run(|device, ranks| {
+        ranks.agree(|| agreement::perplexity(&checkpoint, base.as_ref().map(|b| &b.1), &text))?;
         let place = (device, ranks);
         let (scored, losses, result) = evaluate(&checkpoint, place, &text, printer)?;
         let compare = |base| compare(base, (&checkpoint, place), &text, &scored, printer);
@@ -93,6 +96,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         result,
         dtype: device.dtype(),
         device: device_name,
+        ranks,
         base,
         seconds: start.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory(),

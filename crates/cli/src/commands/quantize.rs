@@ -35,6 +35,7 @@ struct Output<'a> {
     file_bytes: u64,
     seconds: f64,
     device: String,
+    ranks: usize,
     peak_memory_bytes: Option<u64>,
     peak_device_bytes: Option<usize>,
     damp_retries: u32,
@@ -77,7 +78,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     let team = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
-    let (device, device_name) = (team.device().clone(), team.name());
+    let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
     let outcome = team.run(|device, ranks| {
         let job = QuantiseJob {
             source: &source,
@@ -115,6 +116,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         file_bytes: outcome.written.bytes,
         seconds: start.elapsed().as_secs_f64(),
         device: device_name,
+        ranks,
         peak_memory_bytes: peak_memory(),
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         damp_retries: outcome.damp_retries,

@@ -51,6 +51,7 @@ pub(crate) fn branch(
         source_dtype: SourceDtype::Fp16,
         layout: "modern".to_owned(),
         device: "cpu".to_owned(),
+        ranks: 1,
         file_bytes: 1_000_000 * u64::from(bits) + 40_000_000 / group_size.unwrap_or(1000) as u64,
         calibration: Some(CalibrationRecord {
             dataset: text("calibration.txt"),

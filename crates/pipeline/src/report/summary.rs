@@ -79,7 +79,7 @@ pub(crate) fn provenance(comparison: &Comparison<'_>) -> Vec<Fact> {
     let facts: [(&'static str, ValueOf); 8] = [
         ("Made by", |b| b.tool.clone()),
         ("Source dtype", |b| b.source_dtype.name().to_owned()),
-        ("Device", |b| b.device.clone()),
+        ("Device", device),
         ("Recipe", |b| b.recipe.clone()),
         ("Choices", |b| b.choices.clone().unwrap_or_else(|| "none".to_owned())),
         ("Damping", |b| b.damp.to_string()),
@@ -103,6 +103,13 @@ fn fact(what: &'static str, branches: &[&BranchReport], value: ValueOf) -> Fact 
         only.branches.clear();
     }
     Fact { what, values }
+}
+
+fn device(branch: &BranchReport) -> String {
+    match branch.ranks {
+        1 => branch.device.clone(),
+        ranks => format!("{ranks} × {}", branch.device),
+    }
 }
 
 fn calibration(record: &CalibrationRecord) -> String {
