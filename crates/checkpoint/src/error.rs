@@ -216,6 +216,36 @@ pub enum Error {
         /// The checkpoint folder.
         dir: PathBuf,
     },
+    /// Packed tensors of which nothing says how they are quantised.
+    #[error("`{}` holds packed tensors such as `{tensor}`, but {reason}", dir.display())]
+    NoSettings {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// The first packed tensor.
+        tensor: String,
+        /// What is known of them, and what to do.
+        reason: String,
+    },
+    /// A head or an embedding that is packed.
+    #[error(
+        "Tensor `{tensor}` is packed: quantised heads and embeddings are not supported, only \
+         linears of blocks are; quantise the dense model without them"
+    )]
+    PackedHead {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The order of a linear's columns is nowhere.
+    #[error(
+        "Tensor `{tensor}` {lost}, but with act-order (`desc_act` true) and groups only it says \
+         which group a column belongs to; the order cannot be known, so get the whole file again"
+    )]
+    LostOrder {
+        /// The group index.
+        tensor: String,
+        /// What is wrong with it.
+        lost: &'static str,
+    },
     /// A code width that the format does not have.
     #[error("Cannot use {bits} bits; GPTQ files hold 2, 3, 4 or 8")]
     UnsupportedBits {

@@ -179,6 +179,11 @@ fn block_specs(
     for linear in config.block_linears() {
         let name = format!("{prefix}.{}", linear.name);
         let (rows, cols) = (linear.in_features, linear.out_features);
+        if !quantize.quantizes(linear.name) {
+            specs.push(f16(format!("{name}.weight"), &[cols, rows]));
+            specs.extend(linear.bias.then(|| f16(format!("{name}.bias"), &[cols])));
+            continue;
+        }
         let (bits, groups) = (quantize.bits, quantize.groups(rows));
         specs.push(i32(format!("{name}.qweight"), &[bits.words(rows), cols]));
         specs.push(i32(format!("{name}.qzeros"), &[groups, bits.words(cols)]));
@@ -290,6 +295,9 @@ impl QuantizeConfig {
         };
         if self.checkpoint_format != CheckpointFormat::Gptq {
             return Err(invalid("checkpoint_format", "is `gptq_v2`, but only `gptq` is written"));
+        }
+        if self.modules_in_block.is_some() {
+            return Err(invalid("modules_in_block_to_quantize", "is set, but all are quantised"));
         }
         if self.group_size == Some(0) {
             return Err(invalid("group_size", "is 0, expected -1 or positive"));

@@ -7,11 +7,10 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use crate::arriving::{Arriving, Bring};
-use crate::gptq::check_sides;
 use crate::weights::{Mapped, View, WeightFile, Weights};
 use crate::{
-    CheckpointFormat, DType, Error, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, Result,
-    TensorRef, pytorch, side_files,
+    DType, Error, LinearShape, ModelConfig, QuantizeConfig, Result, TensorRef, packed, pytorch,
+    side_files,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
@@ -33,11 +32,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Missing, truncated or malformed files, named; an index that disagrees with its shards; a
-    /// pickle that needs more than a state dict does.
+    /// pickle that needs more than a state dict does; packed tensors that nothing says how to read.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         let quantize = QuantizeConfig::load(dir, config.raw())?;
         let weights = Weights::Mapped(Mapped::open(dir, quantize.as_ref())?);
+        packed::refuse_unreadable(dir, quantize.as_ref(), &weights)?;
         Ok(Self { dir: dir.to_owned(), config, quantize, weights })
     }
 
@@ -53,6 +53,7 @@ impl Checkpoint {
         let quantize = QuantizeConfig::load(dir, config.raw())?;
         let linears = config.linears().map(|(name, _)| format!("{name}.weight")).collect();
         let weights = Weights::Arriving(Arriving::open(dir, linears, bring)?);
+        packed::refuse_unreadable(dir, quantize.as_ref(), &weights)?;
         Ok(Self { dir: dir.to_owned(), config, quantize, weights })
     }
 
@@ -163,65 +164,12 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
-    #[must_use]
-    pub fn has_gptq_linear(&self, prefix: &str) -> bool {
-        self.quantize.is_some() && self.contains(&format!("{prefix}.qweight"))
-    }
-
     /// The same checkpoint read with other settings than its files give: what its tensors say,
     /// where the files are wrong.
     #[must_use]
     pub fn with_quantize_config(mut self, quantize: QuantizeConfig) -> Self {
         self.quantize = Some(quantize);
         self
-    }
-
-    /// Reads and checks a quantised linear. `prefix` is its full name, such as
-    /// `model.layers.0.self_attn.q_proj`. Zeros of `gptq_v2` files are brought to the v1 form.
-    ///
-    /// # Errors
-    /// [`Error::NotQuantised`], missing tensors, types and shapes that do not follow from the
-    /// configuration, [`Error::GroupIndex`], scales that are not finite, and a bias as
-    /// [`Checkpoint::linear_bias`] refuses it.
-    pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
-        let mut linear = self.gptq_linear_as_stored(prefix, shape)?;
-        linear.check(prefix)?;
-        self.linear_bias(prefix, shape)?;
-        if self.quantize.as_ref().is_some_and(|q| q.checkpoint_format == CheckpointFormat::GptqV2) {
-            linear.shift_v2_zeros()?;
-        }
-        Ok(linear)
-    }
-
-    /// Reads a quantised linear without looking at its values: zeros as they are stored, group
-    /// indices and scales as they come.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::gptq_linear`], without those about values.
-    pub fn gptq_linear_as_stored(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
-        let Some(quantize) = &self.quantize else {
-            return Err(Error::NotQuantised { dir: self.dir.clone() });
-        };
-        let &LinearShape { in_features, out_features, .. } = shape;
-        check_sides(prefix, in_features, out_features)?;
-        let (bits, groups) = (quantize.bits, quantize.groups(in_features));
-        let words = |leaf: &str, shape: &[usize]| -> Result<Vec<u32>> {
-            let tensor = self.exact(&format!("{prefix}.{leaf}"), DType::I32, shape)?;
-            Ok(tensor.to_words())
-        };
-        let scales =
-            self.exact(&format!("{prefix}.scales"), DType::F16, &[groups, out_features])?;
-        Ok(GptqLinear {
-            bits,
-            in_features,
-            out_features,
-            groups,
-            qweight: words("qweight", &[bits.words(in_features), out_features])?,
-            qzeros: words("qzeros", &[groups, bits.words(out_features)])?,
-            scales: scales.to_f16()?,
-            g_idx: words("g_idx", &[in_features])?,
-        })
     }
 
     /// Files beside the weights that are carried over to every checkpoint made from this one:
@@ -276,7 +224,7 @@ impl Checkpoint {
     }
 
     /// A tensor with exactly this type and shape.
-    fn exact(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<TensorRef<'_>> {
+    pub(crate) fn exact(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<TensorRef<'_>> {
         let tensor = self.tensor(name)?;
         check_shape(name, (tensor.shape, shape))?;
         if tensor.dtype != dtype {
