@@ -5,7 +5,10 @@ use serde::Serialize;
 
 use crate::branch_report::BranchReport;
 use crate::error::{Error, Result};
-use crate::loaders::{Architecture, Bias, LoaderFacts, LoaderVerdict, listed, verdicts};
+use crate::fold::HEAD;
+use crate::loaders::{
+    Architecture, Bias, GroupIndex, LoaderFacts, LoaderVerdict, asks_for_bfloat16, listed, verdicts,
+};
 
 /// A branch, with every program's verdict on it.
 #[derive(Debug)]
@@ -57,6 +60,13 @@ pub(crate) fn verdicts_of(
     Ok(verdicts(&LoaderFacts {
         architecture: Architecture::from(checkpoint.config()),
         act_order: branch.act_order,
+        zeros: quantize.checkpoint_format,
+        zeros_of_zero: false,
+        gptqmodel_stamp: false,
+        group_index: GroupIndex::Stored,
+        dense_linear: None,
+        head_only_tied: checkpoint.config().tie_word_embeddings && !checkpoint.contains(HEAD),
+        bfloat16: asks_for_bfloat16(checkpoint.config()),
         // One order for q, k and v, and one for gate and up.
         shared_order: true,
         bias: if layout == Layout::Card { Bias::Zero } else { Bias::Absent },

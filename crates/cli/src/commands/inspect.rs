@@ -49,6 +49,7 @@ struct Quantization {
     act_order: bool,
     damp: f64,
     linears: usize,
+    dense_linears: usize,
     linear_bytes: u64,
     bits_per_weight: f64,
 }
@@ -117,8 +118,12 @@ fn checksum(checkpoint: &Checkpoint) -> Result<Checksum> {
 fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
     let Some(quantized) = checkpoint.quantize_config() else { return Ok(None) };
     let config = checkpoint.config();
-    let (mut linears, mut weights, mut bytes) = (0, 0_u64, 0_u64);
+    let (mut linears, mut dense_linears, mut weights, mut bytes) = (0, 0, 0_u64, 0_u64);
     for (name, shape) in config.linears() {
+        if !checkpoint.has_gptq_linear(&name) {
+            dense_linears += 1;
+            continue;
+        }
         let linear = checkpoint.gptq_linear(&name, &shape)?;
         let words = linear.qweight.len() + linear.qzeros.len() + linear.g_idx.len();
         bytes += 4 * words as u64 + 2 * linear.scales.len() as u64;
@@ -131,8 +136,9 @@ fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
         act_order: quantized.desc_act,
         damp: quantized.damp_percent,
         linears,
+        dense_linears,
         linear_bytes: bytes,
-        bits_per_weight: 8.0 * bytes as f64 / weights as f64,
+        bits_per_weight: 8.0 * bytes as f64 / weights.max(1) as f64,
     }))
 }
 
@@ -161,14 +167,18 @@ fn text(output: &Output) -> String {
             rows.push(line(
                 "linears",
                 format!(
-                    "{} in {}, {:.3} bits a weight",
+                    "{} in {}, {:.3} bits a weight{}",
                     q.linears,
                     if q.linear_bytes > 1_000_000_000 {
                         gigabytes(q.linear_bytes)
                     } else {
                         size(q.linear_bytes)
                     },
-                    q.bits_per_weight
+                    q.bits_per_weight,
+                    match q.dense_linears {
+                        0 => String::new(),
+                        count => format!("; {count} more are dense"),
+                    }
                 ),
             ));
         }

@@ -5,13 +5,19 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
 use gptq_pipeline::dataset::DatasetSpec;
+use gptq_pipeline::progress::Progress;
 
 use crate::printer::Printer;
 
 /// Opens a model or checkpoint by folder or Hub id.
 pub(super) fn open_checkpoint(model: &str, printer: &Printer) -> Result<Checkpoint> {
     let opened = find(model).and_then(|dir| Checkpoint::open(&dir));
-    or_download(model, opened, Part::All, printer, Checkpoint::open)
+    let checkpoint = or_download(model, opened, Part::All, printer, Checkpoint::open)?;
+    if let Some(quantize) = checkpoint.quantize_config() {
+        let warnings = checkpoint.packed_notes().warnings(quantize);
+        warnings.iter().for_each(|said| printer.warn(&format!("`{model}`: {said}")));
+    }
+    Ok(checkpoint)
 }
 
 /// Opens a model on the Hub whose shards are downloaded as they are needed and deleted when they are

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use gptq_compute::Device;
 use gptq_pipeline::config::EvaluationSpec;
+use gptq_pipeline::loaders::Seen;
 use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
 
 use super::source::{locate, open_checkpoint, provide_text};
@@ -173,7 +174,12 @@ fn loaders(report: &VerifyReport) -> String {
     let rows: Vec<Vec<String>> = report
         .loaders
         .iter()
-        .map(|v| vec![v.loader.to_owned(), yes_no(v.loads), v.reasons.join("; ")])
+        .map(|v| {
+            let mut reasons = v.reasons.clone();
+            // The others were run.
+            reasons.extend((v.seen == Seen::Code).then(|| "read in code".to_owned()));
+            vec![v.loader.to_owned(), yes_no(v.loads), reasons.join("; ")]
+        })
         .collect();
     table(&["loader", "loads", "how, or why not"], 3, &rows)
 }

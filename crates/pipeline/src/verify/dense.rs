@@ -2,6 +2,7 @@
 
 use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig, tensor_specs};
 use gptq_quant::Choices;
+use ndarray::Array2;
 
 use super::contents::LEAVES;
 use super::{Check, Findings};
@@ -76,4 +77,16 @@ pub(super) fn head_change(
         findings.add(Check::DenseWeights, HEAD, message);
     }
     Ok(change)
+}
+
+/// How far a linear that was left dense is from the base's: energy of the difference over the
+/// base's.
+pub(super) fn linear_error(checkpoint: &Checkpoint, name: &str, base: &Array2<f32>) -> Result<f64> {
+    let found = checkpoint.tensor(&format!("{name}.weight"))?.to_f32();
+    let (mut error, mut energy) = (0.0, 0.0);
+    for (found, &base) in found.iter().zip(base) {
+        error += f64::from(found - base).powi(2);
+        energy += f64::from(base).powi(2);
+    }
+    Ok(error / f64::max(energy, f64::MIN_POSITIVE))
 }

@@ -72,7 +72,7 @@ pub enum Check {
     Configuration,
     /// Names, types and shapes of all tensors.
     Tensors,
-    /// Zeros are stored minus one, and those of a symmetric grid are its middle.
+    /// Zeros are stored as the settings say, and those of a symmetric grid are its middle.
     Zeros,
     /// Every group has its columns, in order where no act-order is declared.
     GroupIndex,
@@ -239,7 +239,7 @@ fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
             Err(Error::NotQuantised { dir: dir.to_owned() }.into())
         }
         Ok(checkpoint) => Ok(Some(checkpoint)),
-        Err(error @ Error::NoWeights { .. }) => Err(error.into()),
+        Err(error @ (Error::NoWeights { .. } | Error::NoSettings { .. })) => Err(error.into()),
         Err(error) => {
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
             let message = format!("{error}{}", cause.unwrap_or_default());

@@ -110,8 +110,14 @@ pub(super) fn compare(
             let block = next_block(&ahead)?;
             for (id, shape) in LinearId::ALL.into_iter().zip(base.config().block_linears()) {
                 let name = linear_name(&model, &block, id);
-                let linear = checkpoint.gptq_linear(&name, &shape)?;
                 let weight = block.linear(id).to_host()?;
+                if !checkpoint.has_gptq_linear(&name) {
+                    // That its values are the base's is checked with all else that is dense.
+                    let weight_error = dense::linear_error(checkpoint, &name, &weight)?;
+                    linears.push(LinearError { name, weight_error, output_error: None });
+                    continue;
+                }
+                let linear = checkpoint.gptq_linear(&name, &shape)?;
                 findings.examine(Check::Weights, 1);
                 let fit = Fit::new(&linear, &weight);
                 let moved = matches!(id, LinearId::O | LinearId::Down)
@@ -161,7 +167,13 @@ fn rotation(checkpoint: &Checkpoint, model: &Model<'_>) -> Result<Rotate> {
         let mut total = 0.0;
         for id in [LinearId::Q, LinearId::O] {
             let shape = model.config().block_linears()[id as usize];
-            let linear = checkpoint.gptq_linear(&linear_name(model, &block, id), &shape)?;
+            let name = linear_name(model, &block, id);
+            if !checkpoint.has_gptq_linear(&name) {
+                let weight = block.linear(id).to_host()?;
+                total += dense::linear_error(checkpoint, &name, &weight)?;
+                continue;
+            }
+            let linear = checkpoint.gptq_linear(&name, &shape)?;
             let fit = Fit::new(&linear, &block.linear(id).to_host()?);
             total += fit.error / fit.energy.max(f64::MIN_POSITIVE);
         }
