@@ -81,7 +81,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::ModelFile),
             code(Need::PtMetadata),
             code(Need::Bits(ALL_BITS)),
-            code(TORCH_GROUPS),
+            ran(TORCH_GROUPS),
             code(Need::ZerosAsDeclared),
             code(Need::NoPlaceholder),
             code(Need::ZeroBias),
@@ -184,6 +184,8 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::AnyConfig),
             ran(Need::Bits(&[4, 8])),
             code(Need::Symmetric),
+            // Its method asks for these before it chooses a kernel.
+            code(Need::Groups(&[32, 64, 128])),
             code(Need::MarlinOrExllama),
             code(Need::SharedOrder),
             code(Need::ZeroBias),
@@ -197,7 +199,8 @@ pub(super) static LOADERS: [Loader; 13] = [
         rules: &[
             code(Need::AnyConfig),
             ran(Need::Bits(&[4, 8])),
-            code(Need::Symmetric),
+            ran(Need::Symmetric),
+            ran(Need::Groups(&[32, 64, 128])),
             ran(Need::DeclaredOrder),
             code(Need::MarlinOrExllama),
             code(Need::SharedOrder),

@@ -186,7 +186,9 @@ fn every_rule_has_its_reason() {
         facts
     };
     let group = |size| with(&|f| f.quantize.group_size = Some(size));
-    refuses("vLLM 0.21 marlin", &group(256), "group size 256");
+    for loader in ["vLLM 0.21 marlin", "vLLM 0.22-0.29", "vLLM 0.30"] {
+        refuses(loader, &group(256), "group size 256");
+    }
     assert!(verdict("ExLlamaV2", &group(256)).loads);
     // 8192 / 96 leaves a ragged group, which few kernels compute.
     for loader in ["AutoGPTQ 0.4", "AutoGPTQ 0.7", "ExLlama", "vLLM 0.21 gptq", "TGI"] {
