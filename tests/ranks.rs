@@ -135,6 +135,7 @@ fn threads_make_the_file_that_processes_make() {
         dataset: Some(dir.path("text.txt").to_str().unwrap().parse().unwrap()),
         windows: Some(5),
         seq_len: Some(64),
+        join: None,
         seed: None,
     };
     let recipe = CalibrationRecipe::open("wikitext2").unwrap().with(overrides).unwrap();

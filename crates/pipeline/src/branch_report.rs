@@ -98,10 +98,13 @@ pub struct EvaluationRecord {
     pub protocol: String,
     /// The text.
     pub dataset: DatasetIdentity,
-    /// Tokens of the whole text.
-    pub tokens_in_text: usize,
+    /// Tokens of the whole text; `null` where it was not read to its end.
+    pub tokens_in_text: Option<usize>,
     /// Tokens of a window.
     pub seq_len: usize,
+    /// Whether the first token of each window is BOS; absent under protocols that put none there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
     /// Windows evaluated.
     pub windows: usize,
     /// Tokens scored.
@@ -264,8 +267,9 @@ mod tests {
             evaluations: vec![EvaluationRecord {
                 protocol: "paper".to_owned(),
                 dataset,
-                tokens_in_text: 1000,
+                tokens_in_text: Some(1000),
                 seq_len: 8,
+                window_bos: None,
                 windows: 2,
                 tokens: 14,
                 dtype: "f32".to_owned(),

@@ -184,6 +184,18 @@ impl SweepConfig {
         })
     }
 
+    /// First Grams that a sweep of these branches keeps: one of each rotation.
+    #[must_use]
+    pub fn shared_grams(&self) -> usize {
+        let mut rotations = Vec::new();
+        for spec in self.branches.iter().map(|b| &b.spec).filter(|s| s.recipe.calibrates()) {
+            if !rotations.contains(&spec.choices.rotate) {
+                rotations.push(spec.choices.rotate);
+            }
+        }
+        rotations.len()
+    }
+
     /// The branch of that name.
     pub fn branch(&self, name: &str) -> Result<&Branch> {
         self.branches.iter().find(|b| b.name == name).ok_or_else(|| {

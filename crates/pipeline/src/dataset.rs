@@ -63,13 +63,43 @@ pub enum Join {
 }
 
 impl Join {
-    /// The one text of these rows.
+    /// Every join by its name.
+    pub const ALL: [(&'static str, Self); 2] =
+        [("card", Self::Card), ("paragraphs", Self::Paragraphs)];
+
+    /// The one text of these rows. A file of one row may be gigabytes, and is not copied.
     #[must_use]
-    pub fn text(self, rows: &[String]) -> String {
-        match self {
-            Self::Paragraphs => rows.join("\n\n"),
-            Self::Card => rows.iter().map(|row| if row.is_empty() { " \n" } else { row }).collect(),
+    pub fn text(self, mut rows: Vec<String>) -> String {
+        match (self, rows.as_mut_slice()) {
+            (_, [only]) if !only.is_empty() => std::mem::take(only),
+            (Self::Paragraphs, _) => rows.join("\n\n"),
+            (Self::Card, _) => {
+                rows.iter().map(|row| if row.is_empty() { " \n" } else { row }).collect()
+            }
         }
+    }
+
+    /// How many rows run into the next one with no white space between: their last word and its
+    /// first become one.
+    #[must_use]
+    pub fn glued(self, rows: &[String]) -> usize {
+        let runs_on = |pair: &&[String]| {
+            let (last, first) = (pair[0].chars().next_back(), pair[1].chars().next());
+            !last.is_none_or(char::is_whitespace) && !first.is_none_or(char::is_whitespace)
+        };
+        match self {
+            Self::Paragraphs => 0,
+            Self::Card => rows.windows(2).filter(runs_on).count(),
+        }
+    }
+}
+
+impl FromStr for Join {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|(known, _)| *known == name);
+        found.map(|(_, join)| join).ok_or_else(|| "use card or paragraphs".to_owned())
     }
 }
 

@@ -54,11 +54,14 @@ pub(crate) fn final_gain(source: &Checkpoint, folding: Option<&Folding>) -> Resu
 /// The head `[vocab, hidden]` in the coordinates that are written; a tied source's is its embedding.
 pub(crate) fn dense_head(source: &Checkpoint, folding: Option<&Folding>) -> Result<Vec<f16>> {
     let tied = source.config().tie_word_embeddings && !source.contains(HEAD);
-    let table = table(source, if tied { EMBEDDING } else { HEAD })?;
-    match folding.and_then(|f| f.stream.as_ref()) {
-        Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?)),
-        None => Ok(table.to_f16()?),
-    }
+    let name = if tied { EMBEDDING } else { HEAD };
+    let table = table(source, name)?;
+    let head = match folding.and_then(|f| f.stream.as_ref()) {
+        Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?))?,
+        None => table.to_f16()?,
+    };
+    source.release(name);
+    Ok(head)
 }
 
 impl Folding {
@@ -153,7 +156,9 @@ impl Folding {
     /// The embedding; `None` when it is the source's own.
     pub(crate) fn embedding(&self, source: &Checkpoint) -> Result<Option<Vec<f16>>> {
         let Some(stream) = &self.stream else { return Ok(None) };
-        turned_table(stream, &table(source, EMBEDDING)?, None).map(Some)
+        let turned = turned_table(stream, &table(source, EMBEDDING)?, None)?;
+        source.release(EMBEDDING);
+        Ok(Some(turned))
     }
 }
 

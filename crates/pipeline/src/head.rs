@@ -16,7 +16,7 @@ use crate::fold::{Folding, HEAD, dense_head, final_gain};
 use crate::progress::LinearReport;
 
 /// Rows of the head that are moved at a time.
-const BAND: usize = 16_384;
+pub(crate) const BAND: usize = 16_384;
 
 /// The head `[vocab, hidden]` as the file should hold it, on rank 0 alone, and what its Hessian needed.
 pub(crate) fn fitted(

@@ -10,6 +10,7 @@
 
 mod bands;
 mod baseline;
+pub mod batches;
 pub mod bench;
 pub mod branch_report;
 mod calibrate;
@@ -25,13 +26,16 @@ pub mod files;
 pub mod first_gram;
 mod fold;
 mod head;
+pub mod host_memory;
 pub mod identity;
 pub mod jobs;
 pub mod loaders;
 pub mod manifest;
 pub mod memory;
+mod memory_evaluation;
 pub mod output;
 pub mod perplexity;
+mod pieces;
 pub mod plan;
 pub mod progress;
 pub mod protocol;

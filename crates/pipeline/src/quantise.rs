@@ -176,7 +176,8 @@ fn walk(
         let tokens = own.iter().map(Vec::len).sum();
         let reference = job.spec.choices.needs_reference();
         let exact = job.source_dtype == SourceDtype::Fp32;
-        let work = Workload { tokens, seq_len, reference, exact };
+        let shared_grams = job.shared.map_or(0, FirstGrams::after_one_more);
+        let work = Workload { tokens, seq_len, reference, exact, shared_grams };
         parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
         let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
         let reference = reference.then(|| embed(model, &own, parked.hidden)).transpose()?;

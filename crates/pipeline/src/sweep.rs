@@ -22,7 +22,7 @@ use crate::evaluation::{EvalText, evaluation_text};
 use crate::first_gram::FirstGrams;
 use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest, sha256, source_digest};
 use crate::output::metadata;
-use crate::plan::{BranchPlan, plan_branch};
+use crate::plan::{BranchPlan, Setting, plan_branch};
 use crate::progress::Progress;
 use crate::quantise::{Made, QuantiseJob, make};
 use crate::resume::{Left, Lock, State, look};
@@ -152,18 +152,18 @@ fn tell(job: &SweepJob<'_>, survey: &Survey, progress: &dyn Progress) {
 
 /// A text and its windows, in one line that equal measurements share.
 fn describe(text: &EvalText) -> String {
-    let tokens = |w: &crate::protocol::EvalWindow| {
+    let window = |w: &crate::protocol::EvalWindow| {
         let mut bytes = (w.score_from as u64).to_le_bytes().to_vec();
         bytes.extend(w.tokens.iter().flat_map(|t| t.to_le_bytes()));
         bytes
     };
-    let windows: Vec<u8> = text.windows.iter().flat_map(tokens).collect();
+    let windows: Vec<u8> = text.windows.iter().flat_map(window).collect();
+    let tokens = text.tokens_in_text.map_or_else(|| "many".to_owned(), |n| n.to_string());
     format!(
-        "{}, {} × {} of {} tokens of {} ({}), sha256 {}",
+        "{}, {} × {} of {tokens} tokens of {} ({}), sha256 {}",
         text.protocol,
         text.windows.len(),
         text.seq_len,
-        text.tokens_in_text,
         text.identity.portable().name,
         text.identity.fingerprint,
         sha256(&windows)
@@ -184,8 +184,12 @@ impl SweepJob<'_> {
             self.config.source_dtype,
             self.config.layout,
             &metadata(&branch.spec, self.config.source_dtype, calibration),
-            (windows.len(), windows.first().map_or(0, Vec::len)),
-            gpu_memory,
+            Setting {
+                windows: windows.len(),
+                seq_len: windows.first().map_or(0, Vec::len),
+                shared_grams: self.config.shared_grams(),
+                gpu_memory,
+            },
         )
     }
 

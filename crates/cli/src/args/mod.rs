@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use gptq_checkpoint::Layout;
 use gptq_pipeline::calibration::CalibrationOverrides;
-use gptq_pipeline::dataset::DatasetSpec;
+use gptq_pipeline::dataset::{DatasetSpec, Join};
 use gptq_pipeline::jobs::Share;
 use gptq_pipeline::protocol::Protocol;
 use gptq_pipeline::source_dtype::SourceDtype;
@@ -132,6 +132,10 @@ pub(crate) struct CalibrationArgs {
     /// Text instead of the recipe's: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet
     #[arg(long, value_name = "DATASET")]
     pub(crate) calib_dataset: Option<DatasetSpec>,
+    /// How the text's rows are joined, instead of the recipe's way: card (nothing between rows;
+    /// wikitext2 and card do so) or paragraphs (a blank line between)
+    #[arg(long, value_name = "JOIN")]
+    pub(crate) calib_join: Option<Join>,
     /// Number of calibration windows instead of the recipe's
     #[arg(long, value_name = "N")]
     pub(crate) windows: Option<usize>,
@@ -153,6 +157,7 @@ impl CalibrationArgs {
     pub(crate) fn overrides(&self) -> CalibrationOverrides {
         CalibrationOverrides {
             dataset: self.calib_dataset.clone(),
+            join: self.calib_join,
             windows: self.windows,
             seq_len: self.seq_len,
             seed: self.seed,

@@ -187,6 +187,13 @@ pub(super) fn sample(
     provide_text(&recipe.dataset, printer)?;
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size)?;
     let calibration = recipe.sample(&tokenizer)?;
+    if calibration.glued > 0 {
+        printer.warn(&format!(
+            "{} of the {} rows of {} run into the next, as the {} join puts nothing between them; \
+             --calib-join paragraphs puts a blank line there",
+            calibration.glued, calibration.rows, calibration.dataset.name, recipe.join
+        ));
+    }
     printer.note(&format!(
         "calibrating on {} windows × {} tokens of {}",
         calibration.windows.len(),

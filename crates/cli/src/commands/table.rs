@@ -49,7 +49,7 @@ pub(crate) fn perplexity(result: &Perplexity, text: &EvalText, dtype: &str) -> S
         "perplexity {:.4} ± {:.4}  ({}, {}, {} windows × {}, {} tokens scored, {dtype})\n",
         result.perplexity,
         result.perplexity * result.standard_error,
-        text.protocol,
+        text.protocol(),
         text.dataset,
         result.windows,
         text.seq_len,

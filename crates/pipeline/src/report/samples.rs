@@ -65,7 +65,8 @@ pub(crate) fn branch(
         evaluations: vec![EvaluationRecord {
             protocol: "paper".to_owned(),
             dataset: text("heldout.txt"),
-            tokens_in_text: 55_628,
+            tokens_in_text: Some(55_628),
+            window_bos: None,
             seq_len: 512,
             windows: 40,
             tokens: 20_440,

@@ -43,15 +43,17 @@ pub(crate) fn measured_on(comparison: &Comparison<'_>) -> Option<String> {
     let evaluations = || comparison.rows.iter().filter_map(|row| row.evaluation);
     let mut dtypes: Vec<&str> = evaluations().map(|e| e.dtype.as_str()).collect();
     dtypes.dedup();
-    let tokens_in_text = evaluations().next()?.tokens_in_text;
+    let first = evaluations().next()?;
+    let counted = |tokens| format!(" ({} tokens)", units::count(tokens));
+    let tokens_in_text = first.tokens_in_text.map_or_else(String::new, counted);
+    let bos = if first.window_bos == Some(false) { " without BOS" } else { "" };
     Some(format!(
-        "protocol {}: {} windows × {} tokens, {} scored, of {} ({} tokens); {}",
+        "protocol {}{bos}: {} windows × {} tokens, {} scored, of {}{tokens_in_text}; {}",
         measurement.protocol,
         measurement.windows,
         measurement.seq_len,
         units::count(measurement.tokens),
         measurement.dataset,
-        units::count(tokens_in_text),
         dtypes.join(" and "),
     ))
 }
