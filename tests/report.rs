@@ -78,6 +78,37 @@ fn a_sweep_is_reported_as_markdown_json_and_a_page() {
     assert!((change["change"]["relative_perplexity"].as_f64().unwrap() - 0.1).abs() < 1e-9);
 }
 
+/// A page goes to where its name leads, whatever is there; a name is never taken from a device or pipe.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_page_is_written_into_what_is_no_regular_file() {
+    use std::os::unix::fs::{FileTypeExt, symlink};
+
+    let dir = swept();
+    let html = |file: &str| dir.gptq(&["report", "branches", "--html", file]);
+    let page = |text: &str| assert!(text.trim_start().starts_with("<!doctype html>"), "{text}");
+    // What is printed follows.
+    let both = html("/dev/stdout");
+    page(both.ok());
+    assert!(both.stdout.ends_with(html("/dev/null").ok()), "{}", both.stdout);
+    html("/dev/full").refused(&["/dev/full"]);
+    for device in ["/dev/null", "/dev/full"] {
+        assert!(fs::symlink_metadata(device).unwrap().file_type().is_char_device(), "{device}");
+    }
+    let mkfifo = std::process::Command::new("mkfifo").arg(dir.path("pipe")).status().unwrap();
+    assert!(mkfifo.success());
+    let pipe = dir.path("pipe");
+    let reading = std::thread::spawn(move || fs::read_to_string(pipe).unwrap());
+    html("pipe").ok();
+    page(&reading.join().unwrap());
+    assert!(fs::symlink_metadata(dir.path("pipe")).unwrap().file_type().is_fifo());
+    dir.write("there/page.html", "old");
+    symlink("there/page.html", dir.path("link.html")).unwrap();
+    html("link.html").ok();
+    page(&fs::read_to_string(dir.path("there/page.html")).unwrap());
+    assert!(fs::symlink_metadata(dir.path("link.html")).unwrap().is_symlink());
+}
+
 #[test]
 fn a_report_of_nothing_is_refused() {
     let dir = Workdir::new();

@@ -4,12 +4,13 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
+use gptq_pipeline::files::replace;
 use gptq_pipeline::perplexity::{Perplexity, Scored, score};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
@@ -84,8 +85,8 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     let (base, base_losses) = base.unzip();
     // The result is printed whatever becomes of the file.
     let saved = args.per_token.as_ref().map_or(Ok(()), |file| {
-        std::fs::write(file, per_token(&text, &losses, base_losses.as_deref()))
-            .with_context(|| format!("Cannot write `{}`", file.display()))
+        let rows = per_token(&text, &losses, base_losses.as_deref());
+        Ok(replace(file, rows.as_bytes())?)
     });
     let output = Output {
         model: &args.model,
