@@ -309,6 +309,30 @@ fn what_is_not_the_sweeps_is_left_alone() {
     refused(&["a.partial", "not made by this program"]);
 }
 
+/// A full disk's remedy: what the link leads to is somebody's, the link is the sweep's.
+#[test]
+fn a_branch_moved_away_behind_a_link_is_reused_and_made_anew_beside_it() {
+    let dir = prepared();
+    run(&dir, &["--only", "a"]);
+    fs::rename(dir.path("out/a"), dir.path("moved")).unwrap();
+    std::os::unix::fs::symlink("../moved", dir.path("out/a")).unwrap();
+    let moved = contents(&dir.path("moved"));
+    assert!(run(&dir, &["--only", "a"]).contains("a: finished, reused"));
+    dir.write("sweep.toml", &configuration(32).replacen("bits = 4", "bits = 8", 1));
+    let said = run(&dir, &["--only", "a"]);
+    assert!(said.contains("a starts over") && said.contains("what it led to stays"), "{said}");
+    assert!(fs::symlink_metadata(dir.path("out/a")).unwrap().is_dir());
+    assert_eq!(read_json(&dir, "out/a/quantize_config.json")["bits"], 8);
+    assert!(contents(&dir.path("moved")) == moved);
+    assert!(run(&dir, &["--only", "a"]).contains("a: finished, reused"));
+    // A run that was killed while it measured such a branch again, and then other settings.
+    fs::remove_dir_all(dir.path("out/a")).unwrap();
+    std::os::unix::fs::symlink("../moved", dir.path("out/a.partial")).unwrap();
+    run(&dir, &["--only", "a"]);
+    assert!(fs::symlink_metadata(dir.path("out/a.partial")).is_err());
+    assert!(contents(&dir.path("moved")) == moved);
+}
+
 #[test]
 fn a_branch_that_another_process_makes_is_refused() {
     let dir = prepared();

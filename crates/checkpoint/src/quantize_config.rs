@@ -13,6 +13,9 @@ use crate::{Bits, Error, Layout, Result, json};
 /// File name of the quantisation settings.
 pub(crate) const FILE: &str = "quantize_config.json";
 
+/// Most columns of a group: more than any model has.
+pub const MAX_GROUP_SIZE: usize = 1 << 28;
+
 /// How zeros are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CheckpointFormat {
@@ -131,8 +134,8 @@ impl QuantizeConfig {
     }
 
     /// The group size as files say it: -1 for all of `in_features`.
-    pub(crate) fn stored_group_size(&self) -> i64 {
-        self.group_size.map_or(-1, |size| size as i64)
+    pub(crate) fn stored_group_size(&self) -> Value {
+        self.group_size.map_or_else(|| json!(-1), |size| json!(size))
     }
 
     /// Text of `quantize_config.json`: indent 2, no newline at the end.
@@ -215,11 +218,14 @@ impl Keys<'_> {
 
     fn group_size(&self) -> Result<Option<usize>> {
         let value = self.map.get("group_size").unwrap_or(&Value::Null);
-        match value.as_i64() {
-            Some(-1) => Ok(None),
-            Some(size @ 1..=0x1000_0000) => Ok(Some(size as usize)),
-            _ => Err(self.invalid("group_size", format!("is `{value}`, expected -1 or positive"))),
+        if value.as_i64() == Some(-1) {
+            return Ok(None);
         }
+        let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
+        size.filter(|size| (1..=MAX_GROUP_SIZE).contains(size)).map(Some).ok_or_else(|| {
+            let reason = format!("is `{value}`, expected -1, or 1 to {MAX_GROUP_SIZE}");
+            self.invalid("group_size", reason)
+        })
     }
 
     /// A base name becomes a path, so it has to be a plain file name.
@@ -295,7 +301,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_back() {
-        for group_size in [None, Some(32)] {
+        for group_size in [None, Some(32), Some(MAX_GROUP_SIZE)] {
             for layout in [Layout::Card, Layout::Modern] {
                 let written = config(group_size, true);
                 let text = written.file_text(layout).unwrap();
@@ -313,6 +319,9 @@ mod tests {
             (r#""checkpoint_format":"marlin""#, "checkpoint_format"),
             (r#""bits":5"#, "bits"),
             (r#""group_size":0"#, "group_size"),
+            (r#""group_size":-2"#, "group_size"),
+            (r#""group_size":268435457"#, "1 to 268435456"),
+            (r#""group_size":18446744073709551615"#, "1 to 268435456"),
             (r#""desc_act":"yes""#, "desc_act"),
             (r#""model_file_base_name":"../x""#, "model_file_base_name"),
         ] {

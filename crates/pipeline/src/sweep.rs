@@ -25,7 +25,7 @@ use crate::output::metadata;
 use crate::plan::{BranchPlan, plan_branch};
 use crate::progress::Progress;
 use crate::quantise::{Made, QuantiseJob, make};
-use crate::resume::{Left, Lock, State, look};
+use crate::resume::{Left, Lock, State, look, unlink_moved};
 use crate::sweep_log::{Seconds, SweepLog, SweepReport, SweepRow};
 
 /// Branches to make, and everything that they are made with.
@@ -313,12 +313,19 @@ impl<'a> Run<'a> {
                 self.go_on(branch, folder, *left, known)?
             }
             State::Remeasure(left) => self.go_on(branch, Partial::withdraw(&dir)?, *left, known)?,
-            State::Stale(_) => {
-                // Withdrawn, it is a left-over that the writer replaces.
-                drop(Partial::withdraw(&dir)?);
+            State::Stale(_) | State::New => {
+                if unlink_moved(&dir)? {
+                    let name = &branch.name;
+                    self.progress.note(&format!(
+                        "{name}: was a link, which is removed; what it led to stays"
+                    ));
+                }
+                if matches!(state, State::Stale(_)) && dir.exists() {
+                    // Withdrawn, it is a left-over that the writer replaces.
+                    drop(Partial::withdraw(&dir)?);
+                }
                 self.make(branch, &made_from)?
             }
-            State::New => self.make(branch, &made_from)?,
         };
         self.report.rows.push(SweepRow::new(&report, dir, key, seconds));
         self.report.judge_text();
