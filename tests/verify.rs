@@ -279,6 +279,48 @@ fn a_single_bit_and_a_single_digit_are_found_by_recorded_sums() {
     }
 }
 
+/// A manifest comes with a checkpoint from the Hub: it is no list of what to read on this machine.
+#[test]
+fn a_manifest_names_files_of_its_folder_only() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--recipe", "rtn"]);
+    dir.write("secret", "x");
+    for name in ["/dev/zero", "../secret"] {
+        let files = json!({name: {"bytes": 0, "sha256": "0".repeat(64)}});
+        let manifest = json!({
+            "format": 1, "made_from": {}, "measured_on": null, "files": files, "made_report": "",
+            "report": "",
+        });
+        dir.write("q/gptq_manifest.json", &manifest.to_string());
+        finds(&dir.gptq(&["verify", "q"]), &["gptq_manifest.json", name, "no plain path"]);
+    }
+}
+
+/// A name may set a terminal's clipboard, title and colours; shown in full it does nothing.
+#[test]
+fn names_from_files_do_not_command_the_terminal() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--recipe", "rtn"]);
+    dir.write("text.txt", &words(400));
+    // In JSON, as a header has it, and as it is shown. Both commands name what they do not know.
+    let (stored, shown) = ("\\u001b]52;c;\\u0007", "\\u{1b}]52;c;\\u{7}");
+    let plain = |text: &str| !text.contains(|c: char| c.is_control() && c != '\n');
+    let name = format!("{BLOCK_1_UP}.qzeros");
+    let stem = &name[..name.len() - stored.len()];
+    let rename = |file: &mut File| file.retell(&name, &format!("{stem}{stored}"));
+    with_damage(&dir, "q", rename, || {
+        let outcome = dir.gptq(&["verify", "q"]);
+        finds(&outcome, &[&format!("{stem}{shown}")]);
+        assert!(plain(&outcome.stdout) && plain(&outcome.stderr), "{}", outcome.stdout);
+        let json = dir.gptq(&["verify", "q", "--json"]);
+        assert!(json.stdout.contains(&format!("{stem}{stored}")), "{}", json.stdout);
+        assert_eq!(json.code, 1);
+        let ppl = dir.gptq(&["ppl", "q", "--device=cpu", "--dataset=text.txt", "--seq-len=32"]);
+        assert_eq!(ppl.code, 1);
+        assert!(plain(&ppl.stdout) && plain(&ppl.stderr), "{}", ppl.stderr);
+    });
+}
+
 #[test]
 fn wrong_values_are_found_without_a_base() {
     let dir = Workdir::new();

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use gptq_pipeline::progress::{BlockReport, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::plain::plain;
+
 /// Prints progress as bars on a terminal and as lines elsewhere. Clones draw the same bars.
 #[derive(Clone)]
 pub(crate) struct Printer {
@@ -82,8 +84,8 @@ impl Printer {
 }
 
 /// Writes a line; a closed stderr is nobody's concern.
-fn write_stderr(message: &str) {
-    let _ = writeln!(std::io::stderr(), "{message}");
+pub(crate) fn write_stderr(message: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", plain(message));
 }
 
 impl Progress for Printer {

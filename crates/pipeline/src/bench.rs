@@ -63,6 +63,14 @@ impl Width {
         self.hidden / self.heads
     }
 
+    /// Bytes of host memory that a run needs at least: the hidden states of all windows, and on the
+    /// CPU the largest operands of a window. `None` is more than can be counted.
+    pub fn host_bytes(self, windows: usize, seq_len: usize) -> Option<usize> {
+        let states = windows.checked_mul(seq_len)?.checked_mul(self.hidden)?;
+        let operands = seq_len.checked_mul(self.hidden + self.intermediate)?;
+        states.checked_add(operands)?.checked_mul(size_of::<f32>())
+    }
+
     /// Rows and columns of a linear.
     fn linear(self, id: LinearId) -> (usize, usize) {
         let (h, i, kv) = (self.hidden, self.intermediate, self.kv_heads * self.head_dim());

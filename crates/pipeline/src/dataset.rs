@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::home::expand_home;
 use crate::identity::{DatasetIdentity, HubSplit};
 use crate::text_error::TextError;
 use crate::text_files::{read_jsonl, read_parquet, read_text};
@@ -286,7 +287,10 @@ impl FromStr for DatasetSpec {
             Some(Format::Text) if column.is_some() => {
                 return Err(invalid("a text file has no columns to choose from"));
             }
-            Some(format) => Place::File(PathBuf::from(name), format),
+            Some(format) => {
+                let path = expand_home(name).map_err(|error| invalid(&error.to_string()))?;
+                Place::File(PathBuf::from(path.as_ref()), format)
+            }
             None => Place::Hub(parse_hub(name).map_err(invalid)?),
         };
         Ok(Self { place, column: column.unwrap_or(DEFAULT_COLUMN).to_owned() })

@@ -25,6 +25,7 @@ pub mod files;
 pub mod first_gram;
 mod fold;
 mod head;
+pub mod home;
 pub mod identity;
 pub mod jobs;
 pub mod loaders;

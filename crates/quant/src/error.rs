@@ -12,9 +12,16 @@ pub enum Error {
         /// The width asked for.
         bits: u8,
     },
-    /// Groups of zero columns.
-    #[error("Group size 0 is not supported; use a positive number or none")]
-    GroupSize,
+    /// Groups that no file can say.
+    #[error(
+        "Group size {size} is not supported; use a number from 1 to {}, or none (as files say it, -1) \
+         for one scale a row",
+        crate::MAX_GROUP_SIZE
+    )]
+    GroupSize {
+        /// The size asked for.
+        size: String,
+    },
     /// Damping outside of the useful range.
     #[error("Damping {damp} is not supported; use a number above 0 and below 1")]
     Damp {

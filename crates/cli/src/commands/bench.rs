@@ -1,13 +1,13 @@
 //! `gptq bench`: what this machine reaches on a block's operations.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use gptq_compute::Device;
 use gptq_pipeline::bench::{BlockBench, Measurement, bench_block, bench_products};
 use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use super::table::{gigabytes, table};
-use super::{peak_memory, print_json, print_result};
+use super::{host_memory, peak_memory, print_json, print_result};
 use crate::args::BenchArgs;
 use crate::printer::Printer;
 
@@ -23,6 +23,7 @@ struct Output {
 }
 
 pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
+    check_memory(args)?;
     let team = args.device.open(printer)?;
     let products = match team.device() {
         Device::Cpu => bench_products(args.width, args.seq_len)?,
@@ -39,6 +40,23 @@ pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
     let peak_host_bytes = peak_memory();
     let output = Output { device, choices, block, products, peak_host_bytes };
     if args.json { print_json(&output) } else { print_result(&text(&output)) }
+}
+
+/// Refuses more windows than the machine can hold, before anything is allocated.
+fn check_memory(args: &BenchArgs) -> Result<()> {
+    let needed = args.width.host_bytes(args.windows, args.seq_len);
+    let needed = needed.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(u64::MAX);
+    let there = host_memory().unwrap_or(u64::MAX - 1);
+    ensure!(
+        needed <= there,
+        "{} windows of {} tokens need {} of memory or more, and this machine has {}; give a smaller \
+         --windows or --seq-len",
+        args.windows,
+        args.seq_len,
+        gigabytes(needed),
+        gigabytes(there)
+    );
+    Ok(())
 }
 
 fn text(output: &Output) -> String {
