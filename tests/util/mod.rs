@@ -1,6 +1,7 @@
 //! What the tests of the command share: running the built binary in a folder of its own, and
 //! making Llama checkpoints small enough that a run takes milliseconds.
 
+pub(crate) mod runs;
 pub(crate) mod torch_file;
 
 use std::collections::BTreeMap;

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use crate::family::{Biases, Family};
 use crate::fields::Fields;
 use crate::rope::{Rope, RopeScaling};
-use crate::{Error, Result};
+use crate::{EMBEDDING, Error, HEAD, Result};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 const MAX_WIDTH: u64 = 1 << 20;
@@ -49,7 +49,9 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Tokens that a token attends to at most; `None` where all blocks attend to all before it.
     pub sliding_window: Option<usize>,
-    /// The head is the embedding.
+    /// The head is the embedding, unless the weights hold another: [`Checkpoint::head`] knows.
+    ///
+    /// [`Checkpoint::head`]: crate::Checkpoint::head
     pub tie_word_embeddings: bool,
     /// Token that starts a text, where the model has one.
     pub bos_token_id: Option<u32>,
@@ -121,7 +123,7 @@ impl ModelConfig {
         })
     }
 
-    /// The same model with a head of its own, equal to the embedding so far.
+    /// The same model with a head of its own.
     #[must_use]
     pub fn untied(mut self) -> Self {
         if self.tie_word_embeddings {
@@ -201,12 +203,11 @@ impl ModelConfig {
         })
     }
 
-    /// Every tensor of the dense model with its shape: embedding, blocks, final norm, and the head
-    /// where it is not the embedding.
+    /// Every tensor of the dense model with its shape: embedding, blocks, final norm and head.
     #[must_use]
     pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, vocab) = (self.hidden_size, self.vocab_size);
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+        let mut tensors = vec![(EMBEDDING.to_owned(), vec![vocab, hidden])];
         for block in 0..self.num_hidden_layers {
             let prefix = Self::block_prefix(block);
             for (norm, size) in self.block_norms() {
@@ -221,9 +222,7 @@ impl ModelConfig {
             }
         }
         tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-        if !self.tie_word_embeddings {
-            tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
-        }
+        tensors.push((HEAD.to_owned(), vec![vocab, hidden]));
         tensors
     }
 

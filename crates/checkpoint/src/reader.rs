@@ -5,22 +5,27 @@
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::arriving::{Arriving, Bring};
 use crate::gptq::check_sides;
 use crate::weights::{Mapped, View, WeightFile, Weights};
 use crate::{
-    CheckpointFormat, DType, Error, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, Result,
-    TensorRef, pytorch, side_files,
+    CheckpointFormat, DType, EMBEDDING, Error, GptqLinear, HEAD, Head, LinearShape, ModelConfig,
+    QuantizeConfig, Result, TensorRef, pytorch, side_files,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
+///
+/// A tied model's one table answers to both names, the embedding's and the head's, whichever it is
+/// stored under; [`Checkpoint::names`] lists what is stored.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     quantize: Option<QuantizeConfig>,
     weights: Weights,
+    head: OnceLock<Head>,
 }
 
 impl Checkpoint {
@@ -38,7 +43,7 @@ impl Checkpoint {
         let config = ModelConfig::load(dir)?;
         let quantize = QuantizeConfig::load(dir, config.raw())?;
         let weights = Weights::Mapped(Mapped::open(dir, quantize.as_ref())?);
-        Ok(Self { dir: dir.to_owned(), config, quantize, weights })
+        Ok(Self { dir: dir.to_owned(), config, quantize, weights, head: OnceLock::new() })
     }
 
     /// Opens a dense model whose shards are elsewhere: `dir` holds its configuration and its index,
@@ -53,7 +58,7 @@ impl Checkpoint {
         let quantize = QuantizeConfig::load(dir, config.raw())?;
         let linears = config.linears().map(|(name, _)| format!("{name}.weight")).collect();
         let weights = Weights::Arriving(Arriving::open(dir, linears, bring)?);
-        Ok(Self { dir: dir.to_owned(), config, quantize, weights })
+        Ok(Self { dir: dir.to_owned(), config, quantize, weights, head: OnceLock::new() })
     }
 
     /// The model's shape.
@@ -82,7 +87,36 @@ impl Checkpoint {
     /// Whether the tensor is there.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
-        self.weights.contains(name)
+        self.weights.contains(self.stored_name(name))
+    }
+
+    /// Where the head comes from. The first call compares two stored tables, where a tied model has
+    /// both; of [`Checkpoint::open_arriving`], that waits for their shards.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
+    pub fn head(&self) -> Result<Head> {
+        if let Some(&head) = self.head.get() {
+            return Ok(head);
+        }
+        let head = Head::of(self)?;
+        Ok(*self.head.get_or_init(|| head))
+    }
+
+    /// What whoever reads the checkpoint should know: a sentence each. Of
+    /// [`Checkpoint::open_arriving`], what names can tell: [`Checkpoint::head`] waits for shards.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::head`].
+    pub fn warnings(&self) -> Result<Vec<String>> {
+        let head = if self.is_arriving() { None } else { self.head()?.warning() };
+        Ok(head.into_iter().map(str::to_owned).collect())
+    }
+
+    /// Whether shards come as they are needed.
+    #[must_use]
+    pub fn is_arriving(&self) -> bool {
+        matches!(self.weights, Weights::Arriving(_))
     }
 
     /// Bytes of all weight files, headers included.
@@ -106,7 +140,7 @@ impl Checkpoint {
     /// [`Error::MissingTensor`] and [`Error::UnsupportedDType`]; of [`Checkpoint::open_arriving`]
     /// also [`Error::Discarded`], and whatever is wrong with the shard.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
-        let Some(View { name, entry, bytes }) = self.weights.view(name)? else {
+        let Some(View { name, entry, bytes }) = self.weights.view(self.stored_name(name))? else {
             let (dir, tensor) = (self.dir.clone(), name.to_owned());
             return Err(Error::MissingTensor { dir, tensor });
         };
@@ -156,7 +190,7 @@ impl Checkpoint {
                 return Err(Error::MissingTensor { dir: self.dir.clone(), tensor });
             }
             let Weights::Mapped(mapped) = &self.weights else { continue };
-            let Some(entry) = mapped.entry(&tensor) else { continue };
+            let Some(entry) = mapped.entry(self.stored_name(&tensor)) else { continue };
             let dtype = DType::from_safetensors(entry.dtype, &tensor)?;
             check_float(&tensor, dtype, (&entry.shape, &shape))?;
         }
@@ -259,7 +293,7 @@ impl Checkpoint {
     /// happens for a name that is not there, or on a system that does not take it.
     pub fn release(&self, name: &str) {
         if let Weights::Mapped(mapped) = &self.weights {
-            mapped.release(name);
+            mapped.release(self.stored_name(name));
         }
     }
 
@@ -273,6 +307,18 @@ impl Checkpoint {
             Weights::Mapped(_) => Ok(()),
             Weights::Arriving(arriving) => arriving.discard(name),
         }
+    }
+
+    /// The name that a tensor is stored under: a tied model's one table has two.
+    fn stored_name<'a>(&self, name: &'a str) -> &'a str {
+        let other = match name {
+            EMBEDDING => HEAD,
+            HEAD => EMBEDDING,
+            _ => return name,
+        };
+        let stored = |name| self.weights.contains(name);
+        let elsewhere = self.config.tie_word_embeddings && !stored(name) && stored(other);
+        if elsewhere { other } else { name }
     }
 
     /// A tensor with exactly this type and shape.

@@ -69,8 +69,8 @@ pub struct Written {
 }
 
 impl CheckpointWriter {
-    /// Prepares `out`: makes the working folder, checks the disk, and writes all headers. `config`
-    /// is the model to write; `source` gives its tokeniser and other small files at the end.
+    /// Prepares `out`: makes the working folder, checks the disk, and writes all headers. `source`
+    /// gives the model's shape, and at the end its tokeniser and other small files.
     ///
     /// # Errors
     /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`],
@@ -78,19 +78,19 @@ impl CheckpointWriter {
     pub fn create(
         out: &Path,
         source: &Checkpoint,
-        config: &ModelConfig,
         quantize: &QuantizeConfig,
         layout: Layout,
         extra_metadata: &BTreeMap<String, String>,
         max_shard_bytes: Option<u64>,
     ) -> Result<Self> {
-        let plan = plan_files(config, quantize, layout, extra_metadata, max_shard_bytes)?;
+        let config = source.config().clone().untied();
+        let plan = plan_files(&config, quantize, layout, extra_metadata, max_shard_bytes)?;
         let partial = Partial::create(out)?;
         check_space(partial.path(), plan.total_bytes)?;
         let mut writer = Self {
             partial,
             source_dir: source.dir().to_owned(),
-            config: config.clone(),
+            config,
             quantize: quantize.clone(),
             layout,
             plan,

@@ -96,7 +96,7 @@ fn create(
     layout: Layout,
     max: Option<u64>,
 ) -> Result<CheckpointWriter, Error> {
-    CheckpointWriter::create(out, source, source.config(), quantize, layout, &BTreeMap::new(), max)
+    CheckpointWriter::create(out, source, quantize, layout, &BTreeMap::new(), max)
 }
 
 /// Writes everything that the plan needs, linears last block first.

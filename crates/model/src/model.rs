@@ -1,6 +1,8 @@
 //! A checkpoint as a model: embeddings, blocks one at a time, final norm and head.
 
-use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig, RopeScaling, TensorRef};
+use gptq_checkpoint::{
+    Checkpoint, EMBEDDING, GptqLinear, HEAD, LinearShape, ModelConfig, RopeScaling, TensorRef,
+};
 use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
 use half::f16;
@@ -9,9 +11,7 @@ use crate::block::{Block, BlockParts, LinearId};
 use crate::error::{Error, Result};
 use crate::values::Values;
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// What a dense checkpoint's weights become on their way to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,15 +231,13 @@ impl<'a> Model<'a> {
         })
     }
 
-    /// Loads the final norm and the head (the embeddings, where they are tied).
+    /// Loads the final norm and the head.
     pub fn load_head(&self) -> Result<Head> {
         let config = self.config();
-        let tied = config.tie_word_embeddings && !self.checkpoint.contains(HEAD);
-        let name = if tied { EMBEDDING } else { HEAD };
         Ok(Head {
             norm: self.vector(FINAL_NORM, config.hidden_size)?,
             eps: config.rms_norm_eps,
-            weight: self.matrix(&self.device, name, config.vocab_size, config.hidden_size)?,
+            weight: self.matrix(&self.device, HEAD, config.vocab_size, config.hidden_size)?,
         })
     }
 

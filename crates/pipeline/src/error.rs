@@ -73,6 +73,9 @@ pub enum Error {
         /// Damping of the attempt.
         damp: f64,
     },
+    /// What would be a warning about the source, under `--strict`.
+    #[error("{0} (--strict)")]
+    StrictSource(&'static str),
     /// The source holds quantised linears already.
     #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
     AlreadyQuantised(PathBuf),

@@ -6,7 +6,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
 
 use gptq_checkpoint::{
-    Bits, Checkpoint, CheckpointWriter, GptqLinear, QuantizeConfig, pack_rows, pack_transposed,
+    Bits, Checkpoint, CheckpointWriter, GptqLinear, HEAD, QuantizeConfig, pack_rows,
+    pack_transposed,
 };
 use gptq_quant::{Codes, QuantSpec, Stored};
 use half::f16;
@@ -15,7 +16,7 @@ use crate::bands::Bands;
 use crate::branch_report::TOOL;
 use crate::calibration::{Calibration, CalibrationRecipe};
 use crate::error::{Error, Result};
-use crate::fold::{Folding, HEAD, written_config};
+use crate::fold::Folding;
 use crate::identity::DatasetIdentity;
 use crate::quantise::QuantiseJob;
 use crate::source_dtype::SourceDtype;
@@ -28,7 +29,6 @@ pub(crate) fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
     Ok(CheckpointWriter::create(
         &job.out,
         job.source,
-        &written_config(job.source.config(), &job.spec.choices),
         &quantize_config(&job.spec)?,
         job.layout,
         &metadata(&job.spec, job.source_dtype, job.calibration),

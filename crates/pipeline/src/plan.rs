@@ -7,7 +7,6 @@ use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::fold::written_config;
 use crate::memory::{BlockSizes, MemoryPlan, Workload, plan_cpu, plan_gpu};
 use crate::output::quantize_config;
 use crate::source_dtype::SourceDtype;
@@ -58,8 +57,7 @@ pub fn plan_branch(
     (windows, seq_len): (usize, usize),
     gpu_memory: u64,
 ) -> Result<BranchPlan> {
-    let written = written_config(model, &spec.choices);
-    let files = plan_files(&written, &quantize_config(spec)?, layout, metadata, None)?;
+    let files = plan_files(model, &quantize_config(spec)?, layout, metadata, None)?;
     let calibrates = spec.recipe.calibrates();
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };

@@ -148,6 +148,10 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
         _ => None,
     };
     let Some(mut writer) = writer else { return Ok((None, streams)) };
+    if job.source.is_arriving() {
+        // Only now are both of its tables there.
+        check_head(job, progress)?;
+    }
     copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
     let sealed = writer.seal()?;
     let report = BranchReport::new(job, sealed.bytes, &blocks);
@@ -238,6 +242,15 @@ impl CalibratedRun<'_> {
             calibrator.block(block, streams, &mut |name, bands| send(writer, name, bands))?;
         check_retries(self.job, &done.linears, progress)?;
         Ok(done)
+    }
+}
+
+/// What there is to know of the head is said, or refused.
+fn check_head(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<()> {
+    match job.source.head()?.warning() {
+        Some(warning) if job.strict => Err(Error::StrictSource(warning)),
+        Some(warning) => Ok(progress.warn(warning)),
+        None => Ok(()),
     }
 }
 

@@ -112,7 +112,8 @@ pub(crate) struct QuantizeArgs {
     /// they are read: for a disk smaller than the model
     #[arg(long)]
     pub(crate) discard_shards: bool,
-    /// Treat a Hessian that needs more damping, or f64 on a GPU, as an error
+    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
+    /// a GPU
     #[arg(long)]
     pub(crate) strict: bool,
     #[command(flatten)]
@@ -262,7 +263,8 @@ pub(crate) struct SweepArgs {
     pub(crate) source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
-    /// Treat a Hessian that needs more damping, or f64 on a GPU, as an error
+    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
+    /// a GPU
     #[arg(long)]
     pub(crate) strict: bool,
     #[command(flatten)]

@@ -27,6 +27,7 @@ struct Output {
     kv_heads: usize,
     vocab_size: usize,
     tied_embeddings: bool,
+    head: &'static str,
     file_bytes: u64,
     tensors: usize,
     dtypes: BTreeMap<String, usize>,
@@ -89,6 +90,7 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
         kv_heads: config.num_key_value_heads,
         vocab_size: config.vocab_size,
         tied_embeddings: config.tie_word_embeddings,
+        head: checkpoint.head()?.describe(),
         file_bytes: checkpoint.total_bytes(),
         tensors,
         dtypes,
@@ -146,6 +148,7 @@ fn text(output: &Output) -> String {
         line("width", format!("{} hidden, {} MLP", output.hidden_size, output.intermediate_size)),
         line("heads", format!("{} query, {} key/value", output.heads, output.kv_heads)),
         line("vocabulary", output.vocab_size.to_string()),
+        line("head", output.head.to_owned()),
         line("weights", format!("{} ({} bytes)", size(output.file_bytes), output.file_bytes)),
         line("tensors", format!("{} ({})", output.tensors, dtypes.join(", "))),
     ];

@@ -14,7 +14,7 @@ use gptq_pipeline::perplexity::{Perplexity, Scored, score};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
-use super::source::{open_checkpoint, provide_text};
+use super::source::{open_checkpoint, provide_text, warn_of};
 use super::{peak_memory, print_json, print_result};
 use crate::args::PplArgs;
 use crate::printer::Printer;
@@ -55,6 +55,10 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         Some(name) => Some((name, open_checkpoint(name, printer)?)),
         None => None,
     };
+    for checkpoint in [Some(&checkpoint), base.as_ref().map(|(_, base)| base)].into_iter().flatten()
+    {
+        warn_of(checkpoint, false, printer)?;
+    }
     provide_text(&args.dataset, printer)?;
     let spec = EvaluationSpec {
         dataset: args.dataset.clone(),

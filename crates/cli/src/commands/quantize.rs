@@ -14,7 +14,7 @@ use gptq_pipeline::tokens::TextTokenizer;
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
-use super::source::{open_arriving, open_checkpoint, provide_text};
+use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
 use super::table::size;
 use super::{peak_memory, print_json, print_result};
 use crate::args::QuantizeArgs;
@@ -74,6 +74,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     } else {
         open_checkpoint(&args.model, printer)?
     };
+    warn_of(&source, args.strict, printer)?;
     let team = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
 use gptq_pipeline::dataset::DatasetSpec;
+use gptq_pipeline::progress::Progress;
 
 use crate::printer::Printer;
 
@@ -12,6 +13,15 @@ use crate::printer::Printer;
 pub(super) fn open_checkpoint(model: &str, printer: &Printer) -> Result<Checkpoint> {
     let opened = find(model).and_then(|dir| Checkpoint::open(&dir));
     or_download(model, opened, Part::All, printer, Checkpoint::open)
+}
+
+/// Says what a checkpoint's reader should know of it; with `strict` that is an error.
+pub(super) fn warn_of(checkpoint: &Checkpoint, strict: bool, printer: &Printer) -> Result<()> {
+    for warning in checkpoint.warnings()? {
+        ensure!(!strict, "{warning} (--strict)");
+        printer.warn(&warning);
+    }
+    Ok(())
 }
 
 /// Opens a model on the Hub whose shards are downloaded as they are needed and deleted when they are

@@ -7,7 +7,7 @@ use gptq_compute::Device;
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
 
-use super::source::{locate, open_checkpoint, provide_text};
+use super::source::{locate, open_checkpoint, provide_text, warn_of};
 use super::table::{group, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::VerifyArgs;
@@ -19,6 +19,9 @@ const SHOWN: usize = 10;
 pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
     let dir = locate(&args.checkpoint, printer)?;
     let base = args.base.as_deref().map(|base| open_checkpoint(base, printer)).transpose()?;
+    if let Some(base) = &base {
+        warn_of(base, false, printer)?;
+    }
     let text = args.dataset.clone().map(|dataset| EvaluationSpec {
         dataset,
         protocol: args.protocol,

@@ -1,12 +1,12 @@
 //! What is not quantised against the base's, in the same coordinates.
 
-use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig, tensor_specs};
+use gptq_checkpoint::{Checkpoint, HEAD, Head, Layout, QuantizeConfig, tensor_specs};
 use gptq_quant::Choices;
 
 use super::contents::LEAVES;
 use super::{Check, Findings};
 use crate::error::Result;
-use crate::fold::{Folding, HEAD, dense_head};
+use crate::fold::{Folding, dense_head};
 
 /// Embeddings, norms and the architecture's own biases: everything but the head, which a recipe may
 /// have fitted.
@@ -54,9 +54,6 @@ pub(super) fn head_change(
     recorded: Option<Choices>,
     findings: &mut Findings,
 ) -> Result<f64> {
-    if !checkpoint.contains(HEAD) {
-        return Ok(0.0);
-    }
     findings.examine(Check::DenseWeights, 1);
     let expected = dense_head(base, folding)?;
     let found = checkpoint.tensor(HEAD)?.to_f32();
@@ -72,7 +69,13 @@ pub(super) fn head_change(
         _ => 0.25,
     };
     if change > most || found.len() != expected.len() {
-        let message = format!("differs from the base's by {change:.2e} of its energy");
+        let lost =
+            checkpoint.head()? == Head::Tied && matches!(base.head()?, Head::Own | Head::Untied);
+        let message = match lost {
+            true => "is missing: config.json ties it to the embedding, but the base's is another"
+                .to_owned(),
+            false => format!("differs from the base's by {change:.2e} of its energy"),
+        };
         findings.add(Check::DenseWeights, HEAD, message);
     }
     Ok(change)

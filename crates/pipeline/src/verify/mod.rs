@@ -19,7 +19,7 @@ mod weights;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig};
+use gptq_checkpoint::{Checkpoint, Head, Layout, QuantizeConfig};
 use gptq_compute::Device;
 use serde::Serialize;
 
@@ -261,6 +261,12 @@ fn readable(
     let stored = structure::stored_settings(&checkpoint);
     structure::check_configs(files, Some((&checkpoint, &stored)), findings);
     let checkpoint = checkpoint.with_quantize_config(stored.clone());
+    // A table that cannot be read is found with the other tensors.
+    if checkpoint.head().is_ok_and(|head| head == Head::Untied) {
+        let message = "ties the head to the embedding, but lm_head.weight holds other values, and \
+                       loaders disagree on which to use: set tie_word_embeddings to false";
+        findings.add(Check::Configuration, "config.json", message);
+    }
     let layout = structure::check_tensors(&checkpoint, &stored, findings);
     let values = contents::check(&checkpoint, &stored, findings);
     report.settings = Some(settings(&checkpoint, &stored, layout));
