@@ -187,6 +187,7 @@ fn the_demo_model_is_inspected() {
     width       256 hidden, 768 MLP
     heads       4 query, 2 key/value
     vocabulary  2048
+    head        the embedding
     weights     8923.5 kB (8923544 bytes)
     tensors     47 (47 F16)
     quantised   no
@@ -215,6 +216,7 @@ fn a_run_is_summarised() {
     width       64 hidden, 96 MLP
     heads       4 query, 2 key/value
     vocabulary  64
+    head        a tensor of its own
     weights     52.6 kB (52608 bytes)
     tensors     63 (21 F16, 42 I32)
     quantised   3 bits, group size 128, act-order yes, damp 0.03

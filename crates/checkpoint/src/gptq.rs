@@ -14,6 +14,9 @@ use half::f16;
 use crate::bits::{column_values, pack_rows, pack_transposed, row_values};
 use crate::{Bits, Error, Result};
 
+/// Last parts of the names of a linear's tensors.
+pub(crate) const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
+
 /// A linear's codes, zeros, scales and group index, packed as in a `gptq` (v1) file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GptqLinear {

@@ -74,7 +74,7 @@ impl QuantizeConfig {
     /// checkpoint.
     pub(crate) fn load(dir: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
         let file = dir.join(FILE);
-        match std::fs::read_to_string(&file) {
+        match json::text(&file) {
             Ok(text) => Self::parse(&text, &file).map(Some),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let file = dir.join("config.json");
@@ -143,10 +143,20 @@ impl QuantizeConfig {
         json::indented(&self.keys(layout)).map_err(Error::json(Path::new(FILE)))
     }
 
-    /// Text of config.json: the base's keys in their order, `quantization_config` last.
+    /// Text of config.json: the base's keys in their order, `quantization_config` last. The type of
+    /// the tensors is what is written, fp16; the `card` layout keeps the base's, as the published
+    /// branches do, but for bfloat16, which loaders would run the kernels in.
     pub(crate) fn config_text(&self, base: &Map<String, Value>, layout: Layout) -> Result<String> {
         let mut config = base.clone();
         config.shift_remove("quantization_config");
+        for key in ["torch_dtype", "dtype"] {
+            let Some(stored) = config.get_mut(key).filter(|value| value.is_string()) else {
+                continue;
+            };
+            if layout == Layout::Modern || stored == "bfloat16" {
+                *stored = json!("float16");
+            }
+        }
         let mut keys = self.keys(layout);
         if layout == Layout::Modern {
             keys.insert("checkpoint_format".to_owned(), json!("gptq"));

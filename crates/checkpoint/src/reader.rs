@@ -12,7 +12,7 @@ use crate::gptq::check_sides;
 use crate::weights::{Mapped, View, WeightFile, Weights};
 use crate::{
     CheckpointFormat, DType, EMBEDDING, Error, GptqLinear, HEAD, Head, LinearShape, ModelConfig,
-    QuantizeConfig, Result, TensorRef, pytorch, side_files,
+    QuantizeConfig, Result, TensorRef, foreign, pytorch, side_files, strays,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
@@ -24,6 +24,8 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     quantize: Option<QuantizeConfig>,
+    /// What there is to say of settings that do not hold for the weights.
+    ignored_settings: Option<String>,
     weights: Weights,
     head: OnceLock<Head>,
 }
@@ -41,9 +43,12 @@ impl Checkpoint {
     /// pickle that needs more than a state dict does.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw())?;
-        let weights = Weights::Mapped(Mapped::open(dir, quantize.as_ref())?);
-        Ok(Self { dir: dir.to_owned(), config, quantize, weights, head: OnceLock::new() })
+        let quantize = QuantizeConfig::load(dir, config.raw());
+        let named = quantize.as_ref().ok().and_then(Option::as_ref);
+        match Mapped::open(dir, named) {
+            Ok(weights) => Self::new(dir, config, quantize, Weights::Mapped(weights)),
+            Err(error) => Err(quantize.err().unwrap_or(error)),
+        }
     }
 
     /// Opens a dense model whose shards are elsewhere: `dir` holds its configuration and its index,
@@ -55,16 +60,30 @@ impl Checkpoint {
     /// As [`Checkpoint::open`] for what is in `dir`. What a shard holds is checked when it comes.
     pub fn open_arriving(dir: &Path, bring: Box<Bring>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw())?;
-        let linears = config.linears().map(|(name, _)| format!("{name}.weight")).collect();
-        let weights = Weights::Arriving(Arriving::open(dir, linears, bring)?);
-        Ok(Self { dir: dir.to_owned(), config, quantize, weights, head: OnceLock::new() })
+        let quantize = QuantizeConfig::load(dir, config.raw());
+        let weights = Weights::Arriving(Arriving::open(dir, &config, bring)?);
+        Self::new(dir, config, quantize, weights)
+    }
+
+    fn new(
+        dir: &Path,
+        config: ModelConfig,
+        quantize: Result<Option<QuantizeConfig>>,
+        weights: Weights,
+    ) -> Result<Self> {
+        let (quantize, ignored_settings) = foreign::settings(dir, &config, &weights, quantize)?;
+        let (dir, head) = (dir.to_owned(), OnceLock::new());
+        Ok(Self { dir, config, quantize, ignored_settings, weights, head })
     }
 
     /// The model's shape.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    pub(crate) fn weights(&self) -> &Weights {
+        &self.weights
     }
 
     /// The folder.
@@ -110,7 +129,18 @@ impl Checkpoint {
     /// As [`Checkpoint::head`].
     pub fn warnings(&self) -> Result<Vec<String>> {
         let head = if self.is_arriving() { None } else { self.head()?.warning() };
-        Ok(head.into_iter().map(str::to_owned).collect())
+        let mut warnings: Vec<String> = head.into_iter().map(str::to_owned).collect();
+        warnings.extend(self.ignored_settings.clone());
+        warnings.extend(self.strays().warnings(&self.config));
+        let absent: Vec<&String> =
+            self.weight_files().iter().flat_map(|file| &file.absent).collect();
+        if let Some(first) = absent.first() {
+            warnings.push(format!(
+                "the index names {} that its shards do not hold, such as `{first}`",
+                strays::tensors(absent.len())
+            ));
+        }
+        Ok(warnings)
     }
 
     /// Whether shards come as they are needed.
@@ -141,8 +171,7 @@ impl Checkpoint {
     /// also [`Error::Discarded`], and whatever is wrong with the shard.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
         let Some(View { name, entry, bytes }) = self.weights.view(self.stored_name(name))? else {
-            let (dir, tensor) = (self.dir.clone(), name.to_owned());
-            return Err(Error::MissingTensor { dir, tensor });
+            return Err(self.missing(name));
         };
         let dtype = DType::from_safetensors(entry.dtype, name)?;
         let bytes = match &entry.strides {
@@ -158,10 +187,7 @@ impl Checkpoint {
     /// `None` when it is not there.
     #[must_use]
     pub fn stored_type(&self, name: &str) -> Option<safetensors::Dtype> {
-        match &self.weights {
-            Weights::Mapped(mapped) => mapped.entry(name).map(|entry| entry.dtype),
-            Weights::Arriving(_) => None,
-        }
+        self.weights.stored_type(name)
     }
 
     /// A floating-point tensor that must have this shape.
@@ -175,19 +201,22 @@ impl Checkpoint {
     }
 
     /// Checks that every tensor that the configuration implies is there, in a float type and the
-    /// right shape; of a quantised checkpoint those that are not quantised. Reads headers only: what
-    /// is wrong with a shard that is still to come shows when it comes.
+    /// right shape; of a quantised checkpoint those that are not quantised. Checks, too, that blocks
+    /// hold no other weights. Reads headers only: what is wrong with a shard that is still to come
+    /// shows when it comes.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::UnsupportedDType`], [`Error::Shape`] and [`Error::DType`].
+    /// [`Error::MissingTensor`], or what explains it; [`Error::UnsupportedDType`], [`Error::Shape`],
+    /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`].
     pub fn check_tensors(&self) -> Result<()> {
+        self.check_unknown()?;
         for (tensor, shape) in self.config.dense_tensors() {
             let linear = tensor.strip_suffix(".weight").unwrap_or(&tensor);
             if self.has_gptq_linear(linear) {
                 continue;
             }
             if !self.contains(&tensor) {
-                return Err(Error::MissingTensor { dir: self.dir.clone(), tensor });
+                return Err(self.missing(&tensor));
             }
             let Weights::Mapped(mapped) = &self.weights else { continue };
             let Some(entry) = mapped.entry(self.stored_name(&tensor)) else { continue };

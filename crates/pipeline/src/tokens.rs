@@ -124,7 +124,11 @@ fn read_field(path: &Path, field: &str) -> Result<Option<Value>, TextError> {
 
 fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
     match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
+        // Some editors put a byte order mark first, which JSON does not know.
+        Ok(bytes) => Ok(Some(match bytes.strip_prefix(b"\xef\xbb\xbf") {
+            Some(rest) => rest.to_vec(),
+            None => bytes,
+        })),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(TextError::Read { path: path.to_owned(), source }),
     }

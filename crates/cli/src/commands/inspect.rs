@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Result;
-use gptq_checkpoint::{Checkpoint, RopeScaling};
+use gptq_checkpoint::{Checkpoint, RopeScaling, Strays};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::source::open_checkpoint;
+use super::source::{open_checkpoint, warn_of};
 use super::table::{gigabytes, size, table};
 use super::{print_json, print_result};
 use crate::args::InspectArgs;
 use crate::printer::Printer;
+
+/// Tensors that are left out that are listed; `--json` has all.
+const SHOWN: usize = 10;
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -31,6 +34,8 @@ struct Output {
     file_bytes: u64,
     tensors: usize,
     dtypes: BTreeMap<String, usize>,
+    /// Tensors that no part of the model uses.
+    left_out: Vec<String>,
     quantization: Option<Quantization>,
     checksum: Option<Checksum>,
 }
@@ -56,6 +61,7 @@ struct Quantization {
 
 pub(crate) fn run(args: &InspectArgs, printer: &Printer) -> Result<()> {
     let checkpoint = open_checkpoint(&args.checkpoint, printer)?;
+    warn_of(&checkpoint, false, printer)?;
     let mut output = describe(&checkpoint)?;
     if args.checksum {
         output.checksum = Some(checksum(&checkpoint)?);
@@ -66,6 +72,7 @@ pub(crate) fn run(args: &InspectArgs, printer: &Printer) -> Result<()> {
 fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     checkpoint.check_tensors()?;
     let config = checkpoint.config();
+    let Strays { beyond, others } = checkpoint.strays();
     let mut dtypes = BTreeMap::new();
     let mut tensors = 0;
     for name in checkpoint.names() {
@@ -94,6 +101,7 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
         file_bytes: checkpoint.total_bytes(),
         tensors,
         dtypes,
+        left_out: [beyond, others].concat(),
         quantization: quantization(checkpoint)?,
         checksum: None,
     })
@@ -152,6 +160,12 @@ fn text(output: &Output) -> String {
         line("weights", format!("{} ({} bytes)", size(output.file_bytes), output.file_bytes)),
         line("tensors", format!("{} ({})", output.tensors, dtypes.join(", "))),
     ];
+    for (index, name) in output.left_out.iter().take(SHOWN).enumerate() {
+        rows.push(line(if index == 0 { "left out" } else { "" }, name.clone()));
+    }
+    if let Some(more) = output.left_out.len().checked_sub(SHOWN).filter(|&more| more > 0) {
+        rows.push(line("", format!("and {more} more, see --json")));
+    }
     match &output.quantization {
         None => rows.push(line("quantised", "no".to_owned())),
         Some(q) => {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointFormat, DType, Layout, LinearShape, QuantizeConfig, TensorSpec,
-    tensor_specs,
+    json_text, tensor_specs,
 };
 use serde_json::{Map, Value};
 
@@ -30,7 +30,7 @@ impl ConfigFiles {
         let mut found = BTreeMap::new();
         for name in [QUANTIZE_CONFIG, CONFIG] {
             let path = dir.join(name);
-            let text = match std::fs::read_to_string(&path) {
+            let text = match json_text(&path) {
                 Ok(text) => text,
                 Err(e) if e.kind() == ErrorKind::NotFound => continue,
                 Err(source) => return Err(Error::ReadFile { path, source }),
@@ -299,6 +299,10 @@ fn check_index(checkpoint: &Checkpoint, findings: &mut Findings) {
             let message = format!("holds {name}, which the index does not name");
             findings.add(Check::Files, place.as_ref(), message);
         }
+        for name in &file.absent {
+            let message = format!("lacks {name}, which the index places there");
+            findings.add(Check::Files, place.as_ref(), message);
+        }
     }
     let Some((name, total)) = index_total(checkpoint) else { return };
     let tensors = checkpoint.names().filter_map(|name| checkpoint.tensor(name).ok());
@@ -313,7 +317,7 @@ fn check_index(checkpoint: &Checkpoint, findings: &mut Findings) {
 fn index_total(checkpoint: &Checkpoint) -> Option<(String, u64)> {
     let stem = sharded_stem(checkpoint)?;
     let name = format!("{stem}.safetensors.index.json");
-    let text = std::fs::read_to_string(checkpoint.dir().join(&name)).ok()?;
+    let text = json_text(&checkpoint.dir().join(&name)).ok()?;
     let index: Value = serde_json::from_str(&text).ok()?;
     Some((name, index["metadata"]["total_size"].as_u64()?))
 }
