@@ -10,13 +10,12 @@ use gptq_checkpoint::{
     pack_transposed,
 };
 use gptq_quant::{Codes, QuantSpec, Stored};
-use half::f16;
 
 use crate::bands::Bands;
 use crate::branch_report::TOOL;
 use crate::calibration::{Calibration, CalibrationRecipe};
 use crate::error::{Error, Result};
-use crate::fold::Folding;
+use crate::fold::{Folding, dense_head};
 use crate::identity::DatasetIdentity;
 use crate::quantise::QuantiseJob;
 use crate::source_dtype::SourceDtype;
@@ -90,26 +89,53 @@ fn provenance(
     map
 }
 
-/// Copies what is not quantised: embeddings, norms and head (the fitted one, if there is one), as
-/// fp16, rotated as the linears are.
+/// Copies what is not quantised, before the first block is: what fp16 cannot hold, or is not finite,
+/// shows now and not after the last. A head that will be fitted is only tried. Of shards that are
+/// still to come nothing can be known.
+pub(crate) fn copy_ahead(
+    job: &QuantiseJob<'_>,
+    folding: Option<&Folding>,
+    writer: &mut CheckpointWriter,
+) -> Result<()> {
+    let source = job.source;
+    if source.is_arriving() {
+        return Ok(());
+    }
+    // Norms and biases that are folded or turned leave other values in the file.
+    for (name, shape) in source.config().dense_tensors() {
+        if shape.len() == 1 {
+            let vector = source.tensor(&name)?;
+            vector.check_finite()?;
+            if job.source_dtype == SourceDtype::Fp16 {
+                vector.to_f16()?;
+            }
+        }
+    }
+    let fitted = job.spec.recipe.calibrates() && job.spec.choices.head > 0.0;
+    copy_dense(source, folding, |name| !(fitted && name == HEAD), writer)?;
+    if fitted {
+        dense_head(source, folding)?;
+        source.release(HEAD);
+    }
+    Ok(())
+}
+
+/// Copies what is not quantised and not written yet, as fp16, rotated as the linears are.
 pub(crate) fn copy_dense(
     source: &Checkpoint,
     folding: Option<&Folding>,
-    head: Option<&[f16]>,
+    wanted: impl Fn(&str) -> bool,
     writer: &mut CheckpointWriter,
 ) -> Result<()> {
-    for name in writer.missing() {
-        if let (HEAD, Some(values)) = (name.as_str(), head) {
-            writer.write_f16(&name, values)?;
-            continue;
+    for name in writer.missing().into_iter().filter(|name| wanted(name)) {
+        match folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
+            Some(values) => writer.write_f16(&name, &values)?,
+            None => {
+                let tensor = source.tensor(&name)?;
+                tensor.check_finite()?;
+                writer.copy_dense(&name, &tensor)?;
+            }
         }
-        if let Some(values) = folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
-            writer.write_f16(&name, &values)?;
-            continue;
-        }
-        let tensor = source.tensor(&name)?;
-        tensor.check_finite()?;
-        writer.copy_dense(&name, &tensor)?;
         source.release(&name);
     }
     Ok(())
