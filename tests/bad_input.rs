@@ -483,6 +483,21 @@ fn a_singular_hessian_raises_damping_and_fails_under_strict() {
 
     let out = quantize(&dir, &[&singular[..], &["--json"]].concat());
     assert!(out.json()["damp_retries"].as_u64().unwrap() > 0);
+    fs::remove_dir_all(dir.path("out")).unwrap();
+    // Next to no damping is raised to what counts, and told in few digits; the head counts as well.
+    let out = quantize(&dir, &["--damp", "1e-320", "--recipe", "best", "--json"]);
+    let counted = out.json()["damp_retries"].as_u64().unwrap();
+    let report = fs::read_to_string(dir.path("out/gptq_report.json")).unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let blocks = report["blocks"].as_array().unwrap().iter();
+    let linears = blocks.flat_map(|block| block["linears"].as_array().unwrap());
+    let raised = linears.filter(|l| l["damp_retries"].as_u64().unwrap() > 0).count() as u64;
+    assert_eq!(report["head"]["name"], "lm_head.weight");
+    assert!(report["head"]["damp_retries"].as_u64().unwrap() > 0, "{}", report["head"]);
+    assert_eq!((counted, report["damp_retries"].as_u64().unwrap()), (raised + 1, raised + 1));
+    let about = |l: &&str| l.starts_with("warning: the Hessian of `lm_head.weight`");
+    assert_eq!(out.stderr.lines().filter(about).count(), 1, "{}", out.stderr);
+    assert!(out.stderr.lines().all(|line| line.len() < 200), "{}", out.stderr);
     let warned =
         |l: &str| l.starts_with("warning: ") && l.contains("model.layers.0.self_attn.q_proj");
     assert!(out.stderr.lines().any(warned), "{}", out.stderr);

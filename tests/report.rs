@@ -188,3 +188,42 @@ fn a_sweep_with_wrong_facts_makes_nothing() {
     dir.gptq(&args).refused(&["facts.toml", "repository"]);
     assert!(!Path::new(&dir.path("other")).exists());
 }
+
+/// A report is data that others wrote: whatever numbers it holds, the page ends and draws.
+#[test]
+fn reports_of_extreme_numbers_make_a_page() {
+    let dir = swept();
+    let whole = |branch: &str| {
+        fs::read_to_string(dir.path("branches").join(branch).join("gptq_report.json")).unwrap()
+    };
+    let before = whole("3bit");
+    for number in ["1e300", "1e-300", "5e-324", "1.7e308", "1.9e305", "-1e300", "0.0", "null"] {
+        let number: Value = serde_json::from_str(number).unwrap();
+        edit(&dir, "3bit", |report| {
+            for block in report["blocks"].as_array_mut().unwrap() {
+                block["linears"][0]["relative_error"] = number.clone();
+            }
+            report["blocks"][1]["block"] = json!(u64::MAX);
+            report["file_bytes"] = json!(u64::MAX);
+            if number.is_number() {
+                let evaluation = &mut report["evaluations"][0];
+                for key in ["perplexity", "standard_error", "kl", "base_perplexity"] {
+                    evaluation[key] = number.clone();
+                }
+                evaluation["rtn"] = json!({"perplexity": number, "kl": number});
+                report["damp"] = number.clone();
+            } else {
+                // What an energy of 0 leaves: no error.
+                report["evaluations"][0]["rtn"] = Value::Null;
+            }
+        });
+        let shown = dir.gptq(&["report", "branches", "--html", "extreme.html"]);
+        assert_eq!(shown.code, 0, "{number}: {}", shown.stderr);
+        let page = fs::read_to_string(dir.path("extreme.html")).unwrap();
+        assert!(page.len() < 200_000, "{number}: {} bytes", page.len());
+        let drawn = page.replace("NaN or", "");
+        assert!(!drawn.contains("NaN") && !drawn.contains(">inf"), "{number}");
+        assert!(shown.stdout.lines().all(|line| line.len() < 2000), "{number}: {}", shown.stdout);
+        fs::write(dir.path("branches/3bit/gptq_report.json"), &before).unwrap();
+    }
+}

@@ -417,3 +417,38 @@ fn raised_damping_is_an_error_under_strict() {
     strict().refused(&["--strict", "q_proj"]);
     assert!(!dir.path("out/a").exists() && !dir.path("out/a.partial").exists());
 }
+
+/// A weight that a rotation brings within fp16, and that rounding as it stands does not.
+#[test]
+fn a_baseline_that_cannot_be_made_is_a_missing_number() {
+    let dir = prepared();
+    let mut model = TinyLlama::new();
+    model.tensor("model.layers.1.mlp.up_proj.weight").values[7] = 1e6;
+    model.write(&dir.path("model"));
+    let configuration = configuration(32);
+    let header = configuration.split("[[branch]]").next().unwrap();
+    let mut text = header.replace("damp = 0.01", "damp = 0.01\nsource_dtype = \"fp32\"");
+    for name in ["one", "two"] {
+        let act_order = name == "one";
+        text.push_str(&format!(
+            "[[branch]]\nname = \"{name}\"\nbits = 4\ngroup_size = 32\n\
+             act_order = {act_order}\nrecipe = \"best\"\n"
+        ));
+    }
+    dir.write("sweep.toml", &text);
+    let outcome = dir.gptq(&[&RUN[..], &["--json"]].concat());
+    let rows = outcome.json()["rows"].as_array().unwrap().clone();
+    assert_eq!(rows.len(), 2);
+    for row in &rows {
+        assert!(row["result"]["perplexity"].as_f64().unwrap() > 1.0, "{row}");
+        assert_eq!(row["rtn"], Value::Null);
+    }
+    let missing = |l: &&str| l.starts_with("warning: the baseline rounded to nearest is missing");
+    // Said once: both branches have one grid.
+    let said: Vec<&str> = outcome.stderr.lines().filter(missing).collect();
+    assert_eq!(said.len(), 1, "{}", outcome.stderr);
+    assert!(said[0].contains("up_proj") && said[0].contains("does not fit fp16"), "{said:?}");
+    // A report without the number is read like any other.
+    assert!(dir.gptq(&["report", "out"]).ok().contains("`two`"));
+    assert!(run(&dir, &[]).contains("two: finished, reused"));
+}

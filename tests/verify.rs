@@ -10,10 +10,9 @@
 mod util;
 
 use std::fs;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use util::weight_file::{File, with_damage};
 use util::{Noise, Outcome, Workdir, repository, tokenizer, words};
 
 const BLOCK_1_UP: &str = "model.layers.1.mlp.up_proj";
@@ -49,66 +48,6 @@ fn finds(outcome: &Outcome, names: &[&str]) {
     let named = |line: &str| names.iter().all(|name| line.contains(name));
     assert!(outcome.stdout.lines().any(named), "no line with {names:?} in\n{}", outcome.stdout);
     assert!(outcome.stderr.contains("fault"), "{}", outcome.stderr);
-}
-
-/// The one weight file of a checkpoint, to be damaged.
-struct File {
-    path: PathBuf,
-    bytes: Vec<u8>,
-    header: Value,
-}
-
-impl File {
-    fn open(dir: &Path) -> Self {
-        let path = dir.join("model.safetensors");
-        let bytes = fs::read(&path).unwrap();
-        let header = serde_json::from_slice(&bytes[8..8 + Self::length(&bytes)]).unwrap();
-        Self { path, bytes, header }
-    }
-
-    fn length(bytes: &[u8]) -> usize {
-        u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize
-    }
-
-    fn range(&self, tensor: &str) -> Range<usize> {
-        let offsets = &self.header[tensor]["data_offsets"];
-        let start = 8 + Self::length(&self.bytes);
-        let at = |i: usize| start + offsets[i].as_u64().unwrap() as usize;
-        at(0)..at(1)
-    }
-
-    fn shape(&self, tensor: &str) -> [usize; 2] {
-        let shape = &self.header[tensor]["shape"];
-        [0, 1].map(|i| shape[i].as_u64().unwrap() as usize)
-    }
-
-    fn tensor(&mut self, tensor: &str) -> &mut [u8] {
-        let range = self.range(tensor);
-        &mut self.bytes[range]
-    }
-
-    fn write(&self) {
-        fs::write(&self.path, &self.bytes).unwrap();
-    }
-
-    /// Replaces text in the header by text of the same length.
-    fn retell(&mut self, from: &str, to: &str) {
-        assert_eq!(from.len(), to.len());
-        let end = 8 + Self::length(&self.bytes);
-        let header = String::from_utf8(self.bytes[8..end].to_vec()).unwrap();
-        assert!(header.contains(from), "{header}");
-        self.bytes[8..end].copy_from_slice(header.replace(from, to).as_bytes());
-    }
-}
-
-/// Puts back what was there after `damage` was looked at.
-fn with_damage(dir: &Workdir, name: &str, damage: impl FnOnce(&mut File), look: impl FnOnce()) {
-    let mut file = File::open(&dir.path(name));
-    let whole = file.bytes.clone();
-    damage(&mut file);
-    file.write();
-    look();
-    fs::write(&file.path, whole).unwrap();
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! making Llama checkpoints small enough that a run takes milliseconds.
 
 pub(crate) mod torch_file;
+#[allow(dead_code, reason = "tests of the verifier use it")]
+pub(crate) mod weight_file;
 
 use std::collections::BTreeMap;
 use std::fs;

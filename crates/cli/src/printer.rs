@@ -119,8 +119,14 @@ impl Progress for Printer {
             return;
         }
         let steps = self.phase().as_ref().map_or(0, |p| p.steps);
-        let error =
-            report.mean_error().map_or_else(String::new, |e| format!("  relative error {e:.3e}"));
+        let error = match report.mean_error() {
+            Some(error) => format!("  relative error {error:.3e}"),
+            // Its linears were calibrated, but none has outputs to be relative to.
+            None if report.linears.iter().any(|l| l.damp.is_some()) => {
+                "  relative error –".to_owned()
+            }
+            None => String::new(),
+        };
         self.note(&format!("block {}/{steps}{error}  {:.2} s", report.block + 1, report.seconds));
     }
 

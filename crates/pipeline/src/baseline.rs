@@ -9,7 +9,7 @@ use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
 
 use crate::branch_report::{BranchReport, EvaluationRecord};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::evaluation::EvalText;
 use crate::perplexity::{Perplexity, Scored, score, score_rounded};
 use crate::progress::Progress;
@@ -22,8 +22,9 @@ pub(crate) struct Baseline<'a> {
     model: Model<'a>,
     scored: Scored,
     pub(crate) perplexity: Perplexity,
-    /// Rounded grids by bits and group size: the order of columns does not matter to them.
-    rounded: BTreeMap<(u8, Option<usize>), Measured>,
+    /// Rounded grids by bits and group size: the order of columns does not matter to them. `None`
+    /// where there is nothing to measure.
+    rounded: BTreeMap<(u8, Option<usize>), Option<Measured>>,
 }
 
 impl<'a> Baseline<'a> {
@@ -43,7 +44,7 @@ impl<'a> Baseline<'a> {
     /// Takes the rounded grid of a branch that was compared with the same model on the same text.
     pub(crate) fn remember(&mut self, report: &BranchReport) {
         for rtn in report.evaluations.iter().filter_map(|e| e.rtn) {
-            self.rounded.insert((report.bits, report.group_size), rtn);
+            self.rounded.insert((report.bits, report.group_size), Some(rtn));
         }
     }
 
@@ -76,22 +77,38 @@ impl<'a> Baseline<'a> {
             standard_error: result.standard_error,
             kl: Some(kl),
             base_perplexity: Some(self.perplexity.perplexity),
-            rtn: Some(rtn),
+            rtn,
         })
     }
 
-    /// The grid of a branch, rounded to nearest.
-    fn round(&mut self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Measured> {
+    /// The grid of a branch, rounded to nearest. A branch that was made is worth more than what it is
+    /// compared with: weights that cannot be rounded, or compute nothing once they are, cost a number
+    /// of the table and a warning, not the branch.
+    fn round(&mut self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Option<Measured>> {
         let key = (spec.bits, spec.group_size);
         if let Some(measured) = self.rounded.get(&key) {
             return Ok(*measured);
         }
+        let measured = match self.measure_rounded(spec, progress) {
+            Ok(measured) => Some(measured),
+            Err(error @ (Error::Solve { .. } | Error::Activations { .. })) => {
+                progress.warn(&format!(
+                    "the baseline rounded to nearest is missing at {} bits: {error}",
+                    spec.bits
+                ));
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        self.rounded.insert(key, measured);
+        Ok(measured)
+    }
+
+    fn measure_rounded(&self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Measured> {
         let spec = QuantSpec { recipe: Recipe::Rtn, ..spec.clone() };
         let scored = score_rounded(&self.model, &spec, &self.text.windows, progress)?;
         let perplexity = scored.perplexity(&self.model)?.perplexity;
         let kl = scored.kl_from(&self.scored, &self.model)?;
-        let measured = Measured { perplexity, kl };
-        self.rounded.insert(key, measured);
-        Ok(measured)
+        Ok(Measured { perplexity, kl })
     }
 }

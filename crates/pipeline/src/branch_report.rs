@@ -63,6 +63,10 @@ pub struct BranchReport {
     pub f64_retries: u32,
     /// Every block, in order.
     pub blocks: Vec<BlockRecord>,
+    /// What the Hessian of a fitted head needed; `null` where none was fitted, and in reports of
+    /// versions that did not say.
+    #[serde(default)]
+    pub head: Option<LinearReport>,
     /// Measurements from the file; empty until there is one.
     pub evaluations: Vec<EvaluationRecord>,
 }
@@ -137,9 +141,9 @@ pub(crate) fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> 
     Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))
 }
 
-/// The sum over all linears.
-fn total(blocks: &[BlockReport], of: fn(&LinearReport) -> u32) -> u32 {
-    blocks.iter().flat_map(|b| &b.linears).map(of).sum()
+/// How many linears needed any, the head among them.
+fn count(linears: &[&LinearReport], needed: fn(&LinearReport) -> u32) -> u32 {
+    linears.iter().filter(|linear| needed(linear) > 0).count() as u32
 }
 
 impl CalibrationRecord {
@@ -156,9 +160,16 @@ impl CalibrationRecord {
 
 impl BranchReport {
     /// The report of a branch that was just made; nothing is measured yet.
-    pub(crate) fn new(job: &QuantiseJob<'_>, file_bytes: u64, blocks: &[BlockReport]) -> Self {
+    pub(crate) fn new(
+        job: &QuantiseJob<'_>,
+        file_bytes: u64,
+        blocks: &[BlockReport],
+        head: Option<LinearReport>,
+    ) -> Self {
         let spec = &job.spec;
         let calibrates = spec.recipe.calibrates();
+        let linears: Vec<&LinearReport> =
+            blocks.iter().flat_map(|b| &b.linears).chain(&head).collect();
         let record = |b: &BlockReport| BlockRecord { block: b.block, linears: b.linears.clone() };
         Self {
             format: REPORT_FORMAT,
@@ -176,11 +187,17 @@ impl BranchReport {
             device: job.device.kind(),
             file_bytes,
             calibration: job.calibration.filter(|_| calibrates).map(CalibrationRecord::new),
-            damp_retries: total(blocks, |l| l.damp_retries),
-            f64_retries: total(blocks, |l| l.f64_retries),
+            damp_retries: count(&linears, |l| l.damp_retries),
+            f64_retries: count(&linears, |l| l.f64_retries),
             blocks: blocks.iter().map(record).collect(),
+            head,
             evaluations: Vec::new(),
         }
+    }
+
+    /// Every linear that a Hessian was factored for, the head included.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &LinearReport> {
+        self.blocks.iter().flat_map(|b| &b.linears).chain(&self.head)
     }
 
     /// Reads the report of a checkpoint's folder.
@@ -261,6 +278,7 @@ mod tests {
                     f64_retries: 1,
                 }],
             }],
+            head: None,
             evaluations: vec![EvaluationRecord {
                 protocol: "paper".to_owned(),
                 dataset,
@@ -300,11 +318,11 @@ mod tests {
     }
 
     #[test]
-    fn reports_from_before_f64_was_counted_are_read() {
+    fn reports_from_before_f64_and_the_head_were_counted_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let text = String::from_utf8(report().to_bytes().unwrap()).unwrap();
-        let counted = |line: &&str| line.contains("f64_retries");
-        assert_eq!(text.lines().filter(counted).count(), 2);
+        let counted = |line: &&str| line.contains("f64_retries") || line.contains("\"head\"");
+        assert_eq!(text.lines().filter(counted).count(), 3);
         let lines: Vec<&str> = text.lines().filter(|line| !counted(line)).collect();
         // The last field of a linear leaves a comma behind.
         let before = lines
@@ -313,6 +331,28 @@ mod tests {
         fs::write(dir.path().join(REPORT_FILE), before).unwrap();
         let read = BranchReport::read(dir.path()).unwrap();
         assert_eq!((read.f64_retries, read.blocks[0].linears[0].f64_retries), (0, 0));
+        assert_eq!(read.head, None);
+    }
+
+    /// What `--strict` looks at when it reuses a branch.
+    #[test]
+    fn the_head_is_one_of_the_linears_that_were_factored() {
+        let mut report = report();
+        report.blocks[0].linears[0].f64_retries = 0;
+        let head = LinearReport {
+            name: "lm_head.weight".to_owned(),
+            relative_error: None,
+            damp: Some(0.1),
+            damp_retries: 1,
+            f64_retries: 0,
+        };
+        report.head = Some(head.clone());
+        let all: Vec<&LinearReport> = report.linears().collect();
+        assert_eq!(all, [&report.blocks[0].linears[0], &head]);
+        // A linear that needed two raises is one linear.
+        let twice = LinearReport { damp_retries: 2, ..head.clone() };
+        assert_eq!(count(&[&head, &twice, all[0]], |l| l.damp_retries), 2);
+        assert!(all[0].refuse_retries(0.01).is_ok() && all[1].refuse_retries(0.01).is_err());
     }
 
     #[test]

@@ -53,7 +53,7 @@ pub enum Error {
     },
     /// Damping had to be raised under `--strict`.
     #[error(
-        "The Hessian of `{linear}` needed damping {damp} instead of {asked}, which --strict forbids; raise --damp or calibrate on more windows"
+        "The Hessian of `{linear}` needed damping {damp:?} instead of {asked:?}, which --strict forbids; raise --damp or calibrate on more windows"
     )]
     Strict {
         /// The linear's prefix.
@@ -65,7 +65,7 @@ pub enum Error {
     },
     /// A Hessian had to be factored in f64 under `--strict`.
     #[error(
-        "The Hessian of `{linear}` is not positive definite in f32 at damping {damp} and needed f64, which --strict forbids; raise --damp or calibrate on more windows"
+        "The Hessian of `{linear}` is not positive definite in f32 at damping {damp:?} and needed f64, which --strict forbids; raise --damp or calibrate on more windows"
     )]
     StrictPrecision {
         /// The linear's prefix.

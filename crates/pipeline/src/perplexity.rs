@@ -161,7 +161,8 @@ impl Scored {
     pub fn mean(&self, losses: &[f32]) -> Result<Perplexity> {
         let tokens = losses.len();
         let mean = losses.iter().map(|&l| f64::from(l)).sum::<f64>() / tokens as f64;
-        if !mean.is_finite() {
+        // The exponential of a finite mean may be infinite: no report can hold that either.
+        if !mean.exp().is_finite() {
             return Err(Error::Activations { linear: "lm_head".to_owned() });
         }
         let variance = losses.iter().map(|&l| (f64::from(l) - mean).powi(2)).sum::<f64>();
@@ -186,7 +187,11 @@ impl Scored {
             all.extend(model.device().token_kl((p, heads.0), (q, heads.1))?);
         }
         let all = of_all_ranks(model, &all)?;
-        Ok(all.iter().map(|&k| f64::from(k)).sum::<f64>() / all.len() as f64)
+        let mean = all.iter().map(|&k| f64::from(k)).sum::<f64>() / all.len() as f64;
+        if !mean.is_finite() {
+            return Err(Error::Activations { linear: "lm_head".to_owned() });
+        }
+        Ok(mean)
     }
 }
 

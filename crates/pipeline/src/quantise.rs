@@ -139,18 +139,18 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
         Ok::<_, Error>((walked?, writer))
     })?;
     let (blocks, mut streams) = walked;
-    let head = match &mut streams {
+    let (head, head_report) = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
             let (head, report) = head::fitted(&model, folding, &job.spec, windows.len(), streams)?;
-            check_retries(job, &[report], progress)?;
-            head
+            check_retries(job, std::slice::from_ref(&report), progress)?;
+            (head, Some(report))
         }
-        _ => None,
+        _ => (None, None),
     };
     let Some(mut writer) = writer else { return Ok((None, streams)) };
     copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
     let sealed = writer.seal()?;
-    let report = BranchReport::new(job, sealed.bytes, &blocks);
+    let report = BranchReport::new(job, sealed.bytes, &blocks, head_report);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
     Ok((Some(Made { sealed, report, blocks }), streams))
 }

@@ -98,7 +98,7 @@ impl Survey {
     fn forbid_retries(&self) -> Result<()> {
         let reports = self.branches.iter().filter_map(|b| b.state.report());
         for report in reports {
-            for linear in report.blocks.iter().flat_map(|b| &b.linears) {
+            for linear in report.linears() {
                 linear.refuse_retries(report.damp)?;
             }
         }
@@ -198,7 +198,7 @@ impl SweepJob<'_> {
         let spec = &branch.spec;
         let group = spec.group_size.map_or_else(|| "none".to_owned(), |n| n.to_string());
         let mut settings = format!(
-            "{} bits, group size {group}, act-order {}, damp {}, {}",
+            "{} bits, group size {group}, act-order {}, damp {:?}, {}",
             spec.bits,
             spec.act_order,
             spec.damp,

@@ -16,7 +16,7 @@ pub enum Error {
     #[error("Group size 0 is not supported; use a positive number or none")]
     GroupSize,
     /// Damping outside of the useful range.
-    #[error("Damping {damp} is not supported; use a number above 0 and below 1")]
+    #[error("Damping {damp:?} is not supported; use a number above 0 and below 1")]
     Damp {
         /// The fraction asked for.
         damp: f64,
@@ -28,7 +28,7 @@ pub enum Error {
         message: String,
     },
     /// The Hessian has no Cholesky factor at any damping that was tried.
-    #[error("The Hessian is not positive definite even with damping {damp}: {source}")]
+    #[error("The Hessian is not positive definite even with damping {damp:?}: {source}")]
     NotPositiveDefinite {
         /// Largest fraction of mean(diag H) that was added.
         damp: f64,

@@ -127,7 +127,8 @@ fn errors(report: &VerifyReport) -> Option<String> {
         .map(|of| {
             let linears = || weights.linears.iter().filter(|l| kind(&l.name) == of);
             let mut row = vec![of.clone()];
-            row.extend(spread(linears().map(|l| (l.name.as_str(), l.weight_error))));
+            let weights = linears().filter_map(|l| Some((l.name.as_str(), l.weight_error?)));
+            row.extend(spread(weights));
             if measured {
                 let outputs = linears().filter_map(|l| Some((l.name.as_str(), l.output_error?)));
                 row.extend(spread(outputs));
@@ -146,12 +147,12 @@ fn errors(report: &VerifyReport) -> Option<String> {
     Some(format!("{}{how}\n", table(&header, 1, &rows)))
 }
 
-/// Mean, worst, and the block of the worst.
+/// Mean, worst, and the block of the worst; dashes where no linear has an error.
 fn spread<'a>(errors: impl Iterator<Item = (&'a str, f64)> + Clone) -> [String; 3] {
-    let count = errors.clone().count().max(1) as f64;
-    let mean = errors.clone().map(|(_, e)| e).sum::<f64>() / count;
-    let worst = errors.max_by(|a, b| a.1.total_cmp(&b.1));
-    let (name, error) = worst.unwrap_or_default();
+    let Some((name, error)) = errors.clone().max_by(|a, b| a.1.total_cmp(&b.1)) else {
+        return ["–"; 3].map(str::to_owned);
+    };
+    let mean = errors.clone().map(|(_, e)| e).sum::<f64>() / errors.count() as f64;
     let block = name.split('.').nth(2).unwrap_or_default().to_owned();
     [format!("{mean:.4}"), format!("{error:.4}"), block]
 }

@@ -62,6 +62,7 @@ pub(crate) fn branch(
         damp_retries: 0,
         f64_retries: 0,
         blocks: blocks.collect(),
+        head: None,
         evaluations: vec![EvaluationRecord {
             protocol: "paper".to_owned(),
             dataset: text("heldout.txt"),

@@ -12,7 +12,7 @@ pub(crate) fn gain_over_rounding(comparison: &Comparison<'_>) -> Option<f64> {
         .iter()
         .filter_map(|row| Some((row.kl()?, row.evaluation?.rtn?.kl)))
         .filter(|&(kl, rounded)| kl > 0.0 && rounded > 0.0)
-        .map(|(kl, rounded)| (kl / rounded).ln())
+        .map(|(kl, rounded)| kl.ln() - rounded.ln())
         .collect();
     let mean = logs.iter().sum::<f64>() / logs.len() as f64;
     (!logs.is_empty()).then(|| 1.0 - mean.exp())
@@ -82,7 +82,7 @@ pub(crate) fn provenance(comparison: &Comparison<'_>) -> Vec<Fact> {
         ("Device", |b| b.device.clone()),
         ("Recipe", |b| b.recipe.clone()),
         ("Choices", |b| b.choices.clone().unwrap_or_else(|| "none".to_owned())),
-        ("Damping", |b| b.damp.to_string()),
+        ("Damping", |b| format!("{:?}", b.damp)),
         ("Calibration", |b| b.calibration.as_ref().map_or_else(|| "none".to_owned(), calibration)),
         ("Layout", |b| b.layout.clone()),
     ];
@@ -133,7 +133,7 @@ pub(crate) fn warnings(comparison: &Comparison<'_>) -> Vec<String> {
     }
     for row in comparison.rows.iter().filter(|row| row.branch.damp_retries > 0) {
         warnings.push(format!(
-            "{}: damping had to be raised above {} for {} linears, whose Hessians are not positive \
+            "{}: damping had to be raised above {:?} for {} linears, whose Hessians are not positive \
              definite.",
             row.branch.branch, row.branch.damp, row.branch.damp_retries
         ));
@@ -160,8 +160,8 @@ pub(crate) fn headline(comparison: &Comparison<'_>) -> Vec<String> {
     if let Some(gain) = gain_over_rounding(comparison) {
         let sign = if gain < 0.0 { "more" } else { "less" };
         lines.push(format!(
-            "Calibration leaves {:.0} % {sign} KL than rounding to nearest, in the mean of the branches",
-            100.0 * gain.abs()
+            "Calibration leaves {} % {sign} KL than rounding to nearest, in the mean of the branches",
+            units::number(100.0 * gain.abs(), 0)
         ));
     }
     lines

@@ -4,6 +4,7 @@ use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig, tensor_specs};
 use gptq_quant::Choices;
 
 use super::contents::LEAVES;
+use super::weights::relative;
 use super::{Check, Findings};
 use crate::error::Result;
 use crate::fold::{Folding, HEAD, dense_head};
@@ -46,16 +47,17 @@ pub(super) fn check(
     Ok(())
 }
 
-/// How much the head was changed, as energy over the base's. One that no recipe fitted is the base's.
+/// How much the head was changed, as energy over the base's. One that no recipe fitted is the base's,
+/// and so is a head of zeros, which fitting leaves as it is.
 pub(super) fn head_change(
     checkpoint: &Checkpoint,
     base: &Checkpoint,
     folding: Option<&Folding>,
     recorded: Option<Choices>,
     findings: &mut Findings,
-) -> Result<f64> {
+) -> Result<Option<f64>> {
     if !checkpoint.contains(HEAD) {
-        return Ok(0.0);
+        return Ok(Some(0.0));
     }
     findings.examine(Check::DenseWeights, 1);
     let expected = dense_head(base, folding)?;
@@ -65,15 +67,19 @@ pub(super) fn head_change(
         change += f64::from(a - b.to_f32()).powi(2);
         energy += f64::from(b.to_f32()).powi(2);
     }
-    let change = change / f64::max(energy, f64::MIN_POSITIVE);
-    // Rounding of turned values to fp16, and no more than a head can need that was fitted.
+    let relative = relative(change, energy);
+    // Rounding of turned values to fp16; and less than the 2 by which the head of another model
+    // differs. A fitted one leaves out what the blocks have lost, which may be all of it.
     let most = match recorded {
         Some(choices) if choices.head == 0.0 => 1e-5,
-        _ => 0.25,
+        _ => 1.5,
     };
-    if change > most || found.len() != expected.len() {
-        let message = format!("differs from the base's by {change:.2e} of its energy");
-        findings.add(Check::DenseWeights, HEAD, message);
+    if found.len() != expected.len() || relative.map_or(change > 0.0, |change| change > most) {
+        let by = relative.map_or_else(
+            || "where that is all zeros".to_owned(),
+            |change| format!("by {change:.2e} of its energy"),
+        );
+        findings.add(Check::DenseWeights, HEAD, format!("differs from the base's {by}"));
     }
-    Ok(change)
+    Ok(relative)
 }

@@ -11,6 +11,8 @@
 
 mod contents;
 mod dense;
+mod fit;
+mod odd_words;
 mod outputs;
 mod structure;
 mod sums;

@@ -11,7 +11,7 @@ use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
 use ndarray::Array2;
 use serde::Serialize;
 
-use super::weights::Weights;
+use super::weights::{Weights, relative};
 use super::{Check, Findings, VerifyJob};
 use crate::config::EvaluationSpec;
 use crate::error::{Error, Result};
@@ -97,7 +97,7 @@ impl Run<'_> {
                     for &id in stage.linears() {
                         let at = index * LinearId::ALL.len() + id as usize;
                         let error = output_error(model, &block, &wanted, id, gram)?;
-                        weights.linears[at].output_error = Some(error);
+                        weights.linears[at].output_error = error;
                     }
                 }
                 progress.step();
@@ -134,14 +134,15 @@ fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<Vec<
     Ok(grams)
 }
 
-/// tr(D G Dᵀ) / tr(W G Wᵀ), with D the difference of a linear from the base's W.
+/// tr(D G Dᵀ) / tr(W G Wᵀ), with D the difference of a linear from the base's W; `None` where the
+/// base's outputs have no energy to compare with.
 fn output_error(
     model: &Model<'_>,
     block: &Block,
     base: &Block,
     id: LinearId,
     gram: &Gram,
-) -> Result<f64> {
+) -> Result<Option<f64>> {
     let device = model.device();
     let (given, wanted): (Array2<f32>, Array2<f32>) =
         (block.linear(id).to_host()?, base.linear(id).to_host()?);
@@ -150,7 +151,7 @@ fn output_error(
         Ok(gram.quadratic_form(&weight)?)
     };
     let error = energy(&given - &wanted)?;
-    Ok(error / energy(wanted)?.max(f64::MIN_POSITIVE))
+    Ok(relative(error, energy(wanted)?))
 }
 
 /// A base has the shape of what was made from it.
