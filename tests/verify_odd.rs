@@ -56,11 +56,10 @@ const MODELS: [(&str, Change); 15] = [
     ("ternary weights", |m| change(m, "_proj", |_, _, v| 0.1 * (9.0 * v).round())),
 ];
 
-fn quantise(dir: &Workdir, model: &str, settings: &str) {
+fn quantize(dir: &Workdir, model: &str, windows: &str, settings: &str) {
     let _ = fs::remove_dir_all(dir.path("q"));
     let command = format!(
-        "quantize {model} --out q --calib-dataset text.txt --windows 4 --seq-len 48 --device cpu -q \
-         {settings}"
+        "quantize {model} --out q --calib-dataset text.txt {windows} --device cpu -q {settings}"
     );
     dir.gptq(&command.split_whitespace().collect::<Vec<_>>()).ok();
 }
@@ -83,7 +82,7 @@ fn what_was_just_made_is_sound() {
             "--recipe best --bits 3 --group-size none --act-order=false",
             "--recipe best --bits 2 --group-size 64",
         ] {
-            quantise(&dir, "model", settings);
+            quantize(&dir, "model", "--windows 4 --seq-len 48", settings);
             // What the file means can be computed with: every output's error is a number or absent.
             let verify = ["verify", "q", "--base", "model", "--dataset", "text.txt", "--json"];
             let limits = ["--seq-len", "48", "--max-windows", "2", "--device", "cpu", "-q"];
@@ -112,7 +111,9 @@ const FAULTS: [(&str, Damage, &[&str]); 9] = [
         "codes off by one",
         |file, linear, bits| {
             let most = u8::MAX >> (8 - bits);
-            file.change_codes(linear, bits, |codes| each(codes, |code| (code + 1).min(most)));
+            file.change_codes(linear, bits, |codes| {
+                each(codes, |code| code.saturating_add(1).min(most))
+            });
         },
         &["steps above the base's weights", "has no column near the base's"],
     ),
@@ -187,7 +188,7 @@ fn what_is_planted_is_found() {
         (2, "--recipe autogptq --bits 2 --group-size 64 --act-order=false"),
         (8, "--recipe autogptq --bits 8 --group-size 64 --act-order=false"),
     ] {
-        quantise(&dir, &demo, settings);
+        quantize(&dir, &demo, "--windows 8 --seq-len 256", settings);
         fs::remove_file(dir.path("q/gptq_manifest.json")).unwrap();
         let against_base = || dir.gptq(&["verify", "q", "--base", &demo, "-q"]);
         against_base().ok();

@@ -55,17 +55,6 @@ pub(super) fn odd_words(bits: Bits, deviations: &[Vec<f32>], usual: &[f64]) -> V
         return words;
     }
     words.select_nth_unstable_by(rank, |a, b| b.score.total_cmp(&a.score));
-    if std::env::var_os("GPTQ_ODD").is_some() {
-        let mut top = words.clone();
-        top.sort_by(|a, b| b.score.total_cmp(&a.score));
-        for w in top.iter().take(12) {
-            let d: Vec<String> = codes_of_word(bits, w.row)
-                .map(|c| format!("{:.1}/{:.2}", deviations[w.output][c], usual[c]))
-                .collect();
-            eprintln!("ODD {:.0} row {} out {} {d:?}", w.score, w.row, w.output);
-        }
-        eprintln!("ODD --");
-    }
     let limit = (ODD_FACTOR * words[rank].score).max(MIN_ODD);
     words.truncate(rank);
     words.retain(|word| word.score > limit);
