@@ -149,14 +149,9 @@ impl Arriving {
             return Ok(());
         }
         rest.file = None;
+        // The folder's own name of it: what a link leads to is used by others, too.
         let path = self.dir.join(&shard.name);
-        // In a cache it is a link to the file itself.
-        let target = fs::canonicalize(&path).map_err(Error::io("find", &path))?;
-        fs::remove_file(&path).map_err(Error::io("delete", &path))?;
-        if target != path && fs::symlink_metadata(&target).is_ok() {
-            fs::remove_file(&target).map_err(Error::io("delete", &target))?;
-        }
-        Ok(())
+        fs::remove_file(&path).map_err(Error::io("delete", &path))
     }
 }
 

@@ -41,7 +41,7 @@ pub use config::{LinearShape, ModelConfig};
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use gptq::GptqLinear;
-pub use hub_cache::{hub_cache_root, resolve_dataset, resolve_model};
+pub use hub_cache::{hub_cache_root, hub_token_file, resolve_dataset, resolve_model};
 pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
 pub use partial::{Partial, free_space, settle};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};

@@ -108,8 +108,8 @@ pub(crate) struct QuantizeArgs {
     /// Split the weights into files of at most this size, such as 5GB
     #[arg(long, value_name = "SIZE", value_parser = values::parse_bytes)]
     pub(crate) max_shard_size: Option<u64>,
-    /// Download the model's shards as they are needed and delete them from the Hub's cache when
-    /// they are read: for a disk smaller than the model
+    /// Download the model's shards as they are needed and delete them when they are read, for a
+    /// disk smaller than the model; shards that the Hub's cache holds already stay
     #[arg(long)]
     pub(crate) discard_shards: bool,
     /// Treat a Hessian that needs more damping, or f64 on a GPU, as an error

@@ -154,7 +154,7 @@ mod download {
     /// Opens a model that arrives while it is read.
     pub(super) fn arriving(model: &str, printer: &Printer) -> Result<Checkpoint> {
         let (id, revision) = split_revision(model);
-        let hub = Hub::from_env(RETRIES)?;
+        let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
         let cache = cache_root()?;
         let progress = Arc::new(Transfer::new(printer.clone()));
         let stream = Stream::start(hub, id, revision.unwrap_or("main"), &cache, progress)?;
@@ -169,7 +169,7 @@ mod download {
         name: &str,
         printer: &Printer,
     ) -> Result<Option<Result<PathBuf, gptq_hub::Error>>> {
-        let hub = Hub::from_env(RETRIES)?;
+        let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
         let Some(cache) = gptq_checkpoint::hub_cache_root().filter(|_| !hub.is_offline()) else {
             return Ok(None);
         };
