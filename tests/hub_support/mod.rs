@@ -220,13 +220,18 @@ fn answered(state: &mut State, request: &Request, fault: Option<Fault>, storage:
     let (path, query) = request.path.split_once('?').unwrap_or((&request.path, ""));
     let parts: Vec<String> = path.trim_start_matches('/').split('/').map(http::decode).collect();
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+    // Whole addresses, as the Hub's own client wants them.
+    let links = match state.links_to.as_str() {
+        "" => format!("http://{}", request.host),
+        other => other.to_owned(),
+    };
     let method = if request.method == "HEAD" { "GET" } else { request.method.as_str() };
     match (method, parts.as_slice()) {
         ("GET", ["api", "whoami-v2"]) => Answer::json(&json!({
             "type": "user", "name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}},
         })),
         ("POST", ["api", "validate-yaml"]) => Answer::json(&json!({"errors": [], "warnings": []})),
-        ("POST", ["api", "repos", "create"]) => create(state, &request.json()),
+        ("POST", ["api", "repos", "create"]) => create(state, request),
         ("GET", ["api", kind, org, name, rest @ ..]) => {
             let id = format!("{org}/{name}");
             match state.repositories.get(&format!("{kind}/{id}")) {
@@ -234,12 +239,10 @@ fn answered(state: &mut State, request: &Request, fault: Option<Fault>, storage:
                 Some(_) if rest.first() == Some(&"xet-write-token") => xet::token(storage),
                 Some(repository) => match rest {
                     ["tree", revision, ..] => {
-                        let page = format!("{}{path}", state.links_to);
+                        let page = format!("{links}{path}");
                         tree(repository.files(revision), state, query, &page)
                     }
-                    ["commits", "main"] => {
-                        commits(repository, query, &format!("{}{path}", state.links_to))
-                    }
+                    ["commits", "main"] => commits(repository, query, &format!("{links}{path}")),
                     _ => described(repository, &id, rest),
                 },
             }
@@ -303,7 +306,9 @@ fn paged(entries: &[Value], query: &str, page: &str) -> Answer {
 
 /// A page of a branch's history, the newest first.
 fn commits(repository: &Repository, query: &str, page: &str) -> Answer {
-    let commit = |id: &String| json!({"id": id, "authors": [], "title": "", "message": ""});
+    let date = "2026-01-01T00:00:00.000Z";
+    let commit =
+        |id: &String| json!({"id": id, "authors": [], "title": "", "message": "", "date": date});
     let all: Vec<Value> = repository.history.iter().rev().map(commit).collect();
     paged(&all, query, page)
 }
@@ -374,19 +379,22 @@ fn storage(state: &mut State, request: &Request) -> Answer {
     }
 }
 
-fn create(state: &mut State, body: &Value) -> Answer {
+fn create(state: &mut State, request: &Request) -> Answer {
+    let body = request.json();
     let (org, name) =
         (body["organization"].as_str().unwrap_or("me"), body["name"].as_str().unwrap());
     let key = format!("models/{org}/{name}");
     if state.repositories.contains_key(&key) {
         return Answer::refusal(409, "You already created this model repo");
     }
-    let private = body["private"] == true && !state.public;
+    // In the words of one client or of another.
+    let private = body["private"] == true || body["visibility"] == "private";
+    let private = private && !state.public;
     let mut repository = Repository { private, ..Default::default() };
     let attributes = Arc::new(b"*.safetensors filter=lfs\n".to_vec());
     repository.commit("main", BTreeMap::from([(".gitattributes".to_owned(), attributes)]));
     state.repositories.insert(key, repository);
-    Answer::json(&json!({"url": format!("http://hub/{org}/{name}")}))
+    Answer::json(&json!({"url": format!("http://{}/{org}/{name}", request.host)}))
 }
 
 /// Branches and commits.
@@ -447,7 +455,9 @@ fn commit(state: &mut State, key: &str, revision: &str, request: &Request) -> An
         files.remove(lost);
     }
     let name = state.repositories.get_mut(key).unwrap().commit(revision, files);
-    Answer::json(&json!({"commitOid": name, "commitUrl": format!("http://hub/commit/{name}")}))
+    let id = key.trim_start_matches("models/");
+    let url = format!("http://{}/{id}/commit/{name}", request.host);
+    Answer::json(&json!({"commitOid": name, "commitUrl": url}))
 }
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
