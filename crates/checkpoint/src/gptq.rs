@@ -77,6 +77,31 @@ impl GptqLinear {
         Ok(linear)
     }
 
+    /// A symmetric linear of `[in, out]` features: every zero is the middle code, 2^(bits-1), and is
+    /// stored minus one.
+    ///
+    /// `qweight` holds packed codes (see [`pack_transposed`]), `scales` is `[groups, out]`, `g_idx`
+    /// is `[in]`.
+    ///
+    /// # Errors
+    /// Buffers that do not fit the sides, as [`GptqLinear::check`] says.
+    pub fn symmetric(
+        bits: Bits,
+        [in_features, out_features]: [usize; 2],
+        qweight: Vec<u32>,
+        scales: Vec<f16>,
+        g_idx: Vec<u32>,
+    ) -> Result<Self> {
+        check_sides("being packed", in_features, out_features)?;
+        let groups = scales.len() / out_features;
+        let zeros = vec![bits.symmetric_zero() - 1; groups * out_features];
+        let qzeros = pack_rows(bits, &zeros, groups, out_features)?;
+        let linear =
+            Self { bits, in_features, out_features, groups, qweight, qzeros, scales, g_idx };
+        linear.check("linear")?;
+        Ok(linear)
+    }
+
     /// Checks that the fields agree with each other: sides, lengths, groups, finite scales.
     ///
     /// # Errors
@@ -288,15 +313,8 @@ mod tests {
     /// Files made by AutoGPTQ itself: unpacking and packing again has to give the same words.
     #[test]
     fn golden_files_survive_a_round_trip() {
-        let shared = std::env::var_os("GPTQ_SHARED").map_or_else(
-            || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
-            PathBuf::from,
-        );
-        let golden = shared.join("golden");
-        let Ok(entries) = std::fs::read_dir(&golden) else {
-            println!("skipped: no golden files in `{}`; set GPTQ_SHARED", golden.display());
-            return;
-        };
+        let golden = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden");
+        let entries = std::fs::read_dir(&golden).unwrap();
         let mut cases = 0;
         for entry in entries {
             let bytes = std::fs::read(entry.unwrap().path()).unwrap();

@@ -6,7 +6,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
 
 use gptq_checkpoint::{
-    Bits, Checkpoint, CheckpointWriter, GptqLinear, QuantizeConfig, pack_rows, pack_transposed,
+    Bits, Checkpoint, CheckpointWriter, GptqLinear, QuantizeConfig, pack_transposed,
 };
 use gptq_quant::{Codes, QuantSpec, Stored};
 use half::f16;
@@ -150,14 +150,11 @@ pub(crate) fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
 
 /// A solved linear in the file's form.
 fn packed(bands: Bands, spec: &QuantSpec) -> Result<GptqLinear> {
-    let Stored { out_features, in_features, codes, scales, groups, g_idx } = bands.join();
+    let Stored { out_features, in_features, codes, scales, g_idx, .. } = bands.join();
     let bits = Bits::new(spec.bits)?;
     let qweight = match codes {
         Codes::Packed(words) => words,
         Codes::Plain(codes) => pack_transposed(bits, &codes, out_features, in_features)?,
     };
-    // Symmetric: one zero for all, stored minus one.
-    let zeros = vec![spec.zero() - 1; scales.len()];
-    let qzeros = pack_rows(bits, &zeros, groups, out_features)?;
-    Ok(GptqLinear { bits, in_features, out_features, groups, qweight, qzeros, scales, g_idx })
+    Ok(GptqLinear::symmetric(bits, [in_features, out_features], qweight, scales, g_idx)?)
 }
