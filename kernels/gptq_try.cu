@@ -4,8 +4,8 @@
 //
 // Layout   w, u and lanes as in gptq_block.cu, the group being a block of its own. ratios [y] f32.
 //          trials [ratios, rows] float2: a candidate's scale and its sum of err^2. scales [rows] f32.
-//          half_scales rounds a scale to fp16 before it is tried (0 becomes 2^-24), and the values
-//          that it gives.
+//          half_scales rounds a scale to fp16 before it is tried, and the values that it gives;
+//          file_scale keeps every scale within fp16.
 // Launch   gptq_try: 256 threads, 64 rows a CTA, grid (rows / 64, ratios). gptq_pick: a thread a row.
 // Regime   issue. Bound: gptq_block's, 30 us for 28672 rows and 128 columns on 132 SMs, times the
 //          ratios: 34 of them take 1 ms, 65 ms for 28672 x 8192. Codes and errors are not stored, and
@@ -66,7 +66,7 @@ gptq_try(const float* w, const float* u, const float* ratios, float2* trials, in
     absmax = fmaxf(absmax, __shfl_xor_sync(0xffffffffu, absmax, 1));
     absmax = fmaxf(absmax, __shfl_xor_sync(0xffffffffu, absmax, 2));
     const float base = __fdiv_rn(2.0f * (absmax == 0.0f ? 1.0f : absmax), max_code);
-    const float scale = file_scale(__fmul_rn(ratios[blockIdx.y], base), half_scales != 0);
+    const float scale = file_scale(__fmul_rn(ratios[blockIdx.y], base), max_code, half_scales != 0);
     const Grid grid{zero, max_code, half_scales != 0};
     const float loss = attempt(x, su, u, ld, width, scale, grid);
     if (live && lane == 0) trials[(long long)blockIdx.y * rows + row] = {scale, loss};

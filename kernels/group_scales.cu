@@ -7,7 +7,8 @@
 //
 // Layout   w [rows, ld] f32 row-major, w at the first group's first column; diag f32 likewise. Groups
 //          are group_size columns, the last one ragged at `columns`. scales [groups, rows] f32.
-//          half_scales rounds a scale to fp16 before it is judged and stored (0 becomes 2^-24).
+//          half_scales rounds a scale to fp16 before it is judged and stored; file_scale keeps every
+//          scale within fp16.
 // Launch   256 threads, a warp a row and group; grid (rows / 8, groups).
 // Regime   group_scales: memory, W once (0.94 GB or 0.31 ms for 28672 x 8192). The search: issue,
 //          34 candidates * about 24 instructions an element, 7 ms for 28672 x 8192 on 132 SMs; W and
@@ -76,7 +77,7 @@ group_scales(const float* w, float* scales, int rows, int ld, int columns, int g
     if (r.low == 0.0f && r.high == 0.0f) r = {-1.0f, 1.0f};
     const float scale = __fdiv_rn(__fsub_rn(r.high, r.low), max_code);
     if (threadIdx.x % 32 == 0) {
-        scales[(long long)blockIdx.y * rows + row] = file_scale(scale, half_scales != 0);
+        scales[(long long)blockIdx.y * rows + row] = file_scale(scale, max_code, half_scales != 0);
     }
 }
 
@@ -92,14 +93,14 @@ group_scales_search(const float* w, const float* diag, const float* ratios, int 
     const Range r = range_of(w, width);
     const float absmax = fmaxf(r.high, -r.low);
     const float base = __fdiv_rn(2.0f * (absmax == 0.0f ? 1.0f : absmax), max_code);
-    float best = file_scale(base, half_scales != 0);
+    float best = file_scale(base, max_code, half_scales != 0);
     float least = __int_as_float(0x7f800000);
     for (int first = 0; first < ratio_count; first += kRatios) {
         float scale[kRatios], error[kRatios];
 #pragma unroll
         for (int k = 0; k < kRatios; ++k) {
             const float ratio = first + k < ratio_count ? ratios[first + k] : 1.0f;
-            scale[k] = file_scale(__fmul_rn(ratio, base), half_scales != 0);
+            scale[k] = file_scale(__fmul_rn(ratio, base), max_code, half_scales != 0);
         }
         judge(w, diag + start, width, scale, zero, max_code, error);
 #pragma unroll

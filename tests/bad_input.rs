@@ -12,55 +12,8 @@ use std::process::Command;
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use util::{Outcome, TinyLlama, Workdir, listing, words};
-
-/// The smallest calibrated run: 4 windows of 32 tokens.
-const CALIBRATION: [&str; 8] = [
-    "--device=cpu",
-    "--calib-dataset",
-    "text.txt",
-    "--windows=4",
-    "--seq-len",
-    "32",
-    "--seed",
-    "0",
-];
-const EVALUATION: [&str; 5] = ["--device=cpu", "--dataset", "text.txt", "--seq-len", "32"];
-
-/// A folder that holds `text.txt` and whatever `prepare` puts into `model`.
-fn workdir(prepare: impl FnOnce(&Path)) -> Workdir {
-    let dir = Workdir::new();
-    dir.write("text.txt", &words(400));
-    prepare(&dir.path("model"));
-    dir
-}
-
-fn with_model(model: &TinyLlama) -> Workdir {
-    workdir(|dir| model.write(dir))
-}
-
-fn quantize(dir: &Workdir, options: &[&str]) -> Outcome {
-    let fixed = ["quantize", "model", "--out", "out"];
-    dir.gptq(&[&fixed, &CALIBRATION[..], options].concat())
-}
-
-fn ppl(dir: &Workdir, model: &str, options: &[&str]) -> Outcome {
-    dir.gptq(&[&["ppl", model], &EVALUATION[..], options].concat())
-}
-
-fn perplexity(dir: &Workdir, model: &str, options: &[&str]) -> f64 {
-    let value = ppl(dir, model, &[&["--json"], options].concat()).json()["perplexity"].as_f64();
-    let value = value.unwrap();
-    assert!(value.is_finite() && value > 1.0, "{value}");
-    value
-}
-
-#[track_caller]
-fn leaves_nothing(dir: &Workdir) {
-    for name in ["out", "out.partial"] {
-        assert!(!dir.path(name).exists(), "{name} was left behind");
-    }
-}
+use util::runs::{CALIBRATION, leaves_nothing, perplexity, ppl, quantize, with_model, workdir};
+use util::{TinyLlama, Workdir, listing, words};
 
 /// Quantising and measuring both refuse the model and name the culprit.
 #[track_caller]
@@ -483,6 +436,21 @@ fn a_singular_hessian_raises_damping_and_fails_under_strict() {
 
     let out = quantize(&dir, &[&singular[..], &["--json"]].concat());
     assert!(out.json()["damp_retries"].as_u64().unwrap() > 0);
+    fs::remove_dir_all(dir.path("out")).unwrap();
+    // Next to no damping is raised to what counts, and told in few digits; the head counts as well.
+    let out = quantize(&dir, &["--damp", "1e-320", "--recipe", "best", "--json"]);
+    let counted = out.json()["damp_retries"].as_u64().unwrap();
+    let report = fs::read_to_string(dir.path("out/gptq_report.json")).unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let blocks = report["blocks"].as_array().unwrap().iter();
+    let linears = blocks.flat_map(|block| block["linears"].as_array().unwrap());
+    let raised = linears.filter(|l| l["damp_retries"].as_u64().unwrap() > 0).count() as u64;
+    assert_eq!(report["head"]["name"], "lm_head.weight");
+    assert!(report["head"]["damp_retries"].as_u64().unwrap() > 0, "{}", report["head"]);
+    assert_eq!((counted, report["damp_retries"].as_u64().unwrap()), (raised + 1, raised + 1));
+    let about = |l: &&str| l.starts_with("warning: the Hessian of `lm_head.weight`");
+    assert_eq!(out.stderr.lines().filter(about).count(), 1, "{}", out.stderr);
+    assert!(out.stderr.lines().all(|line| line.len() < 200), "{}", out.stderr);
     let warned =
         |l: &str| l.starts_with("warning: ") && l.contains("model.layers.0.self_attn.q_proj");
     assert!(out.stderr.lines().any(warned), "{}", out.stderr);

@@ -187,6 +187,7 @@ fn the_demo_model_is_inspected() {
     width       256 hidden, 768 MLP
     heads       4 query, 2 key/value
     vocabulary  2048
+    head        the embedding
     weights     8923.5 kB (8923544 bytes)
     tensors     47 (47 F16)
     quantised   no
@@ -215,6 +216,7 @@ fn a_run_is_summarised() {
     width       64 hidden, 96 MLP
     heads       4 query, 2 key/value
     vocabulary  64
+    head        a tensor of its own
     weights     52.6 kB (52608 bytes)
     tensors     63 (21 F16, 42 I32)
     quantised   3 bits, group size 128, act-order yes, damp 0.03
@@ -331,7 +333,7 @@ fn mistyped_commands_are_the_users() {
     assert_snapshot!(run(&["quantize", "m", "--out", "o", "--group-size", "0"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: invalid value '0' for '--group-size <N|none>': use a positive number, or none for one scale a row
+    error: invalid value '0' for '--group-size <N|none>': Group size 0 is not supported; use a number from 1 to 268435456, or none (as files say it, -1) for one scale a row
 
     For more information, try '--help'.
     ");
@@ -385,6 +387,7 @@ fn values_that_no_branch_can_have_are_refused() {
     --- stderr
     error: Damping 1.5 is not supported; use a number above 0 and below 1
     ");
+    quantize(&["--group-size", "300000000"]).refused(&["300000000", "268435456", "none"]);
     quantize(&["--calib", "nope"]).refused(&["nope", "card", "wikitext2"]);
     quantize(&["--recipe", "magic"]).refused(&["magic", "autogptq", "rtn"]);
     quantize(&["--gpu-memory", "1GB"]).refused(&["--gpu-memory"]);
@@ -394,6 +397,36 @@ fn values_that_no_branch_can_have_are_refused() {
     dir.gptq(&["sweep", "nope.toml"]).refused(&["nope.toml"]);
     dir.write("bad.toml", "model = 1");
     dir.gptq(&["sweep", "bad.toml"]).refused(&["bad.toml"]);
+}
+
+#[test]
+fn options_are_taken_as_other_programs_have_them() {
+    let dir = tiny();
+    for (i, options) in [
+        ["--group-size", "-1", "--act-order", "false"],
+        ["--groupsize", "none", "--desc-act", "false"],
+        ["--wbits=4", "--group-size=-1", "--percdamp=0.01", "--act-order=false"],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = format!("out-{i}");
+        let fixed = ["quantize", "model", "--out", &out, "--device=cpu", "--recipe=rtn", "--json"];
+        let made = dir.gptq(&[&fixed[..], &options[..]].concat()).json();
+        assert_eq!((&made["group_size"], &made["act_order"]), (&Value::Null, &json!(false)));
+    }
+}
+
+#[test]
+fn a_leading_tilde_is_the_home_folder() {
+    let dir = tiny();
+    let home = dir.path("home");
+    std::fs::create_dir(&home).unwrap();
+    let quantize = ["quantize", "model", "--out=~/made", "--recipe=rtn", "--device=cpu"];
+    dir.gptq_env(&quantize, &[("HOME", home.to_str().unwrap())]).ok();
+    assert!(home.join("made/config.json").is_file());
+    dir.gptq(&quantize).refused(&["~/made", "HOME"]);
+    assert!(!dir.path("~").exists());
 }
 
 #[test]

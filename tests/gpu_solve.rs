@@ -26,7 +26,9 @@ use half::f16;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 
-use solve_support::{Case, Plan, Replay, gram, noise, weights, within};
+use solve_support::{
+    Case, Plan, Replay, gram, noise, weights, weights_at_the_ends_of_fp16, within,
+};
 
 /// Opens the first card, or says why the test is skipped.
 fn card() -> Option<(Device, Arc<Cuda>)> {
@@ -273,6 +275,80 @@ fn the_other_choices_are_solved() {
         let case = Case { w: &w, upper: &upper, plan: &plan, options, half_values };
         check_case(name, &device, &case);
     }
+}
+
+/// The rule of both ends of fp16 is the host's: finite positive scales, the same ones where no column
+/// pays for another, and weights that fp16 holds.
+#[test]
+fn scales_fit_both_ends_of_fp16() {
+    let Some((device, _)) = card() else { return };
+    let n = 128;
+    let w = weights_at_the_ends_of_fp16(n);
+    let plan = Plan::new(&Array2::from_diag_elem(n, 3.0_f32), false);
+    let upper = Array2::from_diag_elem(n, 0.5_f32);
+    let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
+    let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving: false };
+    let tried = ClipSearch { by_solving: true, ..search };
+    for (bits, group) in [(2, Some(32)), (3, None), (4, Some(16)), (4, Some(48)), (8, Some(128))] {
+        for (half_scales, search) in
+            [(false, None), (true, None), (true, Some(search)), (true, Some(tried))]
+        {
+            let options = SolveOptions {
+                group_weights: GroupWeights::Fresh,
+                half_scales,
+                search,
+                ..options(bits, group)
+            };
+            let title = format!("{bits} bits, group {group:?}, {search:?}");
+            let weight = device.upload_f32(w.clone()).unwrap();
+            let on_card = device.upload_f32(upper.clone()).unwrap();
+            let solved = cuda::solve(&weight, &on_card, &plan.order, &plan.dead, &options).unwrap();
+            assert!(solved.loss.is_finite(), "{title}");
+            let (least, most) = (2.0_f32.powi(-24), 65504.0 / (1_u32 << (bits - 1)) as f32);
+            for &scale in &solved.scales {
+                let stored = f16::from_f32(scale).to_f32();
+                assert!((least..=most).contains(&stored), "{title}: {scale}");
+            }
+            let given = solved.weight.to_host().unwrap();
+            assert!(given.iter().all(|v| v.is_finite()), "{title}");
+            for (&given, &wanted) in given.rows().into_iter().take(2).flatten().zip(w.iter()) {
+                // f32 scales are rounded in the file alone, so that their values lie between.
+                let near = if half_scales { least / 2.0 } else { least };
+                assert!((given - wanted).abs() <= near, "{title}: {given} for {wanted}");
+            }
+            let mut spec = QuantSpec::new(bits, group, false, 0.01, Recipe::Best);
+            spec.choices.scales = match half_scales {
+                true => gptq_quant::ScalePrecision::Half,
+                false => gptq_quant::ScalePrecision::F32,
+            };
+            spec.choices.clip = match search {
+                None => gptq_quant::Clip::None,
+                Some(search) if search.by_solving => gptq_quant::Clip::Solve,
+                Some(_) => gptq_quant::Clip::Search,
+            };
+            let factored = Factored {
+                order: plan.order.clone(),
+                dead: plan.dead.clone(),
+                upper: Tensor::from_host(upper.clone()),
+                importance: plan.importance.clone(),
+                damp: 0.01,
+                added: plan.damp,
+                damp_retries: 0,
+                precision: Precision::Usual,
+            };
+            let host = gptq_quant::solve(&Tensor::from_host(w.clone()), &factored, &spec).unwrap();
+            let card: Vec<f16> = solved.scales.iter().map(|&s| f16::from_f32(s)).collect();
+            if search.is_none() {
+                assert_eq!(card, host.stored.scales, "{title}");
+            }
+        }
+    }
+    // What fp16 cannot hold is left for the host to refuse.
+    let beyond = device.upload_f32(Array2::from_elem((1, n), -2e6_f32)).unwrap();
+    let on_card = device.upload_f32(upper).unwrap();
+    let solved =
+        cuda::solve(&beyond, &on_card, &plan.order, &plan.dead, &options(4, None)).unwrap();
+    assert!(solved.scales.iter().all(|&s| s > 65504.0), "{:?}", solved.scales);
 }
 
 #[test]

@@ -10,11 +10,14 @@
 mod solve_support;
 
 use gptq_compute::cuda::{ClipSearch, SolveOptions};
-use gptq_compute::{Gram, Tensor};
-use gptq_quant::{Choices, Clip, Codes, Factored, QuantSpec, Recipe, ScalePrecision, solve};
+use gptq_compute::{Device, Gram, Tensor};
+use gptq_quant::{
+    Choices, Clip, Codes, Factored, QuantSpec, Recipe, ScalePrecision, factor, round_to_nearest,
+    solve,
+};
 use ndarray::Array2;
 
-use solve_support::{Case, Plan, Replay, gram, weights, within};
+use solve_support::{Case, Plan, Replay, gram, weights, weights_at_the_ends_of_fp16, within};
 
 /// Solves on the host and replays every row.
 fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
@@ -120,5 +123,61 @@ fn every_choice_is_solved_as_its_definition_says() {
                 check(&title, &spec, (11, 331));
             }
         }
+    }
+}
+
+/// Whatever finite weights there are, every recipe writes scales that are finite and positive, and codes
+/// that mean no more than fp16 holds; and what is tiny is rounded to the nearest that fp16 has.
+#[test]
+fn scales_fit_both_ends_of_fp16_in_every_recipe() {
+    let n = 64;
+    let w = weights_at_the_ends_of_fp16(n);
+    // Inputs that do not correlate: no column pays for another.
+    let gram = Array2::from_diag_elem(n, 3.0_f32);
+    for recipe in [Recipe::Rtn, Recipe::AutoGptq, Recipe::Best] {
+        for (bits, group) in [(2, Some(32)), (3, None), (4, Some(16)), (4, Some(48)), (8, None)] {
+            let spec = QuantSpec::new(bits, group, true, 0.01, recipe);
+            let weight = Tensor::from_host(w.clone());
+            let solved = match recipe {
+                Recipe::Rtn => round_to_nearest(&Device::Cpu, &weight, &spec),
+                _ => solve(
+                    &weight,
+                    &factor(&Gram::from_host(gram.clone()), 1.0, &spec).unwrap(),
+                    &spec,
+                ),
+            };
+            let solved = solved.unwrap().stored;
+            let title = format!("{recipe:?}, {bits} bits, group {group:?}");
+            let Codes::Plain(codes) = &solved.codes else { panic!("packed codes from the CPU") };
+            let rows = w.nrows();
+            for ((row, column), &wanted) in w.indexed_iter() {
+                let group = solved.g_idx[column] as usize;
+                let scale = solved.scales[group * rows + row];
+                assert!(scale.is_finite() && scale.to_f32() > 0.0, "{title}, row {row}: {scale}");
+                let steps = f32::from(codes[row * n + column]) - f32::from(spec.zero());
+                let given = scale.to_f32() * steps;
+                assert!(given.abs() <= 65504.0, "{title}, row {row}: {given}");
+                // AutoGPTQ's codes are chosen for a scale that the file then rounds.
+                let nearest = if recipe == Recipe::AutoGptq { -24 } else { -25 };
+                if row < 2 {
+                    assert!((given - wanted).abs() <= 2.0_f32.powi(nearest), "{title}: {given}");
+                }
+            }
+        }
+    }
+    // What no scale of fp16 reaches is refused by that name, not as a weight that is no number.
+    let beyond = Tensor::from_host(Array2::from_elem((1, 32), -2e6_f32));
+    let infinite = Tensor::from_host(Array2::from_elem((1, 32), f32::INFINITY));
+    let factored = |spec: &QuantSpec| {
+        factor(&Gram::from_host(Array2::from_diag_elem(32, 3.0_f32)), 1.0, spec).unwrap()
+    };
+    for recipe in [Recipe::Rtn, Recipe::AutoGptq, Recipe::Best] {
+        let spec = QuantSpec::new(4, None, false, 0.01, recipe);
+        let refused = |weight: &Tensor| match recipe {
+            Recipe::Rtn => round_to_nearest(&Device::Cpu, weight, &spec).unwrap_err().to_string(),
+            _ => solve(weight, &factored(&spec), &spec).unwrap_err().to_string(),
+        };
+        assert!(refused(&beyond).contains("does not fit fp16"), "{}", refused(&beyond));
+        assert!(refused(&infinite).contains("The weight holds NaN"), "{}", refused(&infinite));
     }
 }

@@ -7,7 +7,11 @@
 
 #[path = "hub_support/choice.rs"]
 mod choice;
+#[path = "hub_support/hostile.rs"]
+mod hostile;
 mod hub_support;
+#[path = "hub_support/sharing.rs"]
+mod sharing;
 #[path = "hub_support/uploads.rs"]
 mod uploads;
 #[allow(dead_code, reason = "each test binary uses a part of it")]
@@ -222,10 +226,11 @@ fn a_failed_download_is_no_model_and_is_completed_by_the_next() {
 fn busy_servers_are_asked_again() {
     let (setting, _) = Setting::with_model();
     setting.hub.fail("GET", "/revision/main", Fault::Status(503), 1);
-    setting.hub.fail("GET", "/tree/", Fault::Status(429), 1);
+    setting.hub.fail("GET", "/tree/", Fault::Limit(3), 1);
     setting.hub.fail("GET", "config.json", Fault::Status(502), 1);
     let done = setting.gptq(&["fetch", "org/name"]);
-    assert_eq!(done.stderr.matches("trying again in 1 s").count(), 3, "{}", done.stderr);
+    assert_eq!(done.stderr.matches("trying again in 1 s").count(), 2, "{}", done.stderr);
+    assert!(done.stderr.contains("429 Too Many Requests: limit; trying again in 3 s"));
     setting.gptq(&["inspect", "org/name"]).ok();
     done.ok();
 }
@@ -238,7 +243,9 @@ fn damaged_files_are_never_kept() {
     setting.gptq(&["fetch", "org/name"]).refused(&["`org/name/tokenizer.json`", "git hash"]);
     let shard = "model-00001-of-00002.safetensors";
     let hash = sha256(&model()[shard]);
-    for (fault, told) in [(Fault::Damage, "SHA-256"), (Fault::Short, "bytes, but the Hub lists")] {
+    for (fault, told) in
+        [(Fault::Damage, "SHA-256"), (Fault::Short, "bytes twice, but the Hub lists")]
+    {
         // Side by side with what failed before, all or some of it may have arrived.
         let blobs = setting.repository("models--org--name/blobs");
         for left in setting.blobs().iter().filter(|blob| blob.starts_with(&hash)) {
@@ -373,11 +380,11 @@ fn refusals_say_what_to_do() {
     for id in ["a/b/c", "../x", "org/na me"] {
         setting.gptq(&["fetch", id]).refused(&[&format!("`{id}`"), "ORG/NAME"]);
     }
-    let offline = setting.gptq_env(&["fetch", "org/name"], &[("HF_HUB_OFFLINE", "1")]);
+    let offline = setting.gptq_env(&["fetch", "org/other"], &[OFFLINE]);
     assert_snapshot!(offline.snapshot(), @r"
     exit code 1
     --- stderr
-    error: HF_HUB_OFFLINE is set, so the Hub cannot be asked for `org/name`; unset it
+    error: HF_HUB_OFFLINE is set, and `org/other@main` is not all there: [DIR]/home/.cache/huggingface/hub lacks it; unset it to download what is missing
     ");
     let nowhere = setting.gptq_env(
         &["fetch", "org/name", "--retries", "0"],
@@ -397,13 +404,4 @@ fn a_disk_too_small_is_noticed_before_the_first_byte() {
     // How large the model is, the index says.
     assert_eq!(setting.hub.count("GET", "/resolve/"), 1);
     assert_eq!(setting.hub.count("GET", "index.json"), 1);
-}
-
-#[test]
-fn a_listing_cannot_write_outside_the_cache() {
-    let setting = Setting::new();
-    let files: [(&str, &[u8]); 2] = [("model.safetensors", b"x"), ("../../../../evil.json", b"x")];
-    setting.hub.publish("models/org/name", &files);
-    setting.gptq(&["fetch", "org/name"]).refused(&["evil.json", "would leave the repository"]);
-    assert!(!setting.dir.path("home").exists());
 }

@@ -78,6 +78,37 @@ fn a_sweep_is_reported_as_markdown_json_and_a_page() {
     assert!((change["change"]["relative_perplexity"].as_f64().unwrap() - 0.1).abs() < 1e-9);
 }
 
+/// A page goes to where its name leads, whatever is there; a name is never taken from a device or pipe.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_page_is_written_into_what_is_no_regular_file() {
+    use std::os::unix::fs::{FileTypeExt, symlink};
+
+    let dir = swept();
+    let html = |file: &str| dir.gptq(&["report", "branches", "--html", file]);
+    let page = |text: &str| assert!(text.trim_start().starts_with("<!doctype html>"), "{text}");
+    // What is printed follows.
+    let both = html("/dev/stdout");
+    page(both.ok());
+    assert!(both.stdout.ends_with(html("/dev/null").ok()), "{}", both.stdout);
+    html("/dev/full").refused(&["/dev/full"]);
+    for device in ["/dev/null", "/dev/full"] {
+        assert!(fs::symlink_metadata(device).unwrap().file_type().is_char_device(), "{device}");
+    }
+    let mkfifo = std::process::Command::new("mkfifo").arg(dir.path("pipe")).status().unwrap();
+    assert!(mkfifo.success());
+    let pipe = dir.path("pipe");
+    let reading = std::thread::spawn(move || fs::read_to_string(pipe).unwrap());
+    html("pipe").ok();
+    page(&reading.join().unwrap());
+    assert!(fs::symlink_metadata(dir.path("pipe")).unwrap().file_type().is_fifo());
+    dir.write("there/page.html", "old");
+    symlink("there/page.html", dir.path("link.html")).unwrap();
+    html("link.html").ok();
+    page(&fs::read_to_string(dir.path("there/page.html")).unwrap());
+    assert!(fs::symlink_metadata(dir.path("link.html")).unwrap().is_symlink());
+}
+
 #[test]
 fn a_report_of_nothing_is_refused() {
     let dir = Workdir::new();
@@ -187,4 +218,43 @@ fn a_sweep_with_wrong_facts_makes_nothing() {
     let args = ["sweep", "sweep.toml", "--out", "other", "--device", "cpu"];
     dir.gptq(&args).refused(&["facts.toml", "repository"]);
     assert!(!Path::new(&dir.path("other")).exists());
+}
+
+/// A report is data that others wrote: whatever numbers it holds, the page ends and draws.
+#[test]
+fn reports_of_extreme_numbers_make_a_page() {
+    let dir = swept();
+    let whole = |branch: &str| {
+        fs::read_to_string(dir.path("branches").join(branch).join("gptq_report.json")).unwrap()
+    };
+    let before = whole("3bit");
+    for number in ["1e300", "1e-300", "5e-324", "1.7e308", "1.9e305", "-1e300", "0.0", "null"] {
+        let number: Value = serde_json::from_str(number).unwrap();
+        edit(&dir, "3bit", |report| {
+            for block in report["blocks"].as_array_mut().unwrap() {
+                block["linears"][0]["relative_error"] = number.clone();
+            }
+            report["blocks"][1]["block"] = json!(u64::MAX);
+            report["file_bytes"] = json!(u64::MAX);
+            if number.is_number() {
+                let evaluation = &mut report["evaluations"][0];
+                for key in ["perplexity", "standard_error", "kl", "base_perplexity"] {
+                    evaluation[key] = number.clone();
+                }
+                evaluation["rtn"] = json!({"perplexity": number, "kl": number});
+                report["damp"] = number.clone();
+            } else {
+                // What an energy of 0 leaves: no error.
+                report["evaluations"][0]["rtn"] = Value::Null;
+            }
+        });
+        let shown = dir.gptq(&["report", "branches", "--html", "extreme.html"]);
+        assert_eq!(shown.code, 0, "{number}: {}", shown.stderr);
+        let page = fs::read_to_string(dir.path("extreme.html")).unwrap();
+        assert!(page.len() < 200_000, "{number}: {} bytes", page.len());
+        // No place in a drawing is without a number.
+        assert!(!page.contains("\"NaN\"") && !page.contains("NaN NaN"), "{number}");
+        assert!(shown.stdout.lines().all(|line| line.len() < 2000), "{number}: {}", shown.stdout);
+        fs::write(dir.path("branches/3bit/gptq_report.json"), &before).unwrap();
+    }
 }

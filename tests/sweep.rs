@@ -309,6 +309,30 @@ fn what_is_not_the_sweeps_is_left_alone() {
     refused(&["a.partial", "not made by this program"]);
 }
 
+/// A full disk's remedy: what the link leads to is somebody's, the link is the sweep's.
+#[test]
+fn a_branch_moved_away_behind_a_link_is_reused_and_made_anew_beside_it() {
+    let dir = prepared();
+    run(&dir, &["--only", "a"]);
+    fs::rename(dir.path("out/a"), dir.path("moved")).unwrap();
+    std::os::unix::fs::symlink("../moved", dir.path("out/a")).unwrap();
+    let moved = contents(&dir.path("moved"));
+    assert!(run(&dir, &["--only", "a"]).contains("a: finished, reused"));
+    dir.write("sweep.toml", &configuration(32).replacen("bits = 4", "bits = 8", 1));
+    let said = run(&dir, &["--only", "a"]);
+    assert!(said.contains("a starts over") && said.contains("what it led to stays"), "{said}");
+    assert!(fs::symlink_metadata(dir.path("out/a")).unwrap().is_dir());
+    assert_eq!(read_json(&dir, "out/a/quantize_config.json")["bits"], 8);
+    assert!(contents(&dir.path("moved")) == moved);
+    assert!(run(&dir, &["--only", "a"]).contains("a: finished, reused"));
+    // A run that was killed while it measured such a branch again, and then other settings.
+    fs::remove_dir_all(dir.path("out/a")).unwrap();
+    std::os::unix::fs::symlink("../moved", dir.path("out/a.partial")).unwrap();
+    run(&dir, &["--only", "a"]);
+    assert!(fs::symlink_metadata(dir.path("out/a.partial")).is_err());
+    assert!(contents(&dir.path("moved")) == moved);
+}
+
 #[test]
 fn a_branch_that_another_process_makes_is_refused() {
     let dir = prepared();
@@ -416,4 +440,39 @@ fn raised_damping_is_an_error_under_strict() {
     fs::remove_dir_all(dir.path("out/a")).unwrap();
     strict().refused(&["--strict", "q_proj"]);
     assert!(!dir.path("out/a").exists() && !dir.path("out/a.partial").exists());
+}
+
+/// A weight that a rotation brings within fp16, and that rounding as it stands does not.
+#[test]
+fn a_baseline_that_cannot_be_made_is_a_missing_number() {
+    let dir = prepared();
+    let mut model = TinyLlama::new();
+    model.tensor("model.layers.1.mlp.up_proj.weight").values[7] = 5e5;
+    model.write(&dir.path("model"));
+    let configuration = configuration(32);
+    let header = configuration.split("[[branch]]").next().unwrap();
+    let mut text = header.replace("damp = 0.01", "damp = 0.01\nsource_dtype = \"fp32\"");
+    for name in ["one", "two"] {
+        let act_order = name == "one";
+        text.push_str(&format!(
+            "[[branch]]\nname = \"{name}\"\nbits = 4\ngroup_size = 32\n\
+             act_order = {act_order}\nrecipe = \"best\"\n"
+        ));
+    }
+    dir.write("sweep.toml", &text);
+    let outcome = dir.gptq(&[&RUN[..], &["--json"]].concat());
+    let rows = outcome.json()["rows"].as_array().unwrap().clone();
+    assert_eq!(rows.len(), 2);
+    for row in &rows {
+        assert!(row["result"]["perplexity"].as_f64().unwrap() > 1.0, "{row}");
+        assert_eq!(row["rtn"], Value::Null);
+    }
+    let missing = |l: &&str| l.starts_with("warning: the baseline rounded to nearest is missing");
+    // Said once: both branches have one grid.
+    let said: Vec<&str> = outcome.stderr.lines().filter(missing).collect();
+    assert_eq!(said.len(), 1, "{}", outcome.stderr);
+    assert!(said[0].contains("up_proj") && said[0].contains("fp16"), "{said:?}");
+    // A report without the number is read like any other.
+    assert!(dir.gptq(&["report", "out"]).ok().contains("`two`"));
+    assert!(run(&dir, &[]).contains("two: finished, reused"));
 }

@@ -10,10 +10,9 @@
 mod util;
 
 use std::fs;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use util::weight_file::{File, with_damage};
 use util::{Noise, Outcome, Workdir, repository, tokenizer, words};
 
 const BLOCK_1_UP: &str = "model.layers.1.mlp.up_proj";
@@ -49,66 +48,6 @@ fn finds(outcome: &Outcome, names: &[&str]) {
     let named = |line: &str| names.iter().all(|name| line.contains(name));
     assert!(outcome.stdout.lines().any(named), "no line with {names:?} in\n{}", outcome.stdout);
     assert!(outcome.stderr.contains("fault"), "{}", outcome.stderr);
-}
-
-/// The one weight file of a checkpoint, to be damaged.
-struct File {
-    path: PathBuf,
-    bytes: Vec<u8>,
-    header: Value,
-}
-
-impl File {
-    fn open(dir: &Path) -> Self {
-        let path = dir.join("model.safetensors");
-        let bytes = fs::read(&path).unwrap();
-        let header = serde_json::from_slice(&bytes[8..8 + Self::length(&bytes)]).unwrap();
-        Self { path, bytes, header }
-    }
-
-    fn length(bytes: &[u8]) -> usize {
-        u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize
-    }
-
-    fn range(&self, tensor: &str) -> Range<usize> {
-        let offsets = &self.header[tensor]["data_offsets"];
-        let start = 8 + Self::length(&self.bytes);
-        let at = |i: usize| start + offsets[i].as_u64().unwrap() as usize;
-        at(0)..at(1)
-    }
-
-    fn shape(&self, tensor: &str) -> [usize; 2] {
-        let shape = &self.header[tensor]["shape"];
-        [0, 1].map(|i| shape[i].as_u64().unwrap() as usize)
-    }
-
-    fn tensor(&mut self, tensor: &str) -> &mut [u8] {
-        let range = self.range(tensor);
-        &mut self.bytes[range]
-    }
-
-    fn write(&self) {
-        fs::write(&self.path, &self.bytes).unwrap();
-    }
-
-    /// Replaces text in the header by text of the same length.
-    fn retell(&mut self, from: &str, to: &str) {
-        assert_eq!(from.len(), to.len());
-        let end = 8 + Self::length(&self.bytes);
-        let header = String::from_utf8(self.bytes[8..end].to_vec()).unwrap();
-        assert!(header.contains(from), "{header}");
-        self.bytes[8..end].copy_from_slice(header.replace(from, to).as_bytes());
-    }
-}
-
-/// Puts back what was there after `damage` was looked at.
-fn with_damage(dir: &Workdir, name: &str, damage: impl FnOnce(&mut File), look: impl FnOnce()) {
-    let mut file = File::open(&dir.path(name));
-    let whole = file.bytes.clone();
-    damage(&mut file);
-    file.write();
-    look();
-    fs::write(&file.path, whole).unwrap();
 }
 
 #[test]
@@ -277,6 +216,48 @@ fn a_single_bit_and_a_single_digit_are_found_by_recorded_sums() {
         dir.write("q/gptq_manifest.json", manifest);
         finds(&dir.gptq(&["verify", "q"]), &["gptq_manifest.json", why]);
     }
+}
+
+/// A manifest comes with a checkpoint from the Hub: it is no list of what to read on this machine.
+#[test]
+fn a_manifest_names_files_of_its_folder_only() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--recipe", "rtn"]);
+    dir.write("secret", "x");
+    for name in ["/dev/zero", "../secret"] {
+        let files = json!({name: {"bytes": 0, "sha256": "0".repeat(64)}});
+        let manifest = json!({
+            "format": 1, "made_from": {}, "measured_on": null, "files": files, "made_report": "",
+            "report": "",
+        });
+        dir.write("q/gptq_manifest.json", &manifest.to_string());
+        finds(&dir.gptq(&["verify", "q"]), &["gptq_manifest.json", name, "no plain path"]);
+    }
+}
+
+/// A name may set a terminal's clipboard, title and colours; shown in full it does nothing.
+#[test]
+fn names_from_files_do_not_command_the_terminal() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--recipe", "rtn"]);
+    dir.write("text.txt", &words(400));
+    // In JSON, as a header has it, and as it is shown. Both commands name what they do not know.
+    let (stored, shown) = ("\\u001b]52;c;\\u0007", "\\u{1b}]52;c;\\u{7}");
+    let plain = |text: &str| !text.contains(|c: char| c.is_control() && c != '\n');
+    let name = format!("{BLOCK_1_UP}.qzeros");
+    let stem = &name[..name.len() - stored.len()];
+    let rename = |file: &mut File| file.retell(&name, &format!("{stem}{stored}"));
+    with_damage(&dir, "q", rename, || {
+        let outcome = dir.gptq(&["verify", "q"]);
+        finds(&outcome, &[&format!("{stem}{shown}")]);
+        assert!(plain(&outcome.stdout) && plain(&outcome.stderr), "{}", outcome.stdout);
+        let json = dir.gptq(&["verify", "q", "--json"]);
+        assert!(json.stdout.contains(&format!("{stem}{stored}")), "{}", json.stdout);
+        assert_eq!(json.code, 1);
+        let ppl = dir.gptq(&["ppl", "q", "--device=cpu", "--dataset=text.txt", "--seq-len=32"]);
+        assert_eq!(ppl.code, 1);
+        assert!(plain(&ppl.stdout) && plain(&ppl.stderr), "{}", ppl.stderr);
+    });
 }
 
 #[test]
@@ -495,8 +476,11 @@ fn truncated_files_and_wrong_configurations_are_found() {
         &[&["config.json has no quantization_config"]],
     );
     edit("quantize_config.json", "{", "[", &[&["quantize_config.json"]]);
+    // Transformers writes config.json alone: no fault, but the table says who needs the other file.
     fs::remove_file(dir.path("q/quantize_config.json")).unwrap();
-    finds(&dir.gptq(&["verify", "q"]), &["quantize_config.json is missing"]);
+    let outcome = dir.gptq(&["verify", "q"]);
+    let row = "AutoGPTQ 0.4      no     there is no quantize_config.json";
+    assert!(outcome.ok().contains(row), "{}", outcome.stdout);
 
     dir.gptq(&["verify", &demo()]).refused(&["demo-llama", "not a GPTQ checkpoint"]);
     dir.gptq(&["verify", "nowhere"]).refused(&["nowhere"]);

@@ -1,5 +1,6 @@
 //! Which files of a repository are fetched, and when.
 
+use super::sharing::quantised;
 use super::*;
 
 #[test]
@@ -122,76 +123,4 @@ fn an_index_must_name_shards_that_are_there() {
     files.insert("model.safetensors.index.json".to_owned(), b"[]".to_vec());
     setting.publish_files(&files);
     setting.gptq(&["fetch", "org/name"]).refused(&[named[0], "no index"]);
-}
-
-/// The bytes of a branch made of `org/name`, all files of it.
-fn quantised(setting: &Setting, out: &str, more: &[&str]) -> BTreeMap<String, Vec<u8>> {
-    fs::write(setting.dir.path("text.txt"), words(2000)).unwrap();
-    let mut args = vec!["quantize", "org/name", "--out", out, "--calib-dataset", "text.txt"];
-    args.extend(["--windows", "4", "--seq-len", "32", "--group-size", "32"]);
-    args.extend(more);
-    setting.gptq(&args).ok();
-    files(&setting.dir.path(out))
-}
-
-#[test]
-fn discarded_shards_give_the_same_branch_and_are_gone() {
-    for (extension, write) in [
-        ("safetensors", TinyLlama::write_sharded as fn(&TinyLlama, &Path, usize) -> Vec<PathBuf>),
-        ("bin", TinyLlama::write_bin_sharded),
-    ] {
-        let setting = Setting::new();
-        let dir = tempfile::tempdir().unwrap();
-        write(&TinyLlama::new(), dir.path(), 5);
-        let files = files(dir.path());
-        setting.publish_files(&files);
-        let snapshots = setting.repository("models--org--name/snapshots");
-
-        for recipe in ["best", "rtn"] {
-            let streamed =
-                quantised(&setting, "streamed", &["--recipe", recipe, "--discard-shards"]);
-            let snapshot = snapshots.join(&listing(&snapshots)[0]);
-            let left = listing(&snapshot);
-            assert!(!left.iter().any(|name| name.ends_with(extension)), "{left:?}");
-            // One blob for each small file.
-            assert_eq!(setting.blobs().len(), left.len());
-            // From the cache, which the command fills again.
-            let whole = quantised(&setting, "whole", &["--recipe", recipe]);
-            assert!(streamed == whole, "{extension} {recipe}");
-            assert_eq!(listing(&snapshot).len(), files.len());
-            fs::remove_dir_all(setting.dir.path("streamed")).unwrap();
-            fs::remove_dir_all(setting.dir.path("whole")).unwrap();
-        }
-    }
-}
-
-#[test]
-fn discarding_is_refused_where_it_would_lose_something() {
-    let (setting, _) = Setting::with_model();
-    TinyLlama::new().write_sharded(&setting.dir.path("local"), 2);
-    let quantize = |model: &str, more: &[&str]| {
-        let mut args =
-            vec!["quantize", model, "--out", "out", "--recipe", "rtn", "--discard-shards"];
-        args.extend(more);
-        setting.gptq(&args)
-    };
-    quantize("local", &[]).refused(&["`local`", "Hub id"]);
-    quantize("org/name", &["--device", "cuda:0,1"]).refused(&["one device", "--discard-shards"]);
-    setting
-        .hub
-        .publish("models/org/single", &[("config.json", b"{}"), ("model.safetensors", b"x")]);
-    quantize("org/single", &[]).refused(&["`org/single`", "one file", "--discard-shards"]);
-    assert_eq!(listing(&setting.dir.path("local")).len(), 5);
-
-    // A shard that does not come ends the run, with nothing under the name; what came is kept.
-    setting.hub.fail("GET", "model-00002-of-00002", Fault::Busy(2), 1);
-    setting.hub.fail("GET", "model-00002-of-00002", Fault::Status(404), 100);
-    let lost = quantize("org/name", &[]);
-    lost.refused(&["`model-00002-of-00002.safetensors`"]);
-    assert!(lost.stderr.contains("The Hub has no"), "{}", lost.stderr);
-    assert!(!setting.dir.path("out").exists());
-    setting.hub.state().faults.clear();
-    setting.hub.forget_requests();
-    quantize("org/name", &[]).ok();
-    assert_eq!(setting.hub.count("GET", "model-00001-of-00002"), 0);
 }

@@ -3,7 +3,11 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::thread::sleep;
+use std::time::Duration;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 
 use super::Fault;
@@ -14,6 +18,8 @@ pub(crate) struct Request {
     /// With the query, as sent.
     pub(crate) path: String,
     pub(crate) authorization: String,
+    /// The server as the client names it.
+    pub(crate) host: String,
     /// The first byte asked for.
     pub(crate) from: Option<usize>,
     pub(crate) body: Vec<u8>,
@@ -31,12 +37,17 @@ pub(crate) struct Answer {
     body: Vec<u8>,
     /// Announced, whatever is sent.
     length: usize,
+    /// Before the head is sent.
+    delay: Duration,
+    /// Bytes that are sent one a second; the rest follows after them.
+    trickle: usize,
 }
 
 impl Answer {
     fn new(status: u16, body: Vec<u8>) -> Self {
         let length = body.len();
-        Self { status, headers: Vec::new(), body, length }
+        let (headers, delay, trickle) = (Vec::new(), Duration::ZERO, 0);
+        Self { status, headers, body, length, delay, trickle }
     }
 
     pub(crate) fn json(value: &Value) -> Self {
@@ -51,6 +62,13 @@ impl Answer {
 
     pub(crate) fn redirect(to: &str) -> Self {
         Self::new(302, Vec::new()).header("Location", to)
+    }
+
+    /// Nothing for a time, as of a server that hangs.
+    pub(crate) fn silence(time: Duration) -> Self {
+        let mut answer = Self::refusal(500, "late");
+        answer.delay = time;
+        answer
     }
 
     /// A file, or what a fault makes of it.
@@ -73,9 +91,20 @@ impl Answer {
                 answer.body.pop();
                 answer.length = answer.body.len();
             }
+            Some(Fault::Gzip) => answer = answer.packed(),
+            Some(Fault::Trickle) => answer.trickle = 20,
             _ => {}
         }
         answer
+    }
+
+    /// As a proxy packs it that was not asked to.
+    pub(crate) fn packed(mut self) -> Self {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(&self.body).unwrap();
+        self.body = encoder.finish().unwrap();
+        self.length = self.body.len();
+        self.header("Content-Encoding", "gzip")
     }
 
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
@@ -83,19 +112,33 @@ impl Answer {
         self
     }
 
+    pub(crate) fn status(mut self, status: u16) -> Self {
+        self.status = status;
+        self
+    }
+
     pub(crate) fn code(self, code: &str) -> Self {
         self.header("X-Error-Code", code)
     }
 
-    fn send(&self, stream: &mut TcpStream) -> std::io::Result<()> {
+    fn send(&self, method: &str, stream: &mut TcpStream) -> std::io::Result<()> {
         let Self { status, length, .. } = self;
+        sleep(self.delay);
         let mut head = format!("HTTP/1.1 {status} Said\r\nContent-Length: {length}\r\n");
         for (name, value) in &self.headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
         head.push_str("Connection: close\r\n\r\n");
         stream.write_all(head.as_bytes())?;
-        stream.write_all(&self.body)
+        if method == "HEAD" {
+            return Ok(());
+        }
+        let (slow, rest) = self.body.split_at(self.trickle.min(self.body.len()));
+        for byte in slow {
+            stream.write_all(&[*byte])?;
+            sleep(Duration::from_secs(1));
+        }
+        stream.write_all(rest)
     }
 }
 
@@ -111,7 +154,7 @@ pub(crate) fn serve(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static)
                 let mut stream = stream.unwrap();
                 if let Some(request) = read(&stream) {
                     // The client may have gone.
-                    let _ = answer(&request).send(&mut stream);
+                    let _ = answer(&request).send(&request.method, &mut stream);
                 }
             });
         }
@@ -130,24 +173,47 @@ fn read(stream: &TcpStream) -> Option<Request> {
     let first = line()?;
     let mut words = first.split(' ').map(str::to_owned);
     let (method, path) = (words.next()?, words.next()?);
-    let mut request =
-        Request { method, path, authorization: String::new(), from: None, body: Vec::new() };
-    let mut length = 0;
-    while let Some((name, value)) = line()?.split_once(": ") {
+    let (authorization, host) = (String::new(), String::new());
+    let mut request = Request { method, path, authorization, host, from: None, body: Vec::new() };
+    let (mut length, mut chunked) = (0, false);
+    while let Some((name, value)) = line()?.split_once(':') {
+        let value = value.trim();
         match name.to_lowercase().as_str() {
+            "host" => request.host = value.to_owned(),
             "authorization" => request.authorization = value.to_owned(),
             "content-length" => length = value.parse().unwrap(),
             "range" => {
-                let from = value.strip_prefix("bytes=").unwrap().strip_suffix('-').unwrap();
+                let from = value.strip_prefix("bytes=").unwrap().split('-').next().unwrap();
                 request.from = Some(from.parse().unwrap());
             }
-            "transfer-encoding" => panic!("{first}: a body of unknown length"),
+            "transfer-encoding" => chunked = true,
             _ => {}
         }
+    }
+    if chunked {
+        request.body = chunks(&mut reader)?;
+        return Some(request);
     }
     request.body.resize(length, 0);
     reader.read_exact(&mut request.body).ok()?;
     Some(request)
+}
+
+/// A body of unknown length, as some clients send them: sizes in hexadecimal before each piece.
+fn chunks(reader: &mut impl BufRead) -> Option<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        let size = usize::from_str_radix(line.trim().split(';').next()?, 16).ok()?;
+        let start = body.len();
+        body.resize(start + size, 0);
+        reader.read_exact(&mut body[start..]).ok()?;
+        reader.read_line(&mut line).ok()?;
+        if size == 0 {
+            return Some(body);
+        }
+    }
 }
 
 /// `%2F` and the like.

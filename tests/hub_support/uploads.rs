@@ -40,7 +40,8 @@ fn uploaded(setting: &Setting) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     let files = |branch: &String| {
         let mut files = repository.files(branch).unwrap().clone();
         assert!(files.remove(".gitattributes").is_some());
-        (branch.clone(), files)
+        let owned = files.into_iter().map(|(name, bytes)| (name, bytes.to_vec()));
+        (branch.clone(), owned.collect())
     };
     repository.branches.keys().map(files).collect()
 }
@@ -82,8 +83,10 @@ fn a_sweep_becomes_a_branch_a_folder() {
     let done = setting.gptq(&PUSH);
     assert!(done.ok().contains("10 files uploaded"), "{}", done.stdout);
     assert_eq!(uploaded(&setting), expected);
-    // Weights come first, in a commit of their own.
-    assert_eq!(setting.hub.count("POST", "/commit/"), 6);
+    // One a branch: commits are what the Hub limits.
+    assert_eq!(setting.hub.count("POST", "/commit/"), 3);
+    // In four parts each, of which the last is shorter.
+    assert_eq!(setting.hub.count("PUT", "/lfs/"), 3 * 4);
 
     setting.hub.forget_requests();
     let again = setting.gptq(&[&PUSH[..], &["--json"]].concat()).json();
@@ -108,17 +111,21 @@ fn a_sweep_becomes_a_branch_a_folder() {
 fn a_failed_upload_is_completed_by_the_next() {
     // The storage, a branch, the last commit of a branch, the repository.
     let faults = [
-        ("/v1/xorbs/", 400, "upload `model.safetensors` to 3bit-128g"),
-        ("/branch/4bit-32g", 500, "create branch 4bit-32g"),
-        ("/commit/4bit-32g", 500, "`model.safetensors` to 4bit-32g"),
-        ("/commit/main", 400, "`model.safetensors` to main"),
-        ("/repos/create", 502, "create the repository"),
+        ("PUT", "/lfs/", 400, "upload `model.safetensors` to 3bit-128g"),
+        ("POST", "/objects/batch", 500, "upload `model.safetensors` to 3bit-128g"),
+        ("POST", "/complete/", 502, "upload `model.safetensors` to 3bit-128g"),
+        ("POST", "/lfs/verify", 404, "upload `model.safetensors` to 3bit-128g"),
+        ("POST", "/branch/4bit-32g", 500, "create branch 4bit-32g"),
+        ("POST", "/preupload/4bit-32g", 500, "`model.safetensors` to 4bit-32g"),
+        ("POST", "/commit/4bit-32g", 500, "`model.safetensors` to 4bit-32g"),
+        ("POST", "/commit/main", 400, "`model.safetensors` to main"),
+        ("POST", "/repos/create", 502, "create the repository"),
     ];
-    for (part, status, told) in faults {
+    for (method, part, status, told) in faults {
         let mut setting = Setting::new();
         setting.token = Some(TOKEN);
         let expected = branches(&setting);
-        setting.hub.fail("POST", part, Fault::Status(status), 1);
+        setting.hub.fail(method, part, Fault::Status(status), 1);
         let failed = setting.gptq(&PUSH);
         failed.refused(&[told, "run the command again"]);
         let there: usize = uploaded(&setting).values().map(BTreeMap::len).sum();
@@ -162,4 +169,171 @@ fn uploads_that_may_not_happen_do_not() {
     setting.dir.write("token", &format!("{TOKEN}\n"));
     let file = setting.dir.path("token").display().to_string();
     setting.gptq_env(&PUSH, &[("HF_TOKEN_PATH", &file)]).ok();
+}
+
+/// A checkpoint of weights and small files, in the folder `one`.
+fn checkpoint(setting: &Setting, bytes: usize) -> Vec<u8> {
+    let mut noise = Noise::new(1);
+    let weights: Vec<u8> = (0..bytes).map(|_| noise.next().to_bits().to_be_bytes()[2]).collect();
+    setting.dir.write("one/config.json", "{}");
+    fs::write(setting.dir.path("one/model.safetensors"), &weights).unwrap();
+    weights
+}
+
+/// Asserts a failed step whose error, or the cause of it, holds `names`.
+#[track_caller]
+fn failed_as(outcome: &Outcome, names: &[&str]) {
+    outcome.refused(&[]);
+    for name in names {
+        assert!(outcome.stderr.contains(name), "`{name}` is not named in: {}", outcome.stderr);
+    }
+}
+
+const ONE: [&str; 4] = ["push", "one", "--repo", "me/one"];
+
+fn uploader() -> Setting {
+    let mut setting = Setting::new();
+    setting.token = Some(TOKEN);
+    setting
+}
+
+#[test]
+fn an_upload_waits_as_long_as_it_is_told() {
+    let setting = uploader();
+    checkpoint(&setting, 1000);
+    let steps = [
+        ("GET", "/refs", Fault::Limit(2)),
+        ("POST", "/preupload/", Fault::Busy(2)),
+        ("POST", "/objects/batch", Fault::Limit(2)),
+        ("PUT", "/lfs/", Fault::Busy(2)),
+        ("POST", "/commit/", Fault::Limit(2)),
+    ];
+    for (method, part, fault) in steps {
+        setting.hub.fail(method, part, fault, 1);
+    }
+    let start = Instant::now();
+    let done = setting.gptq(&ONE);
+    assert!(start.elapsed() > Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(done.stderr.matches("trying again in 2 s").count(), 5, "{}", done.stderr);
+    done.ok();
+}
+
+#[test]
+fn an_upload_that_nobody_answers_is_given_up() {
+    for (method, part) in
+        [("GET", "/refs"), ("POST", "/preupload/"), ("PUT", "/lfs/"), ("POST", "/commit/")]
+    {
+        let setting = uploader();
+        checkpoint(&setting, 1000);
+        setting.hub.fail(method, part, Fault::Silence(30), 1);
+        let start = Instant::now();
+        let failed = setting.gptq_env(
+            &[&ONE[..], &["--retries", "0"]].concat(),
+            &[("HF_HUB_DOWNLOAD_TIMEOUT", "1")],
+        );
+        failed_as(&failed, &["for 1 s"]);
+        assert!(start.elapsed() < Duration::from_secs(20), "{part}");
+        setting.gptq(&ONE).ok();
+    }
+}
+
+#[test]
+fn expired_links_are_asked_for_again() {
+    for bytes in [1000, 200_000] {
+        let setting = uploader();
+        let weights = checkpoint(&setting, bytes);
+        setting.hub.fail("PUT", "/lfs/", Fault::Status(403), 2);
+        let done = setting.gptq(&ONE);
+        assert!(done.stderr.contains("asking for new links"), "{}", done.stderr);
+        done.ok();
+        let state = setting.hub.state();
+        let files = state.repositories["models/me/one"].files("main").unwrap();
+        assert_eq!(*files["model.safetensors"], weights);
+    }
+    let setting = uploader();
+    checkpoint(&setting, 1000);
+    setting.hub.fail("PUT", "/lfs/", Fault::Status(403), 100);
+    let failed = setting.gptq(&[&ONE[..], &["--retries", "1"]].concat());
+    failed_as(&failed, &["by the links that the Hub gave", "the storage host", "403"]);
+}
+
+#[test]
+fn weights_are_never_put_into_git_itself() {
+    let setting = uploader();
+    let weights = checkpoint(&setting, 1000);
+    setting.hub.state().plain = true;
+    let refused = setting.gptq(&ONE);
+    refused.refused(&["plain git content", "`main/model.safetensors`", ".gitattributes"]);
+    assert_eq!(setting.hub.count("POST", "/commit/"), 0);
+    // As another program left them: they are there, but not where they belong.
+    setting.hub.publish(
+        "models/me/one",
+        &[(".gitattributes", b""), ("config.json", b"{}"), ("model.safetensors", &weights)],
+    );
+    setting.gptq(&ONE).refused(&["plain git content"]);
+    // A server that has no links for large files.
+    setting.hub.state().plain = false;
+    setting.hub.state().repositories.clear();
+    setting.hub.state().transfer = Some("xet");
+    failed_as(&setting.gptq(&ONE), &["large files by `xet` only"]);
+}
+
+#[test]
+fn success_is_told_after_a_look_at_the_branch() {
+    let setting = uploader();
+    checkpoint(&setting, 1000);
+    setting.hub.state().loses = Some("model.safetensors".to_owned());
+    let lost = setting.gptq(&ONE);
+    lost.refused(&["does not hold what was sent", "`model.safetensors`", "lists nothing"]);
+    setting.hub.state().loses = None;
+    setting.gptq(&ONE).ok();
+    setting.hub.state().repositories.clear();
+    setting.hub.state().public = true;
+    let public = setting.gptq(&[&ONE[..], &["--private"]].concat());
+    public.refused(&["`me/one`", "was made public", "nothing was sent"]);
+    assert_eq!(setting.hub.count("POST", "/preupload/"), 2);
+}
+
+#[test]
+fn the_token_goes_to_no_other_server() {
+    let setting = uploader();
+    branches(&setting);
+    let behind = StandIn::start();
+    // The pages of listings and of the history name another host.
+    setting.hub.state().links_to = behind.address.clone();
+    let attributes: [(&str, &[u8]); 1] = [(".gitattributes", b"")];
+    let first = setting.hub.publish("models/me/quantised", &attributes);
+    for _ in 0..5 {
+        setting.hub.publish("models/me/quantised", &[(".gitattributes", b""), ("x", b"x")]);
+    }
+    setting.gptq(&PUSH).ok();
+    assert_eq!(behind.count("GET", ""), 0);
+    let state = setting.hub.state();
+    let repository = &state.repositories["models/me/quantised"];
+    assert!(!repository.files("4bit-32g").unwrap().contains_key("x"), "not from {first}");
+    drop(state);
+
+    checkpoint(&setting, 1000);
+    for part in ["/repos/create", "/preupload/", "/objects/batch", "/commit/"] {
+        setting.hub.fail("POST", part, Fault::Elsewhere, 1);
+        let failed = setting.gptq(&ONE);
+        failed_as(&failed, &["sent on to localhost", "HF_ENDPOINT"]);
+    }
+    setting.gptq(&ONE).ok();
+}
+
+#[test]
+fn what_has_no_contents_is_named() {
+    let setting = uploader();
+    checkpoint(&setting, 1000);
+    let pipe = setting.dir.path("one/pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    setting.gptq(&ONE).refused(&["one/pipe`", "a named pipe"]);
+    assert!(setting.hub.state().log.is_empty());
+    fs::remove_file(pipe).unwrap();
+    for branch in ["a..b", "x.lock", "HEAD", "refs/heads/x"] {
+        let args = [&ONE[..], &["--dry-run", "--branch", branch]].concat();
+        setting.gptq(&args).refused(&[&format!("`{branch}`"), "git"]);
+    }
 }

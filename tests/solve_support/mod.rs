@@ -219,6 +219,28 @@ pub(crate) fn weights(rows: usize, n: usize) -> Array2<f32> {
     w
 }
 
+/// Rows at the ends of fp16 that have each broken a scale: tiny weights beside zeros, all tiny, the
+/// largest of either sign beside ordinary ones, and zeros.
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+pub(crate) fn weights_at_the_ends_of_fp16(n: usize) -> Array2<f32> {
+    let tiny = 2.0_f32.powi(-24);
+    Array2::from_shape_fn((6, n), |(row, j)| match (row, j % 16) {
+        (0, _) => tiny * (j % 2) as f32,
+        (1, _) => {
+            if j % 3 == 0 {
+                -tiny
+            } else {
+                tiny
+            }
+        }
+        (2, 5) => 65504.0,
+        (3, 5) => -65504.0,
+        (4, 5) => -65000.0,
+        (5, _) => 0.0,
+        _ => f16::from_f32(0.1 * noise(7, row * n + j)).to_f32(),
+    })
+}
+
 /// A Gram of correlated inputs of different sizes; column 3 is dead.
 pub(crate) fn gram(n: usize) -> Array2<f32> {
     let tokens = 2 * n + 8;

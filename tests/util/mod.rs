@@ -1,7 +1,10 @@
 //! What the tests of the command share: running the built binary in a folder of its own, and
 //! making Llama checkpoints small enough that a run takes milliseconds.
 
+pub(crate) mod runs;
 pub(crate) mod torch_file;
+#[allow(dead_code, reason = "tests of the verifier use it")]
+pub(crate) mod weight_file;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::header::Entry;
 use crate::weights::{View, find_index, map_file, read_index};
-use crate::{Error, Result};
+use crate::{Error, ModelConfig, Result};
 
 /// Waits until the shard of this name lies in the folder.
 pub type Bring = dyn Fn(&str) -> std::result::Result<(), Failure> + Send + Sync;
@@ -27,6 +27,8 @@ pub(crate) struct Arriving {
     index: PathBuf,
     /// Names of the weights that can be discarded.
     linears: BTreeSet<String>,
+    /// Names of all that the model needs.
+    needed: BTreeSet<String>,
     shards: Vec<Shard>,
     /// Tensors by name, with their shard.
     tensors: BTreeMap<String, usize>,
@@ -62,8 +64,10 @@ impl fmt::Debug for Arriving {
 }
 
 impl Arriving {
-    /// Reads the index of `dir`; `linears` are the full names of weights that are read once.
-    pub(crate) fn open(dir: &Path, linears: BTreeSet<String>, bring: Box<Bring>) -> Result<Self> {
+    /// Reads the index of `dir`, in which the model of `config` lies.
+    pub(crate) fn open(dir: &Path, config: &ModelConfig, bring: Box<Bring>) -> Result<Self> {
+        let linears = config.linears().map(|(name, _)| format!("{name}.weight")).collect();
+        let needed = config.dense_tensors().into_iter().map(|(name, _)| name).collect();
         let index = find_index(dir)?;
         let (mut shards, mut tensors) = (Vec::new(), BTreeMap::new());
         for (name, names) in read_index(&index)? {
@@ -71,7 +75,7 @@ impl Arriving {
             let (arrived, coming) = (OnceLock::new(), Mutex::new(()));
             shards.push(Shard { name, tensors: names, arrived, coming });
         }
-        Ok(Self { dir: dir.to_owned(), index, linears, shards, tensors, bring })
+        Ok(Self { dir: dir.to_owned(), index, linears, needed, shards, tensors, bring })
     }
 
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
@@ -86,7 +90,10 @@ impl Arriving {
         let Some((name, &shard)) = self.tensors.get_key_value(name) else { return Ok(None) };
         let shard = &self.shards[shard];
         let arrived = self.arrived(shard)?;
-        let entry = &arrived.entries[name];
+        let Some(entry) = arrived.entries.get(name) else {
+            let (index, tensor) = (self.index.clone(), name.to_owned());
+            return Err(Error::IndexMismatch { index, tensor, shard: shard.name.clone() });
+        };
         let bytes = match arrived.kept.get(name) {
             Some(bytes) => Cow::Borrowed(bytes.as_slice()),
             None => {
@@ -129,9 +136,13 @@ impl Arriving {
         let (mut entries, mut kept) = (BTreeMap::new(), BTreeMap::new());
         let mut linears = BTreeSet::new();
         for tensor in &shard.tensors {
-            let Some(entry) = found.remove(tensor) else {
-                let (index, tensor) = (self.index.clone(), tensor.clone());
-                return Err(Error::IndexMismatch { index, tensor, shard: shard.name.clone() });
+            let entry = match found.remove(tensor) {
+                Some(entry) => entry,
+                None if self.needed.contains(tensor) => {
+                    let (index, tensor) = (self.index.clone(), tensor.clone());
+                    return Err(Error::IndexMismatch { index, tensor, shard: shard.name.clone() });
+                }
+                None => continue,
             };
             if self.linears.contains(tensor) {
                 linears.insert(tensor.clone());
@@ -149,14 +160,9 @@ impl Arriving {
             return Ok(());
         }
         rest.file = None;
+        // The folder's own name of it: what a link leads to is used by others, too.
         let path = self.dir.join(&shard.name);
-        // In a cache it is a link to the file itself.
-        let target = fs::canonicalize(&path).map_err(Error::io("find", &path))?;
-        fs::remove_file(&path).map_err(Error::io("delete", &path))?;
-        if target != path && fs::symlink_metadata(&target).is_ok() {
-            fs::remove_file(&target).map_err(Error::io("delete", &target))?;
-        }
-        Ok(())
+        fs::remove_file(&path).map_err(Error::io("delete", &path))
     }
 }
 

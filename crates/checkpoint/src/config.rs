@@ -5,6 +5,7 @@
 //! because a quantised checkpoint carries the source's config on. What tells the families apart is
 //! a table in `family`; what would need another forward pass is refused by name.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -12,8 +13,10 @@ use serde_json::{Map, Value};
 use crate::family::{Biases, Family};
 use crate::fields::Fields;
 use crate::rope::{Rope, RopeScaling};
-use crate::{Error, Result};
+use crate::{EMBEDDING, Error, HEAD, Result, foreign, json};
 
+/// Name of the norm before the head.
+pub(crate) const FINAL_NORM: &str = "model.norm.weight";
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 24;
@@ -49,7 +52,9 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Tokens that a token attends to at most; `None` where all blocks attend to all before it.
     pub sliding_window: Option<usize>,
-    /// The head is the embedding.
+    /// The head is the embedding, unless the weights hold another: [`Checkpoint::head`] knows.
+    ///
+    /// [`Checkpoint::head`]: crate::Checkpoint::head
     pub tie_word_embeddings: bool,
     /// Token that starts a text, where the model has one.
     pub bos_token_id: Option<u32>,
@@ -77,7 +82,12 @@ impl ModelConfig {
     /// As [`ModelConfig::parse`], and [`Error::Io`] for a file that cannot be read.
     pub fn load(dir: &Path) -> Result<Self> {
         let file = dir.join("config.json");
-        let text = std::fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+        let text = json::text(&file).map_err(|error| match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => {
+                foreign::recognize(dir).unwrap_or_else(|| Error::io("read", &file)(error))
+            }
+            _ => Error::io("read", &file)(error),
+        })?;
         Self::parse(&text, &file)
     }
 
@@ -121,7 +131,7 @@ impl ModelConfig {
         })
     }
 
-    /// The same model with a head of its own, equal to the embedding so far.
+    /// The same model with a head of its own.
     #[must_use]
     pub fn untied(mut self) -> Self {
         if self.tie_word_embeddings {
@@ -201,12 +211,11 @@ impl ModelConfig {
         })
     }
 
-    /// Every tensor of the dense model with its shape: embedding, blocks, final norm, and the head
-    /// where it is not the embedding.
+    /// Every tensor of the dense model with its shape: embedding, blocks, final norm and head.
     #[must_use]
     pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, vocab) = (self.hidden_size, self.vocab_size);
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+        let mut tensors = vec![(EMBEDDING.to_owned(), vec![vocab, hidden])];
         for block in 0..self.num_hidden_layers {
             let prefix = Self::block_prefix(block);
             for (norm, size) in self.block_norms() {
@@ -220,10 +229,8 @@ impl ModelConfig {
                 }
             }
         }
-        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-        if !self.tie_word_embeddings {
-            tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
-        }
+        tensors.push((FINAL_NORM.to_owned(), vec![hidden]));
+        tensors.push((HEAD.to_owned(), vec![vocab, hidden]));
         tensors
     }
 
@@ -427,7 +434,6 @@ mod tests {
             (r#","head_dim":1048576"#, "head_dim"),
             (r#","rms_norm_eps":"x""#, "rms_norm_eps"),
             (r#","bos_token_id":-1"#, "bos_token_id"),
-            (r#","quantization_config":{"quant_method":"awq"}"#, "quant_method"),
         ] {
             let message = parse(&minimal(extra)).unwrap_err().to_string();
             assert!(message.contains(named), "{extra}: {message}");

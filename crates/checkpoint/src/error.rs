@@ -64,6 +64,16 @@ pub enum Error {
         /// The checkpoint folder.
         dir: PathBuf,
     },
+    /// Something well known lies where a model should.
+    #[error("`{}` {what}: {advice}", path.display())]
+    NoModel {
+        /// The folder or file.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
     /// A quantised folder with several candidates and nothing that chooses among them.
     #[error(
         "`{}` has {count} safetensors files and none is named by its quantisation config; set \
@@ -141,6 +151,54 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// Every name has a prefix that the model's do not have.
+    #[error(
+        "`{}` has no tensor `{tensor}`, but one with `{prefix}` before that name: its weights are \
+         those of a wrapper or of a larger model; save the model inside of it",
+        dir.display()
+    )]
+    Prefixed {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What stands before its name.
+        prefix: String,
+    },
+    /// Names lack the prefix that a whole model's have.
+    #[error(
+        "`{}` has no tensor `{tensor}`, but `{bare}`: its weights are those of a model without a \
+         head; save the model for causal language modelling",
+        dir.display()
+    )]
+    Unprefixed {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is there.
+        bare: String,
+    },
+    /// A block holds a weight that the model's family does not have.
+    #[error(
+        "Tensor `{tensor}` is no part of a `{family}` block; the model has parts that are not \
+         supported"
+    )]
+    UnknownWeight {
+        /// The tensor.
+        tensor: String,
+        /// The model's family.
+        family: &'static str,
+    },
+    /// A block holds a part of an adapter.
+    #[error(
+        "Tensor `{tensor}` is of an adapter that was not merged into the model; merge it (PEFT: \
+         `merge_and_unload`) and save the result"
+    )]
+    Adapter {
+        /// The tensor.
+        tensor: String,
+    },
     /// A tensor is stored in a type that this crate does not read.
     #[error("Tensor `{tensor}` is stored as `{dtype}`; only F32, F16, BF16 and I32 are supported")]
     UnsupportedDType {
@@ -215,6 +273,36 @@ pub enum Error {
     NotQuantised {
         /// The checkpoint folder.
         dir: PathBuf,
+    },
+    /// Packed tensors of which nothing says how they are quantised.
+    #[error("`{}` holds packed tensors such as `{tensor}`, but {reason}", dir.display())]
+    NoSettings {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// The first packed tensor.
+        tensor: String,
+        /// What is known of them, and what to do.
+        reason: String,
+    },
+    /// A head or an embedding that is packed.
+    #[error(
+        "Tensor `{tensor}` is packed: quantised heads and embeddings are not supported, only \
+         linears of blocks are; quantise the dense model without them"
+    )]
+    PackedHead {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The order of a linear's columns is nowhere.
+    #[error(
+        "Tensor `{tensor}` {lost}, but with act-order (`desc_act` true) and groups only it says \
+         which group a column belongs to; the order cannot be known, so get the whole file again"
+    )]
+    LostOrder {
+        /// The group index.
+        tensor: String,
+        /// What is wrong with it.
+        lost: &'static str,
     },
     /// A code width that the format does not have.
     #[error("Cannot use {bits} bits; GPTQ files hold 2, 3, 4 or 8")]
@@ -294,6 +382,12 @@ pub enum Error {
     #[error("Another run is writing `{}`; wait for it or choose another output", path.display())]
     PartialInUse {
         /// The working folder.
+        path: PathBuf,
+    },
+    /// A file of the source that would be carried over has a name that cannot be recorded.
+    #[error("`{}` has a name that is no UTF-8; rename it, or move it out of the folder", path.display())]
+    FileName {
+        /// The file.
         path: PathBuf,
     },
     /// The disk cannot hold the checkpoint.

@@ -160,12 +160,7 @@ impl Family {
                 return Err(fields.unsupported(key, value, supported));
             }
         }
-        match fields.get("quantization_config").map(|q| &q["quant_method"]) {
-            Some(method) if !method.is_null() && method != "gptq" => {
-                Err(fields.unsupported("quantization_config.quant_method", method, "`gptq`"))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// The linears that have biases.

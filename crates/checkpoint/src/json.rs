@@ -1,4 +1,4 @@
-//! JSON text as Python's `json.dumps(indent=2)` writes it.
+//! JSON files as they are read, and JSON text as Python's `json.dumps(indent=2)` writes it.
 //!
 //! Published checkpoints were written by Python, and our files should equal them byte for byte.
 //! The pretty printer of `serde_json` differs from it in two things. Python writes floats as
@@ -6,10 +6,23 @@
 //! every character outside printable ASCII.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use serde_json::{Map, Value};
+
+/// The text of a JSON file, without the byte order mark that some editors put first.
+///
+/// # Errors
+/// Those of [`std::fs::read_to_string`].
+pub fn text(path: &Path) -> io::Result<String> {
+    let text = std::fs::read_to_string(path)?;
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_owned(),
+        None => text,
+    })
+}
 
 /// `map` with indent 2 and no newline at the end.
 pub(crate) fn indented(map: &Map<String, Value>) -> serde_json::Result<String> {

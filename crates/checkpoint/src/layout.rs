@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 
 use crate::gptq::check_sides;
 use crate::json::python_float;
-use crate::{CheckpointFormat, DType, Error, ModelConfig, QuantizeConfig, Result, header};
+use crate::{
+    CheckpointFormat, DType, EMBEDDING, Error, HEAD, ModelConfig, QuantizeConfig, Result, header,
+};
 
 /// What a checkpoint holds beside the four tensors of each linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,17 +149,16 @@ pub fn plan_files(
     Ok(FilePlan { shards, total_bytes })
 }
 
-/// The tensors as the model uses them: embedding, blocks, final norm, head.
+/// The tensors as the model uses them: embedding, blocks, final norm, head. A tied model's head is
+/// written, too ([`Head`](crate::Head) says why).
 fn model_order(config: &ModelConfig, quantize: &QuantizeConfig, layout: Layout) -> Vec<TensorSpec> {
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-    let mut specs = vec![f16("model.embed_tokens.weight".to_owned(), &[vocab, hidden])];
+    let mut specs = vec![f16(EMBEDDING.to_owned(), &[vocab, hidden])];
     for block in 0..config.num_hidden_layers {
         block_specs(config, quantize, layout, block, &mut specs);
     }
     specs.push(f16("model.norm.weight".to_owned(), &[hidden]));
-    if !config.tie_word_embeddings {
-        specs.push(f16("lm_head.weight".to_owned(), &[vocab, hidden]));
-    }
+    specs.push(f16(HEAD.to_owned(), &[vocab, hidden]));
     specs
 }
 
@@ -179,6 +180,11 @@ fn block_specs(
     for linear in config.block_linears() {
         let name = format!("{prefix}.{}", linear.name);
         let (rows, cols) = (linear.in_features, linear.out_features);
+        if !quantize.quantizes(linear.name) {
+            specs.push(f16(format!("{name}.weight"), &[cols, rows]));
+            specs.extend(linear.bias.then(|| f16(format!("{name}.bias"), &[cols])));
+            continue;
+        }
         let (bits, groups) = (quantize.bits, quantize.groups(rows));
         specs.push(i32(format!("{name}.qweight"), &[bits.words(rows), cols]));
         specs.push(i32(format!("{name}.qzeros"), &[groups, bits.words(cols)]));
@@ -291,6 +297,9 @@ impl QuantizeConfig {
         if self.checkpoint_format != CheckpointFormat::Gptq {
             return Err(invalid("checkpoint_format", "is `gptq_v2`, but only `gptq` is written"));
         }
+        if self.modules_in_block.is_some() {
+            return Err(invalid("modules_in_block_to_quantize", "is set, but all are quantised"));
+        }
         if self.group_size == Some(0) {
             return Err(invalid("group_size", "is 0, expected -1 or positive"));
         }
@@ -376,9 +385,7 @@ mod tests {
         let tied = STABLE_BELUGA_2
             .replace("\"tie_word_embeddings\":false", "\"tie_word_embeddings\":true");
         let tied = ModelConfig::parse(&tied, Path::new("config.json")).unwrap();
-        let tied = tensor_specs(&tied, &quantize, Layout::Modern);
-        assert_eq!(modern.len() - tied.len(), 1);
-        assert!(tied.iter().all(|t| t.name != "lm_head.weight"));
+        assert_eq!(tensor_specs(&tied, &quantize, Layout::Modern), modern);
     }
 
     #[test]

@@ -246,7 +246,8 @@ fn lock(marker: &File, path: &Path) -> Result<()> {
 }
 
 /// Whether an error is that of a file system without locks, as some over a network are.
-fn has_no_locks(error: &io::Error) -> bool {
+#[must_use]
+pub fn has_no_locks(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::Unsupported
         || error.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error())
 }

@@ -1,6 +1,9 @@
 //! `quantize_config.json` and config.json's `quantization_config`: what a loader needs to know.
 //!
-//! The text has two readers that set its limits. AutoGPTQ up to 0.4 hands every key of
+//! Programs disagree on the names of keys and on the file that they write, so what is read here is
+//! the sum of both files: the settings of the first, and the format of zeros from whichever says it.
+//!
+//! The text that is written has two readers that set its limits. AutoGPTQ up to 0.4 hands every key of
 //! `quantize_config.json` to a constructor and dies on one that it does not know, so nothing beyond
 //! its own keys may appear there; transformers reads config.json and requires `quant_method`.
 
@@ -12,6 +15,9 @@ use crate::{Bits, Error, Layout, Result, json};
 
 /// File name of the quantisation settings.
 pub(crate) const FILE: &str = "quantize_config.json";
+
+/// Most columns of a group: more than any model has.
+pub const MAX_GROUP_SIZE: usize = 1 << 28;
 
 /// How zeros are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +47,37 @@ pub struct QuantizeConfig {
     pub model_file_base_name: Option<String>,
     /// How zeros are stored.
     pub checkpoint_format: CheckpointFormat,
+    /// The linears of a block that are quantised, such as `self_attn.q_proj`; `None` for all.
+    pub modules_in_block: Option<Vec<String>>,
+}
+
+impl CheckpointFormat {
+    /// The name in files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gptq => "gptq",
+            Self::GptqV2 => "gptq_v2",
+        }
+    }
+
+    /// The zero of a symmetric grid as it is stored.
+    #[must_use]
+    pub fn stored_middle(self, bits: Bits) -> u8 {
+        match self {
+            Self::Gptq => bits.symmetric_zero() - 1,
+            Self::GptqV2 => bits.symmetric_zero(),
+        }
+    }
+
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Gptq => Self::GptqV2,
+            Self::GptqV2 => Self::Gptq,
+        }
+    }
 }
 
 impl QuantizeConfig {
@@ -56,6 +93,7 @@ impl QuantizeConfig {
             true_sequential: true,
             model_file_base_name: Some("model".to_owned()),
             checkpoint_format: CheckpointFormat::Gptq,
+            modules_in_block: None,
         }
     }
 
@@ -67,33 +105,52 @@ impl QuantizeConfig {
     /// [`Error::UnsupportedConfig`] for ones that change the meaning of the tensors.
     pub fn parse(text: &str, file: &Path) -> Result<Self> {
         let map = serde_json::from_str(text).map_err(Error::json(file))?;
-        Self::from_map(&map, file)
+        Self::from_keys(&Keys { map: &map, file })
     }
 
     /// Reads `quantize_config.json`, or else `quantization_config` of the config; `None` for a dense
-    /// checkpoint.
+    /// checkpoint. Where both are there, the second may add the format of zeros to the first, which
+    /// AutoGPTQ writes without it, but not contradict it.
     pub(crate) fn load(dir: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
-        let file = dir.join(FILE);
-        match std::fs::read_to_string(&file) {
-            Ok(text) => Self::parse(&text, &file).map(Some),
+        let (file, config_file) = (dir.join(FILE), dir.join("config.json"));
+        let object = match config.get("quantization_config") {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Keys { map, file: &config_file })),
+            Some(other) => Err(Error::InvalidConfig {
+                path: config_file.clone(),
+                key: "quantization_config".to_owned(),
+                reason: format!("is `{other}`, expected an object"),
+            }),
+        };
+        let text = match json::text(&file) {
+            Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                let file = dir.join("config.json");
-                match config.get("quantization_config") {
-                    None | Some(Value::Null) => Ok(None),
-                    Some(Value::Object(map)) => Self::from_map(map, &file).map(Some),
-                    Some(other) => Err(Error::InvalidConfig {
-                        path: file,
-                        key: "quantization_config".to_owned(),
-                        reason: format!("is `{other}`, expected an object"),
-                    }),
-                }
+                return object?.map(|keys| Self::from_keys(&keys)).transpose();
             }
-            Err(e) => Err(Error::io("read", &file)(e)),
+            Err(e) => return Err(Error::io("read", &file)(e)),
+        };
+        let map = serde_json::from_str(&text).map_err(Error::json(&file))?;
+        let keys = Keys { map: &map, file: &file };
+        let mut settings = Self::from_keys(&keys)?;
+        if let Ok(Some(others)) = object
+            && let Some((other_key, other)) = others.format()?
+        {
+            match keys.format()? {
+                Some((key, format)) if format != other => {
+                    let (mine, theirs) = (format.name(), other.name());
+                    let reason = format!(
+                        "is `{mine}`, but `{other_key}` in config.json is `{theirs}`; zeros are \
+                         stored one way: correct the wrong one"
+                    );
+                    return Err(keys.invalid(key, reason));
+                }
+                _ => settings.checkpoint_format = other,
+            }
         }
+        Ok(Some(settings))
     }
 
-    fn from_map(map: &Map<String, Value>, file: &Path) -> Result<Self> {
-        let keys = Keys { map, file };
+    fn from_keys(keys: &Keys<'_>) -> Result<Self> {
         keys.only("quant_method", |v| v == "gptq", "`gptq`")?;
         keys.only("is_marlin_format", |v| v == false, "`false`")?;
         keys.only("lm_head", |v| v == false, "`false`")?;
@@ -103,8 +160,7 @@ impl QuantizeConfig {
             "the same for all linears",
         )?;
         keys.only("pack_dtype", |v| v == "int32", "`int32`")?;
-        keys.only("checkpoint_format", |v| v == "gptq" || v == "gptq_v2", "`gptq` or `gptq_v2`")?;
-        let v2 = keys.get("checkpoint_format").is_some_and(|v| v == "gptq_v2");
+        let format = keys.format()?.map(|(_, format)| format);
         Ok(Self {
             bits: keys.bits()?,
             group_size: keys.group_size()?,
@@ -113,8 +169,15 @@ impl QuantizeConfig {
             sym: keys.typed("sym", true, Value::as_bool)?,
             true_sequential: keys.typed("true_sequential", true, Value::as_bool)?,
             model_file_base_name: keys.base_name()?,
-            checkpoint_format: if v2 { CheckpointFormat::GptqV2 } else { CheckpointFormat::Gptq },
+            checkpoint_format: format.unwrap_or(CheckpointFormat::Gptq),
+            modules_in_block: keys.modules()?,
         })
+    }
+
+    /// Whether a linear of a block, such as `self_attn.q_proj`, is quantised.
+    #[must_use]
+    pub fn quantizes(&self, linear: &str) -> bool {
+        self.modules_in_block.as_ref().is_none_or(|names| names.iter().any(|name| name == linear))
     }
 
     /// Groups of a linear with this input width; a last group may be ragged.
@@ -131,8 +194,8 @@ impl QuantizeConfig {
     }
 
     /// The group size as files say it: -1 for all of `in_features`.
-    pub(crate) fn stored_group_size(&self) -> i64 {
-        self.group_size.map_or(-1, |size| size as i64)
+    pub(crate) fn stored_group_size(&self) -> Value {
+        self.group_size.map_or_else(|| json!(-1), |size| json!(size))
     }
 
     /// Text of `quantize_config.json`: indent 2, no newline at the end.
@@ -143,10 +206,20 @@ impl QuantizeConfig {
         json::indented(&self.keys(layout)).map_err(Error::json(Path::new(FILE)))
     }
 
-    /// Text of config.json: the base's keys in their order, `quantization_config` last.
+    /// Text of config.json: the base's keys in their order, `quantization_config` last. The type of
+    /// the tensors is what is written, fp16; the `card` layout keeps the base's, as the published
+    /// branches do, but for bfloat16, which loaders would run the kernels in.
     pub(crate) fn config_text(&self, base: &Map<String, Value>, layout: Layout) -> Result<String> {
         let mut config = base.clone();
         config.shift_remove("quantization_config");
+        for key in ["torch_dtype", "dtype"] {
+            let Some(stored) = config.get_mut(key).filter(|value| value.is_string()) else {
+                continue;
+            };
+            if layout == Layout::Modern || stored == "bfloat16" {
+                *stored = json!("float16");
+            }
+        }
         let mut keys = self.keys(layout);
         if layout == Layout::Modern {
             keys.insert("checkpoint_format".to_owned(), json!("gptq"));
@@ -206,20 +279,72 @@ impl Keys<'_> {
         read(value).ok_or_else(|| self.invalid(key, format!("is `{value}`, of the wrong type")))
     }
 
+    /// How zeros are stored, with the key that says so: `checkpoint_format` in GPTQModel's files,
+    /// `format` in optimum's.
+    fn format(&self) -> Result<Option<(&'static str, CheckpointFormat)>> {
+        let mut said: Option<(&'static str, CheckpointFormat)> = None;
+        for key in ["checkpoint_format", "format"] {
+            self.only(key, |v| v == "gptq" || v == "gptq_v2", "`gptq` or `gptq_v2`")?;
+            let Some(value) = self.get(key) else { continue };
+            let v2 = value == "gptq_v2";
+            let format = if v2 { CheckpointFormat::GptqV2 } else { CheckpointFormat::Gptq };
+            match said {
+                Some((first, other)) if other != format => {
+                    let (mine, other) = (format.name(), other.name());
+                    let reason = format!("is `{mine}`, but `{first}` is `{other}`; remove one");
+                    return Err(self.invalid(key, reason));
+                }
+                Some(_) => {}
+                None => said = Some((key, format)),
+            }
+        }
+        Ok(said)
+    }
+
+    /// The linears that are quantised: a list of names, or of lists that were solved together.
+    fn modules(&self) -> Result<Option<Vec<String>>> {
+        let key = "modules_in_block_to_quantize";
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let wrong = || self.invalid(key, format!("is `{value}`, expected lists of names"));
+        let mut names = Vec::new();
+        for entry in value.as_array().ok_or_else(wrong)? {
+            let several = match entry {
+                Value::Array(several) => several.as_slice(),
+                one => std::slice::from_ref(one),
+            };
+            for name in several {
+                names.push(name.as_str().ok_or_else(wrong)?.to_owned());
+            }
+        }
+        Ok(Some(names))
+    }
+
     fn bits(&self) -> Result<Bits> {
-        let value = self.map.get("bits").unwrap_or(&Value::Null);
+        let value = self.required("bits", &["wbits", "w_bit", "w_bits"])?;
         let bits = value.as_u64().and_then(|bits| u8::try_from(bits).ok());
         bits.and_then(|bits| Bits::new(bits).ok())
             .ok_or_else(|| self.invalid("bits", format!("is `{value}`, expected 2, 3, 4 or 8")))
     }
 
     fn group_size(&self) -> Result<Option<usize>> {
-        let value = self.map.get("group_size").unwrap_or(&Value::Null);
-        match value.as_i64() {
-            Some(-1) => Ok(None),
-            Some(size @ 1..=0x1000_0000) => Ok(Some(size as usize)),
-            _ => Err(self.invalid("group_size", format!("is `{value}`, expected -1 or positive"))),
+        let value = self.required("group_size", &["groupsize", "q_group_size"])?;
+        if value.as_i64() == Some(-1) {
+            return Ok(None);
         }
+        let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
+        size.filter(|size| (1..=MAX_GROUP_SIZE).contains(size)).map(Some).ok_or_else(|| {
+            let reason = format!("is `{value}`, expected -1, or 1 to {MAX_GROUP_SIZE}");
+            self.invalid("group_size", reason)
+        })
+    }
+
+    /// A key that has to be there; one of the names that others give it is pointed out.
+    fn required(&self, key: &str, others: &[&str]) -> Result<&Value> {
+        self.get(key).ok_or_else(|| {
+            let other = others.iter().find(|other| self.get(other).is_some());
+            let hint = other.map(|other| format!("; `{other}` is there instead: rename it"));
+            self.invalid(key, format!("is missing{}", hint.unwrap_or_default()))
+        })
     }
 
     /// A base name becomes a path, so it has to be a plain file name.
@@ -295,7 +420,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_back() {
-        for group_size in [None, Some(32)] {
+        for group_size in [None, Some(32), Some(MAX_GROUP_SIZE)] {
             for layout in [Layout::Card, Layout::Modern] {
                 let written = config(group_size, true);
                 let text = written.file_text(layout).unwrap();
@@ -311,8 +436,13 @@ mod tests {
             (r#""is_marlin_format":true"#, "is_marlin_format"),
             (r#""dynamic":{"x":{}}"#, "dynamic"),
             (r#""checkpoint_format":"marlin""#, "checkpoint_format"),
+            (r#""format":"marlin""#, "format"),
+            (r#""modules_in_block_to_quantize":[1]"#, "modules_in_block_to_quantize"),
             (r#""bits":5"#, "bits"),
             (r#""group_size":0"#, "group_size"),
+            (r#""group_size":-2"#, "group_size"),
+            (r#""group_size":268435457"#, "1 to 268435456"),
+            (r#""group_size":18446744073709551615"#, "1 to 268435456"),
             (r#""desc_act":"yes""#, "desc_act"),
             (r#""model_file_base_name":"../x""#, "model_file_base_name"),
         ] {
@@ -321,5 +451,46 @@ mod tests {
             assert!(message.contains(named), "{message}");
         }
         assert!(QuantizeConfig::parse("", Path::new("f")).is_err());
+    }
+
+    fn parse(rest: &str) -> Result<QuantizeConfig> {
+        let text = format!(r#"{{"bits":4,"group_size":32,{rest}}}"#);
+        QuantizeConfig::parse(&text, Path::new("f"))
+    }
+
+    #[test]
+    fn both_names_of_the_format_are_read_and_have_to_agree() {
+        for (rest, v2) in [
+            (r#""format":"gptq_v2""#, true),
+            (r#""format":"gptq""#, false),
+            (r#""format":null,"checkpoint_format":"gptq_v2""#, true),
+            (r#""format":"gptq_v2","checkpoint_format":"gptq_v2""#, true),
+        ] {
+            let format = parse(rest).unwrap().checkpoint_format;
+            assert_eq!(format == CheckpointFormat::GptqV2, v2, "{rest}");
+        }
+        let message = parse(r#""format":"gptq_v2","checkpoint_format":"gptq""#).unwrap_err();
+        let message = message.to_string();
+        assert!(message.contains("`format` is `gptq_v2`"), "{message}");
+        assert!(message.contains("`checkpoint_format` is `gptq`"), "{message}");
+    }
+
+    #[test]
+    fn names_of_linears_come_flat_or_in_lists() {
+        for list in [r#"["mlp.up_proj","a"]"#, r#"[["mlp.up_proj"],["a"]]"#] {
+            let config = parse(&format!(r#""modules_in_block_to_quantize":{list}"#)).unwrap();
+            assert!(config.quantizes("mlp.up_proj") && !config.quantizes("mlp.down_proj"));
+        }
+        assert!(parse(r#""sym":true"#).unwrap().quantizes("mlp.down_proj"));
+    }
+
+    #[test]
+    fn names_that_others_give_a_setting_are_pointed_out() {
+        let message = |text| QuantizeConfig::parse(text, Path::new("f")).unwrap_err().to_string();
+        let bits = message(r#"{"wbits":4,"groupsize":128}"#);
+        assert!(bits.contains("`bits` is missing") && bits.contains("`wbits`"), "{bits}");
+        let group = message(r#"{"bits":4,"groupsize":128}"#);
+        assert!(group.contains("`group_size` is missing") && group.contains("`groupsize`"));
+        assert_eq!(message(r#"{"bits":null,"group_size":1}"#), "`f`: `bits` is missing");
     }
 }

@@ -5,22 +5,28 @@
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::arriving::{Arriving, Bring};
-use crate::gptq::check_sides;
 use crate::weights::{Mapped, View, WeightFile, Weights};
 use crate::{
-    CheckpointFormat, DType, Error, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, Result,
-    TensorRef, pytorch, side_files,
+    DType, EMBEDDING, Error, HEAD, Head, LinearShape, ModelConfig, QuantizeConfig, Result,
+    TensorRef, foreign, packed, pytorch, side_files, strays,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
+///
+/// A tied model's one table answers to both names, the embedding's and the head's, whichever it is
+/// stored under; [`Checkpoint::names`] lists what is stored.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     quantize: Option<QuantizeConfig>,
+    /// What there is to say of settings that do not hold for the weights.
+    ignored_settings: Option<String>,
     weights: Weights,
+    head: OnceLock<Head>,
 }
 
 impl Checkpoint {
@@ -33,12 +39,15 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Missing, truncated or malformed files, named; an index that disagrees with its shards; a
-    /// pickle that needs more than a state dict does.
+    /// pickle that needs more than a state dict does; packed tensors that nothing says how to read.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw())?;
-        let weights = Weights::Mapped(Mapped::open(dir, quantize.as_ref())?);
-        Ok(Self { dir: dir.to_owned(), config, quantize, weights })
+        let quantize = QuantizeConfig::load(dir, config.raw());
+        let named = quantize.as_ref().ok().and_then(Option::as_ref);
+        match Mapped::open(dir, named) {
+            Ok(weights) => Self::new(dir, config, quantize, Weights::Mapped(weights)),
+            Err(error) => Err(quantize.err().unwrap_or(error)),
+        }
     }
 
     /// Opens a dense model whose shards are elsewhere: `dir` holds its configuration and its index,
@@ -50,16 +59,31 @@ impl Checkpoint {
     /// As [`Checkpoint::open`] for what is in `dir`. What a shard holds is checked when it comes.
     pub fn open_arriving(dir: &Path, bring: Box<Bring>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw())?;
-        let linears = config.linears().map(|(name, _)| format!("{name}.weight")).collect();
-        let weights = Weights::Arriving(Arriving::open(dir, linears, bring)?);
-        Ok(Self { dir: dir.to_owned(), config, quantize, weights })
+        let quantize = QuantizeConfig::load(dir, config.raw());
+        let weights = Weights::Arriving(Arriving::open(dir, &config, bring)?);
+        Self::new(dir, config, quantize, weights)
+    }
+
+    fn new(
+        dir: &Path,
+        config: ModelConfig,
+        quantize: Result<Option<QuantizeConfig>>,
+        weights: Weights,
+    ) -> Result<Self> {
+        let (quantize, ignored_settings) = foreign::settings(dir, &config, &weights, quantize)?;
+        packed::refuse_unreadable(dir, quantize.as_ref(), &weights)?;
+        let (dir, head) = (dir.to_owned(), OnceLock::new());
+        Ok(Self { dir, config, quantize, ignored_settings, weights, head })
     }
 
     /// The model's shape.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    pub(crate) fn weights(&self) -> &Weights {
+        &self.weights
     }
 
     /// The folder.
@@ -82,7 +106,47 @@ impl Checkpoint {
     /// Whether the tensor is there.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
-        self.weights.contains(name)
+        self.weights.contains(self.stored_name(name))
+    }
+
+    /// Where the head comes from. The first call compares two stored tables, where a tied model has
+    /// both; of [`Checkpoint::open_arriving`], that waits for their shards.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
+    pub fn head(&self) -> Result<Head> {
+        if let Some(&head) = self.head.get() {
+            return Ok(head);
+        }
+        let head = Head::of(self)?;
+        Ok(*self.head.get_or_init(|| head))
+    }
+
+    /// What whoever reads the checkpoint should know: a sentence each. Of
+    /// [`Checkpoint::open_arriving`], what names can tell: [`Checkpoint::head`] waits for shards.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::head`].
+    pub fn warnings(&self) -> Result<Vec<String>> {
+        let head = if self.is_arriving() { None } else { self.head()?.warning() };
+        let mut warnings: Vec<String> = head.into_iter().map(str::to_owned).collect();
+        warnings.extend(self.ignored_settings.clone());
+        warnings.extend(self.strays().warnings(&self.config));
+        let absent: Vec<&String> =
+            self.weight_files().iter().flat_map(|file| &file.absent).collect();
+        if let Some(first) = absent.first() {
+            warnings.push(format!(
+                "the index names {} that its shards do not hold, such as `{first}`",
+                strays::tensors(absent.len())
+            ));
+        }
+        Ok(warnings)
+    }
+
+    /// Whether shards come as they are needed.
+    #[must_use]
+    pub fn is_arriving(&self) -> bool {
+        matches!(self.weights, Weights::Arriving(_))
     }
 
     /// Bytes of all weight files, headers included.
@@ -106,9 +170,8 @@ impl Checkpoint {
     /// [`Error::MissingTensor`] and [`Error::UnsupportedDType`]; of [`Checkpoint::open_arriving`]
     /// also [`Error::Discarded`], and whatever is wrong with the shard.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
-        let Some(View { name, entry, bytes }) = self.weights.view(name)? else {
-            let (dir, tensor) = (self.dir.clone(), name.to_owned());
-            return Err(Error::MissingTensor { dir, tensor });
+        let Some(View { name, entry, bytes }) = self.weights.view(self.stored_name(name))? else {
+            return Err(self.missing(name));
         };
         let dtype = DType::from_safetensors(entry.dtype, name)?;
         let bytes = match &entry.strides {
@@ -124,10 +187,7 @@ impl Checkpoint {
     /// `None` when it is not there.
     #[must_use]
     pub fn stored_type(&self, name: &str) -> Option<safetensors::Dtype> {
-        match &self.weights {
-            Weights::Mapped(mapped) => mapped.entry(name).map(|entry| entry.dtype),
-            Weights::Arriving(_) => None,
-        }
+        self.weights.stored_type(name)
     }
 
     /// A floating-point tensor that must have this shape.
@@ -141,32 +201,29 @@ impl Checkpoint {
     }
 
     /// Checks that every tensor that the configuration implies is there, in a float type and the
-    /// right shape; of a quantised checkpoint those that are not quantised. Reads headers only: what
-    /// is wrong with a shard that is still to come shows when it comes.
+    /// right shape; of a quantised checkpoint those that are not quantised. Checks, too, that blocks
+    /// hold no other weights. Reads headers only: what is wrong with a shard that is still to come
+    /// shows when it comes.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::UnsupportedDType`], [`Error::Shape`] and [`Error::DType`].
+    /// [`Error::MissingTensor`], or what explains it; [`Error::UnsupportedDType`], [`Error::Shape`],
+    /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`].
     pub fn check_tensors(&self) -> Result<()> {
+        self.check_unknown()?;
         for (tensor, shape) in self.config.dense_tensors() {
             let linear = tensor.strip_suffix(".weight").unwrap_or(&tensor);
             if self.has_gptq_linear(linear) {
                 continue;
             }
             if !self.contains(&tensor) {
-                return Err(Error::MissingTensor { dir: self.dir.clone(), tensor });
+                return Err(self.missing(&tensor));
             }
             let Weights::Mapped(mapped) = &self.weights else { continue };
-            let Some(entry) = mapped.entry(&tensor) else { continue };
+            let Some(entry) = mapped.entry(self.stored_name(&tensor)) else { continue };
             let dtype = DType::from_safetensors(entry.dtype, &tensor)?;
             check_float(&tensor, dtype, (&entry.shape, &shape))?;
         }
         Ok(())
-    }
-
-    /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
-    #[must_use]
-    pub fn has_gptq_linear(&self, prefix: &str) -> bool {
-        self.quantize.is_some() && self.contains(&format!("{prefix}.qweight"))
     }
 
     /// The same checkpoint read with other settings than its files give: what its tensors say,
@@ -175,53 +232,6 @@ impl Checkpoint {
     pub fn with_quantize_config(mut self, quantize: QuantizeConfig) -> Self {
         self.quantize = Some(quantize);
         self
-    }
-
-    /// Reads and checks a quantised linear. `prefix` is its full name, such as
-    /// `model.layers.0.self_attn.q_proj`. Zeros of `gptq_v2` files are brought to the v1 form.
-    ///
-    /// # Errors
-    /// [`Error::NotQuantised`], missing tensors, types and shapes that do not follow from the
-    /// configuration, [`Error::GroupIndex`], scales that are not finite, and a bias as
-    /// [`Checkpoint::linear_bias`] refuses it.
-    pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
-        let mut linear = self.gptq_linear_as_stored(prefix, shape)?;
-        linear.check(prefix)?;
-        self.linear_bias(prefix, shape)?;
-        if self.quantize.as_ref().is_some_and(|q| q.checkpoint_format == CheckpointFormat::GptqV2) {
-            linear.shift_v2_zeros()?;
-        }
-        Ok(linear)
-    }
-
-    /// Reads a quantised linear without looking at its values: zeros as they are stored, group
-    /// indices and scales as they come.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::gptq_linear`], without those about values.
-    pub fn gptq_linear_as_stored(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
-        let Some(quantize) = &self.quantize else {
-            return Err(Error::NotQuantised { dir: self.dir.clone() });
-        };
-        let &LinearShape { in_features, out_features, .. } = shape;
-        check_sides(prefix, in_features, out_features)?;
-        let (bits, groups) = (quantize.bits, quantize.groups(in_features));
-        let words = |leaf: &str, shape: &[usize]| -> Result<Vec<u32>> {
-            let tensor = self.exact(&format!("{prefix}.{leaf}"), DType::I32, shape)?;
-            Ok(tensor.to_words())
-        };
-        let scales =
-            self.exact(&format!("{prefix}.scales"), DType::F16, &[groups, out_features])?;
-        Ok(GptqLinear {
-            bits,
-            in_features,
-            out_features,
-            groups,
-            qweight: words("qweight", &[bits.words(in_features), out_features])?,
-            qzeros: words("qzeros", &[groups, bits.words(out_features)])?,
-            scales: scales.to_f16()?,
-            g_idx: words("g_idx", &[in_features])?,
-        })
     }
 
     /// Files beside the weights that are carried over to every checkpoint made from this one:
@@ -259,7 +269,7 @@ impl Checkpoint {
     /// happens for a name that is not there, or on a system that does not take it.
     pub fn release(&self, name: &str) {
         if let Weights::Mapped(mapped) = &self.weights {
-            mapped.release(name);
+            mapped.release(self.stored_name(name));
         }
     }
 
@@ -275,8 +285,20 @@ impl Checkpoint {
         }
     }
 
+    /// The name that a tensor is stored under: a tied model's one table has two.
+    fn stored_name<'a>(&self, name: &'a str) -> &'a str {
+        let other = match name {
+            EMBEDDING => HEAD,
+            HEAD => EMBEDDING,
+            _ => return name,
+        };
+        let stored = |name| self.weights.contains(name);
+        let elsewhere = self.config.tie_word_embeddings && !stored(name) && stored(other);
+        if elsewhere { other } else { name }
+    }
+
     /// A tensor with exactly this type and shape.
-    fn exact(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<TensorRef<'_>> {
+    pub(crate) fn exact(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<TensorRef<'_>> {
         let tensor = self.tensor(name)?;
         check_shape(name, (tensor.shape, shape))?;
         if tensor.dtype != dtype {

@@ -2,8 +2,8 @@
 //! generation settings, chat template, licences.
 //!
 //! What is carried is decided by what is not: weights in any format, configs that the writer makes
-//! itself, the source's own README, hidden files. A licence may lie in a folder of its own, so one
-//! level of folders is looked into.
+//! itself, the source's own README, hidden files, and what training left behind. A licence may lie in
+//! a folder of its own, so one level of folders is looked into.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::{Error, Result};
 const MAX_BYTES: u64 = 64 << 20;
 
 /// Extensions of weights and of archives of weights.
-const WEIGHTS: [&str; 11] = [
+const WEIGHTS: [&str; 12] = [
     "safetensors",
     "bin",
     "pt",
@@ -27,6 +27,8 @@ const WEIGHTS: [&str; 11] = [
     "msgpack",
     "tflite",
     "partial",
+    // Shards that are on their way.
+    "incomplete",
 ];
 
 /// Files that are made for every checkpoint, or that describe the source only.
@@ -38,6 +40,36 @@ const NOT_CARRIED: [&str; 6] = [
     "gptq_manifest.json",
     "README.md",
 ];
+
+/// What training leaves beside a model. An adapter's configuration would even replace the model:
+/// transformers with PEFT then loads the base that it names.
+const TRAINING: [&str; 8] = [
+    "adapter_config.json",
+    "trainer_state.json",
+    "trainer_log.jsonl",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+    "latest",
+    "zero_to_fp32.py",
+];
+
+/// Starts of the names of such files and folders.
+const TRAINING_STARTS: [&str; 10] = [
+    "optimizer",
+    "scheduler",
+    "rng_state",
+    "training_args",
+    "training_loss",
+    "events.out.tfevents",
+    "global_step",
+    "checkpoint-",
+    "wandb",
+    "mlruns",
+];
+
+/// Folders of logs.
+const LOGS: [&str; 3] = ["runs", "logs", "tensorboard"];
 
 /// Copies the source's side files into the working folder.
 pub(crate) fn carry(source: &Path, partial: &Partial) -> Result<()> {
@@ -58,18 +90,26 @@ pub(crate) fn names(source: &Path) -> Result<Vec<PathBuf>> {
         let path = source.join(&name);
         let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
         if meta.is_file() && carried(&name, meta.len()) {
-            names.push(name);
+            names.push(recordable(source, name)?);
         } else if meta.is_dir() && carried_dir(&path, &name) {
             for inner in listed(&path)? {
                 let (name, path) = (name.join(&inner), path.join(&inner));
                 let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
                 if meta.is_file() && carried(&name, meta.len()) {
-                    names.push(name);
+                    names.push(recordable(source, name)?);
                 }
             }
         }
     }
     Ok(names)
+}
+
+/// Manifests and the Hub know names in UTF-8 only.
+fn recordable(source: &Path, name: PathBuf) -> Result<PathBuf> {
+    match name.to_str() {
+        Some(_) => Ok(name),
+        None => Err(Error::FileName { path: source.join(name) }),
+    }
 }
 
 /// Copies contents only: the cache's files are links, and often read-only.
@@ -100,13 +140,19 @@ fn carried(path: &Path, bytes: u64) -> bool {
     !hidden
         && bytes <= MAX_BYTES
         && !NOT_CARRIED.contains(&&*name)
+        && !is_of_training(&name)
         && !name.ends_with(".index.json")
         && !WEIGHTS.contains(&&*extension)
 }
 
+fn is_of_training(name: &str) -> bool {
+    TRAINING.contains(&name) || TRAINING_STARTS.iter().any(|start| name.starts_with(start))
+}
+
 /// Folders that are no checkpoints themselves, such as an earlier output inside the source.
 fn carried_dir(path: &Path, name: &Path) -> bool {
-    let hidden = name.to_string_lossy().starts_with('.');
+    let text = name.to_string_lossy();
+    let hidden = text.starts_with('.') || is_of_training(&text) || LOGS.contains(&&*text);
     let weights = name.extension().is_some_and(|e| WEIGHTS.iter().any(|w| e == *w));
     !hidden && !weights && !path.join("config.json").exists()
 }
@@ -144,6 +190,14 @@ mod tests {
             "quantised/config.json",
             "quantised/tokenizer.json",
             "a/b/too_deep.txt",
+            "adapter_config.json",
+            "trainer_state.json",
+            "optimizer.json",
+            "latest",
+            "wandb/run.log",
+            "runs/events.txt",
+            "global_step100/zero.txt",
+            "checkpoint-500/trainer_state.json",
         ];
         for name in yes.iter().chain(&no) {
             let path = source.join(name);

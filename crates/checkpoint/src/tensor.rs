@@ -78,6 +78,24 @@ impl TensorRef<'_> {
         Err(Error::NonFinite { tensor: self.name.to_owned(), index, value: value[0] })
     }
 
+    /// Whether both hold the same values in the same shape, in whatever types.
+    #[must_use]
+    pub fn equals(&self, other: &TensorRef<'_>) -> bool {
+        if self.shape != other.shape {
+            return false;
+        }
+        if self.dtype == other.dtype {
+            return self.bytes == other.bytes;
+        }
+        let (mut mine, mut theirs) = ([0.0; BATCH], [0.0; BATCH]);
+        (0..self.len()).step_by(BATCH).all(|start| {
+            let count = BATCH.min(self.len() - start);
+            self.read_f32(start, &mut mine[..count]);
+            other.read_f32(start, &mut theirs[..count]);
+            mine[..count] == theirs[..count]
+        })
+    }
+
     /// The 32-bit words of an I32 tensor.
     pub(crate) fn to_words(&self) -> Vec<u32> {
         self.words().collect()
@@ -190,6 +208,19 @@ mod tests {
         // An infinity is not an overflow: it is damage, which check_finite reports.
         let bytes = f32_bytes(&[f32::INFINITY]);
         assert_eq!(view(DType::F32, &bytes).to_f16().unwrap(), [f16::INFINITY]);
+    }
+
+    #[test]
+    fn values_are_compared_across_types() {
+        let values: Vec<f32> = (0..3000).map(|i| (i % 97) as f32 / 8.0).collect();
+        let halves: Vec<u8> = values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
+        let mut wide = f32_bytes(&values);
+        assert!(view(DType::F32, &wide).equals(&view(DType::F16, &halves)));
+        assert!(!view(DType::BF16, &halves).equals(&view(DType::F16, &halves)));
+        wide[4 * 2999] ^= 1;
+        assert!(!view(DType::F32, &wide).equals(&view(DType::F16, &halves)));
+        let other = TensorRef { shape: &[3000], ..view(DType::F16, &halves) };
+        assert!(!other.equals(&view(DType::F16, &halves)));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use crate::arriving::Arriving;
 use crate::header::{self, Entry};
 use crate::quantize_config::is_file_name;
-use crate::{Error, QuantizeConfig, Result, pytorch};
+use crate::{Error, QuantizeConfig, Result, foreign, json, pytorch};
 
 /// Where tensors come from.
 #[derive(Debug)]
@@ -48,6 +48,22 @@ impl Weights {
         }
     }
 
+    /// The type that a tensor is stored in, as far as it is known.
+    pub(crate) fn stored_type(&self, name: &str) -> Option<safetensors::Dtype> {
+        match self {
+            Self::Mapped(mapped) => mapped.entry(name).map(|entry| entry.dtype),
+            Self::Arriving(_) => None,
+        }
+    }
+
+    /// The index and the shard that should hold a tensor, but do not.
+    pub(crate) fn promised(&self, name: &str) -> Option<(PathBuf, String)> {
+        let Self::Mapped(Mapped { files, index: Some(index), .. }) = self else { return None };
+        let file = files.iter().find(|file| file.absent.iter().any(|absent| absent == name))?;
+        let shard = file.path.file_name()?.to_string_lossy().into_owned();
+        Some((index.clone(), shard))
+    }
+
     /// A tensor, or `None` for a name that is not there.
     pub(crate) fn view(&self, name: &str) -> Result<Option<View<'_>>> {
         match self {
@@ -61,6 +77,8 @@ impl Weights {
 #[derive(Debug)]
 pub(crate) struct Mapped {
     files: Vec<WeightFile>,
+    /// The index, of weights in shards.
+    index: Option<PathBuf>,
     /// Tensors by name, with the file that holds them.
     tensors: BTreeMap<String, (usize, Entry)>,
 }
@@ -74,6 +92,8 @@ pub struct WeightFile {
     pub metadata: BTreeMap<String, String>,
     /// Tensors that it holds, but that the index does not name: no loader sees them.
     pub unindexed: Vec<String>,
+    /// Tensors that the index places here, but that it does not hold.
+    pub absent: Vec<String>,
     map: Mmap,
 }
 
@@ -91,7 +111,7 @@ impl Mapped {
             Found::Single(path) => {
                 let (file, entries) = map_file(&path)?;
                 let tensors = entries.into_iter().map(|(name, entry)| (name, (0, entry)));
-                Ok(Self { files: vec![file], tensors: tensors.collect() })
+                Ok(Self { files: vec![file], index: None, tensors: tensors.collect() })
             }
             Found::Index(index) => open_shards(dir, &index),
         }
@@ -174,7 +194,9 @@ fn find_weights(dir: &Path, quantize: Option<&QuantizeConfig>) -> Result<Found> 
     match (single.is_file(), index.is_file()) {
         (true, _) => Ok(Found::Single(single)),
         (false, true) => Ok(Found::Index(index)),
-        (false, false) => Err(Error::NoWeights { dir }),
+        (false, false) => {
+            Err(foreign::recognize(&dir).unwrap_or_else(|| Error::NoWeights { dir: dir.clone() }))
+        }
     }
 }
 
@@ -197,7 +219,8 @@ fn list_extension(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Opens the shards of an index, and checks that each holds what the index says.
+/// Opens the shards of an index. What one lacks of that the index places there is noted: it matters
+/// only if the model needs it.
 fn open_shards(dir: &Path, index: &Path) -> Result<Mapped> {
     let mut files = Vec::new();
     let mut tensors = BTreeMap::new();
@@ -209,15 +232,15 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Mapped> {
         let (mut file, entries) = map_file(&path)?;
         let mut entries: BTreeMap<String, Entry> = entries.into_iter().collect();
         for tensor in names {
-            let Some(entry) = entries.remove(&tensor) else {
-                return Err(Error::IndexMismatch { index: index.to_owned(), tensor, shard });
-            };
-            tensors.insert(tensor, (files.len(), entry));
+            match entries.remove(&tensor) {
+                Some(entry) => drop(tensors.insert(tensor, (files.len(), entry))),
+                None => file.absent.push(tensor),
+            }
         }
         file.unindexed = entries.into_keys().collect();
         files.push(file);
     }
-    Ok(Mapped { files, tensors })
+    Ok(Mapped { files, index: Some(index.to_owned()), tensors })
 }
 
 /// The index's tensors by shard.
@@ -227,7 +250,7 @@ pub(crate) fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> 
         key: key.to_owned(),
         reason,
     };
-    let text = std::fs::read_to_string(index).map_err(Error::io("read", index))?;
+    let text = json::text(index).map_err(Error::io("read", index))?;
     let parsed: Map<String, Value> = serde_json::from_str(&text).map_err(Error::json(index))?;
     let Some(Value::Object(weight_map)) = parsed.get("weight_map") else {
         return Err(invalid("weight_map", "is missing or no object".to_owned()));
@@ -262,5 +285,8 @@ pub(crate) fn map_file(path: &Path) -> Result<(WeightFile, Vec<(String, Entry)>)
         (entries, BTreeMap::new())
     };
     release(&map, 0..map.len());
-    Ok((WeightFile { path: owned(), metadata, unindexed: Vec::new(), map }, entries))
+    Ok((
+        WeightFile { path: owned(), metadata, unindexed: Vec::new(), absent: Vec::new(), map },
+        entries,
+    ))
 }

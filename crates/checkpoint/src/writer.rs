@@ -26,7 +26,6 @@ const COPY_VALUES: usize = 1 << 20;
 #[derive(Debug)]
 pub struct CheckpointWriter {
     partial: Partial,
-    source_dir: PathBuf,
     config: ModelConfig,
     quantize: QuantizeConfig,
     layout: Layout,
@@ -69,28 +68,29 @@ pub struct Written {
 }
 
 impl CheckpointWriter {
-    /// Prepares `out`: makes the working folder, checks the disk, and writes all headers. `config`
-    /// is the model to write; `source` gives its tokeniser and other small files at the end.
+    /// Prepares `out`: makes the working folder, checks the disk, copies the tokeniser and the other
+    /// small files of `source`, whose shape the model has, and writes all headers.
     ///
     /// # Errors
     /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`],
-    /// [`Error::DiskSpace`], everything that [`plan_files`] refuses, and [`Error::Io`].
+    /// [`Error::DiskSpace`], everything that [`plan_files`] refuses, [`Error::FileName`], and
+    /// [`Error::Io`].
     pub fn create(
         out: &Path,
         source: &Checkpoint,
-        config: &ModelConfig,
         quantize: &QuantizeConfig,
         layout: Layout,
         extra_metadata: &BTreeMap<String, String>,
         max_shard_bytes: Option<u64>,
     ) -> Result<Self> {
-        let plan = plan_files(config, quantize, layout, extra_metadata, max_shard_bytes)?;
+        let config = source.config().clone().untied();
+        let plan = plan_files(&config, quantize, layout, extra_metadata, max_shard_bytes)?;
         let partial = Partial::create(out)?;
         check_space(partial.path(), plan.total_bytes)?;
+        side_files::carry(source.dir(), &partial)?;
         let mut writer = Self {
             partial,
-            source_dir: source.dir().to_owned(),
-            config: config.clone(),
+            config,
             quantize: quantize.clone(),
             layout,
             plan,
@@ -197,7 +197,7 @@ impl CheckpointWriter {
         self.seal()?.publish()
     }
 
-    /// Completes the checkpoint: configuration, carried files, index; everything is synced to disk.
+    /// Completes the checkpoint: configuration and index; everything is synced to disk.
     ///
     /// # Errors
     /// [`Error::MissingTensors`] naming the first that were never written, and [`Error::Io`]; the
@@ -209,7 +209,6 @@ impl CheckpointWriter {
             let path = self.partial.path().join(&shard.file_name);
             file.sync_all().map_err(Error::io("write", &path))?;
         }
-        side_files::carry(&self.source_dir, &self.partial)?;
         let text = self.quantize.config_text(self.config.raw(), self.layout)?;
         self.partial.write(Path::new("config.json"), text.as_bytes())?;
         let text = self.quantize.file_text(self.layout)?;

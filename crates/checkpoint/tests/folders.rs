@@ -96,7 +96,7 @@ fn create(
     layout: Layout,
     max: Option<u64>,
 ) -> Result<CheckpointWriter, Error> {
-    CheckpointWriter::create(out, source, source.config(), quantize, layout, &BTreeMap::new(), max)
+    CheckpointWriter::create(out, source, quantize, layout, &BTreeMap::new(), max)
 }
 
 /// Writes everything that the plan needs, linears last block first.
@@ -161,7 +161,14 @@ proptest! {
             read.release(&name);
             prop_assert_eq!(read.tensor(&name).unwrap().bytes.len(), tensor.bytes.len());
         }
-        prop_assert_eq!(read.contains("lm_head.weight"), !tied);
+        // A tied model's head is written, too, and is its embedding.
+        prop_assert!(read.names().any(|name| name == "lm_head.weight"));
+        prop_assert!(!read.config().tie_word_embeddings);
+        let head = read.tensor("lm_head.weight").unwrap();
+        prop_assert_eq!(
+            head.to_f16().unwrap(),
+            source.tensor("lm_head.weight").unwrap().to_f16().unwrap()
+        );
         prop_assert_eq!(
             read.contains("model.layers.1.self_attn.rotary_emb.inv_freq"),
             layout == Layout::Card
@@ -320,6 +327,15 @@ fn first_shard(dir: &Path) -> PathBuf {
     found.find(|p| p.to_string_lossy().contains("model-00001-of-")).unwrap()
 }
 
+/// Has an index name another shard for a tensor.
+fn misplace(index: &Path, tensor: &str) {
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(index).unwrap()).unwrap();
+    let map = json["weight_map"].as_object_mut().unwrap();
+    let other = map.values().find(|shard| **shard != map[tensor]).unwrap().clone();
+    map[tensor] = other;
+    fs::write(index, json.to_string()).unwrap();
+}
+
 /// Bytes of a tensor in its shard, changed in place.
 fn overwrite(dir: &Path, tensor: &str, bytes: &[u8]) {
     for entry in fs::read_dir(dir).unwrap() {
@@ -357,8 +373,8 @@ fn damaged_folders_say_which_file_and_tensor() {
         ),
         (Box::new(|d| fs::write(first_shard(d), "").unwrap()), &["model-00001-of", "truncated"]),
         (
-            Box::new(move |d| edit(&index(d), "model.embed_tokens.weight", "model.other")),
-            &["model.safetensors.index.json", "`model.other`", "model-00001-of"],
+            Box::new(move |d| misplace(&index(d), &format!("{q}.g_idx"))),
+            &["model.safetensors.index.json", "q_proj.g_idx`", "which does not hold it"],
         ),
         (
             Box::new(move |d| edit(&index(d), "\"model-00001", "\"../model-00001")),

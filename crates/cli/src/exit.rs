@@ -1,9 +1,9 @@
 //! How errors are shown and which exit code they get.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use crate::launch;
+use crate::printer::write_stderr;
 
 const USER: u8 = 1;
 const INTERNAL: u8 = 2;
@@ -33,7 +33,7 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
             shown = cause;
         }
     }
-    let _ = writeln!(std::io::stderr(), "{message}");
+    write_stderr(&message);
     ExitCode::from(if is_internal(error) { INTERNAL } else { USER })
 }
 

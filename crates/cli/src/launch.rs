@@ -6,10 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use gptq_compute::Launch;
 
-/// How long processes wait for each other: nodes of a cluster do not start at once.
+/// How long processes wait for each other: nodes of a cluster do not start at once. `GPTQ_JOIN_TIMEOUT`
+/// sets another number of seconds.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// The port where torch's own processes meet by default.
 const PORT: u16 = 29_500;
+/// A day.
+const MOST_SECONDS: u64 = 86_400;
 
 /// This process among others.
 #[derive(Clone, Debug)]
@@ -19,14 +22,31 @@ pub(crate) struct Launched {
     pub(crate) local_rank: usize,
 }
 
-/// Variables of a launcher: rank, number of ranks, rank on the host.
-const LAUNCHERS: [[&str; 3]; 5] = [
-    ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
-    ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"],
+/// Variables of a launcher.
+struct Launcher {
+    /// Rank, number of ranks, rank on the host.
+    place: [&'static str; 3],
+    /// What tells one run from another: the first list whose first variable is set.
+    run: &'static [&'static [&'static str]],
+}
+
+// A job that was put back into the queue keeps its number.
+const SLURM_RUN: &[&[&str]] = &[&["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]];
+
+const LAUNCHERS: [Launcher; 5] = [
+    Launcher {
+        place: ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+        // Not the count of restarts, which each node's torchrun counts for itself.
+        run: &[&["TORCHELASTIC_RUN_ID"]],
+    },
+    Launcher { place: ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"], run: SLURM_RUN },
     // A batch script has these two as well, though it is no rank: they need MASTER_ADDR beside them.
-    ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
-    ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
-    ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"],
+    Launcher { place: ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"], run: SLURM_RUN },
+    Launcher {
+        place: ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
+        run: &[&["PMIX_NAMESPACE"], &["OMPI_MCA_ess_base_jobid"]],
+    },
+    Launcher { place: ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"], run: &[&["PMIX_NAMESPACE"]] },
 ];
 
 /// The place of this process; `None` when it was started alone.
@@ -41,12 +61,12 @@ pub(crate) fn follower() -> Option<usize> {
 
 fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
     let host = get("MASTER_ADDR");
-    let used = |[rank, size, _]: &&[&str; 3]| {
-        get(rank).is_some() && get(size).is_some() && (*size != "SLURM_NTASKS" || host.is_some())
+    let used = |launcher: &&Launcher| {
+        let [rank, size, _] = launcher.place;
+        get(rank).is_some() && get(size).is_some() && (size != "SLURM_NTASKS" || host.is_some())
     };
-    let Some([rank_name, size_name, local_name]) = LAUNCHERS.iter().find(used) else {
-        return Ok(None);
-    };
+    let Some(launcher) = LAUNCHERS.iter().find(used) else { return Ok(None) };
+    let [rank_name, size_name, local_name] = launcher.place;
     let number = |name: &str| -> Result<usize> {
         let text = get(name).unwrap_or_default();
         text.parse().with_context(|| format!("`{name}={text}` in the environment is no number"))
@@ -80,8 +100,32 @@ fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
         port = port.checked_add(1).context("`MASTER_PORT=65535` leaves no port for the ranks")?;
     }
     let local_rank = if get(local_name).is_some() { number(local_name)? } else { rank };
-    let launch = Launch { rank, size, host, port, patience: PATIENCE };
+    let mut patience = PATIENCE;
+    if let Some(text) = get("GPTQ_JOIN_TIMEOUT") {
+        let seconds = text.parse().ok().filter(|seconds| (1..=MOST_SECONDS).contains(seconds));
+        let seconds = seconds.with_context(|| {
+            format!(
+                "`GPTQ_JOIN_TIMEOUT={text}` in the environment is no number of seconds from 1 to \
+                 {MOST_SECONDS}"
+            )
+        })?;
+        patience = Duration::from_secs(seconds);
+    }
+    let run_id = run_id(launcher, get);
+    let launch = Launch { rank, size, host, port, run_id, patience };
     Ok(Some(Launched { launch, local_rank }))
+}
+
+/// Which run this is: `GPTQ_RUN_ID`, or what the launcher that started it calls it.
+fn run_id(launcher: &Launcher, get: &dyn Fn(&str) -> Option<String>) -> Option<String> {
+    if let Some(id) = get("GPTQ_RUN_ID") {
+        return Some(format!("GPTQ_RUN_ID={id}"));
+    }
+    // torchrun calls a run `none` where nobody has given it a name.
+    let set = |name: &&str| Some(format!("{name}={}", get(name).filter(|id| id != "none")?));
+    let variables =
+        launcher.run.iter().find(|names| names.iter().take(1).any(|n| set(n).is_some()));
+    Some(variables?.iter().filter_map(set).collect::<Vec<_>>().join(" "))
 }
 
 #[cfg(test)]
@@ -103,9 +147,11 @@ mod tests {
             ("MASTER_ADDR", "node0"),
             ("MASTER_PORT", "29400"),
             ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+            ("TORCHELASTIC_RUN_ID", "none"),
         ];
         let found = from(&torchrun).unwrap().unwrap();
-        let Launch { rank, size, host, port, .. } = found.launch;
+        let Launch { rank, size, host, port, run_id, patience } = found.launch;
+        assert_eq!((run_id, patience), (None, PATIENCE));
         assert_eq!((rank, size, host.as_str(), port, found.local_rank), (3, 4, "node0", 29401, 1));
 
         let srun = [
@@ -123,6 +169,33 @@ mod tests {
         assert!(from(&[("RANK", "0"), ("WORLD_SIZE", "1")]).unwrap().is_none());
     }
 
+    /// What the launcher calls the run of a process with these variables.
+    fn run_of(launcher: &[(&str, &str)], more: &[(&str, &str)]) -> Option<String> {
+        let host = [("MASTER_ADDR", "node0")];
+        from(&[launcher, more, &host].concat()).unwrap().unwrap().launch.run_id
+    }
+
+    #[test]
+    fn runs_are_told_apart_by_what_their_launcher_calls_them() {
+        let torchrun = [("RANK", "0"), ("WORLD_SIZE", "2")];
+        assert_eq!(run_of(&torchrun, &[]), None);
+        let run = [("TORCHELASTIC_RUN_ID", "7f"), ("SLURM_JOB_ID", "12")];
+        assert_eq!(run_of(&torchrun, &run).unwrap(), "TORCHELASTIC_RUN_ID=7f");
+        let own = [("TORCHELASTIC_RUN_ID", "7f"), ("GPTQ_RUN_ID", "mine")];
+        assert_eq!(run_of(&torchrun, &own).unwrap(), "GPTQ_RUN_ID=mine");
+
+        let srun = [("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "2")];
+        let step = [("SLURM_JOB_ID", "12"), ("SLURM_STEP_ID", "0")];
+        assert_eq!(run_of(&srun, &step).unwrap(), "SLURM_JOB_ID=12 SLURM_STEP_ID=0");
+        assert_eq!(run_of(&srun, &step[1..]), None);
+
+        let mpirun = [("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")];
+        let old = run_of(&mpirun, &[("OMPI_MCA_ess_base_jobid", "9")]);
+        assert_eq!(old.unwrap(), "OMPI_MCA_ess_base_jobid=9");
+        let new = [("OMPI_MCA_ess_base_jobid", "9"), ("PMIX_NAMESPACE", "prterun-9")];
+        assert_eq!(run_of(&mpirun, &new).unwrap(), "PMIX_NAMESPACE=prterun-9");
+    }
+
     #[test]
     fn what_does_not_fit_is_named() {
         for (variables, named) in [
@@ -137,6 +210,15 @@ mod tests {
                     ("MASTER_PORT", "-1"),
                 ],
                 "MASTER_PORT=-1",
+            ),
+            (
+                vec![
+                    ("RANK", "0"),
+                    ("WORLD_SIZE", "2"),
+                    ("MASTER_ADDR", "a"),
+                    ("GPTQ_JOIN_TIMEOUT", "0"),
+                ],
+                "GPTQ_JOIN_TIMEOUT=0",
             ),
         ] {
             let error = format!("{:#}", from(&variables).unwrap_err());

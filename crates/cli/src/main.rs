@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod exit;
 mod launch;
+mod plain;
 mod printer;
 mod team;
 
@@ -20,7 +21,11 @@ use printer::Printer;
 fn main() -> ExitCode {
     // While there is one thread.
     gptq_compute::cuda::prepare_environment();
-    let cli = match Cli::try_parse() {
+    let words = match args::typed(std::env::args_os()) {
+        Ok(words) => words,
+        Err(error) => return exit::report(&error.into()),
+    };
+    let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error),
     };

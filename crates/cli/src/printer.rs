@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use gptq_pipeline::progress::{BlockReport, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::plain::plain;
+
 /// Prints progress as bars on a terminal and as lines elsewhere. Clones draw the same bars.
 #[derive(Clone)]
 pub(crate) struct Printer {
@@ -82,8 +84,8 @@ impl Printer {
 }
 
 /// Writes a line; a closed stderr is nobody's concern.
-fn write_stderr(message: &str) {
-    let _ = writeln!(std::io::stderr(), "{message}");
+pub(crate) fn write_stderr(message: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", plain(message));
 }
 
 impl Progress for Printer {
@@ -119,8 +121,14 @@ impl Progress for Printer {
             return;
         }
         let steps = self.phase().as_ref().map_or(0, |p| p.steps);
-        let error =
-            report.mean_error().map_or_else(String::new, |e| format!("  relative error {e:.3e}"));
+        let error = match report.mean_error() {
+            Some(error) => format!("  relative error {error:.3e}"),
+            // Its linears were calibrated, but none has outputs to be relative to.
+            None if report.linears.iter().any(|l| l.damp.is_some()) => {
+                "  relative error –".to_owned()
+            }
+            None => String::new(),
+        };
         self.note(&format!("block {}/{steps}{error}  {:.2} s", report.block + 1, report.seconds));
     }
 

@@ -35,10 +35,15 @@ impl Team {
         &self.devices[0]
     }
 
+    /// Number of ranks, those of other processes included.
+    pub(crate) fn ranks(&self) -> usize {
+        self.seats.first().map_or(1, Seat::size)
+    }
+
     /// All devices' name for reports.
     pub(crate) fn name(&self) -> String {
         let name = self.device().name();
-        match self.seats.first().map_or(1, Seat::size) {
+        match self.ranks() {
             1 => name,
             size => format!("{size} × {name}"),
         }

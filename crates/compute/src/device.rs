@@ -123,11 +123,13 @@ impl Device {
         }
     }
 
-    /// What results may depend on to the bit: the card, or the CPU whatever its number of threads.
+    /// What results may depend on to the bit: the card, or the CPU whatever its number of threads. Of a
+    /// CPU its widest instructions count, too, by which matrixmultiply and the row loops choose their
+    /// code: a fused multiply-add rounds once where others round twice.
     pub fn kind(&self) -> String {
         match self {
             Self::Cuda(_) => self.name(),
-            Self::Cpu => format!("cpu ({})", std::env::consts::ARCH),
+            Self::Cpu => format!("cpu ({}{})", std::env::consts::ARCH, cpu_features()),
         }
     }
 
@@ -345,4 +347,23 @@ impl Device {
             Storage::Cuda(m) => cuda::elementwise::all_finite(m),
         }
     }
+}
+
+/// The instructions by which products and row loops are chosen at run time, as matrixmultiply (without
+/// its feature `avx512`) and `cpu::simd` test for them.
+#[cfg(target_arch = "x86_64")]
+fn cpu_features() -> &'static str {
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        ", fma"
+    } else if is_x86_feature_detected!("avx") {
+        ", avx"
+    } else {
+        ", sse2"
+    }
+}
+
+/// Elsewhere there is one code for all processors of an architecture.
+#[cfg(not(target_arch = "x86_64"))]
+fn cpu_features() -> &'static str {
+    ""
 }

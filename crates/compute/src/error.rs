@@ -128,6 +128,13 @@ pub enum Error {
         /// Which one, where it is known.
         rank: Option<usize>,
     },
+    /// Ranks that were not started alike.
+    #[error(
+        "The ranks do not agree: they differ in {}; start all of them with one command, one build and \
+         the same files",
+        .0.join("; ")
+    )]
+    Disagreement(Vec<String>),
     /// Ranks that do not find each other, or do not fit each other.
     #[error("{0}")]
     Ranks(String),

@@ -26,6 +26,6 @@ pub use error::{Error, Result};
 pub use gram::{Gram, HessianPrep, Precision};
 pub use host::{FloatType, HostMatrix};
 pub use laps::Laps;
-pub use ranks::{Launch, Ranks, Seat, Watch, share};
+pub use ranks::{Agreement, Launch, Ranks, Seat, Watch, frames, greeting, share};
 pub use rope::RopeTable;
 pub use tensor::Tensor;

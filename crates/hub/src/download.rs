@@ -3,15 +3,19 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::time::Instant;
 
 use reqwest::StatusCode;
 use reqwest::blocking::Response;
-use reqwest::header::CONTENT_RANGE;
+use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE};
 
-use crate::api::{Api, Failure, Patience, RemoteFile};
+use crate::api::Api;
 use crate::cache::RepoCache;
 use crate::hash::Hasher;
+use crate::http::{Coding, broken};
+use crate::listing::RemoteFile;
 use crate::progress::Meter;
+use crate::retry::{Failure, Patience};
 use crate::stop::Stop;
 use crate::{Error, Result};
 
@@ -20,6 +24,9 @@ const BUFFER: usize = 1 << 20;
 
 /// A file that arrives whole and wrong is asked for once more: the fault may have been underway.
 const DAMAGED_ATTEMPTS: u32 = 2;
+
+/// Fewer bytes than this in the time of silence that is borne, and a connection is as good as dead.
+const TRICKLE: u64 = 1024;
 
 /// What the files of a download share.
 pub(crate) struct Download<'a> {
@@ -43,9 +50,9 @@ impl Download<'_> {
         }
         let mut patience = Patience::new(self.api.hub().retries, self.stop);
         let mut damaged = 0;
-        let incomplete = self.cache.incomplete(&file.digest);
+        let incomplete = self.cache.incomplete(file);
+        let mut furthest = length(&incomplete);
         while !self.stop.is_set() {
-            let before = length(&incomplete);
             match self.attempt(file, &incomplete) {
                 Ok(true) => {
                     progress.file(&file.path, file.bytes);
@@ -64,7 +71,9 @@ impl Download<'_> {
                     progress.note(&format!("{name}: arrived damaged; downloading it again"));
                 }
                 Err(failure) => {
-                    if length(&incomplete) > before {
+                    // What a proxy packs starts anew each time, so that less is no progress.
+                    if length(&incomplete) > furthest {
+                        furthest = length(&incomplete);
                         patience.restore();
                     }
                     patience.spend(&name, failure, progress)?;
@@ -95,7 +104,8 @@ impl Download<'_> {
                 self.meter.take_back(have);
                 have = restart(&mut target, incomplete)?;
                 hasher = file.digest.hasher(file.bytes);
-                if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+                // Only an answer with the whole file is of use.
+                if response.status() != StatusCode::OK {
                     response = self.api.open(self.commit, &file.path, 0)?;
                 }
             }
@@ -111,7 +121,7 @@ impl Download<'_> {
         }
         // The blob's name is the promise that it is whole, also after a power cut.
         target.sync_all().map_err(Error::io("write", incomplete))?;
-        let blob = self.cache.blob(&file.digest);
+        let blob = self.cache.blob(file);
         fs::rename(incomplete, &blob).map_err(Error::io("create", &blob))?;
         Ok(true)
     }
@@ -120,18 +130,29 @@ impl Download<'_> {
     fn receive(
         &self,
         file: &RemoteFile,
-        mut response: Response,
+        response: Response,
         mut sink: Sink<'_>,
     ) -> Result<bool, Failure> {
+        let limit = self.api.hub().limit;
+        let mut body = Coding::of(&self.name(file), response.headers())?.reader(response);
         let mut buffer = vec![0; BUFFER];
+        let (mut since, mut mark) = (Instant::now(), sink.have);
         loop {
             // With the last byte here, the blob is as good as made.
             if self.stop.is_set() && sink.have < file.bytes {
                 return Ok(false);
             }
-            let read = response.read(&mut buffer).map_err(|e| broken(&e))?;
+            let read = body.read(&mut buffer).map_err(|e| broken(&e, limit))?;
             if read == 0 {
                 break;
+            }
+            if since.elapsed() > limit {
+                if sink.have - mark < TRICKLE {
+                    let seconds = limit.as_secs();
+                    let reason = format!("fewer than {TRICKLE} bytes arrived in {seconds} s");
+                    return Err(Failure::transient(reason));
+                }
+                (since, mark) = (Instant::now(), sink.have);
             }
             let expected = file.bytes;
             if sink.have + read as u64 > expected {
@@ -189,17 +210,11 @@ fn remove(path: &Path) -> Result<()> {
     fs::remove_file(path).map_err(Error::io("remove", path))
 }
 
-/// Whether an answer goes on at `have`. A server may ignore the range and send the whole file.
+/// Whether an answer goes on at `have`. A server may ignore the range and send the whole file, and
+/// the range of a packed form is none of the file.
 fn continues(response: &Response, have: u64) -> bool {
     let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
     response.status() == StatusCode::PARTIAL_CONTENT
+        && !response.headers().contains_key(CONTENT_ENCODING)
         && range.is_some_and(|range| range.starts_with(&format!("bytes {have}-")))
-}
-
-fn broken(error: &std::io::Error) -> Failure {
-    let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<reqwest::Error>());
-    match cause {
-        Some(cause) => crate::api::interrupted(cause),
-        None => Failure::Transient { reason: error.to_string(), pause: None },
-    }
 }

@@ -14,10 +14,31 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The user forbade the network.
-    #[error("HF_HUB_OFFLINE is set, so the Hub cannot be asked for `{what}`; unset it")]
+    #[error("{variable} is set, so the Hub cannot be asked for `{what}`; unset it")]
     Offline {
         /// The repository.
         what: String,
+        /// The variable.
+        variable: &'static str,
+    },
+    /// The network is forbidden, and the cache does not hold all that was asked for.
+    #[error(
+        "{variable} is set, and `{what}` is not all there: {reason}; unset it to download what is \
+         missing"
+    )]
+    NotInCache {
+        /// The repository.
+        what: String,
+        /// The variable.
+        variable: &'static str,
+        /// What is missing.
+        reason: String,
+    },
+    /// `HF_HUB_DOWNLOAD_TIMEOUT` is no time.
+    #[error("HF_HUB_DOWNLOAD_TIMEOUT is `{value}`, expected a whole number of seconds")]
+    Timeout {
+        /// The value found.
+        value: String,
     },
     /// `HF_ENDPOINT` is no address.
     #[error("HF_ENDPOINT is `{endpoint}`, expected an http or https address")]
@@ -38,7 +59,7 @@ pub enum Error {
         id: String,
     },
     /// Not a revision or branch.
-    #[error("`{revision}` is no valid revision or branch name")]
+    #[error("`{revision}` is no revision or branch name that git allows")]
     InvalidRevision {
         /// The name as given.
         revision: String,
@@ -56,11 +77,13 @@ pub enum Error {
     /// The Hub wants to know who asks. It says so for repositories that do not exist, too.
     #[error(
         "The Hub does not show `{what}` to everybody: check its name, or set HF_TOKEN to a token \
-         that may read it"
+         that may read it{message}"
     )]
     TokenNeeded {
         /// Repository or file.
         what: String,
+        /// The Hub's own words, after a colon, or nothing.
+        message: String,
     },
     /// The Hub does not know the token.
     #[error("The Hub refused the token of {source_name} for `{what}`: it may have expired")]
@@ -71,7 +94,7 @@ pub enum Error {
         source_name: String,
     },
     /// Terms that have to be accepted first, or no right to write.
-    #[error("The Hub forbids {action} `{what}`: {hint}")]
+    #[error("The Hub forbids {action} `{what}`: {hint}{message}")]
     Forbidden {
         /// `reading` or `writing`.
         action: &'static str,
@@ -79,6 +102,8 @@ pub enum Error {
         what: String,
         /// What to do.
         hint: String,
+        /// The Hub's own words, after a colon, or nothing.
+        message: String,
     },
     /// A repository, revision or file that is not there.
     #[error("The Hub has no {what}")]
@@ -105,6 +130,17 @@ pub enum Error {
         reason: String,
         /// Attempts made since the last byte arrived.
         attempts: u32,
+    },
+    /// A body packed in a way that was not asked for.
+    #[error(
+        "`{what}` came packed as `{coding}`, which was not asked for: a proxy on the way does that; \
+         tell it to leave these answers as they are, or go around it with NO_PROXY"
+    )]
+    Coding {
+        /// Repository or file.
+        what: String,
+        /// The way of packing.
+        coding: String,
     },
     /// An answer that makes no sense.
     #[error("The Hub's answer for `{what}` is unusable: {reason}")]
@@ -154,7 +190,8 @@ pub enum Error {
     },
     /// A file of another size than the listing says.
     #[error(
-        "`{file}` has {found} bytes, but the Hub lists {expected}; run the command again later"
+        "`{file}` came with {found} bytes twice, but the Hub lists {expected}: something between here \
+         and the Hub changes it, such as a proxy, or the Hub is wrong"
     )]
     WrongSize {
         /// Repository and file.
@@ -228,13 +265,88 @@ pub enum Error {
         /// What it was doing, as a participle phrase.
         doing: String,
     },
+    /// Something in a folder that has no contents to send.
+    #[error("`{}` is {kind}, not a file; move it out of the folder", path.display())]
+    NoFile {
+        /// Its path.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// A file that somebody else wrote to meanwhile.
+    #[error("`{}` changed while it was read; run the command again when it is finished", path.display())]
+    Changed {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A large file that the Hub would keep in git itself.
+    #[error(
+        "The Hub would keep `{file}` ({bytes} bytes) as plain git content instead of in its large \
+         file storage: let `.gitattributes` on the branch name its kind, as in \
+         `*.safetensors filter=lfs diff=lfs merge=lfs -text`"
+    )]
+    NotLarge {
+        /// Branch and file.
+        file: String,
+        /// Size.
+        bytes: u64,
+    },
+    /// A large file that the Hub's storage does not take.
+    #[error("The Hub's large file storage does not take `{file}`: {reason}")]
+    Storage {
+        /// Branch and file.
+        file: String,
+        /// The Hub's words, or what is wrong with its answer.
+        reason: String,
+    },
+    /// Links to the storage that do not work.
+    #[error("Cannot send `{file}` by the links that the Hub gave: {reason}; run the command again")]
+    LinkRefused {
+        /// Branch and file.
+        file: String,
+        /// The storage's answer.
+        reason: String,
+    },
+    /// An upload after which the Hub does not list what was sent.
+    #[error(
+        "`{repo}` does not hold what was sent: branch {branch} lists {found} for `{file}`; run the \
+         command again"
+    )]
+    NotArrived {
+        /// The repository.
+        repo: String,
+        /// The branch.
+        branch: String,
+        /// The file.
+        file: String,
+        /// What is listed.
+        found: String,
+    },
+    /// A repository that should be private and was made public.
+    #[error(
+        "`{repo}` was made public although --private asked for a private one; nothing was sent"
+    )]
+    MadePublic {
+        /// The repository.
+        repo: String,
+    },
     /// A failed step of an upload.
-    #[error("Cannot {action}: {reason}; run the command again to upload what is missing")]
+    #[error("Cannot {action}; run the command again to upload what is missing")]
     Upload {
         /// What was attempted, as a verb phrase.
         action: String,
-        /// The Hub's words, or the network's.
-        reason: String,
+        /// Why it failed.
+        source: Box<Error>,
+    },
+    /// A file that another program took away while it was being put into the cache.
+    #[error(
+        "`{}` is gone again: another program removes files from this cache; run the command again \
+         when it is done",
+        path.display()
+    )]
+    Gone {
+        /// The file in the snapshot.
+        path: PathBuf,
     },
 }
 

@@ -6,14 +6,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use crate::api::{Api, Kind, RemoteFile};
+use crate::api::{Api, Kind};
 use crate::cache::RepoCache;
 use crate::download::Download;
-use crate::hub::check_revision;
+use crate::listing::{Listing, RemoteFile, clash};
 use crate::needed::{Needed, available_splits, model_files, shards, split_files};
 use crate::progress::Meter;
+use crate::revision::check_revision;
 use crate::stop::Stop;
 use crate::{Error, Hub, Progress, Result};
+use crate::{offline, tree};
 
 /// Files downloaded at a time: one connection seldom fills a fast line.
 const CONNECTIONS: usize = 4;
@@ -59,11 +61,13 @@ pub struct Fetched {
 ///
 /// Each file that arrives is checked by size and hash before it gets its name. One that is there is
 /// taken on its size; with `verified` it is hashed, and downloaded again if it is wrong. What has
-/// arrived stays when this fails, and the next call goes on from there.
+/// arrived stays when this fails, and the next call goes on from there. Where the network is
+/// forbidden, what was asked for has to be in the cache.
 ///
 /// # Errors
-/// When the network is forbidden or fails for too long, the Hub refuses, the repository has not
-/// what was asked for, a file arrives wrong twice, or the disk is full.
+/// When the network is forbidden and something is missing, or it fails for too long, the Hub
+/// refuses, the repository has not what was asked for, a file arrives wrong twice, or the disk is
+/// full.
 pub fn fetch(
     hub: &Hub,
     source: &Source,
@@ -72,25 +76,53 @@ pub fn fetch(
     verified: bool,
     progress: &dyn Progress,
 ) -> Result<Fetched> {
-    let (kind, id) = match source {
-        Source::Model(id) | Source::Config(id) => (Kind::Model, id),
-        Source::Dataset { id, .. } => (Kind::Dataset, id),
-    };
+    let (kind, id) = source.repository();
     check_revision(revision)?;
+    if hub.is_offline() {
+        return offline::fetched(hub, source, revision, cache, verified);
+    }
     let api = Api::new(hub, kind, id)?;
     let commit = api.commit(revision, progress)?;
-    let listing = api.files(&commit, progress)?;
-    let Needed { mut files, indices } = choose(source, &listing)?;
+    let listing = listed(&api, &commit, progress)?;
+    let Needed { mut files, indices } = choose(source, &listing.files)?;
 
     let cache = RepoCache::create(cache, kind, id)?;
     let received = Cell::new(0);
     let bring = Bring { api: &api, cache: &cache, commit: &commit, verified, received, progress };
-    files.extend(bring.shards(&indices, &listing)?);
+    files.extend(bring.shards(&indices, &listing.files)?);
     bring.all(&files)?;
+    tree::write(&cache, &commit, &listing)?;
     let folder = cache.publish(revision, &commit, &files)?;
     let bytes = blobs(&files).iter().map(|file| file.bytes).sum();
     let downloaded = bring.received.get();
     Ok(Fetched { folder, commit, files: files.len(), bytes, downloaded })
+}
+
+impl Source {
+    /// The repository's kind and id.
+    pub(crate) fn repository(&self) -> (Kind, &str) {
+        match self {
+            Self::Model(id) | Self::Config(id) => (Kind::Model, id),
+            Self::Dataset { id, .. } => (Kind::Dataset, id),
+        }
+    }
+}
+
+/// All files of a commit, in names that a folder can hold.
+pub(crate) fn listed(api: &Api<'_>, commit: &str, progress: &dyn Progress) -> Result<Listing> {
+    let listing = api.files(commit, progress)?;
+    if listing.odd > 0 {
+        progress.note(&format!(
+            "{}: left out {} files whose names would leave the repository's folder, or fit into none",
+            api.id(),
+            listing.odd
+        ));
+    }
+    if let Some(path) = clash(&listing.files) {
+        let reason = format!("`{path}` is a file and a folder at once");
+        return Err(Error::Answer { what: format!("{}@{commit}", api.id()), reason });
+    }
+    Ok(listing)
 }
 
 pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Needed> {
@@ -117,7 +149,7 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Needed> 
 }
 
 /// Equal files are one blob.
-fn blobs(files: &[RemoteFile]) -> Vec<&RemoteFile> {
+pub(crate) fn blobs(files: &[RemoteFile]) -> Vec<&RemoteFile> {
     let by_hash: BTreeMap<&str, &RemoteFile> = files.iter().map(|f| (f.digest.hex(), f)).collect();
     by_hash.into_values().collect()
 }
@@ -145,7 +177,7 @@ impl Bring<'_> {
         self.all(indices)?;
         let mut found = BTreeMap::new();
         for index in indices {
-            let blob = self.cache.blob(&index.digest);
+            let blob = self.cache.blob(index);
             let text = fs::read(&blob).map_err(Error::io("read", &blob))?;
             let what = format!("{}/{}", self.api.id(), index.path);
             let shards = shards(&what, &text, listing)?;
@@ -205,18 +237,18 @@ impl Bring<'_> {
     }
 }
 
-/// Works on all of `files`, several at a time; the first failure stops the others.
-fn side_by_side(
-    files: &[&RemoteFile],
+/// Works on all of `items`, several at a time; the first failure stops the others.
+pub(crate) fn side_by_side<T: Sync>(
+    items: &[T],
     stop: &Stop,
     doing: impl Fn() -> String,
-    work: impl Fn(&RemoteFile) -> Result<()> + Sync,
+    work: impl Fn(&T) -> Result<()> + Sync,
 ) -> Result<()> {
-    let queue = Mutex::new(files.iter());
+    let queue = Mutex::new(items.iter());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let work = || -> Result<()> {
-        while let Some(file) = next() {
-            if let Err(error) = work(file) {
+        while let Some(item) = next() {
+            if let Err(error) = work(item) {
                 stop.set();
                 return Err(error);
             }
@@ -235,13 +267,10 @@ fn side_by_side(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hash::Digest;
 
     #[test]
     fn a_panic_is_called_one_and_loses_no_other_file() {
-        let digest = Digest::parse(&"a".repeat(40)).unwrap();
-        let file =
-            |path: &str| RemoteFile { path: path.to_owned(), bytes: 4, digest: digest.clone() };
+        let file = |path: &str| RemoteFile::test(path, 4, &"a".repeat(40));
         let files = [file("a"), file("b"), file("c")];
         let done = Mutex::new(Vec::new());
         let doing = || "downloading `org/name`".to_owned();

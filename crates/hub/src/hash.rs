@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 /// What a file must hash to, in lower-case hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Digest {
+pub enum Digest {
     /// SHA-256 of a large file.
     Sha256(String),
     /// Git's name of a small file: SHA-1 of a header with its size, and the file.
@@ -29,7 +29,8 @@ impl Digest {
     }
 
     /// The digits, which name the blob.
-    pub(crate) fn hex(&self) -> &str {
+    #[must_use]
+    pub fn hex(&self) -> &str {
         let (Self::Sha256(hex) | Self::Git(hex)) = self;
         hex
     }
@@ -37,7 +38,7 @@ impl Digest {
     /// A hasher of the same kind for a file of so many bytes.
     pub(crate) fn hasher(&self, bytes: u64) -> Hasher {
         match self {
-            Self::Sha256(_) => Hasher::Sha256(Sha256::new()),
+            Self::Sha256(_) => Hasher::sha256(),
             Self::Git(_) => {
                 let mut hasher = Sha1::new();
                 hasher.update(format!("blob {bytes}\0"));
@@ -71,6 +72,10 @@ pub(crate) enum Hasher {
 }
 
 impl Hasher {
+    pub(crate) fn sha256() -> Self {
+        Self::Sha256(Sha256::new())
+    }
+
     pub(crate) fn update(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(hasher) => hasher.update(bytes),

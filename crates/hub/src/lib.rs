@@ -6,9 +6,11 @@
 //! - [`Stream`] brings a model's shards a few ahead of a reader that deletes them.
 //! - [`plan_push`] says which file of a folder goes to which branch, and [`push`] takes it there.
 //!
-//! Uploads go through hf-hub, which speaks the Hub's Xet protocol. Downloads are this crate's own
-//! HTTP: hf-hub 1.0 checks no hash (it drops the SHA-256 from listings), starts a broken file
-//! again, and files an error page as if it were the file.
+//! Large files are uploaded by git-lfs's batch protocol, which the Hub takes besides its Xet protocol
+//! (its Python client speaks it where hf-xet is not installed) and other servers take alone. Chunks
+//! that are there already are sent again, which Xet would save; quantised weights share few. No other
+//! library for the Hub is used: hf-hub 1.0 checks no hash of a download, starts a broken file again,
+//! and puts weights into git itself where a server has no Xet.
 //!
 //! This crate knows nothing of models, quantisation or the command line; progress is told through
 //! [`Progress`]. Without the feature `client` it is empty.
@@ -21,16 +23,28 @@ mod download;
 mod error;
 mod fetch;
 mod hash;
+mod http;
 mod hub;
+mod lfs;
+mod listing;
 mod needed;
+mod offline;
+mod plan;
 mod progress;
 mod push;
+mod retry;
+mod revision;
+mod send;
 mod stop;
 mod stream;
+mod tree;
 
 pub use error::{Error, Result};
 pub use fetch::{Fetched, Source, fetch};
+pub use hash::Digest;
 pub use hub::Hub;
+pub use listing::{Listing, RemoteFile};
+pub use plan::{BranchPlan, PlannedFile, plan_push};
 pub use progress::Progress;
-pub use push::{BranchPlan, PlannedFile, PushRequest, Pushed, plan_push, push};
+pub use push::{PushRequest, Pushed, push};
 pub use stream::Stream;

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
-use crate::api::RemoteFile;
+use crate::listing::RemoteFile;
 use crate::{Error, Result};
 
 /// Small files by extension; weights in other formats, images and scripts have none of these.
@@ -143,19 +143,18 @@ fn pair(path: &str) -> Option<(&str, &str)> {
     number.bytes().all(|b| b.is_ascii_digit()).then_some((folder, split))
 }
 
+/// How many files a split has, by the name of one: 2 for `test-00000-of-00002.parquet`.
+pub(crate) fn announced(path: &str) -> Option<usize> {
+    let (_, rest) = path.strip_suffix(".parquet")?.split_once("-of-")?;
+    rest.split('-').next()?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hash::Digest;
 
     fn listing(names: &[&str]) -> Vec<RemoteFile> {
-        let digest = Digest::parse(&"a".repeat(40)).unwrap();
-        let file = |name: &&str| RemoteFile {
-            path: (*name).to_owned(),
-            bytes: 10,
-            digest: digest.clone(),
-        };
-        names.iter().map(file).collect()
+        names.iter().map(|name| RemoteFile::test(name, 10, &"a".repeat(40))).collect()
     }
 
     fn chosen(names: &[&str]) -> Vec<String> {
@@ -276,6 +275,8 @@ mod tests {
         );
         assert_eq!(names("default", "test"), ["data/test-00000-of-00001-0a1b.parquet"]);
         assert_eq!(names("w2", "validation"), [""; 0]);
+        assert_eq!(announced("data/test-00000-of-00012-0a1b.parquet"), Some(12));
+        assert_eq!(announced("w2/my-test-0.parquet"), None);
         assert_eq!(available_splits(&files), "default:test, w2:my-test, w2:test, w2:train");
     }
 }

@@ -1,51 +1,49 @@
 //! Uploads: one Hub branch per folder.
 //!
-//! What is on the branch already is left alone, so a repeated upload sends what is missing. Weights
-//! get a commit each, before the small files: a failure costs one weight file at most, and whoever
-//! looks at an unfinished branch finds no config.json that promises a model.
+//! What is on the branch already is left alone, so a repeated upload sends what is missing. Large
+//! files go to the storage first, where they stay if the rest fails. Commits come after that, weights
+//! before the small files: whoever looks at an unfinished branch finds no config.json that promises a
+//! model. In the end the branch is listed again and compared with what was sent.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::fs::File;
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::Mutex;
 
-use hf_hub::progress::{ProgressEvent, ProgressHandler, UploadEvent};
-use hf_hub::repository::{CommitOperation, RepoTypeModel};
-use hf_hub::{HFClient, HFClientSync, HFError, HFRepositorySync};
-use serde::Serialize;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Method, Url};
+use serde::Deserialize;
+use serde_json::{Value, json};
 
-use crate::api::{Api, Kind, RemoteFile, USER_AGENT};
-use crate::hub::{check_revision, split_repo};
+use crate::api::{Api, Kind};
+use crate::hash::Digest;
+use crate::hub::split_repo;
+use crate::lfs::{Object, Storage, repeated};
+use crate::listing::RemoteFile;
+use crate::plan::{BranchPlan, MAIN, PlannedFile};
+use crate::progress::Meter;
+use crate::send::{Outgoing, Payload, Sender};
 use crate::{Error, Hub, Progress, Result};
 
-/// The branch that every repository has.
-const MAIN: &str = "main";
+/// Beginning of a file by which the Hub says how it wants to keep it.
+const SAMPLE: u64 = 512;
 
-/// A branch to be uploaded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BranchPlan {
-    /// Name on the Hub.
-    pub branch: String,
-    /// Folder here.
-    pub folder: PathBuf,
-    /// Its files, weights first, then by name.
-    pub files: Vec<PlannedFile>,
-}
+/// Names of a branch's other files that are told.
+const OTHERS: usize = 20;
 
-/// A file to be uploaded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct PlannedFile {
-    /// Path in the folder and on the branch, with `/` between its parts.
-    pub path: String,
-    /// Size.
-    pub bytes: u64,
-}
+/// Files that one request asks about.
+const ASKED: usize = 256;
 
-impl PlannedFile {
-    fn is_weights(&self) -> bool {
-        self.path.ends_with(".safetensors")
-    }
-}
+/// A commit holds no more than so many files, bytes of large ones and bytes within itself. Commits
+/// are what the Hub limits; one that is too large is not done in the time that proxies allow.
+const COMMIT_FILES: usize = 100;
+const COMMIT_LARGE: u64 = 64 << 30;
+const COMMIT_PLAIN: u64 = 32 << 20;
+
+/// The largest file that is sent within a commit, and so is in memory whole.
+const PLAIN: u64 = 64 << 20;
 
 /// An upload.
 #[derive(Clone, Debug)]
@@ -54,7 +52,7 @@ pub struct PushRequest<'a> {
     pub repo: &'a str,
     /// Make the repository private.
     pub private: bool,
-    /// What goes where, from [`plan_push`].
+    /// What goes where, from [`crate::plan_push`].
     pub branches: &'a [BranchPlan],
 }
 
@@ -69,119 +67,49 @@ pub struct Pushed {
     pub unchanged: usize,
 }
 
-/// Says what of `dir` goes where in `repo`, without a network: a checkpoint to `branch` (`main` if
-/// none is given), a folder of checkpoints to a branch each, or to `branch` only.
-///
-/// # Errors
-/// [`Error::InvalidId`], [`Error::NothingToPush`], [`Error::NoBranch`], [`Error::InvalidRevision`]
-/// for a folder whose name is no branch name, and [`Error::Io`].
-pub fn plan_push(repo: &str, dir: &Path, branch: Option<&str>) -> Result<Vec<BranchPlan>> {
-    split_repo(repo)?;
-    if let Some(branch) = branch {
-        check_revision(branch)?;
-    }
-    if is_checkpoint(dir) {
-        return Ok(vec![planned(branch.unwrap_or(MAIN), dir)?]);
-    }
-    let mut branches = Vec::new();
-    for (name, path) in entries(dir)? {
-        // A folder that is still being written has this ending.
-        if path.is_dir() && is_checkpoint(&path) && !name.ends_with(".partial") {
-            branches.push(name);
-        }
-    }
-    if branches.is_empty() {
-        return Err(Error::NothingToPush { dir: dir.to_owned() });
-    }
-    if let Some(branch) = branch {
-        if !branches.iter().any(|name| name == branch) {
-            let (dir, branch) = (dir.to_owned(), branch.to_owned());
-            return Err(Error::NoBranch { dir, branch, available: branches.join(", ") });
-        }
-        branches.retain(|name| name == branch);
-    }
-    branches.iter().map(|name| planned(name, &dir.join(name))).collect()
-}
-
-fn is_checkpoint(dir: &Path) -> bool {
-    dir.join("config.json").is_file()
-}
-
-fn planned(branch: &str, folder: &Path) -> Result<BranchPlan> {
-    check_revision(branch)?;
-    let mut files = Vec::new();
-    collect(folder, "", &mut files)?;
-    files.sort_by_key(|file| (!file.is_weights(), file.path.clone()));
-    Ok(BranchPlan { branch: branch.to_owned(), folder: folder.to_owned(), files })
-}
-
-/// Files below a folder but hidden ones, of which `.gitattributes` alone belongs to a repository.
-fn collect(folder: &Path, prefix: &str, files: &mut Vec<PlannedFile>) -> Result<()> {
-    for (name, path) in entries(folder)? {
-        if name.starts_with('.') && name != ".gitattributes" {
-            continue;
-        }
-        let meta = fs::metadata(&path).map_err(Error::io("read", &path))?;
-        if meta.is_dir() {
-            collect(&path, &format!("{prefix}{name}/"), files)?;
-        } else {
-            files.push(PlannedFile { path: format!("{prefix}{name}"), bytes: meta.len() });
-        }
-    }
-    Ok(())
-}
-
-/// Names and paths in a folder, sorted.
-fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
-        let path = entry.map_err(Error::io("list", folder))?.path();
-        match path.file_name().and_then(|name| name.to_str()) {
-            Some(name) => found.push((name.to_owned(), path)),
-            None => {
-                let source = std::io::Error::other("its name is not UTF-8");
-                return Err(Error::Io { action: "upload", path, source });
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
 /// Makes the repository and its branches where they are missing, and uploads what they lack.
 ///
 /// A new branch starts at the repository's first commit, so that it inherits nothing from `main`.
 /// Files on a branch that the folder does not hold stay, and are told of.
 ///
 /// # Errors
-/// Without a token, when the network is forbidden, or when the Hub refuses. What was uploaded by
-/// then stays.
+/// Without a token, when the network is forbidden, when the Hub refuses, or lists something else
+/// than what was sent. What was uploaded by then stays.
 pub fn push(hub: &Hub, request: &PushRequest<'_>, progress: &dyn Progress) -> Result<Pushed> {
+    split_repo(request.repo)?;
     let api = Api::new(hub, Kind::Model, request.repo)?;
-    let upload = Upload::connect(hub, request.repo)?;
+    if hub.token.is_none() {
+        return Err(Error::NoToken);
+    }
+    let sender = Sender::new(hub, request.repo)?;
+    let upload = Upload { api: &api, sender: &sender, progress };
     upload.make_repository(request.private)?;
-    upload.make_branches(request.branches, progress)?;
+    upload.make_branches(request.branches)?;
 
-    let mut missing = Vec::new();
+    let mut missing: Vec<(&BranchPlan, Vec<&PlannedFile>)> = Vec::new();
     let mut unchanged = 0;
     for plan in request.branches {
         progress.note(&format!("comparing {} with the Hub", plan.branch));
-        let there = api.files(&plan.branch, progress)?;
+        let there = api.files(&plan.branch, progress)?.files;
         warn_of_others(plan, &there, progress);
+        let mut lacking = Vec::new();
         for file in &plan.files {
             if is_there(plan, file, &there)? {
                 unchanged += 1;
             } else {
-                missing.push((plan, file));
+                lacking.push(file);
             }
         }
+        missing.push((plan, lacking));
     }
-    let bytes = missing.iter().map(|(_, file)| file.bytes).sum();
+    let all = || missing.iter().flat_map(|(_, files)| files);
+    let (files, bytes) = (all().count(), all().map(|file| file.bytes).sum());
     progress.begin(request.repo, bytes, 0);
-    let result = upload.commits(&missing, progress);
+    let meter = Meter::new(progress, 0);
+    let sent = missing.iter().try_for_each(|(plan, files)| upload.branch(plan, files, &meter));
     progress.end();
-    result?;
-    Ok(Pushed { files: missing.len(), bytes, unchanged })
+    sent?;
+    Ok(Pushed { files, bytes, unchanged })
 }
 
 fn warn_of_others(plan: &BranchPlan, there: &[RemoteFile], progress: &dyn Progress) {
@@ -193,8 +121,12 @@ fn warn_of_others(plan: &BranchPlan, there: &[RemoteFile], progress: &dyn Progre
         .collect();
     if !others.is_empty() {
         let (branch, folder) = (&plan.branch, plan.folder.display());
-        let others = others.join(", ");
-        progress.note(&format!("branch {branch} has files that {folder} lacks: {others}"));
+        let named = others[..others.len().min(OTHERS)].join(", ");
+        let more = match others.len().saturating_sub(OTHERS) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        progress.note(&format!("branch {branch} has files that {folder} lacks: {named}{more}"));
     }
 }
 
@@ -202,61 +134,82 @@ fn is_there(plan: &BranchPlan, file: &PlannedFile, there: &[RemoteFile]) -> Resu
     let Some(remote) = there.iter().find(|remote| remote.path == file.path) else {
         return Ok(false);
     };
+    // Weights that lie in git itself are not where they belong.
+    if file.is_weights() && file.bytes > 0 && matches!(remote.digest, Digest::Git(_)) {
+        return Ok(false);
+    }
     let path = plan.folder.join(&file.path);
     Ok(remote.bytes == file.bytes
         && remote.digest.is_of(&path).map_err(Error::io("read", &path))?)
 }
 
-/// A connection that may write to a repository.
-struct Upload<'a> {
-    hub: &'a Hub,
-    repo: &'a str,
-    client: HFClientSync,
-    remote: HFRepositorySync<RepoTypeModel>,
+/// How a file gets into a commit.
+enum Way {
+    /// Within it.
+    Plain,
+    /// By its hash: its contents are in the storage.
+    Large(Object),
 }
 
-impl<'a> Upload<'a> {
-    fn connect(hub: &'a Hub, repo: &'a str) -> Result<Self> {
-        let (owner, name) = split_repo(repo)?;
-        let token = hub.token.as_ref().ok_or(Error::NoToken)?;
-        let client = HFClient::builder()
-            .endpoint(hub.endpoint.as_str())
-            .token(token.secret.as_str())
-            .user_agent(USER_AGENT)
-            .retry_max_attempts(hub.retries as usize)
-            .build_sync()
-            .map_err(|e| failed(hub, repo, "connect", &e))?;
-        let remote = client.model(owner, name);
-        Ok(Self { hub, repo, client, remote })
-    }
+/// A file on its way, with what it hashes to.
+struct Ready<'a> {
+    file: &'a PlannedFile,
+    path: PathBuf,
+    way: Way,
+}
 
-    fn failed(&self, action: &str, error: &HFError) -> Error {
-        failed(self.hub, self.repo, action, error)
-    }
+/// A connection that may write to a repository.
+struct Upload<'a> {
+    api: &'a Api<'a>,
+    sender: &'a Sender<'a>,
+    progress: &'a dyn Progress,
+}
 
+impl Upload<'_> {
     fn make_repository(&self, private: bool) -> Result<()> {
-        let doing = "read the repository's description";
-        if self.remote.exists().send().map_err(|e| self.failed(doing, &e))? {
-            let info = self.remote.info().send().map_err(|e| self.failed(doing, &e))?;
-            if private && info.private == Some(false) {
-                return Err(Error::Public { repo: self.repo.to_owned() });
-            }
-            return Ok(());
+        if let Some(is_private) = self.found()? {
+            return match private && is_private == Some(false) {
+                true => Err(Error::Public { repo: self.api.id().to_owned() }),
+                false => Ok(()),
+            };
         }
-        self.client
-            .create_repository()
-            .repo_id(self.repo)
-            .repo_type(RepoTypeModel)
-            .private(private)
-            .exist_ok(true)
-            .send()
-            .map_err(|e| self.failed("create the repository", &e))?;
+        let (owner, name) = split_repo(self.api.id())?;
+        let body = json!({
+            "type": "model", "organization": owner, "name": name, "private": private,
+        });
+        let url = self.address(&["api", "repos", "create"]);
+        self.make("create the repository", url, &body)?;
+        // Another server may call the wish by another name, and pass over it.
+        if private && self.found()?.flatten() == Some(false) {
+            return Err(Error::MadePublic { repo: self.api.id().to_owned() });
+        }
         Ok(())
     }
 
-    fn make_branches(&self, plans: &[BranchPlan], progress: &dyn Progress) -> Result<()> {
-        let refs =
-            self.remote.list_refs().send().map_err(|e| self.failed("list the branches", &e))?;
+    /// Whether the repository exists, and then whether it says that it is private.
+    fn found(&self) -> Result<Option<Option<bool>>> {
+        #[derive(Deserialize)]
+        struct Info {
+            private: Option<bool>,
+        }
+        match self.api.json::<Info>(self.api.id(), self.api.api(&[]), self.progress) {
+            Ok((info, _)) => Ok(Some(info.private)),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn make_branches(&self, plans: &[BranchPlan]) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Refs {
+            branches: Vec<Branch>,
+        }
+        #[derive(Deserialize)]
+        struct Branch {
+            name: String,
+        }
+        let what = format!("the branches of {}", self.api.id());
+        let refs: Refs = self.api.json(&what, self.api.api(&["refs"]), self.progress)?.0;
         let exists = |name: &str| refs.branches.iter().any(|branch| branch.name == name);
         let missing: Vec<&str> = plans
             .iter()
@@ -266,188 +219,387 @@ impl<'a> Upload<'a> {
         if missing.is_empty() {
             return Ok(());
         }
-        let history = self.remote.list_commits().send();
-        let history = history.map_err(|e| self.failed("list the branches", &e))?;
-        let first = history.last().map(|commit| commit.id.clone());
+        let first = self.first_commit()?;
         for name in missing {
-            progress.note(&format!("creating branch {name}"));
-            match self.remote.create_branch().branch(name).maybe_revision(first.clone()).send() {
-                // Made by somebody else meanwhile.
-                Ok(()) | Err(HFError::Conflict { .. }) => {}
-                Err(e) => return Err(self.failed(&format!("create branch {name}"), &e)),
+            self.progress.note(&format!("creating branch {name}"));
+            let body = match &first {
+                Some(commit) => json!({"startingPoint": commit}),
+                None => json!({}),
+            };
+            let url = self.api.api(&["branch", name]);
+            self.make(&format!("create branch {name}"), url, &body)?;
+        }
+        Ok(())
+    }
+
+    /// The commit that the repository began with; the newest come first.
+    fn first_commit(&self) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct Commit {
+            id: String,
+        }
+        let what = format!("the commits of {}", self.api.id());
+        let mut first = None;
+        self.api.pages(&what, self.api.api(&["commits", MAIN]), self.progress, |body| {
+            let commits: Vec<Commit> = serde_json::from_slice(body).map_err(|e| e.to_string())?;
+            first = commits.into_iter().next_back().map(|commit| commit.id).or(first.take());
+            Ok(())
+        })?;
+        Ok(first)
+    }
+
+    /// Makes something that may be there: somebody else may have been faster.
+    fn make(&self, action: &str, url: Url, body: &Value) -> Result<()> {
+        match self.post(action, url, "application/json", body.to_string().into()) {
+            Err(Error::Upload { source, .. }) if is_conflict(&source) => Ok(()),
+            made => made.map(|_| ()),
+        }
+    }
+
+    fn address(&self, parts: &[&str]) -> Url {
+        let mut url = self.api.hub().endpoint.clone();
+        let root = url.path().trim_end_matches('/').to_owned();
+        url.set_path(&format!("{root}/{}", parts.join("/")));
+        url
+    }
+
+    fn post(&self, action: &str, url: Url, kind: &'static str, body: Vec<u8>) -> Result<Vec<u8>> {
+        let request = Outgoing {
+            method: Method::POST,
+            url,
+            headers: HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]),
+            payload: Payload::Bytes(body.into()),
+        };
+        repeated(self.api, self.sender, &request, self.api.id(), self.progress)
+            .map(|answer| answer.body)
+            .map_err(|source| failed(action, source))
+    }
+
+    /// Sends what a branch lacks.
+    fn branch(&self, plan: &BranchPlan, files: &[&PlannedFile], meter: &Meter<'_>) -> Result<()> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let ready = self.ready(plan, files)?;
+        let senders = Mutex::new(Vec::new());
+        let storage = Storage {
+            api: self.api,
+            sender: self.sender,
+            branch: &plan.branch,
+            meter,
+            senders: &senders,
+        };
+        let mut last = None;
+        for commit in commits(&ready) {
+            let large: Vec<&Object> = commit.iter().filter_map(Ready::object).collect();
+            let what = || format!("upload `{}` to {}", commit[0].file.path, plan.branch);
+            storage.upload(&large).map_err(|source| failed(&what(), source))?;
+            last = Some(self.commit(plan, commit, &what())?);
+            for ready in commit {
+                if ready.object().is_none() {
+                    meter.add(ready.file.bytes);
+                }
+                let name = format!("{}/{}", plan.branch, ready.file.path);
+                self.progress.file(&name, ready.file.bytes);
             }
         }
-        Ok(())
-    }
-
-    /// Each weight file in a commit of its own, then the rest of its branch in one.
-    fn commits(
-        &self,
-        missing: &[(&BranchPlan, &PlannedFile)],
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let mut done = 0;
-        let together = |a: &(&BranchPlan, &PlannedFile), b: &(&BranchPlan, &PlannedFile)| {
-            a.0.branch == b.0.branch && !a.1.is_weights() && !b.1.is_weights()
-        };
-        for files in missing.chunk_by(together) {
-            done += self.commit(files, done, progress)?;
+        match last {
+            Some(commit) => self.look(plan, &ready, commit.as_deref()),
+            None => Ok(()),
         }
-        Ok(())
     }
 
-    /// One commit; gives its bytes.
+    /// Asks how the Hub wants each file, and hashes the large ones.
+    fn ready<'b>(&self, plan: &BranchPlan, files: &[&'b PlannedFile]) -> Result<Vec<Ready<'b>>> {
+        #[derive(Deserialize)]
+        struct Modes {
+            files: Vec<Mode>,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Mode {
+            path: String,
+            upload_mode: String,
+            #[serde(default)]
+            should_ignore: bool,
+        }
+        let mut ready = Vec::new();
+        for files in files.chunks(ASKED) {
+            let described = files.iter().map(|file| {
+                let path = plan.folder.join(&file.path);
+                let sample = beginning(&path, SAMPLE).map_err(Error::io("read", &path))?;
+                let sample = BASE64_STANDARD.encode(sample);
+                Ok(json!({"path": file.path, "size": file.bytes, "sample": sample}))
+            });
+            let body = json!({"files": described.collect::<Result<Vec<_>>>()?});
+            let url = self.api.api(&["preupload", &plan.branch]);
+            let action = format!("upload `{}` to {}", files[0].path, plan.branch);
+            let answer =
+                self.post(&action, url, "application/json", body.to_string().into_bytes())?;
+            let modes: Modes = self.parsed(&answer)?;
+            for &file in files {
+                let mode = modes.files.iter().find(|mode| mode.path == file.path);
+                if mode.is_some_and(|mode| mode.should_ignore) {
+                    let (branch, path) = (&plan.branch, &file.path);
+                    self.progress.note(&format!(
+                        "{branch}/{path} is left out: the repository's .gitignore names it"
+                    ));
+                    continue;
+                }
+                let is_large = mode.is_some_and(|mode| mode.upload_mode == "lfs");
+                ready.push(self.way(plan, file, is_large)?);
+            }
+        }
+        Ok(ready)
+    }
+
+    fn way<'b>(
+        &self,
+        plan: &BranchPlan,
+        file: &'b PlannedFile,
+        is_large: bool,
+    ) -> Result<Ready<'b>> {
+        let path = plan.folder.join(&file.path);
+        let name = format!("{}/{}", plan.branch, file.path);
+        // The storage takes no empty files.
+        if !is_large || file.bytes == 0 {
+            if file.bytes > PLAIN || (file.is_weights() && file.bytes > 0) {
+                return Err(Error::NotLarge { file: name, bytes: file.bytes });
+            }
+            return Ok(Ready { file, path, way: Way::Plain });
+        }
+        let modified = std::fs::metadata(&path).and_then(|meta| meta.modified()).ok();
+        let oid = sha256(&path)?;
+        let way = Way::Large(Object { name, path: path.clone(), oid, bytes: file.bytes, modified });
+        Ok(Ready { file, path, way })
+    }
+
+    fn parsed<T: serde::de::DeserializeOwned>(&self, answer: &[u8]) -> Result<T> {
+        serde_json::from_slice(answer).map_err(|e| Error::Answer {
+            what: self.api.id().to_owned(),
+            reason: self.api.hub().redacted(&e.to_string()),
+        })
+    }
+
+    /// One commit; gives its name, if the Hub says it.
     fn commit(
         &self,
-        files: &[(&BranchPlan, &PlannedFile)],
-        done: u64,
-        progress: &dyn Progress,
-    ) -> Result<u64> {
-        let Some((plan, first)) = files.first() else { return Ok(0) };
-        let operations: Vec<CommitOperation> = files
-            .iter()
-            .map(|(plan, file)| {
-                CommitOperation::add_file(file.path.as_str(), plan.folder.join(&file.path))
-            })
-            .collect();
-        let message = match files {
-            [_] => format!("Upload {}", first.path),
+        plan: &BranchPlan,
+        files: &[Ready<'_>],
+        action: &str,
+    ) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Done {
+            commit_oid: Option<String>,
+        }
+        let summary = match files {
+            [one] => format!("Upload {}", one.file.path),
             _ => format!("Upload {} files", files.len()),
         };
-        let bytes: u64 = files.iter().map(|(_, file)| file.bytes).sum();
-        let (sender, receiver) = channel();
-        let commit = self
-            .remote
-            .create_commit()
-            .operations(operations)
-            .commit_message(message)
-            .revision(plan.branch.as_str())
-            .progress(Sent(sender));
-        let result = std::thread::scope(|scope| {
-            let job = scope.spawn(|| commit.send());
-            // The sender may outlive the job inside hf-hub, so its end is not waited for.
-            while !job.is_finished() {
-                match receiver.recv_timeout(Duration::from_millis(100)) {
-                    Ok(sent) => progress.position(done + bytes.min(sent)),
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => break,
-                }
+        let mut body = Vec::new();
+        let header = json!({"key": "header", "value": {"summary": summary, "description": ""}});
+        push_line(&mut body, &header);
+        for ready in files {
+            match &ready.way {
+                Way::Large(object) => push_line(
+                    &mut body,
+                    &json!({"key": "lfsFile", "value": {
+                        "path": ready.file.path, "algo": "sha256", "oid": object.oid,
+                        "size": object.bytes,
+                    }}),
+                ),
+                Way::Plain => push_plain(&mut body, ready)?,
             }
-            job.join()
-        });
-        let what = format!("`{}` to {}", first.path, plan.branch);
-        result
-            .map_err(|_| Error::Panicked { doing: format!("uploading {what}") })?
-            .map_err(|e| self.failed(&format!("upload {what}"), &e))?;
-        progress.position(done + bytes);
-        for (plan, file) in files {
-            progress.file(&format!("{}/{}", plan.branch, file.path), file.bytes);
         }
-        Ok(bytes)
+        let url = self.api.api(&["commit", &plan.branch]);
+        let answer = self.post(action, url, "application/x-ndjson", body)?;
+        Ok(self.parsed::<Done>(&answer)?.commit_oid)
+    }
+
+    /// Compares what a branch lists with what was sent.
+    fn look(&self, plan: &BranchPlan, sent: &[Ready<'_>], commit: Option<&str>) -> Result<()> {
+        let commit = commit.filter(|commit| crate::hub::is_plain(commit));
+        let there = self.api.files(commit.unwrap_or(&plan.branch), self.progress)?.files;
+        for ready in sent {
+            let remote = there.iter().find(|remote| remote.path == ready.file.path);
+            let as_sent = match (remote, &ready.way) {
+                (None, _) => false,
+                (Some(remote), Way::Large(object)) => {
+                    remote.bytes == object.bytes && remote.digest.hex() == object.oid
+                }
+                (Some(remote), Way::Plain) => {
+                    let is_of = remote.digest.is_of(&ready.path);
+                    is_of.map_err(Error::io("read", &ready.path))?
+                }
+            };
+            if !as_sent {
+                let found = match remote {
+                    None => "nothing".to_owned(),
+                    Some(remote) => format!("{} bytes with {}", remote.bytes, remote.digest),
+                };
+                return Err(Error::NotArrived {
+                    repo: self.api.id().to_owned(),
+                    branch: plan.branch.clone(),
+                    file: ready.file.path.clone(),
+                    found,
+                });
+            }
+        }
+        Ok(())
     }
 }
 
-/// Hands the bytes sent so far over to the thread that shows them.
-struct Sent(Sender<u64>);
-
-impl ProgressHandler for Sent {
-    fn on_progress(&self, event: &ProgressEvent) {
-        if let ProgressEvent::Upload(UploadEvent::Progress { bytes_completed, .. }) = event {
-            // Nobody listens any more when the upload is over.
-            let _ = self.0.send(*bytes_completed);
+impl Ready<'_> {
+    fn object(&self) -> Option<&Object> {
+        match &self.way {
+            Way::Plain => None,
+            Way::Large(object) => Some(object),
         }
     }
 }
 
-/// An error of hf-hub in words that say what to do, without the token.
-fn failed(hub: &Hub, repo: &str, action: &str, error: &HFError) -> Error {
-    let origin = || hub.token.as_ref().map_or_else(String::new, |token| token.origin.clone());
-    match error {
-        HFError::AuthRequired { .. } => {
-            Error::TokenRefused { what: repo.to_owned(), source_name: origin() }
-        }
-        HFError::Forbidden { .. } => Error::Forbidden {
-            action: "writing",
-            what: repo.to_owned(),
-            hint: format!("the token of {} needs the write role for it", origin()),
-        },
-        _ => {
-            let mut reason = error.to_string();
-            let mut source = std::error::Error::source(error);
-            while let Some(cause) = source {
-                let cause_text = cause.to_string();
-                if !reason.contains(&cause_text) {
-                    reason = format!("{reason}: {cause_text}");
-                }
-                source = cause.source();
-            }
-            Error::Upload { action: action.to_owned(), reason: hub.redacted(&reason) }
+/// Files in turn, as many as a commit may hold.
+fn commits<'a, 'b>(files: &'a [Ready<'b>]) -> Vec<&'a [Ready<'b>]> {
+    let (mut groups, mut start) = (Vec::new(), 0);
+    let (mut large, mut plain) = (0_u64, 0_u64);
+    for (index, ready) in files.iter().enumerate() {
+        let count = match ready.object() {
+            Some(_) => &mut large,
+            None => &mut plain,
+        };
+        *count += ready.file.bytes;
+        let full = index - start == COMMIT_FILES || large > COMMIT_LARGE || plain > COMMIT_PLAIN;
+        if full && index > start {
+            groups.push(&files[start..index]);
+            start = index;
+            (large, plain) = match ready.object() {
+                Some(_) => (ready.file.bytes, 0),
+                None => (0, ready.file.bytes),
+            };
         }
     }
+    groups.push(&files[start..]);
+    groups.retain(|group| !group.is_empty());
+    groups
+}
+
+fn push_line(body: &mut Vec<u8>, line: &Value) {
+    body.extend_from_slice(line.to_string().as_bytes());
+    body.push(b'\n');
+}
+
+/// A file within a commit, encoded as it is read.
+fn push_plain(body: &mut Vec<u8>, ready: &Ready<'_>) -> Result<()> {
+    const READ: u64 = 3 << 16;
+    let io = |source| Error::Io { action: "read", path: ready.path.clone(), source };
+    let path = serde_json::Value::from(ready.file.path.as_str());
+    let head = format!(
+        "{{\"key\": \"file\", \"value\": {{\"encoding\": \"base64\", \"path\": {path}, \"content\": \""
+    );
+    body.extend_from_slice(head.as_bytes());
+    let mut file = File::open(&ready.path).map_err(io)?;
+    let mut bytes = 0;
+    loop {
+        let mut part = Vec::new();
+        // In threes, so that the pieces can be put together.
+        file.by_ref().take(READ).read_to_end(&mut part).map_err(io)?;
+        if part.is_empty() {
+            break;
+        }
+        bytes += part.len() as u64;
+        if bytes > ready.file.bytes {
+            break;
+        }
+        body.extend_from_slice(BASE64_STANDARD.encode(part).as_bytes());
+    }
+    if bytes != ready.file.bytes {
+        return Err(Error::Changed { path: ready.path.clone() });
+    }
+    body.extend_from_slice(b"\"}}\n");
+    Ok(())
+}
+
+fn beginning(path: &std::path::Path, bytes: u64) -> std::io::Result<Vec<u8>> {
+    let mut sample = Vec::new();
+    File::open(path)?.take(bytes).read_to_end(&mut sample)?;
+    Ok(sample)
+}
+
+fn sha256(path: &std::path::Path) -> Result<String> {
+    let mut hasher = crate::hash::Hasher::sha256();
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    hasher.read(&mut file).map_err(Error::io("read", path))?;
+    Ok(hasher.finish())
+}
+
+/// A step of an upload that failed. What says by itself what to do is left as it is.
+fn failed(action: &str, source: Error) -> Error {
+    match source {
+        Error::TokenRefused { .. }
+        | Error::TokenNeeded { .. }
+        | Error::Forbidden { .. }
+        | Error::Panicked { .. } => source,
+        source => Error::Upload { action: action.to_owned(), source: Box::new(source) },
+    }
+}
+
+fn is_conflict(error: &Error) -> bool {
+    matches!(error, Error::Status { status, .. } if status.starts_with("409"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn write(dir: &Path, names: &[&str]) {
-        for name in names {
-            let path = dir.join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, name).unwrap();
-        }
-    }
-
-    fn paths(plan: &BranchPlan) -> Vec<&str> {
-        plan.files.iter().map(|file| file.path.as_str()).collect()
-    }
-
     #[test]
-    fn a_checkpoint_is_one_branch() {
-        let dir = tempfile::tempdir().unwrap();
-        let names = [
-            "config.json",
-            "model.safetensors",
-            "LICENSE/LICENSE.txt",
-            ".gitattributes",
-            ".cache/x",
-            "README.md",
-        ];
-        write(dir.path(), &names);
-        for (asked, branch) in [(None, "main"), (Some("4bit-128g"), "4bit-128g")] {
-            let plans = plan_push("me/x", dir.path(), asked).unwrap();
-            assert_eq!(plans.len(), 1);
-            assert_eq!(plans[0].branch, branch);
-            let expected =
-                ["model.safetensors", ".gitattributes", "LICENSE/LICENSE.txt", "README.md"];
-            assert_eq!(paths(&plans[0])[..4], expected);
-            assert_eq!(plans[0].files[0].bytes, "model.safetensors".len() as u64);
-        }
-        assert!(plan_push("me/x", dir.path(), Some("../x")).is_err());
-        for repo in ["x", "no org", "me/x/y", "me/no name"] {
-            let planned = plan_push(repo, dir.path(), None);
-            assert!(matches!(planned, Err(Error::InvalidId { .. })), "{repo}");
-        }
-    }
-
-    #[test]
-    fn a_sweep_is_a_branch_per_finished_folder() {
-        let dir = tempfile::tempdir().unwrap();
-        let names = ["main/config.json", "3bit/config.json", "4bit.partial/config.json"];
-        write(dir.path(), &names);
-        write(dir.path(), &["report.json", "logs/log.txt"]);
-        let branches = |asked| -> Vec<String> {
-            plan_push("me/x", dir.path(), asked)
-                .unwrap()
-                .into_iter()
-                .map(|plan| plan.branch)
-                .collect()
+    fn commits_are_as_few_as_may_be() {
+        let file = |bytes| PlannedFile { path: "a".to_owned(), bytes };
+        let groups = |sizes: &[(u64, bool)]| -> Vec<usize> {
+            let files: Vec<PlannedFile> = sizes.iter().map(|&(bytes, _)| file(bytes)).collect();
+            let ready = |(file, &(bytes, large)): (_, &(u64, bool))| Ready {
+                file,
+                path: PathBuf::new(),
+                way: match large {
+                    false => Way::Plain,
+                    true => Way::Large(Object {
+                        name: String::new(),
+                        path: PathBuf::new(),
+                        oid: String::new(),
+                        bytes,
+                        modified: None,
+                    }),
+                },
+            };
+            let ready: Vec<Ready<'_>> = files.iter().zip(sizes).map(ready).collect();
+            commits(&ready).into_iter().map(<[_]>::len).collect()
         };
-        assert_eq!(branches(None), ["3bit", "main"]);
-        assert_eq!(branches(Some("main")), ["main"]);
-        let message = plan_push("me/x", dir.path(), Some("4bit")).unwrap_err().to_string();
-        assert!(message.contains("`4bit`") && message.contains("3bit, main"), "{message}");
-        let message = plan_push("me/x", &dir.path().join("logs"), None).unwrap_err().to_string();
-        assert!(message.contains("logs") && message.contains("config.json"), "{message}");
+        assert_eq!(groups(&[]), [0; 0]);
+        assert_eq!(groups(&[(40 << 30, true), (1, false), (20 << 20, false)]), [3]);
+        assert_eq!(groups(&[(40 << 30, true), (40 << 30, true), (5, false)]), [1, 2]);
+        assert_eq!(groups(&[(100 << 30, true), (5, false)]), [1, 1]);
+        assert_eq!(groups(&[(20 << 20, false), (20 << 20, false), (1, true)]), [1, 2]);
+        assert_eq!(groups(&[(1, false); 250]), [100, 100, 50]);
+    }
+
+    #[test]
+    fn a_file_within_a_commit_is_what_was_planned() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let bytes: Vec<u8> = (0..500_000_u32).map(|i| (i % 253) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let mut file = PlannedFile { path: "a \"b\"".to_owned(), bytes: 500_000 };
+        let mut body = Vec::new();
+        push_plain(&mut body, &Ready { file: &file, path: path.clone(), way: Way::Plain }).unwrap();
+        let line: Value = serde_json::from_slice(&body).unwrap();
+        let content = line["value"]["content"].as_str().unwrap();
+        assert_eq!(BASE64_STANDARD.decode(content).unwrap(), bytes);
+        assert_eq!(line["value"]["path"], "a \"b\"");
+        for other in [499_999, 500_001] {
+            file.bytes = other;
+            let ready = Ready { file: &file, path: path.clone(), way: Way::Plain };
+            let failed = push_plain(&mut Vec::new(), &ready).unwrap_err();
+            assert!(matches!(failed, Error::Changed { .. }), "{failed}");
+        }
     }
 }

@@ -2,21 +2,23 @@
 //! model.
 //!
 //! The reader deletes what it has read; here is only seen to it that no more than [`AHEAD`] shards
-//! wait for it. Everything that arrives is a checked file of the standard cache, so a run that was
-//! cut short finds what had not been read.
+//! wait for it. Shards lie in a folder of this run's own within the repository's cache, so that a
+//! deletion takes nothing from anybody: those that the cache held before are there by a second name.
+//! A run that was cut short leaves the folder to the next, which finds what had not been read.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::api::{Api, Kind, RemoteFile};
+use crate::api::{Api, Kind};
 use crate::cache::RepoCache;
 use crate::download::Download;
-use crate::fetch::{Bring, choose};
-use crate::hub::check_revision;
+use crate::fetch::{Bring, choose, listed};
+use crate::listing::RemoteFile;
 use crate::progress::Meter;
+use crate::revision::check_revision;
 use crate::stop::Stop;
-use crate::{Error, Hub, Progress, Result, Source};
+use crate::{Error, Hub, Progress, Result, Source, tree};
 
 /// Shards that are arriving or wait to be read. Each has a connection of its own.
 const AHEAD: usize = 2;
@@ -30,9 +32,11 @@ pub struct Stream {
 struct Shared {
     hub: Hub,
     id: String,
-    revision: String,
     commit: String,
+    /// What other runs and programs use, too.
     cache: RepoCache,
+    /// What this run brings and its reader deletes.
+    own: RepoCache,
     /// In the order of their names, which is the order of their tensors.
     shards: Vec<RemoteFile>,
     places: Mutex<Vec<Place>>,
@@ -67,8 +71,8 @@ impl Stream {
         check_revision(revision)?;
         let api = Api::new(&hub, Kind::Model, id)?;
         let commit = api.commit(revision, &*progress)?;
-        let listing = api.files(&commit, &*progress)?;
-        let needed = choose(&Source::Model(id.to_owned()), &listing)?;
+        let listing = listed(&api, &commit, &*progress)?;
+        let needed = choose(&Source::Model(id.to_owned()), &listing.files)?;
         if !needed.is_sharded() {
             return Err(Error::NotSharded { repo: id.to_owned() });
         }
@@ -81,18 +85,26 @@ impl Stream {
             received: Cell::new(0),
             progress: &*progress,
         };
-        let shards = bring.shards(&needed.indices, &listing)?;
+        let shards = bring.shards(&needed.indices, &listing.files)?;
         if shards.len() < 2 {
             return Err(Error::NotSharded { repo: id.to_owned() });
         }
-        cache.check_space(space(&shards, &cache))?;
+        let own = cache.private(&commit)?;
+        cache.check_space(space(&shards, &cache, &own))?;
         bring.all(&needed.files)?;
-        let folder = cache.publish(revision, &commit, &needed.files)?;
+        tree::write(&cache, &commit, &listing)?;
+        cache.publish(revision, &commit, &needed.files)?;
+        for file in &needed.files {
+            if !own.adopt(&cache, file)? {
+                return Err(Error::Gone { path: cache.blob(file) });
+            }
+        }
+        let folder = own.snapshot(&commit);
         let shared = Arc::new(Shared {
             id: id.to_owned(),
-            revision: revision.to_owned(),
             commit,
             cache,
+            own,
             places: Mutex::new(vec![Place::Remote; shards.len()]),
             shards,
             changed: Condvar::new(),
@@ -108,13 +120,14 @@ impl Stream {
         Ok(Self { shared, folder })
     }
 
-    /// The snapshot's folder, where shards appear.
+    /// A folder with the model's files, where shards appear.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Waits until a shard is in the folder. From then on it is the caller's to delete.
+    /// Waits until a shard is in the folder. From then on it is the caller's to delete: nothing else
+    /// needs that name.
     ///
     /// # Errors
     /// [`Error::NotFound`] for a name that the repository does not have, and as [`crate::fetch`].
@@ -150,9 +163,12 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         // Under the lock, so that nobody misses it between looking and waiting.
-        let _places = self.shared.places();
+        let places = self.shared.places();
         self.shared.stop.set();
         self.shared.changed.notify_all();
+        if places.iter().all(|&place| place == Place::Taken) {
+            self.shared.own.remove_private(&self.shared.shards);
+        }
     }
 }
 
@@ -191,17 +207,21 @@ impl Shared {
     fn download(&self, shard: usize) -> Result<()> {
         let mut arrival = Arrival { shared: self, shard, place: Place::Remote };
         let file = &self.shards[shard];
-        if !self.cache.is_complete(file) {
+        if !self.own.is_complete(file) && !self.is_shared(file)? {
             let api = Api::new(&self.hub, Kind::Model, &self.id)?;
-            let meter = Meter::new(&*self.progress, self.cache.present(file));
-            let (cache, commit, stop) = (&self.cache, self.commit.as_str(), &self.stop);
+            let meter = Meter::new(&*self.progress, self.own.present(file));
+            let (cache, commit, stop) = (&self.own, self.commit.as_str(), &self.stop);
             Download { api: &api, cache, commit, meter, stop }.file(file)?;
         }
-        if self.cache.is_complete(file) {
-            self.cache.publish(&self.revision, &self.commit, std::slice::from_ref(file))?;
+        if self.own.is_complete(file) {
             arrival.place = Place::Here;
         }
         Ok(())
+    }
+
+    /// Takes a shard that the cache holds for everybody under a second name.
+    fn is_shared(&self, file: &RemoteFile) -> Result<bool> {
+        Ok(self.cache.is_complete(file) && self.own.adopt(&self.cache, file)?)
     }
 }
 
@@ -221,8 +241,12 @@ impl Drop for Arrival<'_> {
 
 /// Bytes that may be needed at a time: the shards ahead, and two that are read, as a block may lie
 /// in both.
-fn space(shards: &[RemoteFile], cache: &RepoCache) -> u64 {
-    let mut missing: Vec<u64> = shards.iter().map(|f| f.bytes - cache.present(f)).collect();
+fn space(shards: &[RemoteFile], cache: &RepoCache, own: &RepoCache) -> u64 {
+    let missing = |file: &RemoteFile| match cache.is_complete(file) {
+        true => 0,
+        false => file.bytes - own.present(file),
+    };
+    let mut missing: Vec<u64> = shards.iter().map(missing).collect();
     missing.sort_unstable();
     missing.iter().rev().take(AHEAD + 2).sum()
 }
@@ -233,27 +257,22 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::hash::Digest;
     use crate::progress::tests::Silent;
 
     #[test]
     fn no_more_shards_come_than_may_wait() {
         let root = tempfile::tempdir().unwrap();
-        let digest = Digest::parse(&"a".repeat(64)).unwrap();
-        let file = |i| RemoteFile {
-            path: format!("{i}.bin"),
-            bytes: 10 + i as u64,
-            digest: digest.clone(),
-        };
+        let file = |i: u64| RemoteFile::test(&format!("{i}.bin"), 10 + i, &"a".repeat(64));
         let shards: Vec<RemoteFile> = (0..5).map(file).collect();
         let cache = RepoCache::create(root.path(), Kind::Model, "org/name").unwrap();
-        assert_eq!(space(&shards, &cache), 14 + 13 + 12 + 11);
+        let own = cache.private("c0ffee").unwrap();
+        assert_eq!(space(&shards, &cache, &own), 14 + 13 + 12 + 11);
         let shared = Arc::new(Shared {
-            hub: Hub::from_env(0).unwrap(),
+            hub: Hub::from_env(0, None).unwrap(),
             id: "org/name".to_owned(),
-            revision: "main".to_owned(),
             commit: "c0ffee".to_owned(),
             cache,
+            own,
             places: Mutex::new(vec![Place::Remote; shards.len()]),
             shards,
             changed: Condvar::new(),

@@ -1,6 +1,7 @@
 //! One decoder block: its weights, and its forward pass cut between the linears.
 
 use gptq_compute::{AttentionShape, Device, RopeTable, Tensor};
+use half::f16;
 
 use crate::error::Result;
 
@@ -55,6 +56,11 @@ impl Stage {
             Self::Down => &[LinearId::Down],
         }
     }
+}
+
+/// To the nearest fp16 values.
+fn round(values: &mut [f32]) {
+    values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32());
 }
 
 /// A decoder block on a device.
@@ -155,6 +161,18 @@ impl Block {
             let ones = vec![1.0; gain.len()];
             std::mem::replace(gain, ones)
         })
+    }
+
+    /// Rounds the biases to fp16, as files hold them.
+    pub fn round_biases(&mut self) {
+        self.parts.biases.iter_mut().flatten().for_each(|bias| round(bias));
+    }
+
+    /// Rounds the gains of all norms to fp16, as files hold them.
+    pub fn round_norms(&mut self) {
+        let BlockParts { input_norm, post_attention_norm, head_norms, .. } = &mut self.parts;
+        let norms = [input_norm, post_attention_norm].into_iter();
+        norms.chain(head_norms.iter_mut().flatten()).for_each(|gain| round(gain));
     }
 
     /// Inputs of q, k, v: the normed hidden states `[tokens, hidden]`.

@@ -32,16 +32,6 @@ pub enum Error {
         /// The model's sliding window.
         window: usize,
     },
-    /// A block holds a weight that the model's family does not have.
-    #[error(
-        "Tensor `{tensor}` is no part of a `{family}` block; the model has parts that are not supported"
-    )]
-    UnknownWeight {
-        /// The tensor's name.
-        tensor: String,
-        /// The model's family.
-        family: &'static str,
-    },
     /// A weight holds integers.
     #[error("Tensor `{tensor}` holds I32 values where a floating-point weight is needed")]
     IntegerWeight {

@@ -1,6 +1,8 @@
 //! A checkpoint as a model: embeddings, blocks one at a time, final norm and head.
 
-use gptq_checkpoint::{Checkpoint, GptqLinear, LinearShape, ModelConfig, RopeScaling, TensorRef};
+use gptq_checkpoint::{
+    Checkpoint, EMBEDDING, GptqLinear, HEAD, LinearShape, ModelConfig, RopeScaling, TensorRef,
+};
 use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
 use half::f16;
@@ -9,9 +11,7 @@ use crate::block::{Block, BlockParts, LinearId};
 use crate::error::{Error, Result};
 use crate::values::Values;
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// What a dense checkpoint's weights become on their way to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +62,7 @@ impl<'a> Model<'a> {
     ///
     /// # Errors
     /// [`Error::ContextExceeded`] and [`Error::SlidingWindow`] when the windows are longer than the
-    /// model was made for, and [`Error::UnknownWeight`].
+    /// model was made for, and as [`Checkpoint::check_tensors`].
     pub fn new(
         checkpoint: &'a Checkpoint,
         device: Device,
@@ -77,7 +77,7 @@ impl<'a> Model<'a> {
         if let Some(window) = config.sliding_window.filter(|&window| seq_len > window) {
             return Err(Error::SlidingWindow { seq_len, window });
         }
-        check_weights(checkpoint)?;
+        checkpoint.check_tensors()?;
         let table =
             |seq_len| RopeTable::new(&config.rope.frequencies(config.head_dim, seq_len), seq_len);
         let dynamic = matches!(config.rope.scaling, RopeScaling::Dynamic { .. });
@@ -231,15 +231,13 @@ impl<'a> Model<'a> {
         })
     }
 
-    /// Loads the final norm and the head (the embeddings, where they are tied).
+    /// Loads the final norm and the head.
     pub fn load_head(&self) -> Result<Head> {
         let config = self.config();
-        let tied = config.tie_word_embeddings && !self.checkpoint.contains(HEAD);
-        let name = if tied { EMBEDDING } else { HEAD };
         Ok(Head {
             norm: self.vector(FINAL_NORM, config.hidden_size)?,
             eps: config.rms_norm_eps,
-            weight: self.matrix(&self.device, name, config.vocab_size, config.hidden_size)?,
+            weight: self.matrix(&self.device, HEAD, config.vocab_size, config.hidden_size)?,
         })
     }
 
@@ -305,24 +303,6 @@ fn overflow(tensor: impl FnOnce() -> String, source: gptq_compute::Error) -> Err
         gptq_compute::Error::HalfOverflow { .. } => Error::Overflow { tensor: tensor(), source },
         other => Error::Compute(other),
     }
-}
-
-/// Looks for weights of blocks that no linear or norm of the family uses: the model would compute
-/// with them. Leftovers of other kinds, such as rotary frequencies, are common and mean nothing.
-fn check_weights(checkpoint: &Checkpoint) -> Result<()> {
-    let config = checkpoint.config();
-    let (linears, norms) = (config.block_linears(), config.block_norms());
-    for name in checkpoint.names() {
-        let Some(rest) = name.strip_prefix("model.layers.") else { continue };
-        let Some(weight) = rest.strip_suffix(".weight") else { continue };
-        let Some((_, part)) = weight.split_once('.') else { continue };
-        let known = linears.iter().any(|l| l.name == part) || norms.iter().any(|n| n.0 == part);
-        if !known {
-            let (tensor, family) = (name.to_owned(), config.family);
-            return Err(Error::UnknownWeight { tensor, family });
-        }
-    }
-    Ok(())
 }
 
 /// What a quantised linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.

@@ -1,4 +1,7 @@
-//! The dense model measured once, for every branch of a sweep to be compared with.
+//! The dense model measured, for every branch of a sweep to be compared with.
+//!
+//! Its final states are kept where memory holds those of all windows at once. Where it does not,
+//! it is walked again beside each branch, a batch of windows after another.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,10 +11,11 @@ use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
 
+use crate::batches::{Batch, Batches, Beside};
 use crate::branch_report::{BranchReport, EvaluationRecord};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::evaluation::EvalText;
-use crate::perplexity::{Perplexity, Scored, score, score_rounded};
+use crate::perplexity::{Perplexity, Scored, Tally, score, score_rounded};
 use crate::progress::Progress;
 use crate::source_dtype::SourceDtype;
 use crate::sweep::Measured;
@@ -20,10 +24,14 @@ use crate::sweep::Measured;
 pub(crate) struct Baseline<'a> {
     text: EvalText,
     model: Model<'a>,
-    scored: Scored,
+    /// The text's windows, as memory holds them beside a second model's.
+    batches: Batches,
+    /// Its final states, where one batch holds all windows.
+    kept: Option<Scored>,
     pub(crate) perplexity: Perplexity,
-    /// Rounded grids by bits and group size: the order of columns does not matter to them.
-    rounded: BTreeMap<(u8, Option<usize>), Measured>,
+    /// Rounded grids by bits and group size: the order of columns does not matter to them. `None`
+    /// where there is nothing to measure.
+    rounded: BTreeMap<(u8, Option<usize>), Option<Measured>>,
 }
 
 impl<'a> Baseline<'a> {
@@ -35,15 +43,22 @@ impl<'a> Baseline<'a> {
     ) -> Result<Self> {
         // What the branches are made from is what they are compared with.
         let model = Model::new(source, device.clone(), dtype.precision(), text.seq_len)?;
-        let scored = score(&model, &text.windows, progress)?;
-        let perplexity = scored.perplexity(&model)?;
-        Ok(Self { text, model, scored, perplexity, rounded: BTreeMap::new() })
+        let beside = Beside { base: true, ..Beside::default() };
+        let batches = Batches::new(&model, &text.windows, beside, progress)?;
+        let (mut kept, mut tally) = (None, Tally::default());
+        for batch in batches.iter(&text.windows) {
+            let scored = score(&model, batch, progress)?;
+            tally.add(&scored, &model)?;
+            kept = Some(scored).filter(|_| batches.count() == 1);
+        }
+        let perplexity = tally.perplexity(text.windows.len())?;
+        Ok(Self { text, model, batches, kept, perplexity, rounded: BTreeMap::new() })
     }
 
     /// Takes the rounded grid of a branch that was compared with the same model on the same text.
     pub(crate) fn remember(&mut self, report: &BranchReport) {
         for rtn in report.evaluations.iter().filter_map(|e| e.rtn) {
-            self.rounded.insert((report.bits, report.group_size), rtn);
+            self.rounded.insert((report.bits, report.group_size), Some(rtn));
         }
     }
 
@@ -58,16 +73,15 @@ impl<'a> Baseline<'a> {
         let device = self.model.device().clone();
         let dtype = device.dtype().to_owned();
         let model = Model::new(&checkpoint, device, SourcePrecision::Stored, self.text.seq_len)?;
-        let scored = score(&model, &self.text.windows, progress)?;
-        let result = scored.perplexity(&self.model)?;
-        let kl = scored.kl_from(&self.scored, &self.model)?;
-        drop(scored);
+        let (result, kl) =
+            self.compare(&model, progress, |batch| score(&model, batch, progress))?;
         let rtn = self.round(spec, progress)?;
         Ok(EvaluationRecord {
             protocol: self.text.protocol.clone(),
             dataset: self.text.identity.portable(),
             tokens_in_text: self.text.tokens_in_text,
             seq_len: self.text.seq_len,
+            window_bos: self.text.window_bos,
             windows: result.windows,
             tokens: result.tokens,
             dtype,
@@ -76,22 +90,60 @@ impl<'a> Baseline<'a> {
             standard_error: result.standard_error,
             kl: Some(kl),
             base_perplexity: Some(self.perplexity.perplexity),
-            rtn: Some(rtn),
+            rtn,
         })
     }
 
-    /// The grid of a branch, rounded to nearest.
-    fn round(&mut self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Measured> {
+    /// The grid of a branch, rounded to nearest. A branch that was made is worth more than what it is
+    /// compared with: weights that cannot be rounded, or compute nothing once they are, cost a number
+    /// of the table and a warning, not the branch.
+    fn round(&mut self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Option<Measured>> {
         let key = (spec.bits, spec.group_size);
         if let Some(measured) = self.rounded.get(&key) {
             return Ok(*measured);
         }
-        let spec = QuantSpec { recipe: Recipe::Rtn, ..spec.clone() };
-        let scored = score_rounded(&self.model, &spec, &self.text.windows, progress)?;
-        let perplexity = scored.perplexity(&self.model)?.perplexity;
-        let kl = scored.kl_from(&self.scored, &self.model)?;
-        let measured = Measured { perplexity, kl };
+        let measured = match self.measure_rounded(spec, progress) {
+            Ok(measured) => Some(measured),
+            Err(
+                error @ (Error::Solve { .. }
+                | Error::Activations { .. }
+                | Error::Model(gptq_model::Error::Overflow { .. })),
+            ) => {
+                progress.warn(&format!(
+                    "the baseline rounded to nearest is missing at {} bits: {error}",
+                    spec.bits
+                ));
+                None
+            }
+            Err(error) => return Err(error),
+        };
         self.rounded.insert(key, measured);
         Ok(measured)
+    }
+
+    fn measure_rounded(&self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Measured> {
+        let spec = QuantSpec { recipe: Recipe::Rtn, ..spec.clone() };
+        let round = |batch: Batch<'_>| score_rounded(&self.model, &spec, batch, progress);
+        let (result, kl) = self.compare(&self.model, progress, round)?;
+        Ok(Measured { perplexity: result.perplexity, kl })
+    }
+
+    /// Perplexity of a model, and its KL divergence from the dense one.
+    fn compare(
+        &self,
+        model: &Model<'_>,
+        progress: &dyn Progress,
+        walk: impl Fn(Batch<'_>) -> Result<Scored>,
+    ) -> Result<(Perplexity, f64)> {
+        let mut tally = Tally::default();
+        for batch in self.batches.iter(&self.text.windows) {
+            let scored = walk(batch)?;
+            tally.add(&scored, model)?;
+            match &self.kept {
+                Some(base) => tally.compare(&scored, base, model)?,
+                None => tally.compare(&scored, &score(&self.model, batch, progress)?, model)?,
+            }
+        }
+        Ok((tally.perplexity(self.text.windows.len())?, tally.kl()?))
     }
 }

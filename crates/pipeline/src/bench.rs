@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use gptq_checkpoint::{Rope, RopeScaling};
-use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable};
+use gptq_compute::{Agreement, Device, FloatType, HostMatrix, Ranks, RopeTable};
 use gptq_model::{Block, BlockParts, LinearId};
 use gptq_quant::QuantSpec;
 use half::f16;
@@ -16,9 +16,12 @@ use ndarray::Array2;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use crate::agreement::words_of_block;
 use crate::bands::largest;
 use crate::calibrate::{Calibrator, StageSeconds, Streams};
-use crate::error::Result;
+use crate::calibration::MOST_TOKENS;
+use crate::error::{Error, Result};
+use crate::host_memory::ensure;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::stash::Stash;
 use crate::states::{States, chunk_tokens};
@@ -128,7 +131,15 @@ pub struct BlockBench {
 }
 
 /// Products of the block's three shapes on the CPU, against matrixmultiply alone.
+///
+/// # Errors
+/// Tokens whose matrices do not fit in memory.
 pub fn bench_products(width: Width, tokens: usize) -> Result<Vec<Measurement>> {
+    check_tokens(1, tokens)?;
+    // The inputs twice, as the library alone and the device take them, and the outputs of both.
+    let widest = width.hidden.max(width.intermediate);
+    let needed = 4 * (tokens * (2 * width.hidden + 2 * widest)) as u64;
+    ensure(&format!("A product of {tokens} tokens"), needed, "use a smaller --seq-len")?;
     let device = Device::Cpu;
     let mut all = Vec::new();
     for (name, id) in [("q", LinearId::Q), ("gate", LinearId::Gate), ("down", LinearId::Down)] {
@@ -161,6 +172,9 @@ pub fn bench_products(width: Width, tokens: usize) -> Result<Vec<Measurement>> {
 
 /// Calibrates a synthetic block, on every one of `ranks`. Rotations, which a thread of its own folds
 /// into weights while the block before is computed, are no part of it.
+///
+/// # Errors
+/// Windows whose states do not fit in memory, and what goes wrong with a block.
 pub fn bench_block(
     device: &Device,
     ranks: &Ranks,
@@ -168,11 +182,23 @@ pub fn bench_block(
     (windows, seq_len): (usize, usize),
     spec: &QuantSpec,
 ) -> Result<BlockBench> {
+    check_tokens(windows, seq_len)?;
     let reference = spec.choices.needs_reference();
     let linears = LinearId::ALL.map(|id| width.linear(id));
+    ranks.agree(|| {
+        Ok::<_, Error>(
+            Agreement::new(words_of_block(width.hidden, &linears))
+                .with("the command", "bench")
+                .with("width", width.name)
+                .with("windows", format!("{windows} × {seq_len} tokens"))
+                .with("recipe", spec.recipe.name())
+                .with("choices", spec.choices),
+        )
+    })?;
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
     let own = ranks.share(windows, 1);
-    let work = Workload { tokens: own.len() * seq_len, seq_len, reference, exact: false };
+    let tokens = own.len() * seq_len;
+    let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
     let parking = parking(device, sizes, work)?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
@@ -227,6 +253,14 @@ pub fn bench_block(
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         stages,
     })
+}
+
+/// Sizes are computed from the number of tokens, and must not overflow.
+fn check_tokens(windows: usize, seq_len: usize) -> Result<()> {
+    match windows.checked_mul(seq_len) {
+        Some(tokens) if tokens <= MOST_TOKENS => Ok(()),
+        _ => Err(Error::TooManyTokens { windows, seq_len }),
+    }
 }
 
 /// Seconds of a run on the slowest rank: of the whole, and of each stage.

@@ -52,6 +52,10 @@ pub struct BranchReport {
     pub layout: String,
     /// What computed it.
     pub device: String,
+    /// How many such devices shared the work: sums are rounded in another order by each number of
+    /// them, so files differ. Left out where it is one.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub ranks: usize,
     /// Bytes of the weight files.
     pub file_bytes: u64,
     /// What it was calibrated on; `null` for recipes without calibration.
@@ -63,8 +67,20 @@ pub struct BranchReport {
     pub f64_retries: u32,
     /// Every block, in order.
     pub blocks: Vec<BlockRecord>,
+    /// What the Hessian of a fitted head needed; `null` where none was fitted, and in reports of
+    /// versions that did not say.
+    #[serde(default)]
+    pub head: Option<LinearReport>,
     /// Measurements from the file; empty until there is one.
     pub evaluations: Vec<EvaluationRecord>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(ranks: &usize) -> bool {
+    *ranks == 1
 }
 
 /// Calibration windows.
@@ -98,10 +114,13 @@ pub struct EvaluationRecord {
     pub protocol: String,
     /// The text.
     pub dataset: DatasetIdentity,
-    /// Tokens of the whole text.
-    pub tokens_in_text: usize,
+    /// Tokens of the whole text; `null` where it was not read to its end.
+    pub tokens_in_text: Option<usize>,
     /// Tokens of a window.
     pub seq_len: usize,
+    /// Whether the first token of each window is BOS; absent under protocols that put none there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
     /// Windows evaluated.
     pub windows: usize,
     /// Tokens scored.
@@ -137,9 +156,9 @@ pub(crate) fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> 
     Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))
 }
 
-/// The sum over all linears.
-fn total(blocks: &[BlockReport], of: fn(&LinearReport) -> u32) -> u32 {
-    blocks.iter().flat_map(|b| &b.linears).map(of).sum()
+/// How many linears needed any, the head among them.
+fn count(linears: &[&LinearReport], needed: fn(&LinearReport) -> u32) -> u32 {
+    linears.iter().filter(|linear| needed(linear) > 0).count() as u32
 }
 
 impl CalibrationRecord {
@@ -156,9 +175,16 @@ impl CalibrationRecord {
 
 impl BranchReport {
     /// The report of a branch that was just made; nothing is measured yet.
-    pub(crate) fn new(job: &QuantiseJob<'_>, file_bytes: u64, blocks: &[BlockReport]) -> Self {
+    pub(crate) fn new(
+        job: &QuantiseJob<'_>,
+        file_bytes: u64,
+        blocks: &[BlockReport],
+        head: Option<LinearReport>,
+    ) -> Self {
         let spec = &job.spec;
         let calibrates = spec.recipe.calibrates();
+        let linears: Vec<&LinearReport> =
+            blocks.iter().flat_map(|b| &b.linears).chain(&head).collect();
         let record = |b: &BlockReport| BlockRecord { block: b.block, linears: b.linears.clone() };
         Self {
             format: REPORT_FORMAT,
@@ -174,13 +200,20 @@ impl BranchReport {
             source_dtype: job.source_dtype,
             layout: job.layout.name().to_owned(),
             device: job.device.kind(),
+            ranks: job.ranks.size(),
             file_bytes,
             calibration: job.calibration.filter(|_| calibrates).map(CalibrationRecord::new),
-            damp_retries: total(blocks, |l| l.damp_retries),
-            f64_retries: total(blocks, |l| l.f64_retries),
+            damp_retries: count(&linears, |l| l.damp_retries),
+            f64_retries: count(&linears, |l| l.f64_retries),
             blocks: blocks.iter().map(record).collect(),
+            head,
             evaluations: Vec::new(),
         }
+    }
+
+    /// Every linear that a Hessian was factored for, the head included.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &LinearReport> {
+        self.blocks.iter().flat_map(|b| &b.linears).chain(&self.head)
     }
 
     /// Reads the report of a checkpoint's folder.
@@ -240,6 +273,7 @@ mod tests {
             source_dtype: SourceDtype::Fp16,
             layout: "modern".to_owned(),
             device: "cpu".to_owned(),
+            ranks: 1,
             file_bytes: 123,
             calibration: Some(CalibrationRecord {
                 dataset: dataset.clone(),
@@ -261,11 +295,13 @@ mod tests {
                     f64_retries: 1,
                 }],
             }],
+            head: None,
             evaluations: vec![EvaluationRecord {
                 protocol: "paper".to_owned(),
                 dataset,
-                tokens_in_text: 1000,
+                tokens_in_text: Some(1000),
                 seq_len: 8,
+                window_bos: None,
                 windows: 2,
                 tokens: 14,
                 dtype: "f32".to_owned(),
@@ -300,11 +336,23 @@ mod tests {
     }
 
     #[test]
-    fn reports_from_before_f64_was_counted_are_read() {
+    fn several_ranks_are_recorded_and_one_is_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |ranks| {
+            BranchReport { ranks, ..report() }.write(dir.path()).unwrap();
+            assert_eq!(BranchReport::read(dir.path()).unwrap().ranks, ranks);
+            fs::read_to_string(dir.path().join(REPORT_FILE)).unwrap()
+        };
+        assert!(text(2).contains("\"ranks\": 2"));
+        assert!(!text(1).contains("ranks"));
+    }
+
+    #[test]
+    fn reports_from_before_f64_and_the_head_were_counted_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let text = String::from_utf8(report().to_bytes().unwrap()).unwrap();
-        let counted = |line: &&str| line.contains("f64_retries");
-        assert_eq!(text.lines().filter(counted).count(), 2);
+        let counted = |line: &&str| line.contains("f64_retries") || line.contains("\"head\"");
+        assert_eq!(text.lines().filter(counted).count(), 3);
         let lines: Vec<&str> = text.lines().filter(|line| !counted(line)).collect();
         // The last field of a linear leaves a comma behind.
         let before = lines
@@ -313,6 +361,28 @@ mod tests {
         fs::write(dir.path().join(REPORT_FILE), before).unwrap();
         let read = BranchReport::read(dir.path()).unwrap();
         assert_eq!((read.f64_retries, read.blocks[0].linears[0].f64_retries), (0, 0));
+        assert_eq!(read.head, None);
+    }
+
+    /// What `--strict` looks at when it reuses a branch.
+    #[test]
+    fn the_head_is_one_of_the_linears_that_were_factored() {
+        let mut report = report();
+        report.blocks[0].linears[0].f64_retries = 0;
+        let head = LinearReport {
+            name: "lm_head.weight".to_owned(),
+            relative_error: None,
+            damp: Some(0.1),
+            damp_retries: 1,
+            f64_retries: 0,
+        };
+        report.head = Some(head.clone());
+        let all: Vec<&LinearReport> = report.linears().collect();
+        assert_eq!(all, [&report.blocks[0].linears[0], &head]);
+        // A linear that needed two raises is one linear.
+        let twice = LinearReport { damp_retries: 2, ..head.clone() };
+        assert_eq!(count(&[&head, &twice, all[0]], |l| l.damp_retries), 2);
+        assert!(all[0].refuse_retries(0.01).is_ok() && all[1].refuse_retries(0.01).is_err());
     }
 
     #[test]

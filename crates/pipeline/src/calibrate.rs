@@ -413,6 +413,8 @@ impl BlockRun<'_, '_, '_> {
     }
 }
 
+/// An error is relative to an energy: a linear of zeros, which a shift may move all the same, has none.
 fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearReport {
-    LinearReport::solved(name, Some(loss / energy.max(f64::MIN_POSITIVE)), factored)
+    let error = Some(loss / energy).filter(|error| energy > 0.0 && error.is_finite());
+    LinearReport::solved(name, error, factored)
 }

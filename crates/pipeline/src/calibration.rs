@@ -41,7 +41,7 @@ pub struct CalibrationRecipe {
 }
 
 /// More than any text has, and little enough to count work with.
-const MOST_TOKENS: usize = 1 << 40;
+pub(crate) const MOST_TOKENS: usize = 1 << 40;
 
 /// Parts of a recipe replaced for one run; None keeps the recipe's own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +49,8 @@ const MOST_TOKENS: usize = 1 << 40;
 pub struct CalibrationOverrides {
     /// Another dataset.
     pub dataset: Option<DatasetSpec>,
+    /// Another way to make one text of its rows.
+    pub join: Option<Join>,
     /// Another number of windows.
     pub windows: Option<usize>,
     /// Another window length, in tokens.
@@ -72,6 +74,10 @@ pub struct Calibration {
     pub seed: u64,
     /// The text they were drawn from.
     pub dataset: DatasetIdentity,
+    /// Rows of it.
+    pub rows: usize,
+    /// Rows that the join lets run into the next.
+    pub glued: usize,
 }
 
 impl CalibrationRecipe {
@@ -112,6 +118,7 @@ impl CalibrationRecipe {
     /// When no windows, or windows of no use, would remain.
     pub fn with(mut self, overrides: CalibrationOverrides) -> Result<Self, TextError> {
         self.dataset = overrides.dataset.unwrap_or(self.dataset);
+        self.join = overrides.join.unwrap_or(self.join);
         self.windows = overrides.windows.unwrap_or(self.windows);
         self.seq_len = overrides.seq_len.unwrap_or(self.seq_len);
         self.seed = overrides.seed.unwrap_or(self.seed);
@@ -125,11 +132,13 @@ impl CalibrationRecipe {
     /// When the dataset cannot be read or encoded, or is too short for one window.
     pub fn sample(&self, tokenizer: &TextTokenizer) -> Result<Calibration, TextError> {
         let Dataset { rows, identity } = self.dataset.load()?;
-        let ids = tokenizer.encode(&self.join.text(&rows))?;
-        self.draw(&ids, identity)
+        let (count, glued) = (rows.len(), self.join.glued(&rows));
+        let ids = tokenizer.encode(&self.join.text(rows))?;
+        let drawn = self.draw(&ids, identity)?;
+        Ok(Calibration { rows: count, glued, ..drawn })
     }
 
-    /// Draws the windows from an encoded text.
+    /// Draws the windows from an encoded text of one row.
     fn draw(&self, ids: &[u32], dataset: DatasetIdentity) -> Result<Calibration, TextError> {
         // Python's randint includes its upper end, N − seq_len − 1; so the text must exceed a
         // window by one token, and its last token is never drawn.
@@ -148,7 +157,8 @@ impl CalibrationRecipe {
             offsets.iter().map(|&start| ids[start..start + self.seq_len].to_vec()).collect();
         let sha256 = digest(&windows);
         let (tokens_in_text, seed) = (ids.len(), self.seed);
-        Ok(Calibration { windows, offsets, tokens_in_text, sha256, seed, dataset })
+        let (rows, glued) = (1, 0);
+        Ok(Calibration { windows, offsets, tokens_in_text, sha256, seed, dataset, rows, glued })
     }
 
     fn parse(text: &str, origin: &str) -> Result<Self, TextError> {
@@ -253,12 +263,14 @@ mod tests {
         assert_eq!(recipe.clone().with(CalibrationOverrides::default()).unwrap(), recipe);
         let overrides = CalibrationOverrides {
             dataset: Some("b.txt".parse().unwrap()),
+            join: Some(Join::Card),
             windows: Some(7),
             seq_len: Some(8),
             seed: Some(9),
         };
         let changed = recipe.clone().with(overrides).unwrap();
         assert_eq!((changed.windows, changed.seq_len, changed.seed), (7, 8, 9));
+        assert_eq!((recipe.join, changed.join), (Join::Paragraphs, Join::Card));
         assert_eq!(changed.dataset.to_string(), "b.txt");
         let none = CalibrationOverrides { windows: Some(0), ..Default::default() };
         assert!(recipe.with(none).is_err());
@@ -319,7 +331,7 @@ mod tests {
             "34b7533d44aeb79631ca1cc86b5032f75462a8580cb9086e067d08cf8b53cada"
         );
 
-        let text = Join::Paragraphs.text(&dataset.rows().unwrap());
+        let text = Join::Paragraphs.text(dataset.rows().unwrap());
         let ids = tokenizer.encode(&text).unwrap();
         assert_eq!(ids.len(), 341_469);
         let windows = Protocol::Paper.windows(&ids, 2048, tokenizer.bos(), None).unwrap();

@@ -233,10 +233,17 @@ fn card(
         closest => summary::closest(main).map(|row| row.branch.branch.as_str()),
         made => Serde(summary::provenance(main)),
         loaders => Serde(loaders),
-        vllm => loaders.iter().any(|l| l.loader.starts_with("vLLM") && l.branches.contains(&branch.branch)),
+        vllm => vllm(loaders, &branch.branch),
         tool => TOOL,
     };
     render(context).map_err(|source| Error::Template { name: "card.md", source })
+}
+
+/// The versions of vLLM that load a branch, as the table names them.
+fn vllm(loaders: &[LoaderRow], branch: &str) -> Vec<&'static str> {
+    let vllm = loaders.iter().filter(|row| row.loader.starts_with("vLLM"));
+    let loading = vllm.filter(|row| row.branches.iter().any(|name| name == branch));
+    loading.map(|row| row.loader).collect()
 }
 
 fn render(context: Value) -> std::result::Result<String, minijinja::Error> {

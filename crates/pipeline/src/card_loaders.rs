@@ -1,11 +1,13 @@
 //! The card's table of programs: which branches each loads, and why not the others.
 
-use gptq_checkpoint::{Checkpoint, Layout};
+use gptq_checkpoint::{Checkpoint, Head, Layout};
 use serde::Serialize;
 
 use crate::branch_report::BranchReport;
 use crate::error::{Error, Result};
-use crate::loaders::{Architecture, Bias, LoaderFacts, LoaderVerdict, listed, verdicts};
+use crate::loaders::{
+    Architecture, Bias, GroupIndex, LoaderFacts, LoaderVerdict, asks_for_bfloat16, listed, verdicts,
+};
 
 /// A branch, with every program's verdict on it.
 #[derive(Debug)]
@@ -57,6 +59,13 @@ pub(crate) fn verdicts_of(
     Ok(verdicts(&LoaderFacts {
         architecture: Architecture::from(checkpoint.config()),
         act_order: branch.act_order,
+        zeros: quantize.checkpoint_format,
+        zeros_of_zero: false,
+        gptqmodel_stamp: false,
+        group_index: GroupIndex::Stored,
+        dense_linear: None,
+        head_only_tied: checkpoint.head().is_ok_and(|head| head == Head::Tied),
+        bfloat16: asks_for_bfloat16(checkpoint.config()),
         // One order for q, k and v, and one for gate and up.
         shared_order: true,
         bias: if layout == Layout::Card { Bias::Zero } else { Bias::Absent },

@@ -2,7 +2,7 @@ use yaml_rust2::{Yaml, YamlLoader};
 
 use super::*;
 use crate::card_loaders::Note;
-use crate::loaders::LoaderVerdict;
+use crate::loaders::{LoaderVerdict, Seen};
 use crate::report::samples::{branch, report};
 
 const FACTS: &str = r####"
@@ -30,7 +30,7 @@ fn facts(text: &str) -> Result<CardFacts> {
 
 fn verdict(loader: &'static str, loads: bool, reasons: &[&str]) -> LoaderVerdict {
     let reasons = reasons.iter().map(|&reason| reason.to_owned()).collect();
-    LoaderVerdict { loader, loads, reasons }
+    LoaderVerdict { loader, loads, reasons, release: "1.0", seen: Seen::Ran }
 }
 
 fn loaders() -> Vec<LoaderRow> {

@@ -6,13 +6,14 @@
 use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::Layout;
-use gptq_quant::{QuantSpec, Recipe};
+use gptq_quant::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
 use serde::Deserialize;
 
 use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
 use crate::card::CardFacts;
 use crate::dataset::DatasetSpec;
 use crate::error::{Error, Result};
+use crate::home::expand_home;
 use crate::protocol::Protocol;
 use crate::source_dtype::SourceDtype;
 
@@ -39,7 +40,7 @@ struct RawConfig {
     #[serde(default)]
     set: Vec<String>,
     /// File with the facts of the model's cards.
-    card: Option<PathBuf>,
+    card: Option<String>,
     evaluation: Option<RawEvaluation>,
     branch: Vec<RawBranch>,
 }
@@ -66,12 +67,20 @@ struct RawBranch {
     set: Vec<String>,
 }
 
-/// `group_size = 128` or `group_size = "none"`.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum GroupSize {
-    Columns(usize),
-    Name(String),
+// What is quantised can be read again.
+const _: () = assert!(MAX_GROUP_SIZE == gptq_checkpoint::MAX_GROUP_SIZE);
+
+/// `group_size = 128`, `group_size = "none"`, or -1 for none as every config.json says it.
+#[derive(Debug)]
+struct GroupSize(Option<usize>);
+
+impl<'de> Deserialize<'de> for GroupSize {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        // Numbers and strings have one form in text, which the command line reads, too.
+        let value = toml::Value::deserialize(from)?;
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        parse_group_size(&text).map(Self).map_err(serde::de::Error::custom)
+    }
 }
 
 fn modern() -> String {
@@ -154,22 +163,29 @@ impl SweepConfig {
             return Err(invalid("it has no [[branch]]".to_owned()));
         }
         let layout = raw.layout.parse().map_err(invalid)?;
-        let local = folder.join(&raw.calibration);
-        let calibration = if raw.calibration.ends_with(".toml") && local.is_file() {
+        let home = |path| expand_home(path).map_err(|e| invalid(e.to_string()));
+        let calibration = home(&raw.calibration)?;
+        let local = folder.join(calibration.as_ref());
+        let calibration = if calibration.ends_with(".toml") && local.is_file() {
             CalibrationRecipe::open(&local.to_string_lossy())?
         } else {
-            CalibrationRecipe::open(&raw.calibration)?
+            CalibrationRecipe::open(&calibration)?
         };
         let card = match &raw.card {
-            Some(path) if file == BUILT_IN => Some(CardFacts::parse(BUILT_IN_CARD, path)?),
-            Some(path) => Some(CardFacts::open(&folder.join(path), None)?),
+            Some(path) if file == BUILT_IN => {
+                Some(CardFacts::parse(BUILT_IN_CARD, Path::new(path))?)
+            }
+            Some(path) => {
+                let path = home(path)?;
+                Some(CardFacts::open(&folder.join(path.as_ref()), None)?)
+            }
             None => None,
         };
         let mut overrides = raw.calibration_overrides;
         overrides.dataset = overrides.dataset.map(|dataset| dataset.relative_to(folder));
         Ok(Self {
             file: file.to_owned(),
-            model: local_model(&raw.model, folder),
+            model: local_model(&home(&raw.model)?, folder),
             calibration: calibration.with(overrides)?,
             layout,
             source_dtype: raw.source_dtype,
@@ -182,6 +198,18 @@ impl SweepConfig {
             }),
             branches,
         })
+    }
+
+    /// First Grams that a sweep of these branches keeps: one of each rotation.
+    #[must_use]
+    pub fn shared_grams(&self) -> usize {
+        let mut rotations = Vec::new();
+        for spec in self.branches.iter().map(|b| &b.spec).filter(|s| s.recipe.calibrates()) {
+            if !rotations.contains(&spec.choices.rotate) {
+                rotations.push(spec.choices.rotate);
+            }
+        }
+        rotations.len()
     }
 
     /// The branch of that name.
@@ -198,13 +226,7 @@ impl SweepConfig {
 }
 
 fn branch_spec(branch: &RawBranch, defaults: &RawConfig) -> std::result::Result<QuantSpec, String> {
-    let group_size = match &branch.group_size {
-        GroupSize::Columns(n) => Some(*n),
-        GroupSize::Name(name) if name == "none" => None,
-        GroupSize::Name(name) => {
-            return Err(format!("group_size \"{name}\" is no number; use one, or \"none\""));
-        }
-    };
+    let GroupSize(group_size) = branch.group_size;
     let recipe = branch.recipe.unwrap_or(defaults.recipe);
     let damp = branch.damp.or(defaults.damp).unwrap_or(recipe.damp());
     let mut spec = QuantSpec::new(branch.bits, group_size, branch.act_order, damp, recipe);
@@ -286,7 +308,13 @@ mod tests {
             )
         };
         assert!(parse(&branch("a", 5, "32")).contains("branch `a`: 5 bits"));
-        assert!(parse(&branch("a", 4, "\"all\"")).contains("use one, or \"none\""));
+        for wrong in ["\"all\"", "0", "-2", "1.5", "true", "300000000"] {
+            let error = parse(&branch("a", 4, wrong));
+            assert!(
+                error.contains("268435456, or none") && error.contains("group_size"),
+                "{error}"
+            );
+        }
         assert!(parse(&branch("a/b", 4, "32")).contains("letters, digits"));
         for taken in ["sweep.json", "README.md", "a.partial"] {
             let error = parse(&branch(taken, 4, "32"));

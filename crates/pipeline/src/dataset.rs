@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::home::expand_home;
 use crate::identity::{DatasetIdentity, HubSplit};
 use crate::text_error::TextError;
 use crate::text_files::{read_jsonl, read_parquet, read_text};
@@ -63,13 +64,43 @@ pub enum Join {
 }
 
 impl Join {
-    /// The one text of these rows.
+    /// Every join by its name.
+    pub const ALL: [(&'static str, Self); 2] =
+        [("card", Self::Card), ("paragraphs", Self::Paragraphs)];
+
+    /// The one text of these rows. A file of one row may be gigabytes, and is not copied.
     #[must_use]
-    pub fn text(self, rows: &[String]) -> String {
-        match self {
-            Self::Paragraphs => rows.join("\n\n"),
-            Self::Card => rows.iter().map(|row| if row.is_empty() { " \n" } else { row }).collect(),
+    pub fn text(self, mut rows: Vec<String>) -> String {
+        match (self, rows.as_mut_slice()) {
+            (_, [only]) if !only.is_empty() => std::mem::take(only),
+            (Self::Paragraphs, _) => rows.join("\n\n"),
+            (Self::Card, _) => {
+                rows.iter().map(|row| if row.is_empty() { " \n" } else { row }).collect()
+            }
         }
+    }
+
+    /// How many rows run into the next one with no white space between: their last word and its
+    /// first become one.
+    #[must_use]
+    pub fn glued(self, rows: &[String]) -> usize {
+        let runs_on = |pair: &&[String]| {
+            let (last, first) = (pair[0].chars().next_back(), pair[1].chars().next());
+            !last.is_none_or(char::is_whitespace) && !first.is_none_or(char::is_whitespace)
+        };
+        match self {
+            Self::Paragraphs => 0,
+            Self::Card => rows.windows(2).filter(runs_on).count(),
+        }
+    }
+}
+
+impl FromStr for Join {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|(known, _)| *known == name);
+        found.map(|(_, join)| join).ok_or_else(|| "use card or paragraphs".to_owned())
     }
 }
 
@@ -286,7 +317,10 @@ impl FromStr for DatasetSpec {
             Some(Format::Text) if column.is_some() => {
                 return Err(invalid("a text file has no columns to choose from"));
             }
-            Some(format) => Place::File(PathBuf::from(name), format),
+            Some(format) => {
+                let path = expand_home(name).map_err(|error| invalid(&error.to_string()))?;
+                Place::File(PathBuf::from(path.as_ref()), format)
+            }
             None => Place::Hub(parse_hub(name).map_err(invalid)?),
         };
         Ok(Self { place, column: column.unwrap_or(DEFAULT_COLUMN).to_owned() })

@@ -66,11 +66,27 @@ fn bad_names_are_refused() {
 #[test]
 fn joins() {
     let rows = ["", " = A = \n", "", " b \n"].map(str::to_owned);
-    assert_eq!(Join::Card.text(&rows), " \n = A = \n \n b \n");
-    assert_eq!(Join::Paragraphs.text(&rows), "\n\n = A = \n\n\n\n\n b \n");
-    let whole = ["any\n\ntext".to_owned()];
-    assert_eq!(Join::Card.text(&whole), whole[0]);
-    assert_eq!(Join::Paragraphs.text(&whole), whole[0]);
+    assert_eq!(Join::Card.text(rows.to_vec()), " \n = A = \n \n b \n");
+    assert_eq!(Join::Paragraphs.text(rows.to_vec()), "\n\n = A = \n\n\n\n\n b \n");
+    for whole in ["any\n\ntext", "a"] {
+        for (name, join) in Join::ALL {
+            assert_eq!(join.text(vec![whole.to_owned()]), whole);
+            assert_eq!((name.parse(), join.to_string()), (Ok(join), name.to_owned()));
+        }
+    }
+    assert_eq!(Join::Card.text(vec![String::new()]), " \n");
+    assert!("lines".parse::<Join>().is_err());
+}
+
+#[test]
+fn rows_that_run_into_the_next_are_counted() {
+    let glued = |join: Join, rows: &[&str]| {
+        join.glued(&rows.iter().map(|&row| row.to_owned()).collect::<Vec<_>>())
+    };
+    assert_eq!(glued(Join::Card, &["one", "two", "three\n", "four", " five", "", "six"]), 2);
+    assert_eq!(glued(Join::Card, &["one", "two", "three"]), 2);
+    assert_eq!(glued(Join::Card, &["one"]), 0);
+    assert_eq!(glued(Join::Paragraphs, &["one", "two", "three"]), 0);
 }
 
 #[test]
@@ -143,7 +159,7 @@ fn wikitext_in_the_cache_is_the_canonical_file() {
     let rows = rows_in(&snapshot, "Salesforce/wikitext:wikitext-2-raw-v1:test").unwrap();
     assert_eq!(rows.len(), 4358);
     // The size of wiki.test.raw, which the card join restores (format.md §3).
-    assert_eq!(Join::Card.text(&rows).len(), 1_290_590);
+    assert_eq!(Join::Card.text(rows).len(), 1_290_590);
     let error = rows_in(&snapshot, "Salesforce/wikitext:wikitext-2-raw-v1:train").unwrap_err();
     let expected = "it holds wikitext-2-raw-v1:test, wikitext-2-v1:test, wikitext-2-v1:validation";
     assert!(error.to_string().ends_with(expected), "{error}");

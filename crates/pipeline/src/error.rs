@@ -51,9 +51,33 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// What would not fit in host memory.
+    #[error(
+        "{what} would take {} of host memory, and {} are free; {advice}",
+        gigabytes(*needed),
+        gigabytes(*available)
+    )]
+    HostMemory {
+        /// What was asked for.
+        what: String,
+        /// Bytes that it would take at least.
+        needed: u64,
+        /// Bytes that this process may still take.
+        available: u64,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// A benchmark of more tokens than can be counted with.
+    #[error("{windows} windows × {seq_len} tokens are more than 2^40 tokens; use fewer")]
+    TooManyTokens {
+        /// Windows asked for.
+        windows: usize,
+        /// Tokens of a window.
+        seq_len: usize,
+    },
     /// Damping had to be raised under `--strict`.
     #[error(
-        "The Hessian of `{linear}` needed damping {damp} instead of {asked}, which --strict forbids; raise --damp or calibrate on more windows"
+        "The Hessian of `{linear}` needed damping {damp:?} instead of {asked:?}, which --strict forbids; raise --damp or calibrate on more windows"
     )]
     Strict {
         /// The linear's prefix.
@@ -65,7 +89,7 @@ pub enum Error {
     },
     /// A Hessian had to be factored in f64 under `--strict`.
     #[error(
-        "The Hessian of `{linear}` is not positive definite in f32 at damping {damp} and needed f64, which --strict forbids; raise --damp or calibrate on more windows"
+        "The Hessian of `{linear}` is not positive definite in f32 at damping {damp:?} and needed f64, which --strict forbids; raise --damp or calibrate on more windows"
     )]
     StrictPrecision {
         /// The linear's prefix.
@@ -73,6 +97,9 @@ pub enum Error {
         /// Damping of the attempt.
         damp: f64,
     },
+    /// What would be a warning about the source, under `--strict`.
+    #[error("{0} (--strict)")]
+    StrictSource(&'static str),
     /// The source holds quantised linears already.
     #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
     AlreadyQuantised(PathBuf),
@@ -268,4 +295,9 @@ pub enum Error {
     /// A thread ended without saying why.
     #[error("The thread that was {0} the checkpoint ended unexpectedly")]
     Thread(&'static str),
+}
+
+/// Decimal gigabytes, for messages.
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }

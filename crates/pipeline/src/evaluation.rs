@@ -5,10 +5,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::branch_report::calibrated_on;
 use crate::config::EvaluationSpec;
+use crate::dataset::Dataset;
 use crate::error::Result;
 use crate::identity::{DatasetIdentity, contaminated};
+use crate::manifest::sha256;
 use crate::protocol::EvalWindow;
-use crate::tokens::TextTokenizer;
+use crate::tokens::{Encoded, TextTokenizer};
 
 /// Text to evaluate on, cut into windows.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -20,16 +22,47 @@ pub struct EvalText {
     /// What the dataset holds.
     #[serde(skip)]
     pub identity: DatasetIdentity,
-    /// Tokens of the whole text.
-    pub tokens_in_text: usize,
+    /// Tokens of the whole text; `null` where it was not read to its end.
+    pub tokens_in_text: Option<usize>,
     /// Tokens of a window.
     pub seq_len: usize,
+    /// Whether the first token of each window is BOS, put there because the tokeniser adds one;
+    /// `null` under protocols that put none.
+    #[serde(default)]
+    pub window_bos: Option<bool>,
     /// True when the model was calibrated on the same split: its perplexity is optimistic. `null`
     /// where it is not known what the model was calibrated on.
     pub contaminated: Option<bool>,
+    /// Rows that the join lets run into the next.
+    #[serde(skip)]
+    pub glued: usize,
     /// The windows.
     #[serde(skip)]
     pub windows: Vec<EvalWindow>,
+}
+
+/// Bytes up to which a text is always read to its end, so that reports can say how many tokens it
+/// has; of a longer one no more is encoded than the windows need.
+const COUNTED: usize = 4 << 20;
+
+impl EvalText {
+    /// SHA-256 (hex) of all windows: where each is scored from as little-endian u64, and its tokens
+    /// as u32.
+    pub(crate) fn sha256(&self) -> String {
+        let bytes = |w: &EvalWindow| {
+            let mut bytes = (w.score_from as u64).to_le_bytes().to_vec();
+            bytes.extend(w.tokens.iter().flat_map(|t| t.to_le_bytes()));
+            bytes
+        };
+        sha256(&self.windows.iter().flat_map(bytes).collect::<Vec<u8>>())
+    }
+
+    /// The protocol by its name, with what it had to do without.
+    #[must_use]
+    pub fn protocol(&self) -> String {
+        let without = if self.window_bos == Some(false) { " without BOS" } else { "" };
+        format!("{}{without}", self.protocol)
+    }
 }
 
 /// Reads, encodes and cuts the text with the checkpoint's own tokeniser. What the model was calibrated
@@ -41,21 +74,30 @@ pub fn evaluation_text(
 ) -> Result<EvalText> {
     let config = checkpoint.config();
     let tokenizer = TextTokenizer::open(checkpoint.dir(), config.vocab_size)?;
-    let dataset = spec.dataset.load()?;
-    let ids = tokenizer.encode(&spec.protocol.join().text(&dataset.rows))?;
+    let Dataset { rows, identity } = spec.dataset.load()?;
+    let protocol = spec.protocol;
+    let glued = protocol.join().glued(&rows);
+    let text = protocol.join().text(rows);
     let context = config.context();
-    let seq_len = spec.seq_len.unwrap_or_else(|| spec.protocol.default_seq_len(context));
-    let windows = spec.protocol.windows(&ids, seq_len, tokenizer.bos(), spec.max_windows)?;
+    let seq_len = spec.seq_len.unwrap_or_else(|| protocol.default_seq_len(context));
+    let enough = match spec.max_windows {
+        Some(windows) if text.len() > COUNTED => protocol.tokens_of(windows, seq_len),
+        _ => usize::MAX,
+    };
+    let Encoded { ids, whole } = tokenizer.encode_at_least(&text, enough)?;
+    let bos = tokenizer.added_bos();
     Ok(EvalText {
-        protocol: spec.protocol.name().to_owned(),
-        dataset: dataset.identity.name.clone(),
-        tokens_in_text: ids.len(),
+        protocol: protocol.name().to_owned(),
+        dataset: identity.name.clone(),
+        tokens_in_text: whole.then_some(ids.len()),
         seq_len,
+        window_bos: protocol.takes_bos().then_some(bos.is_some()),
         contaminated: match calibration {
-            Some(c) => Some(contaminated(c, &dataset.identity)),
-            None => calibrated_on(checkpoint.dir(), &dataset.identity),
+            Some(c) => Some(contaminated(c, &identity)),
+            None => calibrated_on(checkpoint.dir(), &identity),
         },
-        identity: dataset.identity,
-        windows,
+        identity,
+        glued,
+        windows: protocol.windows(&ids, seq_len, bos, spec.max_windows)?,
     })
 }

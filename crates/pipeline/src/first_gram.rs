@@ -23,6 +23,11 @@ use crate::error::Result;
 pub struct FirstGrams(Mutex<Vec<(Rotate, Arc<Gram>)>>);
 
 impl FirstGrams {
+    /// How many there will be when one more rotation is asked for.
+    pub(crate) fn after_one_more(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len() + 1
+    }
+
     /// The Gram of a source turned by `rotate`; `make` is called for the first branch only.
     pub(crate) fn get_or_make(
         &self,

@@ -2,16 +2,15 @@
 //!
 //! With R orthogonal and norms without gains, norm(x R) = norm(x) R, so the residual stream may be
 //! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
-//! gains move into the linears that follow; the final norm's moves into the head, which therefore
-//! needs a tensor of its own. A second rotation turns the outputs of every head's v and the inputs
+//! gains move into the linears that follow; the final norm's moves into the head. A second rotation turns the outputs of every head's v and the inputs
 //! of o. Biases turn with the outputs that they are added to; norms of query and key heads stay, as
 //! nothing before or after them is turned. Large features are spread over all others, and every linear becomes easier to quantise
 //! (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
-use gptq_checkpoint::{Checkpoint, ModelConfig, TensorRef};
+use gptq_checkpoint::{Checkpoint, EMBEDDING, HEAD, ModelConfig, TensorRef};
 use gptq_compute::Device;
 use gptq_model::{Block, LinearId};
-use gptq_quant::{Choices, Rotate, Rotation};
+use gptq_quant::{Rotate, Rotation};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
@@ -22,8 +21,6 @@ use crate::error::{Error, Result};
 /// Fixed seeds: a source and its settings determine the file.
 const STREAM_SEED: u64 = 1;
 const HEAD_SEED: u64 = 2;
-pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
-pub(crate) const HEAD: &str = "lm_head.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 
 /// The rotations of a model.
@@ -33,11 +30,6 @@ pub(crate) struct Folding {
     stream: Option<Rotation>,
     /// Over the features of a head.
     head: Rotation,
-}
-
-/// The configuration of what is written: a head that changes cannot be tied.
-pub(crate) fn written_config(config: &ModelConfig, choices: &Choices) -> ModelConfig {
-    if choices.changes_head() { config.clone().untied() } else { config.clone() }
 }
 
 /// Gain of the norm before the head that is written.
@@ -51,14 +43,15 @@ pub(crate) fn final_gain(source: &Checkpoint, folding: Option<&Folding>) -> Resu
     Ok(gain.to_f16()?.iter().map(|v| v.to_f32()).collect())
 }
 
-/// The head `[vocab, hidden]` in the coordinates that are written; a tied source's is its embedding.
+/// The head `[vocab, hidden]` in the coordinates that are written.
 pub(crate) fn dense_head(source: &Checkpoint, folding: Option<&Folding>) -> Result<Vec<f16>> {
-    let tied = source.config().tie_word_embeddings && !source.contains(HEAD);
-    let table = table(source, if tied { EMBEDDING } else { HEAD })?;
-    match folding.and_then(|f| f.stream.as_ref()) {
-        Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?)),
-        None => Ok(table.to_f16()?),
-    }
+    let table = table(source, HEAD)?;
+    let head = match folding.and_then(|f| f.stream.as_ref()) {
+        Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?))?,
+        None => table.to_f16()?,
+    };
+    source.release(HEAD);
+    Ok(head)
 }
 
 impl Folding {
@@ -116,7 +109,7 @@ impl Folding {
     }
 
     /// A tensor outside of the blocks, or a block's norm or bias, as the file holds it; `None` when
-    /// it is the source's own. The head of a tied source is made from its embedding.
+    /// it is the source's own.
     pub(crate) fn tensor(&self, source: &Checkpoint, name: &str) -> Result<Option<Vec<f16>>> {
         if let Some(linear) = name.strip_suffix(".bias") {
             return self.bias(source, name, linear);
@@ -153,7 +146,9 @@ impl Folding {
     /// The embedding; `None` when it is the source's own.
     pub(crate) fn embedding(&self, source: &Checkpoint) -> Result<Option<Vec<f16>>> {
         let Some(stream) = &self.stream else { return Ok(None) };
-        turned_table(stream, &table(source, EMBEDDING)?, None).map(Some)
+        let turned = turned_table(stream, &table(source, EMBEDDING)?, None)?;
+        source.release(EMBEDDING);
+        Ok(Some(turned))
     }
 }
 

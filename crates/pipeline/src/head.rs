@@ -4,6 +4,7 @@
 //! normed last states and X_fp the unquantised model's, W + share · W (X_fp − X)ᵀX H⁻¹ brings the
 //! logits closest to the unquantised ones in the least-squares sense.
 
+use gptq_checkpoint::HEAD;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 use gptq_model::Model;
 use gptq_quant::{QuantSpec, factor};
@@ -12,11 +13,11 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::calibrate::Streams;
 use crate::error::{Error, Result};
-use crate::fold::{Folding, HEAD, dense_head, final_gain};
+use crate::fold::{Folding, dense_head, final_gain};
 use crate::progress::LinearReport;
 
 /// Rows of the head that are moved at a time.
-const BAND: usize = 16_384;
+pub(crate) const BAND: usize = 16_384;
 
 /// The head `[vocab, hidden]` as the file should hold it, on rank 0 alone, and what its Hessian needed.
 pub(crate) fn fitted(

@@ -30,11 +30,13 @@ impl Share {
     pub fn of(self, work: &[f64]) -> Vec<usize> {
         let mut order: Vec<usize> = (0..work.len()).collect();
         order.sort_by(|&a, &b| work[b].total_cmp(&work[a]));
-        let mut loads = vec![(0.0_f64, 0_usize); self.of];
+        // Jobs beyond the number of items get none: each item goes to one that has none yet.
+        let jobs = self.of.min(work.len());
+        let mut loads = vec![(0.0_f64, 0_usize); jobs];
         let mut mine = Vec::new();
         for item in order {
             // Of jobs with equally much, the one with fewer items, then the first.
-            let least = (0..self.of)
+            let least = (0..jobs)
                 .min_by(|&a, &b| {
                     loads[a].0.total_cmp(&loads[b].0).then(loads[a].1.cmp(&loads[b].1))
                 })
@@ -65,6 +67,10 @@ mod tests {
         assert_eq!(shares(&[0.0; 4], 2), [[0, 2], [1, 3]]);
         assert_eq!(shares(&[1.0, 1.0], 3), [vec![0], vec![1], vec![]]);
         assert_eq!(shares(&[1.0, 1.0], 1), [vec![0, 1]]);
+        // As many jobs as a number can say take no more memory than the items.
+        for (index, mine) in [(1, vec![1]), (3, vec![2]), (4, vec![]), (usize::MAX, vec![])] {
+            assert_eq!(Share { index, of: usize::MAX }.of(&[2.0, 3.0, 1.0]), mine, "{index}");
+        }
     }
 
     #[test]

@@ -8,8 +8,10 @@
 //! What a sweep leaves in its folders is shown by [`report`], held by [`check`] and published with a
 //! [`card`].
 
+pub mod agreement;
 mod bands;
 mod baseline;
+pub mod batches;
 pub mod bench;
 pub mod branch_report;
 mod calibrate;
@@ -25,13 +27,17 @@ pub mod files;
 pub mod first_gram;
 mod fold;
 mod head;
+pub mod home;
+pub mod host_memory;
 pub mod identity;
 pub mod jobs;
 pub mod loaders;
 pub mod manifest;
 pub mod memory;
+mod memory_evaluation;
 pub mod output;
 pub mod perplexity;
+mod pieces;
 pub mod plan;
 pub mod progress;
 pub mod protocol;

@@ -4,11 +4,14 @@
 //! The manifest is the last file written. It lists every other file with its SHA-256 (the sums that
 //! `sha256sum` prints), and all that the bytes depend on in words, so that a run that finds other
 //! words can say what has changed.
+//!
+//! A manifest that came with a checkpoint from elsewhere is data: it may name files of its own folder
+//! and nothing else.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Component, Path};
 
 use gptq_checkpoint::{Checkpoint, Partial};
 use rayon::prelude::*;
@@ -58,14 +61,27 @@ fn unreadable(error: &io::Error) -> String {
 }
 
 impl FileSum {
-    /// How a file differs from the sum.
+    /// How a file differs from the sum. Only a regular file of the right size is read at all: from a
+    /// device or a pipe there might come bytes for ever.
     fn fault(&self, path: &Path) -> Option<String> {
-        match file_sum(path) {
-            Ok(found) if found == *self => None,
-            Ok(found) if found.bytes != self.bytes => {
-                Some(format!("has {} bytes, {} when it was written", found.bytes, self.bytes))
+        match self.size_fault(path) {
+            Some(fault) => Some(fault),
+            None => match file_sum(path) {
+                Ok(found) if found == *self => None,
+                Ok(_) => Some(OTHER_CONTENT.to_owned()),
+                Err(error) => Some(unreadable(&error)),
+            },
+        }
+    }
+
+    /// What is wrong with a file that can be seen without reading it.
+    fn size_fault(&self, path: &Path) -> Option<String> {
+        match fs::metadata(path) {
+            Ok(meta) if !meta.is_file() => Some("is no regular file".to_owned()),
+            Ok(meta) if meta.len() != self.bytes => {
+                Some(format!("has {} bytes, {} when it was written", meta.len(), self.bytes))
             }
-            Ok(_) => Some(OTHER_CONTENT.to_owned()),
+            Ok(_) => None,
             Err(error) => Some(unreadable(&error)),
         }
     }
@@ -124,13 +140,27 @@ impl Manifest {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::Folder { action: "read", path, source }),
         };
-        Ok(Some(match serde_json::from_slice::<Self>(&text) {
-            Ok(manifest) if manifest.format == FORMAT => Ok(manifest),
-            Ok(other) => {
-                Err(format!("its format is {}, and this program reads {FORMAT}", other.format))
+        Ok(Some(Self::parse(&text)))
+    }
+
+    /// Reads the text of a manifest, or says why it cannot be understood.
+    ///
+    /// # Errors
+    /// Another format, and names of files outside of the folder.
+    pub fn parse(text: &[u8]) -> std::result::Result<Self, String> {
+        let manifest: Self = serde_json::from_slice(text).map_err(|e| e.to_string())?;
+        if manifest.format != FORMAT {
+            return Err(format!(
+                "its format is {}, and this program reads {FORMAT}",
+                manifest.format
+            ));
+        }
+        match manifest.files.keys().find(|name| !stays_inside(name)) {
+            Some(name) => {
+                Err(format!("it lists `{name}`, which is no plain path inside the folder"))
             }
-            Err(e) => Err(e.to_string()),
-        }))
+            None => Ok(manifest),
+        }
     }
 
     /// The file's contents.
@@ -144,8 +174,8 @@ impl Manifest {
     /// The first file that is not what the manifest says, the report apart.
     pub(crate) fn damaged(&self, dir: &Path) -> Option<String> {
         // Sizes first: they cost nothing.
-        let size = |name: &str| fs::metadata(dir.join(name)).map(|meta| meta.len()).ok();
-        let other_size = self.files.iter().find(|(name, sum)| size(name) != Some(sum.bytes));
+        let other_size =
+            self.files.iter().find(|(name, sum)| sum.size_fault(&dir.join(name)).is_some());
         if let Some((name, _)) = other_size {
             return Some(name.clone());
         }
@@ -196,9 +226,12 @@ impl Manifest {
 
     /// What differs between this and what is wanted now, in words.
     pub(crate) fn changes(&self, wanted: &MadeFrom) -> Option<String> {
-        let changes: Vec<String> = wanted
+        let mut changes: Vec<String> = wanted
             .iter()
-            .filter(|(name, value)| self.made_from.get(*name) != Some(value))
+            .filter(|(name, value)| {
+                let old = self.made_from.get(*name);
+                !old.is_some_and(|old| old == *value || is_less_said(old, value))
+            })
             .map(|(name, value)| match self.made_from.get(name) {
                 Some(old) if readable(old) && readable(value) => {
                     format!("{name} was `{old}` and is `{value}`")
@@ -206,13 +239,30 @@ impl Manifest {
                 _ => format!("{name} has changed"),
             })
             .collect();
+        let dropped = self.made_from.iter().filter(|(name, _)| !wanted.contains_key(*name));
+        changes.extend(dropped.map(|(name, value)| format!("{name} was `{value}`")));
         (!changes.is_empty()).then(|| changes.join("; "))
     }
+}
+
+/// Whether the one value is the other without the instructions of a CPU, as earlier versions wrote it:
+/// `cpu (x86_64)` of `cpu (x86_64, fma)`. Such a branch was made on a processor that may have been
+/// this one; making all of them again would cost more than the last bits are worth.
+fn is_less_said(old: &str, value: &str) -> bool {
+    let kind = old.strip_suffix(')').filter(|kind| kind.starts_with("cpu ("));
+    kind.and_then(|kind| value.strip_prefix(kind)).is_some_and(|rest| rest.starts_with(", "))
 }
 
 /// Digests say nothing to a reader.
 fn readable(value: &str) -> bool {
     !(value.len() == 64 && value.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// Whether a name joined to a folder is that of a file in it: parts with a name each, and nothing that
+/// a system might read as another separator.
+fn stays_inside(name: &str) -> bool {
+    let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+    !name.is_empty() && !name.contains(['\\', '\0']) && Path::new(name).components().all(plain)
 }
 
 /// Files that a manifest does not list: itself, the report, the model card, and hidden working files.
@@ -347,6 +397,42 @@ mod tests {
         }
     }
 
+    fn listing(name: &str, bytes: u64) -> String {
+        let sum = "0".repeat(64);
+        format!(
+            r#"{{"format": 1, "made_from": {{}}, "measured_on": null, "made_report": "", "report": "",
+                 "files": {{{}: {{"bytes": {bytes}, "sha256": "{sum}"}}}}}}"#,
+            serde_json::to_string(name).unwrap()
+        )
+    }
+
+    #[test]
+    fn names_lead_nowhere_but_into_the_folder() {
+        for name in ["model.safetensors", "original/params.json", ".gitattributes", "a..b"] {
+            Manifest::parse(listing(name, 1).as_bytes()).unwrap();
+        }
+        for name in ["", "/dev/zero", "../x", "a/../../x", "./x", "a\\..\\x", "a\0b", ".."] {
+            let error = Manifest::parse(listing(name, 1).as_bytes()).unwrap_err();
+            assert!(error.contains("no plain path inside the folder"), "{name}: {error}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_no_regular_file_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        // Reading the one would never end, opening the other never begin.
+        std::os::unix::fs::symlink("/dev/zero", dir.path().join("zero")).unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(pipe).status().unwrap().success());
+        for name in ["zero", "pipe"] {
+            let manifest = Manifest::parse(listing(name, 0).as_bytes()).unwrap();
+            assert_eq!(manifest.damaged(dir.path()).as_deref(), Some(name));
+            let faults = manifest.faults(dir.path());
+            assert_eq!(faults[0], (name.to_owned(), "is no regular file".to_owned()));
+        }
+    }
+
     #[test]
     fn changes_are_told_in_words_unless_they_are_digests() {
         let made_from = |settings: &str, source: char| {
@@ -369,10 +455,26 @@ mod tests {
             manifest.changes(&made_from("3 bits", 'b')).unwrap(),
             "settings was `4 bits` and is `3 bits`; the source has changed"
         );
+        // A version that did not look at a CPU's instructions, and one that did.
+        let on = |device: &str| MadeFrom::from([("the device".to_owned(), device.to_owned())]);
+        for (old, now, differs) in [
+            ("cpu (x86_64)", "cpu (x86_64, fma)", false),
+            ("cpu (x86_64, avx)", "cpu (x86_64, fma)", true),
+            ("cpu (x86_64, fma)", "cpu (x86_64)", true),
+            ("cpu (aarch64)", "cpu (x86_64, fma)", true),
+        ] {
+            let manifest = Manifest { made_from: on(old), ..manifest.clone() };
+            assert_eq!(manifest.changes(&on(now)).is_some(), differs, "{old}, {now}");
+        }
         // A version that knows of more that bytes depend on.
         let mut more = made_from("4 bits", 'a');
         more.insert("weather".to_owned(), "fair".to_owned());
         assert_eq!(manifest.changes(&more).unwrap(), "weather has changed");
+        // What several ranks have made is not what one makes.
+        let mut ranks = manifest;
+        ranks.made_from.insert("the number of ranks".to_owned(), "2".to_owned());
+        let changes = ranks.changes(&made_from("4 bits", 'a'));
+        assert_eq!(changes.unwrap(), "the number of ranks was `2`");
     }
 
     #[test]

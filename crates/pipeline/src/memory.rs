@@ -4,10 +4,14 @@
 //! down wait in host memory, as many of them as must, and then hidden states too.
 
 use gptq_checkpoint::ModelConfig;
-use gptq_compute::Device;
 use gptq_compute::cuda::CHUNK_TOKENS;
+use gptq_compute::{Device, FloatType};
+use gptq_quant::{QuantSpec, Rotate};
 use serde::Serialize;
 
+use crate::error::Result;
+use crate::head;
+use crate::host_memory::ensure;
 use crate::states::chunk_tokens;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
@@ -69,7 +73,10 @@ impl BlockSizes {
 }
 
 /// Part of a card that a run may fill: the rest is for the context, kernels and fragments.
-const USABLE: f64 = 0.94;
+pub(crate) const USABLE: f64 = 0.94;
+
+/// Pinned buffers that uploads go through, and what CUDA takes of the host.
+pub(crate) const STAGING: usize = 1 << 30;
 
 /// What is held in one walk over a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,38 +89,97 @@ pub struct Workload {
     pub reference: bool,
     /// Weights are solved from values wider than those that a GPU's forward uses.
     pub exact: bool,
+    /// First Grams that a sweep's branches share, of the residual stream's width.
+    pub shared_grams: usize,
+}
+
+/// Bytes of host memory that embedding and head take beside the blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tables {
+    /// While blocks are walked.
+    walking: usize,
+    /// While the tables are written, after the last block.
+    writing: usize,
+}
+
+impl Tables {
+    /// Of a run of `spec` on a model that is stored in `stored`; `rounds` where a type other than
+    /// fp16 is rounded when it is read.
+    pub fn of(model: &ModelConfig, spec: &QuantSpec, stored: FloatType, rounds: bool) -> Self {
+        let (vocab, width) = (model.vocab_size, model.hidden_size);
+        let table = 2 * vocab * width;
+        let turned = spec.choices.rotate == Rotate::Full;
+        let wide = rounds && stored != FloatType::F16;
+        // The embedding as the walk reads it: turned, rounded, or the file's own.
+        let walking = if turned || wide { table } else { 0 };
+        // A fitted head waits while the embedding is turned or rounded once more. It is fitted in
+        // bands, in f32, by a map that takes a Hessian and its factor.
+        let fits = spec.recipe.calibrates() && spec.choices.head > 0.0;
+        let fitting = 8 * head::BAND.min(vocab) * width + 20 * width * width;
+        let copied = if turned || wide { table } else { 0 };
+        // Pages of the file stay as long as one table is read.
+        let read = copied + stored.size() * vocab * width;
+        let writing = if fits { table + read.max(fitting) } else { read };
+        Self { walking, writing: walking + writing }
+    }
+}
+
+impl Workload {
+    /// The first Grams of a sweep.
+    fn shared_bytes(self, block: BlockSizes) -> usize {
+        4 * self.shared_grams * block.hidden * block.hidden
+    }
+
+    /// Walks whose states are held.
+    fn streams(self) -> usize {
+        1 + usize::from(self.reference)
+    }
 }
 
 /// Plans a calibrated run on a GPU of `budget` bytes. Where nothing fits, the smallest plan is
 /// tried: its out-of-memory error says what to lower.
-pub fn plan_gpu(block: BlockSizes, work: Workload, budget: u64) -> MemoryPlan {
+pub fn plan_gpu(block: BlockSizes, work: Workload, tables: Tables, budget: u64) -> MemoryPlan {
     let usable = (budget as f64 * USABLE) as usize;
     let need = GpuBytes::new(block, work);
     let over = (need.fixed + need.inputs + need.hidden).saturating_sub(usable);
     if over == 0 {
-        return need.plan(Parking::default());
+        return need.plan(Parking::default(), tables);
     }
     // A parked share has chunks on their way as well.
     let over = over + need.moving;
     let share = |bytes: usize, of: usize| (bytes as f64 / of.max(1) as f64).min(1.0);
     let inputs = share(over, need.inputs);
     let hidden = share(over.saturating_sub(need.inputs), need.hidden);
-    need.plan(Parking { inputs, hidden })
+    need.plan(Parking { inputs, hidden }, tables)
 }
 
-/// What a run on this device should park: nothing on the CPU.
-pub fn parking(
-    device: &Device,
-    block: BlockSizes,
-    work: Workload,
-) -> gptq_compute::Result<Parking> {
-    Ok(match device.memory()? {
-        None => Parking::default(),
-        Some(memory) => {
-            let budget = memory.budget.min(memory.free + memory.held);
-            plan_gpu(block, work, budget as u64).parking
+/// What a calibrated run on this device should park: nothing on the CPU.
+///
+/// # Errors
+/// Windows whose states and inputs host memory cannot hold.
+pub fn parking(device: &Device, block: BlockSizes, work: Workload) -> Result<Parking> {
+    let (parking, in_host) = match device_budget(device)? {
+        None => (Parking::default(), 4 * states_of(block, work)),
+        Some(budget) => {
+            let need = GpuBytes::new(block, work);
+            let parking = plan_gpu(block, work, Tables::default(), budget).parking;
+            (parking, need.parked(parking))
         }
-    })
+    };
+    let what = format!("Hidden states and inputs of {} tokens", work.tokens);
+    ensure(&what, in_host as u64, "calibrate on fewer or shorter windows")?;
+    Ok(parking)
+}
+
+/// Bytes of a device that a run may fill, if it has memory of its own.
+pub(crate) fn device_budget(device: &Device) -> Result<Option<u64>> {
+    let memory = device.memory()?;
+    Ok(memory.map(|m| m.budget.min(m.free + m.held) as u64))
+}
+
+/// Values of hidden states, and of one stage's inputs, of all tokens.
+fn states_of(block: BlockSizes, work: Workload) -> usize {
+    work.tokens * (work.streams() * block.hidden + block.widest)
 }
 
 /// Bytes on a GPU: fp16 weights and activations, f32 hidden states and matrices.
@@ -132,8 +198,8 @@ struct GpuBytes {
 
 impl GpuBytes {
     fn new(block: BlockSizes, work: Workload) -> Self {
-        let Workload { tokens, seq_len, reference, exact } = work;
-        let streams = 1 + usize::from(reference);
+        let Workload { tokens, seq_len, reference, exact, .. } = work;
+        let streams = work.streams();
         // A window longer than a chunk is one of its own.
         let chunk = CHUNK_TOKENS.max(seq_len).min(tokens.max(1));
         // The block computed, the one read ahead, and the first as it was before.
@@ -152,38 +218,47 @@ impl GpuBytes {
         let gathering = 4 * square + flight + shift;
         let solving = (9 * square + solve).max(4 * square + solve + 3 * shift);
         Self {
-            fixed: blocks + gathering.max(solving),
+            fixed: blocks + gathering.max(solving) + work.shared_bytes(block),
             // The unquantised model's are used at once.
             inputs: 2 * tokens * block.widest,
             hidden: 4 * tokens * block.hidden * streams,
             moving: 3 * chunk * (2 * block.widest + 4 * block.hidden),
             // Uploads go through pinned buffers; packed results wait for the writer; a block whose
             // rotations are folded is turned in f32, and one more waits to be solved from it.
-            host: (2 + 4 + if exact { 4 } else { 0 }) * block.weights + (1 << 30),
+            host: (2 + 4 + if exact { 4 } else { 0 }) * block.weights + STAGING,
         }
     }
 
-    fn plan(&self, parking: Parking) -> MemoryPlan {
-        let parked = (parking.inputs * self.inputs as f64) as usize
-            + (parking.hidden * self.hidden as f64) as usize;
+    /// What waits in host memory.
+    fn parked(&self, parking: Parking) -> usize {
+        (parking.inputs * self.inputs as f64) as usize
+            + (parking.hidden * self.hidden as f64) as usize
+    }
+
+    fn plan(&self, parking: Parking, tables: Tables) -> MemoryPlan {
+        let parked = self.parked(parking);
+        // Inputs are gone after the last block, and nothing is packed any more.
+        let hidden = (parking.hidden * self.hidden as f64) as usize;
+        let walking = parked + self.host + tables.walking;
+        let writing = hidden + STAGING + tables.writing;
         let moving = if parked > 0 { self.moving } else { 0 };
         MemoryPlan {
             parking,
             device_bytes: (self.fixed + self.inputs + self.hidden - parked + moving) as u64,
-            host_bytes: (parked + self.host) as u64,
+            host_bytes: walking.max(writing) as u64,
         }
     }
 }
 
-/// Peak of a CPU run: hidden states and one stage's inputs for all tokens, the blocks' weights (one
-/// read ahead), and the largest linear's solve.
-pub fn plan_cpu(block: BlockSizes, work: Workload) -> u64 {
+/// Peak of a CPU run. While blocks are walked, it holds hidden states and one stage's inputs for all
+/// tokens, the blocks' weights (one read ahead), and the largest linear's solve; after the last one,
+/// hidden states still, and the tables that are written.
+pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
     let Workload { tokens, seq_len, reference, .. } = work;
-    let streams = 1 + usize::from(reference);
-    // An embedding that is not fp16 in the source is rounded once, and the tokeniser, the program
-    // and the text take some tens of megabytes.
-    let fixed = 128 << 20;
-    let states = tokens * (streams * block.hidden + block.widest);
+    let streams = work.streams();
+    // The tokeniser, the program and the text take some tens of megabytes.
+    let fixed = (128 << 20) + work.shared_bytes(block);
+    let states = states_of(block, work);
     // One chunk's gate and up; with a reference states of both streams and their difference.
     let lacking = if reference { 3 * block.hidden } else { 0 };
     let chunk = chunk_tokens(&Device::Cpu).max(seq_len).min(tokens);
@@ -192,11 +267,15 @@ pub fn plan_cpu(block: BlockSizes, work: Workload) -> u64 {
     // Shifts and shifted weights come when the factor's room is free again.
     let square = if tokens > 0 { 20 * block.widest * block.widest } else { 0 };
     let solve = square + 13 * block.largest;
-    (fixed + 4 * ((1 + streams) * block.weights + states + flight) + solve) as u64
+    let walking = 4 * ((1 + streams) * block.weights + states + flight) + solve + tables.walking;
+    let writing = 4 * tokens * streams * block.hidden + tables.writing;
+    (fixed + walking.max(writing)) as u64
 }
 
 #[cfg(test)]
 mod tests {
+    use gptq_quant::Recipe;
+
     use super::*;
 
     fn llama_70b() -> ModelConfig {
@@ -209,8 +288,14 @@ mod tests {
     #[test]
     fn a_larger_card_parks_less() {
         let block = BlockSizes::of(&llama_70b());
-        let work =
-            |reference| Workload { tokens: 128 * 4096, seq_len: 4096, reference, exact: false };
+        let work = |reference| Workload {
+            tokens: 128 * 4096,
+            seq_len: 4096,
+            reference,
+            exact: false,
+            shared_grams: 0,
+        };
+        let plan_gpu = |block, work, budget| plan_gpu(block, work, Tables::default(), budget);
         let plan = |gib: u64| plan_gpu(block, work(false), gib << 30);
         assert_eq!(plan(79).parking, Parking::default());
         let some = plan(48).parking;
@@ -233,14 +318,52 @@ mod tests {
         assert_eq!(exact.host_bytes - rounded.host_bytes, 4 * 855_638_016);
     }
 
+    /// Embedding and head of Llama 3.1 8B, 128,256 × 4096, of a gigabyte each.
+    #[test]
+    fn tables_outside_of_the_blocks_count() {
+        let text = r#"{"model_type":"llama","hidden_size":4096,"intermediate_size":14336,
+            "num_hidden_layers":32,"num_attention_heads":32,"num_key_value_heads":8,
+            "vocab_size":128256,"max_position_embeddings":131072}"#;
+        let model = ModelConfig::parse(text, std::path::Path::new("config.json")).unwrap();
+        let block = BlockSizes::of(&model);
+        let table = 2 * 128_256 * 4096;
+        let tables = |recipe, stored| {
+            Tables::of(&model, &QuantSpec::new(4, Some(128), true, 0.01, recipe), stored, true)
+        };
+        // Turned for the walk; then a fitted head, and the embedding read and turned once more.
+        let best = Tables { walking: table, writing: 4 * table };
+        assert_eq!(tables(Recipe::Best, FloatType::F16), best);
+        let as_stored = Tables { walking: 0, writing: table };
+        assert_eq!(tables(Recipe::AutoGptq, FloatType::F16), as_stored);
+        let rounded = Tables { walking: table, writing: 3 * table };
+        assert_eq!(tables(Recipe::AutoGptq, FloatType::BF16), rounded);
+        let (reference, exact) = (false, false);
+        let work = |tokens, shared_grams| {
+            let seq_len = 2048;
+            Workload { tokens, seq_len, reference, exact, shared_grams }
+        };
+        let cpu = |tokens, tables| plan_cpu(block, work(tokens, 0), tables);
+        // Without windows what is written is the peak, with many the walk.
+        assert!(cpu(0, best) < cpu(0, Tables::default()) + 4 * table as u64);
+        assert!(cpu(0, best) > cpu(0, Tables::default()) + table as u64);
+        let many = 1 << 20;
+        assert_eq!(cpu(many, best), cpu(many, Tables::default()) + table as u64);
+        let gpu = |grams| plan_gpu(block, work(many, grams), best, 80 << 30);
+        assert_eq!(gpu(2).device_bytes - gpu(0).device_bytes, 2 * 4 * 4096 * 4096);
+        let without = plan_gpu(block, work(many, 0), Tables::default(), 80 << 30);
+        assert!(gpu(0).host_bytes >= without.host_bytes + table as u64);
+    }
+
     /// A window is never cut, so a chunk of one that is longer than a chunk takes more.
     #[test]
     fn long_windows_take_larger_chunks() {
         let block = BlockSizes::of(&llama_70b());
         let tokens = 4 * 131_072;
-        let work = |seq_len| Workload { tokens, seq_len, reference: false, exact: false };
-        let device = |seq_len| plan_gpu(block, work(seq_len), 1 << 40).device_bytes;
-        let host = |seq_len| plan_cpu(block, work(seq_len));
+        let (reference, exact, shared_grams) = (false, false, 0);
+        let work = |seq_len| Workload { tokens, seq_len, reference, exact, shared_grams };
+        let tables = Tables::default();
+        let device = |seq_len| plan_gpu(block, work(seq_len), tables, 1 << 40).device_bytes;
+        let host = |seq_len| plan_cpu(block, work(seq_len), tables);
         assert_eq!(device(16_384), device(4096));
         assert_eq!(host(4096), host(512));
         // Gate, up and their product, and hidden states thrice, of the tokens beyond.

@@ -6,16 +6,15 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
 
 use gptq_checkpoint::{
-    Bits, Checkpoint, CheckpointWriter, GptqLinear, QuantizeConfig, pack_rows, pack_transposed,
+    Bits, Checkpoint, CheckpointWriter, GptqLinear, HEAD, QuantizeConfig, pack_transposed,
 };
 use gptq_quant::{Codes, QuantSpec, Stored};
-use half::f16;
 
 use crate::bands::Bands;
 use crate::branch_report::TOOL;
 use crate::calibration::{Calibration, CalibrationRecipe};
 use crate::error::{Error, Result};
-use crate::fold::{Folding, HEAD, written_config};
+use crate::fold::{Folding, dense_head};
 use crate::identity::DatasetIdentity;
 use crate::quantise::QuantiseJob;
 use crate::source_dtype::SourceDtype;
@@ -28,7 +27,6 @@ pub(crate) fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
     Ok(CheckpointWriter::create(
         &job.out,
         job.source,
-        &written_config(job.source.config(), &job.spec.choices),
         &quantize_config(&job.spec)?,
         job.layout,
         &metadata(&job.spec, job.source_dtype, job.calibration),
@@ -90,26 +88,53 @@ fn provenance(
     map
 }
 
-/// Copies what is not quantised: embeddings, norms and head (the fitted one, if there is one), as
-/// fp16, rotated as the linears are.
+/// Copies what is not quantised, before the first block is: what fp16 cannot hold, or is not finite,
+/// shows now and not after the last. A head that will be fitted is only tried. Of shards that are
+/// still to come nothing can be known.
+pub(crate) fn copy_ahead(
+    job: &QuantiseJob<'_>,
+    folding: Option<&Folding>,
+    writer: &mut CheckpointWriter,
+) -> Result<()> {
+    let source = job.source;
+    if source.is_arriving() {
+        return Ok(());
+    }
+    // Norms and biases that are folded or turned leave other values in the file.
+    for (name, shape) in source.config().dense_tensors() {
+        if shape.len() == 1 {
+            let vector = source.tensor(&name)?;
+            vector.check_finite()?;
+            if job.source_dtype == SourceDtype::Fp16 {
+                vector.to_f16()?;
+            }
+        }
+    }
+    let fitted = job.spec.recipe.calibrates() && job.spec.choices.head > 0.0;
+    copy_dense(source, folding, |name| !(fitted && name == HEAD), writer)?;
+    if fitted {
+        dense_head(source, folding)?;
+        source.release(HEAD);
+    }
+    Ok(())
+}
+
+/// Copies what is not quantised and not written yet, as fp16, rotated as the linears are.
 pub(crate) fn copy_dense(
     source: &Checkpoint,
     folding: Option<&Folding>,
-    head: Option<&[f16]>,
+    wanted: impl Fn(&str) -> bool,
     writer: &mut CheckpointWriter,
 ) -> Result<()> {
-    for name in writer.missing() {
-        if let (HEAD, Some(values)) = (name.as_str(), head) {
-            writer.write_f16(&name, values)?;
-            continue;
+    for name in writer.missing().into_iter().filter(|name| wanted(name)) {
+        match folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
+            Some(values) => writer.write_f16(&name, &values)?,
+            None => {
+                let tensor = source.tensor(&name)?;
+                tensor.check_finite()?;
+                writer.copy_dense(&name, &tensor)?;
+            }
         }
-        if let Some(values) = folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
-            writer.write_f16(&name, &values)?;
-            continue;
-        }
-        let tensor = source.tensor(&name)?;
-        tensor.check_finite()?;
-        writer.copy_dense(&name, &tensor)?;
         source.release(&name);
     }
     Ok(())
@@ -150,14 +175,11 @@ pub(crate) fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
 
 /// A solved linear in the file's form.
 fn packed(bands: Bands, spec: &QuantSpec) -> Result<GptqLinear> {
-    let Stored { out_features, in_features, codes, scales, groups, g_idx } = bands.join();
+    let Stored { out_features, in_features, codes, scales, g_idx, .. } = bands.join();
     let bits = Bits::new(spec.bits)?;
     let qweight = match codes {
         Codes::Packed(words) => words,
         Codes::Plain(codes) => pack_transposed(bits, &codes, out_features, in_features)?,
     };
-    // Symmetric: one zero for all, stored minus one.
-    let zeros = vec![spec.zero() - 1; scales.len()];
-    let qzeros = pack_rows(bits, &zeros, groups, out_features)?;
-    Ok(GptqLinear { bits, in_features, out_features, groups, qweight, qzeros, scales, g_idx })
+    Ok(GptqLinear::symmetric(bits, [in_features, out_features], qweight, scales, g_idx)?)
 }

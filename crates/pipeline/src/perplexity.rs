@@ -1,27 +1,26 @@
-//! Perplexity and KL divergence, layer by layer: a block is loaded once for all windows.
+//! Perplexity and KL divergence, layer by layer: a block is loaded once for all windows that memory
+//! holds at once (see [`crate::batches`]).
 
 use gptq_compute::Tensor;
 use gptq_model::{Block, Head, LinearId, Model, SourcePrecision};
 use gptq_quant::{QuantSpec, round_to_nearest};
 use serde::{Deserialize, Serialize};
 
+use crate::batches::Batch;
 use crate::error::{Error, Result};
-use crate::memory::{BlockSizes, Workload, parking};
 use crate::progress::{Progress, Silent};
 use crate::protocol::EvalWindow;
 use crate::quantise::{linear_name, next_block, read_ahead};
 use crate::states::{States, chunk_ranges, chunk_tokens, embed, forward};
 
-/// Normed final hidden states of every scored position, with the tokens that follow them.
+/// Normed final hidden states of a batch's scored positions, with the tokens that follow them.
 ///
-/// Every rank has those of its own windows. Kept by a sweep for the dense model, so that each
-/// branch's KL costs no second forward pass.
+/// Kept by a sweep for the dense model where one batch holds all windows, so that each branch's KL
+/// costs no second forward pass.
 #[derive(Debug)]
 pub struct Scored {
     chunks: Vec<(Tensor, Vec<u32>)>,
     head: Head,
-    /// Windows of all ranks.
-    windows: usize,
 }
 
 /// Mean loss over all scored tokens.
@@ -39,20 +38,20 @@ pub struct Perplexity {
     pub tokens: usize,
 }
 
-/// Runs the model as it is stored over `windows`.
-pub fn score(model: &Model<'_>, windows: &[EvalWindow], progress: &dyn Progress) -> Result<Scored> {
-    walk(model, windows, false, progress, |_| Ok(()))
+/// Runs the model as it is stored over the windows of a batch.
+pub fn score(model: &Model<'_>, batch: Batch<'_>, progress: &dyn Progress) -> Result<Scored> {
+    walk(model, batch, false, progress, |_| Ok(()))
 }
 
 /// Runs the model with every linear rounded to nearest on the way: the baseline without a file.
 pub fn score_rounded(
     model: &Model<'_>,
     spec: &QuantSpec,
-    windows: &[EvalWindow],
+    batch: Batch<'_>,
     progress: &dyn Progress,
 ) -> Result<Scored> {
     let exact = model.precision() == SourcePrecision::Stored;
-    walk(model, windows, exact, progress, |block| {
+    walk(model, batch, exact, progress, |block| {
         let exact = block.take_exact();
         for id in LinearId::ALL {
             let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
@@ -68,18 +67,15 @@ pub fn score_rounded(
 /// finds those that a GPU's are a rounding of.
 fn walk(
     model: &Model<'_>,
-    windows: &[EvalWindow],
+    batch: Batch<'_>,
     exact: bool,
     progress: &dyn Progress,
     prepare: impl Fn(&mut Block) -> Result<()>,
 ) -> Result<Scored> {
-    let ranks = model.ranks();
-    let progress = if ranks.is_first() { progress } else { &Silent };
-    let all = windows.len();
-    let windows = &windows[ranks.share(all, 1)];
-    let mut states = begin(model, windows, exact)?;
+    let progress = if model.ranks().is_first() { progress } else { &Silent };
+    let mut states = begin(model, batch)?;
     let blocks = model.config().num_hidden_layers;
-    progress.begin("perplexity", blocks);
+    progress.begin(&batch.label("perplexity"), blocks);
     std::thread::scope(|scope| {
         let ahead = read_ahead(scope, model, None, exact);
         for _ in 0..blocks {
@@ -91,17 +87,12 @@ fn walk(
         Ok::<_, Error>(())
     })?;
     progress.end();
-    Scored::of(model, windows, all, states)
+    Scored::of(model, batch, states)
 }
 
-/// The states of windows before the first block; `exact` as for [`Workload`].
-pub(crate) fn begin(model: &Model<'_>, windows: &[EvalWindow], exact: bool) -> Result<States> {
-    let tokens = tokens(windows);
-    let held = tokens.iter().map(|window| window.len()).sum();
-    let seq_len = tokens.iter().map(|window| window.len()).max().unwrap_or(1);
-    let work = Workload { tokens: held, seq_len, reference: false, exact };
-    let parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
-    embed(model, &tokens, parked.hidden)
+/// The states of a batch before the first block.
+pub(crate) fn begin(model: &Model<'_>, batch: Batch<'_>) -> Result<States> {
+    embed(model, &tokens(batch.windows), batch.parked)
 }
 
 fn tokens(windows: &[EvalWindow]) -> Vec<&[u32]> {
@@ -124,58 +115,30 @@ fn scored_rows(windows: &[EvalWindow]) -> (Vec<u32>, Vec<u32>) {
 }
 
 impl Scored {
-    /// Of the states of this rank's windows after the last block; `all` windows there are.
-    pub(crate) fn of(
-        model: &Model<'_>,
-        windows: &[EvalWindow],
-        all: usize,
-        mut states: States,
-    ) -> Result<Self> {
+    /// Of the states of a batch after the last block.
+    pub(crate) fn of(model: &Model<'_>, batch: Batch<'_>, mut states: States) -> Result<Self> {
         let head = model.load_head()?;
-        let ranges = chunk_ranges(&tokens(windows), chunk_tokens(model.device()));
+        let ranges = chunk_ranges(&tokens(batch.windows), chunk_tokens(model.device()));
         let mut chunks = Vec::with_capacity(ranges.len());
         for (chunk, range) in ranges.into_iter().enumerate() {
-            let (rows, targets) = scored_rows(&windows[range]);
+            let (rows, targets) = scored_rows(&batch.windows[range]);
             let rows = model.device().select_rows(&states.hidden.take(chunk)?, &rows)?;
             chunks.push((head.norm(model.device(), &rows)?, targets));
         }
-        Ok(Self { chunks, head, windows: all })
+        Ok(Self { chunks, head })
     }
 
-    /// Perplexity of the scored tokens: exp of the mean over all of them. Under `paper` all windows
-    /// score equally many tokens, so this is the mean over windows too.
-    pub fn perplexity(&self, model: &Model<'_>) -> Result<Perplexity> {
-        self.mean(&self.losses(model)?)
-    }
-
-    /// Negative log likelihoods of the scored tokens in nats, in the order of the text.
+    /// Negative log likelihoods of the scored tokens in nats, in the order of the windows.
     pub fn losses(&self, model: &Model<'_>) -> Result<Vec<f32>> {
         let mut losses = Vec::new();
         for (hidden, targets) in &self.chunks {
             losses.extend(model.device().token_nll(hidden, self.head.weight(), targets)?);
         }
-        of_all_ranks(model, &losses)
+        Ok(losses)
     }
 
-    /// Perplexity from [`Self::losses`].
-    pub fn mean(&self, losses: &[f32]) -> Result<Perplexity> {
-        let tokens = losses.len();
-        let mean = losses.iter().map(|&l| f64::from(l)).sum::<f64>() / tokens as f64;
-        if !mean.is_finite() {
-            return Err(Error::Activations { linear: "lm_head".to_owned() });
-        }
-        let variance = losses.iter().map(|&l| (f64::from(l) - mean).powi(2)).sum::<f64>();
-        Ok(Perplexity {
-            perplexity: mean.exp(),
-            mean_nll: mean,
-            standard_error: variance.sqrt() / tokens as f64,
-            windows: self.windows,
-            tokens,
-        })
-    }
-
-    /// Mean KL(base ‖ self) in nats over the scored positions of the same windows.
-    pub fn kl_from(&self, base: &Self, model: &Model<'_>) -> Result<f64> {
+    /// KL(base ‖ self) in nats at the scored positions of the same windows.
+    pub fn divergences(&self, base: &Self, model: &Model<'_>) -> Result<Vec<f32>> {
         let (mine, theirs) = (self.head.weight().rows(), base.head.weight().rows());
         if mine != theirs {
             return Err(Error::Vocabulary { base: theirs, other: mine });
@@ -185,20 +148,135 @@ impl Scored {
             let heads = (base.head.weight(), self.head.weight());
             all.extend(model.device().token_kl((p, heads.0), (q, heads.1))?);
         }
-        let all = of_all_ranks(model, &all)?;
-        Ok(all.iter().map(|&k| f64::from(k)).sum::<f64>() / all.len() as f64)
+        Ok(all)
     }
 }
 
-/// The values of every rank's windows, in the windows' order.
-fn of_all_ranks(model: &Model<'_>, values: &[f32]) -> Result<Vec<f32>> {
-    let parts = model.ranks().exchange(bytemuck::cast_slice(values).to_vec())?;
-    Ok(parts.into_iter().flatten().map(f32::from_bits).collect())
+/// What the scored tokens of all batches gave, in order.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// Losses.
+    pub losses: Vec<f32>,
+    /// KL divergences from a base, where there is one.
+    pub divergences: Vec<f32>,
+}
+
+impl Tally {
+    /// Adds the losses of a batch.
+    pub fn add(&mut self, scored: &Scored, model: &Model<'_>) -> Result<()> {
+        self.losses.extend(scored.losses(model)?);
+        Ok(())
+    }
+
+    /// Adds the divergences of a batch from a base.
+    pub fn compare(&mut self, scored: &Scored, base: &Scored, model: &Model<'_>) -> Result<()> {
+        self.divergences.extend(scored.divergences(base, model)?);
+        Ok(())
+    }
+
+    /// The values of every rank's windows, in the windows' order.
+    pub fn of_all_ranks(self, model: &Model<'_>) -> Result<Self> {
+        let of_all = |values: Vec<f32>| -> Result<Vec<f32>> {
+            let parts = model.ranks().exchange(bytemuck::cast_slice(&values).to_vec())?;
+            Ok(parts.into_iter().flatten().map(f32::from_bits).collect())
+        };
+        Ok(Self { losses: of_all(self.losses)?, divergences: of_all(self.divergences)? })
+    }
+
+    /// Perplexity over so many windows.
+    pub fn perplexity(&self, windows: usize) -> Result<Perplexity> {
+        Perplexity::of(&self.losses, windows)
+    }
+
+    /// Mean KL(base ‖ model) in nats a token.
+    ///
+    /// # Errors
+    /// [`Error::Activations`] where it is not finite.
+    pub fn kl(&self) -> Result<f64> {
+        let sum = self.divergences.iter().map(|&k| f64::from(k)).sum::<f64>();
+        let mean = sum / self.divergences.len() as f64;
+        if !mean.is_finite() {
+            return Err(Error::Activations { linear: "lm_head".to_owned() });
+        }
+        Ok(mean)
+    }
+}
+
+impl Perplexity {
+    /// Perplexity of the scored tokens: exp of the mean over all of them. Under `paper` all windows
+    /// score equally many tokens, so this is the mean over windows too.
+    pub fn of(losses: &[f32], windows: usize) -> Result<Self> {
+        let tokens = losses.len();
+        let mean = losses.iter().map(|&l| f64::from(l)).sum::<f64>() / tokens as f64;
+        // The exponential of a finite mean may be infinite: no report can hold that either.
+        if !mean.exp().is_finite() {
+            return Err(Error::Activations { linear: "lm_head".to_owned() });
+        }
+        let variance = losses.iter().map(|&l| (f64::from(l) - mean).powi(2)).sum::<f64>();
+        Ok(Self {
+            perplexity: mean.exp(),
+            mean_nll: mean,
+            standard_error: variance.sqrt() / tokens as f64,
+            windows,
+            tokens,
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use gptq_checkpoint::Checkpoint;
+    use gptq_compute::Device;
+    use gptq_quant::Recipe;
+
     use super::*;
+    use crate::batches::{Batches, Beside};
+    use crate::protocol::Protocol;
+
+    /// Cut between chunks, batches change nothing, to the last bit: neither losses nor divergences.
+    #[test]
+    fn batches_of_single_chunks_give_the_losses_of_the_whole() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let source = Checkpoint::open(&root.join("tests/fixtures/demo-llama")).unwrap();
+        let vocab = source.config().vocab_size as u32;
+        let ids: Vec<u32> = (0..9000).map(|i: u32| i.wrapping_mul(i / 7 + 11) % vocab).collect();
+        let device = Device::best().unwrap();
+        let model = Model::new(&source, device, SourcePrecision::Stored, 512).unwrap();
+        let spec = QuantSpec::new(3, Some(64), false, 0.01, Recipe::Rtn);
+        for (protocol, seq_len, least) in
+            [(Protocol::Paper, 500, 2), (Protocol::Strided, 512, 4), (Protocol::LlamaCpp, 96, 2)]
+        {
+            let windows = protocol.windows(&ids, seq_len, Some(1), None).unwrap();
+            let tally = |batches: Batches| {
+                let mut tally = Tally::default();
+                for batch in batches.iter(&windows) {
+                    let base = score(&model, batch, &Silent).unwrap();
+                    let rounded = score_rounded(&model, &spec, batch, &Silent).unwrap();
+                    tally.add(&rounded, &model).unwrap();
+                    tally.compare(&rounded, &base, &model).unwrap();
+                }
+                tally.of_all_ranks(&model).unwrap()
+            };
+            let beside = Beside { base: true, grams: false };
+            let whole = Batches::new(&model, &windows, beside, &Silent).unwrap();
+            assert_eq!(whole.count(), 1);
+            let single = Batches::of_single_chunks(&model, &windows);
+            assert!(single.count() >= least, "{protocol}: {}", single.count());
+            let (whole, single) = (tally(whole), tally(single));
+            let scored = windows.iter().map(EvalWindow::scored).sum::<usize>();
+            assert_eq!(whole.losses.len(), scored);
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            for (whole, single) in
+                [(&whole.losses, &single.losses), (&whole.divergences, &single.divergences)]
+            {
+                assert_eq!(bits(whole), bits(single), "{protocol}");
+            }
+            let (whole, single) = (whole.perplexity(7).unwrap(), single.perplexity(7).unwrap());
+            assert_eq!(whole.perplexity.to_bits(), single.perplexity.to_bits());
+        }
+    }
 
     #[test]
     fn each_scored_token_is_predicted_by_the_row_before_it() {

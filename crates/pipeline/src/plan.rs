@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use gptq_checkpoint::{Layout, ModelConfig, plan_files};
+use gptq_compute::FloatType;
 use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::fold::written_config;
-use crate::memory::{BlockSizes, MemoryPlan, Workload, plan_cpu, plan_gpu};
+use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
 use crate::output::quantize_config;
 use crate::source_dtype::SourceDtype;
 
@@ -47,34 +47,61 @@ impl Work {
     }
 }
 
+/// What a branch is made with and on.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// Calibration windows.
+    pub windows: usize,
+    /// Tokens of each.
+    pub seq_len: usize,
+    /// First Grams that its sweep keeps
+    /// ([`SweepConfig::shared_grams`](crate::config::SweepConfig::shared_grams)).
+    pub shared_grams: usize,
+    /// Bytes of the card.
+    pub gpu_memory: u64,
+}
+
 /// Plans a branch; `metadata` is what the `modern` layout carries beside its own keys
-/// ([`planned_metadata`](crate::output::planned_metadata)), `gpu_memory` the bytes of the card.
+/// ([`planned_metadata`](crate::output::planned_metadata)).
 pub fn plan_branch(
     model: &ModelConfig,
     spec: &QuantSpec,
     source_dtype: SourceDtype,
     layout: Layout,
     metadata: &BTreeMap<String, String>,
-    (windows, seq_len): (usize, usize),
-    gpu_memory: u64,
+    setting: Setting,
 ) -> Result<BranchPlan> {
-    let written = written_config(model, &spec.choices);
-    let files = plan_files(&written, &quantize_config(spec)?, layout, metadata, None)?;
+    let Setting { windows, seq_len, shared_grams, gpu_memory } = setting;
+    let files = plan_files(model, &quantize_config(spec)?, layout, metadata, None)?;
     let calibrates = spec.recipe.calibrates();
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
     let exact = source_dtype == SourceDtype::Fp32;
     let reference = spec.choices.needs_reference();
-    let held = Workload { tokens, seq_len, reference, exact };
+    let held = Workload { tokens, seq_len, reference, exact, shared_grams };
+    // Weights that stay as wide as they are stored are read where the file is mapped.
+    let tables = Tables::of(model, spec, stored(model), !exact);
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
-        cpu_bytes: plan_cpu(block, held),
-        gpu: plan_gpu(block, held, gpu_memory),
+        cpu_bytes: plan_cpu(block, held, tables),
+        gpu: plan_gpu(block, held, tables, gpu_memory),
         work: match calibrates {
             true => work(model, (windows, seq_len), held.reference),
             false => Work::default(),
         },
     })
+}
+
+/// The type that the configuration says the weights are stored in; without a word of it
+/// transformers takes f32.
+fn stored(model: &ModelConfig) -> FloatType {
+    let raw = model.raw();
+    let dtype = raw.get("dtype").or_else(|| raw.get("torch_dtype"));
+    match dtype.and_then(|dtype| dtype.as_str()) {
+        Some("float16") => FloatType::F16,
+        Some("bfloat16") => FloatType::BF16,
+        _ => FloatType::F32,
+    }
 }
 
 /// Operations of a run over `windows` windows of `seq_len` tokens.

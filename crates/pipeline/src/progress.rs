@@ -12,7 +12,7 @@ pub struct LinearReport {
     /// Prefix in the checkpoint.
     pub name: String,
     /// Energy of the output error over energy of the outputs, on the calibration windows; `None`
-    /// for recipes without calibration.
+    /// for recipes without calibration, and for weights whose outputs have no energy.
     pub relative_error: Option<f64>,
     /// Damping that was used in the end.
     pub damp: Option<f64>,
@@ -47,12 +47,12 @@ impl LinearReport {
         let mut said = Vec::new();
         if self.damp_retries > 0 {
             said.push(format!(
-                "the Hessian of `{name}` is not positive definite at damping {asked}; used {damp}"
+                "the Hessian of `{name}` is not positive definite at damping {asked:?}; used {damp:?}"
             ));
         }
         if self.f64_retries > 0 {
             said.push(format!(
-                "the Hessian of `{name}` is not positive definite in f32 at damping {damp}; \
+                "the Hessian of `{name}` is not positive definite in f32 at damping {damp:?}; \
                  factored it in f64"
             ));
         }

@@ -27,7 +27,8 @@ pub enum Protocol {
     /// target of a window but its first token scored.
     Paper,
     /// llama.cpp's and AutoGPTQ's (`perplexity_utils.py`): the card join, non-overlapping windows,
-    /// the first token of each replaced by BOS, and the second half scored. AutoGPTQ scores from
+    /// the first token of each replaced by BOS where the tokeniser adds one, and the second half
+    /// scored. AutoGPTQ scores from
     /// target 513 on when windows exceed 1024 tokens; this follows llama.cpp there.
     LlamaCpp,
     /// The Hugging Face guide's: windows overlap, each token is scored once, and all but the first
@@ -98,11 +99,25 @@ impl Protocol {
         }
     }
 
+    /// Tokens of a text that so many windows are cut from.
+    #[must_use]
+    pub fn tokens_of(self, windows: usize, seq_len: usize) -> usize {
+        let steps = windows.saturating_sub(1).saturating_mul(self.stride(seq_len));
+        steps.saturating_add(seq_len)
+    }
+
+    /// Whether the windows of a text begin with BOS where the tokeniser adds one.
+    #[must_use]
+    pub fn takes_bos(self) -> bool {
+        self == Self::LlamaCpp
+    }
+
     /// Cuts an encoded text into windows.
     ///
-    /// `ids` is the whole text, encoded once; `seq_len` the window length in tokens; `bos` the
-    /// model's BOS, which `llama-cpp` puts at the start of each window (None leaves the text's own
-    /// token there) and the others ignore; `max_windows` keeps only the first so many.
+    /// `ids` is the text, encoded once, at least the [tokens](Self::tokens_of) of `max_windows`
+    /// windows or all that it has; `seq_len` the window length in tokens; `bos` the BOS that the
+    /// tokeniser adds, which `llama-cpp` puts at the start of each window (None leaves the text's
+    /// own token there) and the others ignore; `max_windows` keeps only the first so many.
     ///
     /// # Errors
     /// When `seq_len` is too short to score anything, when the text does not fill one window
@@ -299,6 +314,20 @@ mod tests {
             "The evaluation text has 10 tokens but protocol paper needs 16; use a longer text or \
              a smaller seq_len"
         );
+    }
+
+    #[test]
+    fn the_first_windows_need_the_first_tokens_only() {
+        for protocol in Protocol::ALL {
+            for (seq_len, most) in [(600, 1), (600, 3), (300, 5), (4096, 2)] {
+                let all = protocol.windows(&ids(20_000), seq_len, Some(7), Some(most)).unwrap();
+                let needed = protocol.tokens_of(most, seq_len);
+                let first = protocol.windows(&ids(needed), seq_len, Some(7), Some(most)).unwrap();
+                assert_eq!(first, all, "{protocol} {seq_len} {most}");
+                assert_eq!(all.len(), most);
+            }
+            assert_eq!(protocol.tokens_of(usize::MAX, 600), usize::MAX);
+        }
     }
 
     #[test]

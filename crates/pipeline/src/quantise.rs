@@ -9,11 +9,13 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::Scope;
 use std::time::Instant;
 
-use gptq_checkpoint::{Checkpoint, Layout, ModelConfig, Sealed, Written};
+use gptq_checkpoint::{Checkpoint, EMBEDDING, HEAD, Layout, ModelConfig, Sealed, Written};
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Block, LinearId, Model};
 use gptq_quant::{QuantSpec, round_to_nearest};
+use half::f16;
 
+use crate::agreement;
 use crate::bands::Bands;
 use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
@@ -24,7 +26,7 @@ use crate::fold::Folding;
 use crate::head;
 use crate::manifest::{MadeFrom, Manifest};
 use crate::memory::{BlockSizes, Parking, Workload, parking};
-use crate::output::{Outbox, copy_dense, join, send, write_behind, writer};
+use crate::output::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
 use crate::progress::{BlockReport, LinearReport, Progress, Silent};
 use crate::source_dtype::SourceDtype;
 use crate::states::embed;
@@ -83,10 +85,14 @@ pub(crate) struct Made {
 /// Makes one branch, on every rank of the job; rank 0 learns what was made. Nothing is left under
 /// the output name unless everything succeeded.
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<QuantiseOutcome>> {
+    job.ranks.agree(|| agreement::quantise(job))?;
     let outcome = match make(job, progress)? {
         Some(Made { sealed, report, blocks }) => {
             // The sums by which verify finds what has changed since.
-            let made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
+            let mut made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
+            if job.ranks.size() > 1 {
+                made_from.insert("the number of ranks".to_owned(), job.ranks.size().to_string());
+            }
             Manifest::list(&sealed.folder, &made_from, &report)?;
             let BranchReport { damp_retries, f64_retries, .. } = report;
             Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
@@ -113,17 +119,17 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
     let rotate = job.spec.choices.rotate;
     let folding = Folding::new(job.source.config(), rotate);
     let progress = if job.ranks.is_first() { progress } else { &Silent };
-    let writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
+    let mut writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
+    if let Some(writer) = &mut writer {
+        copy_ahead(job, folding.as_ref(), writer)?;
+    }
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
     let precision = job.source_dtype.precision();
     let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?
         .with_ranks(job.ranks.clone());
-    if let Some(embedding) = folding.as_ref().map(|f| f.embedding(job.source)).transpose()? {
-        model = match embedding {
-            Some(values) => model.with_embedding(values),
-            None => model,
-        };
+    if let Some(values) = written_embedding(job, folding.as_ref())? {
+        model = model.with_embedding(values);
     }
     let folding = folding.as_ref();
 
@@ -139,20 +145,38 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
         Ok::<_, Error>((walked?, writer))
     })?;
     let (blocks, mut streams) = walked;
-    let head = match &mut streams {
+    let (head, head_report) = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
             let (head, report) = head::fitted(&model, folding, &job.spec, windows.len(), streams)?;
-            check_retries(job, &[report], progress)?;
-            head
+            check_retries(job, std::slice::from_ref(&report), progress)?;
+            (head, Some(report))
         }
-        _ => None,
+        _ => (None, None),
     };
     let Some(mut writer) = writer else { return Ok((None, streams)) };
-    copy_dense(job.source, folding, head.as_deref(), &mut writer)?;
+    if job.source.is_arriving() {
+        // Only now are both of its tables there.
+        check_head(job, progress)?;
+    }
+    if let Some(values) = head {
+        writer.write_f16(HEAD, &values)?;
+    }
+    copy_dense(job.source, folding, |_| true, &mut writer)?;
     let sealed = writer.seal()?;
-    let report = BranchReport::new(job, sealed.bytes, &blocks);
+    let report = BranchReport::new(job, sealed.bytes, &blocks, head_report);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
     Ok((Some(Made { sealed, report, blocks }), streams))
+}
+
+/// The embedding that the file will hold, where it is not what the model would read by itself.
+fn written_embedding(job: &QuantiseJob<'_>, folding: Option<&Folding>) -> Result<Option<Vec<f16>>> {
+    if let Some(turned) = folding.map(|f| f.embedding(job.source)).transpose()?.flatten() {
+        return Ok(Some(turned));
+    }
+    match job.source_dtype {
+        SourceDtype::Fp16 => Ok(None),
+        SourceDtype::Fp32 => Ok(Some(job.source.tensor(EMBEDDING)?.to_f16()?)),
+    }
 }
 
 /// All blocks in order; each is read while the one before is computed. Returns the states after the
@@ -176,7 +200,8 @@ fn walk(
         let tokens = own.iter().map(Vec::len).sum();
         let reference = job.spec.choices.needs_reference();
         let exact = job.source_dtype == SourceDtype::Fp32;
-        let work = Workload { tokens, seq_len, reference, exact };
+        let shared_grams = job.shared.map_or(0, FirstGrams::after_one_more);
+        let work = Workload { tokens, seq_len, reference, exact, shared_grams };
         parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
         let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
         let reference = reference.then(|| embed(model, &own, parked.hidden)).transpose()?;
@@ -241,6 +266,16 @@ impl CalibratedRun<'_> {
     }
 }
 
+/// What there is to know of the head is said, or refused.
+fn check_head(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<()> {
+    let Some(warning) = job.source.head()?.warning() else { return Ok(()) };
+    if job.strict {
+        return Err(Error::StrictSource(warning));
+    }
+    progress.warn(warning);
+    Ok(())
+}
+
 /// What Hessians needed beside the damping asked for is said, or refused.
 fn check_retries(
     job: &QuantiseJob<'_>,
@@ -288,8 +323,16 @@ fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>, exact: bool)
     // Turned on the host, beside the work of a GPU.
     let mut block = model.load_block_on(&Device::Cpu, index)?;
     discard(model, index)?;
+    // The file holds biases and gains in fp16, so calibration walks them as such: biases before they
+    // are turned, gains unless they are folded.
+    if exact {
+        block.round_biases();
+    }
     if let Some(folding) = folding {
         folding.block(&mut block)?;
+    }
+    if exact {
+        block.round_norms();
     }
     Ok(model.place(block, exact)?)
 }
@@ -335,80 +378,5 @@ pub(crate) fn linear_name(model: &Model<'_>, block: &Block, id: LinearId) -> Str
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
-    use crate::tokens::TextTokenizer;
-    use gptq_model::SourcePrecision;
-
-    use gptq_quant::Recipe;
-
-    use super::*;
-    use crate::states::{States, forward};
-
-    struct Quiet;
-
-    impl Progress for Quiet {
-        fn begin(&self, _: &str, _: usize) {}
-        fn step(&self) {}
-        fn block(&self, _: &BlockReport) {}
-        fn end(&self) {}
-        fn note(&self, _: &str) {}
-        fn warn(&self, message: &str) {
-            panic!("{message}");
-        }
-    }
-
-    fn values(states: &mut States) -> Vec<Vec<f32>> {
-        (0..states.seq_lens.len())
-            .map(|chunk| {
-                let hidden = states.hidden.take(chunk).unwrap().to_host().unwrap();
-                hidden.iter().copied().collect()
-            })
-            .collect()
-    }
-
-    /// What calibration saw is what the file holds: to the last bit, because both walk the same
-    /// operations over the same values.
-    #[test]
-    fn the_file_gives_the_states_that_calibration_propagated() {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        let source = Checkpoint::open(&root.join("tests/fixtures/demo-llama")).unwrap();
-        let recipe = CalibrationRecipe::open(&root.join("calib/demo.toml").to_string_lossy());
-        let overrides = CalibrationOverrides {
-            windows: Some(6),
-            seq_len: Some(96),
-            ..CalibrationOverrides::default()
-        };
-        let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
-        let calibration = recipe.unwrap().with(overrides).unwrap().sample(&tokenizer).unwrap();
-        let windows: Vec<&[u32]> = calibration.windows.iter().map(Vec::as_slice).collect();
-        let folder = tempfile::tempdir().unwrap();
-        for (bits, group, act_order) in [(3, Some(128), true), (4, None, false)] {
-            let job = QuantiseJob {
-                source: &source,
-                model: "demo-llama".to_owned(),
-                branch: bits.to_string(),
-                source_dtype: SourceDtype::Fp16,
-                device: Device::best().unwrap(),
-                ranks: Ranks::alone(),
-                spec: QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best),
-                calibration: Some(&calibration),
-                layout: Layout::Modern,
-                out: folder.path().join(bits.to_string()),
-                max_shard_bytes: None,
-                strict: true,
-                shared: None,
-            };
-            let (made, streams) = run(&job, &Quiet).unwrap();
-            let file = Checkpoint::open(&made.unwrap().sealed.publish().unwrap().dir).unwrap();
-            let model = Model::new(&file, job.device.clone(), SourcePrecision::Stored, 96).unwrap();
-            let mut reloaded = embed(&model, &windows, 0.0).unwrap();
-            for index in 0..model.config().num_hidden_layers {
-                forward(&model, &model.load_block(index).unwrap(), &mut reloaded).unwrap();
-            }
-            assert_eq!(values(&mut streams.unwrap().quantised), values(&mut reloaded));
-        }
-    }
-}
+#[path = "quantise_tests.rs"]
+mod tests;

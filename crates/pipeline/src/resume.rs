@@ -27,6 +27,8 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use gptq_checkpoint::has_no_locks;
+
 use crate::branch_report::{BranchReport, REPORT_FILE};
 use crate::error::{Error, Result};
 use crate::files::{replace, replace_through};
@@ -114,6 +116,30 @@ fn look_at_partial(dir: &Path, made_from: &MadeFrom) -> State {
     }
 }
 
+/// Removes the links that lead to a branch which was moved away, so that another can be made in its
+/// place: renaming or filling what they lead to would change a folder that somebody put elsewhere.
+/// The working folder of a branch is such a link if a run was killed while it measured it again.
+/// Says whether there were any.
+///
+/// # Errors
+/// [`Error::Folder`].
+pub(crate) fn unlink_moved(dir: &Path) -> Result<bool> {
+    let mut unlinked = false;
+    for path in [dir.to_owned(), partial_path(dir)] {
+        let is_link = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink());
+        // Of a link to anything else nothing is known: the writer refuses it.
+        if is_link && Manifest::read(&path)?.is_some() {
+            fs::remove_file(&path).map_err(|source| Error::Folder {
+                action: "unlink",
+                path: path.clone(),
+                source,
+            })?;
+            unlinked = true;
+        }
+    }
+    Ok(unlinked)
+}
+
 fn partial_path(dir: &Path) -> PathBuf {
     let mut name = dir.as_os_str().to_owned();
     name.push(".partial");
@@ -165,10 +191,10 @@ impl Lock {
 
     /// Some network file systems have no locks.
     fn without(file: File, path: PathBuf, error: io::Error) -> Result<Self> {
-        match error.kind() {
-            io::ErrorKind::Unsupported => Ok(Self { _file: file, held: false }),
-            _ => Err(Error::Folder { action: "lock", path, source: error }),
+        if has_no_locks(&error) {
+            return Ok(Self { _file: file, held: false });
         }
+        Err(Error::Folder { action: "lock", path, source: error })
     }
 }
 
@@ -220,5 +246,22 @@ fn open(out: &Path, name: &str) -> Result<(File, PathBuf)> {
     match OpenOptions::new().create(true).truncate(false).write(true).open(&path) {
         Ok(file) => Ok((file, path)),
         Err(source) => Err(Error::Folder { action: "create", path, source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_sweep_goes_without_locks_where_there_are_none() {
+        let dir = tempfile::tempdir().unwrap();
+        // As Linux numbers them: no locks left or no lock server, and an input or output error.
+        for (errno, goes_on) in [(37, true), (5, false)] {
+            let (file, path) = open(dir.path(), "a").unwrap();
+            let lock = Lock::without(file, path, io::Error::from_raw_os_error(errno));
+            assert_eq!(lock.is_ok_and(|lock| !lock.held), goes_on, "{errno}");
+        }
     }
 }

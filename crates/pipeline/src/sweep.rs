@@ -22,10 +22,10 @@ use crate::evaluation::{EvalText, evaluation_text};
 use crate::first_gram::FirstGrams;
 use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest, sha256, source_digest};
 use crate::output::metadata;
-use crate::plan::{BranchPlan, plan_branch};
+use crate::plan::{BranchPlan, Setting, plan_branch};
 use crate::progress::Progress;
 use crate::quantise::{Made, QuantiseJob, make};
-use crate::resume::{Left, Lock, State, look};
+use crate::resume::{Left, Lock, State, look, unlink_moved};
 use crate::sweep_log::{Seconds, SweepLog, SweepReport, SweepRow};
 
 /// Branches to make, and everything that they are made with.
@@ -98,7 +98,7 @@ impl Survey {
     fn forbid_retries(&self) -> Result<()> {
         let reports = self.branches.iter().filter_map(|b| b.state.report());
         for report in reports {
-            for linear in report.blocks.iter().flat_map(|b| &b.linears) {
+            for linear in report.linears() {
                 linear.refuse_retries(report.damp)?;
             }
         }
@@ -152,21 +152,15 @@ fn tell(job: &SweepJob<'_>, survey: &Survey, progress: &dyn Progress) {
 
 /// A text and its windows, in one line that equal measurements share.
 fn describe(text: &EvalText) -> String {
-    let tokens = |w: &crate::protocol::EvalWindow| {
-        let mut bytes = (w.score_from as u64).to_le_bytes().to_vec();
-        bytes.extend(w.tokens.iter().flat_map(|t| t.to_le_bytes()));
-        bytes
-    };
-    let windows: Vec<u8> = text.windows.iter().flat_map(tokens).collect();
+    let tokens = text.tokens_in_text.map_or_else(|| "many".to_owned(), |n| n.to_string());
     format!(
-        "{}, {} × {} of {} tokens of {} ({}), sha256 {}",
+        "{}, {} × {} of {tokens} tokens of {} ({}), sha256 {}",
         text.protocol,
         text.windows.len(),
         text.seq_len,
-        text.tokens_in_text,
         text.identity.portable().name,
         text.identity.fingerprint,
-        sha256(&windows)
+        text.sha256()
     )
 }
 
@@ -184,8 +178,12 @@ impl SweepJob<'_> {
             self.config.source_dtype,
             self.config.layout,
             &metadata(&branch.spec, self.config.source_dtype, calibration),
-            (windows.len(), windows.first().map_or(0, Vec::len)),
-            gpu_memory,
+            Setting {
+                windows: windows.len(),
+                seq_len: windows.first().map_or(0, Vec::len),
+                shared_grams: self.config.shared_grams(),
+                gpu_memory,
+            },
         )
     }
 
@@ -198,7 +196,7 @@ impl SweepJob<'_> {
         let spec = &branch.spec;
         let group = spec.group_size.map_or_else(|| "none".to_owned(), |n| n.to_string());
         let mut settings = format!(
-            "{} bits, group size {group}, act-order {}, damp {}, {}",
+            "{} bits, group size {group}, act-order {}, damp {:?}, {}",
             spec.bits,
             spec.act_order,
             spec.damp,
@@ -313,12 +311,19 @@ impl<'a> Run<'a> {
                 self.go_on(branch, folder, *left, known)?
             }
             State::Remeasure(left) => self.go_on(branch, Partial::withdraw(&dir)?, *left, known)?,
-            State::Stale(_) => {
-                // Withdrawn, it is a left-over that the writer replaces.
-                drop(Partial::withdraw(&dir)?);
+            State::Stale(_) | State::New => {
+                if unlink_moved(&dir)? {
+                    let name = &branch.name;
+                    self.progress.note(&format!(
+                        "{name}: was a link, which is removed; what it led to stays"
+                    ));
+                }
+                if matches!(state, State::Stale(_)) && dir.exists() {
+                    // Withdrawn, it is a left-over that the writer replaces.
+                    drop(Partial::withdraw(&dir)?);
+                }
                 self.make(branch, &made_from)?
             }
-            State::New => self.make(branch, &made_from)?,
         };
         self.report.rows.push(SweepRow::new(&report, dir, key, seconds));
         self.report.judge_text();

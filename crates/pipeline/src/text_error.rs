@@ -122,6 +122,20 @@ pub enum TextError {
         /// The text column.
         column: String,
     },
+    /// A parquet file's rows are not as many as its footer says.
+    #[error(
+        "A row group of `{}` holds {found} rows where the footer says {promised}; the file is \
+         damaged",
+        path.display()
+    )]
+    RowCount {
+        /// The file.
+        path: PathBuf,
+        /// Rows that are there.
+        found: usize,
+        /// Rows that the footer promises.
+        promised: i64,
+    },
     /// The dataset holds no text at all.
     #[error("Dataset `{dataset}` holds no text")]
     NoText {

@@ -1,9 +1,11 @@
 //! Rows of text out of local files: plain text, JSON lines and parquet.
 //!
 //! Nothing here repairs what it reads. A row that is absent, null or not UTF-8 is an error that
-//! names it, because a dataset that is silently shorter shifts every calibration window.
+//! names it, because a dataset that is silently shorter shifts every calibration window. The one
+//! thing left out is a byte order mark at the start of a file, which is no part of its text.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use parquet::basic::Type as PhysicalType;
@@ -13,13 +15,27 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::text_error::TextError;
 
+/// UTF-8's byte order mark, which some editors put before a text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Rows of a parquet column that are decoded at a time.
+const BATCH: usize = 4096;
+
+/// Bytes without the byte order mark that may stand before them.
+pub(crate) fn without_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes)
+}
+
 /// The whole file, verbatim, as one text.
 ///
 /// # Errors
 /// When the file cannot be read or is not UTF-8.
 pub(crate) fn read_text(path: &Path) -> Result<String, TextError> {
-    let bytes =
+    let mut bytes =
         fs::read(path).map_err(|source| TextError::Read { path: path.to_owned(), source })?;
+    if bytes.starts_with(BYTE_ORDER_MARK) {
+        bytes.drain(..BYTE_ORDER_MARK.len());
+    }
     String::from_utf8(bytes)
         .map_err(|_| TextError::NotUtf8 { path: path.to_owned(), place: String::new() })
 }
@@ -27,27 +43,40 @@ pub(crate) fn read_text(path: &Path) -> Result<String, TextError> {
 /// The string field `field` of each line's JSON object; blank lines are skipped.
 ///
 /// # Errors
-/// When the file cannot be read, is not UTF-8, or a line has no such string (named by number).
+/// When the file cannot be read, or a line is not UTF-8 or has no such string (named by number).
 pub(crate) fn read_jsonl(path: &Path, field: &str) -> Result<Vec<String>, TextError> {
-    let text = read_text(path)?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(index, line)| {
-            json_field(line, field).map_err(|reason| TextError::JsonLine {
-                path: path.to_owned(),
-                line: index + 1,
-                reason,
-            })
-        })
-        .collect()
+    let failed = |source| TextError::Read { path: path.to_owned(), source };
+    let mut file = BufReader::new(fs::File::open(path).map_err(failed)?);
+    let (mut rows, mut bytes) = (Vec::new(), Vec::new());
+    for number in 1.. {
+        bytes.clear();
+        if file.read_until(b'\n', &mut bytes).map_err(failed)? == 0 {
+            break;
+        }
+        let bytes = if number == 1 { without_mark(&bytes) } else { &bytes };
+        let line = std::str::from_utf8(bytes).map_err(|_| TextError::NotUtf8 {
+            path: path.to_owned(),
+            place: format!(" at line {number}"),
+        })?;
+        let Some(line) = line.lines().next().filter(|line| !line.trim().is_empty()) else {
+            continue;
+        };
+        let text = json_field(line, field).map_err(|reason| TextError::JsonLine {
+            path: path.to_owned(),
+            line: number,
+            reason,
+        })?;
+        rows.push(text);
+    }
+    Ok(rows)
 }
 
 fn json_field(line: &str, field: &str) -> Result<String, String> {
-    let value: serde_json::Value =
+    let mut value: serde_json::Value =
         serde_json::from_str(line).map_err(|error| format!("it is not JSON ({error})"))?;
-    let object = value.as_object().ok_or("it is not a JSON object")?;
-    match object.get(field) {
-        Some(serde_json::Value::String(text)) => Ok(text.clone()),
+    let object = value.as_object_mut().ok_or("it is not a JSON object")?;
+    match object.get_mut(field) {
+        Some(serde_json::Value::String(text)) => Ok(std::mem::take(text)),
         Some(_) => Err(format!("field `{field}` is not a string")),
         None => {
             let names: Vec<&str> = object.keys().map(String::as_str).collect();
@@ -70,53 +99,57 @@ pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>, Tex
     let mut rows = Vec::new();
     for group in 0..reader.num_row_groups() {
         let group = reader.get_row_group(group).map_err(damaged)?;
-        let count = usize::try_from(group.metadata().num_rows()).unwrap_or(0);
         let ColumnReader::ByteArrayColumnReader(values) =
             group.get_column_reader(index).map_err(damaged)?
         else {
             // `text_column` admits this physical type alone.
             return Err(column_not_found(&reader, path, column));
         };
+        let before = rows.len();
+        read_column(values, path, column, &mut rows)?;
+        let (found, promised) = (rows.len() - before, group.metadata().num_rows());
+        if i64::try_from(found).ok() != Some(promised) {
+            return Err(TextError::RowCount { path: path.to_owned(), found, promised });
+        }
+    }
+    Ok(rows)
+}
+
+/// Adds all values of one column of a row group to `rows`. How many there are is seen by reading
+/// them: the footer's number may be anything.
+fn read_column(
+    mut reader: ColumnReaderImpl<ByteArrayType>,
+    path: &Path,
+    column: &str,
+    rows: &mut Vec<String>,
+) -> Result<(), TextError> {
+    let mut values: Vec<ByteArray> = Vec::new();
+    // For an optional column, level 0 marks a null; for a required one no levels are written.
+    let mut levels = Vec::new();
+    loop {
+        values.clear();
+        levels.clear();
+        let (records, _, _) = reader
+            .read_records(BATCH, Some(&mut levels), None, &mut values)
+            .map_err(|source| TextError::Parquet { path: path.to_owned(), source })?;
+        if records == 0 {
+            return Ok(());
+        }
         let first_row = rows.len() + 1;
-        for (offset, value) in
-            read_column(values, count, path, column, first_row)?.iter().enumerate()
-        {
+        if let Some(offset) = levels.iter().position(|&level| level == 0) {
+            return Err(TextError::NullText {
+                path: path.to_owned(),
+                row: first_row + offset,
+                column: column.to_owned(),
+            });
+        }
+        for (offset, value) in values.iter().enumerate() {
             let text = std::str::from_utf8(value.data()).map_err(|_| TextError::NotUtf8 {
                 path: path.to_owned(),
                 place: format!(" at row {}", first_row + offset),
             })?;
             rows.push(text.to_owned());
         }
-    }
-    Ok(rows)
-}
-
-/// All `count` values of one column of a row group; `first_row` is the number of its first row.
-fn read_column(
-    mut reader: ColumnReaderImpl<ByteArrayType>,
-    count: usize,
-    path: &Path,
-    column: &str,
-    first_row: usize,
-) -> Result<Vec<ByteArray>, TextError> {
-    let mut values = Vec::with_capacity(count);
-    // For an optional column, level 0 marks a null; for a required one no levels are written.
-    let mut levels = Vec::new();
-    loop {
-        let (records, _, _) = reader
-            .read_records(count, Some(&mut levels), None, &mut values)
-            .map_err(|source| TextError::Parquet { path: path.to_owned(), source })?;
-        if records == 0 {
-            break;
-        }
-    }
-    match levels.iter().position(|&level| level == 0) {
-        Some(offset) => Err(TextError::NullText {
-            path: path.to_owned(),
-            row: first_row + offset,
-            column: column.to_owned(),
-        }),
-        None => Ok(values),
     }
 }
 
@@ -159,7 +192,10 @@ mod tests {
     use std::path::PathBuf;
     use std::sync::Arc;
 
+    use parquet::basic::Compression;
     use parquet::data_type::Int64Type;
+    use parquet::file::metadata::{ParquetMetaDataReader, ParquetMetaDataWriter};
+    use parquet::file::properties::WriterProperties;
     use parquet::file::writer::SerializedFileWriter;
     use parquet::schema::parser::parse_message_type;
 
@@ -167,11 +203,20 @@ mod tests {
 
     /// Writes `text` (None = null) beside an integer column, in two row groups of the same rows.
     fn write_parquet(folder: &Path, text: &[Option<&[u8]>]) -> PathBuf {
+        write_compressed(folder, text, Compression::UNCOMPRESSED)
+    }
+
+    fn write_compressed(
+        folder: &Path,
+        text: &[Option<&[u8]>],
+        compression: Compression,
+    ) -> PathBuf {
         let path = folder.join("rows.parquet");
         let schema = "message rows { REQUIRED INT64 id; OPTIONAL BYTE_ARRAY text (UTF8); }";
         let schema = Arc::new(parse_message_type(schema).unwrap());
         let file = fs::File::create(&path).unwrap();
-        let mut writer = SerializedFileWriter::new(file, schema, Arc::default()).unwrap();
+        let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
+        let mut writer = SerializedFileWriter::new(file, schema, properties).unwrap();
         let ids: Vec<i64> = (0..text.len() as i64).collect();
         let values: Vec<ByteArray> =
             text.iter().flatten().map(|&bytes| ByteArray::from(bytes.to_vec())).collect();
@@ -197,6 +242,69 @@ mod tests {
             write_parquet(folder.path(), &[Some(b"one\n"), Some(b""), Some("zwölf".as_bytes())]);
         let rows = read_parquet(&path, "text").unwrap();
         assert_eq!(rows, ["one\n", "", "zwölf", "one\n", "", "zwölf"]);
+    }
+
+    #[test]
+    fn parquet_pages_of_every_codec_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = "the same words again ".repeat(500);
+        for codec in [
+            Compression::SNAPPY,
+            Compression::GZIP(Default::default()),
+            Compression::BROTLI(Default::default()),
+            Compression::LZ4,
+            Compression::LZ4_RAW,
+            Compression::ZSTD(Default::default()),
+        ] {
+            let text = [Some(long.as_bytes()), Some(b"end")];
+            let path = write_compressed(folder.path(), &text, codec);
+            assert!(fs::metadata(&path).unwrap().len() < long.len() as u64, "{codec}");
+            assert_eq!(read_parquet(&path, "text").unwrap(), [&long, "end", &long, "end"]);
+        }
+    }
+
+    /// A footer that promises 2^50 rows, over the pages of a file of six.
+    #[test]
+    fn a_row_count_that_is_not_true_takes_no_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write_parquet(folder.path(), &[Some(b"one"), Some(b"two"), Some(b"three")]);
+        let file = fs::File::open(&path).unwrap();
+        let metadata = ParquetMetaDataReader::new().parse_and_finish(&file).unwrap();
+        let groups: Vec<_> = metadata.row_groups().to_vec();
+        let lie = |rows| {
+            let groups = groups
+                .iter()
+                .map(|group| group.clone().into_builder().set_num_rows(rows).build().unwrap());
+            let metadata = metadata.clone().into_builder().set_row_groups(groups.collect());
+            let mut bytes = fs::read(&path).unwrap();
+            let footer = bytes.len() - 8;
+            let length = u32::from_le_bytes(bytes[footer..footer + 4].try_into().unwrap());
+            bytes.truncate(footer - length as usize);
+            ParquetMetaDataWriter::new(&mut bytes, &metadata.build()).finish().unwrap();
+            let path = folder.path().join("lie.parquet");
+            fs::write(&path, bytes).unwrap();
+            read_parquet(&path, "text")
+        };
+        assert_eq!(lie(3).unwrap().len(), 6);
+        for rows in [1 << 50, 2, 0] {
+            let error = lie(rows).unwrap_err();
+            assert!(matches!(error, TextError::RowCount { found: 3, .. }), "{rows}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_the_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        fs::write(&path, "\u{feff}a\u{feff}").unwrap();
+        assert_eq!(read_text(&path).unwrap(), "a\u{feff}");
+        fs::write(&path, "\u{feff}{\"text\": \"a\"}\r\n{\"text\": \"\u{feff}b\"}").unwrap();
+        assert_eq!(read_jsonl(&path, "text").unwrap(), ["a", "\u{feff}b"]);
+        fs::write(&path, "\u{feff}\n{\"text\": \"a\"}\n").unwrap();
+        assert_eq!(read_jsonl(&path, "text").unwrap(), ["a"]);
+        fs::write(&path, b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n").unwrap();
+        let error = read_jsonl(&path, "text").unwrap_err().to_string();
+        assert!(error.ends_with("is not UTF-8 at line 2; convert it first"), "{error}");
     }
 
     #[test]

@@ -33,8 +33,7 @@ pub enum Rotate {
     None,
     /// One in every attention head, between v and o.
     Heads,
-    /// That, and one over the residual stream: norm gains are folded too, and a tied head becomes a
-    /// tensor of its own.
+    /// That, and one over the residual stream: norm gains are folded too, and the head is turned.
     Full,
 }
 
@@ -51,8 +50,7 @@ pub struct Choices {
     /// as they are. This share and the next need a walk of the unquantised model beside the quantised
     /// one.
     pub residual: f32,
-    /// Share of the last states' drift that the head, which stays fp16, makes up for; a tied head
-    /// becomes a tensor of its own.
+    /// Share of the last states' drift that the head, which stays fp16, makes up for.
     pub head: f32,
     /// Rotations folded into the weights.
     pub rotate: Rotate,
@@ -81,11 +79,6 @@ impl Choices {
     /// True when the unquantised model is walked beside the quantised one.
     pub fn needs_reference(&self) -> bool {
         self.residual > 0.0 || self.head > 0.0
-    }
-
-    /// True when the head's values change, so that a tied one needs a tensor of its own.
-    pub fn changes_head(&self) -> bool {
-        self.head > 0.0 || self.rotate == Rotate::Full
     }
 
     /// Sets one choice from `KEY=VALUE`, in the form that [`Choices`] prints.

@@ -12,11 +12,18 @@ pub enum Error {
         /// The width asked for.
         bits: u8,
     },
-    /// Groups of zero columns.
-    #[error("Group size 0 is not supported; use a positive number or none")]
-    GroupSize,
+    /// Groups that no file can say.
+    #[error(
+        "Group size {size} is not supported; use a number from 1 to {}, or none (as files say it, -1) \
+         for one scale a row",
+        crate::MAX_GROUP_SIZE
+    )]
+    GroupSize {
+        /// The size asked for.
+        size: String,
+    },
     /// Damping outside of the useful range.
-    #[error("Damping {damp} is not supported; use a number above 0 and below 1")]
+    #[error("Damping {damp:?} is not supported; use a number above 0 and below 1")]
     Damp {
         /// The fraction asked for.
         damp: f64,
@@ -28,7 +35,7 @@ pub enum Error {
         message: String,
     },
     /// The Hessian has no Cholesky factor at any damping that was tried.
-    #[error("The Hessian is not positive definite even with damping {damp}: {source}")]
+    #[error("The Hessian is not positive definite even with damping {damp:?}: {source}")]
     NotPositiveDefinite {
         /// Largest fraction of mean(diag H) that was added.
         damp: f64,

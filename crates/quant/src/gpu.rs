@@ -25,10 +25,11 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
         search: (choices.clip != Clip::None).then_some(search),
     };
     let solved = cuda::solve(weight, &factored.upper, &factored.order, &factored.dead, &options)?;
+    let (rows, n) = weight.shape();
+    let scales = stored_scales(&solved.scales, rows)?;
     if !solved.loss.is_finite() {
         return Err(Error::NotFinite { what: "The weight" });
     }
-    let (rows, n) = weight.shape();
     let group = spec.group_columns(n);
     let groups = n.div_ceil(group);
     Ok(Quantised {
@@ -36,7 +37,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
             out_features: rows,
             in_features: n,
             codes: Codes::Packed(solved.pack()?),
-            scales: stored_scales(&solved.scales, rows)?,
+            scales,
             groups,
             g_idx: group_index(&factored.order, group),
         },

@@ -1,4 +1,7 @@
 //! The symmetric grid: scales of groups, codes of weights.
+//!
+//! Every scale of every recipe passes through [`file_scale`], on the host as on a card
+//! (`kernels/half.cuh`): the file keeps scales in fp16, whose ends need a rule.
 
 use half::f16;
 
@@ -43,9 +46,9 @@ pub(crate) fn searched_scale(
     half: bool,
 ) -> f32 {
     let base = clip_base(row, max_code);
-    let (mut best, mut least) = (file_scale(base, half), f32::INFINITY);
+    let (mut best, mut least) = (file_scale(base, max_code, half), f32::INFINITY);
     for ratio in ratios {
-        let scale = file_scale(ratio * base, half);
+        let scale = file_scale(ratio * base, max_code, half);
         let loss = weighted_loss(row, importance, scale, zero, max_code);
         if loss < least {
             (best, least) = (scale, loss);
@@ -60,13 +63,23 @@ pub(crate) fn clip_base(row: &[f32], max_code: f32) -> f32 {
     2.0 * if absmax == 0.0 { 1.0 } else { absmax } / max_code
 }
 
-/// The scale as the solver is to use it: in fp16 a group of tiny weights must not get the scale 0.
-pub(crate) fn file_scale(scale: f32, half: bool) -> f32 {
-    match f16::from_f32(scale).to_f32() {
-        _ if !half => scale,
-        0.0 => f16::MIN_POSITIVE_SUBNORMAL.to_f32(),
-        rounded => rounded,
+/// The scale as the solver is to use it: one that the file can hold. `half` rounds it to fp16 first.
+///
+/// fp16 has two ends. A scale that it would round to 0 is lifted to the smallest it has, 2⁻²⁴: a
+/// group of tiny weights keeps a grid. A scale under which the lowest code means more than fp16's
+/// largest number is lowered until it does not: loaders compute in fp16. One that fp16 cannot hold
+/// at all is left alone, for [`stored_scales`](crate::solver::stored_scales) to refuse.
+pub(crate) fn file_scale(scale: f32, max_code: f32, half: bool) -> f32 {
+    let rounded = f16::from_f32(scale);
+    if rounded == f16::ZERO {
+        return f16::MIN_POSITIVE_SUBNORMAL.to_f32();
     }
+    if !rounded.is_finite() {
+        return scale;
+    }
+    // The lowest code is 2^(bits − 1) steps below 0; a power of two, so fp16 holds the quotient.
+    let most = f16::MAX.to_f32() / ((max_code + 1.0) / 2.0);
+    (if half { rounded.to_f32() } else { scale }).min(most)
 }
 
 /// Σ importance (w − ŵ)² in lanes, so that it runs four wide on any x86-64.
@@ -126,16 +139,39 @@ mod tests {
         for half in [false, true] {
             let found = searched_scale(&row, &importance, &ratios, (4.0, 7.0), half);
             let base = absmax_scale(&row, 7.0);
-            let least = ratios.iter().map(|r| exact(file_scale(r * base, half)));
+            let least = ratios.iter().map(|r| exact(file_scale(r * base, 7.0, half)));
             let least = least.fold(f64::INFINITY, f64::min);
             assert!(exact(found) <= least * (1.0 + 1e-5));
             assert!(exact(found) < exact(base), "clipping pays on this row");
             assert!(!half || f16::from_f32(found).to_f32() == found);
         }
         assert_eq!(searched_scale(&[0.0; 3], &[1.0; 3], &ratios, (8.0, 15.0), true), {
-            file_scale(0.5 * (2.0 / 15.0), true)
+            file_scale(0.5 * (2.0 / 15.0), 15.0, true)
         });
-        assert!(file_scale(1e-9, true) > 0.0);
+    }
+
+    #[test]
+    fn scales_fit_both_ends_of_fp16() {
+        let least = 2.0_f32.powi(-24);
+        for half in [false, true] {
+            // fp16 rounds half of its smallest number to 0, and what is above that up.
+            for tiny in [0.0, 1e-30, 0.5 * least] {
+                assert_eq!(file_scale(tiny, 15.0, half), least);
+            }
+            assert!(f16::from_f32(file_scale(0.51 * least, 15.0, half)).to_f32() == least);
+            // 16 levels reach 8 steps down: 65504 / 8 = 8188 is the largest whose values all fit.
+            assert_eq!(file_scale(8733.0, 15.0, half), 8188.0);
+            assert_eq!(file_scale(43_669.0, 3.0, half), 32_752.0);
+            assert_eq!(file_scale(513.8, 255.0, half), 511.75);
+            assert_eq!(file_scale(8188.0, 15.0, half), 8188.0);
+            // What no fp16 number is near stays what it is, to be refused.
+            assert_eq!(file_scale(1e6, 15.0, half), 1e6);
+            assert!(file_scale(f32::INFINITY, 15.0, half).is_infinite());
+            assert!(file_scale(f32::NAN, 15.0, half).is_nan());
+        }
+        // In between nothing changes but the rounding.
+        assert_eq!(file_scale(0.1, 15.0, false), 0.1);
+        assert_eq!(file_scale(0.1, 15.0, true), f16::from_f32(0.1).to_f32());
     }
 
     #[test]

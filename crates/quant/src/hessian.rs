@@ -5,8 +5,11 @@ use gptq_compute::{Gram, HessianPrep, Precision, Tensor};
 use crate::error::{Error, Result};
 use crate::spec::QuantSpec;
 
-/// How often damping is raised tenfold before a Hessian is given up.
-const DAMP_RETRIES: u32 = 2;
+/// The least that damping is raised to: below it, rounding of the Gram outweighs what is added.
+const LEAST_RAISE: f64 = 1e-4;
+/// Damping above which more cannot help: with its mean diagonal added to it, a Gram that is only
+/// rounded is positive definite; what is not is no Gram.
+const MOST_RAISED: f64 = 1.0;
 
 /// The factored Hessian of a linear's inputs, shared by all linears that read the same inputs
 /// (q, k, v; gate, up): one order of columns for all of them, as fused loaders need.
@@ -46,8 +49,8 @@ pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
     }
     let order = solve_order(&diagonal, spec.act_order);
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / diagonal.len() as f64;
-    let mut damp = spec.damp;
-    for damp_retries in 0.. {
+    let (mut damp, mut damp_retries) = (spec.damp, 0);
+    loop {
         let added = (damp * mean) as f32;
         let prep = HessianPrep { scale, order: &order, dead: &dead, damp: added };
         match gram.upper_factor(&prep) {
@@ -65,15 +68,17 @@ pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
                 });
             }
             Err(source @ gptq_compute::Error::NotPositiveDefinite { .. }) => {
-                if damp_retries == DAMP_RETRIES {
-                    return Err(Error::NotPositiveDefinite { damp, source });
-                }
-                damp *= 10.0;
+                damp = raised(damp).ok_or(Error::NotPositiveDefinite { damp, source })?;
+                damp_retries += 1;
             }
             Err(other) => return Err(other.into()),
         }
     }
-    unreachable!("the loop returns at the last retry")
+}
+
+/// Damping to try after `damp` was too little: ten times as much. `None` where that cannot help.
+fn raised(damp: f64) -> Option<f64> {
+    (damp < MOST_RAISED).then(|| (10.0 * damp).max(LEAST_RAISE))
 }
 
 /// Columns by descending diagonal, ties in column order, so that every loader, run and device sees
@@ -120,6 +125,14 @@ mod tests {
             factor(&hopeless, 1.0, &spec(false)),
             Err(Error::NotPositiveDefinite { .. })
         ));
+        // Next to nothing is raised to what counts, not ten times next to nothing.
+        let tiny = QuantSpec { damp: 1e-320, ..spec(false) };
+        let f = factor(&gram, 1.0, &tiny).unwrap();
+        assert_eq!((f.damp_retries, f.damp), (4, 0.1));
+        let told = factor(&hopeless, 1.0, &tiny).unwrap_err().to_string();
+        assert!(told.len() < 160 && told.contains("damping 1.0"), "{told}");
+        let told = QuantSpec { damp: 1e300, ..spec(false) }.validate().unwrap_err().to_string();
+        assert!(told.contains("Damping 1e300 "), "{told}");
         let nan = Gram::from_host(array![[f32::NAN, 0.0], [0.0, 1.0]]);
         assert!(matches!(factor(&nan, 1.0, &spec(false)), Err(Error::NotFinite { .. })));
     }

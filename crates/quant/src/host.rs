@@ -59,10 +59,12 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
             unpermute(band, &factored.order, &spec.choices, codes, values);
         },
     );
+    let scales: Vec<Vec<f32>> = bands.iter().flat_map(|b| b.scales.iter().cloned()).collect();
+    // Before the values: what a scale beyond fp16 makes of them is not the weight's fault.
+    let scales = stored_scales(&by_group(&scales, groups), out_features)?;
     if values.par_iter().any(|v| !v.is_finite()) {
         return Err(Error::NotFinite { what: "The weight" });
     }
-    let scales: Vec<Vec<f32>> = bands.iter().flat_map(|b| b.scales.iter().cloned()).collect();
     let loss = bands.iter().map(|b| b.loss).sum();
     #[expect(clippy::expect_used, reason = "out × in values were allocated above")]
     let values = Array2::from_shape_vec((out_features, in_features), values).expect("out × in");
@@ -71,7 +73,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
             out_features,
             in_features,
             codes: Codes::Plain(codes),
-            scales: stored_scales(&by_group(&scales, groups), out_features)?,
+            scales,
             groups,
             g_idx: group_index(&factored.order, group),
         },
@@ -129,7 +131,7 @@ impl<'a> Solver<'a> {
     fn scale(&self, members: &[f32], first: usize) -> f32 {
         let half = self.choices.scales == ScalePrecision::Half;
         match self.choices.clip {
-            Clip::None => file_scale(absmax_scale(members, self.max_code), half),
+            Clip::None => file_scale(absmax_scale(members, self.max_code), self.max_code, half),
             Clip::Search | Clip::Solve => {
                 let importance = &self.importance[first..first + members.len()];
                 let grid = (self.zero, self.max_code);

@@ -23,4 +23,4 @@ pub use hessian::{Factored, factor};
 pub use rotation::Rotation;
 pub use rtn::round_to_nearest;
 pub use solver::{Codes, Quantised, Stored, solve};
-pub use spec::{QuantSpec, Recipe};
+pub use spec::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};

@@ -2,12 +2,11 @@
 //!
 //! Always computed on the host: it is one pass over the weights.
 
-use half::f16;
 use ndarray::Array2;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::grid::{absmax_scale, code};
+use crate::grid::{absmax_scale, code, file_scale};
 use crate::solver::{Codes, Quantised, Stored, by_group, stored_scales};
 use crate::spec::QuantSpec;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
@@ -33,7 +32,7 @@ pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> R
             let row: Vec<f32> = w.row(row).to_vec();
             let mut scales = Vec::with_capacity(groups);
             for (g, columns) in row.chunks(group).enumerate() {
-                let scale = f16::from_f32(absmax_scale(columns, max_code)).to_f32();
+                let scale = file_scale(absmax_scale(columns, max_code), max_code, true);
                 for (i, &v) in columns.iter().enumerate() {
                     let q = code(v, scale, zero, max_code);
                     codes[g * group + i] = q as u8;
@@ -44,6 +43,7 @@ pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> R
             scales
         })
         .collect();
+    let scales = stored_scales(&by_group(&scales, groups), out_features)?;
     if values.iter().any(|v| !v.is_finite()) {
         return Err(Error::NotFinite { what: "The weight" });
     }
@@ -55,7 +55,7 @@ pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> R
             out_features,
             in_features,
             codes: Codes::Plain(codes),
-            scales: stored_scales(&by_group(&scales, groups), out_features)?,
+            scales,
             groups,
             g_idx: (0..in_features).map(|j| (j / group) as u32).collect(),
         },

@@ -67,11 +67,12 @@ pub(crate) fn group_index(order: &[u32], group: usize) -> Vec<u32> {
     g_idx
 }
 
-/// f32 scales `[groups, rows]` as the file's fp16.
+/// f32 scales `[groups, rows]` as the file's fp16. Infinite ones are of infinite weights.
 pub(crate) fn stored_scales(scales: &[f32], rows: usize) -> Result<Vec<f16>> {
     let stored: Vec<f16> = scales.iter().map(|&scale| f16::from_f32(scale)).collect();
     match stored.iter().position(|half| !half.is_finite()) {
         None => Ok(stored),
+        Some(at) if !scales[at].is_finite() => Err(Error::NotFinite { what: "The weight" }),
         Some(at) => Err(Error::ScaleRange { scale: scales[at], row: at % rows, group: at / rows }),
     }
 }

@@ -35,7 +35,7 @@ impl Trial {
         half: bool,
     ) -> f32 {
         let base = clip_base(row, max_code);
-        let scales = self.ratios.map(|ratio| file_scale(ratio * base, half));
+        let scales = self.ratios.map(|ratio| file_scale(ratio * base, max_code, half));
         let losses = self.losses(row, upper, &scales, (zero, max_code));
         let (mut best, mut least) = (scales[0], f32::INFINITY);
         for (&scale, &loss) in scales.iter().zip(&losses) {
@@ -115,7 +115,7 @@ mod tests {
                 let found = trial.scale(&row, upper.view(), (zero, max_code), half);
                 let absmax = row.iter().fold(0.0_f32, |a, &v| a.max(v.abs()));
                 let candidates =
-                    clip_ratios().map(|r| file_scale(r * 2.0 * absmax / max_code, half));
+                    clip_ratios().map(|r| file_scale(r * 2.0 * absmax / max_code, max_code, half));
                 let least = candidates.map(|s| loss(&row, &upper, s, grid));
                 let least = least.into_iter().fold(f64::INFINITY, f64::min);
                 assert!(candidates.contains(&found));

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use gptq_compute::cuda::{Library, probe};
 use gptq_compute::{Device, Seat};
+use gptq_pipeline::progress::Progress;
 
 use super::values::parse_bytes;
 use crate::launch::{Launched, launched};
@@ -71,7 +72,11 @@ impl DeviceArgs {
                     "rank {} of {}, meeting the others at {}:{}",
                     launch.rank, launch.size, launch.host, launch.port
                 ));
-                Some(vec![Seat::join(launch)?])
+                let seat = Seat::join(launch)?;
+                if let Some(strangers) = seat.strangers() {
+                    printer.warn(strangers);
+                }
+                Some(vec![seat])
             }
             None => None,
         };

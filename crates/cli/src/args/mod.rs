@@ -1,4 +1,8 @@
 //! The command line as typed, and the checks that turn it into what the pipeline takes.
+//!
+//! Options that other GPTQ programs have under another name (`--desc-act`, `--groupsize`,
+//! `--nsamples` and so on) are taken by that name, too, so that nobody is led to a wrong one by clap's
+//! guess. Help shows one name of each.
 
 mod card;
 mod check;
@@ -6,6 +10,7 @@ mod device;
 mod fetch;
 mod push;
 mod report;
+mod typed;
 mod values;
 mod verify;
 
@@ -14,7 +19,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use gptq_checkpoint::Layout;
 use gptq_pipeline::calibration::CalibrationOverrides;
-use gptq_pipeline::dataset::DatasetSpec;
+use gptq_pipeline::dataset::{DatasetSpec, Join};
 use gptq_pipeline::jobs::Share;
 use gptq_pipeline::protocol::Protocol;
 use gptq_pipeline::source_dtype::SourceDtype;
@@ -26,6 +31,7 @@ pub(crate) use device::DeviceArgs;
 pub(crate) use fetch::{FetchArgs, RETRIES};
 pub(crate) use push::PushArgs;
 pub(crate) use report::ReportArgs;
+pub(crate) use typed::typed;
 pub(crate) use values::GroupSize;
 pub(crate) use verify::VerifyArgs;
 
@@ -72,16 +78,16 @@ pub(crate) struct QuantizeArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
     /// Bits of a weight: 2, 3, 4 or 8 [default: 4]
-    #[arg(long)]
+    #[arg(long, alias = "wbits")]
     pub(crate) bits: Option<u8>,
-    /// Input features that share a scale: a number, or none for all [default: 128]
-    #[arg(long, value_name = "N|none")]
+    /// Input features that share a scale: a number, or none (or -1) for all [default: 128]
+    #[arg(long, value_name = "N|none", alias = "groupsize", allow_hyphen_values = true)]
     pub(crate) group_size: Option<GroupSize>,
     /// Solve columns in order of importance [default: true]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(long, alias = "desc-act", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(crate) act_order: Option<bool>,
     /// Fraction of the Hessian's mean diagonal added to it [default: 0.03 (best), 0.01]
-    #[arg(long)]
+    #[arg(long, alias = "percdamp", alias = "damp-percent")]
     pub(crate) damp: Option<f64>,
     /// Solver choices: best, autogptq, or rtn (round to nearest, no calibration) [default: best]
     #[arg(long)]
@@ -108,11 +114,12 @@ pub(crate) struct QuantizeArgs {
     /// Split the weights into files of at most this size, such as 5GB
     #[arg(long, value_name = "SIZE", value_parser = values::parse_bytes)]
     pub(crate) max_shard_size: Option<u64>,
-    /// Download the model's shards as they are needed and delete them from the Hub's cache when
-    /// they are read: for a disk smaller than the model
+    /// Download the model's shards as they are needed and delete them when they are read, for a
+    /// disk smaller than the model; shards that the Hub's cache holds already stay
     #[arg(long)]
     pub(crate) discard_shards: bool,
-    /// Treat a Hessian that needs more damping, or f64 on a GPU, as an error
+    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
+    /// a GPU
     #[arg(long)]
     pub(crate) strict: bool,
     #[command(flatten)]
@@ -132,11 +139,15 @@ pub(crate) struct CalibrationArgs {
     /// Text instead of the recipe's: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet
     #[arg(long, value_name = "DATASET")]
     pub(crate) calib_dataset: Option<DatasetSpec>,
+    /// How the text's rows are joined, instead of the recipe's way: card (nothing between rows;
+    /// wikitext2 and card do so) or paragraphs (a blank line between)
+    #[arg(long, value_name = "JOIN")]
+    pub(crate) calib_join: Option<Join>,
     /// Number of calibration windows instead of the recipe's
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", alias = "nsamples", alias = "num-samples")]
     pub(crate) windows: Option<usize>,
     /// Tokens of a calibration window instead of the recipe's
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", alias = "seqlen")]
     pub(crate) seq_len: Option<usize>,
     /// Seed of the windows' positions instead of the recipe's
     #[arg(long, value_name = "N")]
@@ -153,6 +164,7 @@ impl CalibrationArgs {
     pub(crate) fn overrides(&self) -> CalibrationOverrides {
         CalibrationOverrides {
             dataset: self.calib_dataset.clone(),
+            join: self.calib_join,
             windows: self.windows,
             seq_len: self.seq_len,
             seed: self.seed,
@@ -262,7 +274,8 @@ pub(crate) struct SweepArgs {
     pub(crate) source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
-    /// Treat a Hessian that needs more damping, or f64 on a GPU, as an error
+    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
+    /// a GPU
     #[arg(long)]
     pub(crate) strict: bool,
     #[command(flatten)]

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use gptq_quant::Recipe;
+use gptq_quant::{Recipe, parse_group_size};
 
 /// `--group-size`: a number of input features, or all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,13 +12,7 @@ impl FromStr for GroupSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "none" {
-            return Ok(Self(None));
-        }
-        match text.parse() {
-            Ok(n) if n > 0 => Ok(Self(Some(n))),
-            _ => Err("use a positive number, or none for one scale a row".to_owned()),
-        }
+        parse_group_size(text).map(Self).map_err(|error| error.to_string())
     }
 }
 
@@ -70,6 +64,7 @@ mod tests {
         }
         assert_eq!("none".parse(), Ok(GroupSize(None)));
         assert_eq!("128".parse(), Ok(GroupSize(Some(128))));
+        assert_eq!("-1".parse(), Ok(GroupSize(None)));
         assert!("0".parse::<GroupSize>().is_err());
     }
 }

@@ -5,7 +5,7 @@ use gptq_compute::cuda::{Probe, probe};
 use serde::Serialize;
 
 use super::table::{gigabytes, table};
-use super::{print_json, print_result};
+use super::{host_memory, print_json, print_result};
 use crate::args::DoctorArgs;
 
 /// One fact.
@@ -84,12 +84,4 @@ fn checks(probe: &Probe) -> Vec<Check> {
         advice: None,
     });
     checks
-}
-
-/// Memory of the machine in bytes, where the system tells.
-fn host_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
 }

@@ -28,7 +28,7 @@ struct Output {
 }
 
 pub(crate) fn run(args: &FetchArgs, printer: &Printer) -> Result<()> {
-    let hub = Hub::from_env(args.retries)?;
+    let hub = Hub::from_env(args.retries, gptq_checkpoint::hub_token_file())?;
     let cache = cache_root()?;
     let mut wanted = Vec::new();
     if let Some(id) = &args.model {

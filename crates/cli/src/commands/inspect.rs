@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Result;
-use gptq_checkpoint::{Checkpoint, RopeScaling};
+use gptq_checkpoint::{Checkpoint, RopeScaling, Strays};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::source::open_checkpoint;
+use super::source::{open_checkpoint, warn_of};
 use super::table::{gigabytes, size, table};
 use super::{print_json, print_result};
 use crate::args::InspectArgs;
 use crate::printer::Printer;
+
+/// Tensors that are left out that are listed; `--json` has all.
+const SHOWN: usize = 10;
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -27,9 +30,12 @@ struct Output {
     kv_heads: usize,
     vocab_size: usize,
     tied_embeddings: bool,
+    head: &'static str,
     file_bytes: u64,
     tensors: usize,
     dtypes: BTreeMap<String, usize>,
+    /// Tensors that no part of the model uses.
+    left_out: Vec<String>,
     quantization: Option<Quantization>,
     checksum: Option<Checksum>,
 }
@@ -49,12 +55,14 @@ struct Quantization {
     act_order: bool,
     damp: f64,
     linears: usize,
+    dense_linears: usize,
     linear_bytes: u64,
     bits_per_weight: f64,
 }
 
 pub(crate) fn run(args: &InspectArgs, printer: &Printer) -> Result<()> {
     let checkpoint = open_checkpoint(&args.checkpoint, printer)?;
+    warn_of(&checkpoint, false, printer)?;
     let mut output = describe(&checkpoint)?;
     if args.checksum {
         output.checksum = Some(checksum(&checkpoint)?);
@@ -65,6 +73,7 @@ pub(crate) fn run(args: &InspectArgs, printer: &Printer) -> Result<()> {
 fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     checkpoint.check_tensors()?;
     let config = checkpoint.config();
+    let Strays { beyond, others } = checkpoint.strays();
     let mut dtypes = BTreeMap::new();
     let mut tensors = 0;
     for name in checkpoint.names() {
@@ -89,9 +98,11 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
         kv_heads: config.num_key_value_heads,
         vocab_size: config.vocab_size,
         tied_embeddings: config.tie_word_embeddings,
+        head: checkpoint.head()?.describe(),
         file_bytes: checkpoint.total_bytes(),
         tensors,
         dtypes,
+        left_out: [beyond, others].concat(),
         quantization: quantization(checkpoint)?,
         checksum: None,
     })
@@ -117,8 +128,12 @@ fn checksum(checkpoint: &Checkpoint) -> Result<Checksum> {
 fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
     let Some(quantized) = checkpoint.quantize_config() else { return Ok(None) };
     let config = checkpoint.config();
-    let (mut linears, mut weights, mut bytes) = (0, 0_u64, 0_u64);
+    let (mut linears, mut dense_linears, mut weights, mut bytes) = (0, 0, 0_u64, 0_u64);
     for (name, shape) in config.linears() {
+        if !checkpoint.has_gptq_linear(&name) {
+            dense_linears += 1;
+            continue;
+        }
         let linear = checkpoint.gptq_linear(&name, &shape)?;
         let words = linear.qweight.len() + linear.qzeros.len() + linear.g_idx.len();
         bytes += 4 * words as u64 + 2 * linear.scales.len() as u64;
@@ -131,8 +146,9 @@ fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
         act_order: quantized.desc_act,
         damp: quantized.damp_percent,
         linears,
+        dense_linears,
         linear_bytes: bytes,
-        bits_per_weight: 8.0 * bytes as f64 / weights as f64,
+        bits_per_weight: 8.0 * bytes as f64 / weights.max(1) as f64,
     }))
 }
 
@@ -146,9 +162,16 @@ fn text(output: &Output) -> String {
         line("width", format!("{} hidden, {} MLP", output.hidden_size, output.intermediate_size)),
         line("heads", format!("{} query, {} key/value", output.heads, output.kv_heads)),
         line("vocabulary", output.vocab_size.to_string()),
+        line("head", output.head.to_owned()),
         line("weights", format!("{} ({} bytes)", size(output.file_bytes), output.file_bytes)),
         line("tensors", format!("{} ({})", output.tensors, dtypes.join(", "))),
     ];
+    for (index, name) in output.left_out.iter().take(SHOWN).enumerate() {
+        rows.push(line(if index == 0 { "left out" } else { "" }, name.clone()));
+    }
+    if let Some(more) = output.left_out.len().checked_sub(SHOWN).filter(|&more| more > 0) {
+        rows.push(line("", format!("and {more} more, see --json")));
+    }
     match &output.quantization {
         None => rows.push(line("quantised", "no".to_owned())),
         Some(q) => {
@@ -161,14 +184,18 @@ fn text(output: &Output) -> String {
             rows.push(line(
                 "linears",
                 format!(
-                    "{} in {}, {:.3} bits a weight",
+                    "{} in {}, {:.3} bits a weight{}",
                     q.linears,
                     if q.linear_bytes > 1_000_000_000 {
                         gigabytes(q.linear_bytes)
                     } else {
                         size(q.linear_bytes)
                     },
-                    q.bits_per_weight
+                    q.bits_per_weight,
+                    match q.dense_linears {
+                        0 => String::new(),
+                        count => format!("; {count} more are dense"),
+                    }
                 ),
             ));
         }

@@ -26,6 +26,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::args::Command;
+use crate::plain::plain;
 use crate::printer::Printer;
 pub(crate) use table::gigabytes;
 
@@ -57,9 +58,14 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
     }
 }
 
-/// Writes a result to stdout. That nobody reads on is the reader's choice and changes nothing else:
-/// not what is written after it, nor the exit code.
+/// Writes a result for people to stdout.
 fn print_result(text: &str) -> Result<()> {
+    print_as_it_is(&plain(text))
+}
+
+/// Writes to stdout. That nobody reads on is the reader's choice and changes nothing else: not what is
+/// written after it, nor the exit code.
+fn print_as_it_is(text: &str) -> Result<()> {
     match write_stdout(text) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => Ok(other?),
@@ -77,13 +83,23 @@ fn write_stdout(text: &str) -> std::io::Result<()> {
 
 /// Writes a result to stdout as indented JSON.
 fn print_json(value: &impl Serialize) -> Result<()> {
-    print_result(&serde_json::to_string_pretty(value)?)
+    print_as_it_is(&serde_json::to_string_pretty(value)?)
 }
 
-/// Peak memory of this process in bytes: `VmHWM` where the system tells.
+/// Peak memory of this process in bytes, where the system tells.
 fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    kibibytes("/proc/self/status", "VmHWM:")
+}
+
+/// Memory of the machine in bytes, where the system tells.
+fn host_memory() -> Option<u64> {
+    kibibytes("/proc/meminfo", "MemTotal:")
+}
+
+/// A line of a file of the Linux kernel's, in bytes.
+fn kibibytes(file: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }

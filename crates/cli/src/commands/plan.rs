@@ -3,7 +3,7 @@
 use anyhow::Result;
 use gptq_pipeline::config::SweepConfig;
 use gptq_pipeline::output::planned_metadata;
-use gptq_pipeline::plan::{BranchPlan, plan_branch};
+use gptq_pipeline::plan::{BranchPlan, Setting, plan_branch};
 use serde::Serialize;
 
 use super::source::open_config;
@@ -28,7 +28,12 @@ struct Row {
 pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
     let config = SweepConfig::open(&args.config)?;
     let model = open_config(&args.model, printer)?;
-    let windows = (config.calibration.windows, config.calibration.seq_len);
+    let setting = Setting {
+        windows: config.calibration.windows,
+        seq_len: config.calibration.seq_len,
+        shared_grams: config.shared_grams(),
+        gpu_memory: args.gpu_memory,
+    };
     let mut rows = Vec::new();
     for branch in &config.branches {
         let plan = plan_branch(
@@ -37,8 +42,7 @@ pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
             config.source_dtype,
             config.layout,
             &planned_metadata(&branch.spec, config.source_dtype, &config.calibration),
-            windows,
-            args.gpu_memory,
+            setting,
         )?;
         rows.push(Row {
             branch: branch.name.clone(),
@@ -58,8 +62,8 @@ pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
     print_result(&format!(
         "{}\n{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one.\n",
         table(&header, 1, &cells),
-        windows.0,
-        windows.1,
+        setting.windows,
+        setting.seq_len,
         config.calibration.dataset,
         gigabytes(args.gpu_memory),
     ))

@@ -4,17 +4,20 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
+use gptq_pipeline::agreement;
+use gptq_pipeline::batches::{Batches, Beside};
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
-use gptq_pipeline::perplexity::{Perplexity, Scored, score};
+use gptq_pipeline::files::replace;
+use gptq_pipeline::perplexity::{Perplexity, Tally, score};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
-use super::source::{open_checkpoint, provide_text};
+use super::source::{open_checkpoint, provide_text, warn_of};
 use super::{peak_memory, print_json, print_result};
 use crate::args::PplArgs;
 use crate::printer::Printer;
@@ -29,6 +32,7 @@ struct Output<'a> {
     result: Perplexity,
     dtype: &'static str,
     device: String,
+    ranks: usize,
     base: Option<Comparison<'a>>,
     seconds: f64,
     peak_memory_bytes: Option<u64>,
@@ -55,6 +59,10 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         Some(name) => Some((name, open_checkpoint(name, printer)?)),
         None => None,
     };
+    for checkpoint in [Some(&checkpoint), base.as_ref().map(|(_, base)| base)].into_iter().flatten()
+    {
+        warn_of(checkpoint, false, printer)?;
+    }
     provide_text(&args.dataset, printer)?;
     let spec = EvaluationSpec {
         dataset: args.dataset.clone(),
@@ -66,26 +74,39 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     if text.contaminated == Some(true) {
         printer.warn("the checkpoint was calibrated on this text, which flatters it");
     }
+    if text.glued > 0 {
+        printer.warn(&format!(
+            "{} rows of {} run into the next: protocol {} puts nothing between rows",
+            text.glued, text.dataset, text.protocol
+        ));
+    }
     printer.note(&format!(
         "{} windows of {} tokens of {}, protocol {}",
         text.windows.len(),
         text.seq_len,
         text.dataset,
-        text.protocol
+        text.protocol()
     ));
-    let (device, device_name) = (team.device().clone(), team.name());
+    let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
     let measured = team.run(|device, ranks| {
-        let place = (device, ranks);
-        let (scored, losses, result) = evaluate(&checkpoint, place, &text, printer)?;
-        let compare = |base| compare(base, (&checkpoint, place), &text, &scored, printer);
-        Ok((result, losses, base.as_ref().map(compare).transpose()?))
+        let base = base.as_ref().map(|(_, base)| base);
+        ranks.agree(|| agreement::perplexity(&checkpoint, base, &text))?;
+        evaluate((&checkpoint, base), (device, ranks), &text, printer)
     })?;
-    let Some((result, losses, base)) = measured else { return Ok(()) };
-    let (base, base_losses) = base.unzip();
+    let Some((tally, base_tally)) = measured else { return Ok(()) };
+    let windows = text.windows.len();
+    let result = tally.perplexity(windows)?;
+    let compare = |(name, base): (_, &Tally)| -> Result<Comparison<'_>> {
+        let Perplexity { perplexity, .. } = base.perplexity(windows)?;
+        Ok(Comparison { model: name, perplexity, kl: tally.kl()? })
+    };
+    let name = base.as_ref().map(|(name, _)| *name);
+    let base = name.zip(base_tally.as_ref()).map(compare).transpose()?;
     // The result is printed whatever becomes of the file.
     let saved = args.per_token.as_ref().map_or(Ok(()), |file| {
-        std::fs::write(file, per_token(&text, &losses, base_losses.as_deref()))
-            .with_context(|| format!("Cannot write `{}`", file.display()))
+        let base_losses = base_tally.as_ref().map(|base| base.losses.as_slice());
+        let rows = per_token(&text, &tally.losses, base_losses);
+        Ok(replace(file, rows.as_bytes())?)
     });
     let output = Output {
         model: &args.model,
@@ -93,6 +114,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         result,
         dtype: device.dtype(),
         device: device_name,
+        ranks,
         base,
         seconds: start.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory(),
@@ -101,18 +123,34 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     saved
 }
 
+/// The losses of the model and of the base, if there is one, which are walked in turns.
 fn evaluate(
-    checkpoint: &Checkpoint,
+    (checkpoint, base): (&Checkpoint, Option<&Checkpoint>),
     (device, ranks): (&Device, &Ranks),
     text: &EvalText,
     printer: &Printer,
-) -> Result<(Scored, Vec<f32>, Perplexity)> {
-    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?
-        .with_ranks(ranks.clone());
-    let scored = score(&model, &text.windows, printer)?;
-    let losses = scored.losses(&model)?;
-    let result = scored.mean(&losses)?;
-    Ok((scored, losses, result))
+) -> Result<(Tally, Option<Tally>)> {
+    let open = |checkpoint| -> Result<Model<'_>> {
+        let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
+        Ok(model.with_ranks(ranks.clone()))
+    };
+    let model = open(checkpoint)?;
+    let base = base.map(open).transpose()?;
+    let beside = Beside { base: base.is_some(), ..Beside::default() };
+    let batches = Batches::new(&model, &text.windows, beside, printer)?;
+    let (mut tally, mut base_tally) = (Tally::default(), Tally::default());
+    for batch in batches.iter(&text.windows) {
+        let scored = score(&model, batch, printer)?;
+        tally.add(&scored, &model)?;
+        if let Some(base) = &base {
+            let wanted = score(base, batch, printer)?;
+            base_tally.add(&wanted, base)?;
+            tally.compare(&scored, &wanted, &model)?;
+        }
+    }
+    let tally = tally.of_all_ranks(&model)?;
+    let base_tally = base.map(|base| base_tally.of_all_ranks(&base)).transpose()?;
+    Ok((tally, base_tally))
 }
 
 /// A row a scored token: its window, its place there from 0, its id, and its loss.
@@ -132,22 +170,6 @@ fn per_token(text: &EvalText, losses: &[f32], base: Option<&[f32]>) -> String {
         rows.push('\n');
     }
     rows
-}
-
-/// Measures the base model on the same windows.
-fn compare<'a>(
-    (name, base): &(&'a str, Checkpoint),
-    (checkpoint, place): (&Checkpoint, (&Device, &Ranks)),
-    text: &EvalText,
-    scored: &Scored,
-    printer: &Printer,
-) -> Result<(Comparison<'a>, Vec<f32>)> {
-    let (base_scored, losses, result) = evaluate(base, place, text, printer)?;
-    let (device, ranks) = place;
-    let model = Model::new(checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?
-        .with_ranks(ranks.clone());
-    let kl = scored.kl_from(&base_scored, &model)?;
-    Ok((Comparison { model: name, perplexity: result.perplexity, kl }, losses))
 }
 
 fn summary(output: &Output<'_>) -> String {

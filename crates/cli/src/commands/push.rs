@@ -39,7 +39,7 @@ pub(crate) fn run(args: &PushArgs, printer: &Printer) -> Result<()> {
         let plan = Plan { repo, files: files().count(), bytes, branches: &branches };
         return if args.json { print_json(&plan) } else { print_result(&listing(&plan)) };
     }
-    let hub = Hub::from_env(args.retries)?;
+    let hub = Hub::from_env(args.retries, gptq_checkpoint::hub_token_file())?;
     let request = PushRequest { repo, private: args.private, branches: &branches };
     let done = push(&hub, &request, &Transfer::new(printer.clone()))?;
     let output = Output {

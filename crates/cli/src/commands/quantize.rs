@@ -14,7 +14,7 @@ use gptq_pipeline::tokens::TextTokenizer;
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
-use super::source::{open_arriving, open_checkpoint, provide_text};
+use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
 use super::table::size;
 use super::{peak_memory, print_json, print_result};
 use crate::args::QuantizeArgs;
@@ -35,6 +35,7 @@ struct Output<'a> {
     file_bytes: u64,
     seconds: f64,
     device: String,
+    ranks: usize,
     peak_memory_bytes: Option<u64>,
     peak_device_bytes: Option<usize>,
     damp_retries: u32,
@@ -74,10 +75,11 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
     } else {
         open_checkpoint(&args.model, printer)?
     };
+    warn_of(&source, args.strict, printer)?;
     let team = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
-    let (device, device_name) = (team.device().clone(), team.name());
+    let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
     let outcome = team.run(|device, ranks| {
         let job = QuantiseJob {
             source: &source,
@@ -115,6 +117,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         file_bytes: outcome.written.bytes,
         seconds: start.elapsed().as_secs_f64(),
         device: device_name,
+        ranks,
         peak_memory_bytes: peak_memory(),
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         damp_retries: outcome.damp_retries,
@@ -187,6 +190,13 @@ pub(super) fn sample(
     provide_text(&recipe.dataset, printer)?;
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size)?;
     let calibration = recipe.sample(&tokenizer)?;
+    if calibration.glued > 0 {
+        printer.warn(&format!(
+            "{} of the {} rows of {} run into the next, as the {} join puts nothing between them; \
+             --calib-join paragraphs puts a blank line there",
+            calibration.glued, calibration.rows, calibration.dataset.name, recipe.join
+        ));
+    }
     printer.note(&format!(
         "calibrating on {} windows × {} tokens of {}",
         calibration.windows.len(),

@@ -2,16 +2,31 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
 use gptq_pipeline::dataset::DatasetSpec;
+use gptq_pipeline::progress::Progress;
 
 use crate::printer::Printer;
 
 /// Opens a model or checkpoint by folder or Hub id.
 pub(super) fn open_checkpoint(model: &str, printer: &Printer) -> Result<Checkpoint> {
     let opened = find(model).and_then(|dir| Checkpoint::open(&dir));
-    or_download(model, opened, Part::All, printer, Checkpoint::open)
+    let checkpoint = or_download(model, opened, Part::All, printer, Checkpoint::open)?;
+    if let Some(quantize) = checkpoint.quantize_config() {
+        let warnings = checkpoint.packed_notes().warnings(quantize);
+        warnings.iter().for_each(|said| printer.warn(&format!("`{model}`: {said}")));
+    }
+    Ok(checkpoint)
+}
+
+/// Says what a checkpoint's reader should know of it; with `strict` that is an error.
+pub(super) fn warn_of(checkpoint: &Checkpoint, strict: bool, printer: &Printer) -> Result<()> {
+    for warning in checkpoint.warnings()? {
+        ensure!(!strict, "{warning} (--strict)");
+        printer.warn(&warning);
+    }
+    Ok(())
 }
 
 /// Opens a model on the Hub whose shards are downloaded as they are needed and deleted when they are
@@ -154,7 +169,7 @@ mod download {
     /// Opens a model that arrives while it is read.
     pub(super) fn arriving(model: &str, printer: &Printer) -> Result<Checkpoint> {
         let (id, revision) = split_revision(model);
-        let hub = Hub::from_env(RETRIES)?;
+        let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
         let cache = cache_root()?;
         let progress = Arc::new(Transfer::new(printer.clone()));
         let stream = Stream::start(hub, id, revision.unwrap_or("main"), &cache, progress)?;
@@ -169,7 +184,7 @@ mod download {
         name: &str,
         printer: &Printer,
     ) -> Result<Option<Result<PathBuf, gptq_hub::Error>>> {
-        let hub = Hub::from_env(RETRIES)?;
+        let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
         let Some(cache) = gptq_checkpoint::hub_cache_root().filter(|_| !hub.is_offline()) else {
             return Ok(None);
         };

@@ -14,7 +14,7 @@ use gptq_pipeline::sweep_log::{SweepReport, SweepRow};
 use serde::Serialize;
 
 use super::quantize::sample;
-use super::source::{open_checkpoint, provide_text};
+use super::source::{open_checkpoint, provide_text, warn_of};
 use super::table::{group, operations, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::SweepArgs;
@@ -36,6 +36,7 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     let branches = selected(&config, &args.only)?;
     let source = open_checkpoint(&config.model, printer)?;
+    warn_of(&source, args.strict, printer)?;
     if let Some(evaluation) = &config.evaluation {
         provide_text(&evaluation.dataset, printer)?;
     }

@@ -4,12 +4,15 @@ use comfy_table::{CellAlignment, Table};
 use gptq_pipeline::evaluation::EvalText;
 use gptq_pipeline::perplexity::Perplexity;
 
+use crate::plain::plain_word;
+
 /// A borderless table; `left` names the number of leading columns that hold text.
 pub(crate) fn table(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.set_header(header);
-    table.add_rows(rows);
+    // Before widths are counted.
+    table.add_rows(rows.iter().map(|row| row.iter().map(|cell| plain_word(cell))));
     for (i, column) in table.column_iter_mut().enumerate() {
         column.set_padding((0, 2));
         if i >= left {
@@ -49,7 +52,7 @@ pub(crate) fn perplexity(result: &Perplexity, text: &EvalText, dtype: &str) -> S
         "perplexity {:.4} ± {:.4}  ({}, {}, {} windows × {}, {} tokens scored, {dtype})\n",
         result.perplexity,
         result.perplexity * result.standard_error,
-        text.protocol,
+        text.protocol(),
         text.dataset,
         result.windows,
         text.seq_len,

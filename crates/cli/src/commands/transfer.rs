@@ -7,6 +7,7 @@ use gptq_hub::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::table::size;
+use crate::plain::plain_word;
 use crate::printer::Printer;
 
 /// Between two lines where there is no bar.
@@ -47,7 +48,7 @@ impl Progress for Transfer {
         if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
             bar.set_style(style);
         }
-        bar.set_prefix(action.to_owned());
+        bar.set_prefix(plain_word(action).into_owned());
         bar.set_position(done);
         // What was there before says nothing about the speed.
         bar.reset_eta();

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use gptq_compute::Device;
 use gptq_pipeline::config::EvaluationSpec;
+use gptq_pipeline::loaders::Seen;
 use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
 
-use super::source::{locate, open_checkpoint, provide_text};
+use super::source::{locate, open_checkpoint, provide_text, warn_of};
 use super::table::{group, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::VerifyArgs;
@@ -19,6 +20,9 @@ const SHOWN: usize = 10;
 pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
     let dir = locate(&args.checkpoint, printer)?;
     let base = args.base.as_deref().map(|base| open_checkpoint(base, printer)).transpose()?;
+    if let Some(base) = &base {
+        warn_of(base, false, printer)?;
+    }
     let text = args.dataset.clone().map(|dataset| EvaluationSpec {
         dataset,
         protocol: args.protocol,
@@ -127,7 +131,8 @@ fn errors(report: &VerifyReport) -> Option<String> {
         .map(|of| {
             let linears = || weights.linears.iter().filter(|l| kind(&l.name) == of);
             let mut row = vec![of.clone()];
-            row.extend(spread(linears().map(|l| (l.name.as_str(), l.weight_error))));
+            let weights = linears().filter_map(|l| Some((l.name.as_str(), l.weight_error?)));
+            row.extend(spread(weights));
             if measured {
                 let outputs = linears().filter_map(|l| Some((l.name.as_str(), l.output_error?)));
                 row.extend(spread(outputs));
@@ -146,12 +151,12 @@ fn errors(report: &VerifyReport) -> Option<String> {
     Some(format!("{}{how}\n", table(&header, 1, &rows)))
 }
 
-/// Mean, worst, and the block of the worst.
+/// Mean, worst, and the block of the worst; dashes where no linear has an error.
 fn spread<'a>(errors: impl Iterator<Item = (&'a str, f64)> + Clone) -> [String; 3] {
-    let count = errors.clone().count().max(1) as f64;
-    let mean = errors.clone().map(|(_, e)| e).sum::<f64>() / count;
-    let worst = errors.max_by(|a, b| a.1.total_cmp(&b.1));
-    let (name, error) = worst.unwrap_or_default();
+    let Some((name, error)) = errors.clone().max_by(|a, b| a.1.total_cmp(&b.1)) else {
+        return ["–"; 3].map(str::to_owned);
+    };
+    let mean = errors.clone().map(|(_, e)| e).sum::<f64>() / errors.count() as f64;
     let block = name.split('.').nth(2).unwrap_or_default().to_owned();
     [format!("{mean:.4}"), format!("{error:.4}"), block]
 }
@@ -173,7 +178,12 @@ fn loaders(report: &VerifyReport) -> String {
     let rows: Vec<Vec<String>> = report
         .loaders
         .iter()
-        .map(|v| vec![v.loader.to_owned(), yes_no(v.loads), v.reasons.join("; ")])
+        .map(|v| {
+            let mut reasons = v.reasons.clone();
+            // The others were run.
+            reasons.extend((v.seen == Seen::Code).then(|| "read in code".to_owned()));
+            vec![v.loader.to_owned(), yes_no(v.loads), reasons.join("; ")]
+        })
         .collect();
     table(&["loader", "loads", "how, or why not"], 3, &rows)
 }

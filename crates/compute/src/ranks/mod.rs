@@ -7,10 +7,18 @@
 //! tensors travel as words and are added in rank order. All ranks hold the same bits afterwards, so
 //! what each decides from them is the same.
 //!
+//! That holds if all were started alike, so the ranks compare first what their parts depend on: see
+//! [`Agreement`].
+//!
 //! Every operation here is one of all ranks: each calls it, in the same order. A rank that fails
 //! raises an [`Alarm`], which ends the waiting of all others.
 
+mod agreement;
 mod alarm;
+pub mod frames;
+pub mod greeting;
+mod meeting;
+mod run_id;
 mod sockets;
 
 use std::fmt;
@@ -27,14 +35,17 @@ use crate::error::{Error, Result, ensure_shape};
 use crate::gram::Gram;
 use crate::tensor::{Storage, Tensor};
 
+pub use agreement::Agreement;
 use alarm::Alarm;
+use frames::{Limit, Message};
 pub use sockets::Launch;
 
 /// How often a wait looks whether another rank has failed.
 const TICK: Duration = Duration::from_millis(100);
 
-/// What one rank sends to another.
-type Message = Vec<Vec<u32>>;
+/// What a rank may send at once whatever the work is: what it has alike with the others, losses of a
+/// stage and the like.
+const LEAST_WORDS: u64 = 1 << 13;
 
 /// The way between two ranks, one of which is rank 0.
 struct Wire {
@@ -49,7 +60,10 @@ pub struct Seat {
     /// By peer: rank 0 has a wire to each other rank, and those one to rank 0.
     wires: Vec<Option<Wire>>,
     alarm: Arc<Alarm>,
+    /// Of messages from other processes; threads of one believe each other.
+    limit: Option<Arc<Limit>>,
     sockets: Option<sockets::Pumps>,
+    strangers: Option<String>,
 }
 
 /// Tells from outside of a run whether it still has all its ranks.
@@ -73,6 +87,7 @@ struct Inner {
     size: usize,
     wires: Vec<Option<Wire>>,
     alarm: Arc<Alarm>,
+    limit: Option<Arc<Limit>>,
     card: Option<Arc<Communicator>>,
 }
 
@@ -93,7 +108,15 @@ pub fn share(total: usize, unit: usize, rank: usize, size: usize) -> Range<usize
 impl Seat {
     /// The only seat of a run without others.
     pub fn alone() -> Self {
-        Self { rank: 0, size: 1, wires: Vec::new(), alarm: Arc::default(), sockets: None }
+        Self {
+            rank: 0,
+            size: 1,
+            wires: Vec::new(),
+            alarm: Arc::default(),
+            limit: None,
+            sockets: None,
+            strangers: None,
+        }
     }
 
     /// Seats for `size` threads of this process, in rank order.
@@ -104,7 +127,9 @@ impl Seat {
             size,
             wires: (0..size).map(|_| None).collect(),
             alarm: Arc::clone(&alarm),
+            limit: None,
             sockets: None,
+            strangers: None,
         };
         let mut seats: Vec<Self> = (0..size).map(seat).collect();
         for peer in 1..size {
@@ -131,6 +156,11 @@ impl Seat {
     /// Number of ranks.
     pub fn size(&self) -> usize {
         self.size
+    }
+
+    /// Who called rank 0 and was turned away, if anybody was.
+    pub fn strangers(&self) -> Option<&str> {
+        self.strangers.as_deref()
     }
 
     /// A look at the run from outside.
@@ -212,29 +242,22 @@ impl Ranks {
 
     /// Joins the cards, where there are some.
     fn new(seat: Seat, device: &Device) -> Result<Self> {
-        let Seat { rank, size, wires, alarm, .. } = seat;
-        let mut inner = Inner { rank, size, wires, alarm, card: None };
+        let Seat { rank, size, wires, alarm, limit, .. } = seat;
+        let mut inner = Inner { rank, size, wires, alarm, limit, card: None };
         inner.alarm.check()?;
-        // Cards of one kind round alike, and so agree on what is positive definite.
-        let kind = match device {
-            Device::Cpu => "cpu",
-            Device::Cuda(cuda) => cuda.name(),
-        };
-        let mut word: Vec<u32> = kind.bytes().map(u32::from).collect();
-        let key = word.len();
-        if rank == 0 && matches!(device, Device::Cuda(_)) {
-            word.extend(nccl::unique_id()?);
+        let mut same = Agreement::new(0).with("the number of ranks", size);
+        if inner.limit.is_some() {
+            let program = agreement::program().map_err(|error| {
+                Error::Ranks(format!("Rank {rank} cannot read the running program: {error}"))
+            })?;
+            same = same.with("the program", program);
         }
-        let words = inner.exchange(word)?;
-        if words.iter().any(|w| w.get(..key) != words[0].get(..key)) {
-            let kinds: Vec<String> = words.iter().map(|w| kind_of(w)).collect();
-            return Err(Error::Ranks(format!(
-                "The ranks compute on devices of different kinds ({}); use cards of one kind",
-                kinds.join(", ")
-            )));
-        }
+        // Devices of one kind round alike, and so agree on what is positive definite.
+        inner.agree(&same.with("the device", device.kind()))?;
         if let Device::Cuda(cuda) = device {
-            let card = Arc::new(Communicator::new(cuda, &words[0][key..], rank, size)?);
+            let id = if rank == 0 { nccl::unique_id()? } else { Vec::new() };
+            let ids = inner.exchange(id)?;
+            let card = Arc::new(Communicator::new(cuda, &ids[0], rank, size)?);
             inner.alarm.watch(&card);
             inner.alarm.check()?;
             inner.card = Some(card);
@@ -260,6 +283,22 @@ impl Ranks {
     /// This rank's part of `total` rows, windows or the like, in whole units; see [`share`].
     pub fn share(&self, total: usize, unit: usize) -> Range<usize> {
         share(total, unit, self.rank(), self.size())
+    }
+
+    /// Compares what the ranks' parts depend on. To be called before the work that it is about, as
+    /// it also says how much a rank may send then. Ranks of one process have all alike, so that
+    /// nothing is asked of them.
+    ///
+    /// # Errors
+    /// Those of `same`, and [`Error::Disagreement`] on all ranks alike.
+    pub fn agree<E: From<Error>>(
+        &self,
+        same: impl FnOnce() -> std::result::Result<Agreement, E>,
+    ) -> std::result::Result<(), E> {
+        match &self.0 {
+            Some(inner) if inner.limit.is_some() => Ok(inner.agree(&same()?)?),
+            _ => Ok(()),
+        }
     }
 
     /// Every rank's words, in rank order, on every rank.
@@ -303,13 +342,6 @@ impl Ranks {
     pub(crate) fn card(&self) -> Option<&Communicator> {
         self.0.as_ref()?.card.as_deref()
     }
-}
-
-/// What a device's words say that it is.
-fn kind_of(words: &[u32]) -> String {
-    let text =
-        words.iter().map_while(|&w| u8::try_from(w).ok().filter(|c| (b' '..=b'~').contains(c)));
-    text.map(char::from).collect()
 }
 
 impl Inner {
@@ -358,6 +390,23 @@ impl Inner {
             self.send(peer, all.clone())?;
         }
         Ok(all)
+    }
+
+    fn agree(&self, same: &Agreement) -> Result<()> {
+        // Before a word is sent: who hears from all others may send at once.
+        if let Some(limit) = &self.limit {
+            limit.raise(same.words().max(LEAST_WORDS).saturating_mul(self.size as u64));
+        }
+        let all = self.exchange(same.encode())?;
+        let all: Vec<Agreement> = all.iter().map(|words| Agreement::decode(words)).collect();
+        let found = agreement::differences(&all);
+        if found.is_empty() {
+            return Ok(());
+        }
+        // Nobody is lost for saying the same as the others, and nobody leaves before all can say it.
+        self.alarm.end();
+        let _ = self.exchange(Vec::new());
+        Err(Error::Disagreement(found))
     }
 
     fn sum(&self, storage: &mut Storage) -> Result<()> {

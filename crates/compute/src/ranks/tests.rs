@@ -20,9 +20,13 @@ fn on_threads<R: Send>(
 
 /// Seats whose ranks talk by TCP, though they are threads.
 fn sockets(size: usize) -> Vec<Seat> {
-    let launches = launches(size, Duration::from_secs(20));
+    let joined = join_all(launches(size, Duration::from_secs(20)));
+    joined.into_iter().map(|seat| seat.unwrap()).collect()
+}
+
+fn join_all(launches: Vec<Launch>) -> Vec<Result<Seat>> {
     std::thread::scope(|scope| {
-        let spawn = |launch: Launch| scope.spawn(move || Seat::join(&launch).unwrap());
+        let spawn = |launch: Launch| scope.spawn(move || Seat::join(&launch));
         let threads: Vec<_> = launches.into_iter().map(spawn).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     })
@@ -31,8 +35,10 @@ fn sockets(size: usize) -> Vec<Seat> {
 fn launches(size: usize, patience: Duration) -> Vec<Launch> {
     // A free port: the system's choice, given back.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let launch = |rank| Launch { rank, size, host: "127.0.0.1".to_owned(), port, patience };
-    (0..size).map(launch).collect()
+    let run_id = Some("test".to_owned());
+    let host = "127.0.0.1".to_owned();
+    let launch = Launch { rank: 0, size, host, port, run_id, patience };
+    (0..size).map(|rank| Launch { rank, ..launch.clone() }).collect()
 }
 
 #[test]
@@ -121,4 +127,55 @@ fn ranks_that_do_not_come_are_named() {
     assert!(alone.contains("rank 1, 2 of 3"), "{alone}");
     let unheard = Seat::join(&launches[2]).err().unwrap().to_string();
     assert!(unheard.contains("Rank 2") && unheard.contains("127.0.0.1"), "{unheard}");
+}
+
+#[test]
+fn what_ranks_do_not_have_alike_is_told_by_all_of_them() {
+    for differing in [0, 2] {
+        let outcomes = on_threads(sockets(3), |ranks| {
+            let seed = if ranks.rank() == differing { 7 } else { 0 };
+            ranks.agree(|| Ok::<_, Error>(Agreement::new(0).with("bits", 4).with("seed", seed)))
+        });
+        for outcome in outcomes {
+            let error = outcome.unwrap_err();
+            assert!(matches!(error, Error::Disagreement(_)), "{error}");
+            let error = error.to_string();
+            assert!(error.contains(": `7`") && error.contains(": `0`"), "{error}");
+            assert!(error.contains("differ in seed (rank 0") && !error.contains("bits"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn ranks_of_runs_of_two_sizes_say_so() {
+    let mut launches = launches(2, Duration::from_secs(20));
+    launches[1].size = 3;
+    let seats = join_all(launches).into_iter().map(|seat| seat.unwrap()).collect();
+    for outcome in on_threads(seats, |_| Ok(())) {
+        let error = outcome.unwrap_err().to_string();
+        assert!(error.contains("the number of ranks (rank 0: `2`, rank 1: `3`)"), "{error}");
+    }
+}
+
+#[test]
+fn the_work_that_ranks_agree_on_says_how_much_they_may_send() {
+    let send = |ranks: &Ranks, words: u64| {
+        ranks.agree(|| Ok::<_, Error>(Agreement::new(words)))?;
+        ranks.exchange(vec![3; 1 << 20])
+    };
+    for outcome in on_threads(sockets(2), |ranks| send(ranks, 1 << 20)) {
+        assert_eq!(outcome.unwrap(), vec![vec![3; 1 << 20]; 2]);
+    }
+    for outcome in on_threads(sockets(2), |ranks| send(ranks, 1 << 10)) {
+        assert!(matches!(outcome, Err(Error::RankLost { .. })), "{outcome:?}");
+    }
+}
+
+#[test]
+fn threads_of_a_process_have_nothing_to_compare() {
+    for outcome in on_threads(Seat::threads(2), |ranks| {
+        ranks.agree(|| -> Result<Agreement> { panic!("no digest is needed") })
+    }) {
+        outcome.unwrap();
+    }
 }

@@ -1,16 +1,19 @@
 //! Which programs load a GPTQ checkpoint, and why the others do not.
 //!
-//! What a loader requires is data: [`LOADERS`] lists for each the needs that its code was seen to
-//! check or to rely on, and remarks on how it then runs. A [`Need`] knows how to look at the
-//! [`LoaderFacts`] of a checkpoint and the phrase that says why it is not met.
+//! What a loader requires is data: [`table::LOADERS`] lists for each its rules, and remarks on how
+//! it then runs. A rule is a [`Need`], which knows how to look at the [`LoaderFacts`] of a checkpoint
+//! and the phrase that says why it is not met, and how it was learnt: by running the program on such
+//! a file, or by reading its code. A verdict says which.
 
 mod needs;
+mod table;
 
-use gptq_checkpoint::{LinearShape, ModelConfig, QuantizeConfig, Rope};
+use gptq_checkpoint::{CheckpointFormat, LinearShape, ModelConfig, QuantizeConfig, Rope};
 use serde::Serialize;
 
 use needs::Need;
 pub(crate) use needs::listed;
+use table::{LOADERS, MARLIN_SHAPES};
 
 /// What loaders look at in a checkpoint.
 #[derive(Clone, Debug)]
@@ -21,6 +24,20 @@ pub struct LoaderFacts {
     pub quantize: QuantizeConfig,
     /// Columns lie in another order than their groups in some linear.
     pub act_order: bool,
+    /// How zeros are stored, which may be another way than the settings say.
+    pub zeros: CheckpointFormat,
+    /// Some zero is 0, which is stored as all ones where zeros are stored minus one.
+    pub zeros_of_zero: bool,
+    /// GPTQModel 0.9 or later made the file, by the stamp in its settings.
+    pub gptqmodel_stamp: bool,
+    /// The group indices that the file holds.
+    pub group_index: GroupIndex,
+    /// A linear of the first block that is not quantised.
+    pub dense_linear: Option<&'static str>,
+    /// The head is the embedding, and the file does not hold it under its own name.
+    pub head_only_tied: bool,
+    /// config.json asks for bfloat16.
+    pub bfloat16: bool,
     /// q, k and v, and gate and up, have one group index each.
     pub shared_order: bool,
     /// Biases of quantised linears that the architecture does not have.
@@ -63,6 +80,24 @@ impl From<&ModelConfig> for Architecture {
     }
 }
 
+/// The group indices of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupIndex {
+    /// Every linear has one.
+    Stored,
+    /// Some linear has none.
+    Absent,
+    /// Some linear has one of zeros although there are groups.
+    Placeholder,
+}
+
+/// Whether config.json asks for bfloat16, under either name of the key.
+pub(crate) fn asks_for_bfloat16(config: &ModelConfig) -> bool {
+    ["dtype", "torch_dtype"]
+        .iter()
+        .any(|key| config.raw().get(*key).is_some_and(|value| value == "bfloat16"))
+}
+
 /// Biases that AutoGPTQ adds to the quantised linears of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bias {
@@ -74,6 +109,17 @@ pub enum Bias {
     Values,
 }
 
+/// How a rule was learnt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Seen {
+    /// The program was run on such a file.
+    #[serde(rename = "ran")]
+    Ran,
+    /// Its code was read.
+    #[serde(rename = "read in code")]
+    Code,
+}
+
 /// Whether a loader takes a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LoaderVerdict {
@@ -83,6 +129,10 @@ pub struct LoaderVerdict {
     pub loads: bool,
     /// Why not; or what to know when it does.
     pub reasons: Vec<String>,
+    /// The release that the verdict was learnt from.
+    pub release: &'static str,
+    /// How it was.
+    pub seen: Seen,
 }
 
 /// Every loader's verdict, in the table's order.
@@ -94,18 +144,43 @@ pub fn verdicts(facts: &LoaderFacts) -> Vec<LoaderVerdict> {
 /// A program that loads GPTQ checkpoints.
 struct Loader {
     name: &'static str,
-    needs: &'static [Need],
+    /// The release whose code was read or that was run.
+    release: &'static str,
+    /// Whether it was run on files that it takes.
+    seen: Seen,
+    rules: &'static [Rule],
     remarks: &'static [(When, &'static str)],
+}
+
+/// What a loader requires, and how that was learnt.
+struct Rule {
+    need: Need,
+    seen: Seen,
+}
+
+/// A rule whose refusal, or wrong result, was seen when the program ran.
+const fn ran(need: Need) -> Rule {
+    Rule { need, seen: Seen::Ran }
+}
+
+/// A rule that was read in the program's code.
+const fn code(need: Need) -> Rule {
+    Rule { need, seen: Seen::Code }
 }
 
 impl Loader {
     fn verdict(&self, facts: &LoaderFacts) -> LoaderVerdict {
-        let unmet: Vec<String> = self.needs.iter().filter_map(|need| need.unmet(facts)).collect();
-        let loads = unmet.is_empty();
+        let (loader, release) = (self.name, self.release);
+        let unmet = || self.rules.iter().filter_map(|r| Some((r.need.unmet(facts)?, r.seen)));
+        if unmet().next().is_some() {
+            let seen =
+                if unmet().any(|(_, seen)| seen == Seen::Ran) { Seen::Ran } else { Seen::Code };
+            let reasons = unmet().map(|(reason, _)| reason).collect();
+            return LoaderVerdict { loader, loads: false, reasons, release, seen };
+        }
         let remarks = self.remarks.iter().filter(|(when, _)| when.holds(facts));
-        let reasons =
-            if loads { remarks.map(|&(_, remark)| remark.to_owned()).collect() } else { unmet };
-        LoaderVerdict { loader: self.name, loads, reasons }
+        let reasons = remarks.map(|&(_, remark)| remark.to_owned()).collect();
+        LoaderVerdict { loader, loads: true, reasons, release, seen: self.seen }
     }
 }
 
@@ -117,17 +192,21 @@ enum When {
     ActOrder(u8),
     /// Fused attention would split q, k and v wrongly, or refuse the order of columns.
     Unfused,
-    /// The Marlin kernel takes the shapes, the groups and the grid.
+    /// TGI's Marlin kernel takes the shapes, the groups and the grid.
     Marlin,
     /// It does not, and the width is one of these.
     NoMarlin(&'static [u8]),
+    /// config.json asks for bfloat16.
+    Bfloat16,
+    /// The same, and Marlin does not take the shapes, so that a kernel of fp16 is left.
+    Bfloat16WithoutMarlin,
 }
 
 impl When {
     fn holds(&self, facts: &LoaderFacts) -> bool {
         let bits = facts.quantize.bits.get();
-        let marlin = || {
-            let needs = [Need::Bits(&[4]), Need::Symmetric].into_iter().chain(MARLIN_SHAPES);
+        let marlin = |widths| {
+            let needs = [Need::Bits(widths), Need::Symmetric].into_iter().chain(MARLIN_SHAPES);
             needs.into_iter().all(|need| need.unmet(facts).is_none())
         };
         match self {
@@ -135,176 +214,13 @@ impl When {
             Self::Bits(widths) => widths.contains(&bits),
             Self::ActOrder(width) => facts.act_order && bits == *width,
             Self::Unfused => facts.architecture.grouped_heads || (facts.act_order && bits == 4),
-            Self::Marlin => marlin(),
-            Self::NoMarlin(widths) => widths.contains(&bits) && !marlin(),
+            Self::Marlin => marlin(&[4]),
+            Self::NoMarlin(widths) => widths.contains(&bits) && !marlin(&[4]),
+            Self::Bfloat16 => facts.bfloat16,
+            Self::Bfloat16WithoutMarlin => facts.bfloat16 && !marlin(&[4, 8]),
         }
     }
 }
-
-const MARLIN_SHAPES: [Need; 4] =
-    [Need::Groups(&[32, 64, 128]), Need::OutMultiple(64), Need::InMultiple(128), Need::WholeGroups];
-
-/// Keys that AutoGPTQ 0.4 hands to its configuration's constructor.
-const AUTOGPTQ_KEYS: [&str; 9] = [
-    "bits",
-    "group_size",
-    "damp_percent",
-    "desc_act",
-    "static_groups",
-    "sym",
-    "true_sequential",
-    "model_name_or_path",
-    "model_file_base_name",
-];
-
-const ALL_BITS: &[u8] = &[2, 3, 4, 8];
-
-/// The loaders, oldest conventions first.
-static LOADERS: [Loader; 10] = [
-    Loader {
-        name: "AutoGPTQ 0.4",
-        needs: &[
-            Need::QuantizeConfig,
-            Need::KnownKeys(&AUTOGPTQ_KEYS),
-            Need::OneFile,
-            Need::Bits(ALL_BITS),
-            Need::MinusOneZeros,
-            // Its 4-bit kernel asserts it, and its others round the number of groups down.
-            Need::WholeGroups,
-            // Those it lists; and the scalings of the transformers that it was made for, 4.31.
-            Need::Family(&["llama"]),
-            Need::RopeScaling(&["linear", "dynamic"]),
-        ],
-        remarks: &[
-            (When::Always, "use_safetensors=True"),
-            (When::Unfused, "inject_fused_attention=False"),
-            (When::ActOrder(4), "prompts beyond 2048 tokens need exllama_set_max_input_length"),
-        ],
-    },
-    Loader {
-        name: "AutoGPTQ 0.7",
-        needs: &[
-            Need::AnyConfig,
-            Need::Bits(ALL_BITS),
-            Need::MinusOneZeros,
-            Need::WholeGroups,
-            Need::Family(&["llama", "mistral", "qwen2"]),
-        ],
-        remarks: &[(When::Bits(&[4]), "ExLlamaV2 kernel"), (When::Bits(&[2, 3, 8]), "CUDA kernel")],
-    },
-    Loader {
-        name: "transformers",
-        needs: &[
-            Need::QuantizationConfig,
-            Need::ModelFile,
-            Need::PtMetadata,
-            Need::Bits(ALL_BITS),
-            Need::ZeroBias,
-        ],
-        remarks: &[
-            (When::Always, "with optimum and gptqmodel"),
-            (When::Bits(&[3]), "Torch kernel only: slow"),
-        ],
-    },
-    Loader {
-        name: "GPTQModel",
-        needs: &[Need::AnyConfig, Need::Bits(ALL_BITS), Need::ZeroBias],
-        remarks: &[(When::Bits(&[3]), "Torch kernel only: slow")],
-    },
-    Loader {
-        name: "ExLlama",
-        needs: &[
-            Need::Bits(&[4]),
-            Need::MinusOneZeros,
-            Need::WholeGroups,
-            Need::OutMultiple(8),
-            Need::ZeroBias,
-            // It skips every `_proj.bias`, and takes nothing but rope_theta from the rotary settings.
-            Need::Family(&["llama"]),
-            Need::NoBiases,
-            Need::RopeScaling(&[]),
-        ],
-        remarks: &[],
-    },
-    Loader {
-        name: "ExLlamaV2",
-        needs: &[
-            Need::Bits(&[4]),
-            Need::PowerOfTwoGroups,
-            Need::ShortOrder,
-            Need::ZeroBias,
-            Need::RopeScaling(&["linear", "llama3"]),
-        ],
-        remarks: &[],
-    },
-    Loader {
-        name: "vLLM gptq_marlin",
-        needs: &[
-            Need::AnyConfig,
-            Need::Bits(&[4, 8]),
-            Need::Symmetric,
-            Need::Groups(&[32, 64, 128]),
-            Need::OutMultiple(64),
-            Need::InMultiple(128),
-            Need::WholeGroups,
-            Need::SharedOrder,
-            Need::ZeroBias,
-        ],
-        remarks: &[],
-    },
-    Loader {
-        name: "vLLM gptq",
-        needs: &[
-            Need::AnyConfig,
-            Need::Bits(ALL_BITS),
-            Need::WholeGroups,
-            Need::OutMultiple(32),
-            Need::SharedOrder,
-            Need::MinusOneZeros,
-            Need::ZeroBias,
-        ],
-        remarks: &[
-            (When::Bits(&[4]), "warns that its 4-bit kernel is buggy: use gptq_marlin"),
-            (When::Always, "fp16 only"),
-        ],
-    },
-    Loader {
-        name: "TGI",
-        needs: &[
-            Need::AnyConfig,
-            Need::Bits(&[2, 4, 8]),
-            Need::WholeGroups,
-            Need::SharedOrder,
-            Need::MinusOneZeros,
-            Need::ZeroBias,
-            // Others run in transformers there, without its GPTQ kernels.
-            Need::Family(&["llama", "mistral", "qwen2"]),
-        ],
-        remarks: &[
-            (When::Marlin, "Marlin kernel"),
-            (When::NoMarlin(&[2, 4, 8]), "ExLlama or Triton kernel"),
-        ],
-    },
-    Loader {
-        name: "GPTQ-for-LLaMa",
-        needs: &[
-            Need::NoExtraTensors,
-            Need::OneFile,
-            Need::Bits(&[2, 4, 8]),
-            Need::WholeGroups,
-            Need::MinusOneZeros,
-            // Its attention fuses q, k and v under the first's index, as three equal parts, and turns
-            // them by frequencies of its own.
-            Need::SharedOrder,
-            Need::Family(&["llama"]),
-            Need::NoBiases,
-            Need::UngroupedHeads,
-            Need::RopeScaling(&[]),
-            Need::RopeTheta(10_000),
-        ],
-        remarks: &[(When::Always, "triton branch; bits and group size on its command line")],
-    },
-];
 
 #[cfg(test)]
 mod tests;

@@ -2,7 +2,8 @@
 
 use gptq_checkpoint::{CheckpointFormat, LinearShape, RopeScaling};
 
-use super::{Architecture, Bias, LoaderFacts};
+use super::table::MARLIN_SHAPES;
+use super::{Architecture, Bias, GroupIndex, LoaderFacts};
 
 /// What a loader requires of a checkpoint.
 pub(super) enum Need {
@@ -36,6 +37,28 @@ pub(super) enum Need {
     SharedOrder,
     /// Zeros are stored minus one, whatever the configuration says.
     MinusOneZeros,
+    /// Zeros are stored as the configuration says.
+    ZerosAsDeclared,
+    /// No zero is 0 that is stored minus one: one is added without wrapping.
+    NoZeroOfZero,
+    /// A symmetric grid, zeros as they are, or GPTQModel's own stamp.
+    SymmetricOrStamp,
+    /// Every linear has a group index, which is read as it is.
+    StoredIndex,
+    /// A group index that is there is read as it is.
+    NoPlaceholder,
+    /// Every linear of a block is quantised.
+    EveryLinear,
+    /// The head is stored under its own name, tied or not.
+    StoredHead,
+    /// No act-order is declared, or there are no groups.
+    DeclaredOrder,
+    /// Act-order with this width only.
+    OrderAtBits(u8),
+    /// Groups of a power of two from 16 to 256.
+    BlockGroups,
+    /// Shapes and groups that Marlin's kernel takes, or else Exllama's.
+    MarlinOrExllama,
     /// No bias, or one of zeros.
     ZeroBias,
     /// No bias and no rotary frequencies: every key of the file must be the model's.
@@ -99,11 +122,6 @@ impl Need {
             Self::SharedOrder => unless(facts.shared_order, || {
                 "q, k and v, or gate and up, differ in g_idx: it fuses them".to_owned()
             }),
-            Self::MinusOneZeros => {
-                unless(quantize.checkpoint_format == CheckpointFormat::Gptq, || {
-                    "gptq_v2: it takes zeros to be stored minus one".to_owned()
-                })
-            }
             Self::ZeroBias => unless(facts.bias != Bias::Values, || {
                 "biases that are not zero: it has no place for them".to_owned()
             }),
@@ -112,7 +130,85 @@ impl Need {
                 (Bias::Absent, true) => Some("inv_freq tensors: it knows no such key".to_owned()),
                 _ => Some("bias tensors: it knows no such key; use --layout modern".to_owned()),
             },
-            _ => self.unmet_by_files(facts).or_else(|| self.unmet_by_model(&facts.architecture)),
+            _ => self
+                .unmet_by_files(facts)
+                .or_else(|| self.unmet_by_model(&facts.architecture))
+                .or_else(|| self.unmet_by_zeros(facts))
+                .or_else(|| self.unmet_by_groups(facts)),
+        }
+    }
+
+    /// The needs that look at zeros.
+    fn unmet_by_zeros(&self, facts: &LoaderFacts) -> Option<String> {
+        let quantize = &facts.quantize;
+        let declared = quantize.checkpoint_format;
+        let (stored, v1) = (facts.zeros, CheckpointFormat::Gptq);
+        let misstored = || {
+            let how = if stored == v1 { "minus one" } else { "as they are" };
+            format!("zeros are stored {how}, though the settings say {}", declared.name())
+        };
+        match self {
+            Self::MinusOneZeros if stored == v1 => None,
+            Self::MinusOneZeros if stored == declared => {
+                Some("gptq_v2: it takes zeros to be stored minus one".to_owned())
+            }
+            Self::MinusOneZeros => Some(misstored()),
+            Self::ZerosAsDeclared => unless(stored == declared, misstored),
+            Self::NoZeroOfZero => unless(!facts.zeros_of_zero || stored != v1, || {
+                let read = 1_u32 << quantize.bits.get();
+                format!("zeros of 0: it adds one without wrapping and takes them for {read}")
+            }),
+            Self::SymmetricOrStamp => {
+                unless(quantize.sym || declared != v1 || facts.gptqmodel_stamp, || {
+                    "asymmetric: it refuses such files but those of GPTQModel 0.9 and later, which \
+                     meta.quantizer has to name"
+                        .to_owned()
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// The needs that look at groups and their order.
+    fn unmet_by_groups(&self, facts: &LoaderFacts) -> Option<String> {
+        let quantize = &facts.quantize;
+        match *self {
+            Self::StoredIndex if facts.group_index == GroupIndex::Absent => {
+                Some("no g_idx: it needs one".to_owned())
+            }
+            Self::StoredIndex | Self::NoPlaceholder => {
+                unless(facts.group_index != GroupIndex::Placeholder, || {
+                    "g_idx is a placeholder of zeros: it takes it for the order".to_owned()
+                })
+            }
+            Self::DeclaredOrder => {
+                unless(!quantize.desc_act || quantize.group_size.is_none(), || {
+                    "act-order (desc_act) with groups: it no longer takes it".to_owned()
+                })
+            }
+            Self::OrderAtBits(bits) => {
+                unless(!quantize.desc_act || quantize.bits.get() == bits, || {
+                    format!("act-order with {} bits: it takes it with {bits} only", quantize.bits)
+                })
+            }
+            Self::BlockGroups => {
+                let fits = |size: usize| size.is_power_of_two() && (16..=256).contains(&size);
+                let size = quantize.group_size.map_or("none".to_owned(), |size| size.to_string());
+                unless(quantize.group_size.is_some_and(fits), || {
+                    format!("group size {size}: its kernel takes powers of two from 16 to 256")
+                })
+            }
+            Self::MarlinOrExllama => {
+                let marlin = MARLIN_SHAPES.iter().find_map(|need| need.unmet(facts))?;
+                let exllama = match quantize.group_size {
+                    None => Some("it takes no file without groups".to_owned()),
+                    Some(_) => [Self::WholeGroups, Self::OutMultiple(8)]
+                        .iter()
+                        .find_map(|need| need.unmet(facts)),
+                };
+                Some(format!("Marlin kernel: {marlin}; Exllama kernel: {}", exllama?))
+            }
+            _ => None,
         }
     }
 
@@ -166,6 +262,12 @@ impl Need {
             }
             Self::ModelFile => unless(named(), || {
                 format!("the weights are {}.safetensors, not model.safetensors", facts.file_stem)
+            }),
+            Self::EveryLinear => facts
+                .dense_linear
+                .map(|linear| format!("{linear} is dense: it takes every linear for packed")),
+            Self::StoredHead => unless(!facts.head_only_tied, || {
+                "tied head without lm_head.weight: it leaves both uninitialised".to_owned()
             }),
             Self::OneFile => unless(!facts.sharded, || "the weights are sharded".to_owned()),
             Self::PtMetadata => {

@@ -1,9 +1,17 @@
 //! Axes of the page's charts: where a value lies, and which values get a tick.
+//!
+//! Values come from files, so an axis is made for any: what lies beyond [`LARGEST`] is drawn there,
+//! what is smaller than [`SMALLEST`] as 0. Every end, place and number of ticks is then finite.
 
 use serde::Serialize;
 
 /// Ratio of largest to smallest value above which an axis is logarithmic.
 const LOG_FROM: f64 = 3.0;
+
+/// The largest value that an axis reaches, of either sign; no measure of a model comes near.
+const LARGEST: f64 = 1e30;
+/// The smallest that differs from 0.
+const SMALLEST: f64 = 1e-30;
 
 /// A value axis, drawn from pixel `start` to pixel `end` (which may be the smaller).
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +42,7 @@ impl Axis {
     ) -> Option<Self> {
         let mut low = f64::INFINITY;
         let mut high = f64::NEG_INFINITY;
-        for value in values.into_iter().filter(|v| v.is_finite()) {
+        for value in values.into_iter().filter(|v| v.is_finite()).map(bounded) {
             low = low.min(value);
             high = high.max(value);
         }
@@ -48,7 +56,11 @@ impl Axis {
     fn padded(mut self) -> Self {
         let (low, high) = (self.position(self.low), self.position(self.high));
         let span = high - low;
-        let pad = if span > 0.0 { 0.08 * span } else { (0.05 * low.abs()).max(f64::MIN_POSITIVE) };
+        let pad = match (span > 0.0, low == 0.0) {
+            (true, _) => 0.08 * span,
+            (false, false) => 0.05 * low.abs(),
+            (false, true) => 1.0,
+        };
         (self.low, self.high) = (self.value(low - pad), self.value(high + pad));
         self
     }
@@ -62,9 +74,11 @@ impl Axis {
         if self.log { position.exp() } else { position }
     }
 
-    /// Pixel of a value, which may lie outside the axis.
+    /// Pixel of a value; one outside the axis lies at its end.
     pub(crate) fn at(&self, value: f64) -> f64 {
         let (low, high) = (self.position(self.low), self.position(self.high));
+        // In this order a value that is no number lies at the low end.
+        let value = value.max(self.low).min(self.high);
         pixel(self.start + (self.position(value) - low) / (high - low) * (self.end - self.start))
     }
 
@@ -89,8 +103,14 @@ impl Axis {
         let powers = if self.log { self.log_values() } else { Vec::new() };
         // A logarithmic axis of less than a decade may hold too few of 1, 2, 5.
         let mut values = if powers.len() < 3 { self.even_values(wanted) } else { powers };
-        if values.len() > 2 * wanted {
+        let most = 2 * wanted.max(1);
+        if values.len() > most {
             values.retain(|v| (v.log10() - v.log10().round()).abs() < 1e-9);
+        }
+        // Of many decades those whose exponent is a multiple of two, three … have a tick.
+        let step = values.len().div_ceil(most.max(12)).max(1);
+        if step > 1 {
+            values.retain(|v| v.log10().round() as i64 % step as i64 == 0);
         }
         let places = values.iter().map(|&v| decimals(v)).max().unwrap_or(0);
         let text = |v: f64| if self.log { plain(v, decimals(v)) } else { plain(v, places) };
@@ -122,7 +142,12 @@ impl Axis {
 }
 
 fn plain(value: f64, places: usize) -> String {
-    format!("{value:.places$}")
+    let short = value == 0.0 || (1e-6 - 1e-12..1e7).contains(&value.abs());
+    if short { format!("{value:.places$}") } else { format!("{value:.1e}").replacen(".0e", "e", 1) }
+}
+
+fn bounded(value: f64) -> f64 {
+    if value.abs() < SMALLEST { 0.0 } else { value.clamp(-LARGEST, LARGEST) }
 }
 
 /// The fewest decimals that print a round value as it is.
@@ -173,10 +198,49 @@ mod tests {
     fn one_value_or_none_or_nonsense_is_no_panic() {
         assert!(Axis::around([], 0.0, 1.0).is_none());
         assert!(Axis::around([f64::NAN, f64::INFINITY], 0.0, 1.0).is_none());
-        for value in [0.0, 5.0, -5.0, 1e-300, 1e300] {
+        for value in [0.0, 5.0, -5.0, 1e-300] {
             let axis = Axis::around([value], 0.0, 100.0).unwrap();
             assert_eq!(axis.at(value), 50.0, "{value}");
             assert!(axis.ticks(4).len() < 12, "{value}");
         }
+    }
+
+    #[test]
+    fn any_values_get_a_finite_axis() {
+        let extremes = [
+            0.0,
+            -0.0,
+            1.0,
+            1.0 + f64::EPSILON,
+            1e16,
+            1e16 + 2.0,
+            5e-324,
+            1e-310,
+            1e-300,
+            1e-31,
+            1e30,
+            1e300,
+            f64::MAX,
+            f64::INFINITY,
+            f64::NAN,
+        ];
+        let signed = extremes.into_iter().chain(extremes.map(|v| -v));
+        for one in signed.clone() {
+            for other in signed.clone() {
+                let Some(axis) = Axis::around([one, other], 300.0, 0.0) else {
+                    assert!(!one.is_finite() && !other.is_finite());
+                    continue;
+                };
+                assert!(axis.low.is_finite() && axis.high.is_finite() && axis.low < axis.high);
+                for value in signed.clone() {
+                    assert!((0.0..=300.0).contains(&axis.at(value)), "{value} of {one}, {other}");
+                }
+                let ticks = axis.ticks(5);
+                assert!(ticks.len() <= 12, "{one}, {other}: {ticks:?}");
+                assert!(ticks.iter().all(|t| t.at.is_finite() && t.label.len() <= 18), "{ticks:?}");
+            }
+        }
+        let wide = Axis::around([1e-25, 1e25], 0.0, 100.0).unwrap();
+        assert!(labels(&wide, 4).contains(&"1e-20".to_owned()), "{:?}", labels(&wide, 4));
     }
 }

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::axis::{Axis, Tick, pixel};
 use super::scatter::Canvas;
+use super::units;
 use crate::branch_report::{BlockRecord, BranchReport};
 
 /// Distance of labels at the ends of lines.
@@ -87,7 +88,7 @@ impl Lines {
             })
             .collect();
         spread_labels(&mut lines, canvas.top + 4.0, floor);
-        let step = (last + 1).div_ceil((canvas.width / 50.0) as usize).max(1);
+        let step = last / ((canvas.width / 50.0) as usize).max(1) + 1;
         let x_ticks = (0..=last).step_by(step).map(|b| Tick { at: x(b), label: b.to_string() });
         Some(Self {
             canvas,
@@ -125,7 +126,7 @@ fn span(means: &[(usize, f64)]) -> String {
 /// An error as a share of the output's energy.
 pub(crate) fn share(error: f64) -> String {
     match 100.0 * error {
-        p if p >= 9.95 => format!("{p:.0} %"),
+        p if p >= 9.95 => format!("{} %", units::number(p, 0)),
         p if p >= 0.995 => format!("{p:.1} %"),
         p if p >= 0.0995 => format!("{p:.2} %"),
         p => format!("{p:.3} %"),
@@ -208,8 +209,8 @@ impl Maps {
             return None;
         }
         let shade = |error: f64| {
-            let span = (high / low).ln();
-            let share = if span > 0.0 { (error.max(low) / low).ln() / span } else { 1.0 };
+            let span = high.ln() - low.ln();
+            let share = if span > 0.0 { (error.max(low).ln() - low.ln()) / span } else { 1.0 };
             ((share * SHADES as f64) as usize).min(SHADES - 1)
         };
         let calibrated = |s: &&Source<'_>| s.branch.blocks.iter().any(|b| mean(b).is_some());

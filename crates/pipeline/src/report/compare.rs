@@ -252,6 +252,12 @@ fn same_branch(one: &BranchReport, other: &BranchReport) -> bool {
     one.branch == other.branch && one.model == other.model
 }
 
+/// `now` minus `before`, as far as it can be told: any report says any size.
+fn bytes_between(before: u64, now: u64) -> i64 {
+    let size = i64::try_from(now.abs_diff(before)).unwrap_or(i64::MAX);
+    if now < before { -size } else { size }
+}
+
 fn change(previous: &Report, now: &BranchReport, evaluation: Option<&EvaluationRecord>) -> Change {
     let Some(before) = previous.branches.iter().find(|b| same_branch(b, now)) else {
         return Change::New;
@@ -267,7 +273,7 @@ fn change(previous: &Report, now: &BranchReport, evaluation: Option<&EvaluationR
         relative_perplexity: relative(evaluation.perplexity, then.perplexity),
         kl: kl.map(|(now, then)| now - then),
         relative_kl: kl.map(|(now, then)| relative(now, then)),
-        bytes: now.file_bytes as i64 - before.file_bytes as i64,
+        bytes: bytes_between(before.file_bytes, now.file_bytes),
     }
 }
 

@@ -106,7 +106,7 @@ fn cells(row: &Row<'_>, unit: Unit) -> Vec<String> {
         units::yes_no(branch.act_order).to_owned(),
         unit.text(branch.file_bytes),
         number(evaluation.map(|e| e.perplexity), units::perplexity),
-        number(evaluation.map(|e| e.perplexity * e.standard_error), |v| format!("{v:.2}")),
+        number(evaluation.map(|e| e.perplexity * e.standard_error), |v| units::number(v, 2)),
         number(summary::loss(row), units::percent),
         number(row.kl(), units::kl),
         number(evaluation.and_then(|e| e.rtn).map(|m| m.perplexity), units::perplexity),

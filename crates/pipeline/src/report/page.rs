@@ -354,7 +354,7 @@ fn row_view<'a>(row: &Row<'a>, title: &str, unit: Unit, longest: f64) -> RowView
     let text = |value: Option<f64>, text: fn(f64) -> String| value.map_or_else(String::new, text);
     let rounded = row.evaluation.and_then(|e| e.rtn);
     let share =
-        |kl: f64| (longest > 0.0).then(|| super::axis::pixel(100.0 * kl.max(0.0) / longest));
+        |kl: f64| (longest > 0.0).then(|| super::axis::pixel(100.0 * (kl.max(0.0) / longest)));
     RowView {
         index: row.index,
         name: &branch.branch,
@@ -363,7 +363,9 @@ fn row_view<'a>(row: &Row<'a>, title: &str, unit: Unit, longest: f64) -> RowView
         act_order: branch.act_order,
         size: unit.text(branch.file_bytes),
         perplexity: text(row.evaluation.map(|e| e.perplexity), units::perplexity),
-        error: text(row.evaluation.map(|e| e.perplexity * e.standard_error), |v| format!("{v:.2}")),
+        error: text(row.evaluation.map(|e| e.perplexity * e.standard_error), |v| {
+            units::number(v, 2)
+        }),
         loss: text(summary::loss(row), units::percent),
         kl: text(row.kl(), units::kl),
         rounded_perplexity: text(rounded.map(|m| m.perplexity), units::perplexity),

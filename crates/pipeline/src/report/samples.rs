@@ -51,6 +51,7 @@ pub(crate) fn branch(
         source_dtype: SourceDtype::Fp16,
         layout: "modern".to_owned(),
         device: "cpu".to_owned(),
+        ranks: 1,
         file_bytes: 1_000_000 * u64::from(bits) + 40_000_000 / group_size.unwrap_or(1000) as u64,
         calibration: Some(CalibrationRecord {
             dataset: text("calibration.txt"),
@@ -62,10 +63,12 @@ pub(crate) fn branch(
         damp_retries: 0,
         f64_retries: 0,
         blocks: blocks.collect(),
+        head: None,
         evaluations: vec![EvaluationRecord {
             protocol: "paper".to_owned(),
             dataset: text("heldout.txt"),
-            tokens_in_text: 55_628,
+            tokens_in_text: Some(55_628),
+            window_bos: None,
             seq_len: 512,
             windows: 40,
             tokens: 20_440,

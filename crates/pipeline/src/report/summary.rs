@@ -12,7 +12,7 @@ pub(crate) fn gain_over_rounding(comparison: &Comparison<'_>) -> Option<f64> {
         .iter()
         .filter_map(|row| Some((row.kl()?, row.evaluation?.rtn?.kl)))
         .filter(|&(kl, rounded)| kl > 0.0 && rounded > 0.0)
-        .map(|(kl, rounded)| (kl / rounded).ln())
+        .map(|(kl, rounded)| kl.ln() - rounded.ln())
         .collect();
     let mean = logs.iter().sum::<f64>() / logs.len() as f64;
     (!logs.is_empty()).then(|| 1.0 - mean.exp())
@@ -43,15 +43,17 @@ pub(crate) fn measured_on(comparison: &Comparison<'_>) -> Option<String> {
     let evaluations = || comparison.rows.iter().filter_map(|row| row.evaluation);
     let mut dtypes: Vec<&str> = evaluations().map(|e| e.dtype.as_str()).collect();
     dtypes.dedup();
-    let tokens_in_text = evaluations().next()?.tokens_in_text;
+    let first = evaluations().next()?;
+    let counted = |tokens| format!(" ({} tokens)", units::count(tokens));
+    let tokens_in_text = first.tokens_in_text.map_or_else(String::new, counted);
+    let bos = if first.window_bos == Some(false) { " without BOS" } else { "" };
     Some(format!(
-        "protocol {}: {} windows × {} tokens, {} scored, of {} ({} tokens); {}",
+        "protocol {}{bos}: {} windows × {} tokens, {} scored, of {}{tokens_in_text}; {}",
         measurement.protocol,
         measurement.windows,
         measurement.seq_len,
         units::count(measurement.tokens),
         measurement.dataset,
-        units::count(tokens_in_text),
         dtypes.join(" and "),
     ))
 }
@@ -79,10 +81,10 @@ pub(crate) fn provenance(comparison: &Comparison<'_>) -> Vec<Fact> {
     let facts: [(&'static str, ValueOf); 8] = [
         ("Made by", |b| b.tool.clone()),
         ("Source dtype", |b| b.source_dtype.name().to_owned()),
-        ("Device", |b| b.device.clone()),
+        ("Device", device),
         ("Recipe", |b| b.recipe.clone()),
         ("Choices", |b| b.choices.clone().unwrap_or_else(|| "none".to_owned())),
-        ("Damping", |b| b.damp.to_string()),
+        ("Damping", |b| format!("{:?}", b.damp)),
         ("Calibration", |b| b.calibration.as_ref().map_or_else(|| "none".to_owned(), calibration)),
         ("Layout", |b| b.layout.clone()),
     ];
@@ -103,6 +105,13 @@ fn fact(what: &'static str, branches: &[&BranchReport], value: ValueOf) -> Fact 
         only.branches.clear();
     }
     Fact { what, values }
+}
+
+fn device(branch: &BranchReport) -> String {
+    match branch.ranks {
+        1 => branch.device.clone(),
+        ranks => format!("{ranks} × {}", branch.device),
+    }
 }
 
 fn calibration(record: &CalibrationRecord) -> String {
@@ -133,7 +142,7 @@ pub(crate) fn warnings(comparison: &Comparison<'_>) -> Vec<String> {
     }
     for row in comparison.rows.iter().filter(|row| row.branch.damp_retries > 0) {
         warnings.push(format!(
-            "{}: damping had to be raised above {} for {} linears, whose Hessians are not positive \
+            "{}: damping had to be raised above {:?} for {} linears, whose Hessians are not positive \
              definite.",
             row.branch.branch, row.branch.damp, row.branch.damp_retries
         ));
@@ -160,8 +169,8 @@ pub(crate) fn headline(comparison: &Comparison<'_>) -> Vec<String> {
     if let Some(gain) = gain_over_rounding(comparison) {
         let sign = if gain < 0.0 { "more" } else { "less" };
         lines.push(format!(
-            "Calibration leaves {:.0} % {sign} KL than rounding to nearest, in the mean of the branches",
-            100.0 * gain.abs()
+            "Calibration leaves {} % {sign} KL than rounding to nearest, in the mean of the branches",
+            units::number(100.0 * gain.abs(), 0)
         ));
     }
     lines

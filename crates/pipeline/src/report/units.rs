@@ -29,14 +29,24 @@ impl Unit {
     }
 }
 
+/// A number with so many decimals, in a few characters whatever it is: as a power of ten where its
+/// digits say no more, and a dash where there is no number.
+pub(crate) fn number(value: f64, decimals: usize) -> String {
+    match value.abs() {
+        size if size < 1e15 => format!("{value:.decimals$}"),
+        size if size.is_finite() => format!("{value:.2e}"),
+        _ => "–".to_owned(),
+    }
+}
+
 /// Perplexities have three decimals; those of a model that no longer speaks need none.
 pub(crate) fn perplexity(value: f64) -> String {
-    if value < 1000.0 { format!("{value:.3}") } else { format!("{value:.0}") }
+    number(value, if value < 1000.0 { 3 } else { 0 })
 }
 
 /// KL divergences have four.
 pub(crate) fn kl(value: f64) -> String {
-    format!("{value:.4}")
+    number(value, 4)
 }
 
 /// A relative change with its sign, in percent. Minus is a minus sign, not a hyphen.
@@ -46,10 +56,10 @@ pub(crate) fn percent(ratio: f64) -> String {
 
 /// A number with its sign; no sign where it rounds to zero.
 pub(crate) fn signed(value: f64, decimals: usize) -> String {
-    let text = format!("{:.decimals$}", value.abs());
+    let text = number(value.abs(), decimals);
     let zero = text.bytes().all(|b| matches!(b, b'0' | b'.'));
     match value {
-        _ if zero => text,
+        _ if zero || !value.is_finite() => text,
         _ if value < 0.0 => format!("−{text}"),
         _ => format!("+{text}"),
     }
@@ -104,6 +114,8 @@ mod tests {
         assert_eq!(percent(-0.5), "−50.0 %");
         assert_eq!(percent(-0.000_1), "0.0 %");
         assert_eq!(signed(-0.000_4, 4), "−0.0004");
+        assert_eq!([perplexity(1e300), kl(-1e300)], ["1.00e300", "-1.00e300"]);
+        assert_eq!([percent(f64::INFINITY), signed(f64::NAN, 1)], ["– %", "–"]);
         assert_eq!(
             [7, 999, 1000, 20_440, 1_234_567].map(count),
             ["7", "999", "1,000", "20,440", "1,234,567"]

@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 
 use gptq_checkpoint::{
-    Checkpoint, CheckpointFormat, GptqLinear, LinearShape, ModelConfig, QuantizeConfig, pack_rows,
-    unpack_rows,
+    Checkpoint, CheckpointFormat, GptqLinear, LinearShape, ModelConfig, QuantizeConfig,
+    StoredZeros, unpack_rows,
 };
 use gptq_model::Stage;
 use rayon::prelude::*;
 
 use super::{Check, Findings};
+use crate::loaders::GroupIndex;
 
 /// The four tensors of a quantised linear.
 pub(super) const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
@@ -19,6 +20,14 @@ pub(super) const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
 pub(super) struct Values {
     /// Columns of some linear lie in another order than their groups.
     pub(super) out_of_order: bool,
+    /// Some linear stores its zeros in the other format than the settings say.
+    pub(super) other_zeros: bool,
+    /// Some zero is 0.
+    pub(super) zeros_of_zero: bool,
+    /// Some linear has no group index.
+    absent_index: bool,
+    /// Some linear's group index is a placeholder of zeros.
+    placeholder_index: bool,
     /// Linears that are fused have one group index.
     pub(super) shared_order: bool,
     /// Quantised linears have bias tensors that their architecture does not.
@@ -29,11 +38,24 @@ pub(super) struct Values {
     pub(super) unreadable: bool,
 }
 
+impl Values {
+    pub(super) fn group_index(&self) -> GroupIndex {
+        match (self.placeholder_index, self.absent_index) {
+            (true, _) => GroupIndex::Placeholder,
+            (false, true) => GroupIndex::Absent,
+            (false, false) => GroupIndex::Stored,
+        }
+    }
+}
+
 /// What one linear has to report.
 #[derive(Default)]
 struct LinearFaults {
     list: Vec<(Check, String, String)>,
     out_of_order: bool,
+    other_zeros: bool,
+    zeros_of_zero: bool,
+    placeholder_index: bool,
     unreadable: bool,
 }
 
@@ -49,6 +71,9 @@ pub(super) fn check(
     for block in 0..config.num_hidden_layers {
         let prefix = ModelConfig::block_prefix(block);
         let name = |shape: &LinearShape| format!("{prefix}.{}", shape.name);
+        for shape in shapes.iter().filter(|shape| checkpoint.has_gptq_linear(&name(shape))) {
+            values.absent_index |= !checkpoint.contains(&format!("{}.g_idx", name(shape)));
+        }
         // Misshapen linears are findings already.
         let read = |shape| checkpoint.gptq_linear_as_stored(&name(shape), shape).ok();
         let linears: Vec<Option<GptqLinear>> = shapes.par_iter().map(read).collect();
@@ -60,6 +85,9 @@ pub(super) fn check(
                 findings.examine(check, 1);
             }
             values.out_of_order |= faults.out_of_order;
+            values.other_zeros |= faults.other_zeros;
+            values.zeros_of_zero |= faults.zeros_of_zero;
+            values.placeholder_index |= faults.placeholder_index;
             values.unreadable |= faults.unreadable;
             faults
                 .list
@@ -80,37 +108,49 @@ pub(super) fn check(
 }
 
 fn linear_faults(name: &str, linear: &GptqLinear, stored: &QuantizeConfig) -> LinearFaults {
-    let mut faults = LinearFaults::default();
+    let placeholder_index = linear.has_placeholder_index();
+    let mut faults = LinearFaults {
+        zeros_of_zero: !stored.sym && has_zero_of_zero(linear, stored.checkpoint_format),
+        placeholder_index,
+        unreadable: placeholder_index && stored.order_is_stored(linear.in_features),
+        ..LinearFaults::default()
+    };
     zeros(name, linear, stored, &mut faults);
     group_index(name, linear, stored, &mut faults);
     scales(name, linear, &mut faults);
     faults
 }
 
-/// A symmetric grid has one zero, stored minus one: the same words in every row.
+/// Whether some zero is 0, which a symmetric grid has not.
+fn has_zero_of_zero(linear: &GptqLinear, format: CheckpointFormat) -> bool {
+    let found = unpack_rows(linear.bits, &linear.qzeros, linear.groups, linear.out_features);
+    let zero_of_zero = match format {
+        CheckpointFormat::Gptq => linear.bits.max_code(),
+        CheckpointFormat::GptqV2 => 0,
+    };
+    found.is_ok_and(|zeros| zeros.contains(&zero_of_zero))
+}
+
+/// A symmetric grid has one zero, stored as the settings say: the same words in every row.
 fn zeros(name: &str, linear: &GptqLinear, stored: &QuantizeConfig, faults: &mut LinearFaults) {
-    if !stored.sym {
-        return;
-    }
-    let middle = linear.bits.symmetric_zero();
-    let (kept, other) = match stored.checkpoint_format {
-        CheckpointFormat::Gptq => (middle - 1, middle),
-        CheckpointFormat::GptqV2 => (middle, middle - 1),
-    };
-    let row = |value: u8| {
-        pack_rows(linear.bits, &vec![value; linear.out_features], 1, linear.out_features)
-    };
-    let (Ok(wanted), Ok(shifted)) = (row(kept), row(other)) else { return };
-    let all = |words: &[u32]| linear.qzeros.chunks(words.len()).all(|row| row == words);
-    if all(&wanted) {
-        return;
-    }
+    let (bits, format) = (linear.bits, stored.checkpoint_format);
+    let kept = format.stored_middle(bits);
     let place = format!("{name}.qzeros");
-    if all(&shifted) {
-        let how = if kept < other { "without the minus one" } else { "minus one" };
-        let message = format!("stores its zeros {how} ({other} instead of {kept} for {middle})");
-        faults.list.push((Check::Zeros, place, message));
-        return;
+    match stored.stored_zeros(&linear.qzeros, linear.out_features) {
+        Ok(StoredZeros::OffMiddle) => {}
+        Ok(StoredZeros::OtherFormat) => {
+            let (how, other) = match format {
+                CheckpointFormat::Gptq => ("without the minus one", format.other()),
+                CheckpointFormat::GptqV2 => ("minus one", format.other()),
+            };
+            let (other, middle) = (other.stored_middle(bits), bits.symmetric_zero());
+            let message =
+                format!("stores its zeros {how} ({other} instead of {kept} for {middle})");
+            faults.other_zeros = true;
+            faults.list.push((Check::Zeros, place, message));
+            return;
+        }
+        Ok(StoredZeros::AsDeclared) | Err(_) => return,
     }
     let found = unpack_rows(linear.bits, &linear.qzeros, linear.groups, linear.out_features);
     let found = found.unwrap_or_default();

@@ -1,12 +1,14 @@
 //! What is not quantised against the base's, in the same coordinates.
 
-use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig, tensor_specs};
+use gptq_checkpoint::{Checkpoint, HEAD, Head, Layout, QuantizeConfig, tensor_specs};
 use gptq_quant::Choices;
+use ndarray::Array2;
 
 use super::contents::LEAVES;
+use super::weights::relative;
 use super::{Check, Findings};
 use crate::error::Result;
-use crate::fold::{Folding, HEAD, dense_head};
+use crate::fold::{Folding, dense_head};
 
 /// Embeddings, norms and the architecture's own biases: everything but the head, which a recipe may
 /// have fitted.
@@ -46,17 +48,15 @@ pub(super) fn check(
     Ok(())
 }
 
-/// How much the head was changed, as energy over the base's. One that no recipe fitted is the base's.
+/// How much the head was changed, as energy over the base's. One that no recipe fitted is the base's,
+/// and so is a head of zeros, which fitting leaves as it is.
 pub(super) fn head_change(
     checkpoint: &Checkpoint,
     base: &Checkpoint,
     folding: Option<&Folding>,
     recorded: Option<Choices>,
     findings: &mut Findings,
-) -> Result<f64> {
-    if !checkpoint.contains(HEAD) {
-        return Ok(0.0);
-    }
+) -> Result<Option<f64>> {
     findings.examine(Check::DenseWeights, 1);
     let expected = dense_head(base, folding)?;
     let found = checkpoint.tensor(HEAD)?.to_f32();
@@ -65,15 +65,40 @@ pub(super) fn head_change(
         change += f64::from(a - b.to_f32()).powi(2);
         energy += f64::from(b.to_f32()).powi(2);
     }
-    let change = change / f64::max(energy, f64::MIN_POSITIVE);
-    // Rounding of turned values to fp16, and no more than a head can need that was fitted.
+    let relative = relative(change, energy);
+    // Rounding of turned values to fp16; and less than the 2 by which the head of another model
+    // differs. A fitted one leaves out what the blocks have lost, which may be all of it.
     let most = match recorded {
         Some(choices) if choices.head == 0.0 => 1e-5,
-        _ => 0.25,
+        _ => 1.5,
     };
-    if change > most || found.len() != expected.len() {
-        let message = format!("differs from the base's by {change:.2e} of its energy");
+    if found.len() != expected.len() || relative.map_or(change > 0.0, |change| change > most) {
+        let lost =
+            checkpoint.head()? == Head::Tied && matches!(base.head()?, Head::Own | Head::Untied);
+        let message = match (lost, relative) {
+            (true, _) => {
+                "is missing: config.json ties it to the embedding, but the base's is another"
+                    .to_owned()
+            }
+            (false, Some(by)) => format!("differs from the base's by {by:.2e} of its energy"),
+            (false, None) => "differs from the base's, which is all zeros".to_owned(),
+        };
         findings.add(Check::DenseWeights, HEAD, message);
     }
-    Ok(change)
+    Ok(relative)
+}
+
+/// How far a linear that was left dense is from the base's: energy of the difference, and the base's.
+pub(super) fn energies(
+    checkpoint: &Checkpoint,
+    name: &str,
+    base: &Array2<f32>,
+) -> Result<(f64, f64)> {
+    let found = checkpoint.tensor(&format!("{name}.weight"))?.to_f32();
+    let (mut error, mut energy) = (0.0, 0.0);
+    for (found, &base) in found.iter().zip(base) {
+        error += f64::from(found - base).powi(2);
+        energy += f64::from(base).powi(2);
+    }
+    Ok((error, energy))
 }

@@ -11,6 +11,8 @@
 
 mod contents;
 mod dense;
+mod fit;
+mod odd_words;
 mod outputs;
 mod structure;
 mod sums;
@@ -19,7 +21,7 @@ mod weights;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::{Checkpoint, Layout, QuantizeConfig};
+use gptq_checkpoint::{Checkpoint, Head, Layout, QuantizeConfig};
 use gptq_compute::Device;
 use serde::Serialize;
 
@@ -72,7 +74,7 @@ pub enum Check {
     Configuration,
     /// Names, types and shapes of all tensors.
     Tensors,
-    /// Zeros are stored minus one, and those of a symmetric grid are its middle.
+    /// Zeros are stored as the settings say, and those of a symmetric grid are its middle.
     Zeros,
     /// Every group has its columns, in order where no act-order is declared.
     GroupIndex,
@@ -239,7 +241,7 @@ fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
             Err(Error::NotQuantised { dir: dir.to_owned() }.into())
         }
         Ok(checkpoint) => Ok(Some(checkpoint)),
-        Err(error @ Error::NoWeights { .. }) => Err(error.into()),
+        Err(error @ (Error::NoWeights { .. } | Error::NoSettings { .. })) => Err(error.into()),
         Err(error) => {
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
             let message = format!("{error}{}", cause.unwrap_or_default());
@@ -261,6 +263,12 @@ fn readable(
     let stored = structure::stored_settings(&checkpoint);
     structure::check_configs(files, Some((&checkpoint, &stored)), findings);
     let checkpoint = checkpoint.with_quantize_config(stored.clone());
+    // A table that cannot be read is found with the other tensors.
+    if checkpoint.head().is_ok_and(|head| head == Head::Untied) {
+        let message = "ties the head to the embedding, but lm_head.weight holds other values, and \
+                       loaders disagree on which to use: set tie_word_embeddings to false";
+        findings.add(Check::Configuration, "config.json", message);
+    }
     let layout = structure::check_tensors(&checkpoint, &stored, findings);
     let values = contents::check(&checkpoint, &stored, findings);
     report.settings = Some(settings(&checkpoint, &stored, layout));

@@ -11,13 +11,14 @@ use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
 use ndarray::Array2;
 use serde::Serialize;
 
-use super::weights::Weights;
+use super::weights::{Weights, relative};
 use super::{Check, Findings, VerifyJob};
+use crate::batches::{Batch, Batches, Beside};
 use crate::config::EvaluationSpec;
 use crate::error::{Error, Result};
 use crate::evaluation::{EvalText, evaluation_text};
 use crate::fold::Folding;
-use crate::perplexity::{Perplexity, Scored, begin, score};
+use crate::perplexity::{Perplexity, Scored, Tally, begin, score};
 use crate::progress::Progress;
 use crate::quantise::{next_block, read_ahead};
 use crate::states::States;
@@ -56,48 +57,68 @@ impl Run<'_> {
         let device = &self.job.device;
         let model =
             Model::new(self.checkpoint, device.clone(), SourcePrecision::Stored, text.seq_len)?;
-        let scored = match (self.job.base, weights) {
-            (Some(base), Some(weights)) => self.walk(&model, base, &text, weights, progress)?,
-            _ => score(&model, &text.windows, progress)?,
-        };
-        let result = scored.perplexity(&model)?;
+        let base = self.job.base;
+        let precision = SourcePrecision::Half;
+        let dense = base.map(|b| Model::new(b, device.clone(), precision, text.seq_len));
+        let dense = dense.transpose()?;
+        // Differences are made in f32 in host memory, whatever the device computes in.
+        let on_host = base.map(|b| Model::new(b, Device::Cpu, precision, 1)).transpose()?;
+        let beside = Beside { base: base.is_some(), grams: weights.is_some() };
+        let batches = Batches::new(&model, &text.windows, beside, progress)?;
+        let (mut tally, mut reference) = (Tally::default(), Tally::default());
+        let mut errors =
+            vec![OutputError::default(); weights.as_ref().map_or(0, |w| w.linears.len())];
+        for batch in batches.iter(&text.windows) {
+            let scored = match &on_host {
+                Some(host) if weights.is_some() => {
+                    self.walk(&model, host, batch, &mut errors, progress)?
+                }
+                _ => score(&model, batch, progress)?,
+            };
+            tally.add(&scored, &model)?;
+            if let Some(dense) = &dense {
+                let wanted = score(dense, batch, progress)?;
+                reference.add(&wanted, dense)?;
+                tally.compare(&scored, &wanted, &model)?;
+            }
+        }
+        for (linear, error) in weights.into_iter().flat_map(|w| &mut w.linears).zip(&errors) {
+            linear.output_error = error.relative();
+        }
+        let result = tally.perplexity(text.windows.len())?;
         let mut outputs = Outputs { result, base_perplexity: None, ratio: None, kl: None };
-        if let Some(base) = self.job.base {
-            let dense = Model::new(base, device.clone(), SourcePrecision::Half, text.seq_len)?;
-            let reference = score(&dense, &text.windows, progress)?;
-            let perplexity = reference.perplexity(&dense)?.perplexity;
+        if dense.is_some() {
+            let perplexity = reference.perplexity(text.windows.len())?.perplexity;
             outputs.base_perplexity = Some(perplexity);
             outputs.ratio = Some(result.perplexity / perplexity);
-            outputs.kl = Some(scored.kl_from(&reference, &model)?);
+            outputs.kl = Some(tally.kl()?);
         }
         Ok((text, outputs))
     }
 
-    /// Walks the checkpoint beside the base's weights, and fills in the output errors.
+    /// Walks the checkpoint beside the base's weights, and adds to the output errors of all linears,
+    /// block by block.
     fn walk(
         &self,
         model: &Model<'_>,
-        base: &Checkpoint,
-        text: &EvalText,
-        weights: &mut Weights,
+        dense: &Model<'_>,
+        batch: Batch<'_>,
+        errors: &mut [OutputError],
         progress: &dyn Progress,
     ) -> Result<Scored> {
-        // Differences are made in f32 in host memory, whatever the device computes in.
-        let dense = Model::new(base, Device::Cpu, SourcePrecision::Half, 1)?;
-        let mut states = begin(model, &text.windows, false)?;
-        let blocks = base.config().num_hidden_layers;
-        progress.begin("output errors", blocks);
+        let mut states = begin(model, batch)?;
+        let blocks = dense.config().num_hidden_layers;
+        progress.begin(&batch.label("output errors"), blocks);
         std::thread::scope(|scope| {
             let ahead = read_ahead(scope, model, None, false);
-            let ahead_of_base = read_ahead(scope, &dense, self.folding.as_ref(), false);
+            let ahead_of_base = read_ahead(scope, dense, self.folding.as_ref(), false);
             for index in 0..blocks {
                 let (block, wanted) = (next_block(&ahead)?, next_block(&ahead_of_base)?);
                 let grams = forward(model, &block, &mut states)?;
                 for (stage, gram) in Stage::ALL.into_iter().zip(&grams) {
                     for &id in stage.linears() {
                         let at = index * LinearId::ALL.len() + id as usize;
-                        let error = output_error(model, &block, &wanted, id, gram)?;
-                        weights.linears[at].output_error = Some(error);
+                        errors[at].add(model, (block.linear(id), wanted.linear(id)), gram)?;
                     }
                 }
                 progress.step();
@@ -105,7 +126,7 @@ impl Run<'_> {
             Ok::<_, Error>(())
         })?;
         progress.end();
-        Scored::of(model, &text.windows, text.windows.len(), states)
+        Scored::of(model, batch, states)
     }
 }
 
@@ -134,23 +155,36 @@ fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<Vec<
     Ok(grams)
 }
 
-/// tr(D G Dᵀ) / tr(W G Wᵀ), with D the difference of a linear from the base's W.
-fn output_error(
-    model: &Model<'_>,
-    block: &Block,
-    base: &Block,
-    id: LinearId,
-    gram: &Gram,
-) -> Result<f64> {
-    let device = model.device();
-    let (given, wanted): (Array2<f32>, Array2<f32>) =
-        (block.linear(id).to_host()?, base.linear(id).to_host()?);
-    let energy = |weight: Array2<f32>| -> Result<f64> {
-        let weight: Tensor = device.upload_f32(weight)?;
-        Ok(gram.quadratic_form(&weight)?)
-    };
-    let error = energy(&given - &wanted)?;
-    Ok(error / energy(wanted)?.max(f64::MIN_POSITIVE))
+/// What a linear's difference from the base's makes of its inputs, over all batches.
+#[derive(Clone, Copy, Debug, Default)]
+struct OutputError {
+    /// tr(D G Dᵀ) with D the difference.
+    difference: f64,
+    /// tr(W G Wᵀ) with W the base's weights.
+    base: f64,
+}
+
+impl OutputError {
+    /// Adds a batch, given by the Gram of its inputs.
+    fn add(
+        &mut self,
+        model: &Model<'_>,
+        (given, wanted): (&Tensor, &Tensor),
+        gram: &Gram,
+    ) -> Result<()> {
+        let (given, wanted): (Array2<f32>, Array2<f32>) = (given.to_host()?, wanted.to_host()?);
+        let energy = |weight: Array2<f32>| -> Result<f64> {
+            Ok(gram.quadratic_form(&model.device().upload_f32(weight)?)?)
+        };
+        self.difference += energy(&given - &wanted)?;
+        self.base += energy(wanted)?;
+        Ok(())
+    }
+
+    /// The quotient; `None` where the base's outputs have no energy to compare with.
+    fn relative(self) -> Option<f64> {
+        relative(self.difference, self.base)
+    }
 }
 
 /// A base has the shape of what was made from it.

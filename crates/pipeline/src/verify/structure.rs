@@ -5,15 +5,15 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use gptq_checkpoint::{
-    Bits, Checkpoint, CheckpointFormat, DType, Layout, LinearShape, QuantizeConfig, TensorSpec,
-    tensor_specs,
+    Bits, Checkpoint, DType, Head, Layout, LinearShape, ModelConfig, QuantizeConfig, TensorSpec,
+    json_text, tensor_specs,
 };
 use serde_json::{Map, Value};
 
 use super::contents::Values;
 use super::{Check, Findings};
 use crate::error::{Error, Result};
-use crate::loaders::{Architecture, Bias, LoaderFacts};
+use crate::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
 
 const QUANTIZE_CONFIG: &str = "quantize_config.json";
 const CONFIG: &str = "config.json";
@@ -30,7 +30,7 @@ impl ConfigFiles {
         let mut found = BTreeMap::new();
         for name in [QUANTIZE_CONFIG, CONFIG] {
             let path = dir.join(name);
-            let text = match std::fs::read_to_string(&path) {
+            let text = match json_text(&path) {
                 Ok(text) => text,
                 Err(e) if e.kind() == ErrorKind::NotFound => continue,
                 Err(source) => return Err(Error::ReadFile { path, source }),
@@ -59,7 +59,10 @@ pub(super) fn stored_settings(checkpoint: &Checkpoint) -> QuantizeConfig {
         // A dense checkpoint never comes here; these settings describe none of its tensors.
         QuantizeConfig::new(Bits::Four, None, 0.01, false)
     });
-    let linears = stored_linears(checkpoint);
+    let linears = packed_linears(checkpoint);
+    if linears.is_empty() {
+        return settings;
+    }
     let fits_bits = |bits: Bits| linears.iter().all(|l| l.words == Some(bits.words(l.shape.0)));
     if let Some(bits) = Bits::ALL.into_iter().find(|&bits| fits_bits(bits)) {
         settings.bits = bits;
@@ -72,7 +75,9 @@ pub(super) fn stored_settings(checkpoint: &Checkpoint) -> QuantizeConfig {
         // The first group is never the ragged one, so its columns are a whole group's.
         let widest = linears.iter().max_by_key(|l| l.groups);
         let counted = widest.and_then(|l| first_group(checkpoint, &l.name, l.shape.0));
-        let candidates = [None, counted];
+        // Where the index does not tell, groups of one size do.
+        let even = widest.and_then(|l| Some(l.shape.0.div_ceil(l.groups?.max(1))));
+        let candidates = [None, counted, even];
         if let Some(size) = candidates.into_iter().find(|&size| fits(size)) {
             settings.group_size = size;
         }
@@ -80,8 +85,8 @@ pub(super) fn stored_settings(checkpoint: &Checkpoint) -> QuantizeConfig {
     settings
 }
 
-/// The shapes of a linear's tensors, as far as they are there.
-struct StoredLinear {
+/// The shapes of a packed linear's tensors, as far as they are there.
+struct PackedLinear {
     name: String,
     /// Inputs and outputs that the model needs.
     shape: (usize, usize),
@@ -91,18 +96,19 @@ struct StoredLinear {
     groups: Option<usize>,
 }
 
-fn stored_linears(checkpoint: &Checkpoint) -> Vec<StoredLinear> {
+fn packed_linears(checkpoint: &Checkpoint) -> Vec<PackedLinear> {
     let rows = |name: &str, leaf: &str| {
         let tensor = checkpoint.tensor(&format!("{name}.{leaf}")).ok()?;
         tensor.shape.first().copied()
     };
-    let stored = |(name, shape): (String, LinearShape)| StoredLinear {
+    let stored = |(name, shape): (String, LinearShape)| PackedLinear {
         words: rows(&name, "qweight"),
         groups: rows(&name, "scales"),
         shape: (shape.in_features, shape.out_features),
         name,
     };
-    checkpoint.config().linears().map(stored).collect()
+    let linears = checkpoint.config().linears();
+    linears.filter(|(name, _)| checkpoint.has_gptq_linear(name)).map(stored).collect()
 }
 
 /// Columns of group 0.
@@ -126,7 +132,8 @@ pub(super) fn check_configs(
             None if name == CONFIG => {
                 "has no quantization_config: transformers needs it".to_owned()
             }
-            None => "is missing: AutoGPTQ needs it".to_owned(),
+            // Transformers and others write config.json alone; the table says who needs more.
+            None => continue,
             Some(Err(problem)) => problem.clone(),
             Some(Ok(keys)) => {
                 let text = Value::Object(keys.clone()).to_string();
@@ -175,10 +182,6 @@ fn check_against_tensors(
 }
 
 fn check_agreement(one: &QuantizeConfig, other: &QuantizeConfig, findings: &mut Findings) {
-    let format = |config: &QuantizeConfig| match config.checkpoint_format {
-        CheckpointFormat::Gptq => "gptq",
-        CheckpointFormat::GptqV2 => "gptq_v2",
-    };
     let pairs = |c: &QuantizeConfig| {
         [
             ("bits", c.bits.to_string()),
@@ -187,7 +190,8 @@ fn check_agreement(one: &QuantizeConfig, other: &QuantizeConfig, findings: &mut 
             ("desc_act", c.desc_act.to_string()),
             ("sym", c.sym.to_string()),
             ("true_sequential", c.true_sequential.to_string()),
-            ("checkpoint_format", format(c).to_owned()),
+            ("checkpoint_format", c.checkpoint_format.name().to_owned()),
+            ("modules_in_block_to_quantize", modules(c)),
         ]
     };
     for ((key, mine), (_, theirs)) in pairs(one).into_iter().zip(pairs(other)) {
@@ -196,6 +200,13 @@ fn check_agreement(one: &QuantizeConfig, other: &QuantizeConfig, findings: &mut 
             findings.add(Check::Configuration, CONFIG, message);
         }
     }
+}
+
+/// The linears that are quantised.
+fn modules(config: &QuantizeConfig) -> String {
+    let Some(mut names) = config.modules_in_block.clone() else { return "all".to_owned() };
+    names.sort();
+    names.join(", ")
 }
 
 /// `none`, or the columns of a group.
@@ -242,47 +253,56 @@ pub(super) fn check_tensors(
     findings: &mut Findings,
 ) -> Layout {
     let modern = tensor_specs(checkpoint.config(), stored, Layout::Modern);
+    let required: BTreeSet<String> = modern.into_iter().map(|spec| spec.name).collect();
+    // What the card layout adds, programs write in part: biases without frequencies, or the reverse.
     let card = tensor_specs(checkpoint.config(), stored, Layout::Card);
-    let names = |specs: &[TensorSpec]| -> BTreeSet<String> {
-        specs.iter().map(|spec| spec.name.clone()).collect()
-    };
-    let in_modern = names(&modern);
-    let in_card = names(&card);
-    let mut extra = in_card.difference(&in_modern);
-    let layout =
-        if extra.any(|name| checkpoint.contains(name)) { Layout::Card } else { Layout::Modern };
-
-    for spec in if layout == Layout::Card { &card } else { &modern } {
-        findings.examine(Check::Tensors, 1);
-        if !checkpoint.contains(&spec.name) {
-            // AutoGPTQ's later versions write biases, but no frequencies.
-            if !spec.name.ends_with(".inv_freq") {
-                findings.add(Check::Tensors, spec.name.clone(), "is missing");
-            }
-            continue;
-        }
-        match checkpoint.tensor(&spec.name) {
-            Err(error) => findings.add(Check::Tensors, spec.name.clone(), error.to_string()),
-            Ok(tensor) => {
-                if !takes(spec, tensor.dtype) {
-                    let (found, wanted) = (tensor.dtype.name(), spec.dtype.name());
-                    let message = format!("is stored as {found}, expected {wanted}");
-                    findings.add(Check::Tensors, spec.name.clone(), message);
-                }
-                if tensor.shape != spec.shape {
-                    let message =
-                        format!("has shape {:?}, expected {:?}", tensor.shape, spec.shape);
-                    findings.add(Check::Tensors, spec.name.clone(), message);
-                }
+    let known: BTreeSet<&str> = card.iter().map(|spec| spec.name.as_str()).collect();
+    let mut layout = Layout::Modern;
+    for spec in &card {
+        let (name, needed) = (&spec.name, required.contains(&spec.name));
+        if checkpoint.contains(name) {
+            findings.examine(Check::Tensors, 1);
+            check_tensor(checkpoint, spec, findings);
+            layout = if needed { layout } else { Layout::Card };
+        } else if needed {
+            findings.examine(Check::Tensors, 1);
+            if let Some(message) = missing(checkpoint, stored, name) {
+                findings.add(Check::Tensors, name.clone(), message);
             }
         }
     }
-    let known = if layout == Layout::Card { &in_card } else { &in_modern };
-    for name in checkpoint.names().filter(|name| !known.contains(*name)) {
+    for name in checkpoint.names().filter(|name| !known.contains(name)) {
         findings.add(Check::Tensors, name, "is not part of such a checkpoint");
     }
     check_index(checkpoint, findings);
     layout
+}
+
+/// What a tensor claims to be, against what its role requires.
+fn check_tensor(checkpoint: &Checkpoint, spec: &TensorSpec, findings: &mut Findings) {
+    let mut fault = |message| findings.add(Check::Tensors, spec.name.clone(), message);
+    match checkpoint.tensor(&spec.name) {
+        Err(error) => fault(error.to_string()),
+        Ok(tensor) => {
+            if !takes(spec, tensor.dtype) {
+                let (found, wanted) = (tensor.dtype.name(), spec.dtype.name());
+                fault(format!("is stored as {found}, expected {wanted}"));
+            }
+            if tensor.shape != spec.shape {
+                fault(format!("has shape {:?}, expected {:?}", tensor.shape, spec.shape));
+            }
+        }
+    }
+}
+
+/// Why a required tensor that is not there is a fault; a group index is none where the order of the
+/// columns is known without it.
+fn missing(checkpoint: &Checkpoint, stored: &QuantizeConfig, name: &str) -> Option<String> {
+    let Some(linear) = name.strip_suffix(".g_idx") else { return Some("is missing".to_owned()) };
+    let (_, shape) = checkpoint.config().linears().find(|(name, _)| name == linear)?;
+    stored.order_is_stored(shape.in_features).then(|| {
+        "is missing: with act-order only it says which group a column belongs to".to_owned()
+    })
 }
 
 /// Loaders cast what is not quantised; the tensors of a linear have one type each.
@@ -299,6 +319,10 @@ fn check_index(checkpoint: &Checkpoint, findings: &mut Findings) {
             let message = format!("holds {name}, which the index does not name");
             findings.add(Check::Files, place.as_ref(), message);
         }
+        for name in &file.absent {
+            let message = format!("lacks {name}, which the index places there");
+            findings.add(Check::Files, place.as_ref(), message);
+        }
     }
     let Some((name, total)) = index_total(checkpoint) else { return };
     let tensors = checkpoint.names().filter_map(|name| checkpoint.tensor(name).ok());
@@ -313,7 +337,7 @@ fn check_index(checkpoint: &Checkpoint, findings: &mut Findings) {
 fn index_total(checkpoint: &Checkpoint) -> Option<(String, u64)> {
     let stem = sharded_stem(checkpoint)?;
     let name = format!("{stem}.safetensors.index.json");
-    let text = std::fs::read_to_string(checkpoint.dir().join(&name)).ok()?;
+    let text = json_text(&checkpoint.dir().join(&name)).ok()?;
     let index: Value = serde_json::from_str(&text).ok()?;
     Some((name, index["metadata"]["total_size"].as_u64()?))
 }
@@ -341,6 +365,20 @@ pub(super) fn loader_facts(
         architecture: Architecture::from(checkpoint.config()),
         quantize: stored.clone(),
         act_order: values.out_of_order,
+        zeros: if values.other_zeros {
+            stored.checkpoint_format.other()
+        } else {
+            stored.checkpoint_format
+        },
+        zeros_of_zero: values.zeros_of_zero,
+        gptqmodel_stamp: files.found.values().flatten().any(gptqmodel_made),
+        group_index: values.group_index(),
+        dense_linear: checkpoint.config().block_linears().iter().find_map(|shape| {
+            let name = format!("{}.{}", ModelConfig::block_prefix(0), shape.name);
+            (!checkpoint.has_gptq_linear(&name)).then_some(shape.name)
+        }),
+        head_only_tied: checkpoint.head().is_ok_and(|head| head == Head::Tied),
+        bfloat16: asks_for_bfloat16(checkpoint.config()),
         shared_order: values.shared_order,
         bias: match (values.biases, values.bias_values) {
             (_, true) => Bias::Values,
@@ -356,4 +394,19 @@ pub(super) fn loader_facts(
             .keys(CONFIG)
             .is_some_and(|keys| keys.get("quant_method").is_some_and(|m| m == "gptq")),
     }
+}
+
+/// Whether GPTQModel 0.9 or later made the file, by its stamp: `gptqmodel:1.4.5`, or a list of such.
+fn gptqmodel_made(keys: &Map<String, Value>) -> bool {
+    let stamp = &keys.get("meta").unwrap_or(&Value::Null)["quantizer"];
+    let stamps = match stamp {
+        Value::Array(several) => several.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    stamps.iter().filter_map(Value::as_str).any(|stamp| {
+        let stamp = stamp.to_ascii_lowercase();
+        let Some(version) = stamp.strip_prefix("gptqmodel:") else { return false };
+        let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+        (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (0, 9)
+    })
 }

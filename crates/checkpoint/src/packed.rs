@@ -1,0 +1,286 @@
+//! Quantised linears as files in the wild hold them: one opinion for whoever reads, shows or verifies.
+//!
+//! Programs disagree about the format, and some of what they write contradicts its own settings. Where
+//! only one meaning is possible it is read, and counted so that it can be said ([`PackedNotes`]); where
+//! the meaning is lost it is refused:
+//!
+//! - A symmetric grid has one zero, `2^(bits-1)`. So whether a file stores zeros minus one can be seen
+//!   in the zeros themselves, whatever the settings call it.
+//! - Without act-order column `j` belongs to group `j / group_size`. So `g_idx` can be absent, or be a
+//!   placeholder of zeros. With act-order it holds an order that is nowhere else.
+
+use std::path::Path;
+
+use crate::gptq::check_sides;
+use crate::weights::Weights;
+use crate::{
+    Checkpoint, CheckpointFormat, DType, Error, GptqLinear, LinearShape, QuantizeConfig, Result,
+    pack_rows,
+};
+
+/// How the stored zeros of a linear relate to its settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoredZeros {
+    /// As the settings say; zeros of an asymmetric grid cannot tell otherwise.
+    AsDeclared,
+    /// All are the middle of the grid in the other format: not minus one under `gptq`, or minus one
+    /// under `gptq_v2`.
+    OtherFormat,
+    /// The settings say that the grid is symmetric, but some zero is not its middle.
+    OffMiddle,
+}
+
+/// How many of a checkpoint's packed linears contradict its settings, and how they were read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PackedNotes {
+    /// Packed linears that were looked at.
+    pub linears: usize,
+    /// Those with [`StoredZeros::OtherFormat`].
+    pub other_format: usize,
+    /// Those with [`StoredZeros::OffMiddle`].
+    pub off_middle: usize,
+    /// Those whose `g_idx` holds only zeros although there are groups, and no act-order.
+    pub placeholders: usize,
+}
+
+impl PackedNotes {
+    /// A sentence for each kind of contradiction.
+    #[must_use]
+    pub fn warnings(&self, quantize: &QuantizeConfig) -> Vec<String> {
+        let Self { linears, other_format, off_middle, placeholders } = *self;
+        let format = quantize.checkpoint_format;
+        let how = match format {
+            CheckpointFormat::Gptq => "without the minus one",
+            CheckpointFormat::GptqV2 => "minus one",
+        };
+        let mut said = Vec::new();
+        if other_format > 0 {
+            said.push(format!(
+                "{other_format} of {linears} packed linears store their zeros {how}, although the \
+                 settings say `{}`: read as `{}`; other programs may misread them",
+                format.name(),
+                format.other().name()
+            ));
+        }
+        if off_middle > 0 {
+            said.push(format!(
+                "{off_middle} of {linears} packed linears hold zeros that a symmetric grid does not \
+                 have, although the settings say or imply `sym` true: read as they are stored"
+            ));
+        }
+        if placeholders > 0 {
+            said.push(format!(
+                "{placeholders} of {linears} packed linears have a `g_idx` of zeros although there \
+                 are groups: read in order, as there is no act-order"
+            ));
+        }
+        said
+    }
+}
+
+impl Checkpoint {
+    /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
+    #[must_use]
+    pub fn has_gptq_linear(&self, prefix: &str) -> bool {
+        self.quantize_config().is_some() && self.contains(&format!("{prefix}.qweight"))
+    }
+
+    /// Reads and checks a quantised linear. `prefix` is its full name, such as
+    /// `model.layers.0.self_attn.q_proj`. What the module's head says is brought to the usual form:
+    /// zeros minus one, a group for every column.
+    ///
+    /// # Errors
+    /// [`Error::NotQuantised`], missing tensors, types and shapes that do not follow from the
+    /// configuration, [`Error::GroupIndex`], [`Error::LostOrder`], scales that are not finite, and a
+    /// bias as [`Checkpoint::linear_bias`] refuses it.
+    pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
+        let quantize = self.settings()?;
+        let mut linear = self.gptq_linear_as_stored(prefix, shape)?;
+        if linear.has_placeholder_index() {
+            linear.g_idx = self.in_order(prefix, shape.in_features, "holds only zeros")?;
+        }
+        linear.check(prefix)?;
+        self.linear_bias(prefix, shape)?;
+        let stored = quantize.stored_zeros(&linear.qzeros, shape.out_features)?;
+        let format = match stored {
+            StoredZeros::OtherFormat => quantize.checkpoint_format.other(),
+            _ => quantize.checkpoint_format,
+        };
+        if format == CheckpointFormat::GptqV2 {
+            linear.shift_v2_zeros()?;
+        }
+        Ok(linear)
+    }
+
+    /// Reads a quantised linear without looking at its values: zeros as they are stored, group
+    /// indices and scales as they come. An absent `g_idx` is filled in where the order is known.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::gptq_linear`], without those about values.
+    pub fn gptq_linear_as_stored(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
+        let quantize = self.settings()?;
+        let &LinearShape { in_features, out_features, .. } = shape;
+        check_sides(prefix, in_features, out_features)?;
+        let (bits, groups) = (quantize.bits, quantize.groups(in_features));
+        let scales =
+            self.exact(&format!("{prefix}.scales"), DType::F16, &[groups, out_features])?;
+        let qweight = [bits.words(in_features), out_features];
+        Ok(GptqLinear {
+            bits,
+            in_features,
+            out_features,
+            groups,
+            qweight: self.words(&format!("{prefix}.qweight"), &qweight)?,
+            qzeros: self.qzeros(prefix, shape)?,
+            scales: scales.to_f16()?,
+            g_idx: self.g_idx(prefix, in_features)?,
+        })
+    }
+
+    /// How the zeros and the group indices of all packed linears relate to the settings. Reads these
+    /// two tensors of each; what cannot be read is left to whoever needs it.
+    #[must_use]
+    pub fn packed_notes(&self) -> PackedNotes {
+        let mut notes = PackedNotes::default();
+        let Some(quantize) = self.quantize_config() else { return notes };
+        for (prefix, shape) in self.config().linears().filter(|(p, _)| self.has_gptq_linear(p)) {
+            notes.linears += 1;
+            let zeros = self.qzeros(&prefix, &shape);
+            match zeros.and_then(|zeros| quantize.stored_zeros(&zeros, shape.out_features)) {
+                Ok(StoredZeros::OtherFormat) => notes.other_format += 1,
+                Ok(StoredZeros::OffMiddle) => notes.off_middle += 1,
+                Ok(StoredZeros::AsDeclared) | Err(_) => {}
+            }
+            let groups = quantize.groups(shape.in_features);
+            if !quantize.order_is_stored(shape.in_features) {
+                let g_idx = self.g_idx(&prefix, shape.in_features);
+                notes.placeholders += usize::from(g_idx.is_ok_and(|g| is_placeholder(&g, groups)));
+            }
+            ["qzeros", "g_idx"].iter().for_each(|leaf| self.release(&format!("{prefix}.{leaf}")));
+        }
+        notes
+    }
+
+    fn settings(&self) -> Result<&QuantizeConfig> {
+        let missing = || Error::NotQuantised { dir: self.dir().to_owned() };
+        self.quantize_config().ok_or_else(missing)
+    }
+
+    fn words(&self, name: &str, shape: &[usize]) -> Result<Vec<u32>> {
+        Ok(self.exact(name, DType::I32, shape)?.to_words())
+    }
+
+    fn qzeros(&self, prefix: &str, shape: &LinearShape) -> Result<Vec<u32>> {
+        let quantize = self.settings()?;
+        let groups = quantize.groups(shape.in_features);
+        let words = quantize.bits.words(shape.out_features);
+        self.words(&format!("{prefix}.qzeros"), &[groups, words])
+    }
+
+    fn g_idx(&self, prefix: &str, in_features: usize) -> Result<Vec<u32>> {
+        let name = format!("{prefix}.g_idx");
+        if self.contains(&name) {
+            return self.words(&name, &[in_features]);
+        }
+        if self.weights().promised(&name).is_some() {
+            return Err(self.missing(&name));
+        }
+        self.in_order(prefix, in_features, "is missing")
+    }
+
+    /// The groups of columns that are in order, unless act-order gave them another one.
+    fn in_order(&self, prefix: &str, columns: usize, lost: &'static str) -> Result<Vec<u32>> {
+        let quantize = self.settings()?;
+        if quantize.order_is_stored(columns) {
+            return Err(Error::LostOrder { tensor: format!("{prefix}.g_idx"), lost });
+        }
+        let size = quantize.group_size.unwrap_or(columns);
+        Ok((0..columns).map(|column| (column / size) as u32).collect())
+    }
+}
+
+impl GptqLinear {
+    /// Whether its group index is a placeholder: only zeros, although there are groups.
+    #[must_use]
+    pub fn has_placeholder_index(&self) -> bool {
+        is_placeholder(&self.g_idx, self.groups)
+    }
+}
+
+impl QuantizeConfig {
+    /// Whether only `g_idx` tells which group a column of such a linear belongs to.
+    #[must_use]
+    pub fn order_is_stored(&self, in_features: usize) -> bool {
+        self.desc_act && self.groups(in_features) > 1
+    }
+
+    /// How a linear's packed zeros relate to the settings.
+    ///
+    /// # Errors
+    /// Sides that the format cannot hold.
+    pub fn stored_zeros(&self, qzeros: &[u32], out_features: usize) -> Result<StoredZeros> {
+        if !self.sym {
+            return Ok(StoredZeros::AsDeclared);
+        }
+        let (bits, format) = (self.bits, self.checkpoint_format);
+        let all = |format: CheckpointFormat| -> Result<bool> {
+            let zeros = vec![format.stored_middle(bits); out_features];
+            let row = pack_rows(bits, &zeros, 1, out_features)?;
+            Ok(qzeros.chunks(row.len()).all(|words| words == row))
+        };
+        Ok(match (all(format)?, all(format.other())?) {
+            (true, _) => StoredZeros::AsDeclared,
+            (false, true) => StoredZeros::OtherFormat,
+            (false, false) => StoredZeros::OffMiddle,
+        })
+    }
+}
+
+/// Whether an index is a placeholder: act-order or not, every group has columns of its own.
+fn is_placeholder(g_idx: &[u32], groups: usize) -> bool {
+    groups > 1 && g_idx.iter().all(|&group| group == 0)
+}
+
+/// What was found packed that cannot be read, for a folder whose weights are known.
+pub(crate) fn refuse_unreadable(
+    dir: &Path,
+    quantize: Option<&QuantizeConfig>,
+    weights: &Weights,
+) -> Result<()> {
+    for name in ["lm_head.qweight", "model.embed_tokens.qweight"] {
+        if quantize.is_some() && weights.contains(name) {
+            return Err(Error::PackedHead { tensor: name.to_owned() });
+        }
+    }
+    let mut packed = weights.names().filter(|name| name.ends_with(".qweight"));
+    let Some(tensor) = packed.next().filter(|_| quantize.is_none()) else { return Ok(()) };
+    let (dir, tensor, reason) = (dir.to_owned(), tensor.to_owned(), no_settings(dir, weights));
+    Err(Error::NoSettings { dir, tensor, reason })
+}
+
+/// Why packed tensors have no settings, as far as it shows, and what to do.
+fn no_settings(dir: &Path, weights: &Weights) -> String {
+    const AWQ: &str = "quant_config.json";
+    let awq = std::fs::read_to_string(dir.join(AWQ));
+    if awq.is_ok_and(|text| text.contains("\"w_bit\"")) {
+        return format!(
+            "`{AWQ}` beside them is AutoAWQ's: AWQ packs weights in another order, which is not \
+             supported; quantise the dense model instead"
+        );
+    }
+    let write = "no file says how they are quantised: write `bits`, `group_size`, `desc_act` and \
+                 `sym` into quantize_config.json";
+    let metadata = match weights {
+        Weights::Mapped(mapped) => mapped.files().iter().find_map(|file| {
+            let value = |key: &str| file.metadata.get(key).map(String::as_str);
+            let (bits, size) = (value("gptq_bits")?, value("gptq_group_size").unwrap_or("?"));
+            Some(format!("; the metadata of the weights says {bits} bits, group size {size}"))
+        }),
+        Weights::Arriving(_) => None,
+    };
+    let tgi = weights.contains("gptq_bits").then(|| {
+        "; TGI stores them in the tensors `gptq_bits` and `gptq_groupsize`, which are not read"
+            .to_owned()
+    });
+    format!("{write}{}", metadata.or(tgi).unwrap_or_default())
+}

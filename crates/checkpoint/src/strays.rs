@@ -1,0 +1,126 @@
+//! Stored tensors that are no part of the model that config.json describes.
+//!
+//! Folders hold more than their model: rotary frequencies that old versions saved, heads of a
+//! training run, adapters that were never merged, blocks that somebody cut off in config.json alone.
+//! Loaders leave all of it out, mostly in silence. Here what may change what the model computes is
+//! refused, and the rest is said.
+
+use crate::config::FINAL_NORM;
+use crate::gptq::LEAVES;
+use crate::{Checkpoint, EMBEDDING, Error, HEAD, ModelConfig, Result};
+
+/// What a tensor's name says that it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// A part of the model.
+    Part,
+    /// Rotary frequencies: every loader computes its own.
+    Frequencies,
+    /// Of a block that config.json does not count.
+    Beyond,
+    /// A weight inside of a block that no linear or norm of the family uses: the model would
+    /// compute with it.
+    Weight,
+    /// Anything else.
+    Other,
+}
+
+/// Stored tensors that no part of the model uses and that are left out, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Strays {
+    /// Those of blocks beyond `num_hidden_layers`.
+    pub beyond: Vec<String>,
+    /// All others but rotary frequencies.
+    pub others: Vec<String>,
+}
+
+impl Strays {
+    /// A sentence for each kind that is there; `config` is the model's.
+    pub(crate) fn warnings(&self, config: &ModelConfig) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if let Some(first) = self.beyond.first() {
+            warnings.push(format!(
+                "config.json has num_hidden_layers {}, but the weights hold {} of blocks beyond, such \
+                 as `{first}`: they are left out, so the model is cut short",
+                config.num_hidden_layers,
+                tensors(self.beyond.len())
+            ));
+        }
+        if let Some(first) = self.others.first() {
+            let count = tensors(self.others.len());
+            let family = config.family;
+            let mut text = format!("{count} no part of a `{family}` model and left out: `{first}`");
+            if self.others.len() > 1 {
+                text.push_str(" and others");
+            }
+            if let Some(adapter) = self.others.iter().find(|name| is_adapter(name)) {
+                text.push_str(&format!("; `{adapter}` is of an adapter that was not merged"));
+            }
+            warnings.push(text);
+        }
+        warnings
+    }
+}
+
+pub(crate) fn tensors(count: usize) -> String {
+    format!("{count} tensor{}", if count == 1 { "" } else { "s" })
+}
+
+impl Checkpoint {
+    /// Tensors that are left out, whatever is done with the model.
+    #[must_use]
+    pub fn strays(&self) -> Strays {
+        let mut strays = Strays::default();
+        for name in self.names() {
+            match self.role(name) {
+                Role::Part | Role::Frequencies => {}
+                Role::Beyond => strays.beyond.push(name.to_owned()),
+                Role::Weight | Role::Other => strays.others.push(name.to_owned()),
+            }
+        }
+        strays
+    }
+
+    /// Refuses weights of blocks that the family does not have.
+    pub(crate) fn check_unknown(&self) -> Result<()> {
+        let Some(tensor) = self.names().find(|name| self.role(name) == Role::Weight) else {
+            return Ok(());
+        };
+        let tensor = tensor.to_owned();
+        if is_adapter(&tensor) {
+            return Err(Error::Adapter { tensor });
+        }
+        Err(Error::UnknownWeight { tensor, family: self.config().family })
+    }
+
+    fn role(&self, name: &str) -> Role {
+        if [EMBEDDING, FINAL_NORM, HEAD].contains(&name) {
+            return Role::Part;
+        }
+        if name.ends_with("rotary_emb.inv_freq") {
+            return Role::Frequencies;
+        }
+        let block = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let Some((block, part)) = block else { return Role::Other };
+        let Ok(block) = block.parse::<usize>() else { return Role::Other };
+        let config = self.config();
+        if block >= config.num_hidden_layers {
+            return Role::Beyond;
+        }
+        let Some((module, leaf)) = part.rsplit_once('.') else { return Role::Other };
+        let linear = config.block_linears().iter().any(|linear| linear.name == module);
+        let norm = config.block_norms().iter().any(|(norm, _)| *norm == module);
+        match leaf {
+            "weight" if linear || norm => Role::Part,
+            "weight" => Role::Weight,
+            "bias" if linear => Role::Part,
+            _ if linear && self.quantize_config().is_some() && LEAVES.contains(&leaf) => Role::Part,
+            _ => Role::Other,
+        }
+    }
+}
+
+/// Whether the name is that of a low-rank adapter, as PEFT gives it.
+fn is_adapter(name: &str) -> bool {
+    name.contains("lora_")
+}

@@ -1,0 +1,83 @@
+//! What the ranks of a job must have alike, so that their parts make up one result.
+//!
+//! Every setting, text and weight that a rank's part depends on is here, and nothing else: where
+//! rank 0 writes, what reports call the model and how much memory a card may use are its own. How many
+//! ranks there are, on what devices and of which build, they compare when they meet.
+
+use gptq_checkpoint::Checkpoint;
+use gptq_compute::Agreement;
+
+use crate::error::Result;
+use crate::evaluation::EvalText;
+use crate::manifest::source_digest;
+use crate::quantise::QuantiseJob;
+
+/// What ranks that make a branch compare.
+pub(crate) fn quantise(job: &QuantiseJob<'_>) -> Result<Agreement> {
+    let spec = &job.spec;
+    let config = job.source.config();
+    let linears = config.block_linears().map(|l| (l.out_features, l.in_features));
+    let same = Agreement::new(words_of_block(config.hidden_size, &linears))
+        .with("the command", "quantize")
+        .with("the source model", source_digest(job.source)?)
+        .with("source dtype", job.source_dtype.name())
+        .with("bits", spec.bits)
+        .with("group size", spec.group_size.map_or_else(|| "none".to_owned(), |n| n.to_string()))
+        .with("act-order", spec.act_order)
+        .with("damp", spec.damp)
+        .with("recipe", spec.recipe.name())
+        .with("layout", job.layout.name())
+        .with("strict", job.strict);
+    if !spec.recipe.calibrates() {
+        return Ok(same);
+    }
+    let same = same.with("choices", spec.choices);
+    let Some(calibration) = job.calibration else { return Ok(same) };
+    let seq_len = calibration.windows.first().map_or(0, Vec::len);
+    Ok(same
+        .with("calibration windows", format!("{} × {seq_len} tokens", calibration.windows.len()))
+        .with("calibration seed", calibration.seed)
+        .with("calibration text", &calibration.dataset.fingerprint)
+        .with("calibration tokens", &calibration.sha256))
+}
+
+/// What ranks that measure a model, and perhaps its distance from another, compare.
+///
+/// # Errors
+/// Checkpoints that cannot be read.
+pub fn perplexity(
+    model: &Checkpoint,
+    base: Option<&Checkpoint>,
+    text: &EvalText,
+) -> Result<Agreement> {
+    let tokens: usize = text.windows.iter().map(|window| window.tokens.len()).sum();
+    let base = base.map_or_else(|| Ok("none".to_owned()), source_digest)?;
+    Ok(Agreement::new(tokens as u64)
+        .with("the command", "ppl")
+        .with("the model", source_digest(model)?)
+        .with("the base", base)
+        .with("protocol", &text.protocol)
+        .with("windows", format!("{} of at most {} tokens", text.windows.len(), text.seq_len))
+        .with("the text", &text.identity.fingerprint)
+        .with("the text's tokens", text.sha256()))
+}
+
+/// The most words that a rank sends at once for a block of these linears, rows and columns: a Gram, a
+/// weight, or numbers of each linear.
+pub(crate) fn words_of_block(hidden: usize, linears: &[(usize, usize)]) -> u64 {
+    let squares = linears.iter().flat_map(|&(rows, cols)| [rows * cols, cols * cols]);
+    squares.chain([hidden * hidden, 1 << 16]).max().unwrap_or(0) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_gram_or_weight_is_what_a_rank_sends() {
+        let linears = [(4096, 4096), (11_008, 4096), (4096, 11_008)];
+        assert_eq!(words_of_block(4096, &linears), 11_008 * 11_008);
+        assert_eq!(words_of_block(64, &[(4096, 64)]), 4096 * 64);
+        assert_eq!(words_of_block(64, &[(64, 64)]), 1 << 16);
+    }
+}

@@ -1,0 +1,390 @@
+//! How a quantised linear sits on the weights that it should stand for, without calibration data.
+//!
+//! What makes this hard is that a sound file may be far from its base. GPTQ solves the columns one
+//! after another and makes the later ones pay for the rounding of the earlier ones, at the rate at
+//! which their inputs stand for each other: the deviation of row r is d = e·U, with e the rounding
+//! errors and U the factor of H⁻¹. Where a few inputs dominate the Hessian (an outlier channel, a
+//! constant one), their columns are exact and all others may be off by many steps, up to the ends of
+//! the grid. An input that no token used has a column of zeros. One enormous weight makes its whole
+//! row pay. So the size of the error says nothing, and no limit here is on it. What a sound file does
+//! have, whatever its Hessian:
+//!
+//! - *a near column*. The first column that was solved paid for nothing: its codes are the nearest
+//!   ones. Codes or zeros that are off by a step, words with changed low bits and scales of the wrong
+//!   size leave no column near.
+//! - *gains of 1*. Rounding errors do not point along the weights, so the codes that a group has,
+//!   projected on the nearest ones, come out as 1 times them, within what the scatter over the rows
+//!   allows. Codes that belong to other weights come out as 0. Where noise has driven the codes to the
+//!   ends of the grid they also come out low, but then they are much larger than the weights ask for,
+//!   and nothing can be told; wrong codes are about as large as right ones. An output by itself is
+//!   judged alike, on those columns that are near in the other outputs.
+//! - *scales of its own*. The gains of the rows say what scales would fit; those of another group do
+//!   when rows of scales were swapped.
+//! - *no odd word*. The deviations under each 32-bit word, in steps, over what is usual in their
+//!   columns and their row. A word that was changed stands out among the others of its linear; one
+//!   whose new codes are close to the old does not, and takes a recorded sum to be found.
+//!
+//! o and down of a recipe that shifts its targets were not meant to be the base's, so only their
+//! groups' gains, scales and words are judged.
+//!
+//! Limits were set on the files that every recipe makes at 2, 3, 4 and 8 bits of 24 small random models
+//! and 9 variants of the embedded one (outlier, constant and dead channels, linears of zeros, heavy,
+//! sparse, ternary and one-signed weights, weights at either end of fp16), and on faults planted in
+//! some of them; beside each limit stands what was seen on both of its sides.
+
+use gptq_checkpoint::{Bits, GptqLinear};
+use ndarray::Array2;
+use rayon::prelude::*;
+
+use super::odd_words::{Word, odd_words};
+use super::{Check, Findings};
+
+/// Rows that a task sums: a fixed number, so that sums do not depend on the number of threads.
+const BAND: usize = 64;
+/// Mean squared deviation in steps of the nearest column. Rounding leaves 1/12, AutoGPTQ's scales of
+/// rows without a negative weight 0.155; codes that are off by one leave 0.8 to 1.1, and more than 0.5
+/// at 2 bits, where half of them stay at the end of the grid.
+const MAX_NEAREST: f64 = 0.32;
+/// Columns whose mean squared deviation is below this are near.
+const NEAR: f64 = 0.3;
+/// Gains outside of this are of other weights. Sound ones are 0.7 to 1.25, at 2 bits 0.58 or more;
+/// other weights' are within 0.1 of 0, those under doubled scales 1.7 to 1.9.
+const GAINS: std::ops::Range<f64> = 0.35..1.4;
+/// By how many standard errors they must differ from 1.
+const SURE: f64 = 6.0;
+/// Rows, or columns of one output, that a gain must rest on.
+const ENOUGH: f64 = 12.0;
+/// Energy of what a gain leaves of the codes, over that of the nearest ones, above which it is noise
+/// that may hide any gain. Other weights leave 1.0 to 1.3, random codes 1.9; noise that brings a sound
+/// gain below the limit leaves 4 and more.
+const NOISE: f64 = 2.2;
+/// Another group's scales fit a group this much better when they are its own.
+const MIN_SWAP: f64 = 2.0;
+/// Scatter of a group's gains below which its scales are right.
+const MAX_SCATTER: f64 = 0.05;
+
+/// How a quantised linear sits on its weights.
+pub(super) struct Fit {
+    /// Energy of the difference, and of the weights.
+    pub(super) error: f64,
+    pub(super) energy: f64,
+    /// The nearest column; `None` where no column can be judged.
+    nearest: Option<Column>,
+    /// A group that has other weights' codes, and its gain.
+    foreign_group: Option<(usize, f64)>,
+    /// Outputs that have.
+    foreign_outputs: Vec<usize>,
+    /// A group and the one whose scales fit it better than its own.
+    swapped: Option<(usize, usize)>,
+    bits: Bits,
+    odd: Vec<Word>,
+}
+
+/// Deviations of a column over the rows, in steps.
+#[derive(Clone, Copy, Debug, Default)]
+struct Column {
+    sum: f64,
+    squares: f64,
+    /// Rows that were summed.
+    count: f64,
+    /// Rows whose code is not the zero.
+    used: u32,
+}
+
+/// Sums over some weights, in steps: of x², y² and x·y, with x the nearest codes and y the codes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Gain {
+    wanted: f64,
+    given: f64,
+    product: f64,
+    /// And of w·y, with w the weights however far beyond the grid.
+    unbounded: f64,
+}
+
+/// One weight on its grid, in steps from the zero.
+struct Place {
+    /// The weight.
+    unbounded: f32,
+    /// The weight; one beyond the grid is as near as it can be with the last code.
+    steps: f32,
+    /// The nearest code.
+    nearest: f32,
+    /// The code in the file.
+    code: f32,
+    scale: f32,
+    /// The scale has digits enough to tell one code from the next.
+    exact: bool,
+}
+
+/// A linear's codes with their grid.
+pub(super) struct Grid<'a> {
+    linear: &'a GptqLinear,
+    weight: &'a Array2<f32>,
+    codes: Vec<u8>,
+    zeros: Vec<u8>,
+}
+
+/// Energy of the difference of `linear` from `weight`, and of the weights.
+pub(super) fn energies(linear: &GptqLinear, weight: &Array2<f32>) -> (f64, f64) {
+    let (_, error, energy) = Grid::new(linear, weight).columns();
+    (error, energy)
+}
+
+impl Fit {
+    /// Of `linear`, with zeros in v1 form, to `weight` `[out, in]`.
+    pub(super) fn new(linear: &GptqLinear, weight: &Array2<f32>) -> Self {
+        let grid = Grid::new(linear, weight);
+        let (columns, error, energy) = grid.columns();
+        let gains = grid.rows(|row| grid.gains(row, &columns));
+        let group = |group: usize| -> Vec<Gain> { gains.iter().map(|row| row.0[group]).collect() };
+        let foreign_group = (0..linear.groups)
+            .into_par_iter()
+            .find_map_first(|g| Some((g, Gain::foreign(&group(g))?)));
+        let foreign_outputs = gains.par_iter().enumerate();
+        let foreign_outputs =
+            foreign_outputs.filter_map(|(row, gains)| Gain::foreign(&gains.1).map(|_| row));
+        let judged = columns.iter().filter(|column| column.used > 0 && column.count > 0.0);
+        let usual: Vec<f64> = columns.iter().map(Column::mean_square).collect();
+        let deviations = grid.rows(|row| {
+            let deviation = |column| grid.at(row, column).deviation();
+            (0..linear.in_features).map(deviation).collect()
+        });
+        Self {
+            error,
+            energy,
+            nearest: judged.min_by(|a, b| a.mean_square().total_cmp(&b.mean_square())).copied(),
+            foreign_group,
+            foreign_outputs: foreign_outputs.collect(),
+            swapped: swapped(&gains, linear),
+            bits: linear.bits,
+            odd: odd_words(linear.bits, &deviations, &usual),
+        }
+    }
+
+    /// Adds what is wrong; `moved` tells of a linear whose weights were not meant to be the base's.
+    pub(super) fn report(&self, name: &str, moved: bool, findings: &mut Findings) {
+        let mut add = |place: String, what: String| findings.add(Check::Weights, place, what);
+        let far = self.nearest.filter(|column| !moved && column.mean_square() > MAX_NEAREST);
+        if let Some(column) = far {
+            add(name.to_owned(), column.told());
+            // The other measures would say the same again, and less clearly.
+            return;
+        }
+        if let Some((group, gain)) = self.foreign_group {
+            add(
+                name.to_owned(),
+                format!(
+                    "gives group {group} other weights: its codes are {gain:.2} times the base's"
+                ),
+            );
+            return;
+        }
+        // What a row was moved by may be more than it was; and where codes have three steps, what one
+        // column passes on may move a whole row by one.
+        let judged = !moved && self.bits != Bits::Two;
+        for &output in self.foreign_outputs.iter().filter(|_| judged) {
+            add(name.to_owned(), format!("gives output {output} other weights than the base's"));
+        }
+        if let Some((group, other)) = self.swapped {
+            add(
+                format!("{name}.scales"),
+                format!("gives group {group} scales that are those of group {other}"),
+            );
+        }
+        for word in &self.odd {
+            add(
+                format!("{name}.qweight"),
+                format!(
+                    "holds a word at row {}, output {} whose error is {:.0} times what is usual there",
+                    word.row,
+                    word.output,
+                    word.times(self.bits)
+                ),
+            );
+        }
+    }
+}
+
+impl<'a> Grid<'a> {
+    fn new(linear: &'a GptqLinear, weight: &'a Array2<f32>) -> Self {
+        Self { linear, weight, codes: linear.unpack_codes(), zeros: linear.unpack_zeros() }
+    }
+
+    fn at(&self, row: usize, column: usize) -> Place {
+        let linear = self.linear;
+        let at = linear.g_idx[column] as usize * linear.out_features + row;
+        let (scale, zero) = (linear.scales[at].to_f32(), f32::from(self.zeros[at]));
+        let max = f32::from(linear.bits.max_code());
+        let steps = self.weight[[row, column]] / scale + zero;
+        // What rounding of a scale near fp16's end makes of the last code, in steps.
+        let slack = max * f32::max(SMALLEST_HALF / scale, 1.0 / 1024.0) / 2.0;
+        Place {
+            unbounded: steps - zero,
+            steps: steps.clamp(-0.5, max + 0.5) - zero,
+            nearest: steps.round_ties_even().clamp(0.0, max) - zero,
+            code: f32::from(self.codes[row * linear.in_features + column]) - zero,
+            scale,
+            exact: slack < 0.2,
+        }
+    }
+
+    /// One value for each row, in order; rows are visited in parallel.
+    fn rows<T: Send>(&self, of: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+        (0..self.linear.out_features).into_par_iter().map(of).collect()
+    }
+
+    /// Deviations of every column, and the energies of the difference and of the weights.
+    fn columns(&self) -> (Vec<Column>, f64, f64) {
+        let (outputs, columns) = (self.linear.out_features, self.linear.in_features);
+        let band = |start: usize| {
+            let mut sums = vec![Column::default(); columns];
+            let (mut error, mut energy) = (0.0, 0.0);
+            for row in start..(start + BAND).min(outputs) {
+                for (column, sum) in sums.iter_mut().enumerate() {
+                    let place = self.at(row, column);
+                    let wanted = f64::from(self.weight[[row, column]]);
+                    error += (wanted - f64::from(place.scale * place.code)).powi(2);
+                    energy += wanted * wanted;
+                    sum.used += u32::from(place.code != 0.0);
+                    if place.exact {
+                        let deviation = f64::from(place.deviation());
+                        sum.sum += deviation;
+                        sum.squares += deviation * deviation;
+                        sum.count += 1.0;
+                    }
+                }
+            }
+            (sums, error, energy)
+        };
+        let starts: Vec<usize> = (0..outputs).step_by(BAND).collect();
+        let bands: Vec<_> = starts.into_par_iter().map(band).collect();
+        let mut all = (vec![Column::default(); columns], 0.0, 0.0);
+        // In order, so that sums do not depend on the number of threads.
+        for (sums, error, energy) in bands {
+            for (sum, part) in all.0.iter_mut().zip(sums) {
+                sum.sum += part.sum;
+                sum.squares += part.squares;
+                sum.count += part.count;
+                sum.used += part.used;
+            }
+            all.1 += error;
+            all.2 += energy;
+        }
+        all
+    }
+
+    /// Gains of a row's groups, and those of its near columns alone, one by one.
+    fn gains(&self, row: usize, columns: &[Column]) -> (Vec<Gain>, Vec<Gain>) {
+        let mut groups = vec![Gain::default(); self.linear.groups];
+        let mut near = Vec::new();
+        for (column, known) in columns.iter().enumerate() {
+            let place = self.at(row, column);
+            // A column of zeros is what no token used.
+            if known.used == 0 || !place.exact {
+                continue;
+            }
+            let (x, y) = (f64::from(place.nearest), f64::from(place.code));
+            let gain = Gain {
+                wanted: x * x,
+                given: y * y,
+                product: x * y,
+                unbounded: f64::from(place.unbounded) * y,
+            };
+            groups[self.linear.g_idx[column] as usize].add(&gain);
+            if known.mean_square() < NEAR && gain.wanted > 0.0 {
+                near.push(gain);
+            }
+        }
+        (groups, near)
+    }
+}
+
+/// The smallest number of fp16.
+const SMALLEST_HALF: f32 = 5.960_464_5e-8;
+
+impl Place {
+    /// How far the code is off, in steps; nothing where the scale cannot tell.
+    fn deviation(&self) -> f32 {
+        if self.exact { self.steps - self.code } else { 0.0 }
+    }
+}
+
+impl Column {
+    fn mean_square(&self) -> f64 {
+        self.squares / self.count
+    }
+
+    /// What is wrong where this is the nearest column.
+    fn told(&self) -> String {
+        let mean = self.sum / self.count;
+        let about_mean = self.mean_square() - mean * mean;
+        if about_mean < MAX_NEAREST && mean.abs() > 0.5 {
+            let way = if mean < 0.0 { "above" } else { "below" };
+            return format!("has every code {:.1} steps {way} the base's weights", mean.abs());
+        }
+        format!(
+            "has no column near the base's: the nearest is {:.1} steps off",
+            self.mean_square().sqrt()
+        )
+    }
+}
+
+impl Gain {
+    fn add(&mut self, other: &Self) {
+        self.wanted += other.wanted;
+        self.given += other.given;
+        self.product += other.product;
+        self.unbounded += other.unbounded;
+    }
+
+    /// The gain over all of `parts`, where it is surely that of other weights.
+    fn foreign(parts: &[Self]) -> Option<f64> {
+        let mut all = Self::default();
+        parts.iter().for_each(|part| all.add(part));
+        let squares: f64 = parts.iter().map(|part| part.wanted * part.wanted).sum();
+        let enough = all.wanted * all.wanted > ENOUGH * squares;
+        let gain = all.product / all.wanted;
+        if !enough || all.given / all.wanted - gain * gain > NOISE {
+            return None;
+        }
+        // The parts scatter about the gain; their sum is as sure as that allows.
+        let scatter = |part: &Self| (part.product - gain * part.wanted).powi(2);
+        let error = parts.iter().map(scatter).sum::<f64>().sqrt() / all.wanted;
+        let sure = (gain - 1.0).abs() > SURE * error;
+        (sure && !GAINS.contains(&gain)).then_some(gain)
+    }
+}
+
+/// A group whose weights ask for the scales that another group has, and that group.
+fn swapped(gains: &[(Vec<Gain>, Vec<Gain>)], linear: &GptqLinear) -> Option<(usize, usize)> {
+    let (groups, outputs) = (linear.groups, linear.out_features);
+    let scale = |group: usize, row: usize| f64::from(linear.scales[group * outputs + row].to_f32());
+    let usable = |&(row, group): &(usize, usize)| {
+        let gain = gains[row].0[group];
+        gain.unbounded > 0.0 && gain.given > 0.0
+    };
+    // Scatter over the rows of the logarithm of the scale that would fit `group` over that of `other`.
+    let scatter = |group: usize, other: usize| {
+        let ratios: Vec<f64> = (0..outputs)
+            .map(|row| (row, group))
+            .filter(usable)
+            .map(|(row, _)| {
+                let gain = gains[row].0[group];
+                (scale(group, row) * gain.unbounded / gain.given / scale(other, row)).ln()
+            })
+            .collect();
+        let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+        let squares: f64 = ratios.iter().map(|r| (r - mean).powi(2)).sum();
+        (squares / ratios.len() as f64).sqrt()
+    };
+    (0..groups).into_par_iter().find_map_first(|group| {
+        let own = scatter(group, group);
+        if own < MAX_SCATTER {
+            return None;
+        }
+        let others = (0..groups).filter(|&other| other != group);
+        let fits = others.map(|other| (other, scatter(group, other)));
+        let (other, best) = fits.min_by(|a, b| a.1.total_cmp(&b.1))?;
+        (best * MIN_SWAP < own).then_some((group, other))
+    })
+}

@@ -1,0 +1,17 @@
+//! `gptq_manifest.json` as it comes from the Hub: what is accepted names files inside the folder only.
+#![no_main]
+
+use std::path::{Component, Path};
+
+use gptq_pipeline::manifest::Manifest;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    if Manifest::parse(data).is_err() {
+        return;
+    }
+    let keys: serde_json::Value = serde_json::from_slice(data).expect("what was parsed is JSON");
+    for name in keys["files"].as_object().into_iter().flat_map(|files| files.keys()) {
+        let inside = |part| matches!(part, Component::Normal(_));
+        assert!(Path::new(name).components().all(inside), "{name}");
+    }
+});
