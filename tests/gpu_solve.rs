@@ -21,7 +21,7 @@ use gptq_compute::cuda::{
     self, ClipSearch, Cuda, GroupWeights, Library, PackedLinear, SolveOptions, Solved, Timer,
 };
 use gptq_compute::{Device, Error, HessianPrep, Precision, Tensor, linalg};
-use gptq_quant::{Factored, QuantSpec, Recipe};
+use gptq_quant::{QuantSpec, Recipe};
 use half::f16;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
@@ -229,16 +229,7 @@ fn autogptq_solves_like_the_host() {
         let loss = check_case(&name, &device, &case);
 
         let spec = QuantSpec::new(bits, group, act_order, 0.01, Recipe::AutoGptq);
-        let factored = Factored {
-            order: plan.order.clone(),
-            dead: plan.dead.clone(),
-            upper: Tensor::from_host(upper.clone()),
-            importance: plan.importance.clone(),
-            damp: 0.01,
-            added: plan.damp,
-            damp_retries: 0,
-            precision: Precision::Usual,
-        };
+        let factored = plan.factored(&upper, Precision::Usual);
         let host = gptq_quant::solve(&Tensor::from_host(w.clone()), &factored, &spec).unwrap();
         within(&format!("{name}: loss, host's"), (loss / host.loss.unwrap() - 1.0).abs(), 5e-3);
     }
@@ -326,16 +317,7 @@ fn scales_fit_both_ends_of_fp16() {
                 Some(search) if search.by_solving => gptq_quant::Clip::Solve,
                 Some(_) => gptq_quant::Clip::Search,
             };
-            let factored = Factored {
-                order: plan.order.clone(),
-                dead: plan.dead.clone(),
-                upper: Tensor::from_host(upper.clone()),
-                importance: plan.importance.clone(),
-                damp: 0.01,
-                added: plan.damp,
-                damp_retries: 0,
-                precision: Precision::Usual,
-            };
+            let factored = plan.factored(&upper, Precision::Usual);
             let host = gptq_quant::solve(&Tensor::from_host(w.clone()), &factored, &spec).unwrap();
             let card: Vec<f16> = solved.scales.iter().map(|&s| f16::from_f32(s)).collect();
             if search.is_none() {

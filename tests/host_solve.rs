@@ -12,8 +12,7 @@ mod solve_support;
 use gptq_compute::cuda::{ClipSearch, SolveOptions};
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_quant::{
-    Choices, Clip, Codes, Factored, QuantSpec, Recipe, ScalePrecision, factor, round_to_nearest,
-    solve,
+    Choices, Clip, Codes, QuantSpec, Recipe, ScalePrecision, factor, round_to_nearest, solve,
 };
 use ndarray::Array2;
 
@@ -28,16 +27,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let identity = upper.t().dot(&upper).dot(&plan.hessian(&gram)) - Array2::<f32>::eye(n);
     let worst = identity.iter().map(|v| v.abs()).max_by(f32::total_cmp).unwrap();
     within(&format!("{name}: UᵀU H = 1"), f64::from(worst), 1e-2);
-    let factored = Factored {
-        order: plan.order.clone(),
-        dead: plan.dead.clone(),
-        upper: Tensor::from_host(upper.clone()),
-        importance: plan.importance.clone(),
-        damp: 0.01,
-        added: plan.damp,
-        damp_retries: 0,
-        precision,
-    };
+    let factored = plan.factored(&upper, precision);
     let solved = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
 
     let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();

@@ -9,29 +9,12 @@ use std::fs;
 use std::path::Path;
 
 use safetensors::Dtype;
+use util::runs::{CALIBRATION, workdir};
 use util::torch_file::TorchFile;
-use util::{Noise, TinyLlama, Weights, Workdir, listing, words};
-
-const CALIBRATION: [&str; 8] = [
-    "--device=cpu",
-    "--calib-dataset",
-    "text.txt",
-    "--windows=4",
-    "--seq-len",
-    "32",
-    "--seed",
-    "0",
-];
+use util::{Noise, TinyLlama, Weights, listing};
 
 /// Values of [`TinyLlama::new`]: embeddings and head, norms, and the linears of two blocks.
 const PARAMETERS: usize = 2 * 64 * 64 + 5 * 64 + 2 * (3 * 64 * 64 + 3 * 64 * 96);
-
-/// A folder that holds `text.txt`.
-fn workdir() -> Workdir {
-    let dir = Workdir::new();
-    dir.write("text.txt", &words(400));
-    dir
-}
 
 /// Names and contents of a folder's files.
 fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
@@ -40,7 +23,7 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn bin_sources_make_the_bytes_that_safetensors_make() {
-    let dir = workdir();
+    let dir = workdir(|_| {});
     let model = TinyLlama::new();
     // Reports name the folder, which is called the same.
     model.write(&dir.path("safe/tiny"));
@@ -81,7 +64,7 @@ fn bin_sources_make_the_bytes_that_safetensors_make() {
 
 #[test]
 fn checksums_are_of_tensors_and_not_of_files() {
-    let dir = workdir();
+    let dir = workdir(|_| {});
     let mut model = TinyLlama::new();
     model.write(&dir.path("safe"));
     model.write_sharded(&dir.path("shards"), 2);
@@ -167,7 +150,7 @@ fn memory_does_not_grow_with_the_number_of_blocks() {
     const FEW: usize = 3;
     const MANY: usize = 18;
     const BLOCK: u64 = 4 * (4 * 256 * 256 + 3 * 256 * 512);
-    let dir = workdir();
+    let dir = workdir(|_| {});
     deep_model(&dir.path("few"), FEW);
     deep_model(&dir.path("many"), MANY);
     for options in [&["--recipe=rtn"][..], &["--recipe=autogptq", "--source-dtype=fp32"]] {
@@ -188,7 +171,7 @@ fn memory_does_not_grow_with_the_number_of_blocks() {
 
 #[test]
 fn a_missing_bin_shard_and_a_hostile_pickle_are_named() {
-    let dir = workdir();
+    let dir = workdir(|_| {});
     let shards = TinyLlama::new().write_bin_sharded(&dir.path("model"), 3);
     let quantize =
         || dir.gptq(&[&["quantize", "model", "--out", "out"], &CALIBRATION[..]].concat());
@@ -208,7 +191,7 @@ fn a_missing_bin_shard_and_a_hostile_pickle_are_named() {
 
 #[test]
 fn a_folder_without_weights_says_what_is_missing() {
-    let dir = workdir();
+    let dir = workdir(|_| {});
     TinyLlama::new().write(&dir.path("model"));
     fs::remove_file(dir.path("model/model.safetensors")).unwrap();
     let names = ["`model`", "no weights", "model.safetensors", "pytorch_model.bin", "index.json"];

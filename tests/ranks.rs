@@ -177,16 +177,21 @@ fn number(value: &serde_json::Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("not a number: {value}"))
 }
 
-/// Greets as rank 1 of a run, waits until all are there, and says something before it leaves.
-fn impostor(port: &str, run_id: &str, last_words: &[u8]) {
+/// A connection to rank 0, once it listens.
+fn connect(port: &str) -> TcpStream {
     let start = Instant::now();
-    let mut stream = loop {
+    loop {
         match TcpStream::connect(format!("127.0.0.1:{port}")) {
-            Ok(stream) => break stream,
+            Ok(stream) => return stream,
             Err(e) => assert!(start.elapsed() < Duration::from_secs(60), "{e}"),
         }
         std::thread::sleep(Duration::from_millis(20));
-    };
+    }
+}
+
+/// Greets as rank 1 of a run, waits until all are there, and says something before it leaves.
+fn impostor(port: &str, run_id: &str, last_words: &[u8]) {
+    let mut stream = connect(port);
     let run = RunDigest::of(&format!("GPTQ_RUN_ID={run_id}"));
     stream.write_all(&Greeting::new(1, run).to_bytes()).unwrap();
     // Seated, and then begun.
@@ -227,14 +232,7 @@ fn a_stranger_is_turned_away_and_told_of() {
     let args = perplexity("model");
     let outcomes = std::thread::scope(|scope| {
         let first = scope.spawn(|| run(&dir, &args, &launcher(0, 2, &port)));
-        let start = Instant::now();
-        let mut stream = loop {
-            match TcpStream::connect(format!("127.0.0.1:{port}")) {
-                Ok(stream) => break stream,
-                Err(e) => assert!(start.elapsed() < Duration::from_secs(60), "{e}"),
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        };
+        let mut stream = connect(&port);
         let guess = Greeting::new(1, RunDigest::of("GPTQ_RUN_ID=guessed"));
         stream.write_all(&guess.to_bytes()).unwrap();
         let mut answer = [0; Answer::LENGTH];

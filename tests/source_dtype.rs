@@ -8,7 +8,8 @@ mod util;
 use std::fs;
 
 use safetensors::{Dtype, SafeTensors};
-use util::{Outcome, TinyLlama, Workdir, words};
+use util::runs::with_model;
+use util::{Outcome, TinyLlama, Workdir};
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
 
@@ -39,13 +40,6 @@ fn model() -> TinyLlama {
     model
 }
 
-fn workdir(model: &TinyLlama) -> Workdir {
-    let dir = Workdir::new();
-    dir.write("text.txt", &words(400));
-    model.write(&dir.path("model"));
-    dir
-}
-
 fn quantize(dir: &Workdir, options: &[&str]) -> Outcome {
     drop(fs::remove_dir_all(dir.path("out")));
     dir.gptq(&[&["quantize", "model"], &FIXED[..], options].concat())
@@ -65,7 +59,7 @@ fn written(dir: &Workdir, out: &str) -> (u8, u16, Option<String>) {
 
 #[test]
 fn codes_are_of_the_values_asked_for() {
-    let dir = workdir(&model());
+    let dir = with_model(&model());
     for recipe in ["--recipe=rtn", "--recipe=autogptq"] {
         for (options, code, name) in [
             (&["--device=cpu"][..], 8 + 2, "fp16"),
@@ -93,7 +87,7 @@ fn fp16_sources_give_the_same_codes_either_way() {
         // Nine bits below the leading one: exact in fp16.
         tensor.values.iter_mut().for_each(|v| *v = (*v * 512.0).round() / 512.0);
     }
-    let dir = workdir(&model);
+    let dir = with_model(&model);
     let values = |options: &[&str]| {
         quantize(&dir, options).ok();
         let bytes = fs::read(dir.path("out/model.safetensors")).unwrap();
@@ -113,7 +107,7 @@ fn what_fp16_cannot_hold_is_refused_either_way() {
         let mut model = model();
         model.tensor(&name).dtype = dtype;
         model.tensor(&name).values[7] = -65536.0;
-        let dir = workdir(&model);
+        let dir = with_model(&model);
         for option in ["--source-dtype=fp16", "--source-dtype=fp32"] {
             for recipe in ["--recipe=rtn", "--recipe=autogptq"] {
                 let outcome = quantize(&dir, &["--device=cpu", option, recipe]);
@@ -126,7 +120,7 @@ fn what_fp16_cannot_hold_is_refused_either_way() {
 
 #[test]
 fn a_sweep_takes_it_from_its_configuration_or_the_command_line() {
-    let dir = workdir(&model());
+    let dir = with_model(&model());
     let config = |line: &str| {
         dir.write("calib.toml", "name = \"t\"\ndataset = \"text.txt\"\njoin = \"card\"\nwindows = 4\nseq_len = 32\nseed = 0\n");
         dir.write(
@@ -172,7 +166,7 @@ fn a_gpu_solves_the_stored_values_too() {
         println!("skipped: no GPU of compute capability 8.0 or newer was found");
         return;
     }
-    let dir = workdir(&model());
+    let dir = with_model(&model());
     let on = |device: &str, recipe: &str| {
         quantize(&dir, &[device, recipe, "--source-dtype=fp32"]).ok();
         fs::read(dir.path("out/model.safetensors")).unwrap()

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use gptq_compute::HessianPrep;
 use gptq_compute::cuda::{GroupWeights, SolveOptions};
+use gptq_compute::{HessianPrep, Precision, Tensor};
+use gptq_quant::Factored;
 use half::f16;
 use ndarray::Array2;
 
@@ -34,6 +35,20 @@ impl Plan {
 
     pub(crate) fn prep(&self) -> HessianPrep<'_> {
         HessianPrep { scale: SCALE, order: &self.order, dead: &self.dead, damp: self.damp }
+    }
+
+    /// As a solve takes it, with the factor of [`Self::hessian`]'s inverse.
+    pub(crate) fn factored(&self, upper: &Array2<f32>, precision: Precision) -> Factored {
+        Factored {
+            order: self.order.clone(),
+            dead: self.dead.clone(),
+            upper: Tensor::from_host(upper.clone()),
+            importance: self.importance.clone(),
+            damp: 0.01,
+            added: self.damp,
+            damp_retries: 0,
+            precision,
+        }
     }
 
     /// The damped Hessian in solve order.

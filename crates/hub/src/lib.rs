@@ -19,6 +19,7 @@
 
 mod api;
 mod cache;
+mod commit;
 mod download;
 mod error;
 mod fetch;

@@ -1,6 +1,6 @@
-//! How much host memory this process may still take, as far as the system tells.
+//! Host memory, as far as the system tells: how much there is, was held, and may still be taken.
 //!
-//! The least of what the machine has free, what each control group above the process leaves it (a
+//! What may be taken is the least of what the machine has free, what each control group above the process leaves it (a
 //! container's limit is one), and what its address space may grow by. Linux kills a process that
 //! takes more, or refuses and the allocator aborts; either way no error can be told then, so what is
 //! large is checked before.
@@ -9,6 +9,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+
+/// Bytes of the machine's memory; `None` where the system does not tell.
+#[must_use]
+pub fn total() -> Option<u64> {
+    field(Path::new("/proc/meminfo"), "MemTotal:", 1024)
+}
+
+/// The most bytes that this process has held at once; `None` where the system does not tell.
+#[must_use]
+pub fn peak() -> Option<u64> {
+    field(Path::new("/proc/self/status"), "VmHWM:", 1024)
+}
 
 /// Bytes that may still be taken; `None` where the system does not tell.
 #[must_use]

@@ -3,11 +3,12 @@
 use anyhow::Result;
 use gptq_compute::Device;
 use gptq_pipeline::bench::{BlockBench, Measurement, bench_block, bench_products};
+use gptq_pipeline::host_memory;
 use gptq_quant::QuantSpec;
 use serde::Serialize;
 
 use super::table::{gigabytes, table};
-use super::{peak_memory, print_json, print_result};
+use super::{print_json, print_result};
 use crate::args::BenchArgs;
 use crate::printer::Printer;
 
@@ -36,7 +37,7 @@ pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
         team.run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
     let Some(block) = block else { return Ok(()) };
     let choices = spec.choices.to_string();
-    let peak_host_bytes = peak_memory();
+    let peak_host_bytes = host_memory::peak();
     let output = Output { device, choices, block, products, peak_host_bytes };
     if args.json { print_json(&output) } else { print_result(&text(&output)) }
 }

@@ -2,10 +2,11 @@
 
 use anyhow::Result;
 use gptq_compute::cuda::{Probe, probe};
+use gptq_pipeline::host_memory;
 use serde::Serialize;
 
 use super::table::{gigabytes, table};
-use super::{host_memory, print_json, print_result};
+use super::{print_json, print_result};
 use crate::args::DoctorArgs;
 
 /// One fact.
@@ -77,7 +78,7 @@ fn checks(probe: &Probe) -> Vec<Check> {
         },
     });
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let memory = host_memory().map_or_else(String::new, |b| format!(", {}", gigabytes(b)));
+    let memory = host_memory::total().map_or_else(String::new, |b| format!(", {}", gigabytes(b)));
     checks.push(Check {
         what: "host".to_owned(),
         found: Some(format!("{threads} threads{memory}")),

@@ -85,21 +85,3 @@ fn write_stdout(text: &str) -> std::io::Result<()> {
 fn print_json(value: &impl Serialize) -> Result<()> {
     print_as_it_is(&serde_json::to_string_pretty(value)?)
 }
-
-/// Peak memory of this process in bytes, where the system tells.
-fn peak_memory() -> Option<u64> {
-    kibibytes("/proc/self/status", "VmHWM:")
-}
-
-/// Memory of the machine in bytes, where the system tells.
-fn host_memory() -> Option<u64> {
-    kibibytes("/proc/meminfo", "MemTotal:")
-}
-
-/// A line of a file of the Linux kernel's, in bytes.
-fn kibibytes(file: &str, key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find(|line| line.starts_with(key))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
-}

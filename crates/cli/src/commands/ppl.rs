@@ -13,12 +13,13 @@ use gptq_pipeline::batches::{Batches, Beside};
 use gptq_pipeline::config::EvaluationSpec;
 use gptq_pipeline::evaluation::{EvalText, evaluation_text};
 use gptq_pipeline::files::replace;
+use gptq_pipeline::host_memory;
 use gptq_pipeline::perplexity::{Perplexity, Tally, score};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
 use super::source::{open_checkpoint, provide_text, warn_of};
-use super::{peak_memory, print_json, print_result};
+use super::{print_json, print_result};
 use crate::args::PplArgs;
 use crate::printer::Printer;
 
@@ -117,7 +118,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         ranks,
         base,
         seconds: start.elapsed().as_secs_f64(),
-        peak_memory_bytes: peak_memory(),
+        peak_memory_bytes: host_memory::peak(),
     };
     if args.json { print_json(&output) } else { print_result(&summary(&output)) }?;
     saved

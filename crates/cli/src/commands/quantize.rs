@@ -7,6 +7,7 @@ use gptq_checkpoint::Layout;
 use gptq_pipeline::branch_report::model_name;
 use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
 use gptq_pipeline::config::{BUILT_IN, SweepConfig};
+use gptq_pipeline::host_memory;
 use gptq_pipeline::progress::{BlockReport, Progress};
 use gptq_pipeline::quantise::{QuantiseJob, quantise};
 use gptq_pipeline::source_dtype::SourceDtype;
@@ -16,7 +17,7 @@ use serde::Serialize;
 
 use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
 use super::table::size;
-use super::{peak_memory, print_json, print_result};
+use super::{print_json, print_result};
 use crate::args::QuantizeArgs;
 use crate::printer::Printer;
 
@@ -118,7 +119,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         seconds: start.elapsed().as_secs_f64(),
         device: device_name,
         ranks,
-        peak_memory_bytes: peak_memory(),
+        peak_memory_bytes: host_memory::peak(),
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         damp_retries: outcome.damp_retries,
         f64_retries: outcome.f64_retries,
