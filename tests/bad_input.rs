@@ -348,11 +348,11 @@ impl<'a> SmallDisk<'a> {
         match mounted {
             Ok(output) if output.status.success() => Some(Self(at)),
             Ok(output) => {
-                println!("skipped: {}", String::from_utf8_lossy(&output.stderr).trim_end());
+                Need::Mount.is_missing(String::from_utf8_lossy(&output.stderr).trim_end());
                 None
             }
             Err(error) => {
-                println!("skipped: cannot run mount: {error}");
+                Need::Mount.is_missing(format!("cannot run mount: {error}"));
                 None
             }
         }

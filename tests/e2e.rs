@@ -135,9 +135,7 @@ fn smollm2_has_the_perplexity_that_transformers_measures() {
     let (Some(model), Some(cache)) =
         (std::env::var_os("GPTQ_SMOLLM2"), std::env::var("HF_HOME").ok())
     else {
-        println!(
-            "skipped: GPTQ_SMOLLM2 (SmolLM2-135M-Instruct) and HF_HOME (with wikitext-2) are not set"
-        );
+        util::needs::Need::SmolLm2.is_missing("GPTQ_SMOLLM2 and HF_HOME are not set");
         return;
     };
     let made = ppl(Path::new(&model), &["--max-windows", "2"], &[("HF_HOME", &cache)]);

@@ -174,7 +174,7 @@ const STEPS: [(&str, bool, usize); 11] = [
 #[test]
 fn a_sweep_that_is_killed_at_any_step_ends_with_the_same_bytes() {
     if Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_err() {
-        println!("skipped: strace is not installed");
+        util::needs::Need::Strace.is_missing("strace is not installed");
         return;
     }
     let thorough = std::env::var_os("GPTQ_KILLS").is_some();

@@ -1,6 +1,10 @@
 //! What the tests of the command share: running the built binary in a folder of its own, and
 //! making Llama checkpoints small enough that a run takes milliseconds.
 
+#[allow(dead_code, reason = "the tests of devices use it")]
+pub(crate) mod gpus;
+#[allow(dead_code, reason = "tests that need more than a computer use it")]
+pub(crate) mod needs;
 pub(crate) mod runs;
 pub(crate) mod torch_file;
 #[allow(dead_code, reason = "tests of the verifier use it")]

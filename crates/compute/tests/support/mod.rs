@@ -1,34 +1,13 @@
-//! What the GPU tests share: the device, random values and comparisons.
+//! What the GPU tests share: random values and comparisons.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
 
-use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use gptq_compute::cuda::probe;
-use gptq_compute::{Device, FloatType, Tensor};
+use gptq_compute::{FloatType, Tensor};
 use half::{bf16, f16};
 use ndarray::Array2;
-
-/// The first card; without one, the reason is printed and the test should return. An installation
-/// that has a card but cannot use it fails, as does any when `GPTQ_REQUIRE_GPU=1`.
-pub fn gpu() -> Option<Device> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    let device = DEVICE.get_or_init(|| {
-        let found = probe();
-        if found.cards.iter().any(|card| card.supported) {
-            return Some(Device::best().unwrap());
-        }
-        let required = std::env::var("GPTQ_REQUIRE_GPU").is_ok_and(|v| v == "1");
-        assert!(!required, "no GPU of compute capability 8.0 or newer: {found:?}");
-        None
-    });
-    if device.is_none() {
-        println!("skipped: no GPU of compute capability 8.0 or newer was found");
-    }
-    device.clone()
-}
 
 /// A small generator (`SplitMix64`), seeded by the clock; the seed is printed.
 pub struct Random(u64);

@@ -4,13 +4,18 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
 
-mod gpu_support;
+#[path = "../../../tests/util/gpus.rs"]
+mod gpus;
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
+mod support;
 
 use std::time::Instant;
 
 use gptq_compute::cuda::Timer;
 use gptq_compute::{AttentionShape, Device, FloatType, HostMatrix, Laps, RopeTable, Tensor};
-use gpu_support::{Random, bytes_of, gpu};
+use gpus::gpu;
+use support::{Random, bytes_of};
 
 const HIDDEN: usize = 8192;
 const INTERMEDIATE: usize = 28_672;

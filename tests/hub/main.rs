@@ -5,16 +5,14 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "hub_support/choice.rs"]
 mod choice;
-#[path = "hub_support/hostile.rs"]
 mod hostile;
+#[path = "../hub_support/mod.rs"]
 mod hub_support;
-#[path = "hub_support/sharing.rs"]
 mod sharing;
-#[path = "hub_support/uploads.rs"]
 mod uploads;
 #[allow(dead_code, reason = "each test binary uses a part of it")]
+#[path = "../util/mod.rs"]
 mod util;
 
 use std::collections::BTreeMap;

@@ -6,11 +6,16 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod gpu_support;
+#[path = "../../../tests/util/gpus.rs"]
+mod gpus;
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
+mod support;
 
 use gptq_compute::cuda::Cuda;
 use gptq_compute::{AttentionShape, Device, Error, FloatType, HostMatrix, RopeTable, Tensor};
-use gpu_support::{Random, bytes_of, check, gpu, round_to_half};
+use gpus::gpu;
+use support::{Random, bytes_of, check, round_to_half};
 use half::bf16;
 use ndarray::{Array2, s};
 

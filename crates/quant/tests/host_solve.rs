@@ -2,12 +2,11 @@
 //!
 //! At each column the weight, corrected for the earlier choices, must round to the code that was
 //! chosen, each scale must follow from the weights at the time, and the values must be what the
-//! file means. `tests/golden.rs` compares the `autogptq` choices with AutoGPTQ itself.
+//! file means. `golden.rs` compares the `autogptq` choices with AutoGPTQ itself.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports its errors")]
 
-#[path = "solve_support/mod.rs"]
-mod solve_support;
+mod support;
 
 use gptq_compute::cuda::{ClipSearch, SolveOptions};
 use gptq_compute::{Device, Gram, Tensor};
@@ -16,7 +15,7 @@ use gptq_quant::{
 };
 use ndarray::Array2;
 
-use solve_support::{Case, Plan, Replay, gram, weights, weights_at_the_ends_of_fp16, within};
+use support::{Case, Plan, Replay, gram, weights, weights_at_the_ends_of_fp16, within};
 
 /// Solves on the host and replays every row.
 fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {

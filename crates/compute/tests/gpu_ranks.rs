@@ -6,33 +6,20 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports its errors")]
 
-mod gpu_support;
+#[path = "../../../tests/util/gpus.rs"]
+mod gpus;
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
+mod support;
 
 use std::time::{Duration, Instant};
 
-use gptq_compute::cuda::{Library, probe};
 use gptq_compute::{Device, Error, Gram, HessianPrep, Ranks, Result, Seat, Tensor};
 use ndarray::Array2;
 
-use gpu_support::{Random, check};
-
-/// All cards, or why the test is skipped.
-fn cards() -> Option<Vec<Device>> {
-    let found = probe();
-    let cards: Vec<usize> =
-        found.cards.iter().filter(|card| card.supported).map(|card| card.ordinal).collect();
-    let reason = if cards.len() < 2 {
-        format!("{} GPUs of compute capability 8.0 or newer were found", cards.len())
-    } else if Library::Nccl.is_present() {
-        return Some(cards.into_iter().map(|card| Device::cuda(card).unwrap()).collect());
-    } else {
-        format!("{} is not present", Library::Nccl.file())
-    };
-    let required = std::env::var("GPTQ_REQUIRE_GPU").is_ok_and(|v| v == "2");
-    assert!(!required, "{reason}");
-    println!("skipped: {reason}");
-    None
-}
+use gpus::gpus;
+use needs::Need;
+use support::{Random, check};
 
 /// Runs `part` on every card; outcomes in rank order.
 fn on_cards<R: Send>(
@@ -58,7 +45,7 @@ fn same_bits(a: &Array2<f32>, b: &Array2<f32>) -> bool {
 
 #[test]
 fn sums_are_the_same_everywhere() {
-    let Some(devices) = cards() else { return };
+    let Some(devices) = gpus() else { return };
     let mut random = Random::new();
     for (rows, cols) in [(1, 1), (3, 5), (64, 576), (2048, 8192)] {
         let parts: Vec<Array2<f32>> =
@@ -81,7 +68,7 @@ fn sums_are_the_same_everywhere() {
 
 #[test]
 fn rows_are_gathered_in_order() {
-    let Some(devices) = cards() else { return };
+    let Some(devices) = gpus() else { return };
     let mut random = Random::new();
     for (rows, unit) in [(64, 64), (576, 64), (8192, 64), (5, 2)] {
         let want = random.halves(rows, 160, 1.0);
@@ -90,7 +77,7 @@ fn rows_are_gathered_in_order() {
                 let range = ranks.share(rows, unit);
                 let own = want.slice(ndarray::s![range, ..]).to_owned();
                 let own = if half {
-                    let bytes = gpu_support::bytes_of(&own, gptq_compute::FloatType::F16);
+                    let bytes = support::bytes_of(&own, gptq_compute::FloatType::F16);
                     let dtype = gptq_compute::FloatType::F16;
                     let matrix = gptq_compute::HostMatrix::new(&bytes, dtype, own.nrows(), 160);
                     device.upload(matrix)?
@@ -123,7 +110,7 @@ fn gram(device: &Device, n: usize) -> Gram {
 /// Every card adds the same Gram, so that their sum is a multiple of what one factors alone.
 #[test]
 fn cards_factor_together_what_one_factors_alone() {
-    let Some(devices) = cards() else { return };
+    let Some(devices) = gpus() else { return };
     for n in [12_288, 13_000] {
         let order: Vec<u32> = (0..n as u32).map(|j| (j * 7 + 3) % n as u32).collect();
         let order: Vec<u32> = if n % 7 == 0 { (0..n as u32).rev().collect() } else { order };
@@ -161,10 +148,10 @@ fn cards_factor_together_what_one_factors_alone() {
 #[test]
 fn timings_of_the_largest_factor() {
     if std::env::var_os("GPTQ_GPU_TIMING").is_none() {
-        println!("skipped: GPTQ_GPU_TIMING is not set");
+        Need::Timing.is_missing("GPTQ_GPU_TIMING is not set");
         return;
     }
-    let Some(devices) = cards() else { return };
+    let Some(devices) = gpus() else { return };
     for n in [8192_usize, 16_384, 28_672] {
         let order: Vec<u32> = (0..n as u32).rev().collect();
         let dead = vec![false; n];
@@ -202,7 +189,7 @@ fn timings_of_the_largest_factor() {
 
 #[test]
 fn what_is_not_positive_definite_is_so_on_every_card() {
-    let Some(devices) = cards() else { return };
+    let Some(devices) = gpus() else { return };
     let n = 12_288;
     let order: Vec<u32> = (0..n as u32).collect();
     let dead = vec![false; n];
@@ -220,7 +207,7 @@ fn what_is_not_positive_definite_is_so_on_every_card() {
 
 #[test]
 fn a_lost_card_ends_the_others() {
-    let Some(devices) = cards() else { return };
+    let Some(devices) = gpus() else { return };
     let start = Instant::now();
     let outcomes = on_cards(&devices, |device, ranks| {
         let mut tensor = device.zeros(1024, 1024)?;

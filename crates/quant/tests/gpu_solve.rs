@@ -10,8 +10,11 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports its errors")]
 
-#[path = "solve_support/mod.rs"]
-mod solve_support;
+#[path = "../../../tests/util/gpus.rs"]
+mod gpus;
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
+mod support;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,29 +29,18 @@ use half::f16;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 
-use solve_support::{
+use gpus::gpu;
+use needs::Need;
+use support::{
     Case, Plan, Replay, gram, noise, weights, weights_at_the_ends_of_fp16, within,
 };
 
-/// Opens the first card, or says why the test is skipped.
+/// The first GPU, where there is one.
 fn card() -> Option<(Device, Arc<Cuda>)> {
-    if let Some(library) = [Library::Driver, Library::Nvrtc].into_iter().find(|l| !l.is_present()) {
-        println!("skipped: {} is not present", library.file());
-        return None;
-    }
-    match Device::cuda(0) {
-        Ok(device @ Device::Cuda(_)) => {
-            let Device::Cuda(cuda) = &device else { return None };
-            let cuda = Arc::clone(cuda);
-            Some((device, cuda))
-        }
-        Ok(_) => None,
-        Err(Error::NoSuchDevice { .. }) => {
-            println!("skipped: no card");
-            None
-        }
-        Err(error) => panic!("the card does not open: {error}"),
-    }
+    let device = gpu()?;
+    let Device::Cuda(cuda) = &device else { return None };
+    let cuda = Arc::clone(cuda);
+    Some((device, cuda))
 }
 
 /// A Gram whose lower triangle is poisoned: nothing may read it.
@@ -461,7 +453,7 @@ fn report(what: &str, took: Duration, operations: f64, predicted_ms: f64) {
 #[test]
 fn times_of_a_70b_model() {
     if std::env::var_os("GPTQ_GPU_TIMING").is_none() {
-        println!("skipped: GPTQ_GPU_TIMING is not set");
+        Need::Timing.is_missing("GPTQ_GPU_TIMING is not set");
         return;
     }
     let Some((device, cuda)) = card() else { return };
