@@ -269,7 +269,7 @@ impl BlockRun<'_, '_, '_> {
                 self.stream.kept(self.all).put(chunk, input)?;
             }
         }
-        self.all.ranks.sum_gram(&mut gram)?;
+        gram.sum_over(self.all.ranks)?;
         self.exchanged()?;
         Ok(gram)
     }

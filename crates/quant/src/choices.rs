@@ -2,7 +2,15 @@
 
 use std::fmt::{self, Display};
 
-pub use gptq_compute::cuda::GroupWeights;
+/// Which weights a group's scale is computed from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupWeights {
+    /// Weights corrected up to the last block of 128 columns, as AutoGPTQ does; for one group a row,
+    /// the weights before dead columns were zeroed.
+    Stale,
+    /// Weights corrected for every column before the group, dead columns being zero.
+    Fresh,
+}
 
 /// Precision of a scale while codes are chosen for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! Launches of the row-wise and element-wise kernels.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use half::f16;
@@ -9,6 +9,7 @@ use super::buffer::Buffer;
 use super::context::Cuda;
 use super::error::Stage;
 use super::matrix::{Matrix, Values, ensure_same_card};
+use super::rope_table::DeviceTable;
 use crate::error::Result;
 use crate::rope::RopeTable;
 
@@ -73,17 +74,6 @@ pub(crate) fn add_bias(x: &mut Matrix, bias: &[f32]) -> Result<()> {
     unsafe { launch.launch(config) }.stage(OP)?;
     Ok(())
 }
-
-/// Cosines and sines on the card that used the table first.
-#[derive(Clone, Debug)]
-pub(crate) struct DeviceTable {
-    cuda: std::sync::Weak<Cuda>,
-    cos: Buffer<f32>,
-    sin: Buffer<f32>,
-}
-
-/// Where a [`RopeTable`] keeps its copy on a card.
-pub(crate) type DeviceTableCell = OnceLock<DeviceTable>;
 
 fn device_table(cuda: &Arc<Cuda>, table: &RopeTable) -> Result<DeviceTable> {
     if let Some(kept) = table.on_cuda.get()

@@ -24,7 +24,7 @@ use super::nccl::Communicator;
 use super::order::SolveOrder;
 use super::split;
 use crate::error::{Error, Result, ensure_shape};
-use crate::gram::{HessianPrep, Precision};
+use crate::hessian_prep::{HessianPrep, Precision};
 use crate::ranks::Ranks;
 use crate::tensor::{Storage, Tensor};
 

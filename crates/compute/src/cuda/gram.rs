@@ -21,7 +21,7 @@ const PANEL: usize = 2048;
 /// Tokens summed inside one product, before the sum is added to the total in f32, and tokens of a
 /// caller's chunk. A fixed number makes the result independent of the chunks that callers use, when
 /// those are multiples of it.
-pub const CHUNK_TOKENS: usize = 16_384;
+pub(crate) const CHUNK_TOKENS: usize = 16_384;
 
 /// An empty Gram `[n, n]`.
 pub(crate) fn zeros(cuda: &Arc<Cuda>, n: usize) -> Result<Matrix> {

@@ -32,16 +32,6 @@ const ROWS: usize = 64;
 /// Rows of a block of `group_scales`: one a warp.
 const SCALE_ROWS: usize = 8;
 
-/// Which weights a group's scale is computed from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GroupWeights {
-    /// Weights corrected up to the last block of 128 columns, as AutoGPTQ does; for one group a row,
-    /// the weights before dead columns were zeroed.
-    Stale,
-    /// Weights corrected for every column before the group, dead columns being zero.
-    Fresh,
-}
-
 /// A search for the scale that loses least, weighted by the Hessian's diagonal.
 #[derive(Clone, Copy, Debug)]
 pub struct ClipSearch<'a> {
@@ -61,8 +51,10 @@ pub struct SolveOptions<'a> {
     pub bits: u8,
     /// Consecutive columns, in solve order, that share a scale; `None` is all.
     pub group_size: Option<usize>,
-    /// Which weights a scale is computed from.
-    pub group_weights: GroupWeights,
+    /// A group's scale is computed from weights corrected for every column before the group, dead
+    /// columns being zero. Otherwise from weights corrected up to the last block of 128 columns, as
+    /// AutoGPTQ does; for one group a row, from the weights before dead columns were zeroed.
+    pub fresh: bool,
     /// Scales are rounded to fp16 before codes are chosen, and a code's value before its error is
     /// computed: the weights that the file dequantises to on a card, which keeps them in fp16.
     pub half_scales: bool,
@@ -120,7 +112,7 @@ pub fn solve(
     let cuda = source.cuda();
     let order = SolveOrder::upload(cuda, order, dead)?;
     let mut solver = Solver::new(source, on_device(upper)?, &order, options)?;
-    for window in windows(n, options.group_size, options.group_weights == GroupWeights::Fresh) {
+    for window in windows(n, options.group_size, options.fresh) {
         solver.solve_window(&window)?;
     }
     let (codes, values) = solver.unpermute(&order)?;
@@ -174,7 +166,7 @@ impl<'a> Solver<'a> {
         options: &SolveOptions<'a>,
     ) -> Result<Self> {
         let (cuda, (rows, n)) = (source.cuda(), source.shape());
-        let fresh = options.group_weights == GroupWeights::Fresh;
+        let fresh = options.fresh;
         let width = widest(&windows(n, options.group_size, fresh));
         let group = options.group_size.unwrap_or(n).min(n);
         let groups = n.div_ceil(group);
