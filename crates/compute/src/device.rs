@@ -150,7 +150,7 @@ impl Device {
     pub fn upload(&self, matrix: HostMatrix<'_>) -> Result<Tensor> {
         match self {
             Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::upload(matrix)))),
-            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::transfer::upload(cuda, matrix)?))),
+            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::upload::upload(cuda, matrix)?))),
         }
     }
 
@@ -169,9 +169,7 @@ impl Device {
         }
         match self {
             Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::gather(table, ids)))),
-            Self::Cuda(cuda) => {
-                Ok(Tensor(Storage::Cuda(cuda::transfer::gather(cuda, table, ids)?)))
-            }
+            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::upload::gather(cuda, table, ids)?))),
         }
     }
 

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use half::f16;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::error::Stage;
-use super::matrix::{Matrix, Values, ensure_same_card};
+use super::matrix::{Matrix, ensure_same_card};
 use super::rope_table::DeviceTable;
 use crate::error::Result;
 use crate::rope::RopeTable;
@@ -144,7 +144,7 @@ pub(crate) fn all_finite(x: &Matrix) -> Result<bool> {
         Values::F16(values) => launch.arg(values.slice()),
         Values::F32(values) => launch.arg(values.slice()),
     };
-    launch.arg(&n).arg(bad.make_mut(cuda)?);
+    launch.arg(&n).arg(bad.make_mut()?);
     // SAFETY: the arguments are the kernel's, and x holds n values.
     unsafe { launch.launch(cuda.spread(count)) }.stage(OP)?;
     Ok(cuda.read(OP, bad.slice(), 1)? == [0])
@@ -207,7 +207,7 @@ fn converted<A: DeviceRepr, B: DeviceRepr>(
     let mut ignored = cuda.zeros::<u32>(OP, 1)?;
     let function = cuda.kernel("convert.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(values.slice()).arg(out.make_mut(cuda)?).arg(&n).arg(ignored.make_mut(cuda)?);
+    launch.arg(values.slice()).arg(out.make_mut()?).arg(&n).arg(ignored.make_mut()?);
     // SAFETY: the arguments are the kernel's for these two types; both buffers hold n values.
     unsafe { launch.launch(cuda.spread(count / 2)) }.stage(OP)?;
     Ok(out)

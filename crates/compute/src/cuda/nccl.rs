@@ -15,9 +15,10 @@ use cudarc::nccl::sys::{
     cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId,
 };
 
+use super::buffer::Values;
 use super::context::Cuda;
 use super::libraries::Library;
-use super::matrix::{Matrix, Values};
+use super::matrix::Matrix;
 use super::nccl_api::{API, Api};
 use crate::error::{Error, Result};
 use crate::share::share;
@@ -294,5 +295,5 @@ fn checked(stage: &'static str, status: ncclResult_t, comm: ncclComm_t) -> Resul
             message = format!("{message} ({})", text.trim());
         }
     }
-    Err(Error::Cuda { stage, source: super::error::Fault::Nccl(message) })
+    Err(Error::Cuda { stage, source: super::fault::Fault::Nccl(message) })
 }

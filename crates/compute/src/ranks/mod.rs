@@ -17,6 +17,7 @@ mod agreement;
 mod alarm;
 pub mod frames;
 pub mod greeting;
+mod launch;
 mod meeting;
 mod run_id;
 mod sockets;
@@ -38,7 +39,7 @@ use crate::tensor::{Storage, Tensor};
 pub use agreement::Agreement;
 use alarm::Alarm;
 use frames::{Limit, Message};
-pub use sockets::Launch;
+pub use launch::Launch;
 
 /// How often a wait looks whether another rank has failed.
 const TICK: Duration = Duration::from_millis(100);
