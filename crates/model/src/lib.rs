@@ -12,4 +12,5 @@ mod values;
 
 pub use block::{Block, BlockParts, LinearId, Stage};
 pub use error::{Error, Result};
-pub use model::{Head, Model, SourcePrecision};
+pub use model::{Head, Model};
+pub use values::SourcePrecision;

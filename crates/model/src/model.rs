@@ -9,19 +9,9 @@ use half::f16;
 
 use crate::block::{Block, BlockParts, LinearId};
 use crate::error::{Error, Result};
-use crate::values::Values;
+use crate::values::{SourcePrecision, Values};
 
 const FINAL_NORM: &str = "model.norm.weight";
-
-/// What a dense checkpoint's weights become on their way to the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourcePrecision {
-    /// The stored values.
-    Stored,
-    /// Rounded to fp16, the type of a GPTQ file and of the models that the published branches were
-    /// made from; a finite value beyond fp16 is an error.
-    Half,
-}
 
 /// A checkpoint, dense or GPTQ, and the device to run it on.
 #[derive(Debug)]

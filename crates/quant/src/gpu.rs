@@ -8,7 +8,7 @@ use crate::choices::{Clip, GroupWeights, ScalePrecision};
 use crate::error::{Error, Result};
 use crate::grid::clip_ratios;
 use crate::hessian::Factored;
-use crate::solver::{Codes, Quantised, Stored, group_index, stored_scales};
+use crate::solved::{Codes, Quantised, Stored, group_index, stored_scales};
 use crate::spec::QuantSpec;
 
 /// Quantises `weight` `[out, in]` in device memory; see [`crate::solve`].
