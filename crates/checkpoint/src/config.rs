@@ -12,11 +12,10 @@ use serde_json::{Map, Value};
 
 use crate::family::{Biases, Family};
 use crate::fields::Fields;
+use crate::names::{EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
-use crate::{EMBEDDING, Error, HEAD, Result, foreign, json};
+use crate::{Error, LinearShape, Result, foreign, json};
 
-/// Name of the norm before the head.
-pub(crate) const FINAL_NORM: &str = "model.norm.weight";
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 24;
@@ -60,19 +59,6 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     biases: Biases,
     raw: Map<String, Value>,
-}
-
-/// A linear of a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LinearShape {
-    /// Name inside the block, such as `self_attn.q_proj`.
-    pub name: &'static str,
-    /// Columns of the weight.
-    pub in_features: usize,
-    /// Rows of the weight.
-    pub out_features: usize,
-    /// Whether a bias of `out_features` values is added to its outputs.
-    pub bias: bool,
 }
 
 impl ModelConfig {

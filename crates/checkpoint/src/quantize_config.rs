@@ -11,6 +11,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use crate::names::is_file_name;
 use crate::{Bits, Error, Layout, Result, json};
 
 /// File name of the quantisation settings.
@@ -355,11 +356,6 @@ impl Keys<'_> {
         name.map(Some)
             .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected a plain file name")))
     }
-}
-
-/// Whether a name from a file stays inside the folder that it is joined to.
-pub(crate) fn is_file_name(name: &str) -> bool {
-    !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
 }
 
 #[cfg(test)]
