@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::family::{Biases, Family};
 use crate::fields::Fields;
-use crate::names::{EMBEDDING, FINAL_NORM, HEAD};
+use crate::names::{BLOCKS, CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
 use crate::{Error, LinearShape, Result, foreign, json};
 
@@ -67,7 +67,7 @@ impl ModelConfig {
     /// # Errors
     /// As [`ModelConfig::parse`], and [`Error::Io`] for a file that cannot be read.
     pub fn load(dir: &Path) -> Result<Self> {
-        let file = dir.join("config.json");
+        let file = dir.join(CONFIG_FILE);
         let text = json::text(&file).map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => {
                 foreign::recognize(dir).unwrap_or_else(|| Error::io("read", &file)(error))
@@ -223,7 +223,7 @@ impl ModelConfig {
     /// Prefix of a block's tensors, `model.layers.{block}`.
     #[must_use]
     pub fn block_prefix(block: usize) -> String {
-        format!("model.layers.{block}")
+        format!("{BLOCKS}{block}")
     }
 }
 

@@ -9,7 +9,10 @@ use serde_json::{Map, Value, json};
 
 use crate::gptq::check_sides;
 use crate::json::python_float;
-use crate::names::{EMBEDDING, FINAL_NORM, HEAD, is_file_name};
+use crate::names::{
+    EMBEDDING, FINAL_NORM, G_IDX, HEAD, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, SAFETENSORS_END,
+    SCALES, is_file_name,
+};
 use crate::{CheckpointFormat, DType, Error, Layout, ModelConfig, QuantizeConfig, Result, header};
 
 /// A tensor to be written.
@@ -103,9 +106,9 @@ pub fn plan_files(
     let mut shards = Vec::with_capacity(count);
     for (index, specs) in parts.into_iter().enumerate() {
         let file_name = if count == 1 {
-            format!("{stem}.safetensors")
+            format!("{stem}{SAFETENSORS_END}")
         } else {
-            format!("{stem}-{:05}-of-{count:05}.safetensors", index + 1)
+            format!("{stem}-{:05}-of-{count:05}{SAFETENSORS_END}", index + 1)
         };
         shards.push(place(file_name, specs, &metadata));
     }
@@ -150,10 +153,10 @@ fn block_specs(
             continue;
         }
         let (bits, groups) = (quantize.bits, quantize.groups(rows));
-        specs.push(i32(format!("{name}.qweight"), &[bits.words(rows), cols]));
-        specs.push(i32(format!("{name}.qzeros"), &[groups, bits.words(cols)]));
-        specs.push(f16(format!("{name}.scales"), &[groups, cols]));
-        specs.push(i32(format!("{name}.g_idx"), &[rows]));
+        specs.push(i32(format!("{name}.{QWEIGHT}"), &[bits.words(rows), cols]));
+        specs.push(i32(format!("{name}.{QZEROS}"), &[groups, bits.words(cols)]));
+        specs.push(f16(format!("{name}.{SCALES}"), &[groups, cols]));
+        specs.push(i32(format!("{name}.{G_IDX}"), &[rows]));
         if linear.bias || layout == Layout::Card {
             specs.push(f16(format!("{name}.bias"), &[cols]));
         }
@@ -254,7 +257,7 @@ impl QuantizeConfig {
     /// Refuses settings that files of this program cannot carry.
     fn check_writable(&self) -> Result<()> {
         let invalid = |key: &str, reason: &str| Error::InvalidConfig {
-            path: crate::quantize_config::FILE.into(),
+            path: QUANTIZE_CONFIG_FILE.into(),
             key: key.to_owned(),
             reason: reason.to_owned(),
         };

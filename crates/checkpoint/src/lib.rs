@@ -56,9 +56,13 @@ pub use hub_cache::{hub_cache_root, hub_token_file, resolve_dataset, resolve_mod
 pub use json::text as json_text;
 pub use layout::Layout;
 pub use linear_shape::LinearShape;
-pub use names::{EMBEDDING, HEAD};
+pub use names::{
+    CARD_FILE, CONFIG_FILE, EMBEDDING, FINAL_NORM, G_IDX, HEAD, INDEX_END, LEAVES, MANIFEST_FILE,
+    PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, is_hub_name,
+    weight_file_names,
+};
 pub use packed::{PackedNotes, StoredZeros};
-pub use partial::{Partial, free_space, has_no_locks, settle};
+pub use partial::{Partial, bytes_free, free_space, has_no_locks, settle};
 pub use quantize_config::{CheckpointFormat, MAX_GROUP_SIZE, QuantizeConfig};
 pub use reader::Checkpoint;
 pub use rope::{Rope, RopeScaling};

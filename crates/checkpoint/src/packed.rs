@@ -10,6 +10,7 @@
 //!   placeholder of zeros. With act-order it holds an order that is nowhere else.
 
 use crate::gptq::check_sides;
+use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};
 use crate::{
     Checkpoint, CheckpointFormat, DType, Error, GptqLinear, LinearShape, QuantizeConfig, Result,
     pack_rows,
@@ -114,14 +115,14 @@ impl Checkpoint {
         check_sides(prefix, in_features, out_features)?;
         let (bits, groups) = (quantize.bits, quantize.groups(in_features));
         let scales =
-            self.exact(&format!("{prefix}.scales"), DType::F16, &[groups, out_features])?;
+            self.exact(&format!("{prefix}.{SCALES}"), DType::F16, &[groups, out_features])?;
         let qweight = [bits.words(in_features), out_features];
         Ok(GptqLinear {
             bits,
             in_features,
             out_features,
             groups,
-            qweight: self.words(&format!("{prefix}.qweight"), &qweight)?,
+            qweight: self.words(&format!("{prefix}.{QWEIGHT}"), &qweight)?,
             qzeros: self.qzeros(prefix, shape)?,
             scales: scales.to_f16()?,
             g_idx: self.g_idx(prefix, in_features)?,
@@ -147,7 +148,7 @@ impl Checkpoint {
                 let g_idx = self.g_idx(&prefix, shape.in_features);
                 notes.placeholders += usize::from(g_idx.is_ok_and(|g| is_placeholder(&g, groups)));
             }
-            ["qzeros", "g_idx"].iter().for_each(|leaf| self.release(&format!("{prefix}.{leaf}")));
+            [QZEROS, G_IDX].iter().for_each(|leaf| self.release(&format!("{prefix}.{leaf}")));
         }
         notes
     }
@@ -165,11 +166,11 @@ impl Checkpoint {
         let quantize = self.settings()?;
         let groups = quantize.groups(shape.in_features);
         let words = quantize.bits.words(shape.out_features);
-        self.words(&format!("{prefix}.qzeros"), &[groups, words])
+        self.words(&format!("{prefix}.{QZEROS}"), &[groups, words])
     }
 
     fn g_idx(&self, prefix: &str, in_features: usize) -> Result<Vec<u32>> {
-        let name = format!("{prefix}.g_idx");
+        let name = format!("{prefix}.{G_IDX}");
         if self.contains(&name) {
             return self.words(&name, &[in_features]);
         }
@@ -183,7 +184,7 @@ impl Checkpoint {
     fn in_order(&self, prefix: &str, columns: usize, lost: &'static str) -> Result<Vec<u32>> {
         let quantize = self.settings()?;
         if quantize.order_is_stored(columns) {
-            return Err(Error::LostOrder { tensor: format!("{prefix}.g_idx"), lost });
+            return Err(Error::LostOrder { tensor: format!("{prefix}.{G_IDX}"), lost });
         }
         let size = quantize.group_size.unwrap_or(columns);
         Ok((0..columns).map(|column| (column / size) as u32).collect())

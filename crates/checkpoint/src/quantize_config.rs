@@ -11,11 +11,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::names::is_file_name;
+use crate::names::{CONFIG_FILE, QUANTIZE_CONFIG_FILE, is_file_name};
 use crate::{Bits, Error, Layout, Result, json};
-
-/// File name of the quantisation settings.
-pub(crate) const FILE: &str = "quantize_config.json";
 
 /// Most columns of a group: more than any model has.
 pub const MAX_GROUP_SIZE: usize = 1 << 28;
@@ -113,7 +110,7 @@ impl QuantizeConfig {
     /// checkpoint. Where both are there, the second may add the format of zeros to the first, which
     /// AutoGPTQ writes without it, but not contradict it.
     pub(crate) fn load(dir: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
-        let (file, config_file) = (dir.join(FILE), dir.join("config.json"));
+        let (file, config_file) = (dir.join(QUANTIZE_CONFIG_FILE), dir.join(CONFIG_FILE));
         let object = match config.get("quantization_config") {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Object(map)) => Ok(Some(Keys { map, file: &config_file })),
@@ -204,7 +201,7 @@ impl QuantizeConfig {
     /// # Errors
     /// [`Error::Json`] if the text cannot be made.
     pub fn file_text(&self, layout: Layout) -> Result<String> {
-        json::indented(&self.keys(layout)).map_err(Error::json(Path::new(FILE)))
+        json::indented(&self.keys(layout)).map_err(Error::json(Path::new(QUANTIZE_CONFIG_FILE)))
     }
 
     /// Text of config.json: the base's keys in their order, `quantization_config` last. The type of
@@ -227,7 +224,7 @@ impl QuantizeConfig {
         }
         keys.insert("quant_method".to_owned(), json!("gptq"));
         config.insert("quantization_config".to_owned(), Value::Object(keys));
-        json::indented(&config).map_err(Error::json(Path::new("config.json")))
+        json::indented(&config).map_err(Error::json(Path::new(CONFIG_FILE)))
     }
 
     /// AutoGPTQ's keys in its order: those of 0.3 for the published branches, with the

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::arriving::{Arriving, Bring};
-use crate::names::{EMBEDDING, HEAD};
+use crate::names::{EMBEDDING, HEAD, QWEIGHT};
 use crate::strays::{Stored, Strays};
 use crate::weight_files::{View, WeightFile};
 use crate::weights::{Mapped, Weights};
@@ -328,7 +328,7 @@ impl Checkpoint {
     /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
     #[must_use]
     pub fn has_gptq_linear(&self, prefix: &str) -> bool {
-        self.quantize_config().is_some() && self.contains(&format!("{prefix}.qweight"))
+        self.quantize_config().is_some() && self.contains(&format!("{prefix}.{QWEIGHT}"))
     }
 
     /// Why a tensor is not there.

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use crate::names::CONFIG_FILE;
 use crate::weights::Weights;
 use crate::{Error, ModelConfig, QuantizeConfig, Result};
 
@@ -21,7 +22,7 @@ pub(crate) fn that_hold(
         // Also where quantize_config.json says otherwise.
         if let Some(method) = method.filter(|method| *method != "gptq") {
             return Err(Error::UnsupportedConfig {
-                path: dir.join("config.json"),
+                path: dir.join(CONFIG_FILE),
                 key: "quantization_config.quant_method".to_owned(),
                 value: method.to_string(),
                 supported: "`gptq`",

@@ -5,8 +5,7 @@
 //! Loaders leave all of it out, mostly in silence. Here what may change what the model computes is
 //! refused, and the rest is said.
 
-use crate::gptq::LEAVES;
-use crate::names::{EMBEDDING, FINAL_NORM, HEAD};
+use crate::names::{BLOCKS, EMBEDDING, FINAL_NORM, HEAD, LEAVES};
 use crate::{Error, ModelConfig, Result};
 
 /// What a tensor's name says that it is.
@@ -107,7 +106,7 @@ impl Stored<'_> {
         if name.ends_with("rotary_emb.inv_freq") {
             return Role::Frequencies;
         }
-        let block = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let block = name.strip_prefix(BLOCKS).and_then(|rest| rest.split_once('.'));
         let Some((block, part)) = block else { return Role::Other };
         let Ok(block) = block.parse::<usize>() else { return Role::Other };
         let config = self.config;

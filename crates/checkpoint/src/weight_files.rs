@@ -10,11 +10,9 @@ use memmap2::{Mmap, UncheckedAdvice};
 use serde_json::{Map, Value};
 
 use crate::header::{self, Entry};
-use crate::names::is_file_name;
+use crate::names::{INDEX_END, is_file_name, weight_file_names};
 use crate::{Error, Result, json, pytorch};
 
-/// Name of the weights of a PyTorch folder, and the start of its index's.
-pub(crate) const PYTORCH: &str = "pytorch_model.bin";
 /// Largest piece of a file that the system maps at once when one byte of it is touched.
 const FOLIO: usize = 2 << 20;
 /// How the text begins that Git keeps in place of a large file.
@@ -75,9 +73,11 @@ fn release(map: &Mmap, range: Range<usize>) {
 
 /// The index of a folder whose shards need not be there.
 pub(crate) fn find_index(dir: &Path) -> Result<PathBuf> {
-    let names = ["model.safetensors.index.json".to_owned(), format!("{PYTORCH}.index.json")];
-    let mut indices = names.map(|name| dir.join(name)).into_iter();
-    indices.find(|path| path.is_file()).ok_or_else(|| Error::NoWeights { dir: dir.to_owned() })
+    weight_file_names()
+        .filter(|name| name.ends_with(INDEX_END))
+        .map(|name| dir.join(name))
+        .find(|path| path.is_file())
+        .ok_or_else(|| Error::NoWeights { dir: dir.to_owned() })
 }
 
 /// The index's tensors by shard.

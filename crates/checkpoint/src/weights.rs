@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use crate::arriving::Arriving;
 use crate::header::Entry;
-use crate::weight_files::{PYTORCH, View, WeightFile, map_file, read_index};
+use crate::names::{INDEX_END, PYTORCH_FILES, SAFETENSORS_END, SAFETENSORS_FILES};
+use crate::weight_files::{View, WeightFile, map_file, read_index};
 use crate::{Error, QuantizeConfig, Result, foreign};
 
 /// Where tensors come from.
@@ -117,32 +118,31 @@ fn find_weights(dir: &Path, quantize: Option<&QuantizeConfig>) -> Result<Found> 
         let scheme = QuantizeConfig { model_file_base_name: None, ..quantize.clone() };
         stems.push(scheme.file_stem());
     }
-    stems.push("model".to_owned());
+    let found = |name: &str| {
+        let path = dir.join(name);
+        let is_index = name.ends_with(INDEX_END);
+        path.is_file().then(|| if is_index { Found::Index(path) } else { Found::Single(path) })
+    };
     for stem in stems {
-        let single = dir.join(format!("{stem}.safetensors"));
-        if single.is_file() {
-            return Ok(Found::Single(single));
+        let single = format!("{stem}{SAFETENSORS_END}");
+        if let Some(found) = found(&single).or_else(|| found(&format!("{single}{INDEX_END}"))) {
+            return Ok(found);
         }
-        let index = dir.join(format!("{stem}.safetensors.index.json"));
-        if index.is_file() {
-            return Ok(Found::Index(index));
-        }
+    }
+    if let Some(found) = SAFETENSORS_FILES.into_iter().find_map(found) {
+        return Ok(found);
     }
     let mut named = list_extension(dir, "safetensors")?;
-    let dir = dir.to_owned();
     match (quantize, named.len()) {
         (Some(_), 1) => return Ok(Found::Single(named.remove(0))),
-        (Some(_), count) if count > 1 => return Err(Error::AmbiguousWeights { dir, count }),
+        (Some(_), count) if count > 1 => {
+            return Err(Error::AmbiguousWeights { dir: dir.to_owned(), count });
+        }
         _ => {}
     }
-    let (single, index) = (dir.join(PYTORCH), dir.join(format!("{PYTORCH}.index.json")));
-    match (single.is_file(), index.is_file()) {
-        (true, _) => Ok(Found::Single(single)),
-        (false, true) => Ok(Found::Index(index)),
-        (false, false) => {
-            Err(foreign::recognize(&dir).unwrap_or_else(|| Error::NoWeights { dir: dir.clone() }))
-        }
-    }
+    let nothing =
+        || foreign::recognize(dir).unwrap_or_else(|| Error::NoWeights { dir: dir.to_owned() });
+    PYTORCH_FILES.into_iter().find_map(found).ok_or_else(nothing)
 }
 
 /// Files of a folder with this extension.

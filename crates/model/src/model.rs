@@ -1,7 +1,8 @@
 //! A checkpoint as a model: embeddings, blocks one at a time, final norm and head.
 
 use gptq_checkpoint::{
-    Checkpoint, EMBEDDING, GptqLinear, HEAD, LinearShape, ModelConfig, RopeScaling, TensorRef,
+    Checkpoint, EMBEDDING, FINAL_NORM, GptqLinear, HEAD, LEAVES, LinearShape, ModelConfig,
+    RopeScaling, TensorRef,
 };
 use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
@@ -10,8 +11,6 @@ use half::f16;
 use crate::block::{Block, BlockParts, LinearId};
 use crate::error::{Error, Result};
 use crate::values::{SourcePrecision, Values};
-
-const FINAL_NORM: &str = "model.norm.weight";
 
 /// A checkpoint, dense or GPTQ, and the device to run it on.
 #[derive(Debug)]
@@ -235,7 +234,7 @@ impl<'a> Model<'a> {
         let (rows, cols) = (shape.out_features, shape.in_features);
         if self.checkpoint.has_gptq_linear(name) {
             let linear = self.checkpoint.gptq_linear(name, shape)?;
-            for leaf in ["qweight", "qzeros", "scales", "g_idx"] {
+            for leaf in LEAVES {
                 self.checkpoint.release(&format!("{name}.{leaf}"));
             }
             return dequantised(device, &linear);

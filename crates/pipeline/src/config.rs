@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::Layout;
+use gptq_checkpoint::{Layout, PARTIAL_END};
 use gptq_quant::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
 use serde::Deserialize;
 
@@ -245,7 +245,7 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
     }
     // Whatever the case: not every file system tells `Sweep.json` from `sweep.json`.
     let lower = name.to_ascii_lowercase();
-    if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(".partial") {
+    if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(PARTIAL_END) {
         return Err("a sweep has files and working folders of that name; choose another".to_owned());
     }
     if before.iter().any(|b| b.name == name) {
