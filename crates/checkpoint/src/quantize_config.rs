@@ -12,10 +12,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::names::{CONFIG_FILE, QUANTIZE_CONFIG_FILE, is_file_name};
-use crate::{Bits, Error, Layout, Result, json};
-
-/// Most columns of a group: more than any model has.
-pub const MAX_GROUP_SIZE: usize = 1 << 28;
+use crate::{Bits, Error, GroupSize, Layout, MAX_GROUP_SIZE, Result, json};
 
 /// How zeros are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -192,8 +189,8 @@ impl QuantizeConfig {
     }
 
     /// The group size as files say it: -1 for all of `in_features`.
-    pub(crate) fn stored_group_size(&self) -> Value {
-        self.group_size.map_or_else(|| json!(-1), |size| json!(size))
+    pub(crate) fn stored_group_size(&self) -> i64 {
+        GroupSize(self.group_size).stored()
     }
 
     /// Text of `quantize_config.json`: indent 2, no newline at the end.
@@ -326,11 +323,8 @@ impl Keys<'_> {
 
     fn group_size(&self) -> Result<Option<usize>> {
         let value = self.required("group_size", &["groupsize", "q_group_size"])?;
-        if value.as_i64() == Some(-1) {
-            return Ok(None);
-        }
-        let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
-        size.filter(|size| (1..=MAX_GROUP_SIZE).contains(size)).map(Some).ok_or_else(|| {
+        let number = value.as_i64().map(|number| number.to_string());
+        number.and_then(|number| number.parse().ok()).map(|GroupSize(size)| size).ok_or_else(|| {
             let reason = format!("is `{value}`, expected -1, or 1 to {MAX_GROUP_SIZE}");
             self.invalid("group_size", reason)
         })
