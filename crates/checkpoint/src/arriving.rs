@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::header::Entry;
-use crate::weights::{View, find_index, map_file, read_index};
+use crate::weight_files::{View, find_index, map_file, read_index};
 use crate::{Error, ModelConfig, Result};
 
 /// Waits until the shard of this name lies in the folder.

@@ -12,11 +12,10 @@ use serde_json::{Map, Value};
 
 use crate::family::{Biases, Family};
 use crate::fields::Fields;
+use crate::names::{BLOCKS, CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
-use crate::{EMBEDDING, Error, HEAD, Result, foreign, json};
+use crate::{Error, LinearShape, Result, foreign, json};
 
-/// Name of the norm before the head.
-pub(crate) const FINAL_NORM: &str = "model.norm.weight";
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 24;
@@ -62,26 +61,13 @@ pub struct ModelConfig {
     raw: Map<String, Value>,
 }
 
-/// A linear of a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LinearShape {
-    /// Name inside the block, such as `self_attn.q_proj`.
-    pub name: &'static str,
-    /// Columns of the weight.
-    pub in_features: usize,
-    /// Rows of the weight.
-    pub out_features: usize,
-    /// Whether a bias of `out_features` values is added to its outputs.
-    pub bias: bool,
-}
-
 impl ModelConfig {
     /// Reads `config.json` of a checkpoint folder.
     ///
     /// # Errors
     /// As [`ModelConfig::parse`], and [`Error::Io`] for a file that cannot be read.
     pub fn load(dir: &Path) -> Result<Self> {
-        let file = dir.join("config.json");
+        let file = dir.join(CONFIG_FILE);
         let text = json::text(&file).map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => {
                 foreign::recognize(dir).unwrap_or_else(|| Error::io("read", &file)(error))
@@ -237,7 +223,7 @@ impl ModelConfig {
     /// Prefix of a block's tensors, `model.layers.{block}`.
     #[must_use]
     pub fn block_prefix(block: usize) -> String {
-        format!("model.layers.{block}")
+        format!("{BLOCKS}{block}")
     }
 }
 

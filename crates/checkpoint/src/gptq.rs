@@ -12,10 +12,8 @@
 use half::f16;
 
 use crate::bits::{column_values, pack_rows, pack_transposed, row_values};
+use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};
 use crate::{Bits, Error, Result};
-
-/// Last parts of the names of a linear's tensors.
-pub(crate) const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
 
 /// A linear's codes, zeros, scales and group index, packed as in a `gptq` (v1) file.
 #[derive(Debug, Clone, PartialEq)]
@@ -114,10 +112,10 @@ impl GptqLinear {
         check_sides(prefix, in_features, out_features)?;
         let len =
             |leaf: &str, found, expected| check_len(&format!("{prefix}.{leaf}"), found, expected);
-        len("qweight", self.qweight.len(), bits.words(in_features) * out_features)?;
-        len("qzeros", self.qzeros.len(), groups * bits.words(out_features))?;
-        len("scales", self.scales.len(), groups * out_features)?;
-        len("g_idx", self.g_idx.len(), in_features)?;
+        len(QWEIGHT, self.qweight.len(), bits.words(in_features) * out_features)?;
+        len(QZEROS, self.qzeros.len(), groups * bits.words(out_features))?;
+        len(SCALES, self.scales.len(), groups * out_features)?;
+        len(G_IDX, self.g_idx.len(), in_features)?;
         if let Some(index) = self.g_idx.iter().position(|&g| g as usize >= groups) {
             // Files hold signed words; a negative one should read as such in the message.
             let (tensor, group) = (format!("{prefix}.g_idx"), self.g_idx[index] as i32);

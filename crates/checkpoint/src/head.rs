@@ -15,13 +15,6 @@
 //! quantised checkpoint holds both tables and says that they are not tied, the one form that all
 //! loaders read (AutoGPTQ 0.7 computes NaN from a tied file without `lm_head.weight`).
 
-use crate::{Checkpoint, Result};
-
-/// Name of the embedding.
-pub const EMBEDDING: &str = "model.embed_tokens.weight";
-/// Name of the head.
-pub const HEAD: &str = "lm_head.weight";
-
 /// Where a checkpoint's head comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Head {
@@ -36,21 +29,6 @@ pub enum Head {
 }
 
 impl Head {
-    /// Compares the two tables where both are stored.
-    pub(crate) fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        if !checkpoint.config().tie_word_embeddings {
-            return Ok(Self::Own);
-        }
-        let stored = |name| checkpoint.names().any(|stored| stored == name);
-        if !(stored(EMBEDDING) && stored(HEAD)) {
-            return Ok(Self::Tied);
-        }
-        let equal = checkpoint.tensor(HEAD)?.equals(&checkpoint.tensor(EMBEDDING)?);
-        checkpoint.release(HEAD);
-        checkpoint.release(EMBEDDING);
-        Ok(if equal { Self::Copied } else { Self::Untied })
-    }
-
     /// What to tell who uses such a checkpoint.
     #[must_use]
     pub fn warning(self) -> Option<&'static str> {

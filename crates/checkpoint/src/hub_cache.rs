@@ -11,6 +11,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use crate::names::is_hub_name;
 use crate::{Error, Result};
 
 /// A model's folder: `id_or_path` itself where it exists, else the snapshot of that Hub id at
@@ -113,7 +114,7 @@ fn resolve(kind: &str, id: &str, revision: Option<&str>, root: Option<&Path>) ->
         return Ok(PathBuf::from(id));
     }
     // Parts become folder names, so nothing may pass that could leave the cache.
-    if id.split('/').count() > 2 || !id.split('/').all(is_plain) {
+    if id.split('/').count() > 2 || !id.split('/').all(is_hub_name) {
         return Err(Error::InvalidHubId { id: id.to_owned() });
     }
     let revision = revision.unwrap_or("main");
@@ -130,7 +131,7 @@ fn resolve(kind: &str, id: &str, revision: Option<&str>, root: Option<&Path>) ->
         revision.to_owned()
     };
     let folder = repository.join("snapshots").join(&commit);
-    if is_plain(&commit) && folder.is_dir() {
+    if is_hub_name(&commit) && folder.is_dir() {
         return Ok(folder);
     }
     let request = match (kind, revision) {
@@ -146,12 +147,6 @@ fn resolve(kind: &str, id: &str, revision: Option<&str>, root: Option<&Path>) ->
 /// is told by the Hub.
 fn stays_below(part: &str) -> bool {
     !part.is_empty() && !part.starts_with('.') && !part.contains(['\\', '\0'])
-}
-
-/// A name in the Hub's characters that is no hidden or parent folder.
-fn is_plain(part: &str) -> bool {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
 }
 
 #[cfg(test)]

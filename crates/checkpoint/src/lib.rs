@@ -18,13 +18,17 @@ mod dtype;
 mod error;
 mod family;
 mod fields;
+mod file_plan;
 mod foreign;
 mod gptq;
+mod group_size;
 mod head;
 mod header;
 mod hub_cache;
 mod json;
 mod layout;
+mod linear_shape;
+mod names;
 mod packed;
 mod partial;
 mod pickle;
@@ -32,31 +36,41 @@ mod pytorch;
 mod quantize_config;
 mod reader;
 mod rope;
+mod settings;
 mod side_files;
 mod strays;
 mod tensor;
+mod weight_files;
 mod weights;
 mod writer;
 mod zip;
 
 pub use arriving::Bring;
 pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows, unpack_transposed};
-pub use config::{LinearShape, ModelConfig};
+pub use config::ModelConfig;
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use file_plan::{FilePlan, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
 pub use gptq::GptqLinear;
-pub use head::{EMBEDDING, HEAD, Head};
+pub use group_size::{BadGroupSize, GroupSize, MAX_GROUP_SIZE};
+pub use head::Head;
 pub use hub_cache::{hub_cache_root, hub_token_file, resolve_dataset, resolve_model};
 pub use json::text as json_text;
-pub use layout::{FilePlan, Layout, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
+pub use layout::Layout;
+pub use linear_shape::LinearShape;
+pub use names::{
+    CARD_FILE, CONFIG_FILE, EMBEDDING, FINAL_NORM, G_IDX, HEAD, INDEX_END, LEAVES, MANIFEST_FILE,
+    PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, is_hub_name,
+    weight_file_names,
+};
 pub use packed::{PackedNotes, StoredZeros};
-pub use partial::{Partial, free_space, has_no_locks, settle};
-pub use quantize_config::{CheckpointFormat, MAX_GROUP_SIZE, QuantizeConfig};
+pub use partial::{Partial, bytes_free, free_space, has_no_locks, settle};
+pub use quantize_config::{CheckpointFormat, QuantizeConfig};
 pub use reader::Checkpoint;
 pub use rope::{Rope, RopeScaling};
 pub use strays::Strays;
 pub use tensor::TensorRef;
-pub use weights::WeightFile;
+pub use weight_files::WeightFile;
 pub use writer::{CheckpointWriter, Sealed, Written};
 
 // Tensors move between memory and files by reinterpreting bytes, and safetensors is little-endian.

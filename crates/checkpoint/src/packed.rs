@@ -9,10 +9,8 @@
 //! - Without act-order column `j` belongs to group `j / group_size`. So `g_idx` can be absent, or be a
 //!   placeholder of zeros. With act-order it holds an order that is nowhere else.
 
-use std::path::Path;
-
 use crate::gptq::check_sides;
-use crate::weights::Weights;
+use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};
 use crate::{
     Checkpoint, CheckpointFormat, DType, Error, GptqLinear, LinearShape, QuantizeConfig, Result,
     pack_rows,
@@ -79,12 +77,6 @@ impl PackedNotes {
 }
 
 impl Checkpoint {
-    /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
-    #[must_use]
-    pub fn has_gptq_linear(&self, prefix: &str) -> bool {
-        self.quantize_config().is_some() && self.contains(&format!("{prefix}.qweight"))
-    }
-
     /// Reads and checks a quantised linear. `prefix` is its full name, such as
     /// `model.layers.0.self_attn.q_proj`. What the module's head says is brought to the usual form:
     /// zeros minus one, a group for every column.
@@ -123,14 +115,14 @@ impl Checkpoint {
         check_sides(prefix, in_features, out_features)?;
         let (bits, groups) = (quantize.bits, quantize.groups(in_features));
         let scales =
-            self.exact(&format!("{prefix}.scales"), DType::F16, &[groups, out_features])?;
+            self.exact(&format!("{prefix}.{SCALES}"), DType::F16, &[groups, out_features])?;
         let qweight = [bits.words(in_features), out_features];
         Ok(GptqLinear {
             bits,
             in_features,
             out_features,
             groups,
-            qweight: self.words(&format!("{prefix}.qweight"), &qweight)?,
+            qweight: self.words(&format!("{prefix}.{QWEIGHT}"), &qweight)?,
             qzeros: self.qzeros(prefix, shape)?,
             scales: scales.to_f16()?,
             g_idx: self.g_idx(prefix, in_features)?,
@@ -156,7 +148,7 @@ impl Checkpoint {
                 let g_idx = self.g_idx(&prefix, shape.in_features);
                 notes.placeholders += usize::from(g_idx.is_ok_and(|g| is_placeholder(&g, groups)));
             }
-            ["qzeros", "g_idx"].iter().for_each(|leaf| self.release(&format!("{prefix}.{leaf}")));
+            [QZEROS, G_IDX].iter().for_each(|leaf| self.release(&format!("{prefix}.{leaf}")));
         }
         notes
     }
@@ -174,11 +166,11 @@ impl Checkpoint {
         let quantize = self.settings()?;
         let groups = quantize.groups(shape.in_features);
         let words = quantize.bits.words(shape.out_features);
-        self.words(&format!("{prefix}.qzeros"), &[groups, words])
+        self.words(&format!("{prefix}.{QZEROS}"), &[groups, words])
     }
 
     fn g_idx(&self, prefix: &str, in_features: usize) -> Result<Vec<u32>> {
-        let name = format!("{prefix}.g_idx");
+        let name = format!("{prefix}.{G_IDX}");
         if self.contains(&name) {
             return self.words(&name, &[in_features]);
         }
@@ -192,7 +184,7 @@ impl Checkpoint {
     fn in_order(&self, prefix: &str, columns: usize, lost: &'static str) -> Result<Vec<u32>> {
         let quantize = self.settings()?;
         if quantize.order_is_stored(columns) {
-            return Err(Error::LostOrder { tensor: format!("{prefix}.g_idx"), lost });
+            return Err(Error::LostOrder { tensor: format!("{prefix}.{G_IDX}"), lost });
         }
         let size = quantize.group_size.unwrap_or(columns);
         Ok((0..columns).map(|column| (column / size) as u32).collect())
@@ -239,48 +231,4 @@ impl QuantizeConfig {
 /// Whether an index is a placeholder: act-order or not, every group has columns of its own.
 fn is_placeholder(g_idx: &[u32], groups: usize) -> bool {
     groups > 1 && g_idx.iter().all(|&group| group == 0)
-}
-
-/// What was found packed that cannot be read, for a folder whose weights are known.
-pub(crate) fn refuse_unreadable(
-    dir: &Path,
-    quantize: Option<&QuantizeConfig>,
-    weights: &Weights,
-) -> Result<()> {
-    for name in ["lm_head.qweight", "model.embed_tokens.qweight"] {
-        if quantize.is_some() && weights.contains(name) {
-            return Err(Error::PackedHead { tensor: name.to_owned() });
-        }
-    }
-    let mut packed = weights.names().filter(|name| name.ends_with(".qweight"));
-    let Some(tensor) = packed.next().filter(|_| quantize.is_none()) else { return Ok(()) };
-    let (dir, tensor, reason) = (dir.to_owned(), tensor.to_owned(), no_settings(dir, weights));
-    Err(Error::NoSettings { dir, tensor, reason })
-}
-
-/// Why packed tensors have no settings, as far as it shows, and what to do.
-fn no_settings(dir: &Path, weights: &Weights) -> String {
-    const AWQ: &str = "quant_config.json";
-    let awq = std::fs::read_to_string(dir.join(AWQ));
-    if awq.is_ok_and(|text| text.contains("\"w_bit\"")) {
-        return format!(
-            "`{AWQ}` beside them is AutoAWQ's: AWQ packs weights in another order, which is not \
-             supported; quantise the dense model instead"
-        );
-    }
-    let write = "no file says how they are quantised: write `bits`, `group_size`, `desc_act` and \
-                 `sym` into quantize_config.json";
-    let metadata = match weights {
-        Weights::Mapped(mapped) => mapped.files().iter().find_map(|file| {
-            let value = |key: &str| file.metadata.get(key).map(String::as_str);
-            let (bits, size) = (value("gptq_bits")?, value("gptq_group_size").unwrap_or("?"));
-            Some(format!("; the metadata of the weights says {bits} bits, group size {size}"))
-        }),
-        Weights::Arriving(_) => None,
-    };
-    let tgi = weights.contains("gptq_bits").then(|| {
-        "; TGI stores them in the tensors `gptq_bits` and `gptq_groupsize`, which are not read"
-            .to_owned()
-    });
-    format!("{write}{}", metadata.or(tgi).unwrap_or_default())
 }

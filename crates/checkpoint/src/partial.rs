@@ -16,6 +16,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::names::PARTIAL_END;
 use crate::{Error, Result};
 
 const MARKER: &str = ".gptq-partial";
@@ -201,7 +202,7 @@ fn partial_path(out: &Path) -> Result<PathBuf> {
         return Err(Error::OutputExists { path: out.to_owned() });
     };
     let mut name = name.to_os_string();
-    name.push(".partial");
+    name.push(PARTIAL_END);
     Ok(out.with_file_name(name))
 }
 
@@ -265,7 +266,15 @@ fn sync(dir: &Path) -> io::Result<()> {
 /// # Errors
 /// [`Error::Io`].
 pub fn free_space(dir: &Path) -> Result<u64> {
-    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("inspect", dir)(e.into()))?;
+    bytes_free(dir).map_err(Error::io("inspect", dir))
+}
+
+/// As [`free_space`], with the system's own error.
+///
+/// # Errors
+/// Those of `statvfs`.
+pub fn bytes_free(dir: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(dir)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 

@@ -11,13 +11,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::{Bits, Error, Layout, Result, json};
-
-/// File name of the quantisation settings.
-pub(crate) const FILE: &str = "quantize_config.json";
-
-/// Most columns of a group: more than any model has.
-pub const MAX_GROUP_SIZE: usize = 1 << 28;
+use crate::names::{CONFIG_FILE, QUANTIZE_CONFIG_FILE, is_file_name};
+use crate::{Bits, Error, GroupSize, Layout, MAX_GROUP_SIZE, Result, json};
 
 /// How zeros are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +107,7 @@ impl QuantizeConfig {
     /// checkpoint. Where both are there, the second may add the format of zeros to the first, which
     /// AutoGPTQ writes without it, but not contradict it.
     pub(crate) fn load(dir: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
-        let (file, config_file) = (dir.join(FILE), dir.join("config.json"));
+        let (file, config_file) = (dir.join(QUANTIZE_CONFIG_FILE), dir.join(CONFIG_FILE));
         let object = match config.get("quantization_config") {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Object(map)) => Ok(Some(Keys { map, file: &config_file })),
@@ -194,8 +189,8 @@ impl QuantizeConfig {
     }
 
     /// The group size as files say it: -1 for all of `in_features`.
-    pub(crate) fn stored_group_size(&self) -> Value {
-        self.group_size.map_or_else(|| json!(-1), |size| json!(size))
+    pub(crate) fn stored_group_size(&self) -> i64 {
+        GroupSize(self.group_size).stored()
     }
 
     /// Text of `quantize_config.json`: indent 2, no newline at the end.
@@ -203,7 +198,7 @@ impl QuantizeConfig {
     /// # Errors
     /// [`Error::Json`] if the text cannot be made.
     pub fn file_text(&self, layout: Layout) -> Result<String> {
-        json::indented(&self.keys(layout)).map_err(Error::json(Path::new(FILE)))
+        json::indented(&self.keys(layout)).map_err(Error::json(Path::new(QUANTIZE_CONFIG_FILE)))
     }
 
     /// Text of config.json: the base's keys in their order, `quantization_config` last. The type of
@@ -226,7 +221,7 @@ impl QuantizeConfig {
         }
         keys.insert("quant_method".to_owned(), json!("gptq"));
         config.insert("quantization_config".to_owned(), Value::Object(keys));
-        json::indented(&config).map_err(Error::json(Path::new("config.json")))
+        json::indented(&config).map_err(Error::json(Path::new(CONFIG_FILE)))
     }
 
     /// AutoGPTQ's keys in its order: those of 0.3 for the published branches, with the
@@ -328,11 +323,8 @@ impl Keys<'_> {
 
     fn group_size(&self) -> Result<Option<usize>> {
         let value = self.required("group_size", &["groupsize", "q_group_size"])?;
-        if value.as_i64() == Some(-1) {
-            return Ok(None);
-        }
-        let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
-        size.filter(|size| (1..=MAX_GROUP_SIZE).contains(size)).map(Some).ok_or_else(|| {
+        let number = value.as_i64().map(|number| number.to_string());
+        number.and_then(|number| number.parse().ok()).map(|GroupSize(size)| size).ok_or_else(|| {
             let reason = format!("is `{value}`, expected -1, or 1 to {MAX_GROUP_SIZE}");
             self.invalid("group_size", reason)
         })
@@ -355,11 +347,6 @@ impl Keys<'_> {
         name.map(Some)
             .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected a plain file name")))
     }
-}
-
-/// Whether a name from a file stays inside the folder that it is joined to.
-pub(crate) fn is_file_name(name: &str) -> bool {
-    !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
 }
 
 #[cfg(test)]

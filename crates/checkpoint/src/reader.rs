@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::arriving::{Arriving, Bring};
-use crate::weights::{Mapped, View, WeightFile, Weights};
+use crate::names::{EMBEDDING, HEAD, QWEIGHT};
+use crate::strays::{Stored, Strays};
+use crate::weight_files::{View, WeightFile};
+use crate::weights::{Mapped, Weights};
 use crate::{
-    DType, EMBEDDING, Error, HEAD, Head, LinearShape, ModelConfig, QuantizeConfig, Result,
-    TensorRef, foreign, packed, pytorch, side_files, strays,
+    DType, Error, Head, LinearShape, ModelConfig, QuantizeConfig, Result, TensorRef, pytorch,
+    settings, side_files, strays,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
@@ -70,8 +73,8 @@ impl Checkpoint {
         quantize: Result<Option<QuantizeConfig>>,
         weights: Weights,
     ) -> Result<Self> {
-        let (quantize, ignored_settings) = foreign::settings(dir, &config, &weights, quantize)?;
-        packed::refuse_unreadable(dir, quantize.as_ref(), &weights)?;
+        let (quantize, ignored_settings) = settings::that_hold(dir, &config, &weights, quantize)?;
+        settings::refuse_unreadable(dir, quantize.as_ref(), &weights)?;
         let (dir, head) = (dir.to_owned(), OnceLock::new());
         Ok(Self { dir, config, quantize, ignored_settings, weights, head })
     }
@@ -118,8 +121,33 @@ impl Checkpoint {
         if let Some(&head) = self.head.get() {
             return Ok(head);
         }
-        let head = Head::of(self)?;
+        let head = self.compare_tables()?;
         Ok(*self.head.get_or_init(|| head))
+    }
+
+    /// Compares the tables of embedding and head, where both are stored.
+    fn compare_tables(&self) -> Result<Head> {
+        if !self.config().tie_word_embeddings {
+            return Ok(Head::Own);
+        }
+        let stored = |name| self.names().any(|stored| stored == name);
+        if !(stored(EMBEDDING) && stored(HEAD)) {
+            return Ok(Head::Tied);
+        }
+        let equal = self.tensor(HEAD)?.equals(&self.tensor(EMBEDDING)?);
+        self.release(HEAD);
+        self.release(EMBEDDING);
+        Ok(if equal { Head::Copied } else { Head::Untied })
+    }
+
+    /// Stored tensors that are left out, whatever is done with the model.
+    #[must_use]
+    pub fn strays(&self) -> Strays {
+        self.stored().strays(self.names())
+    }
+
+    fn stored(&self) -> Stored<'_> {
+        Stored { config: &self.config, quantised: self.quantize.is_some() }
     }
 
     /// What whoever reads the checkpoint should know: a sentence each. Of
@@ -209,7 +237,7 @@ impl Checkpoint {
     /// [`Error::MissingTensor`], or what explains it; [`Error::UnsupportedDType`], [`Error::Shape`],
     /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`].
     pub fn check_tensors(&self) -> Result<()> {
-        self.check_unknown()?;
+        self.stored().check(self.names())?;
         for (tensor, shape) in self.config.dense_tensors() {
             let linear = tensor.strip_suffix(".weight").unwrap_or(&tensor);
             if self.has_gptq_linear(linear) {
@@ -295,6 +323,33 @@ impl Checkpoint {
         let stored = |name| self.weights.contains(name);
         let elsewhere = self.config.tie_word_embeddings && !stored(name) && stored(other);
         if elsewhere { other } else { name }
+    }
+
+    /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
+    #[must_use]
+    pub fn has_gptq_linear(&self, prefix: &str) -> bool {
+        self.quantize_config().is_some() && self.contains(&format!("{prefix}.{QWEIGHT}"))
+    }
+
+    /// Why a tensor is not there.
+    pub(crate) fn missing(&self, tensor: &str) -> Error {
+        let dir = || self.dir().to_owned();
+        let tensor = tensor.to_owned();
+        if let Some((index, shard)) = self.weights.promised(&tensor) {
+            return Error::IndexMismatch { index, tensor, shard };
+        }
+        let stored =
+            |name: &&str| name.strip_suffix(tensor.as_str()).is_some_and(|p| p.ends_with('.'));
+        if let Some(name) = self.names().find(stored) {
+            let prefix = name[..name.len() - tensor.len()].to_owned();
+            return Error::Prefixed { dir: dir(), tensor, prefix };
+        }
+        if let Some(bare) = tensor.strip_prefix("model.").filter(|bare| self.weights.contains(bare))
+        {
+            let bare = bare.to_owned();
+            return Error::Unprefixed { dir: dir(), tensor, bare };
+        }
+        Error::MissingTensor { dir: dir(), tensor }
     }
 
     /// A tensor with exactly this type and shape.

@@ -8,6 +8,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::names::{
+    CARD_FILE, CONFIG_FILE, INDEX_END, MANIFEST_FILE, QUANTIZE_CONFIG_FILE, REPORT_FILE,
+};
 use crate::partial::Partial;
 use crate::{Error, Result};
 
@@ -32,14 +35,8 @@ const WEIGHTS: [&str; 12] = [
 ];
 
 /// Files that are made for every checkpoint, or that describe the source only.
-const NOT_CARRIED: [&str; 6] = [
-    "config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "gptq_report.json",
-    "gptq_manifest.json",
-    "README.md",
-];
+const NOT_CARRIED: [&str; 6] =
+    [CONFIG_FILE, QUANTIZE_CONFIG_FILE, "quant_config.json", REPORT_FILE, MANIFEST_FILE, CARD_FILE];
 
 /// What training leaves beside a model. An adapter's configuration would even replace the model:
 /// transformers with PEFT then loads the base that it names.
@@ -141,7 +138,7 @@ fn carried(path: &Path, bytes: u64) -> bool {
         && bytes <= MAX_BYTES
         && !NOT_CARRIED.contains(&&*name)
         && !is_of_training(&name)
-        && !name.ends_with(".index.json")
+        && !name.ends_with(INDEX_END)
         && !WEIGHTS.contains(&&*extension)
 }
 
@@ -154,7 +151,7 @@ fn carried_dir(path: &Path, name: &Path) -> bool {
     let text = name.to_string_lossy();
     let hidden = text.starts_with('.') || is_of_training(&text) || LOGS.contains(&&*text);
     let weights = name.extension().is_some_and(|e| WEIGHTS.iter().any(|w| e == *w));
-    !hidden && !weights && !path.join("config.json").exists()
+    !hidden && !weights && !path.join(CONFIG_FILE).exists()
 }
 
 #[cfg(test)]

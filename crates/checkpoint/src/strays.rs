@@ -5,9 +5,8 @@
 //! Loaders leave all of it out, mostly in silence. Here what may change what the model computes is
 //! refused, and the rest is said.
 
-use crate::config::FINAL_NORM;
-use crate::gptq::LEAVES;
-use crate::{Checkpoint, EMBEDDING, Error, HEAD, ModelConfig, Result};
+use crate::names::{BLOCKS, EMBEDDING, FINAL_NORM, HEAD, LEAVES};
+use crate::{Error, ModelConfig, Result};
 
 /// What a tensor's name says that it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +65,19 @@ pub(crate) fn tensors(count: usize) -> String {
     format!("{count} tensor{}", if count == 1 { "" } else { "s" })
 }
 
-impl Checkpoint {
+/// The stored tensors of a model, told apart by their names.
+pub(crate) struct Stored<'a> {
+    /// The model's.
+    pub(crate) config: &'a ModelConfig,
+    /// Whether its linears may be packed.
+    pub(crate) quantised: bool,
+}
+
+impl Stored<'_> {
     /// Tensors that are left out, whatever is done with the model.
-    #[must_use]
-    pub fn strays(&self) -> Strays {
+    pub(crate) fn strays<'n>(&self, names: impl Iterator<Item = &'n str>) -> Strays {
         let mut strays = Strays::default();
-        for name in self.names() {
+        for name in names {
             match self.role(name) {
                 Role::Part | Role::Frequencies => {}
                 Role::Beyond => strays.beyond.push(name.to_owned()),
@@ -82,15 +88,15 @@ impl Checkpoint {
     }
 
     /// Refuses weights of blocks that the family does not have.
-    pub(crate) fn check_unknown(&self) -> Result<()> {
-        let Some(tensor) = self.names().find(|name| self.role(name) == Role::Weight) else {
+    pub(crate) fn check<'n>(&self, mut names: impl Iterator<Item = &'n str>) -> Result<()> {
+        let Some(tensor) = names.find(|name| self.role(name) == Role::Weight) else {
             return Ok(());
         };
         let tensor = tensor.to_owned();
         if is_adapter(&tensor) {
             return Err(Error::Adapter { tensor });
         }
-        Err(Error::UnknownWeight { tensor, family: self.config().family })
+        Err(Error::UnknownWeight { tensor, family: self.config.family })
     }
 
     fn role(&self, name: &str) -> Role {
@@ -100,10 +106,10 @@ impl Checkpoint {
         if name.ends_with("rotary_emb.inv_freq") {
             return Role::Frequencies;
         }
-        let block = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let block = name.strip_prefix(BLOCKS).and_then(|rest| rest.split_once('.'));
         let Some((block, part)) = block else { return Role::Other };
         let Ok(block) = block.parse::<usize>() else { return Role::Other };
-        let config = self.config();
+        let config = self.config;
         if block >= config.num_hidden_layers {
             return Role::Beyond;
         }
@@ -114,7 +120,7 @@ impl Checkpoint {
             "weight" if linear || norm => Role::Part,
             "weight" => Role::Weight,
             "bias" if linear => Role::Part,
-            _ if linear && self.quantize_config().is_some() && LEAVES.contains(&leaf) => Role::Part,
+            _ if linear && self.quantised && LEAVES.contains(&leaf) => Role::Part,
             _ => Role::Other,
         }
     }

@@ -12,11 +12,14 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use serde_json::{Map, Value, json};
 
+use crate::names::{
+    BLOCKS, CONFIG_FILE, G_IDX, INDEX_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, SAFETENSORS_END,
+    SCALES,
+};
 use crate::partial::{Partial, check_space};
 use crate::{
     Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig,
-    QuantizeConfig, Result, TensorRef, TensorSpec, json as python_json, plan_files,
-    quantize_config, side_files,
+    QuantizeConfig, Result, TensorRef, TensorSpec, json as python_json, plan_files, side_files,
 };
 
 /// Values of a dense tensor converted at a time, so that an embedding never doubles in memory.
@@ -114,7 +117,7 @@ impl CheckpointWriter {
     #[must_use]
     pub fn missing(&self) -> Vec<String> {
         let dense = |name: &str| {
-            !name.starts_with("model.layers.")
+            !name.starts_with(BLOCKS)
                 || name.ends_with("norm.weight")
                 || name.strip_suffix(".bias").is_some_and(|linear| self.has_bias(linear))
         };
@@ -135,10 +138,10 @@ impl CheckpointWriter {
         let zero_words = linear.bits.words(linear.out_features);
         let bias = vec![f16::ZERO; linear.out_features];
         let mut tensors: Vec<(&str, DType, Vec<usize>, &[u8])> = vec![
-            ("qweight", DType::I32, vec![words, linear.out_features], bytes(&linear.qweight)),
-            ("qzeros", DType::I32, vec![groups, zero_words], bytes(&linear.qzeros)),
-            ("scales", DType::F16, vec![groups, linear.out_features], bytes(&linear.scales)),
-            ("g_idx", DType::I32, vec![linear.in_features], bytes(&linear.g_idx)),
+            (QWEIGHT, DType::I32, vec![words, linear.out_features], bytes(&linear.qweight)),
+            (QZEROS, DType::I32, vec![groups, zero_words], bytes(&linear.qzeros)),
+            (SCALES, DType::F16, vec![groups, linear.out_features], bytes(&linear.scales)),
+            (G_IDX, DType::I32, vec![linear.in_features], bytes(&linear.g_idx)),
         ];
         if self.layout == Layout::Card && !self.has_bias(prefix) {
             tensors.push(("bias", DType::F16, vec![linear.out_features], bytes(&bias)));
@@ -210,11 +213,11 @@ impl CheckpointWriter {
             file.sync_all().map_err(Error::io("write", &path))?;
         }
         let text = self.quantize.config_text(self.config.raw(), self.layout)?;
-        self.partial.write(Path::new("config.json"), text.as_bytes())?;
+        self.partial.write(Path::new(CONFIG_FILE), text.as_bytes())?;
         let text = self.quantize.file_text(self.layout)?;
-        self.partial.write(Path::new(quantize_config::FILE), text.as_bytes())?;
+        self.partial.write(Path::new(QUANTIZE_CONFIG_FILE), text.as_bytes())?;
         if self.plan.shards.len() > 1 {
-            let name = format!("{}.safetensors.index.json", self.quantize.file_stem());
+            let name = format!("{}{SAFETENSORS_END}{INDEX_END}", self.quantize.file_stem());
             self.partial.write(Path::new(&name), self.index_text()?.as_bytes())?;
         }
         let Self { partial: folder, plan, .. } = self;

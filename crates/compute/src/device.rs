@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use ndarray::Array2;
 
+use crate::attention_shape::AttentionShape;
 use crate::cpu;
 use crate::cuda::{self, Coming, Cuda, MemoryInfo, Parked};
 use crate::error::{Error, Result, ensure_shape};
@@ -55,20 +56,21 @@ impl ComingTensor {
     }
 }
 
-/// Heads and window length of a causal attention.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AttentionShape {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Features of one head.
-    pub head_dim: usize,
-    /// Tokens of one window; rows of the operands are whole windows.
-    pub seq_len: usize,
-}
-
 impl Device {
+    /// [`Self::chunk_tokens`] of the CPU: as few as products still run at full speed with.
+    pub const CPU_CHUNK_TOKENS: usize = 4096;
+    /// [`Self::chunk_tokens`] of any card. Its Gram adds so many tokens at a time, so whole chunks give
+    /// the same sums however windows are cut.
+    pub const GPU_CHUNK_TOKENS: usize = cuda::gram::CHUNK_TOKENS;
+
+    /// Tokens that are best computed together.
+    pub fn chunk_tokens(&self) -> usize {
+        match self {
+            Self::Cpu => Self::CPU_CHUNK_TOKENS,
+            Self::Cuda(_) => Self::GPU_CHUNK_TOKENS,
+        }
+    }
+
     /// NVIDIA card `ordinal`, with its kernels compiled.
     pub fn cuda(ordinal: usize) -> Result<Self> {
         Ok(Self::Cuda(Cuda::new(ordinal)?))
@@ -148,7 +150,7 @@ impl Device {
     pub fn upload(&self, matrix: HostMatrix<'_>) -> Result<Tensor> {
         match self {
             Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::upload(matrix)))),
-            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::transfer::upload(cuda, matrix)?))),
+            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::upload::upload(cuda, matrix)?))),
         }
     }
 
@@ -167,9 +169,7 @@ impl Device {
         }
         match self {
             Self::Cpu => Ok(Tensor(Storage::Cpu(cpu::rows::gather(table, ids)))),
-            Self::Cuda(cuda) => {
-                Ok(Tensor(Storage::Cuda(cuda::transfer::gather(cuda, table, ids)?)))
-            }
+            Self::Cuda(cuda) => Ok(Tensor(Storage::Cuda(cuda::upload::gather(cuda, table, ids)?))),
         }
     }
 

@@ -3,6 +3,7 @@
 use ndarray::Array2;
 
 use crate::error::{Error, Result, ensure_shape};
+use crate::hessian_prep::{HessianPrep, Precision};
 use crate::ranks::Ranks;
 use crate::tensor::{Storage, Tensor};
 use crate::{Device, cpu, cuda};
@@ -17,28 +18,6 @@ pub struct Gram {
     pub(crate) ranks: Ranks,
 }
 
-/// How a damped, reordered Hessian is made from a [`Gram`].
-#[derive(Clone, Copy, Debug)]
-pub struct HessianPrep<'a> {
-    /// Factor on the Gram: 2 / windows in GPTQ.
-    pub scale: f32,
-    /// Column j of the result is column `order[j]` of the Gram.
-    pub order: &'a [u32],
-    /// Columns (in the Gram's order) that no token ever used: their diagonal becomes 1.
-    pub dead: &'a [bool],
-    /// Added to the whole diagonal, after the dead columns are set.
-    pub damp: f32,
-}
-
-/// How a factor was computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// As usual: in f64 on the CPU, in f32 on a GPU.
-    Usual,
-    /// In f64 on a GPU, after f32 met a pivot that was not positive.
-    RetriedInF64,
-}
-
 impl Gram {
     /// Order of the matrix: in_features.
     pub fn order(&self) -> usize {
@@ -46,6 +25,13 @@ impl Gram {
             Storage::Cpu(a) => a.nrows(),
             Storage::Cuda(m) => m.rows(),
         }
+    }
+
+    /// Adds the Grams of all `ranks` up; each gets the sum, and factors it together with the others.
+    pub fn sum_over(&mut self, ranks: &Ranks) -> Result<()> {
+        ranks.sum_storage(&mut self.sum)?;
+        self.ranks = ranks.clone();
+        Ok(())
     }
 
     /// The diagonal, unscaled.
@@ -60,7 +46,7 @@ impl Gram {
     /// and how it was computed.
     ///
     /// The CPU factors in f64; a GPU in f32, and in f64 when f32 finds a pivot that is not positive.
-    /// Cards that hold the same sum (see [`Ranks::sum_gram`]) factor a large one together, and must
+    /// Cards that hold the same sum (see [`Gram::sum_over`]) factor a large one together, and must
     /// all call this.
     ///
     /// # Errors

@@ -5,27 +5,33 @@
 //! kernel and the fallback of every command. This crate knows nothing of files, models or recipes,
 //! and it is the only one that may hold `unsafe` code besides the readers' mmap.
 
+mod attention_shape;
 mod cpu;
 pub mod cuda;
 mod device;
 mod error;
 mod gram;
+mod hessian_prep;
 mod host;
 mod laps;
 mod ranks;
 mod rope;
+mod share;
 mod target;
 mod tensor;
 #[cfg(test)]
 mod testing;
 
+pub use attention_shape::AttentionShape;
 pub use cpu::linalg;
 pub use cpu::matmul::matmul_nt;
-pub use device::{AttentionShape, ComingTensor, Device, ParkedTensor};
+pub use device::{ComingTensor, Device, ParkedTensor};
 pub use error::{Error, Result};
-pub use gram::{Gram, HessianPrep, Precision};
+pub use gram::Gram;
+pub use hessian_prep::{HessianPrep, Precision};
 pub use host::{FloatType, HostMatrix};
 pub use laps::Laps;
-pub use ranks::{Agreement, Launch, Ranks, Seat, Watch, frames, greeting, share};
+pub use ranks::{Agreement, Launch, Ranks, Seat, Watch, frames, greeting};
 pub use rope::RopeTable;
+pub use share::share;
 pub use tensor::Tensor;

@@ -119,7 +119,7 @@ impl Device {
 mod tests {
     use super::*;
     use crate::Gram;
-    use crate::gram::HessianPrep;
+    use crate::hessian_prep::HessianPrep;
     use ndarray::s;
 
     fn noise(rows: usize, cols: usize, seed: usize) -> Array2<f32> {

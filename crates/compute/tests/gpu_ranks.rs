@@ -127,7 +127,7 @@ fn cards_factor_together_what_one_factors_alone() {
                 let prep = HessianPrep { scale: 2.0, ..prep };
                 (ranks.is_first()).then(|| sum.upper_factor(&prep)).transpose()?
             };
-            ranks.sum_gram(&mut sum)?;
+            sum.sum_over(ranks)?;
             device.synchronize("the sum")?;
             let start = Instant::now();
             let together = sum.upper_factor(&prep)?.0;
@@ -173,7 +173,7 @@ fn timings_of_the_largest_factor() {
             let alone = timed(&mut || sum.upper_factor(&prep).map(|_| ()))?;
             let mut tensor = device.zeros(n, n)?;
             let summed = timed(&mut || ranks.sum(&mut tensor))?;
-            ranks.sum_gram(&mut sum)?;
+            sum.sum_over(ranks)?;
             let together = timed(&mut || sum.upper_factor(&prep).map(|_| ()))?;
             Ok((alone, together, summed))
         });
@@ -195,7 +195,7 @@ fn what_is_not_positive_definite_is_so_on_every_card() {
     let dead = vec![false; n];
     let outcomes = on_cards(&devices, |device, ranks| {
         let mut sum = gram(device, n);
-        ranks.sum_gram(&mut sum)?;
+        sum.sum_over(ranks)?;
         // Of rank 3000 or less, and shifted down.
         let prep = HessianPrep { scale: 1.0, order: &order, dead: &dead, damp: -1.0 };
         Ok(sum.upper_factor(&prep).map(|_| ()).unwrap_err().to_string())

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::http::{Coding, Purpose, Refusal, bounded, broken, cause, client, interrupted};
-use crate::hub::{is_plain, split_id};
+use crate::hub::split_id;
 use crate::listing::{Listing, next_page};
 use crate::retry::{Failure, Patience};
 use crate::stop::Stop;
@@ -83,7 +83,7 @@ impl<'a> Api<'a> {
         }
         let what = format!("{}@{revision}", self.id);
         let Info { sha } = self.json(&what, self.api(&["revision", revision]), progress)?.0;
-        if !is_plain(&sha) {
+        if !gptq_checkpoint::is_hub_name(&sha) {
             return Err(Error::Answer { what, reason: format!("`{sha}` is no commit") });
         }
         Ok(sha)

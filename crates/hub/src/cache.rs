@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use gptq_checkpoint::{bytes_free, has_no_locks, is_hub_name};
+
 use crate::api::Kind;
 use crate::listing::RemoteFile;
 use crate::stop::Stop;
@@ -230,8 +232,7 @@ impl RepoCache {
     /// Refuses a download that the disk cannot hold.
     pub(crate) fn check_space(&self, needed: u64) -> Result<()> {
         let path = self.folder();
-        let stat = rustix::fs::statvfs(&path).map_err(|e| Error::io("inspect", &path)(e.into()))?;
-        let available = stat.f_bavail.saturating_mul(stat.f_frsize);
+        let available = bytes_free(&path).map_err(Error::io("inspect", &path))?;
         if available >= needed {
             return Ok(());
         }
@@ -280,7 +281,7 @@ impl RepoCache {
             Ok(text) => text.trim().to_owned(),
             Err(_) => revision.to_owned(),
         };
-        crate::hub::is_plain(&text).then_some(text)
+        is_hub_name(&text).then_some(text)
     }
 
     /// Writes a small file at once: whoever reads it finds the old one or the new one.
@@ -315,12 +316,6 @@ fn make_link(target: &Path, link: &Path) -> Result<()> {
     }
     let taken = || Error::io("replace", link)(io::ErrorKind::AlreadyExists.into());
     if make()? { Ok(()) } else { Err(taken()) }
-}
-
-/// Whether an error is that of a file system without locks, as some over a network are.
-fn has_no_locks(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::Unsupported
-        || error.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error())
 }
 
 fn make_folder(path: &Path) -> Result<()> {
@@ -452,15 +447,6 @@ mod tests {
         drop((next, other));
         cache.private("decaf").unwrap();
         assert!(!left.exists());
-    }
-
-    #[test]
-    fn file_systems_without_locks_are_known() {
-        use rustix::io::Errno;
-        for errno in [Errno::NOLCK, Errno::NOSYS, Errno::OPNOTSUPP] {
-            assert!(has_no_locks(&errno.into()), "{errno}");
-        }
-        assert!(!has_no_locks(&Errno::IO.into()));
     }
 
     #[test]

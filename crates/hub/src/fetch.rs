@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use gptq_checkpoint::CONFIG_FILE;
+
 use crate::api::{Api, Kind};
 use crate::cache::RepoCache;
 use crate::download::Download;
@@ -19,9 +21,6 @@ use crate::{offline, tree};
 
 /// Files downloaded at a time: one connection seldom fills a fast line.
 const CONNECTIONS: usize = 4;
-
-/// A model's configuration.
-const CONFIG: &str = "config.json";
 
 /// What to download.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,8 +130,8 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Needed> 
             model_files(listing).ok_or_else(|| Error::NoWeights { repo: id.clone() })
         }
         Source::Config(id) => {
-            let config = listing.iter().find(|file| file.path == CONFIG);
-            let what = || format!("`{CONFIG}` in `{id}`");
+            let config = listing.iter().find(|file| file.path == CONFIG_FILE);
+            let what = || format!("`{CONFIG_FILE}` in `{id}`");
             let config = config.ok_or_else(|| Error::NotFound { what: what() })?;
             Ok(Needed::files(vec![config.clone()]))
         }

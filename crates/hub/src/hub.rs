@@ -168,7 +168,7 @@ fn token(file: Option<&Path>, get: &dyn Fn(&str) -> Option<String>) -> Result<Op
 /// Owner and name of a model's id, in characters that stay within one folder or address.
 pub(crate) fn split_id(id: &str) -> Result<Vec<&str>> {
     let parts: Vec<&str> = id.split('/').collect();
-    if parts.len() > 2 || !parts.iter().all(|part| is_plain(part)) {
+    if parts.len() > 2 || !parts.iter().all(|part| gptq_checkpoint::is_hub_name(part)) {
         return Err(Error::InvalidId { id: id.to_owned() });
     }
     Ok(parts)
@@ -180,12 +180,6 @@ pub(crate) fn split_repo(id: &str) -> Result<(&str, &str)> {
         &[owner, name] => Ok((owner, name)),
         _ => Err(Error::InvalidId { id: id.to_owned() }),
     }
-}
-
-/// A name in the Hub's characters that is no hidden or parent folder.
-pub(crate) fn is_plain(part: &str) -> bool {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
 }
 
 #[cfg(test)]

@@ -3,11 +3,12 @@
 //! Of a model: its weights in one format, safetensors before PyTorch's, and the small files beside
 //! them that every checkpoint made from it carries on. Of a dataset: one split's parquet files.
 //!
-//! What is chosen has to be what a reader opens, so the order of the names is the reader's, and
-//! which files are shards is the index's to say.
+//! What is chosen has to be what a reader opens, so the order of the names is asked of the reader's
+//! crate; which files are shards stands in the index.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use gptq_checkpoint::{INDEX_END, weight_file_names};
 use serde::Deserialize;
 
 use crate::listing::RemoteFile;
@@ -18,17 +19,6 @@ const SMALL_EXTENSIONS: [&str; 6] = ["json", "txt", "jinja", "model", "tiktoken"
 
 /// Larger files are no settings, whatever their name.
 const SMALL_BYTES: u64 = 64 << 20;
-
-/// Names of weights, the better ones first.
-const WEIGHTS: [&str; 4] = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-];
-
-/// The end of an index's name.
-const INDEX: &str = ".index.json";
 
 /// What to download.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,7 +36,7 @@ impl Needed {
 
     /// Whether the shards are those of an index that is found under its usual name.
     pub(crate) fn is_sharded(&self) -> bool {
-        self.indices.iter().any(|index| WEIGHTS.contains(&index.path.as_str()))
+        self.indices.iter().any(|index| weight_file_names().any(|name| name == index.path))
     }
 }
 
@@ -55,7 +45,7 @@ pub(crate) fn model_files(listing: &[RemoteFile]) -> Option<Needed> {
     let weights = weights(listing)?;
     let wanted = |file: &&RemoteFile| weights.contains(file) || is_small(file);
     let files = listing.iter().filter(wanted).cloned().collect();
-    let is_index = |file: &&&RemoteFile| file.path.ends_with(INDEX);
+    let is_index = |file: &&&RemoteFile| file.path.ends_with(INDEX_END);
     let indices = weights.iter().filter(is_index).map(|&file| file.clone()).collect();
     Some(Needed { files, indices })
 }
@@ -63,8 +53,8 @@ pub(crate) fn model_files(listing: &[RemoteFile]) -> Option<Needed> {
 /// The weights: a file, or an index of shards, or what early GPTQ checkpoints have, which are named
 /// as their makers liked: their indices, or else all their files.
 fn weights(listing: &[RemoteFile]) -> Option<Vec<&RemoteFile>> {
-    let named = |name: &&str| listing.iter().find(|file| file.path == **name);
-    if let Some(file) = WEIGHTS.iter().find_map(named) {
+    let named = |name: &str| listing.iter().find(|file| file.path == name);
+    if let Some(file) = weight_file_names().find_map(named) {
         return Some(vec![file]);
     }
     let ending = |end: &str| -> Vec<&RemoteFile> {
@@ -101,7 +91,7 @@ fn is_small(file: &RemoteFile) -> bool {
     let licence = ["licen", "notice", "use_policy"].iter().any(|word| path.contains(word));
     let known =
         path.rsplit_once('.').is_some_and(|(_, extension)| SMALL_EXTENSIONS.contains(&extension));
-    let of_weights = path.ends_with(INDEX);
+    let of_weights = path.ends_with(INDEX_END);
     let depth = path.matches('/').count();
     file.bytes <= SMALL_BYTES
         && !path.starts_with('.')

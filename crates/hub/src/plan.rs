@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use gptq_checkpoint::{CONFIG_FILE, PARTIAL_END};
 use serde::Serialize;
 
 use crate::hub::split_repo;
@@ -56,7 +57,7 @@ pub fn plan_push(repo: &str, dir: &Path, branch: Option<&str>) -> Result<Vec<Bra
     let mut branches = Vec::new();
     for (name, path) in entries(dir)? {
         // A folder that is still being written has this ending.
-        if path.is_dir() && is_checkpoint(&path) && !name.ends_with(".partial") {
+        if path.is_dir() && is_checkpoint(&path) && !name.ends_with(PARTIAL_END) {
             branches.push(name);
         }
     }
@@ -74,7 +75,7 @@ pub fn plan_push(repo: &str, dir: &Path, branch: Option<&str>) -> Result<Vec<Bra
 }
 
 fn is_checkpoint(dir: &Path) -> bool {
-    dir.join("config.json").is_file()
+    dir.join(CONFIG_FILE).is_file()
 }
 
 fn planned(branch: &str, folder: &Path) -> Result<BranchPlan> {

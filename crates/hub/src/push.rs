@@ -384,7 +384,7 @@ impl Upload<'_> {
 
     /// Compares what a branch lists with what was sent.
     fn look(&self, plan: &BranchPlan, sent: &[Ready<'_>], commit: Option<&str>) -> Result<()> {
-        let commit = commit.filter(|commit| crate::hub::is_plain(commit));
+        let commit = commit.filter(|commit| gptq_checkpoint::is_hub_name(commit));
         let there = self.api.files(commit.unwrap_or(&plan.branch), self.progress)?.files;
         for ready in sent {
             let remote = there.iter().find(|remote| remote.path == ready.file.path);

@@ -175,11 +175,6 @@ impl Block {
         norms.chain(head_norms.iter_mut().flatten()).for_each(|gain| round(gain));
     }
 
-    /// Inputs of q, k, v: the normed hidden states `[tokens, hidden]`.
-    pub fn attention_input(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
-        Ok(device.rms_norm(hidden, &self.parts.input_norm, self.parts.norm_eps)?)
-    }
-
     /// Outputs of a linear with its bias.
     fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
         let mut output = device.linear(input, self.linear(id))?;
@@ -189,24 +184,9 @@ impl Block {
         Ok(output)
     }
 
-    /// Adds the outputs of a linear with its bias to the hidden states.
-    fn add(
-        &self,
-        device: &Device,
-        input: &Tensor,
-        id: LinearId,
-        hidden: &mut Tensor,
-    ) -> Result<()> {
-        device.linear_add(input, self.linear(id), hidden)?;
-        if let Some(bias) = self.bias(id) {
-            device.add_bias(hidden, bias)?;
-        }
-        Ok(())
-    }
-
     /// Input of o from the inputs of q, k, v: projections, norms of heads, rotary embedding, causal
     /// attention.
-    pub fn attention_context(
+    fn attention(
         &self,
         device: &Device,
         input: &Tensor,
@@ -228,36 +208,69 @@ impl Block {
         Ok(device.attention(&q, &k, &v, shape)?)
     }
 
-    /// Adds o(context) to the hidden states.
-    pub fn attention_output(
-        &self,
-        device: &Device,
-        context: &Tensor,
-        hidden: &mut Tensor,
-    ) -> Result<()> {
-        self.add(device, context, LinearId::O, hidden)
-    }
-
-    /// Inputs of gate and up: the hidden states after attention, normed.
-    pub fn mlp_input(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
-        Ok(device.rms_norm(hidden, &self.parts.post_attention_norm, self.parts.norm_eps)?)
-    }
-
     /// Input of down: silu(gate(input)) · up(input), `[tokens, intermediate]`.
-    pub fn mlp_activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
+    fn activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
         let gate = self.project(device, input, LinearId::Gate)?;
         let up = self.project(device, input, LinearId::Up)?;
         Ok(device.silu_mul(gate, &up)?)
     }
 
-    /// Adds down(activation) to the hidden states.
-    pub fn mlp_output(
+    /// Inputs of a stage's linears, `[tokens, in_features]`, from the hidden states that the stages
+    /// before have left, over whole windows of `seq_len` tokens.
+    ///
+    /// For o and down the norm before q or gate is computed once more, since it is not at hand: one
+    /// pass over memory against holding all of it.
+    pub fn stage_input(
         &self,
         device: &Device,
-        activation: &Tensor,
+        stage: Stage,
+        hidden: &Tensor,
+        rope: &RopeTable,
+        seq_len: usize,
+    ) -> Result<Tensor> {
+        self.next_input(device, stage, hidden, None, (rope, seq_len))
+    }
+
+    /// As [`Self::stage_input`], from the inputs of the stage before where they are at hand.
+    fn next_input(
+        &self,
+        device: &Device,
+        stage: Stage,
+        hidden: &Tensor,
+        before: Option<&Tensor>,
+        (rope, seq_len): (&RopeTable, usize),
+    ) -> Result<Tensor> {
+        let BlockParts { input_norm, post_attention_norm, norm_eps, .. } = &self.parts;
+        let normed = |gain: &[f32]| Ok(device.rms_norm(hidden, gain, *norm_eps)?);
+        match (stage, before) {
+            (Stage::Qkv, _) => normed(input_norm),
+            (Stage::Output, Some(input)) => self.attention(device, input, rope, seq_len),
+            (Stage::Output, None) => self.attention(device, &normed(input_norm)?, rope, seq_len),
+            (Stage::GateUp, _) => normed(post_attention_norm),
+            (Stage::Down, Some(input)) => self.activation(device, input),
+            (Stage::Down, None) => self.activation(device, &normed(post_attention_norm)?),
+        }
+    }
+
+    /// Adds what a stage gives to the hidden states: the products of o or down. Those of the other
+    /// linears go into the next stage's inputs alone.
+    pub fn stage_output(
+        &self,
+        device: &Device,
+        stage: Stage,
+        input: &Tensor,
         hidden: &mut Tensor,
     ) -> Result<()> {
-        self.add(device, activation, LinearId::Down, hidden)
+        let id = match stage {
+            Stage::Qkv | Stage::GateUp => return Ok(()),
+            Stage::Output => LinearId::O,
+            Stage::Down => LinearId::Down,
+        };
+        device.linear_add(input, self.linear(id), hidden)?;
+        if let Some(bias) = self.bias(id) {
+            device.add_bias(hidden, bias)?;
+        }
+        Ok(())
     }
 
     /// The whole block over whole windows of `seq_len` tokens, in place of `hidden`.
@@ -268,11 +281,25 @@ impl Block {
         rope: &RopeTable,
         seq_len: usize,
     ) -> Result<()> {
-        let input = self.attention_input(device, hidden)?;
-        let context = self.attention_context(device, &input, rope, seq_len)?;
-        self.attention_output(device, &context, hidden)?;
-        let input = self.mlp_input(device, hidden)?;
-        let activation = self.mlp_activation(device, &input)?;
-        self.mlp_output(device, &activation, hidden)
+        self.forward_looking(device, hidden, rope, seq_len, |_, _| Ok(()))
+    }
+
+    /// As [`Self::forward`], showing `look` the inputs of every stage's linears.
+    pub fn forward_looking(
+        &self,
+        device: &Device,
+        hidden: &mut Tensor,
+        rope: &RopeTable,
+        seq_len: usize,
+        mut look: impl FnMut(Stage, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let mut before = None;
+        for stage in Stage::ALL {
+            let input = self.next_input(device, stage, hidden, before.as_ref(), (rope, seq_len))?;
+            look(stage, &input)?;
+            self.stage_output(device, stage, &input, hidden)?;
+            before = Some(input);
+        }
+        Ok(())
     }
 }

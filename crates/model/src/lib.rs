@@ -2,8 +2,9 @@
 //!
 //! A model is never in memory as a whole: [`Model`] knows the checkpoint and the tables that every
 //! block shares, [`Model::load_block`] brings one block's weights to the device, and [`Block`]
-//! offers the pieces between two linears as separate stages, so that calibration can look at (and
-//! replace) each linear's weights on the way. [`Block::forward`] is nothing but the stages in order.
+//! offers what lies between two linears as separate stages ([`Block::stage_input`],
+//! [`Block::stage_output`]), so that calibration can look at (and replace) each linear's weights on the
+//! way. [`Block::forward`] is nothing but the stages in order.
 
 mod block;
 mod error;
@@ -12,4 +13,5 @@ mod values;
 
 pub use block::{Block, BlockParts, LinearId, Stage};
 pub use error::{Error, Result};
-pub use model::{Head, Model, SourcePrecision};
+pub use model::{Head, Model};
+pub use values::SourcePrecision;

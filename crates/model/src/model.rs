@@ -1,7 +1,8 @@
 //! A checkpoint as a model: embeddings, blocks one at a time, final norm and head.
 
 use gptq_checkpoint::{
-    Checkpoint, EMBEDDING, GptqLinear, HEAD, LinearShape, ModelConfig, RopeScaling, TensorRef,
+    Checkpoint, EMBEDDING, FINAL_NORM, GptqLinear, HEAD, LEAVES, LinearShape, ModelConfig,
+    RopeScaling, TensorRef,
 };
 use gptq_compute::cuda::{PackedLinear, dequantise};
 use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
@@ -9,19 +10,7 @@ use half::f16;
 
 use crate::block::{Block, BlockParts, LinearId};
 use crate::error::{Error, Result};
-use crate::values::Values;
-
-const FINAL_NORM: &str = "model.norm.weight";
-
-/// What a dense checkpoint's weights become on their way to the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourcePrecision {
-    /// The stored values.
-    Stored,
-    /// Rounded to fp16, the type of a GPTQ file and of the models that the published branches were
-    /// made from; a finite value beyond fp16 is an error.
-    Half,
-}
+use crate::values::{SourcePrecision, Values};
 
 /// A checkpoint, dense or GPTQ, and the device to run it on.
 #[derive(Debug)]
@@ -245,7 +234,7 @@ impl<'a> Model<'a> {
         let (rows, cols) = (shape.out_features, shape.in_features);
         if self.checkpoint.has_gptq_linear(name) {
             let linear = self.checkpoint.gptq_linear(name, shape)?;
-            for leaf in ["qweight", "qzeros", "scales", "g_idx"] {
+            for leaf in LEAVES {
                 self.checkpoint.release(&format!("{name}.{leaf}"));
             }
             return dequantised(device, &linear);

@@ -7,7 +7,16 @@ use gptq_compute::{FloatType, HostMatrix};
 use half::f16;
 
 use crate::error::{Error, Result};
-use crate::model::SourcePrecision;
+
+/// What a dense checkpoint's weights become on their way to the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourcePrecision {
+    /// The stored values.
+    Stored,
+    /// Rounded to fp16, the type of a GPTQ file and of the models that the published branches were
+    /// made from; a finite value beyond fp16 is an error.
+    Half,
+}
 
 /// Values of a dense tensor.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ pub(crate) fn quantise(job: &QuantiseJob<'_>) -> Result<Agreement> {
         .with("the source model", source_digest(job.source)?)
         .with("source dtype", job.source_dtype.name())
         .with("bits", spec.bits)
-        .with("group size", spec.group_size.map_or_else(|| "none".to_owned(), |n| n.to_string()))
+        .with("group size", gptq_checkpoint::GroupSize(spec.group_size))
         .with("act-order", spec.act_order)
         .with("damp", spec.damp)
         .with("recipe", spec.recipe.name())

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::memory_evaluation::{EvaluationSizes, Room};
 use crate::progress::Progress;
 use crate::protocol::EvalWindow;
-use crate::states::{chunk_ranges, chunk_tokens};
+use crate::states::chunk_ranges;
 
 /// What an evaluation holds beside the states of the model that it walks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -87,7 +87,7 @@ impl Batches {
         let shown: Vec<&[u32]> = windows[own.clone()].iter().map(|w| w.tokens.as_slice()).collect();
         let mut ranges: Vec<Range<usize>> = Vec::new();
         let mut held = 0;
-        for chunk in chunk_ranges(&shown, chunk_tokens(model.device())) {
+        for chunk in chunk_ranges(&shown, model.device().chunk_tokens()) {
             let chunk = own.start + chunk.start..own.start + chunk.end;
             let more = tokens(&windows[chunk.clone()]);
             match ranges.last_mut() {

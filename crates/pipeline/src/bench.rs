@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::stash::Stash;
-use crate::states::{States, chunk_tokens};
+use crate::states::States;
 
 /// Runs of each measurement, at least.
 const RUNS: usize = 3;
@@ -345,7 +345,7 @@ fn synthetic_states(
     const ROWS: usize = 1024;
     let values = halves(ROWS, width.hidden, 99, 1.0);
     let table = HostMatrix::new(bytemuck::cast_slice(&values), FloatType::F16, ROWS, width.hidden);
-    let most = (chunk_tokens(device) / seq_len).max(1);
+    let most = (device.chunk_tokens() / seq_len).max(1);
     let chunks = windows.len().div_ceil(most);
     let mut hidden = Stash::new(device, chunks, parking.hidden);
     for chunk in 0..chunks {

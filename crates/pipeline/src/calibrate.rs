@@ -119,25 +119,14 @@ impl Stream<'_> {
         if stage == Stage::GateUp {
             let context = self.kept(all).take(chunk)?;
             let mut hidden = self.states.hidden.take(chunk)?;
-            block.attention_output(device, &context, &mut hidden)?;
-            let input = block.mlp_input(device, &hidden)?;
+            block.stage_output(device, Stage::Output, &context, &mut hidden)?;
+            let input = block.stage_input(device, stage, &hidden, all.rope, seq_len)?;
             self.states.hidden.put(chunk, hidden)?;
             return Ok(input);
         }
-        self.states.hidden.read(chunk, |hidden| {
-            Ok(match stage {
-                // Normed again for the next stage rather than kept: one pass over memory against
-                // holding all of it.
-                Stage::Qkv => block.attention_input(device, hidden)?,
-                Stage::Output => {
-                    let input = block.attention_input(device, hidden)?;
-                    block.attention_context(device, &input, all.rope, seq_len)?
-                }
-                Stage::GateUp | Stage::Down => {
-                    block.mlp_activation(device, &block.mlp_input(device, hidden)?)?
-                }
-            })
-        })
+        self.states
+            .hidden
+            .read(chunk, |hidden| Ok(block.stage_input(device, stage, hidden, all.rope, seq_len)?))
     }
 
     /// Adds what one chunk of the residual stream lacks against `reference` before o's or down's
@@ -171,7 +160,7 @@ impl Stream<'_> {
         for chunk in 0..self.states.seq_lens.len() {
             let activation = self.kept(all).take(chunk)?;
             let mut hidden = self.states.hidden.take(chunk)?;
-            block.mlp_output(all.device, &activation, &mut hidden)?;
+            block.stage_output(all.device, Stage::Down, &activation, &mut hidden)?;
             self.states.hidden.put(chunk, hidden)?;
         }
         Ok(())
@@ -190,15 +179,8 @@ impl States {
     ) -> Result<Tensor> {
         let device = all.device;
         let mut hidden = self.hidden.take(chunk)?;
-        if stage == Stage::Output {
-            let input = dense.attention_input(device, &hidden)?;
-            let seq_len = self.seq_lens[chunk];
-            let context = dense.attention_context(device, &input, all.rope, seq_len)?;
-            dense.attention_output(device, &context, &mut hidden)?;
-        } else {
-            let activation = dense.mlp_activation(device, &dense.mlp_input(device, &hidden)?)?;
-            dense.mlp_output(device, &activation, &mut hidden)?;
-        }
+        let input = dense.stage_input(device, stage, &hidden, all.rope, self.seq_lens[chunk])?;
+        dense.stage_output(device, stage, &input, &mut hidden)?;
         Ok(hidden)
     }
 }
@@ -269,7 +251,7 @@ impl BlockRun<'_, '_, '_> {
                 self.stream.kept(self.all).put(chunk, input)?;
             }
         }
-        self.all.ranks.sum_gram(&mut gram)?;
+        gram.sum_over(self.all.ranks)?;
         self.exchanged()?;
         Ok(gram)
     }

@@ -5,8 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::Layout;
-use gptq_quant::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
+use gptq_checkpoint::{GroupSize, Layout, PARTIAL_END};
+use gptq_quant::{QuantSpec, Recipe};
 use serde::Deserialize;
 
 use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
@@ -65,22 +65,6 @@ struct RawBranch {
     recipe: Option<Recipe>,
     #[serde(default)]
     set: Vec<String>,
-}
-
-// What is quantised can be read again.
-const _: () = assert!(MAX_GROUP_SIZE == gptq_checkpoint::MAX_GROUP_SIZE);
-
-/// `group_size = 128`, `group_size = "none"`, or -1 for none as every config.json says it.
-#[derive(Debug)]
-struct GroupSize(Option<usize>);
-
-impl<'de> Deserialize<'de> for GroupSize {
-    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-        // Numbers and strings have one form in text, which the command line reads, too.
-        let value = toml::Value::deserialize(from)?;
-        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        parse_group_size(&text).map(Self).map_err(serde::de::Error::custom)
-    }
 }
 
 fn modern() -> String {
@@ -245,7 +229,7 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
     }
     // Whatever the case: not every file system tells `Sweep.json` from `sweep.json`.
     let lower = name.to_ascii_lowercase();
-    if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(".partial") {
+    if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(PARTIAL_END) {
         return Err("a sweep has files and working folders of that name; choose another".to_owned());
     }
     if before.iter().any(|b| b.name == name) {

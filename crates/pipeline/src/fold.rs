@@ -7,7 +7,7 @@
 //! nothing before or after them is turned. Large features are spread over all others, and every linear becomes easier to quantise
 //! (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
-use gptq_checkpoint::{Checkpoint, EMBEDDING, HEAD, ModelConfig, TensorRef};
+use gptq_checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef};
 use gptq_compute::Device;
 use gptq_model::{Block, LinearId};
 use gptq_quant::{Rotate, Rotation};
@@ -21,7 +21,6 @@ use crate::error::{Error, Result};
 /// Fixed seeds: a source and its settings determine the file.
 const STREAM_SEED: u64 = 1;
 const HEAD_SEED: u64 = 2;
-const FINAL_NORM: &str = "model.norm.weight";
 
 /// The rotations of a model.
 #[derive(Debug)]

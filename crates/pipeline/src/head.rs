@@ -63,7 +63,7 @@ fn map(
             device.cross_add(&mut lacking, &drift, &input)?;
         }
     }
-    model.ranks().sum_gram(&mut gram)?;
+    gram.sum_over(model.ranks())?;
     model.ranks().sum(&mut lacking)?;
     let factored = factor(&gram, 2.0 / windows as f32, spec).map_err(|source| match source {
         gptq_quant::Error::NotFinite { .. } => activations(),

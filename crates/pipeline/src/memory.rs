@@ -4,7 +4,6 @@
 //! down wait in host memory, as many of them as must, and then hidden states too.
 
 use gptq_checkpoint::ModelConfig;
-use gptq_compute::cuda::CHUNK_TOKENS;
 use gptq_compute::{Device, FloatType};
 use gptq_quant::{QuantSpec, Rotate};
 use serde::Serialize;
@@ -12,7 +11,6 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::head;
 use crate::host_memory::ensure;
-use crate::states::chunk_tokens;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -201,7 +199,7 @@ impl GpuBytes {
         let Workload { tokens, seq_len, reference, exact, .. } = work;
         let streams = work.streams();
         // A window longer than a chunk is one of its own.
-        let chunk = CHUNK_TOKENS.max(seq_len).min(tokens.max(1));
+        let chunk = Device::GPU_CHUNK_TOKENS.max(seq_len).min(tokens.max(1));
         // The block computed, the one read ahead, and the first as it was before.
         let blocks = (1 + streams) * 2 * block.weights;
         // A chunk in flight: gate, up and their product, hidden states coming and going; with a
@@ -261,7 +259,7 @@ pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
     let states = states_of(block, work);
     // One chunk's gate and up; with a reference states of both streams and their difference.
     let lacking = if reference { 3 * block.hidden } else { 0 };
-    let chunk = chunk_tokens(&Device::Cpu).max(seq_len).min(tokens);
+    let chunk = Device::CPU_CHUNK_TOKENS.max(seq_len).min(tokens);
     let flight = chunk * (2 * block.intermediate + lacking);
     // Weights in solve order, values twice, codes; Gram, Hessian and U in f32, the factor in f64.
     // Shifts and shifted weights come when the factor's room is free again.

@@ -6,13 +6,11 @@
 
 use gptq_checkpoint::ModelConfig;
 use gptq_compute::Device;
-use gptq_compute::cuda::CHUNK_TOKENS;
 
 use crate::batches::Beside;
 use crate::error::{Error, Result};
 use crate::host_memory::available;
 use crate::memory::{BlockSizes, STAGING, USABLE, device_budget};
-use crate::states::chunk_tokens;
 
 /// Rows of logits that the CPU holds at a time.
 const LOGITS: usize = 512;
@@ -58,7 +56,7 @@ impl EvaluationSizes {
     fn cpu_fixed(self) -> usize {
         let Self { block, vocab, longest, models, grams } = self;
         // Queries, keys, values and contexts of a chunk, or its gate and up.
-        let flight = chunk_tokens(&Device::Cpu).max(longest)
+        let flight = Device::CPU_CHUNK_TOKENS.max(longest)
             * (4 * block.hidden).max(2 * block.intermediate + block.hidden);
         // In f32: two blocks and a linear on its way to one; then heads and logits.
         let walking = 4 * (2 * block.weights + block.largest + flight) + grams;
@@ -70,8 +68,8 @@ impl EvaluationSizes {
     /// The same on a GPU, with the columns of a linear that is rounded on the way.
     fn gpu_fixed(self) -> usize {
         let Self { block, vocab, longest, models, grams } = self;
-        let flight =
-            CHUNK_TOKENS.max(longest) * (3 * 2 * block.intermediate + 3 * 4 * block.hidden);
+        let flight = Device::GPU_CHUNK_TOKENS.max(longest)
+            * (3 * 2 * block.intermediate + 3 * 4 * block.hidden);
         let rounding = 12 * block.largest + 4 * 1024 * block.rows;
         let heads = models * (2 * vocab * block.hidden + DEVICE_LOGITS);
         2 * 2 * block.weights + flight + rounding + heads + grams
@@ -116,7 +114,7 @@ impl Room {
 
     fn on_gpu(sizes: EvaluationSizes, budget: usize, free: Option<usize>) -> Self {
         let hidden = 4 * sizes.block.hidden;
-        let moving = 3 * CHUNK_TOKENS.max(sizes.longest) * hidden;
+        let moving = 3 * Device::GPU_CHUNK_TOKENS.max(sizes.longest) * hidden;
         // Uploads go through pinned buffers, and a block waits to be uploaded.
         let staging = 4 * sizes.block.weights + STAGING;
         let usable = free.map_or(usize::MAX, |free| free - free / 8);

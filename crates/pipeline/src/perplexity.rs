@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::progress::{Progress, Silent};
 use crate::protocol::EvalWindow;
 use crate::quantise::{linear_name, next_block, read_ahead};
-use crate::states::{States, chunk_ranges, chunk_tokens, embed, forward};
+use crate::states::{States, chunk_ranges, embed, forward};
 
 /// Normed final hidden states of a batch's scored positions, with the tokens that follow them.
 ///
@@ -118,7 +118,7 @@ impl Scored {
     /// Of the states of a batch after the last block.
     pub(crate) fn of(model: &Model<'_>, batch: Batch<'_>, mut states: States) -> Result<Self> {
         let head = model.load_head()?;
-        let ranges = chunk_ranges(&tokens(batch.windows), chunk_tokens(model.device()));
+        let ranges = chunk_ranges(&tokens(batch.windows), model.device().chunk_tokens());
         let mut chunks = Vec::with_capacity(ranges.len());
         for (chunk, range) in ranges.into_iter().enumerate() {
             let (rows, targets) = scored_rows(&batch.windows[range]);

@@ -3,8 +3,6 @@
 //! A model is walked layer by layer with the states of every window held, so a chunk is what one
 //! matrix product sees: several short windows, or one long one.
 
-use gptq_compute::Device;
-use gptq_compute::cuda::CHUNK_TOKENS;
 use gptq_model::{Block, Model};
 
 use crate::error::Result;
@@ -18,18 +16,9 @@ pub(crate) struct States {
     pub(crate) seq_lens: Vec<usize>,
 }
 
-/// Tokens of a chunk: as few as products still run at full speed with. A GPU's Gram adds so many
-/// tokens at a time, so whole chunks give the same sums however windows are cut.
-pub(crate) fn chunk_tokens(device: &Device) -> usize {
-    match device {
-        Device::Cpu => 4096,
-        Device::Cuda(_) => CHUNK_TOKENS,
-    }
-}
-
 /// Embeds windows; consecutive windows of equal length share chunks.
 pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], parked: f64) -> Result<States> {
-    let ranges = chunk_ranges(windows, chunk_tokens(model.device()));
+    let ranges = chunk_ranges(windows, model.device().chunk_tokens());
     let mut hidden = Stash::new(model.device(), ranges.len(), parked);
     let mut seq_lens = Vec::with_capacity(ranges.len());
     for (chunk, range) in ranges.into_iter().enumerate() {

@@ -194,7 +194,7 @@ impl SweepJob<'_> {
     /// Everything that the bytes of a branch depend on.
     fn made_from(&self, branch: &Branch, source: &str) -> MadeFrom {
         let spec = &branch.spec;
-        let group = spec.group_size.map_or_else(|| "none".to_owned(), |n| n.to_string());
+        let group = gptq_checkpoint::GroupSize(spec.group_size).to_string();
         let mut settings = format!(
             "{} bits, group size {group}, act-order {}, damp {:?}, {}",
             spec.bits,

@@ -2,7 +2,15 @@
 
 use std::fmt::{self, Display};
 
-pub use gptq_compute::cuda::GroupWeights;
+/// Which weights a group's scale is computed from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupWeights {
+    /// Weights corrected up to the last block of 128 columns, as AutoGPTQ does; for one group a row,
+    /// the weights before dead columns were zeroed.
+    Stale,
+    /// Weights corrected for every column before the group, dead columns being zero.
+    Fresh,
+}
 
 /// Precision of a scale while codes are chosen for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,67 +96,145 @@ impl Choices {
     pub fn set(&mut self, setting: &str) -> std::result::Result<(), String> {
         let unknown = |values: &str| format!("`{setting}` is no choice; use {values}");
         let (key, value) = setting.split_once('=').unwrap_or((setting, ""));
-        match (key, value) {
-            ("group-weights", "stale") => self.group_weights = GroupWeights::Stale,
-            ("group-weights", "fresh") => self.group_weights = GroupWeights::Fresh,
-            ("group-weights", _) => return Err(unknown("group-weights=stale or =fresh")),
-            ("scales", "f32") => self.scales = ScalePrecision::F32,
-            ("scales", "fp16") => self.scales = ScalePrecision::Half,
-            ("scales", _) => return Err(unknown("scales=f32 or =fp16")),
-            ("clip", "none") => self.clip = Clip::None,
-            ("clip", "search") => self.clip = Clip::Search,
-            ("clip", "solve") => self.clip = Clip::Solve,
-            ("clip", _) => return Err(unknown("clip=none, =search or =solve")),
-            ("rotate", "none") => self.rotate = Rotate::None,
-            ("rotate", "heads") => self.rotate = Rotate::Heads,
-            ("rotate", "full") => self.rotate = Rotate::Full,
-            ("rotate", _) => return Err(unknown("rotate=none, =heads or =full")),
-            ("residual" | "head", _) => match value.parse() {
-                Ok(share) if (0.0..=1.0).contains(&share) => *self.share(key) = share,
-                _ => return Err(unknown(&format!("{key}=0 to =1"))),
-            },
-            _ => {
-                let keys = "group-weights, scales, clip, residual, head or rotate";
-                return Err(unknown(keys));
-            }
-        }
-        Ok(())
+        let Some(choice) = TABLE.iter().find(|choice| choice.key == key) else {
+            return Err(unknown(&listed(TABLE.iter().map(|choice| choice.key.to_owned()))));
+        };
+        (choice.set)(self, value).ok_or_else(|| unknown(&choice.possible()))
     }
 
-    fn share(&mut self, key: &str) -> &mut f32 {
-        match key {
-            "residual" => &mut self.residual,
-            _ => &mut self.head,
-        }
+    /// Every choice with its values, as help texts show them.
+    pub fn help() -> String {
+        let help = |choice: &Choice| match choice.names {
+            Some(names) => format!("{}={}", choice.key, names().join("|")),
+            None => format!("{}=0..1", choice.key),
+        };
+        TABLE.iter().map(help).collect::<Vec<_>>().join(", ")
     }
 }
 
 impl Display for Choices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let group_weights = match self.group_weights {
-            GroupWeights::Stale => "stale",
-            GroupWeights::Fresh => "fresh",
-        };
-        let scales = match self.scales {
-            ScalePrecision::F32 => "f32",
-            ScalePrecision::Half => "fp16",
-        };
-        let clip = match self.clip {
-            Clip::None => "none",
-            Clip::Search => "search",
-            Clip::Solve => "solve",
-        };
-        let rotate = match self.rotate {
-            Rotate::None => "none",
-            Rotate::Heads => "heads",
-            Rotate::Full => "full",
-        };
-        write!(
-            f,
-            "group-weights={group_weights} scales={scales} clip={clip} residual={} head={} \
-             rotate={rotate}",
-            self.residual, self.head
-        )
+        for (i, choice) in TABLE.iter().enumerate() {
+            let space = if i == 0 { "" } else { " " };
+            write!(f, "{space}{}={}", choice.key, (choice.value)(self))?;
+        }
+        Ok(())
+    }
+}
+
+/// A choice by name: the one place that knows how it is written.
+struct Choice {
+    key: &'static str,
+    /// Names of its values; `None` for a share from 0 to 1.
+    names: Option<fn() -> Vec<&'static str>>,
+    /// Its value as text.
+    value: fn(&Choices) -> String,
+    /// Takes a value from text, if there is such a one.
+    set: fn(&mut Choices, &str) -> Option<()>,
+}
+
+/// All choices, in the order in which they are printed.
+const TABLE: [Choice; 6] = [
+    Choice {
+        key: "group-weights",
+        names: Some(names::<GroupWeights>),
+        value: |choices| choices.group_weights.name().to_owned(),
+        set: |choices, text| GroupWeights::named(text).map(|v| choices.group_weights = v),
+    },
+    Choice {
+        key: "scales",
+        names: Some(names::<ScalePrecision>),
+        value: |choices| choices.scales.name().to_owned(),
+        set: |choices, text| ScalePrecision::named(text).map(|v| choices.scales = v),
+    },
+    Choice {
+        key: "clip",
+        names: Some(names::<Clip>),
+        value: |choices| choices.clip.name().to_owned(),
+        set: |choices, text| Clip::named(text).map(|v| choices.clip = v),
+    },
+    Choice {
+        key: "residual",
+        names: None,
+        value: |choices| choices.residual.to_string(),
+        set: |choices, text| share(text).map(|v| choices.residual = v),
+    },
+    Choice {
+        key: "head",
+        names: None,
+        value: |choices| choices.head.to_string(),
+        set: |choices, text| share(text).map(|v| choices.head = v),
+    },
+    Choice {
+        key: "rotate",
+        names: Some(names::<Rotate>),
+        value: |choices| choices.rotate.name().to_owned(),
+        set: |choices, text| Rotate::named(text).map(|v| choices.rotate = v),
+    },
+];
+
+impl Choice {
+    /// Its settings, for a person: `clip=none, =search or =solve`.
+    fn possible(&self) -> String {
+        let Some(names) = self.names else { return format!("{}=0 to =1", self.key) };
+        format!("{}{}", self.key, listed(names().iter().map(|name| format!("={name}"))))
+    }
+}
+
+/// A choice between a few values.
+trait Named: Copy + 'static {
+    const ALL: &'static [Self];
+
+    fn name(self) -> &'static str;
+
+    fn named(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|value| value.name() == text)
+    }
+}
+
+/// Names of values, each once; the compiler sees to it that none is left out.
+macro_rules! named {
+    ($type:ident: $($value:ident = $name:literal),+) => {
+        impl Named for $type {
+            const ALL: &'static [Self] = &[$(Self::$value),+];
+
+            fn name(self) -> &'static str {
+                match self {
+                    $(Self::$value => $name),+
+                }
+            }
+        }
+    };
+}
+
+named!(GroupWeights: Stale = "stale", Fresh = "fresh");
+named!(ScalePrecision: F32 = "f32", Half = "fp16");
+named!(Clip: None = "none", Search = "search", Solve = "solve");
+named!(Rotate: None = "none", Heads = "heads", Full = "full");
+
+impl Rotate {
+    /// Its name in settings and reports.
+    pub fn name(self) -> &'static str {
+        Named::name(self)
+    }
+}
+
+fn names<T: Named>() -> Vec<&'static str> {
+    T::ALL.iter().map(|value| value.name()).collect()
+}
+
+/// A share from 0 to 1.
+fn share(text: &str) -> Option<f32> {
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share))
+}
+
+/// `a, b or c`.
+fn listed(words: impl Iterator<Item = String>) -> String {
+    let words: Vec<String> = words.collect();
+    match words.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, first)) => format!("{} or {last}", first.join(", ")),
+        None => String::new(),
     }
 }
 
@@ -172,6 +258,15 @@ mod tests {
     }
 
     #[test]
+    fn every_choice_is_listed_with_its_values() {
+        assert_eq!(
+            Choices::help(),
+            "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, residual=0..1, \
+             head=0..1, rotate=none|heads|full"
+        );
+    }
+
+    #[test]
     fn mistakes_say_what_is_possible() {
         for (setting, hint) in [
             ("clip", "clip=none, =search or =solve"),
@@ -179,7 +274,8 @@ mod tests {
             ("residual=2", "residual=0 to =1"),
             ("residual=NaN", "residual=0 to =1"),
             ("head=-1", "head=0 to =1"),
-            ("speed=fast", "group-weights, scales"),
+            ("speed=fast", "use group-weights, scales, clip, residual, head or rotate"),
+            ("scales=bf16", "scales=f32 or =fp16"),
         ] {
             let message = Choices::BEST.clone().set(setting).unwrap_err();
             assert!(message.contains(hint) && message.contains(setting), "{message}");

@@ -13,15 +13,8 @@ pub enum Error {
         bits: u8,
     },
     /// Groups that no file can say.
-    #[error(
-        "Group size {size} is not supported; use a number from 1 to {}, or none (as files say it, -1) \
-         for one scale a row",
-        crate::MAX_GROUP_SIZE
-    )]
-    GroupSize {
-        /// The size asked for.
-        size: String,
-    },
+    #[error(transparent)]
+    GroupSize(#[from] gptq_checkpoint::BadGroupSize),
     /// Damping outside of the useful range.
     #[error("Damping {damp:?} is not supported; use a number above 0 and below 1")]
     Damp {

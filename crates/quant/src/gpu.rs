@@ -4,11 +4,11 @@
 use gptq_compute::Tensor;
 use gptq_compute::cuda::{self, ClipSearch, SolveOptions};
 
-use crate::choices::{Clip, ScalePrecision};
+use crate::choices::{Clip, GroupWeights, ScalePrecision};
 use crate::error::{Error, Result};
 use crate::grid::clip_ratios;
 use crate::hessian::Factored;
-use crate::solver::{Codes, Quantised, Stored, group_index, stored_scales};
+use crate::solved::{Codes, Quantised, Stored, group_index, stored_scales};
 use crate::spec::QuantSpec;
 
 /// Quantises `weight` `[out, in]` in device memory; see [`crate::solve`].
@@ -20,7 +20,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     let options = SolveOptions {
         bits: spec.bits,
         group_size: spec.group_size,
-        group_weights: choices.group_weights,
+        fresh: choices.group_weights == GroupWeights::Fresh,
         half_scales: choices.scales == ScalePrecision::Half,
         search: (choices.clip != Clip::None).then_some(search),
     };

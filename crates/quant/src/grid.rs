@@ -68,7 +68,7 @@ pub(crate) fn clip_base(row: &[f32], max_code: f32) -> f32 {
 /// fp16 has two ends. A scale that it would round to 0 is lifted to the smallest it has, 2⁻²⁴: a
 /// group of tiny weights keeps a grid. A scale under which the lowest code means more than fp16's
 /// largest number is lowered until it does not: loaders compute in fp16. One that fp16 cannot hold
-/// at all is left alone, for [`stored_scales`](crate::solver::stored_scales) to refuse.
+/// at all is left alone, for [`stored_scales`](crate::solved::stored_scales) to refuse.
 pub(crate) fn file_scale(scale: f32, max_code: f32, half: bool) -> f32 {
     let rounded = f16::from_f32(scale);
     if rounded == f16::ZERO {

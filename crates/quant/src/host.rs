@@ -14,7 +14,7 @@ use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision};
 use crate::error::{Error, Result};
 use crate::grid::{absmax_scale, clip_ratios, code, file_scale, searched_scale};
 use crate::hessian::Factored;
-use crate::solver::{Codes, Quantised, Stored, by_group, group_index, stored_scales};
+use crate::solved::{Codes, Quantised, Stored, by_group, group_index, stored_scales};
 use crate::spec::QuantSpec;
 use crate::trial::Trial;
 

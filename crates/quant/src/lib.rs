@@ -3,7 +3,7 @@
 //! The data's way: a [`gptq_compute::Gram`] of a linear's inputs becomes a [`Factored`] Hessian
 //! ([`factor`]), shared by all linears with the same inputs; [`solve`] turns each weight matrix into
 //! a [`Quantised`] one. [`round_to_nearest`] is the baseline without calibration. Nothing here knows
-//! files or models.
+//! models, and of files only what they can say of a linear.
 
 mod choices;
 mod error;
@@ -13,6 +13,7 @@ mod hessian;
 mod host;
 mod rotation;
 mod rtn;
+mod solved;
 mod solver;
 mod spec;
 mod trial;
@@ -22,5 +23,6 @@ pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
 pub use rotation::Rotation;
 pub use rtn::round_to_nearest;
-pub use solver::{Codes, Quantised, Stored, solve};
-pub use spec::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
+pub use solved::{Codes, Quantised, Stored};
+pub use solver::solve;
+pub use spec::{QuantSpec, Recipe};

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::grid::{absmax_scale, code, file_scale};
-use crate::solver::{Codes, Quantised, Stored, by_group, stored_scales};
+use crate::solved::{Codes, Quantised, Stored, by_group, stored_scales};
 use crate::spec::QuantSpec;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 

@@ -1,54 +1,18 @@
 //! Quantising one linear along a factored Hessian, on the device that holds its weights.
 
 use gptq_compute::Tensor;
-use half::f16;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::hessian::Factored;
+use crate::solved::Quantised;
 use crate::spec::QuantSpec;
 use crate::{gpu, host};
-
-/// Codes of a linear.
-#[derive(Clone, Debug)]
-pub enum Codes {
-    /// One byte a code `[out, in]`, row-major.
-    Plain(Vec<u8>),
-    /// The file's `qweight` `[in / 32 · bits, out]`: a GPU packs before it copies.
-    Packed(Vec<u32>),
-}
-
-/// What a file holds of a quantised linear, columns in the weights' own order.
-#[derive(Clone, Debug)]
-pub struct Stored {
-    /// Rows of the weight.
-    pub out_features: usize,
-    /// Columns of the weight.
-    pub in_features: usize,
-    /// The codes, in the form the device gives them.
-    pub codes: Codes,
-    /// Scales `[groups, out]`.
-    pub scales: Vec<f16>,
-    /// Number of groups.
-    pub groups: usize,
-    /// Group of each column `[in]`.
-    pub g_idx: Vec<u32>,
-}
-
-/// A quantised linear.
-#[derive(Clone, Debug)]
-pub struct Quantised {
-    /// What goes into the file.
-    pub stored: Stored,
-    /// The weights `[out, in]` that later stages of calibration see.
-    pub weight: Tensor,
-    /// tr((W − Ŵ) H (W − Ŵ)ᵀ) with the damped Hessian; `None` without calibration.
-    pub loss: Option<f64>,
-}
 
 /// Quantises `weight` `[out, in]` given the factored Hessian of its inputs.
 ///
 /// # Errors
-/// [`Error::NotFinite`] for NaN or infinite weights, [`Error::ScaleRange`] for a scale beyond fp16.
+/// [`Error::NotFinite`](crate::Error::NotFinite) for NaN or infinite weights,
+/// [`Error::ScaleRange`](crate::Error::ScaleRange) for a scale beyond fp16.
 pub fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
     spec.validate()?;
     if weight.is_host() {
@@ -56,28 +20,4 @@ pub fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Q
     } else {
         gpu::solve(weight, factored, spec)
     }
-}
-
-/// Group of each column, where groups are consecutive columns in solve order.
-pub(crate) fn group_index(order: &[u32], group: usize) -> Vec<u32> {
-    let mut g_idx = vec![0; order.len()];
-    for (j, &column) in order.iter().enumerate() {
-        g_idx[column as usize] = (j / group) as u32;
-    }
-    g_idx
-}
-
-/// f32 scales `[groups, rows]` as the file's fp16. Infinite ones are of infinite weights.
-pub(crate) fn stored_scales(scales: &[f32], rows: usize) -> Result<Vec<f16>> {
-    let stored: Vec<f16> = scales.iter().map(|&scale| f16::from_f32(scale)).collect();
-    match stored.iter().position(|half| !half.is_finite()) {
-        None => Ok(stored),
-        Some(at) if !scales[at].is_finite() => Err(Error::NotFinite { what: "The weight" }),
-        Some(at) => Err(Error::ScaleRange { scale: scales[at], row: at % rows, group: at / rows }),
-    }
-}
-
-/// Scales `[rows][groups]`, as rows were solved, in the file's order `[groups, rows]`.
-pub(crate) fn by_group(scales: &[Vec<f32>], groups: usize) -> Vec<f32> {
-    (0..groups).flat_map(|group| scales.iter().map(move |row| row[group])).collect()
 }

@@ -1,5 +1,6 @@
 //! What a branch asks of the solver.
 
+use gptq_checkpoint::GroupSize;
 use serde::{Deserialize, Serialize};
 
 use crate::choices::Choices;
@@ -63,25 +64,6 @@ impl std::str::FromStr for Recipe {
     }
 }
 
-/// Most columns of a group: more than any model has, and a number that every reader takes.
-pub const MAX_GROUP_SIZE: usize = 1 << 28;
-
-/// A group size as people and files write it: a number of columns, or `none` or -1 for all of them.
-///
-/// # Errors
-/// [`Error::GroupSize`].
-pub fn parse_group_size(text: &str) -> Result<Option<usize>> {
-    match text.trim() {
-        "none" | "-1" => Ok(None),
-        number => number
-            .parse()
-            .ok()
-            .filter(|size| (1..=MAX_GROUP_SIZE).contains(size))
-            .map(Some)
-            .ok_or_else(|| Error::GroupSize { size: text.to_owned() }),
-    }
-}
-
 /// Bits, groups, order and damping of one branch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantSpec {
@@ -132,9 +114,7 @@ impl QuantSpec {
         if !matches!(self.bits, 2 | 3 | 4 | 8) {
             return Err(Error::Bits { bits: self.bits });
         }
-        if let Some(size) = self.group_size.filter(|size| !(1..=MAX_GROUP_SIZE).contains(size)) {
-            return Err(Error::GroupSize { size: size.to_string() });
-        }
+        GroupSize(self.group_size).check()?;
         if !(self.damp > 0.0 && self.damp < 1.0) {
             return Err(Error::Damp { damp: self.damp });
         }
@@ -159,26 +139,18 @@ impl QuantSpec {
 
 #[cfg(test)]
 mod tests {
+    use gptq_checkpoint::MAX_GROUP_SIZE;
+
     use super::*;
 
     #[test]
-    fn group_sizes_have_one_bound_and_two_words_for_none() {
-        for (text, size) in
-            [("none", None), ("-1", None), ("1", Some(1)), ("268435456", Some(MAX_GROUP_SIZE))]
-        {
-            assert_eq!(parse_group_size(text).unwrap(), size, "{text}");
-            QuantSpec::new(4, size, true, 0.01, Recipe::Rtn).validate().unwrap();
-        }
-        for wrong in ["0", "-2", "268435457", "18446744073709551616", "1.5", "all", ""] {
-            let error = parse_group_size(wrong).unwrap_err().to_string();
-            assert!(
-                error.contains(&format!("size {wrong} is")) && error.contains("none"),
-                "{error}"
-            );
+    fn groups_that_no_file_can_say_are_refused() {
+        let spec = |size| QuantSpec::new(4, size, true, 0.01, Recipe::Rtn);
+        for size in [None, Some(1), Some(MAX_GROUP_SIZE)] {
+            spec(size).validate().unwrap();
         }
         for size in [0, MAX_GROUP_SIZE + 1, usize::MAX] {
-            let spec = QuantSpec::new(4, Some(size), true, 0.01, Recipe::Rtn);
-            assert!(matches!(spec.validate(), Err(Error::GroupSize { .. })), "{size}");
+            assert!(matches!(spec(Some(size)).validate(), Err(Error::GroupSize(_))), "{size}");
         }
     }
 }

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use gptq_checkpoint::{Bits, GptqLinear};
 use gptq_compute::cuda::{
-    self, ClipSearch, Cuda, GroupWeights, Library, PackedLinear, SolveOptions, Solved, Timer,
+    self, ClipSearch, Cuda, Library, PackedLinear, SolveOptions, Solved, Timer,
 };
 use gptq_compute::{Device, Error, HessianPrep, Precision, Tensor, linalg};
 use gptq_quant::{QuantSpec, Recipe};
@@ -187,13 +187,7 @@ fn packed(codes: &[u8], rows: usize, n: usize, bits: usize) -> Vec<u32> {
 }
 
 fn options(bits: u8, group_size: Option<usize>) -> SolveOptions<'static> {
-    SolveOptions {
-        bits,
-        group_size,
-        group_weights: GroupWeights::Stale,
-        half_scales: false,
-        search: None,
-    }
+    SolveOptions { bits, group_size, fresh: false, half_scales: false, search: None }
 }
 
 #[test]
@@ -248,12 +242,7 @@ fn the_other_choices_are_solved() {
         ("fresh, tried, odd groups", Some(100), tried),
         ("fresh, tried as searched", Some(192), tried),
     ] {
-        let options = SolveOptions {
-            group_weights: GroupWeights::Fresh,
-            half_scales: true,
-            search,
-            ..options(4, group)
-        };
+        let options = SolveOptions { fresh: true, half_scales: true, search, ..options(4, group) };
         let half_values = options.half_scales;
         let case = Case { w: &w, upper: &upper, plan: &plan, options, half_values };
         check_case(name, &device, &case);
@@ -276,12 +265,7 @@ fn scales_fit_both_ends_of_fp16() {
         for (half_scales, search) in
             [(false, None), (true, None), (true, Some(search)), (true, Some(tried))]
         {
-            let options = SolveOptions {
-                group_weights: GroupWeights::Fresh,
-                half_scales,
-                search,
-                ..options(bits, group)
-            };
+            let options = SolveOptions { fresh: true, half_scales, search, ..options(bits, group) };
             let title = format!("{bits} bits, group {group:?}, {search:?}");
             let weight = device.upload_f32(w.clone()).unwrap();
             let on_card = device.upload_f32(upper.clone()).unwrap();
@@ -526,8 +510,7 @@ fn time_solve(
         ("solve, searched", Some(search), searched),
         ("solve, tried", Some(tried), trial),
     ] {
-        let fresh = GroupWeights::Fresh;
-        let options = SolveOptions { search, group_weights: fresh, ..options(4, Some(128)) };
+        let options = SolveOptions { search, fresh: true, ..options(4, Some(128)) };
         let took = median(cuda, || {
             solved = Some(cuda::solve(&weight, upper, &order, &dead, &options).unwrap());
         });

@@ -11,7 +11,8 @@ mod support;
 use gptq_compute::cuda::{ClipSearch, SolveOptions};
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_quant::{
-    Choices, Clip, Codes, QuantSpec, Recipe, ScalePrecision, factor, round_to_nearest, solve,
+    Choices, Clip, Codes, GroupWeights, QuantSpec, Recipe, ScalePrecision, factor,
+    round_to_nearest, solve,
 };
 use ndarray::Array2;
 
@@ -36,7 +37,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let options = SolveOptions {
         bits: spec.bits,
         group_size: spec.group_size,
-        group_weights: spec.choices.group_weights,
+        fresh: spec.choices.group_weights == GroupWeights::Fresh,
         half_scales: half,
         search: (spec.choices.clip != Clip::None).then_some(search),
     };
@@ -74,13 +75,8 @@ fn a_replay_does_not_drop_nan() {
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving: false };
     let tried = ClipSearch { by_solving: true, ..search };
     for search in [None, Some(search), Some(tried)] {
-        let options = SolveOptions {
-            bits: 4,
-            group_size: Some(32),
-            group_weights: Choices::BEST.group_weights,
-            half_scales: false,
-            search,
-        };
+        let options =
+            SolveOptions { bits: 4, group_size: Some(32), fresh: true, half_scales: false, search };
         let upper = upper.as_host();
         let case = Case { w: &w, upper, plan: &plan, options, half_values: false };
         let mut replay = Replay::default();

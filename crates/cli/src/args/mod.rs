@@ -32,7 +32,6 @@ pub(crate) use fetch::{FetchArgs, RETRIES};
 pub(crate) use push::PushArgs;
 pub(crate) use report::ReportArgs;
 pub(crate) use typed::typed;
-pub(crate) use values::GroupSize;
 pub(crate) use verify::VerifyArgs;
 
 /// Quantise Llama models with GPTQ and prove the result.
@@ -66,6 +65,11 @@ pub(crate) enum Command {
     Push(PushArgs),
 }
 
+/// Help of `--set`.
+fn set_help() -> String {
+    format!("Change one choice of the recipe: {}; may be repeated", gptq_quant::Choices::help())
+}
+
 /// Make one quantised checkpoint
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -82,7 +86,7 @@ pub(crate) struct QuantizeArgs {
     pub(crate) bits: Option<u8>,
     /// Input features that share a scale: a number, or none (or -1) for all [default: 128]
     #[arg(long, value_name = "N|none", alias = "groupsize", allow_hyphen_values = true)]
-    pub(crate) group_size: Option<GroupSize>,
+    pub(crate) group_size: Option<gptq_checkpoint::GroupSize>,
     /// Solve columns in order of importance [default: true]
     #[arg(long, alias = "desc-act", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(crate) act_order: Option<bool>,
@@ -92,9 +96,7 @@ pub(crate) struct QuantizeArgs {
     /// Solver choices: best, autogptq, or rtn (round to nearest, no calibration) [default: best]
     #[arg(long)]
     pub(crate) recipe: Option<Recipe>,
-    /// Change one choice of the recipe: group-weights=stale|fresh, scales=f32|fp16,
-    /// clip=none|search|solve, residual=0..1, head=0..1, rotate=none|heads|full; may be repeated
-    #[arg(long, value_name = "KEY=VALUE")]
+    #[arg(long, value_name = "KEY=VALUE", help = set_help())]
     pub(crate) set: Vec<String>,
     /// Type in which the source's weights are quantised: fp16 (rounded first, as the published
     /// branches were) or fp32 (as stored) [default: fp16]

@@ -1,20 +1,6 @@
 //! Values that need more than a `FromStr` of a number.
 
-use std::str::FromStr;
-
-use gptq_quant::{Recipe, parse_group_size};
-
-/// `--group-size`: a number of input features, or all of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct GroupSize(pub(crate) Option<usize>);
-
-impl FromStr for GroupSize {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        parse_group_size(text).map(Self).map_err(|error| error.to_string())
-    }
-}
+use gptq_quant::Recipe;
 
 /// A recipe that calibrates.
 pub(crate) fn parse_calibrated(text: &str) -> Result<Recipe, String> {
@@ -52,6 +38,8 @@ pub(crate) fn parse_count(text: &str) -> Result<usize, String> {
 
 #[cfg(test)]
 mod tests {
+    use gptq_checkpoint::GroupSize;
+
     use super::*;
 
     #[test]

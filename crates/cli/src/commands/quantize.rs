@@ -131,7 +131,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
 /// The name that published branches of these settings have; the folder's own would make its bytes
 /// depend on where it lies.
 fn branch_name(spec: &QuantSpec) -> String {
-    let group = spec.group_size.map_or_else(|| "-1".to_owned(), |n| n.to_string());
+    let group = gptq_checkpoint::GroupSize(spec.group_size).stored();
     let act_order = if spec.act_order { "True" } else { "False" };
     format!("gptq-{}bit-{group}g-actorder_{act_order}", spec.bits)
 }

@@ -62,7 +62,7 @@ pub(crate) fn perplexity(result: &Perplexity, text: &EvalText, dtype: &str) -> S
 
 /// `none` or the number of columns.
 pub(crate) fn group(group_size: Option<usize>) -> String {
-    group_size.map_or_else(|| "none".to_owned(), |n| n.to_string())
+    gptq_checkpoint::GroupSize(group_size).to_string()
 }
 
 /// `yes` or `no`.

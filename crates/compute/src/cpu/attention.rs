@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::rows::slice_mut;
 use super::simd;
 use super::tiles::tiles_mut;
-use crate::device::AttentionShape;
+use crate::attention_shape::AttentionShape;
 
 /// Queries of one band: 128 × 4096 scores are 2 MiB.
 const BAND: usize = 128;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::tiles::tiles_mut;
 use crate::error::{Result, ensure_shape};
-use crate::gram::HessianPrep;
+use crate::hessian_prep::HessianPrep;
 
 /// Side of a tile: tiles below the diagonal are skipped, which saves nearly half of the work.
 const TILE: usize = 256;

@@ -4,7 +4,7 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 
 use super::error::Stage;
 use super::matrix::{Matrix, ensure_same_card};
-use crate::device::AttentionShape;
+use crate::attention_shape::AttentionShape;
 use crate::error::{Error, Result};
 
 /// Queries and keys of a block, and threads; as in `attention.cu`.

@@ -303,8 +303,8 @@ pub(super) fn cholesky<T: Real>(cuda: &Cuda, a: &mut CudaSlice<T>, n: usize) -> 
     let room = cholesky_room(cuda, block, n)?;
     let mut work = cuda.uninit::<T>(CHOLESKY, room)?;
     let mut info = cuda.zeros::<i32>(CHOLESKY, 1)?;
-    let work = Block::of_mut(cuda, work.make_mut(cuda)?, room);
-    let report = Block::of_mut(cuda, info.make_mut(cuda)?, 1);
+    let work = Block::of_mut(cuda, work.make_mut()?, room);
+    let report = Block::of_mut(cuda, info.make_mut()?, 1);
     // SAFETY: `a` holds n × n values; the workspace is as large as was asked for, and all buffers
     // live until the read of `info` below has waited for the queue.
     unsafe { queue_cholesky(cuda, block, n, work, report) }?;

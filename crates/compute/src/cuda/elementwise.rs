@@ -1,14 +1,15 @@
 //! Launches of the row-wise and element-wise kernels.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use half::f16;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::error::Stage;
-use super::matrix::{Matrix, Values, ensure_same_card};
+use super::matrix::{Matrix, ensure_same_card};
+use super::rope_table::DeviceTable;
 use crate::error::Result;
 use crate::rope::RopeTable;
 
@@ -73,17 +74,6 @@ pub(crate) fn add_bias(x: &mut Matrix, bias: &[f32]) -> Result<()> {
     unsafe { launch.launch(config) }.stage(OP)?;
     Ok(())
 }
-
-/// Cosines and sines on the card that used the table first.
-#[derive(Clone, Debug)]
-pub(crate) struct DeviceTable {
-    cuda: std::sync::Weak<Cuda>,
-    cos: Buffer<f32>,
-    sin: Buffer<f32>,
-}
-
-/// Where a [`RopeTable`] keeps its copy on a card.
-pub(crate) type DeviceTableCell = OnceLock<DeviceTable>;
 
 fn device_table(cuda: &Arc<Cuda>, table: &RopeTable) -> Result<DeviceTable> {
     if let Some(kept) = table.on_cuda.get()
@@ -154,7 +144,7 @@ pub(crate) fn all_finite(x: &Matrix) -> Result<bool> {
         Values::F16(values) => launch.arg(values.slice()),
         Values::F32(values) => launch.arg(values.slice()),
     };
-    launch.arg(&n).arg(bad.make_mut(cuda)?);
+    launch.arg(&n).arg(bad.make_mut()?);
     // SAFETY: the arguments are the kernel's, and x holds n values.
     unsafe { launch.launch(cuda.spread(count)) }.stage(OP)?;
     Ok(cuda.read(OP, bad.slice(), 1)? == [0])
@@ -217,7 +207,7 @@ fn converted<A: DeviceRepr, B: DeviceRepr>(
     let mut ignored = cuda.zeros::<u32>(OP, 1)?;
     let function = cuda.kernel("convert.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(values.slice()).arg(out.make_mut(cuda)?).arg(&n).arg(ignored.make_mut(cuda)?);
+    launch.arg(values.slice()).arg(out.make_mut()?).arg(&n).arg(ignored.make_mut()?);
     // SAFETY: the arguments are the kernel's for these two types; both buffers hold n values.
     unsafe { launch.launch(cuda.spread(count / 2)) }.stage(OP)?;
     Ok(out)

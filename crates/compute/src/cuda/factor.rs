@@ -24,7 +24,7 @@ use super::nccl::Communicator;
 use super::order::SolveOrder;
 use super::split;
 use crate::error::{Error, Result, ensure_shape};
-use crate::gram::{HessianPrep, Precision};
+use crate::hessian_prep::{HessianPrep, Precision};
 use crate::ranks::Ranks;
 use crate::tensor::{Storage, Tensor};
 
@@ -73,7 +73,7 @@ pub(crate) fn shared_upper_factor(
     });
     let (upper, precision) = match outcome {
         Ok(mut inverse) => {
-            reverse(cuda, inverse.make_mut(cuda)?)?;
+            reverse(cuda, inverse.make_mut()?)?;
             (inverse, Precision::Usual)
         }
         Err(Error::NotPositiveDefinite { .. }) => {
@@ -100,7 +100,7 @@ fn inverse_of_factor<T: Real>(
     invert: impl FnOnce(&mut CudaSlice<T>) -> Result<()>,
 ) -> Result<Buffer<T>> {
     let mut hessian = cuda.uninit::<T>(stage, n * n)?;
-    let matrix = hessian.make_mut(cuda)?;
+    let matrix = hessian.make_mut()?;
     let kernel = cuda.kernel("hessian_prep.cu", T::KERNELS.hessian_prep)?;
     let size = int(n)?;
     let mut launch = cuda.stream().launch_builder(&kernel);
@@ -147,7 +147,7 @@ fn invert_lower<T: Real>(
     let levels = levels(n);
     let room = levels.iter().map(Level::room).max().unwrap_or(0);
     let mut scratch = cuda.uninit::<T>(STAGE, room)?;
-    let scratch = scratch.make_mut(cuda)?;
+    let scratch = scratch.make_mut()?;
     let a = Block::of_mut(cuda, a, n);
     for level in levels {
         let half = level.half;
@@ -287,7 +287,7 @@ fn reversed_narrow(cuda: &Arc<Cuda>, matrix: &CudaSlice<f64>, n: usize) -> Resul
     let kernel = cuda.kernel("reverse.cu", "reverse_narrow")?;
     let count = (n * n) as i64;
     let mut launch = cuda.stream().launch_builder(&kernel);
-    launch.arg(matrix).arg(out.make_mut(cuda)?).arg(&count);
+    launch.arg(matrix).arg(out.make_mut()?).arg(&count);
     // SAFETY: the arguments are the kernel's, and both matrices hold `count` values.
     unsafe { launch.launch(values_launch(n * n)) }.stage(STAGE)?;
     Ok(out)

@@ -14,10 +14,11 @@ use cudarc::cublas::sys::{
 };
 use cudarc::driver::{CudaSlice, DevicePtr};
 
+use super::buffer::Values;
 use super::context::Cuda;
 use super::elementwise::to_f16;
 use super::error::Stage;
-use super::matrix::{Matrix, Values, ensure_same_card};
+use super::matrix::{Matrix, ensure_same_card};
 use crate::error::Result;
 
 pub(crate) use cublasOperation_t::{CUBLAS_OP_N as PLAIN, CUBLAS_OP_T as TRANSPOSED};

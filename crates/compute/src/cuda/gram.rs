@@ -21,7 +21,7 @@ const PANEL: usize = 2048;
 /// Tokens summed inside one product, before the sum is added to the total in f32, and tokens of a
 /// caller's chunk. A fixed number makes the result independent of the chunks that callers use, when
 /// those are multiples of it.
-pub const CHUNK_TOKENS: usize = 16_384;
+pub(crate) const CHUNK_TOKENS: usize = 16_384;
 
 /// An empty Gram `[n, n]`.
 pub(crate) fn zeros(cuda: &Arc<Cuda>, n: usize) -> Result<Matrix> {
@@ -59,7 +59,7 @@ pub(crate) fn diagonal(sum: &Matrix) -> Result<Vec<f32>> {
     let order = n as i32;
     let function = cuda.kernel("diagonal.cu", "diagonal")?;
     let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(sum.f32(OP)?).arg(out.make_mut(cuda)?).arg(&order);
+    launch.arg(sum.f32(OP)?).arg(out.make_mut()?).arg(&order);
     // SAFETY: the arguments are the kernel's; the matrix is [n, n], and out holds n values.
     unsafe { launch.launch(cuda.spread(n)) }.stage(OP)?;
     cuda.read(OP, out.slice(), n)
@@ -80,7 +80,7 @@ pub(crate) fn quadratic_form(sum: &Matrix, w: &Matrix) -> Result<f64> {
         let rows = BAND.min(w.rows() - start);
         let mut product = cuda.uninit::<f32>(OP, rows * n)?;
         let from = Operand::new(cuda, weights, start * n, n, PLAIN);
-        let target = Operand::new(cuda, product.make_mut(cuda)?, 0, n, PLAIN);
+        let target = Operand::new(cuda, product.make_mut()?, 0, n, PLAIN);
         // SAFETY: the Gram is [n, n]; w holds these rows of n values, and product was made for them.
         unsafe { symmetric(cuda, OP, (n, rows), gram, from, target)? };
         total += dot(cuda, &product, weights, start * n, rows * n)?;
@@ -103,7 +103,7 @@ fn dot(
     let (b, n) = (b.slice(offset..offset + count), count as i64);
     let function = cuda.kernel("dot.cu", "dot")?;
     let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(a.slice()).arg(&b).arg(partial.make_mut(cuda)?).arg(&n);
+    launch.arg(a.slice()).arg(&b).arg(partial.make_mut()?).arg(&n);
     // SAFETY: the arguments are the kernel's; a and b hold n values, partial one a block.
     unsafe { launch.launch(config) }.stage(OP)?;
     Ok(cuda.read(OP, partial.slice(), blocks)?.iter().sum())

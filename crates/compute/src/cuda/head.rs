@@ -23,7 +23,7 @@ pub(crate) fn token_nll(hidden: &Matrix, head: &Matrix, targets: &[u32]) -> Resu
     for chunk in chunks(rows, head.rows()) {
         let logits = logits(&hidden, &head, chunk.clone())?;
         let targets = targets.slice().slice(chunk.clone());
-        let mut losses = out.make_mut(cuda)?.slice_mut(chunk.clone());
+        let mut losses = out.make_mut()?.slice_mut(chunk.clone());
         let mut launch = cuda.stream().launch_builder(&function);
         launch.arg(logits.f32(OP)?).arg(&targets).arg(&mut losses).arg(&vocab);
         // SAFETY: the arguments are the kernel's; logits, targets and losses have a row for each
@@ -46,7 +46,7 @@ pub(crate) fn token_kl(p: (&Matrix, &Matrix), q: (&Matrix, &Matrix)) -> Result<V
     for chunk in chunks(rows, p_head.rows()) {
         let p_logits = logits(&p_hidden, &p_head, chunk.clone())?;
         let q_logits = logits(&q_hidden, &q_head, chunk.clone())?;
-        let mut values = out.make_mut(cuda)?.slice_mut(chunk.clone());
+        let mut values = out.make_mut()?.slice_mut(chunk.clone());
         let mut launch = cuda.stream().launch_builder(&function);
         launch.arg(p_logits.f32(OP)?).arg(q_logits.f32(OP)?).arg(&mut values).arg(&vocab);
         // SAFETY: the arguments are the kernel's; all three have a row for each block.

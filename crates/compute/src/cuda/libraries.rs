@@ -12,7 +12,7 @@ use cudarc::{cublas, cublaslt, cusolver, driver, nvrtc};
 
 use libloading::Library as Opened;
 
-use super::nccl;
+use super::nccl_api;
 use crate::error::{Error, Result};
 
 /// A shared library of CUDA that this crate calls.
@@ -92,7 +92,7 @@ impl Library {
                 Self::CublasLt => cublaslt::sys::is_culib_present(),
                 Self::Cublas => cublas::sys::is_culib_present(),
                 Self::Cusolver => cusolver::sys::is_culib_present(),
-                Self::Nccl => Opened::new(self.file()).is_ok_and(nccl::adopt),
+                Self::Nccl => Opened::new(self.file()).is_ok_and(nccl_api::adopt),
             }
         }
     }
@@ -120,7 +120,7 @@ impl Library {
             let open = |folder: &PathBuf| {
                 let path = folder.join(self.file());
                 // SAFETY: as in `opens`.
-                path.is_file() && unsafe { Opened::new(path) }.is_ok_and(nccl::adopt)
+                path.is_file() && unsafe { Opened::new(path) }.is_ok_and(nccl_api::adopt)
             };
             return folders.iter().any(open);
         }

@@ -8,19 +8,12 @@ use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
 use rayon::prelude::*;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use crate::error::{Error, Result};
 
 /// Values that one task widens.
 const PIECE: usize = 1 << 16;
-
-/// Values of a matrix: fp16 for weights and activations, f32 for hidden states and solver matrices.
-#[derive(Clone, Debug)]
-pub(crate) enum Values {
-    F16(Buffer<f16>),
-    F32(Buffer<f32>),
-}
 
 /// A row-major matrix on one card. Cloning shares the memory until one of the clones is written.
 #[derive(Clone, Debug)]
@@ -119,7 +112,7 @@ impl Matrix {
     /// The fp16 values for writing; shared memory is copied first.
     pub(crate) fn f16_mut(&mut self, op: &'static str) -> Result<&mut CudaSlice<f16>> {
         match &mut self.values {
-            Values::F16(buffer) => buffer.make_mut(&self.cuda),
+            Values::F16(buffer) => buffer.make_mut(),
             Values::F32(_) => Err(Error::WrongType { op, needs: "f16" }),
         }
     }
@@ -127,7 +120,7 @@ impl Matrix {
     /// The f32 values for writing; shared memory is copied first.
     pub(crate) fn f32_mut(&mut self, op: &'static str) -> Result<&mut CudaSlice<f32>> {
         match &mut self.values {
-            Values::F32(buffer) => buffer.make_mut(&self.cuda),
+            Values::F32(buffer) => buffer.make_mut(),
             Values::F16(_) => Err(Error::WrongType { op, needs: "f32" }),
         }
     }
@@ -144,8 +137,8 @@ impl Matrix {
     pub(super) fn address_mut(&mut self) -> Result<u64> {
         let stream = self.cuda.stream();
         Ok(match &mut self.values {
-            Values::F16(buffer) => buffer.make_mut(&self.cuda)?.device_ptr_mut(stream).0,
-            Values::F32(buffer) => buffer.make_mut(&self.cuda)?.device_ptr_mut(stream).0,
+            Values::F16(buffer) => buffer.make_mut()?.device_ptr_mut(stream).0,
+            Values::F32(buffer) => buffer.make_mut()?.device_ptr_mut(stream).0,
         })
     }
 

@@ -4,7 +4,7 @@
 //! first asked for (`libraries`), kernels are compiled for the card present and kept on disk
 //! (`nvrtc`, `cache`, `kernels`), and all work of one [`Cuda`] is queued on one stream, so
 //! that a buffer may be freed or reused as soon as its last use has been queued. Other streams carry
-//! uploads (`transfer`) and move parked tensors to and from pinned host memory (`park`).
+//! uploads (`transfer`, `upload`) and move parked tensors to and from pinned host memory (`park`).
 //!
 //! Activations and weights are fp16, row-major. Hidden states between blocks are f32: adding
 //! hundreds of small updates to a few large features is where fp16 loses perplexity and where
@@ -17,9 +17,11 @@ pub(crate) mod buffer;
 mod cache;
 mod context;
 mod dense;
+mod driver;
 pub(crate) mod elementwise;
 mod error;
 mod factor;
+mod fault;
 pub(crate) mod gemm;
 pub(crate) mod gram;
 pub(crate) mod head;
@@ -28,23 +30,27 @@ mod libraries;
 pub(crate) mod matrix;
 mod memory;
 pub(crate) mod nccl;
+mod nccl_api;
 mod nvrtc;
 mod order;
 mod pack;
 pub(crate) mod park;
+mod pinned;
 mod plan;
 mod probe;
+mod rope_table;
 mod solve;
 mod split;
+mod staging;
 pub(crate) mod target;
 mod timing;
-pub(crate) mod transfer;
+mod transfer;
+pub(crate) mod upload;
 
 pub use context::Cuda;
-pub use error::Fault;
 pub(crate) use factor::shared_upper_factor;
 pub use factor::upper_factor;
-pub use gram::CHUNK_TOKENS;
+pub use fault::Fault;
 pub use kernels::{KernelReport, compile_all, kernel_files};
 pub use libraries::Library;
 pub use memory::MemoryInfo;
@@ -52,10 +58,10 @@ pub use nccl::prepare_environment;
 pub use pack::{PackedLinear, dequantise};
 pub use park::{Coming, Parked};
 pub use probe::{Card, LibraryFacts, Probe, probe};
-pub use solve::{ClipSearch, GroupWeights, SolveOptions, Solved, solve};
+pub use solve::{ClipSearch, SolveOptions, Solved, solve};
 pub use timing::Timer;
 
-pub(crate) use elementwise::DeviceTableCell;
 pub(crate) use matrix::Matrix;
 pub(crate) use order::inverse_of;
+pub(crate) use rope_table::DeviceTableCell;
 pub(crate) use timing::Mark;

@@ -1,108 +1,30 @@
 //! Cards that add and exchange device memory, through NCCL.
 //!
-//! NCCL is opened here rather than by cudarc, which looks for `libnccl.so` alone: its packages hold
-//! `libnccl.so.2`, and the bare name comes with the headers. All operations are queued on the
-//! stream of all work, in the order in which the ranks call them: the same on each.
+//! All operations are queued on the stream of all work, in the order in which the ranks call them:
+//! the same on each.
 //!
 //! An all-reduce leaves the same bits on every rank: each piece is added up along one path and then
 //! passed on. Which path that is follows from the number of ranks, the links and NCCL's version.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use cudarc::driver::DevicePtrMut;
 use cudarc::nccl::sys::{
     cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId,
 };
-use libloading::Library as Opened;
 
+use super::buffer::Values;
 use super::context::Cuda;
 use super::libraries::Library;
-use super::matrix::{Matrix, Values};
+use super::matrix::Matrix;
+use super::nccl_api::{API, Api};
 use crate::error::{Error, Result};
-use crate::ranks::share;
+use crate::share::share;
 
 /// Pauses of an abort that finds the communicator in use, and their number.
 const PAUSE: (Duration, u32) = (Duration::from_millis(100), 50);
-
-/// What this program calls of NCCL.
-struct Api {
-    get_version: unsafe extern "C" fn(*mut c_int) -> ncclResult_t,
-    get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> ncclResult_t,
-    init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> ncclResult_t,
-    abort: unsafe extern "C" fn(ncclComm_t) -> ncclResult_t,
-    async_error: unsafe extern "C" fn(ncclComm_t, *mut ncclResult_t) -> ncclResult_t,
-    last_error: unsafe extern "C" fn(ncclComm_t) -> *const c_char,
-    all_reduce: unsafe extern "C" fn(
-        *const c_void,
-        *mut c_void,
-        usize,
-        ncclDataType_t,
-        ncclRedOp_t,
-        ncclComm_t,
-        cudaStream_t,
-    ) -> ncclResult_t,
-    send: unsafe extern "C" fn(
-        *const c_void,
-        usize,
-        ncclDataType_t,
-        c_int,
-        ncclComm_t,
-        cudaStream_t,
-    ) -> ncclResult_t,
-    recv: unsafe extern "C" fn(
-        *mut c_void,
-        usize,
-        ncclDataType_t,
-        c_int,
-        ncclComm_t,
-        cudaStream_t,
-    ) -> ncclResult_t,
-    group_start: unsafe extern "C" fn() -> ncclResult_t,
-    group_end: unsafe extern "C" fn() -> ncclResult_t,
-}
-
-static API: OnceLock<Api> = OnceLock::new();
-
-/// Takes the functions of an opened NCCL, which stays open; false when it lacks one.
-pub(super) fn adopt(library: Opened) -> bool {
-    // SAFETY: the symbols are NCCL's, whose signatures have been these since version 2.7.
-    let api = unsafe { functions(&library) };
-    match api {
-        Ok(api) => {
-            std::mem::forget(library);
-            // Another thread may have been faster with the same functions.
-            let _ = API.set(api);
-            true
-        }
-        Err(_) => false,
-    }
-}
-
-/// # Safety
-/// The library is NCCL 2.
-unsafe fn functions(library: &Opened) -> std::result::Result<Api, libloading::Error> {
-    macro_rules! symbol {
-        ($name:literal) => {
-            // SAFETY: the caller's contract; the field's type is the function's.
-            *unsafe { library.get(concat!($name, "\0").as_bytes()) }?
-        };
-    }
-    Ok(Api {
-        get_version: symbol!("ncclGetVersion"),
-        get_unique_id: symbol!("ncclGetUniqueId"),
-        init_rank: symbol!("ncclCommInitRank"),
-        abort: symbol!("ncclCommAbort"),
-        async_error: symbol!("ncclCommGetAsyncError"),
-        last_error: symbol!("ncclGetLastError"),
-        all_reduce: symbol!("ncclAllReduce"),
-        send: symbol!("ncclSend"),
-        recv: symbol!("ncclRecv"),
-        group_start: symbol!("ncclGroupStart"),
-        group_end: symbol!("ncclGroupEnd"),
-    })
-}
 
 fn api() -> Result<&'static Api> {
     Library::Nccl.require()?;
@@ -373,5 +295,5 @@ fn checked(stage: &'static str, status: ncclResult_t, comm: ncclComm_t) -> Resul
             message = format!("{message} ({})", text.trim());
         }
     }
-    Err(Error::Cuda { stage, source: super::error::Fault::Nccl(message) })
+    Err(Error::Cuda { stage, source: super::fault::Fault::Nccl(message) })
 }

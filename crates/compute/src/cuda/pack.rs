@@ -60,7 +60,7 @@ pub fn dequantise(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor>
     let (height, width) = (int(rows)?, int(cols)?);
     let mut launch = cuda.stream().launch_builder(&kernel);
     launch.arg(qweight.slice()).arg(qzeros.slice()).arg(scales.slice()).arg(g_idx.slice());
-    launch.arg(weight.make_mut(cuda)?).arg(&height).arg(&width);
+    launch.arg(weight.make_mut()?).arg(&height).arg(&width);
     // SAFETY: the arguments are the kernel's, and `check` has compared every length and index.
     unsafe { launch.launch(tiles(rows, cols)) }.stage(STAGE)?;
     Ok(Tensor(Storage::Cuda(Matrix::from_f16(cuda, (rows, cols), weight))))
@@ -106,7 +106,7 @@ pub(super) fn pack(
     let kernel = cuda.kernel("pack.cu", name)?;
     let (height, width) = (int(rows)?, int(n)?);
     let mut launch = cuda.stream().launch_builder(&kernel);
-    launch.arg(codes).arg(words.make_mut(cuda)?).arg(&height).arg(&width);
+    launch.arg(codes).arg(words.make_mut()?).arg(&height).arg(&width);
     // SAFETY: the arguments are the kernel's; codes hold rows × n values and the words were counted
     // above.
     unsafe { launch.launch(tiles(rows, n)) }.stage(STAGE)?;

@@ -7,35 +7,21 @@
 //! ahead of the bus. Pinned memory is slow to allocate and is kept for the next tensor of the same
 //! size.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, DevicePtr, DeviceRepr, PinnedHostSlice, result};
+use cudarc::driver::{CudaEvent, DevicePtr, DeviceRepr, result};
 use half::f16;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::error::Stage;
-use super::matrix::{Matrix, Values};
+use super::matrix::Matrix;
+use super::pinned::{Host, lock};
 use crate::error::Result;
 
 const STAGE: &str = "parking a tensor";
 /// Copies under way before the oldest is waited for.
 const IN_FLIGHT: usize = 2;
-
-/// Pinned memory that is free, and tensors on their way out.
-#[derive(Default)]
-pub(super) struct Parking {
-    free: Mutex<Vec<Host>>,
-    leaving: Mutex<VecDeque<(Arc<CudaEvent>, Values)>>,
-}
-
-/// Pinned memory, and the last copy that was queued for it.
-#[derive(Debug)]
-struct Host {
-    memory: PinnedHostSlice<u8>,
-    last: Option<Arc<CudaEvent>>,
-}
 
 /// A tensor in pinned host memory.
 #[derive(Debug)]
@@ -99,8 +85,8 @@ impl Drop for Parked {
 /// Queues the copy of `matrix` to the host; its device memory is freed when that is done.
 pub(crate) fn park(matrix: Matrix) -> Result<Parked> {
     let cuda = Arc::clone(matrix.cuda());
-    let stream = cuda.leaving();
-    let mut host = pinned(&cuda, matrix.bytes())?;
+    let stream = cuda.driver().leaving();
+    let mut host = cuda.parking().take(cuda.driver(), matrix.bytes())?;
     stream.join(cuda.stream()).stage(STAGE)?;
     if let Some(last) = &host.last {
         stream.wait(last).stage(STAGE)?;
@@ -143,7 +129,7 @@ pub(crate) fn fetch(parked: &mut Parked) -> Result<Coming> {
     } else {
         Matrix::from_f32(&cuda, shape, copied_back::<f32>(&cuda, parked, count)?)
     };
-    let arrived = Arc::new(cuda.arriving().record_event(None).stage(STAGE)?);
+    let arrived = Arc::new(cuda.driver().arriving().record_event(None).stage(STAGE)?);
     if let Some(host) = &mut parked.host {
         host.last = Some(Arc::clone(&arrived));
     }
@@ -151,8 +137,8 @@ pub(crate) fn fetch(parked: &mut Parked) -> Result<Coming> {
 }
 
 fn copied_back<T: DeviceRepr>(cuda: &Cuda, parked: &Parked, count: usize) -> Result<Buffer<T>> {
-    let stream = cuda.arriving();
-    let buffer = cuda.uninit_on::<T>(stream, STAGE, count)?;
+    let stream = cuda.driver().arriving();
+    let buffer = Buffer::<T>::uninit_on(cuda.driver(), stream, STAGE, count)?;
     let to = buffer.slice().device_ptr(stream).0;
     if let Some(host) = &parked.host {
         if let Some(last) = &host.last {
@@ -164,20 +150,4 @@ fn copied_back<T: DeviceRepr>(cuda: &Cuda, parked: &Parked, count: usize) -> Res
         unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.stage(STAGE)?;
     }
     Ok(buffer)
-}
-
-/// Pinned memory of exactly `bytes`, from the free list where there is some: the one that has been
-/// free for longest, whose last copy is most likely done.
-fn pinned(cuda: &Cuda, bytes: usize) -> Result<Host> {
-    let mut free = lock(&cuda.parking().free);
-    if let Some(at) = free.iter().position(|host| host.memory.num_bytes() == bytes.max(1)) {
-        return Ok(free.remove(at));
-    }
-    // SAFETY: the memory is read only after a copy from the device has filled it.
-    let memory = unsafe { cuda.context().alloc_pinned_with_flags(bytes.max(1), 0) }.stage(STAGE)?;
-    Ok(Host { memory, last: None })
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

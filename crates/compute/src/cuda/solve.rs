@@ -14,12 +14,12 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, LaunchConfig, PushKernelArg};
 use half::f16;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::dense::{Block, Product, int, multiply};
 use super::error::Stage;
 use super::factor::rows_launch;
-use super::matrix::{Matrix, Values};
+use super::matrix::Matrix;
 use super::order::SolveOrder;
 use super::pack;
 use super::plan::{BLOCK, Window, widest, windows};
@@ -31,16 +31,6 @@ const OP: &str = "the GPTQ solve";
 const ROWS: usize = 64;
 /// Rows of a block of `group_scales`: one a warp.
 const SCALE_ROWS: usize = 8;
-
-/// Which weights a group's scale is computed from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GroupWeights {
-    /// Weights corrected up to the last block of 128 columns, as AutoGPTQ does; for one group a row,
-    /// the weights before dead columns were zeroed.
-    Stale,
-    /// Weights corrected for every column before the group, dead columns being zero.
-    Fresh,
-}
 
 /// A search for the scale that loses least, weighted by the Hessian's diagonal.
 #[derive(Clone, Copy, Debug)]
@@ -61,8 +51,10 @@ pub struct SolveOptions<'a> {
     pub bits: u8,
     /// Consecutive columns, in solve order, that share a scale; `None` is all.
     pub group_size: Option<usize>,
-    /// Which weights a scale is computed from.
-    pub group_weights: GroupWeights,
+    /// A group's scale is computed from weights corrected for every column before the group, dead
+    /// columns being zero. Otherwise from weights corrected up to the last block of 128 columns, as
+    /// AutoGPTQ does; for one group a row, from the weights before dead columns were zeroed.
+    pub fresh: bool,
     /// Scales are rounded to fp16 before codes are chosen, and a code's value before its error is
     /// computed: the weights that the file dequantises to on a card, which keeps them in fp16.
     pub half_scales: bool,
@@ -120,7 +112,7 @@ pub fn solve(
     let cuda = source.cuda();
     let order = SolveOrder::upload(cuda, order, dead)?;
     let mut solver = Solver::new(source, on_device(upper)?, &order, options)?;
-    for window in windows(n, options.group_size, options.group_weights == GroupWeights::Fresh) {
+    for window in windows(n, options.group_size, options.fresh) {
         solver.solve_window(&window)?;
     }
     let (codes, values) = solver.unpermute(&order)?;
@@ -174,7 +166,7 @@ impl<'a> Solver<'a> {
         options: &SolveOptions<'a>,
     ) -> Result<Self> {
         let (cuda, (rows, n)) = (source.cuda(), source.shape());
-        let fresh = options.group_weights == GroupWeights::Fresh;
+        let fresh = options.fresh;
         let width = widest(&windows(n, options.group_size, fresh));
         let group = options.group_size.unwrap_or(n).min(n);
         let groups = n.div_ceil(group);
@@ -226,7 +218,7 @@ impl<'a> Solver<'a> {
             Values::F16(values) => launch.arg(values.slice()),
             Values::F32(values) => launch.arg(values.slice()),
         };
-        launch.arg(order.order.slice()).arg(dead).arg(self.weight.make_mut(self.cuda)?);
+        launch.arg(order.order.slice()).arg(dead).arg(self.weight.make_mut()?);
         launch.arg(&rows).arg(&n);
         // SAFETY: the arguments are the kernel's; both matrices hold rows × n values, order and dead
         // n, and the order was checked to be a permutation.
@@ -237,8 +229,8 @@ impl<'a> Solver<'a> {
     /// Scales of groups `first .. first + count` from the weights as they are now.
     fn write_scales(&mut self, first: usize, count: usize) -> Result<()> {
         let start = first * self.group;
-        let at = Block::of_mut(self.cuda, self.weight.make_mut(self.cuda)?, self.n).at(0, start);
-        let scales = Block::of_mut(self.cuda, self.scales.make_mut(self.cuda)?, self.rows);
+        let at = Block::of_mut(self.cuda, self.weight.make_mut()?, self.n).at(0, start);
+        let scales = Block::of_mut(self.cuda, self.scales.make_mut()?, self.rows);
         let scales = scales.at(first, 0);
         let (rows, ld, group) = (int(self.rows)?, int(self.n)?, int(self.group)?);
         let columns = int(self.n - start)?;
@@ -288,8 +280,8 @@ impl<'a> Solver<'a> {
     /// The scale of the group that is columns `start .. end`, by solving it with every candidate.
     fn try_scales(&mut self, start: usize, end: usize) -> Result<()> {
         let (zero, max_code) = self.grid();
-        let weight = Block::of_mut(self.cuda, self.weight.make_mut(self.cuda)?, self.n);
-        let scales = Block::of_mut(self.cuda, self.scales.make_mut(self.cuda)?, self.rows);
+        let weight = Block::of_mut(self.cuda, self.weight.make_mut()?, self.n);
+        let scales = Block::of_mut(self.cuda, self.scales.make_mut()?, self.rows);
         let (weight, scales) = (weight.at(0, start), scales.at(start / self.group, 0));
         let upper = Block::of(self.cuda, self.upper, self.n).at(start, start);
         let (rows, ld, width) = (int(self.rows)?, int(self.n)?, int(end - start)?);
@@ -297,7 +289,7 @@ impl<'a> Solver<'a> {
         let Some(Search { ratios, count, trials: Some(trials), .. }) = &mut self.search else {
             return Ok(());
         };
-        let trials = trials.make_mut(self.cuda)?;
+        let trials = trials.make_mut()?;
         let kernel = self.cuda.kernel("gptq_try.cu", "gptq_try")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address()).arg(ratios.slice()).arg(&mut *trials);
@@ -323,10 +315,10 @@ impl<'a> Solver<'a> {
     /// Solves columns `start .. end`; their errors go to the window's columns from `offset` on.
     fn solve_block(&mut self, start: usize, end: usize, offset: usize) -> Result<()> {
         let first = start / self.group;
-        let weight = Block::of_mut(self.cuda, self.weight.make_mut(self.cuda)?, self.n);
+        let weight = Block::of_mut(self.cuda, self.weight.make_mut()?, self.n);
         let scales = Block::of(self.cuda, self.scales.slice(), self.rows).at(first, 0);
-        let codes = Block::of_mut(self.cuda, self.codes.make_mut(self.cuda)?, self.n);
-        let errors = Block::of_mut(self.cuda, self.errors.make_mut(self.cuda)?, self.width);
+        let codes = Block::of_mut(self.cuda, self.codes.make_mut()?, self.n);
+        let errors = Block::of_mut(self.cuda, self.errors.make_mut()?, self.width);
         let (weight, codes, errors) =
             (weight.at(0, start), codes.at(0, start), errors.at(0, offset));
         let upper = Block::of(self.cuda, self.upper, self.n).at(start, start);
@@ -340,7 +332,7 @@ impl<'a> Solver<'a> {
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address());
         launch.arg(scales.address()).arg(codes.address()).arg(errors.address());
-        launch.arg(self.row_loss.make_mut(self.cuda)?);
+        launch.arg(self.row_loss.make_mut()?);
         launch.arg(&rows).arg(&ld).arg(&err_ld).arg(&width).arg(&groups_left).arg(&until);
         launch.arg(&group).arg(&zero).arg(&max_code).arg(&half_values);
         let config = LaunchConfig {
@@ -363,7 +355,7 @@ impl<'a> Solver<'a> {
     ) -> Result<()> {
         const STAGE: &str = "spreading the errors";
         let shape = Product { m: self.rows, n: to.len(), k: from.len() };
-        let weight = Block::of_mut(self.cuda, self.weight.make_mut(self.cuda)?, self.n);
+        let weight = Block::of_mut(self.cuda, self.weight.make_mut()?, self.n);
         let errors = Block::of(self.cuda, self.errors.slice(), self.width);
         let upper = Block::of(self.cuda, self.upper, self.n);
         let (row, col, at) = (from.start, to.start, from.start - window);
@@ -383,7 +375,7 @@ impl<'a> Solver<'a> {
         let kernel = self.cuda.kernel("unpermute.cu", "unpermute")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(self.codes.slice()).arg(self.scales.slice()).arg(order.inverse.slice());
-        launch.arg(codes.make_mut(self.cuda)?).arg(values.make_mut(self.cuda)?);
+        launch.arg(codes.make_mut()?).arg(values.make_mut()?);
         launch.arg(&rows).arg(&n).arg(&group).arg(&zero);
         // SAFETY: the arguments are the kernel's; all matrices hold rows × n values, the inverse n
         // checked ones, and there are n / group scales a row, rounded up.

@@ -51,9 +51,9 @@ pub(super) fn cholesky(
     let room = cholesky_room(cuda, matrix, SIDE.min(n))?;
     let mut work = cuda.uninit::<f32>(STAGE, room)?;
     let steps =
-        Steps { cuda, card, n, matrix, panel: Block::of_mut(cuda, panel.make_mut(cuda)?, SIDE) };
-    let work = Block::of_mut(cuda, work.make_mut(cuda)?, room);
-    let info = Block::of_mut(cuda, infos.make_mut(cuda)?, 1);
+        Steps { cuda, card, n, matrix, panel: Block::of_mut(cuda, panel.make_mut()?, SIDE) };
+    let work = Block::of_mut(cuda, work.make_mut()?, room);
+    let info = Block::of_mut(cuda, infos.make_mut()?, 1);
     for step in 0..blocks {
         let at = steps.rows(step);
         let diagonal = matrix.at(at.start, at.start);

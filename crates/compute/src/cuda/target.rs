@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::PushKernelArg;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::dense::{Block, Product, int, multiply, multiply_transposed};
 use super::elementwise::{to_f16, to_f32};
@@ -16,7 +16,7 @@ use super::error::Stage;
 use super::factor::rows_launch;
 use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm};
 use super::gram::CHUNK_TOKENS as TOKENS;
-use super::matrix::{Matrix, Values, ensure_same_card};
+use super::matrix::{Matrix, ensure_same_card};
 use super::order::inverse_of;
 use crate::error::{Error, Result};
 
@@ -84,7 +84,7 @@ pub(crate) fn over_hessian(b: &Matrix, upper: &Matrix, order: &[u32]) -> Result<
     let mut whole = gathered(b, &order)?;
     let mut half = cuda.uninit::<f32>(OP, m * n)?;
     let triangle = Block::of(cuda, upper.f32(OP)?, n);
-    let inner = Block::of_mut(cuda, half.make_mut(cuda)?, n);
+    let inner = Block::of_mut(cuda, half.make_mut()?, n);
     let outer = Block::of_mut(cuda, whole.f32_mut(OP)?, n);
     for start in (0..n).step_by(PANEL) {
         // These columns of B Uᵀ: U's rows are zero before their diagonal.

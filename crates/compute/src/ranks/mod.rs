@@ -17,6 +17,7 @@ mod agreement;
 mod alarm;
 pub mod frames;
 pub mod greeting;
+mod launch;
 mod meeting;
 mod run_id;
 mod sockets;
@@ -32,13 +33,13 @@ use ndarray::{Array2, Axis, concatenate};
 use crate::Device;
 use crate::cuda::nccl::{self, Communicator};
 use crate::error::{Error, Result, ensure_shape};
-use crate::gram::Gram;
+use crate::share::share;
 use crate::tensor::{Storage, Tensor};
 
 pub use agreement::Agreement;
 use alarm::Alarm;
 use frames::{Limit, Message};
-pub use sockets::Launch;
+pub use launch::Launch;
 
 /// How often a wait looks whether another rank has failed.
 const TICK: Duration = Duration::from_millis(100);
@@ -95,14 +96,6 @@ impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rank {} of {}", self.rank, self.size)
     }
-}
-
-/// The part of `total` rows, windows or the like that falls to `rank` of `size`: neighbouring ones
-/// in whole units, the first ranks having one unit more where they do not divide evenly.
-pub fn share(total: usize, unit: usize, rank: usize, size: usize) -> Range<usize> {
-    let units = total.div_ceil(unit.max(1));
-    let start = |rank: usize| (units / size * rank + (units % size).min(rank)) * unit;
-    start(rank).min(total)..start(rank + 1).min(total)
 }
 
 impl Seat {
@@ -317,17 +310,14 @@ impl Ranks {
         }
     }
 
-    /// Adds the ranks' Grams up; every rank gets the sum, and factors it together with the others.
-    pub fn sum_gram(&self, gram: &mut Gram) -> Result<()> {
-        let Some(inner) = &self.0 else { return Ok(()) };
-        inner.sum(&mut gram.sum)?;
-        gram.ranks = self.clone();
-        Ok(())
-    }
-
     /// Adds the ranks' f32 tensors up; every rank gets the sum.
     pub fn sum(&self, tensor: &mut Tensor) -> Result<()> {
-        self.0.as_ref().map_or(Ok(()), |inner| inner.sum(&mut tensor.0))
+        self.sum_storage(&mut tensor.0)
+    }
+
+    /// As [`Self::sum`], of a tensor's values.
+    pub(crate) fn sum_storage(&self, storage: &mut Storage) -> Result<()> {
+        self.0.as_ref().map_or(Ok(()), |inner| inner.sum(storage))
     }
 
     /// All `rows` rows of a tensor of which every rank has its [`Self::share`] in units of `unit`.

@@ -4,7 +4,7 @@
 //! nothing is sent every few seconds: a peer from which nothing comes for a minute is lost, as is one
 //! whose connection ends without a farewell. Rank 0 passes the news of a loss on to all others.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::alarm::Alarm;
 use super::frames::{Frame, Limit, Message};
+use super::launch::Launch;
 use super::meeting::{self, Met};
 use super::{Seat, TICK, Wire};
 use crate::error::{Error, Result};
@@ -21,33 +22,6 @@ use crate::error::{Error, Result};
 /// Time between signs of life, and the silence after which a peer is lost.
 const BEAT: Duration = Duration::from_secs(5);
 const SILENCE: Duration = Duration::from_secs(60);
-/// What a launcher tells each of the processes that it starts.
-#[derive(Clone, Debug)]
-pub struct Launch {
-    /// Number of this process.
-    pub rank: usize,
-    /// Number of processes.
-    pub size: usize,
-    /// Host of rank 0.
-    pub host: String,
-    /// Port on which rank 0 listens.
-    pub port: u16,
-    /// What the launcher calls this run; the same for all of its ranks. Without one, rank 0 draws an
-    /// id that ranks of the same host and user find.
-    pub run_id: Option<String>,
-    /// How long to wait for the others.
-    pub patience: Duration,
-}
-
-impl Launch {
-    /// The error of a connection that fails.
-    pub(super) fn trouble(&self, peer: usize, error: &io::Error) -> Error {
-        let Self { rank, host, port, .. } = self;
-        Error::Ranks(format!(
-            "Rank {rank} cannot talk to rank {peer} through {host}:{port}: {error}"
-        ))
-    }
-}
 
 /// The threads that write to the peers. Dropping ends them when what was sent has left.
 pub(super) struct Pumps {

@@ -193,7 +193,7 @@ impl Need {
             }
             Self::BlockGroups => {
                 let fits = |size: usize| size.is_power_of_two() && (16..=256).contains(&size);
-                let size = quantize.group_size.map_or("none".to_owned(), |size| size.to_string());
+                let size = gptq_checkpoint::GroupSize(quantize.group_size);
                 unless(quantize.group_size.is_some_and(fits), || {
                     format!("group size {size}: its kernel takes powers of two from 16 to 256")
                 })

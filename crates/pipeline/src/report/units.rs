@@ -80,7 +80,7 @@ pub(crate) fn count(value: usize) -> String {
 
 /// `128`, or `none`.
 pub(crate) fn group(group_size: Option<usize>) -> String {
-    group_size.map_or_else(|| "none".to_owned(), |n| n.to_string())
+    gptq_checkpoint::GroupSize(group_size).to_string()
 }
 
 /// `yes` or `no`.

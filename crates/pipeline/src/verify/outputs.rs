@@ -140,16 +140,10 @@ fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<Vec<
     }
     for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
         let mut hidden = states.hidden.take(chunk)?;
-        let input = block.attention_input(device, &hidden)?;
-        device.gram_add(&mut grams[0], &input)?;
-        let context = block.attention_context(device, &input, model.rope(seq_len), seq_len)?;
-        device.gram_add(&mut grams[1], &context)?;
-        block.attention_output(device, &context, &mut hidden)?;
-        let input = block.mlp_input(device, &hidden)?;
-        device.gram_add(&mut grams[2], &input)?;
-        let activation = block.mlp_activation(device, &input)?;
-        device.gram_add(&mut grams[3], &activation)?;
-        block.mlp_output(device, &activation, &mut hidden)?;
+        let rope = model.rope(seq_len);
+        block.forward_looking(device, &mut hidden, rope, seq_len, |stage, input| {
+            Ok(device.gram_add(&mut grams[stage as usize], input)?)
+        })?;
         states.hidden.put(chunk, hidden)?;
     }
     Ok(grams)

@@ -211,13 +211,13 @@ fn modules(config: &QuantizeConfig) -> String {
 
 /// `none`, or the columns of a group.
 pub(super) fn group(size: Option<usize>) -> String {
-    size.map_or_else(|| "none".to_owned(), |size| size.to_string())
+    gptq_checkpoint::GroupSize(size).to_string()
 }
 
 /// What the headers of the weight files say beside their tensors.
 fn check_metadata(checkpoint: &Checkpoint, stored: &QuantizeConfig, findings: &mut Findings) {
     let desc_act = if stored.desc_act { "True" } else { "False" };
-    let group_size = stored.group_size.map_or(-1, |size| size as i64);
+    let group_size = gptq_checkpoint::GroupSize(stored.group_size).stored();
     let expected = [
         ("gptq_bits", stored.bits.to_string()),
         ("gptq_group_size", group_size.to_string()),

@@ -65,8 +65,8 @@ pub(super) fn compare(
     if let Some(choices) = recorded.filter(|choices| choices.rotate != rotate) {
         let message = format!(
             "records rotate={}, but the weights have {}",
-            name(choices.rotate),
-            name(rotate)
+            choices.rotate.name(),
+            rotate.name()
         );
         findings.add(Check::Weights, "metadata", message);
     }
@@ -104,20 +104,12 @@ pub(super) fn compare(
     progress.end();
     dense::check(checkpoint, base, (stored, folding.as_ref()), findings)?;
     let head_change = dense::head_change(checkpoint, base, folding.as_ref(), recorded, findings)?;
-    Ok(Weights { rotation: name(rotate), head_change, linears, rotate })
+    Ok(Weights { rotation: rotate.name(), head_change, linears, rotate })
 }
 
 /// An error over an energy, where there is one.
 pub(super) fn relative(error: f64, energy: f64) -> Option<f64> {
     Some(error / energy).filter(|quotient| energy > 0.0 && quotient.is_finite())
-}
-
-fn name(rotate: Rotate) -> &'static str {
-    match rotate {
-        Rotate::None => "none",
-        Rotate::Heads => "heads",
-        Rotate::Full => "full",
-    }
 }
 
 /// Choices that the metadata records, where it does.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use gptq_compute::cuda::{GroupWeights, SolveOptions};
+use gptq_compute::cuda::SolveOptions;
 use gptq_compute::{HessianPrep, Precision, Tensor};
 use gptq_quant::Factored;
 use half::f16;
@@ -107,7 +107,7 @@ impl Case<'_> {
         };
         let original: Vec<f64> = self.plan.order.iter().map(|&c| source(c, false)).collect();
         let mut now: Vec<f64> = self.plan.order.iter().map(|&c| source(c, true)).collect();
-        let stale = self.options.group_weights == GroupWeights::Stale;
+        let stale = !self.options.fresh;
         let mut outer = now.clone();
         let zero = f64::from(1_u32 << (self.options.bits - 1));
         for j in 0..n {
@@ -162,7 +162,7 @@ impl Case<'_> {
             return larger(off - slack, 0.0);
         };
         let zero = (max_code + 1.0) / 2.0;
-        let fresh = self.options.group_weights == GroupWeights::Fresh;
+        let fresh = self.options.fresh;
         let tried =
             search.by_solving && fresh && self.group() <= 128 && self.options.group_size.is_some();
         let loss = |s: f64| -> f64 {

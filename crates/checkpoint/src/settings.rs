@@ -1,0 +1,106 @@
+//! Which quantisation settings hold for the weights of a folder.
+//!
+//! What config.json and quantize_config.json say, and what the weights are, may contradict each other.
+
+use std::path::Path;
+
+use crate::names::CONFIG_FILE;
+use crate::weights::Weights;
+use crate::{Error, ModelConfig, QuantizeConfig, Result};
+
+/// The settings that hold for a folder's weights, and what is to be said where they do not: those of
+/// bitsandbytes and others are often left over when the weights were made dense again.
+pub(crate) fn that_hold(
+    dir: &Path,
+    config: &ModelConfig,
+    weights: &Weights,
+    read: Result<Option<QuantizeConfig>>,
+) -> Result<(Option<QuantizeConfig>, Option<String>)> {
+    let method = config.raw().get("quantization_config").and_then(|keys| keys.get("quant_method"));
+    let method = method.filter(|method| !method.is_null());
+    if matches!(read, Ok(None)) || !is_dense(config, weights) {
+        // Also where quantize_config.json says otherwise.
+        if let Some(method) = method.filter(|method| *method != "gptq") {
+            return Err(Error::UnsupportedConfig {
+                path: dir.join(CONFIG_FILE),
+                key: "quantization_config.quant_method".to_owned(),
+                value: method.to_string(),
+                supported: "`gptq`",
+            });
+        }
+        return Ok((read?, None));
+    }
+    // A file that cannot be read at all says nothing of the weights.
+    if let Err(error @ (Error::Io { .. } | Error::Json { .. })) = read {
+        return Err(error);
+    }
+    let method = method.map_or_else(String::new, |method| format!(" of {method}"));
+    Ok((
+        None,
+        Some(format!(
+            "the weights are dense although there is a quantisation configuration{method}: it is \
+             ignored; remove quantization_config from config.json, and quantize_config.json"
+        )),
+    ))
+}
+
+/// Whether every linear is there as a floating-point weight, and nothing beside it says how it would
+/// be quantised. Of weights that are still to come, only names are known.
+fn is_dense(config: &ModelConfig, weights: &Weights) -> bool {
+    let quantised = |name: &str| {
+        let leaf = name.rsplit('.').next().unwrap_or_default();
+        !matches!(leaf, "weight" | "bias" | "inv_freq") && name.contains("_proj.")
+    };
+    let float = |name: &str| match weights.stored_type(name) {
+        Some(dtype) => {
+            crate::DType::from_safetensors(dtype, name).is_ok_and(crate::DType::is_float)
+        }
+        None => weights.contains(name),
+    };
+    config.linears().all(|(name, _)| float(&format!("{name}.weight")))
+        && !weights.names().any(quantised)
+}
+
+/// What was found packed that cannot be read, for a folder whose weights are known.
+pub(crate) fn refuse_unreadable(
+    dir: &Path,
+    quantize: Option<&QuantizeConfig>,
+    weights: &Weights,
+) -> Result<()> {
+    for name in ["lm_head.qweight", "model.embed_tokens.qweight"] {
+        if quantize.is_some() && weights.contains(name) {
+            return Err(Error::PackedHead { tensor: name.to_owned() });
+        }
+    }
+    let mut packed = weights.names().filter(|name| name.ends_with(".qweight"));
+    let Some(tensor) = packed.next().filter(|_| quantize.is_none()) else { return Ok(()) };
+    let (dir, tensor, reason) = (dir.to_owned(), tensor.to_owned(), no_settings(dir, weights));
+    Err(Error::NoSettings { dir, tensor, reason })
+}
+
+/// Why packed tensors have no settings, as far as it shows, and what to do.
+fn no_settings(dir: &Path, weights: &Weights) -> String {
+    const AWQ: &str = "quant_config.json";
+    let awq = std::fs::read_to_string(dir.join(AWQ));
+    if awq.is_ok_and(|text| text.contains("\"w_bit\"")) {
+        return format!(
+            "`{AWQ}` beside them is AutoAWQ's: AWQ packs weights in another order, which is not \
+             supported; quantise the dense model instead"
+        );
+    }
+    let write = "no file says how they are quantised: write `bits`, `group_size`, `desc_act` and \
+                 `sym` into quantize_config.json";
+    let metadata = match weights {
+        Weights::Mapped(mapped) => mapped.files().iter().find_map(|file| {
+            let value = |key: &str| file.metadata.get(key).map(String::as_str);
+            let (bits, size) = (value("gptq_bits")?, value("gptq_group_size").unwrap_or("?"));
+            Some(format!("; the metadata of the weights says {bits} bits, group size {size}"))
+        }),
+        Weights::Arriving(_) => None,
+    };
+    let tgi = weights.contains("gptq_bits").then(|| {
+        "; TGI stores them in the tensors `gptq_bits` and `gptq_groupsize`, which are not read"
+            .to_owned()
+    });
+    format!("{write}{}", metadata.or(tgi).unwrap_or_default())
+}

@@ -1,0 +1,34 @@
+//! What a launcher says to the processes of a run.
+
+use std::io;
+use std::time::Duration;
+
+use crate::error::Error;
+
+/// What a launcher tells each of the processes that it starts.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// Number of this process.
+    pub rank: usize,
+    /// Number of processes.
+    pub size: usize,
+    /// Host of rank 0.
+    pub host: String,
+    /// Port on which rank 0 listens.
+    pub port: u16,
+    /// What the launcher calls this run; the same for all of its ranks. Without one, rank 0 draws an
+    /// id that ranks of the same host and user find.
+    pub run_id: Option<String>,
+    /// How long to wait for the others.
+    pub patience: Duration,
+}
+
+impl Launch {
+    /// The error of a connection that fails.
+    pub(super) fn trouble(&self, peer: usize, error: &io::Error) -> Error {
+        let Self { rank, host, port, .. } = self;
+        Error::Ranks(format!(
+            "Rank {rank} cannot talk to rank {peer} through {host}:{port}: {error}"
+        ))
+    }
+}
