@@ -287,26 +287,57 @@ fn every_command_speaks_json() {
     assert_eq!(all["evaluation"]["contaminated"], true);
     let one = sweep(&["--only", "b"], "one");
     assert_eq!(one["rows"][0]["result"], all["rows"][1]["result"]);
-    for args in [
-        &["plan", "model", "--config", "sweep.toml", "--json"][..],
-        &["inspect", "out", "--json"],
-        &["doctor", "--json"],
-        &[
-            "bench",
-            "--width",
-            "tiny",
-            "--windows",
-            "1",
-            "--seq-len",
-            "64",
-            "--device",
-            "cpu",
-            "--json",
-        ],
-    ] {
+    for args in
+        [&["plan", "model", "--config", "sweep.toml", "--json"][..], &["inspect", "out", "--json"]]
+    {
         let value = dir.gptq(args).json();
         assert!(value.is_object() || value.is_array(), "{args:?}: {value}");
     }
+}
+
+#[test]
+fn doctor_says_what_is_missing_and_what_to_do() {
+    let checks = run(&["doctor", "--json"]).json();
+    let checks = checks.as_array().unwrap();
+    let find = |what: &str| checks.iter().find(|check| check["what"] == what).unwrap();
+    for library in ["libcuda.so.1", "libnvrtc.so.13", "libcublas.so.13", "libnccl.so.2"] {
+        let check = find(library);
+        assert!(check["found"].is_string() != check["advice"].is_string(), "{check}");
+    }
+    let host = find("host")["found"].as_str().unwrap().to_owned();
+    let threads = std::thread::available_parallelism().unwrap();
+    assert!(host.starts_with(&format!("{threads} threads, ")) && host.ends_with('B'), "{host}");
+    let shown = run(&["doctor"]);
+    assert!(shown.ok().contains("libnvrtc.so.13") && shown.stdout.contains(&host));
+}
+
+#[test]
+fn what_bench_prints_adds_up() {
+    let bench =
+        ["bench", "--width", "tiny", "--windows", "1", "--seq-len", "64", "--recipe", "autogptq"];
+    let made = run(&[&bench[..], &["--device", "cpu", "--json"]].concat()).json();
+    let number = |value: &Value| value.as_f64().unwrap();
+    let products = made["products"].as_array().unwrap();
+    assert_eq!(products.len(), 3);
+    for product in products {
+        let sides: Vec<f64> =
+            product["shape"].as_str().unwrap().split('×').map(|n| n.parse().unwrap()).collect();
+        let operations = 2.0 * sides.iter().product::<f64>();
+        assert_eq!(number(&product["operations"]), operations, "{product}");
+        let rate = operations / number(&product["seconds"]);
+        assert!((number(&product["rate"]) / rate - 1.0).abs() < 1e-6, "{product}");
+        assert!(number(&product["fraction"]) > 0.0, "{product}");
+    }
+    let block = &made["block"];
+    let stages = block["stages"].as_array().unwrap();
+    let names: Vec<&str> = stages.iter().map(|s| s["operation"].as_str().unwrap()).collect();
+    assert_eq!(names, ["factor", "forward", "gram", "pack", "solve"]);
+    let spent: f64 = stages.iter().map(|stage| number(&stage["seconds"])).sum();
+    assert!(spent > 0.0 && spent <= number(&block["seconds"]), "{block}");
+    // q, k, v, o, gate, up and down of 64 tokens, 2 operations a weight.
+    let weights = 256.0 * (256.0 + 128.0 + 128.0 + 256.0 + 3.0 * 768.0);
+    let forward = stages.iter().find(|stage| stage["operation"] == "forward").unwrap();
+    assert!(number(&forward["operations"]) >= 2.0 * 64.0 * weights, "{forward}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use crate::hub;
 use crate::launch;
 use crate::printer::write_stderr;
 
@@ -34,22 +35,43 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         }
     }
     write_stderr(&message);
-    ExitCode::from(if is_internal(error) { INTERNAL } else { USER })
+    ExitCode::from(code(error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    if is_internal(error) { INTERNAL } else { USER }
 }
 
 /// Shapes are checked where files are read, so a mismatch inside a device operation is our fault.
 fn is_internal(error: &anyhow::Error) -> bool {
-    #[cfg(feature = "hub")]
-    if matches!(error.downcast_ref(), Some(gptq_hub::Error::Panicked { .. })) {
-        return true;
-    }
-    error.chain().any(|cause| {
-        matches!(
-            cause.downcast_ref::<gptq_compute::Error>(),
-            Some(
-                gptq_compute::Error::ShapeMismatch { .. }
-                    | gptq_compute::Error::RowOutOfRange { .. }
+    hub::is_internal(error)
+        || error.chain().any(|cause| {
+            matches!(
+                cause.downcast_ref::<gptq_compute::Error>(),
+                Some(
+                    gptq_compute::Error::ShapeMismatch { .. }
+                        | gptq_compute::Error::RowOutOfRange { .. }
+                )
             )
-        )
-    })
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+    use gptq_compute::Error;
+
+    use super::*;
+
+    #[test]
+    fn a_fault_of_ours_has_a_code_of_its_own() {
+        let ours = || Error::RowOutOfRange { row: 3, rows: 2 };
+        for error in [ours().into(), Err::<(), _>(ours()).context("Cannot go on").unwrap_err()] {
+            assert_eq!(code(&error), INTERNAL, "{error:#}");
+        }
+        let theirs = Error::NoSuchDevice { ordinal: 9, count: 0 };
+        for error in [theirs.into(), anyhow::anyhow!("no such file")] {
+            assert_eq!(code(&error), USER, "{error:#}");
+        }
+    }
 }

@@ -6,6 +6,12 @@
 mod args;
 mod commands;
 mod exit;
+#[cfg(not(feature = "hub"))]
+#[path = "hub_off.rs"]
+mod hub;
+#[cfg(feature = "hub")]
+#[path = "hub_on/mod.rs"]
+mod hub;
 mod launch;
 mod plain;
 mod printer;

@@ -57,7 +57,7 @@ impl Printer {
     }
 
     /// Whether progress is shown as bars.
-    #[cfg(feature = "hub")]
+    #[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "transfers alone ask"))]
     pub(crate) fn shows_bars(&self) -> bool {
         self.bars
     }

@@ -15,9 +15,9 @@ mod support;
 use gptq_compute::cuda::Cuda;
 use gptq_compute::{AttentionShape, Device, Error, FloatType, HostMatrix, RopeTable, Tensor};
 use gpus::gpu;
-use support::{Random, bytes_of, check, round_to_half};
 use half::bf16;
 use ndarray::{Array2, s};
+use support::{Random, bytes_of, check, round_to_half};
 
 /// Relative errors of results rounded to fp16 once (2⁻¹¹ at most, 2⁻¹²·√(4/3) on average), and of
 /// results that also hold rounded intermediates.

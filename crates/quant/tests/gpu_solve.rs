@@ -31,9 +31,7 @@ use rayon::prelude::*;
 
 use gpus::gpu;
 use needs::Need;
-use support::{
-    Case, Plan, Replay, gram, noise, weights, weights_at_the_ends_of_fp16, within,
-};
+use support::{Case, Plan, Replay, gram, noise, weights, weights_at_the_ends_of_fp16, within};
 
 /// The first GPU, where there is one.
 fn card() -> Option<(Device, Arc<Cuda>)> {

@@ -4,20 +4,14 @@ mod bench;
 mod card;
 mod check;
 mod doctor;
-#[cfg(feature = "hub")]
-mod fetch;
 mod inspect;
 mod plan;
 mod ppl;
-#[cfg(feature = "hub")]
-mod push;
 mod quantize;
 mod report;
-mod source;
+pub(crate) mod source;
 mod sweep;
-mod table;
-#[cfg(feature = "hub")]
-mod transfer;
+pub(crate) mod table;
 mod verify;
 
 use std::io::Write;
@@ -26,12 +20,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::args::Command;
+use crate::hub;
 use crate::plain::plain;
 use crate::printer::Printer;
 pub(crate) use table::gigabytes;
-
-#[cfg(not(feature = "hub"))]
-const NO_HUB: &str = "This build has no Hub access; build it without --no-default-features";
 
 /// Runs a command.
 pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
@@ -47,19 +39,13 @@ pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Card(args) => card::run(&args),
         Command::Bench(args) => bench::run(&args, printer),
         Command::Doctor(args) => doctor::run(&args),
-        #[cfg(feature = "hub")]
-        Command::Fetch(args) => fetch::run(&args, printer),
-        #[cfg(feature = "hub")]
-        Command::Push(args) => push::run(&args, printer),
-        #[cfg(not(feature = "hub"))]
-        Command::Fetch(_) | Command::Push(_) => {
-            anyhow::bail!("{NO_HUB}")
-        }
+        Command::Fetch(args) => hub::fetch_command(&args, printer),
+        Command::Push(args) => hub::push_command(&args, printer),
     }
 }
 
 /// Writes a result for people to stdout.
-fn print_result(text: &str) -> Result<()> {
+pub(crate) fn print_result(text: &str) -> Result<()> {
     print_as_it_is(&plain(text))
 }
 
@@ -82,6 +68,6 @@ fn write_stdout(text: &str) -> std::io::Result<()> {
 }
 
 /// Writes a result to stdout as indented JSON.
-fn print_json(value: &impl Serialize) -> Result<()> {
+pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
     print_as_it_is(&serde_json::to_string_pretty(value)?)
 }

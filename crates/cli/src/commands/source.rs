@@ -7,6 +7,7 @@ use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
 use gptq_pipeline::dataset::DatasetSpec;
 use gptq_pipeline::progress::Progress;
 
+use crate::hub::{self, Part};
 use crate::printer::Printer;
 
 /// Opens a model or checkpoint by folder or Hub id.
@@ -38,7 +39,7 @@ pub(super) fn open_arriving(model: &str, printer: &Printer) -> Result<Checkpoint
              it takes a Hub id"
         );
     }
-    download::arriving(model, printer)
+    hub::arriving(model, printer)
 }
 
 /// Reads a model's configuration by folder or Hub id, of which nothing else is downloaded.
@@ -55,14 +56,7 @@ pub(super) fn locate(checkpoint: &str, printer: &Printer) -> Result<PathBuf> {
 
 /// Sees to it that a split of the Hub is in the cache; whether it can be read shows later.
 pub(super) fn provide_text(dataset: &DatasetSpec, printer: &Printer) -> Result<()> {
-    if dataset.is_missing() { download::text(dataset, printer) } else { Ok(()) }
-}
-
-/// What is wanted of a model.
-#[derive(Clone, Copy)]
-enum Part {
-    All,
-    Config,
+    if dataset.is_missing() { hub::text(dataset, printer) } else { Ok(()) }
 }
 
 fn find(model: &str) -> Result<PathBuf, Error> {
@@ -71,7 +65,7 @@ fn find(model: &str) -> Result<PathBuf, Error> {
 }
 
 /// `ORG/NAME@REVISION`; a path that exists has no revision, whatever is in its name.
-pub(super) fn split_revision(model: &str) -> (&str, Option<&str>) {
+pub(crate) fn split_revision(model: &str) -> (&str, Option<&str>) {
     match model.split_once('@') {
         Some((id, revision)) if !Path::new(model).exists() => (id, Some(revision)),
         _ => (model, None),
@@ -88,7 +82,7 @@ fn or_download<T>(
 ) -> Result<T> {
     match opened {
         Err(error) if is_incomplete(model, &error) => {
-            Ok(open(&download::model(model, part, error, printer)?)?)
+            Ok(open(&hub::model(model, part, error, printer)?)?)
         }
         other => Ok(other?),
     }
@@ -103,94 +97,4 @@ fn is_incomplete(model: &str, error: &Error) -> bool {
         _ => false,
     };
     lacking && !Path::new(model).exists()
-}
-
-#[cfg(not(feature = "hub"))]
-mod download {
-    use super::{Checkpoint, DatasetSpec, Error, Part, PathBuf, Printer, Result};
-
-    pub(super) fn model(_: &str, _: Part, error: Error, _: &Printer) -> Result<PathBuf> {
-        Err(error.into())
-    }
-
-    #[expect(clippy::unnecessary_wraps, reason = "with the Hub it may fail")]
-    pub(super) fn text(_: &DatasetSpec, _: &Printer) -> Result<()> {
-        Ok(())
-    }
-
-    pub(super) fn arriving(_: &str, _: &Printer) -> Result<Checkpoint> {
-        anyhow::bail!("{}", crate::commands::NO_HUB)
-    }
-}
-
-#[cfg(feature = "hub")]
-mod download {
-    use std::sync::Arc;
-
-    use anyhow::Context;
-    use gptq_hub::{Hub, Source, Stream};
-
-    use super::{Checkpoint, DatasetSpec, Error, Part, PathBuf, Printer, Result, split_revision};
-    use crate::args::RETRIES;
-    use crate::commands::fetch::{cache_root, split_source};
-    use crate::commands::transfer::Transfer;
-
-    /// Downloads a model that opening failed for; that is what is wrong where this fails, too.
-    pub(super) fn model(
-        model: &str,
-        part: Part,
-        error: Error,
-        printer: &Printer,
-    ) -> Result<PathBuf> {
-        let (id, revision) = split_revision(model);
-        let source = match part {
-            Part::All => Source::Model(id.to_owned()),
-            Part::Config => Source::Config(id.to_owned()),
-        };
-        match fetch(&source, revision.unwrap_or("main"), model, printer)? {
-            Some(Ok(folder)) => Ok(folder),
-            Some(Err(failure)) => Err(failure).context(error.to_string()),
-            None => Err(error.into()),
-        }
-    }
-
-    /// Downloads a split. Where the network is forbidden, reading it says what to do.
-    pub(super) fn text(dataset: &DatasetSpec, printer: &Printer) -> Result<()> {
-        let source = split_source(dataset)?;
-        let name = dataset.to_string();
-        match fetch(&source, "main", &name, printer)? {
-            Some(Err(failure)) => {
-                Err(failure).context(format!("Dataset `{dataset}` is not in the Hub cache"))
-            }
-            Some(Ok(_)) | None => Ok(()),
-        }
-    }
-
-    /// Opens a model that arrives while it is read.
-    pub(super) fn arriving(model: &str, printer: &Printer) -> Result<Checkpoint> {
-        let (id, revision) = split_revision(model);
-        let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
-        let cache = cache_root()?;
-        let progress = Arc::new(Transfer::new(printer.clone()));
-        let stream = Stream::start(hub, id, revision.unwrap_or("main"), &cache, progress)?;
-        let folder = stream.folder().to_owned();
-        Ok(Checkpoint::open_arriving(&folder, Box::new(move |shard| Ok(stream.wait(shard)?)))?)
-    }
-
-    /// `None` where there is no network or no cache to use.
-    fn fetch(
-        source: &Source,
-        revision: &str,
-        name: &str,
-        printer: &Printer,
-    ) -> Result<Option<Result<PathBuf, gptq_hub::Error>>> {
-        let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
-        let Some(cache) = gptq_checkpoint::hub_cache_root().filter(|_| !hub.is_offline()) else {
-            return Ok(None);
-        };
-        printer.note(&format!("{name} is not in the Hub cache: downloading it"));
-        let progress = Transfer::new(printer.clone());
-        let fetched = gptq_hub::fetch(&hub, source, revision, &cache, false, &progress);
-        Ok(Some(fetched.map(|fetched| fetched.folder)))
-    }
 }

@@ -4,10 +4,10 @@ use anyhow::Result;
 use gptq_hub::{BranchPlan, Hub, PushRequest, plan_push, push};
 use serde::Serialize;
 
-use super::table::{size, table};
 use super::transfer::Transfer;
-use super::{print_json, print_result};
 use crate::args::PushArgs;
+use crate::commands::table::{size, table};
+use crate::commands::{print_json, print_result};
 use crate::printer::Printer;
 
 /// What `--json` prints of a dry run.

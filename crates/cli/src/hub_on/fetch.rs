@@ -8,10 +8,10 @@ use gptq_hub::{Hub, Source};
 use gptq_pipeline::dataset::DatasetSpec;
 use serde::Serialize;
 
-use super::table::size;
 use super::transfer::Transfer;
-use super::{print_json, print_result};
 use crate::args::FetchArgs;
+use crate::commands::table::size;
+use crate::commands::{print_json, print_result};
 use crate::printer::Printer;
 
 /// What `--json` prints, one for each thing asked for.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use gptq_hub::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::table::size;
+use crate::commands::table::size;
 use crate::plain::plain_word;
 use crate::printer::Printer;
 

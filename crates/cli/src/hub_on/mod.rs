@@ -1,0 +1,92 @@
+//! What a build with the Hub can do: fetch and push, and bring what other commands lack.
+//!
+//! `hub_off.rs` has the same functions for a build without.
+
+mod fetch;
+mod push;
+mod transfer;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use gptq_checkpoint::{Checkpoint, Error};
+use gptq_hub::{Hub, Source, Stream};
+use gptq_pipeline::dataset::DatasetSpec;
+
+use crate::args::RETRIES;
+use crate::commands::source::split_revision;
+use crate::printer::Printer;
+use fetch::{cache_root, split_source};
+use transfer::Transfer;
+
+pub(crate) use fetch::run as fetch_command;
+pub(crate) use push::run as push_command;
+
+/// What is wanted of a model.
+#[derive(Clone, Copy)]
+pub(crate) enum Part {
+    /// Everything.
+    All,
+    /// Its configuration.
+    Config,
+}
+
+/// Whether an error is this program's fault.
+pub(crate) fn is_internal(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(gptq_hub::Error::Panicked { .. }))
+}
+
+/// Downloads a model that opening failed for; that is what is wrong where this fails, too.
+pub(crate) fn model(model: &str, part: Part, error: Error, printer: &Printer) -> Result<PathBuf> {
+    let (id, revision) = split_revision(model);
+    let source = match part {
+        Part::All => Source::Model(id.to_owned()),
+        Part::Config => Source::Config(id.to_owned()),
+    };
+    match fetch(&source, revision.unwrap_or("main"), model, printer)? {
+        Some(Ok(folder)) => Ok(folder),
+        Some(Err(failure)) => Err(failure).context(error.to_string()),
+        None => Err(error.into()),
+    }
+}
+
+/// Downloads a split. Where the network is forbidden, reading it says what to do.
+pub(crate) fn text(dataset: &DatasetSpec, printer: &Printer) -> Result<()> {
+    let source = split_source(dataset)?;
+    let name = dataset.to_string();
+    match fetch(&source, "main", &name, printer)? {
+        Some(Err(failure)) => {
+            Err(failure).context(format!("Dataset `{dataset}` is not in the Hub cache"))
+        }
+        Some(Ok(_)) | None => Ok(()),
+    }
+}
+
+/// Opens a model that arrives while it is read.
+pub(crate) fn arriving(model: &str, printer: &Printer) -> Result<Checkpoint> {
+    let (id, revision) = split_revision(model);
+    let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
+    let cache = cache_root()?;
+    let progress = Arc::new(Transfer::new(printer.clone()));
+    let stream = Stream::start(hub, id, revision.unwrap_or("main"), &cache, progress)?;
+    let folder = stream.folder().to_owned();
+    Ok(Checkpoint::open_arriving(&folder, Box::new(move |shard| Ok(stream.wait(shard)?)))?)
+}
+
+/// `None` where there is no network or no cache to use.
+fn fetch(
+    source: &Source,
+    revision: &str,
+    name: &str,
+    printer: &Printer,
+) -> Result<Option<Result<PathBuf, gptq_hub::Error>>> {
+    let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
+    let Some(cache) = gptq_checkpoint::hub_cache_root().filter(|_| !hub.is_offline()) else {
+        return Ok(None);
+    };
+    printer.note(&format!("{name} is not in the Hub cache: downloading it"));
+    let progress = Transfer::new(printer.clone());
+    let fetched = gptq_hub::fetch(&hub, source, revision, &cache, false, &progress);
+    Ok(Some(fetched.map(|fetched| fetched.folder)))
+}
