@@ -11,7 +11,7 @@ mod gpu_support;
 use std::time::{Duration, Instant};
 
 use gptq_compute::cuda::{Library, probe};
-use gptq_compute::{Device, Error, Gram, HessianPrep, Ranks, Result, Seat, Tensor};
+use gptq_compute::{Device, Error, Gram, HessianPrep, RankHandle, Ranks, Result, Tensor};
 use ndarray::Array2;
 
 use gpu_support::{Random, check};
@@ -41,7 +41,7 @@ fn on_cards<R: Send>(
 ) -> Vec<Result<R>> {
     std::thread::scope(|scope| {
         let part = &part;
-        let threads: Vec<_> = Seat::threads(devices.len())
+        let threads: Vec<_> = RankHandle::threads(devices.len())
             .into_iter()
             .zip(devices)
             .map(|(seat, device)| {

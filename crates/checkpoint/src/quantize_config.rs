@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_former_quantisation_is_replaced_and_order_kept() {
+    fn a_former_quantization_is_replaced_and_order_kept() {
         let base = r#"{"z":1,"quantization_config":{},"a":2,"b":3}"#;
         let base: Map<String, Value> = serde_json::from_str(base).unwrap();
         let text = config(Some(32), true).config_text(&base, Layout::Modern).unwrap();

@@ -14,7 +14,7 @@ use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision};
 use crate::error::{Error, Result};
 use crate::grid::{absmax_scale, clip_ratios, code, file_scale, searched_scale};
 use crate::hessian::Factored;
-use crate::solved::{Codes, Quantised, Stored, by_group, group_index, stored_scales};
+use crate::solved::{Codes, Quantized, Stored, by_group, group_index, stored_scales};
 use crate::spec::QuantSpec;
 use crate::trial::Trial;
 
@@ -37,7 +37,7 @@ struct Band {
 }
 
 /// Quantises `weight` `[out, in]` in host memory; see [`crate::solve`].
-pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
+pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     let w = weight.as_host();
     let (out_features, in_features) = w.dim();
     let starts: Vec<usize> = (0..out_features).step_by(ROWS_PER_TASK).collect();
@@ -68,7 +68,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     let loss = bands.iter().map(|b| b.loss).sum();
     #[expect(clippy::expect_used, reason = "out × in values were allocated above")]
     let values = Array2::from_shape_vec((out_features, in_features), values).expect("out × in");
-    Ok(Quantised {
+    Ok(Quantized {
         stored: Stored {
             out_features,
             in_features,

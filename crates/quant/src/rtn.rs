@@ -7,13 +7,13 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::grid::{absmax_scale, code, file_scale};
-use crate::solved::{Codes, Quantised, Stored, by_group, stored_scales};
+use crate::solved::{Codes, Quantized, Stored, by_group, stored_scales};
 use crate::spec::QuantSpec;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 
 /// Quantises `weight` `[out, in]` with the AutoGPTQ scale of each group and the nearest code on the
 /// grid that the file will hold (fp16 scales).
-pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Quantised> {
+pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     spec.validate()?;
     let w = weight.to_host()?;
     let (out_features, in_features) = w.dim();
@@ -50,7 +50,7 @@ pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> R
     let flat = values.as_slice().unwrap_or_default();
     let bytes = bytemuck::cast_slice(flat);
     let matrix = HostMatrix::new(bytes, FloatType::F32, out_features, in_features);
-    Ok(Quantised {
+    Ok(Quantized {
         stored: Stored {
             out_features,
             in_features,

@@ -33,7 +33,7 @@ pub struct Stored {
 
 /// A quantised linear.
 #[derive(Clone, Debug)]
-pub struct Quantised {
+pub struct Quantized {
     /// What goes into the file.
     pub stored: Stored,
     /// The weights `[out, in]` that later stages of calibration see.

@@ -12,11 +12,11 @@ use cudarc::driver::{
 
 use super::buffer::Buffer;
 use super::driver::{Driver, OPENING};
-use super::error::Stage;
+use super::error::StageContext;
 use super::kernels::Kernels;
 use super::libraries::Library;
 use super::memory::MemoryInfo;
-use super::pinned::Parking;
+use super::pinned::PinnedPool;
 use super::staging::Staging;
 use crate::error::Result;
 
@@ -26,7 +26,7 @@ pub struct Cuda {
     blas: Mutex<CudaBlas>,
     solver: Mutex<DnHandle>,
     staging: Staging,
-    parking: Parking,
+    pinned: PinnedPool,
     driver: Arc<Driver>,
 }
 
@@ -50,7 +50,7 @@ impl Cuda {
             blas: Mutex::new(open_blas(stream)?),
             solver: Mutex::new(DnHandle::new(Arc::clone(stream)).stage(OPENING)?),
             staging: Staging::default(),
-            parking: Parking::default(),
+            pinned: PinnedPool::default(),
             driver: Arc::new(driver),
         }))
     }
@@ -84,9 +84,9 @@ impl Cuda {
         &self.staging
     }
 
-    /// Pinned memory of parked tensors.
-    pub(super) fn parking(&self) -> &Parking {
-        &self.parking
+    /// The pinned memory of offloaded tensors.
+    pub(super) fn pinned(&self) -> &PinnedPool {
+        &self.pinned
     }
 
     /// The stream of uploads; see the `transfer` module for how it is ordered against the stream of

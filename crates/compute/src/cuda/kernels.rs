@@ -13,7 +13,7 @@ use cudarc::nvrtc::Ptx;
 use rayon::prelude::*;
 
 use super::cache;
-use super::error::Stage;
+use super::error::StageContext;
 use super::nvrtc::{Unit, compile, options, version};
 use crate::error::Result;
 

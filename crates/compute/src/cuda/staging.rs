@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::{CudaEvent, PinnedHostSlice};
 
 use super::driver::Driver;
-use super::error::Stage;
+use super::error::StageContext;
 use crate::error::Result;
 
 /// Bytes of one half: copies of this size run at full speed, and two take no room worth naming.
