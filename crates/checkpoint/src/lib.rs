@@ -46,7 +46,7 @@ mod writer;
 mod zip;
 
 pub use arriving::Bring;
-pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows, unpack_transposed};
+pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows};
 pub use config::ModelConfig;
 pub use dtype::DType;
 pub use error::{Error, Result};

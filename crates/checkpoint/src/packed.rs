@@ -1,13 +1,14 @@
-//! Quantized linears as files in the wild hold them: one opinion for whoever reads, shows or verifies.
+//! Quantized linears as files in the wild hold them: one opinion for whoever reads, shows or
+//! verifies.
 //!
-//! Programs disagree about the format, and some of what they write contradicts its own settings. Where
-//! only one meaning is possible it is read, and counted so that it can be said ([`PackedNotes`]); where
-//! the meaning is lost it is refused:
+//! Programs disagree about the format, and some of what they write contradicts its own settings.
+//! Where only one meaning is possible it is read, and counted so that it can be said
+//! ([`PackedNotes`]); where the meaning is lost it is refused:
 //!
-//! - A symmetric grid has one zero, `2^(bits-1)`. So whether a file stores zeros minus one can be seen
-//!   in the zeros themselves, whatever the settings call it.
-//! - Without act-order column `j` belongs to group `j / group_size`. So `g_idx` can be absent, or be a
-//!   placeholder of zeros. With act-order it holds an order that is nowhere else.
+//! - A symmetric grid has one zero, `2^(bits-1)`. So whether a file stores zeros minus one can be
+//!   seen in the zeros themselves, whatever the settings call it.
+//! - Without act-order column `j` belongs to group `j / group_size`. So `g_idx` can be absent, or
+//!   be a placeholder of zeros. With act-order it holds an order that is nowhere else.
 
 use crate::gptq::check_sides;
 use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};

@@ -3,9 +3,10 @@
 //! Programs disagree on the names of keys and on the file that they write, so what is read here is
 //! the sum of both files: the settings of the first, and the format of zeros from whichever says it.
 //!
-//! The text that is written has two readers that set its limits. AutoGPTQ up to 0.4 hands every key of
-//! `quantize_config.json` to a constructor and dies on one that it does not know, so nothing beyond
-//! its own keys may appear there; transformers reads config.json and requires `quant_method`.
+//! The text that is written has two readers that set its limits. AutoGPTQ up to 0.4 hands every key
+//! of `quantize_config.json` to a constructor and dies on one that it does not know, so nothing
+//! beyond its own keys may appear there; transformers reads config.json and requires
+//! `quant_method`.
 
 use std::path::Path;
 

@@ -1,6 +1,7 @@
 //! Which quantisation settings hold for the weights of a folder.
 //!
-//! What config.json and quantize_config.json say, and what the weights are, may contradict each other.
+//! What config.json and quantize_config.json say, and what the weights are, may contradict each
+//! other.
 
 use std::path::Path;
 

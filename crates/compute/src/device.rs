@@ -59,8 +59,8 @@ impl PrefetchedTensor {
 impl Device {
     /// [`Self::chunk_tokens`] of the CPU: as few as products still run at full speed with.
     pub const CPU_CHUNK_TOKENS: usize = 4096;
-    /// [`Self::chunk_tokens`] of any card. Its Gram adds so many tokens at a time, so whole chunks give
-    /// the same sums however windows are cut.
+    /// [`Self::chunk_tokens`] of any card. Its Gram adds so many tokens at a time, so whole chunks
+    /// give the same sums however windows are cut.
     pub const GPU_CHUNK_TOKENS: usize = cuda::gram::CHUNK_TOKENS;
 
     /// Tokens that are best computed together.
@@ -113,7 +113,8 @@ impl Device {
         }
     }
 
-    /// Starts to bring an offloaded tensor back, beside the work that is queued; it stays offloaded too.
+    /// Starts to bring an offloaded tensor back, beside the work that is queued; it stays offloaded
+    /// too.
     pub fn prefetch(&self, offloaded: &mut OffloadedTensor) -> Result<PrefetchedTensor> {
         Ok(PrefetchedTensor(match &mut offloaded.0 {
             OffloadedStorage::Here(x) => PrefetchedStorage::Here(x.clone()),
@@ -131,9 +132,9 @@ impl Device {
         }
     }
 
-    /// What results may depend on to the bit: the card, or the CPU whatever its number of threads. Of a
-    /// CPU its widest instructions count, too, by which matrixmultiply and the row loops choose their
-    /// code: a fused multiply-add rounds once where others round twice.
+    /// What results may depend on to the bit: the card, or the CPU whatever its number of threads.
+    /// Of a CPU its widest instructions count, too, by which matrixmultiply and the row loops
+    /// choose their code: a fused multiply-add rounds once where others round twice.
     pub fn kind(&self) -> String {
         match self {
             Self::Cuda(_) => self.name(),
@@ -355,8 +356,8 @@ impl Device {
     }
 }
 
-/// The instructions by which products and row loops are chosen at run time, as matrixmultiply (without
-/// its feature `avx512`) and `cpu::simd` test for them.
+/// The instructions by which products and row loops are chosen at run time, as matrixmultiply
+/// (without its feature `avx512`) and `cpu::simd` test for them.
 #[cfg(target_arch = "x86_64")]
 fn cpu_features() -> &'static str {
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {

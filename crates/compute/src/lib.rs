@@ -12,7 +12,9 @@ mod device;
 mod error;
 mod gram;
 mod hessian_prep;
+mod hex;
 mod host;
+mod lock;
 mod ranks;
 mod residual_shift;
 mod rope;
@@ -24,7 +26,6 @@ mod testing;
 
 pub use attention_shape::AttentionShape;
 pub use cpu::linalg;
-pub use cpu::matmul::matmul_nt;
 pub use device::{Device, OffloadedTensor, PrefetchedTensor};
 pub use error::{Error, Result};
 pub use gram::Gram;

@@ -1,7 +1,7 @@
 //! One card with all that computes on it: library handles, kernels, and pools of pinned memory.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::cublas::CudaBlas;
 use cudarc::cublas::sys::{cublasMath_t, cublasSetMathMode};
@@ -19,6 +19,7 @@ use super::memory::MemoryInfo;
 use super::pinned::PinnedPool;
 use super::staging::Staging;
 use crate::error::Result;
+use crate::lock::lock;
 
 /// An NVIDIA card, ready for work.
 pub struct Cuda {
@@ -113,12 +114,12 @@ impl Cuda {
 
     /// The cuBLAS handle; one caller at a time.
     pub(crate) fn blas(&self) -> MutexGuard<'_, CudaBlas> {
-        self.blas.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.blas)
     }
 
     /// The cuSOLVER handle; one caller at a time.
     pub(crate) fn solver(&self) -> MutexGuard<'_, DnHandle> {
-        self.solver.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.solver)
     }
 
     /// [`Buffer::uninit`] on this card.

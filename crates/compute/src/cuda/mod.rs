@@ -2,9 +2,10 @@
 //!
 //! Nothing of CUDA is needed to build or start this program. Libraries are opened when a device is
 //! first asked for (`libraries`), kernels are compiled for the card present and kept on disk
-//! (`nvrtc`, `cache`, `kernels`), and all work of one [`Cuda`] is queued on one stream, so
-//! that a buffer may be freed or reused as soon as its last use has been queued. Other streams carry
-//! uploads (`transfer`, `upload`) and offload tensors to pinned host memory and fetch them back (`offload`).
+//! (`nvrtc`, `cache`, `kernels`), and all work of one [`Cuda`] is queued on one stream, so that a
+//! buffer may be freed or reused as soon as its last use has been queued. Other streams carry
+//! uploads (`transfer`, `upload`) and offload tensors to pinned host memory and fetch them back
+//! (`offload`).
 //!
 //! Activations and weights are fp16, row-major. Hidden states between blocks are f32: adding
 //! hundreds of small updates to a few large features is where fp16 loses perplexity and where

@@ -21,6 +21,7 @@ use super::libraries::Library;
 use super::matrix::Matrix;
 use super::nccl_api::{API, Api};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::share::share;
 
 /// Pauses of an abort that finds the communicator in use, and their number.
@@ -155,7 +156,7 @@ impl Communicator {
     ) -> Result<()> {
         let api = api()?;
         super::error::StageContext::stage(self.cuda.context().bind_to_thread(), stage)?;
-        let held = self.handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let held = lock(&self.handle);
         let Some(Handle(comm)) = &*held else {
             return Err(Error::RankLost { rank: None });
         };

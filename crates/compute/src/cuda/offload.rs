@@ -16,8 +16,9 @@ use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::error::StageContext;
 use super::matrix::Matrix;
-use super::pinned::{Pinned, lock};
+use super::pinned::Pinned;
 use crate::error::Result;
+use crate::lock::lock;
 
 const STAGE: &str = "offloading a tensor";
 /// Copies under way before the oldest is waited for.
@@ -149,8 +150,8 @@ fn copied_back<T: DeviceRepr>(
             stream.wait(last).stage(STAGE)?;
         }
         let from = host.memory.as_slice().stage(STAGE)?;
-        // SAFETY: the buffer holds as many bytes as were offloaded; the stream waits for the copy that
-        // filled the host memory, and whoever writes that next waits for this copy.
+        // SAFETY: the buffer holds as many bytes as were offloaded; the stream waits for the copy
+        // that filled the host memory, and whoever writes that next waits for this copy.
         unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.stage(STAGE)?;
     }
     Ok(buffer)

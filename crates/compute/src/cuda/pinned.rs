@@ -1,7 +1,7 @@
 //! The pool of pinned host memory that offloaded tensors lie in.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaEvent, PinnedHostSlice};
 
@@ -9,6 +9,7 @@ use super::buffer::Values;
 use super::driver::Driver;
 use super::error::StageContext;
 use crate::error::Result;
+use crate::lock::lock;
 
 /// Pinned memory that is free, and tensors on their way out.
 #[derive(Default)]
@@ -25,8 +26,8 @@ pub(super) struct Pinned {
 }
 
 impl PinnedPool {
-    /// Pinned memory of exactly `bytes`, from the free list where there is some: the one that has been
-    /// free for longest, whose last copy is most likely done.
+    /// Pinned memory of exactly `bytes`, from the free list where there is some: the one that has
+    /// been free for longest, whose last copy is most likely done.
     pub(super) fn take(&self, driver: &Driver, bytes: usize) -> Result<Pinned> {
         let mut free = lock(&self.free);
         if let Some(at) = free.iter().position(|host| host.memory.num_bytes() == bytes.max(1)) {
@@ -37,8 +38,4 @@ impl PinnedPool {
             .stage("offloading a tensor")?;
         Ok(Pinned { memory, last: None })
     }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

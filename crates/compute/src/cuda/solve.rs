@@ -340,7 +340,8 @@ impl<'a> Solver<'a> {
             block_dim: (256, 1, 1),
             shared_mem_bytes: 0,
         };
-        // SAFETY: the arguments are the kernel's; columns start .. end and offset .. offset + width lie within their matrices, and rows are checked inside.
+        // SAFETY: the arguments are the kernel's; columns start .. end and offset .. offset + width
+        // lie within their matrices, and rows are checked inside.
         unsafe { launch.launch(config) }.stage(OP)?;
         Ok(())
     }

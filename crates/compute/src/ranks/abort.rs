@@ -1,9 +1,10 @@
 //! What ends the waiting of all ranks when one of them is lost.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::cuda::nccl::Communicator;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// Raised once, by the first rank that fails; shared by the ranks of a process.
 #[derive(Default)]
@@ -65,8 +66,4 @@ impl Abort {
             self.raise(card.rank());
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -196,7 +196,8 @@ impl Reception {
             }
         };
         let Caller { mut stream, from, .. } = caller;
-        // So little fits into what a connection sends by itself; a caller that is gone is found later.
+        // So little fits into what a connection sends by itself; a caller that is gone is found
+        // later.
         let _ = stream.write(&self.answer(verdict));
         let what = match verdict {
             Verdict::Seated | Verdict::Begin => {

@@ -25,7 +25,7 @@ mod sockets;
 use std::fmt;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ndarray::{Array2, Axis, concatenate};
@@ -33,6 +33,7 @@ use ndarray::{Array2, Axis, concatenate};
 use crate::Device;
 use crate::cuda::nccl::{self, Communicator};
 use crate::error::{Error, Result, ensure_shape};
+use crate::lock::lock;
 use crate::share::share;
 use crate::tensor::{Storage, Tensor};
 
@@ -345,7 +346,7 @@ impl Inner {
 
     fn receive(&self, from: usize) -> Result<Message> {
         let Some(wire) = &self.wires[from] else { return self.gone(from) };
-        let inward = wire.inward.lock().unwrap_or_else(PoisonError::into_inner);
+        let inward = lock(&wire.inward);
         loop {
             match inward.recv_timeout(TICK) {
                 Ok(message) => return Ok(message),
