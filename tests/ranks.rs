@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::greeting::{Answer, Greeting, RunDigest, Verdict};
-use gptq_compute::{Device, Seat};
+use gptq_compute::{Device, RankHandle};
 use gptq_pipeline::calibration::{CalibrationOverrides, CalibrationRecipe};
 use gptq_pipeline::progress::Silent;
 use gptq_pipeline::quantise::{QuantiseJob, quantise as quantise_branch};
@@ -128,7 +128,7 @@ fn threads_make_the_file_that_processes_make() {
     let recipe = CalibrationRecipe::open("wikitext2").unwrap().with(overrides).unwrap();
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
     let calibration = recipe.sample(&tokenizer).unwrap();
-    let run = |seat: Seat| {
+    let run = |seat: RankHandle| {
         seat.run(&Device::Cpu, |ranks| {
             let job = QuantiseJob {
                 source: &source,
@@ -151,7 +151,7 @@ fn threads_make_the_file_that_processes_make() {
     let written: Vec<bool> = std::thread::scope(|scope| {
         let run = &run;
         let spawn = |seat| scope.spawn(move || run(seat).unwrap().is_some());
-        let threads: Vec<_> = Seat::threads(2).into_iter().map(spawn).collect();
+        let threads: Vec<_> = RankHandle::threads(2).into_iter().map(spawn).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     assert_eq!(written, [true, false], "rank 0 writes");

@@ -124,7 +124,7 @@ fn block_distance(pairs: &[(GptqLinear, GptqLinear)]) -> Distance {
         let scales = a.scales.iter().zip(&b.scales).map(|(a, b)| (a.to_f64(), b.to_f64()));
         let sum: f64 = scales.map(|(a, b)| (a - b).abs() / a).sum();
         found.scales = found.scales.max(sum / a.scales.len() as f64);
-        found.row = found.row.max(farthest_row(&a.dequantise(), &b.dequantise(), a.in_features));
+        found.row = found.row.max(farthest_row(&a.dequantize(), &b.dequantize(), a.in_features));
     }
     found
 }

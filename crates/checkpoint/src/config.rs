@@ -55,8 +55,6 @@ pub struct ModelConfig {
     ///
     /// [`Checkpoint::head`]: crate::Checkpoint::head
     pub tie_word_embeddings: bool,
-    /// Token that starts a text, where the model has one.
-    pub bos_token_id: Option<u32>,
     biases: Biases,
     raw: Map<String, Value>,
 }
@@ -95,6 +93,8 @@ impl ModelConfig {
         let kv_heads = kv_heads(&fields, family, heads)?;
         let head_dim = head_dim(&fields, family, hidden_size, heads)?;
         let layers = fields.size("num_hidden_layers", None, MAX_BLOCKS)?;
+        // Whoever needs it reads it himself; what is no token shows now.
+        fields.token("bos_token_id")?;
         let context = fields.size("max_position_embeddings", Some(family.context), MAX_CONTEXT)?;
         Ok(Self {
             family: family.name,
@@ -111,7 +111,6 @@ impl ModelConfig {
             max_position_embeddings: context,
             sliding_window: family.sliding_window(&fields, layers)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
-            bos_token_id: fields.token("bos_token_id")?,
             biases: family.biases(&fields)?,
             raw,
         })
@@ -284,7 +283,6 @@ mod tests {
         assert_eq!((c.rope.theta, c.rms_norm_eps), (10_000.0, 1e-6));
         assert_eq!((c.rope.scaling, c.sliding_window, c.qk_norm), (RopeScaling::None, None, false));
         assert_eq!((c.max_position_embeddings, c.tie_word_embeddings), (2048, false));
-        assert_eq!(c.bos_token_id, None);
     }
 
     #[test]

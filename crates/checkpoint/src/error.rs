@@ -270,7 +270,7 @@ pub enum Error {
     },
     /// A quantised linear was asked of a checkpoint without a quantisation config.
     #[error("`{}` is not a GPTQ checkpoint: it has no quantisation config", dir.display())]
-    NotQuantised {
+    NotQuantized {
         /// The checkpoint folder.
         dir: PathBuf,
     },

@@ -153,7 +153,7 @@ impl GptqLinear {
     /// # Panics
     /// If the fields do not fit each other, as [`GptqLinear::check`] would say.
     #[must_use]
-    pub fn dequantise(&self) -> Vec<f32> {
+    pub fn dequantize(&self) -> Vec<f32> {
         let (codes, zeros) = (self.unpack_codes(), self.unpack_zeros());
         let mut weight = Vec::with_capacity(codes.len());
         // A row of the weight uses one column of the [groups, out] tables: gather it first.
@@ -248,11 +248,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn packing_inverts_and_dequantises(p in parts()) {
+        fn packing_inverts_and_dequantizes(p in parts()) {
             let linear = p.pack().unwrap();
             prop_assert_eq!(&linear.unpack_codes(), &p.codes);
             prop_assert_eq!(&linear.unpack_zeros(), &p.zeros);
-            let weight = linear.dequantise();
+            let weight = linear.dequantize();
             for out in 0..p.out_features {
                 for column in 0..p.in_features {
                     let at = p.g_idx[column] as usize * p.out_features + out;
@@ -287,7 +287,7 @@ mod tests {
             let mut linear = Parts { bits, zeros: vec![1; 32], ..small() }.pack().unwrap();
             linear.qzeros.fill(u32::MAX);
             assert_eq!(linear.unpack_zeros(), [0; 32], "{bits} bits");
-            assert_eq!(linear.dequantise(), [3.0; 1024], "{bits} bits");
+            assert_eq!(linear.dequantize(), [3.0; 1024], "{bits} bits");
         }
     }
 

@@ -5,7 +5,7 @@
 //! beyond exact conversions between stored types.
 //!
 //! - Reading: [`Checkpoint::open`] maps the weight files, safetensors or PyTorch's, and hands out
-//!   [`TensorRef`] views, or a whole quantised linear as a [`GptqLinear`].
+//!   [`TensorRef`] views, or a whole quantized linear as a [`GptqLinear`].
 //!   [`Checkpoint::open_arriving`] takes shards as they come, and deletes them when they are read.
 //! - Writing: [`plan_files`] says to the byte what a quantised checkpoint will be, and
 //!   [`CheckpointWriter`] fills it in any order and publishes it by one rename.
@@ -46,7 +46,7 @@ mod writer;
 mod zip;
 
 pub use arriving::Bring;
-pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows, unpack_transposed};
+pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows};
 pub use config::ModelConfig;
 pub use dtype::DType;
 pub use error::{Error, Result};
@@ -64,7 +64,7 @@ pub use names::{
     weight_file_names,
 };
 pub use packed::{PackedNotes, StoredZeros};
-pub use partial::{Partial, bytes_free, free_space, has_no_locks, settle};
+pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
 pub use reader::Checkpoint;
 pub use rope::{Rope, RopeScaling};

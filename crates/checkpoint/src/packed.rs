@@ -1,13 +1,14 @@
-//! Quantised linears as files in the wild hold them: one opinion for whoever reads, shows or verifies.
+//! Quantized linears as files in the wild hold them: one opinion for whoever reads, shows or
+//! verifies.
 //!
-//! Programs disagree about the format, and some of what they write contradicts its own settings. Where
-//! only one meaning is possible it is read, and counted so that it can be said ([`PackedNotes`]); where
-//! the meaning is lost it is refused:
+//! Programs disagree about the format, and some of what they write contradicts its own settings.
+//! Where only one meaning is possible it is read, and counted so that it can be said
+//! ([`PackedNotes`]); where the meaning is lost it is refused:
 //!
-//! - A symmetric grid has one zero, `2^(bits-1)`. So whether a file stores zeros minus one can be seen
-//!   in the zeros themselves, whatever the settings call it.
-//! - Without act-order column `j` belongs to group `j / group_size`. So `g_idx` can be absent, or be a
-//!   placeholder of zeros. With act-order it holds an order that is nowhere else.
+//! - A symmetric grid has one zero, `2^(bits-1)`. So whether a file stores zeros minus one can be
+//!   seen in the zeros themselves, whatever the settings call it.
+//! - Without act-order column `j` belongs to group `j / group_size`. So `g_idx` can be absent, or
+//!   be a placeholder of zeros. With act-order it holds an order that is nowhere else.
 
 use crate::gptq::check_sides;
 use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};
@@ -82,7 +83,7 @@ impl Checkpoint {
     /// zeros minus one, a group for every column.
     ///
     /// # Errors
-    /// [`Error::NotQuantised`], missing tensors, types and shapes that do not follow from the
+    /// [`Error::NotQuantized`], missing tensors, types and shapes that do not follow from the
     /// configuration, [`Error::GroupIndex`], [`Error::LostOrder`], scales that are not finite, and a
     /// bias as [`Checkpoint::linear_bias`] refuses it.
     pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
@@ -154,7 +155,7 @@ impl Checkpoint {
     }
 
     fn settings(&self) -> Result<&QuantizeConfig> {
-        let missing = || Error::NotQuantised { dir: self.dir().to_owned() };
+        let missing = || Error::NotQuantized { dir: self.dir().to_owned() };
         self.quantize_config().ok_or_else(missing)
     }
 

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 const MARKER: &str = ".gptq-partial";
 
 /// A working folder. Dropped before [`Partial::publish`], it is removed, unless it is
-/// [kept](Partial::keep).
+/// [kept](Partial::keep_on_drop).
 #[derive(Debug)]
 pub struct Partial {
     path: PathBuf,
@@ -56,7 +56,7 @@ impl Partial {
     ///
     /// # Errors
     /// [`Error::PartialInUse`] and [`Error::Io`].
-    pub fn adopt(out: &Path) -> Result<Option<Self>> {
+    pub fn resume(out: &Path) -> Result<Option<Self>> {
         let path = partial_path(out)?;
         let marker_path = path.join(MARKER);
         match OpenOptions::new().write(true).open(&marker_path) {
@@ -78,7 +78,7 @@ impl Partial {
     ///
     /// # Errors
     /// [`Error::ForeignPartial`], [`Error::PartialInUse`] and [`Error::Io`].
-    pub fn withdraw(out: &Path) -> Result<Self> {
+    pub fn reopen(out: &Path) -> Result<Self> {
         let path = partial_path(out)?;
         remove_left_over(&path)?;
         let marker_path = out.join(MARKER);
@@ -100,7 +100,7 @@ impl Partial {
     }
 
     /// Leaves the folder to the next run, should this one fail.
-    pub fn keep(&mut self) {
+    pub fn keep_on_drop(&mut self) {
         self.removed_on_drop = false;
     }
 
@@ -130,13 +130,13 @@ impl Partial {
     /// [`Error::Io`].
     pub fn publish(mut self) -> Result<PathBuf> {
         // It is finished: whatever fails from here on, hours of work are not thrown away.
-        self.keep();
+        self.keep_on_drop();
         // Renaming onto an empty folder replaces it; one that was filled meanwhile is an error.
         let named = sync(&self.path).and_then(|()| fs::rename(&self.path, &self.out));
         named.map_err(|e| self.unnamed(&e))?;
         // The marker goes last: a crash before this line leaves either a left-over that is known
-        // as ours, or a complete checkpoint with a hidden empty file, which `settle` removes.
-        settle(&self.out)?;
+        // as ours, or a complete checkpoint with a hidden empty file, which `finish_rename` removes.
+        finish_rename(&self.out)?;
         sync_dir(&self.out)?;
         sync_dir(parent_of(&self.out))?;
         Ok(self.out.clone())
@@ -166,7 +166,7 @@ impl Partial {
 ///
 /// # Errors
 /// [`Error::Io`].
-pub fn settle(out: &Path) -> Result<()> {
+pub fn finish_rename(out: &Path) -> Result<()> {
     let marker = out.join(MARKER);
     match fs::remove_file(&marker) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", &marker)(e)),
@@ -359,28 +359,28 @@ mod tests {
     }
 
     #[test]
-    fn a_kept_folder_is_adopted_and_a_published_one_withdrawn() {
+    fn a_kept_folder_is_resumed_and_a_published_one_reopened() {
         let dir = tempfile::tempdir().unwrap();
         let (out, partial) = (dir.path().join("m"), dir.path().join("m.partial"));
-        assert!(Partial::adopt(&out).unwrap().is_none());
+        assert!(Partial::resume(&out).unwrap().is_none());
         let mut kept = Partial::create(&out).unwrap();
         kept.replace("a", b"old").unwrap();
         kept.replace("a", b"new").unwrap();
-        kept.keep();
+        kept.keep_on_drop();
         drop(kept);
-        let adopted = Partial::adopt(&out).unwrap().unwrap();
-        assert!(matches!(Partial::adopt(&out), Err(Error::PartialInUse { .. })));
-        adopted.publish().unwrap();
+        let resumed = Partial::resume(&out).unwrap().unwrap();
+        assert!(matches!(Partial::resume(&out), Err(Error::PartialInUse { .. })));
+        resumed.publish().unwrap();
         assert!(!partial.exists());
 
         // Killed between the rename and the removal of the marker.
         fs::write(out.join(MARKER), "").unwrap();
-        settle(&out).unwrap();
-        settle(&out).unwrap();
-        let withdrawn = Partial::withdraw(&out).unwrap();
+        finish_rename(&out).unwrap();
+        finish_rename(&out).unwrap();
+        let reopened = Partial::reopen(&out).unwrap();
         assert!(!out.exists());
-        assert_eq!(fs::read(withdrawn.path().join("a")).unwrap(), b"new");
-        drop(withdrawn);
+        assert_eq!(fs::read(reopened.path().join("a")).unwrap(), b"new");
+        drop(reopened);
         assert!(partial.exists());
         drop(Partial::create(&out).unwrap());
         assert!(!partial.exists() && !out.exists());

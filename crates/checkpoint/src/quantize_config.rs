@@ -3,9 +3,10 @@
 //! Programs disagree on the names of keys and on the file that they write, so what is read here is
 //! the sum of both files: the settings of the first, and the format of zeros from whichever says it.
 //!
-//! The text that is written has two readers that set its limits. AutoGPTQ up to 0.4 hands every key of
-//! `quantize_config.json` to a constructor and dies on one that it does not know, so nothing beyond
-//! its own keys may appear there; transformers reads config.json and requires `quant_method`.
+//! The text that is written has two readers that set its limits. AutoGPTQ up to 0.4 hands every key
+//! of `quantize_config.json` to a constructor and dies on one that it does not know, so nothing
+//! beyond its own keys may appear there; transformers reads config.json and requires
+//! `quant_method`.
 
 use std::path::Path;
 
@@ -390,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_former_quantisation_is_replaced_and_order_kept() {
+    fn a_former_quantization_is_replaced_and_order_kept() {
         let base = r#"{"z":1,"quantization_config":{},"a":2,"b":3}"#;
         let base: Map<String, Value> = serde_json::from_str(base).unwrap();
         let text = config(Some(32), true).config_text(&base, Layout::Modern).unwrap();

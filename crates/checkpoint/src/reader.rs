@@ -147,7 +147,7 @@ impl Checkpoint {
     }
 
     fn stored(&self) -> Stored<'_> {
-        Stored { config: &self.config, quantised: self.quantize.is_some() }
+        Stored { config: &self.config, quantized: self.quantize.is_some() }
     }
 
     /// What whoever reads the checkpoint should know: a sentence each. Of

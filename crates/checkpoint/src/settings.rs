@@ -1,6 +1,7 @@
 //! Which quantisation settings hold for the weights of a folder.
 //!
-//! What config.json and quantize_config.json say, and what the weights are, may contradict each other.
+//! What config.json and quantize_config.json say, and what the weights are, may contradict each
+//! other.
 
 use std::path::Path;
 
@@ -47,7 +48,7 @@ pub(crate) fn that_hold(
 /// Whether every linear is there as a floating-point weight, and nothing beside it says how it would
 /// be quantised. Of weights that are still to come, only names are known.
 fn is_dense(config: &ModelConfig, weights: &Weights) -> bool {
-    let quantised = |name: &str| {
+    let quantized = |name: &str| {
         let leaf = name.rsplit('.').next().unwrap_or_default();
         !matches!(leaf, "weight" | "bias" | "inv_freq") && name.contains("_proj.")
     };
@@ -58,7 +59,7 @@ fn is_dense(config: &ModelConfig, weights: &Weights) -> bool {
         None => weights.contains(name),
     };
     config.linears().all(|(name, _)| float(&format!("{name}.weight")))
-        && !weights.names().any(quantised)
+        && !weights.names().any(quantized)
 }
 
 /// What was found packed that cannot be read, for a folder whose weights are known.

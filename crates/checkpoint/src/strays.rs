@@ -70,7 +70,7 @@ pub(crate) struct Stored<'a> {
     /// The model's.
     pub(crate) config: &'a ModelConfig,
     /// Whether its linears may be packed.
-    pub(crate) quantised: bool,
+    pub(crate) quantized: bool,
 }
 
 impl Stored<'_> {
@@ -120,7 +120,7 @@ impl Stored<'_> {
             "weight" if linear || norm => Role::Part,
             "weight" => Role::Weight,
             "bias" if linear => Role::Part,
-            _ if linear && self.quantised && LEAVES.contains(&leaf) => Role::Part,
+            _ if linear && self.quantized && LEAVES.contains(&leaf) => Role::Part,
             _ => Role::Other,
         }
     }

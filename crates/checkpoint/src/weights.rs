@@ -121,7 +121,8 @@ fn find_weights(dir: &Path, quantize: Option<&QuantizeConfig>) -> Result<Found> 
     let found = |name: &str| {
         let path = dir.join(name);
         let is_index = name.ends_with(INDEX_END);
-        path.is_file().then(|| if is_index { Found::Index(path) } else { Found::Single(path) })
+        let found = if is_index { Found::Index } else { Found::Single };
+        path.is_file().then(|| found(path))
     };
     for stem in stems {
         let single = format!("{stem}{SAFETENSORS_END}");

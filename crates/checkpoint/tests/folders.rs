@@ -459,13 +459,13 @@ fn zeros_of_the_second_format_are_understood() {
 }
 
 #[test]
-fn dense_checkpoints_have_no_quantised_linears() {
+fn dense_checkpoints_have_no_quantized_linears() {
     let folder = source(false);
     let source = Checkpoint::open(folder.path()).unwrap();
     let shape = source.config().block_linears()[0];
     let name = "model.layers.0.self_attn.q_proj";
     assert!(!source.has_gptq_linear(name));
-    assert!(matches!(source.gptq_linear(name, &shape), Err(Error::NotQuantised { .. })));
+    assert!(matches!(source.gptq_linear(name, &shape), Err(Error::NotQuantized { .. })));
     assert!(matches!(source.tensor("x"), Err(Error::MissingTensor { .. })));
     let message = source.tensor_shaped("model.norm.weight", &[63]).unwrap_err().to_string();
     assert!(message.contains("[64]") && message.contains("[63]"), "{message}");

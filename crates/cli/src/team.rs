@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
-use gptq_compute::{Device, Error, Ranks, Seat, Watch};
+use gptq_compute::{Device, Error, LossWatch, RankHandle, Ranks};
 
 use crate::commands::gigabytes;
 use crate::exit;
@@ -19,14 +19,14 @@ const TICK: Duration = Duration::from_millis(500);
 /// This process's devices and their places among all ranks.
 pub(crate) struct Team {
     devices: Vec<Device>,
-    seats: Vec<Seat>,
+    seats: Vec<RankHandle>,
 }
 
 type Outcome<R> = (usize, Result<R>);
 
 impl Team {
     /// A device for each seat.
-    pub(crate) fn new(devices: Vec<Device>, seats: Vec<Seat>) -> Self {
+    pub(crate) fn new(devices: Vec<Device>, seats: Vec<RankHandle>) -> Self {
         Self { devices, seats }
     }
 
@@ -37,7 +37,7 @@ impl Team {
 
     /// Number of ranks, those of other processes included.
     pub(crate) fn ranks(&self) -> usize {
-        self.seats.first().map_or(1, Seat::size)
+        self.seats.first().map_or(1, RankHandle::size)
     }
 
     /// All devices' name for reports.
@@ -83,7 +83,7 @@ impl Team {
         {
             return seat.run(device, |ranks| part(device, ranks)).map(Some);
         }
-        let Some(watch) = seats.first().map(Seat::watch) else { return Ok(None) };
+        let Some(watch) = seats.first().map(RankHandle::watch) else { return Ok(None) };
         std::thread::scope(|scope| {
             let (done, outcomes) = channel();
             for (seat, device) in seats.into_iter().zip(&devices) {
@@ -101,7 +101,7 @@ impl Team {
 }
 
 /// Waits for the ranks of this process, and says why the first of them failed.
-fn wait<R>(outcomes: &Receiver<Outcome<R>>, watch: &Watch) -> Result<Option<R>> {
+fn wait<R>(outcomes: &Receiver<Outcome<R>>, watch: &LossWatch) -> Result<Option<R>> {
     let (mut first, mut failure, mut end) = (None, None::<anyhow::Error>, None);
     loop {
         match outcomes.recv_timeout(TICK) {
@@ -113,7 +113,7 @@ fn wait<R>(outcomes: &Receiver<Outcome<R>>, watch: &Watch) -> Result<Option<R>> 
                 }
             }
             Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) if watch.alarmed() => {
+            Err(RecvTimeoutError::Timeout) if watch.is_lost() => {
                 if Instant::now() > *end.get_or_insert_with(|| Instant::now() + GRACE) {
                     give_up(failure);
                 }

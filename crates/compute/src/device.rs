@@ -9,7 +9,7 @@ use ndarray::Array2;
 
 use crate::attention_shape::AttentionShape;
 use crate::cpu;
-use crate::cuda::{self, Coming, Cuda, MemoryInfo, Parked};
+use crate::cuda::{self, Cuda, MemoryInfo, Offloaded, Prefetched};
 use crate::error::{Error, Result, ensure_shape};
 use crate::host::HostMatrix;
 use crate::rope::RopeTable;
@@ -25,33 +25,33 @@ pub enum Device {
     Cuda(Arc<Cuda>),
 }
 
-/// A tensor that takes no device memory until it is fetched: see [`Device::park`].
+/// A tensor that takes no device memory until it is fetched: see [`Device::offload`].
 #[derive(Debug)]
-pub struct ParkedTensor(ParkedStorage);
+pub struct OffloadedTensor(OffloadedStorage);
 
 #[derive(Debug)]
-enum ParkedStorage {
+enum OffloadedStorage {
     /// On the CPU, where a tensor is in host memory anyway.
     Here(Tensor),
-    Cuda(Parked),
+    Cuda(Offloaded),
 }
 
-/// A parked tensor on its way back: see [`Device::fetch`].
+/// An offloaded tensor on its way back: see [`Device::prefetch`].
 #[derive(Debug)]
-pub struct ComingTensor(ComingStorage);
+pub struct PrefetchedTensor(PrefetchedStorage);
 
 #[derive(Debug)]
-enum ComingStorage {
+enum PrefetchedStorage {
     Here(Tensor),
-    Cuda(Coming),
+    Cuda(Prefetched),
 }
 
-impl ComingTensor {
+impl PrefetchedTensor {
     /// The tensor; work queued from now on waits for its arrival.
-    pub fn land(self) -> Result<Tensor> {
+    pub fn wait(self) -> Result<Tensor> {
         match self.0 {
-            ComingStorage::Here(x) => Ok(x),
-            ComingStorage::Cuda(coming) => Ok(Tensor(Storage::Cuda(coming.land()?))),
+            PrefetchedStorage::Here(x) => Ok(x),
+            PrefetchedStorage::Cuda(prefetched) => Ok(Tensor(Storage::Cuda(prefetched.wait()?))),
         }
     }
 }
@@ -59,8 +59,8 @@ impl ComingTensor {
 impl Device {
     /// [`Self::chunk_tokens`] of the CPU: as few as products still run at full speed with.
     pub const CPU_CHUNK_TOKENS: usize = 4096;
-    /// [`Self::chunk_tokens`] of any card. Its Gram adds so many tokens at a time, so whole chunks give
-    /// the same sums however windows are cut.
+    /// [`Self::chunk_tokens`] of any card. Its Gram adds so many tokens at a time, so whole chunks
+    /// give the same sums however windows are cut.
     pub const GPU_CHUNK_TOKENS: usize = cuda::gram::CHUNK_TOKENS;
 
     /// Tokens that are best computed together.
@@ -102,18 +102,25 @@ impl Device {
     }
 
     /// Moves a tensor out of device memory, beside the work that is queued next.
-    pub fn park(&self, x: Tensor) -> Result<ParkedTensor> {
+    pub fn offload(&self, x: Tensor) -> Result<OffloadedTensor> {
         match x.0 {
-            Storage::Cuda(m) => Ok(ParkedTensor(ParkedStorage::Cuda(cuda::park::park(m)?))),
-            storage @ Storage::Cpu(_) => Ok(ParkedTensor(ParkedStorage::Here(Tensor(storage)))),
+            Storage::Cuda(m) => {
+                Ok(OffloadedTensor(OffloadedStorage::Cuda(cuda::offload::offload(m)?)))
+            }
+            storage @ Storage::Cpu(_) => {
+                Ok(OffloadedTensor(OffloadedStorage::Here(Tensor(storage))))
+            }
         }
     }
 
-    /// Starts to bring a parked tensor back, beside the work that is queued; it stays parked too.
-    pub fn fetch(&self, parked: &mut ParkedTensor) -> Result<ComingTensor> {
-        Ok(ComingTensor(match &mut parked.0 {
-            ParkedStorage::Here(x) => ComingStorage::Here(x.clone()),
-            ParkedStorage::Cuda(parked) => ComingStorage::Cuda(cuda::park::fetch(parked)?),
+    /// Starts to bring an offloaded tensor back, beside the work that is queued; it stays offloaded
+    /// too.
+    pub fn prefetch(&self, offloaded: &mut OffloadedTensor) -> Result<PrefetchedTensor> {
+        Ok(PrefetchedTensor(match &mut offloaded.0 {
+            OffloadedStorage::Here(x) => PrefetchedStorage::Here(x.clone()),
+            OffloadedStorage::Cuda(offloaded) => {
+                PrefetchedStorage::Cuda(cuda::offload::prefetch(offloaded)?)
+            }
         }))
     }
 
@@ -125,9 +132,9 @@ impl Device {
         }
     }
 
-    /// What results may depend on to the bit: the card, or the CPU whatever its number of threads. Of a
-    /// CPU its widest instructions count, too, by which matrixmultiply and the row loops choose their
-    /// code: a fused multiply-add rounds once where others round twice.
+    /// What results may depend on to the bit: the card, or the CPU whatever its number of threads.
+    /// Of a CPU its widest instructions count, too, by which matrixmultiply and the row loops
+    /// choose their code: a fused multiply-add rounds once where others round twice.
     pub fn kind(&self) -> String {
         match self {
             Self::Cuda(_) => self.name(),
@@ -315,8 +322,8 @@ impl Device {
             return Err(Error::RowOutOfRange { row: row as usize, rows: head.rows() });
         }
         match (&hidden.0, &head.0) {
-            (Storage::Cpu(h), Storage::Cpu(w)) => Ok(cpu::head::token_nll(h, w, targets)),
-            (Storage::Cuda(h), Storage::Cuda(w)) => cuda::head::token_nll(h, w, targets),
+            (Storage::Cpu(h), Storage::Cpu(w)) => Ok(cpu::token_loss::token_nll(h, w, targets)),
+            (Storage::Cuda(h), Storage::Cuda(w)) => cuda::token_loss::token_nll(h, w, targets),
             _ => Err(Error::DeviceMismatch { op: "token_nll" }),
         }
     }
@@ -331,10 +338,10 @@ impl Device {
         ensure_shape(p.1.rows() == q.1.rows(), "token_kl", p.1.shape(), q.1.shape())?;
         match (&p.0.0, &p.1.0, &q.0.0, &q.1.0) {
             (Storage::Cpu(ph), Storage::Cpu(pw), Storage::Cpu(qh), Storage::Cpu(qw)) => {
-                Ok(cpu::head::token_kl((ph, pw), (qh, qw)))
+                Ok(cpu::token_loss::token_kl((ph, pw), (qh, qw)))
             }
             (Storage::Cuda(ph), Storage::Cuda(pw), Storage::Cuda(qh), Storage::Cuda(qw)) => {
-                cuda::head::token_kl((ph, pw), (qh, qw))
+                cuda::token_loss::token_kl((ph, pw), (qh, qw))
             }
             _ => Err(Error::DeviceMismatch { op: "token_kl" }),
         }
@@ -349,8 +356,8 @@ impl Device {
     }
 }
 
-/// The instructions by which products and row loops are chosen at run time, as matrixmultiply (without
-/// its feature `avx512`) and `cpu::simd` test for them.
+/// The instructions by which products and row loops are chosen at run time, as matrixmultiply
+/// (without its feature `avx512`) and `cpu::simd` test for them.
 #[cfg(target_arch = "x86_64")]
 fn cpu_features() -> &'static str {
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {

@@ -290,18 +290,18 @@ fn rows_are_selected_and_parked_tensors_return() {
     }
     let tensors: Vec<_> = (1..9).map(|i| random.halves(i * 100, 577, 1.0)).collect();
     let parked: Vec<_> =
-        tensors.iter().map(|t| gpu.park(gpu.upload_f32(t.clone()).unwrap()).unwrap()).collect();
+        tensors.iter().map(|t| gpu.offload(gpu.upload_f32(t.clone()).unwrap()).unwrap()).collect();
     for (mut parked, want) in parked.into_iter().zip(&tensors) {
-        let back = gpu.fetch(&mut parked).unwrap();
-        let again = gpu.fetch(&mut parked).unwrap();
+        let back = gpu.prefetch(&mut parked).unwrap();
+        let again = gpu.prefetch(&mut parked).unwrap();
         drop(parked);
-        let mut half = gpu.park(both(&gpu, want).1).unwrap();
+        let mut half = gpu.offload(both(&gpu, want).1).unwrap();
         for back in [back, again] {
-            assert_eq!(back.land().unwrap().to_host().unwrap(), *want);
+            assert_eq!(back.wait().unwrap().to_host().unwrap(), *want);
         }
-        let back = gpu.fetch(&mut half).unwrap();
-        assert_eq!(back.land().unwrap().to_host().unwrap(), *want);
-        drop(gpu.fetch(&mut half).unwrap());
+        let back = gpu.prefetch(&mut half).unwrap();
+        assert_eq!(back.wait().unwrap().to_host().unwrap(), *want);
+        drop(gpu.prefetch(&mut half).unwrap());
     }
 }
 

@@ -14,7 +14,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use gptq_compute::{Device, Error, Gram, HessianPrep, Ranks, Result, Seat, Tensor};
+use gptq_compute::{Device, Error, Gram, HessianPrep, RankHandle, Ranks, Result, Tensor};
 use ndarray::Array2;
 
 use gpus::gpus;
@@ -28,7 +28,7 @@ fn on_cards<R: Send>(
 ) -> Vec<Result<R>> {
     std::thread::scope(|scope| {
         let part = &part;
-        let threads: Vec<_> = Seat::threads(devices.len())
+        let threads: Vec<_> = RankHandle::threads(devices.len())
             .into_iter()
             .zip(devices)
             .map(|(seat, device)| {

@@ -13,7 +13,7 @@ mod support;
 use std::time::Instant;
 
 use gptq_compute::cuda::Timer;
-use gptq_compute::{AttentionShape, Device, FloatType, HostMatrix, Laps, RopeTable, Tensor};
+use gptq_compute::{AttentionShape, Device, FloatType, HostMatrix, RopeTable, StageTimer, Tensor};
 use gpus::gpu;
 use support::{Random, bytes_of};
 
@@ -120,16 +120,16 @@ fn upload_beside_work(gpu: &Device, random: &mut Random, mut work: impl FnMut())
     let bytes = bytes_of(&random.halves(4096, 4096, 1.0), FloatType::F16);
     let matrix = HostMatrix::new(&bytes, FloatType::F16, 4096, 4096);
     gpu.synchronize("warming up").unwrap();
-    let mut laps = Laps::start(gpu).unwrap();
+    let mut timer = StageTimer::start(gpu).unwrap();
     (0..10).for_each(|_| work());
-    laps.lap("ten products").unwrap();
+    timer.mark("ten products").unwrap();
     let clock = Instant::now();
     gpu.upload(matrix).unwrap();
     let waited = clock.elapsed().as_secs_f64();
     (0..10).for_each(|_| work());
-    laps.lap("ten more, after an upload").unwrap();
+    timer.mark("ten more, after an upload").unwrap();
     println!("upload of 34 MB beside queued work: {:.1} ms on the host", waited * 1e3);
-    for (name, time) in laps.finish().unwrap() {
+    for (name, time) in timer.finish().unwrap() {
         println!("{name:32} {:9.3} ms", time.as_secs_f64() * 1e3);
     }
 }
@@ -150,11 +150,11 @@ fn copies(gpu: &Device, random: &mut Random) {
     );
     for round in ["first", "again"] {
         let clock = Instant::now();
-        let mut parked = gpu.park(there).unwrap();
+        let mut parked = gpu.offload(there).unwrap();
         let parked_in = clock.elapsed().as_secs_f64();
         gpu.synchronize("parking").unwrap();
         let out = clock.elapsed().as_secs_f64();
-        there = gpu.fetch(&mut parked).unwrap().land().unwrap();
+        there = gpu.prefetch(&mut parked).unwrap().wait().unwrap();
         gpu.synchronize("fetching").unwrap();
         let back = clock.elapsed().as_secs_f64() - out;
         println!(

@@ -3,8 +3,8 @@
 //! A model is never in memory as a whole: [`Model`] knows the checkpoint and the tables that every
 //! block shares, [`Model::load_block`] brings one block's weights to the device, and [`Block`]
 //! offers what lies between two linears as separate stages ([`Block::stage_input`],
-//! [`Block::stage_output`]), so that calibration can look at (and replace) each linear's weights on the
-//! way. [`Block::forward`] is nothing but the stages in order.
+//! [`Block::stage_output`]), so that calibration can look at (and replace) each linear's weights on
+//! the way. [`Block::forward`] is nothing but the stages in order.
 
 mod block;
 mod error;

@@ -4,7 +4,7 @@ use gptq_checkpoint::{
     Checkpoint, EMBEDDING, FINAL_NORM, GptqLinear, HEAD, LEAVES, LinearShape, ModelConfig,
     RopeScaling, TensorRef,
 };
-use gptq_compute::cuda::{PackedLinear, dequantise};
+use gptq_compute::cuda::{PackedLinear, dequantize};
 use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
 use half::f16;
 
@@ -237,7 +237,7 @@ impl<'a> Model<'a> {
             for leaf in LEAVES {
                 self.checkpoint.release(&format!("{name}.{leaf}"));
             }
-            return dequantised(device, &linear);
+            return dequantized(device, &linear);
         }
         self.matrix(device, &format!("{name}.weight"), rows, cols)
     }
@@ -295,11 +295,11 @@ fn overflow(tensor: impl FnOnce() -> String, source: gptq_compute::Error) -> Err
 }
 
 /// What a quantised linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.
-fn dequantised(device: &Device, linear: &GptqLinear) -> Result<Tensor> {
+fn dequantized(device: &Device, linear: &GptqLinear) -> Result<Tensor> {
     let (rows, cols) = (linear.out_features, linear.in_features);
     match device {
         Device::Cpu => {
-            let values = linear.dequantise();
+            let values = linear.dequantize();
             let bytes = bytemuck::cast_slice(&values);
             Ok(device.upload(HostMatrix::new(bytes, FloatType::F32, rows, cols))?)
         }
@@ -313,7 +313,7 @@ fn dequantised(device: &Device, linear: &GptqLinear) -> Result<Tensor> {
                 scales: &linear.scales,
                 g_idx: bytemuck::cast_slice(&linear.g_idx),
             };
-            Ok(dequantise(cuda, &packed)?)
+            Ok(dequantize(cuda, &packed)?)
         }
     }
 }

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::agreement::words_of_block;
 use crate::bands::largest;
-use crate::calibrate::{Calibrator, StageSeconds, Streams};
+use crate::calibrate::{Calibrator, StageSeconds, Streams, Work};
 use crate::calibration::MOST_TOKENS;
 use crate::error::{Error, Result};
 use crate::host_memory::ensure;
@@ -237,10 +237,10 @@ pub fn bench_block(
     let gpu = matches!(device, Device::Cuda(_));
     let stages = stages
         .into_iter()
-        .map(|(name, seconds)| {
-            let operations = stage_operations(name, width, windows, seq_len);
-            let floor = if gpu { floor_rate(name).map(|r| r * cards) } else { None };
-            Measurement::new(name, String::new(), seconds, operations, floor)
+        .map(|(work, seconds)| {
+            let operations = stage_operations(work, width, windows, seq_len);
+            let floor = if gpu { floor_rate(work).map(|r| r * cards) } else { None };
+            Measurement::new(work.name(), String::new(), seconds, operations, floor)
         })
         .collect();
     Ok(BlockBench {
@@ -266,35 +266,33 @@ fn check_tokens(windows: usize, seq_len: usize) -> Result<()> {
 /// Seconds of a run on the slowest rank: of the whole, and of each stage.
 fn slowest(ranks: &Ranks, seconds: f64, stages: StageSeconds) -> Result<(f64, StageSeconds)> {
     // A rank without windows or rows lacks some.
-    const STAGES: [&str; 8] =
-        ["exchange", "factor", "forward", "gram", "pack", "reference", "shift", "solve"];
-    let of = |stage| stages.get(stage).copied().unwrap_or(0.0);
-    let most = largest(ranks, std::iter::once(seconds).chain(STAGES.map(of)).collect())?;
-    let stages = STAGES.into_iter().zip(most[1..].iter().copied());
+    let of = |stage| stages.get(&stage).copied().unwrap_or(0.0);
+    let most = largest(ranks, std::iter::once(seconds).chain(Work::ALL.map(of)).collect())?;
+    let stages = Work::ALL.into_iter().zip(most[1..].iter().copied());
     Ok((most[0], stages.filter(|&(_, seconds)| seconds > 0.0).collect()))
 }
 
 /// Operations of a stage over a block.
-fn stage_operations(stage: &str, width: Width, windows: usize, seq_len: usize) -> f64 {
+fn stage_operations(work: Work, width: Width, windows: usize, seq_len: usize) -> f64 {
     let tokens = (windows * seq_len) as f64;
     let inputs = [width.hidden, width.hidden, width.hidden, width.intermediate].map(|n| n as f64);
     let all = LinearId::ALL.map(|id| width.linear(id));
-    match stage {
+    match work {
         // Causal attention: half of the scores' square, and as much again for the contexts.
-        "forward" | "reference" => {
+        Work::Forward | Work::Reference => {
             let attention = 2.0 * tokens * seq_len as f64 * width.hidden as f64;
             attention + all.iter().map(|(r, c)| 2.0 * tokens * (r * c) as f64).sum::<f64>()
         }
-        "gram" => inputs.iter().map(|n| tokens * n * n).sum(),
-        "factor" => inputs.iter().map(|n| 2.0 / 3.0 * n * n * n).sum(),
+        Work::Gram => inputs.iter().map(|n| tokens * n * n).sum(),
+        Work::Factor => inputs.iter().map(|n| 2.0 / 3.0 * n * n * n).sum(),
         // The drift times the inputs, taken over the Hessian as triangles.
-        "shift" => [LinearId::O, LinearId::Down]
+        Work::Shift => [LinearId::O, LinearId::Down]
             .map(|id| width.linear(id))
             .iter()
             .map(|&(rows, n)| (rows * n) as f64 * (2.0 * tokens + 2.0 * n as f64))
             .sum(),
-        "solve" => all.iter().map(|(r, c)| (r * c * c) as f64).sum(),
-        _ => 0.0,
+        Work::Solve => all.iter().map(|(r, c)| (r * c * c) as f64).sum(),
+        Work::Exchange | Work::Pack => 0.0,
     }
 }
 
@@ -302,13 +300,13 @@ fn stage_operations(stage: &str, width: Width, windows: usize, seq_len: usize) -
 /// products and causal attention in the proportion of a 70B block; triangular Grams by fp16
 /// products; cuSOLVER's potrf and a triangular inverse at its rate; fp32 trailing updates, with
 /// 0.15 s a block for the columns inside blocks of 128.
-fn floor_rate(stage: &str) -> Option<f64> {
-    match stage {
-        "forward" | "reference" => Some(0.935e15 / 1.26),
-        "gram" => Some(0.54e15 / 0.78),
-        "factor" => Some(16.8e12 / 0.45),
-        "solve" => Some(12.0e12 / 0.38),
-        _ => None,
+fn floor_rate(work: Work) -> Option<f64> {
+    match work {
+        Work::Forward | Work::Reference => Some(0.935e15 / 1.26),
+        Work::Gram => Some(0.54e15 / 0.78),
+        Work::Factor => Some(16.8e12 / 0.45),
+        Work::Solve => Some(12.0e12 / 0.38),
+        Work::Exchange | Work::Pack | Work::Shift => None,
     }
 }
 

@@ -15,9 +15,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{Device, Gram, Laps, Ranks, RopeTable, Tensor};
+use gptq_compute::{Device, Gram, Ranks, RopeTable, StageTimer, Tensor};
 use gptq_model::{Block, LinearId, Stage};
-use gptq_quant::{Factored, QuantSpec, Quantised, factor, solve};
+use gptq_quant::{Factored, QuantSpec, Quantized, factor, solve};
 
 use crate::bands::{Bands, ROWS, band, summed};
 use crate::error::{Error, Result};
@@ -31,8 +31,57 @@ use crate::states::States;
 /// much as two solves, and it only scales an error in a report.
 const ENERGY_ROWS: usize = 512;
 
-/// Seconds by stage name.
-pub(crate) type StageSeconds = BTreeMap<&'static str, f64>;
+/// What a block's time goes to, in the order of the names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Work {
+    /// Between ranks.
+    Exchange,
+    /// Hessians and their factors.
+    Factor,
+    /// Inputs of linears.
+    Forward,
+    /// XᵀX of these.
+    Gram,
+    /// Codes on their way to the file.
+    Pack,
+    /// The unquantised model's states.
+    Reference,
+    /// Moving the weights of o and down.
+    Shift,
+    /// Choosing codes.
+    Solve,
+}
+
+impl Work {
+    /// All of them.
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Exchange,
+        Self::Factor,
+        Self::Forward,
+        Self::Gram,
+        Self::Pack,
+        Self::Reference,
+        Self::Shift,
+        Self::Solve,
+    ];
+
+    /// The name in reports.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Exchange => "exchange",
+            Self::Factor => "factor",
+            Self::Forward => "forward",
+            Self::Gram => "gram",
+            Self::Pack => "pack",
+            Self::Reference => "reference",
+            Self::Shift => "shift",
+            Self::Solve => "solve",
+        }
+    }
+}
+
+/// Seconds by what they went to.
+pub(crate) type StageSeconds = BTreeMap<Work, f64>;
 
 /// What every block of a run shares.
 pub(crate) struct Calibrator<'a> {
@@ -78,7 +127,7 @@ impl Calibrator<'_> {
         let dense = streams.reference.is_some().then(|| block.clone());
         let mut run = BlockRun {
             all: self,
-            laps: Laps::start(self.device)?,
+            timer: StageTimer::start(self.device)?,
             linears: Vec::with_capacity(LinearId::ALL.len()),
             sink,
             stream: Stream { states: &mut streams.quantised, kept: None },
@@ -89,10 +138,10 @@ impl Calibrator<'_> {
             run.stage(block, stage)?;
         }
         run.stream.output(self, block)?;
-        run.laps.lap("forward")?;
+        run.timer.mark(Work::Forward)?;
         let mut stages = StageSeconds::new();
-        for (name, time) in run.laps.finish()? {
-            *stages.entry(name).or_insert(0.0) += time.as_secs_f64();
+        for (work, time) in run.timer.finish()? {
+            *stages.entry(work).or_insert(0.0) += time.as_secs_f64();
         }
         Ok(Calibrated { linears: run.linears, stages })
     }
@@ -188,7 +237,7 @@ impl States {
 /// One block on its way.
 struct BlockRun<'r, 's, 'a> {
     all: &'r Calibrator<'a>,
-    laps: Laps,
+    timer: StageTimer<Work>,
     linears: Vec<LinearReport>,
     sink: &'r mut Sink<'s>,
     stream: Stream<'r>,
@@ -223,7 +272,7 @@ impl BlockRun<'_, '_, '_> {
         let energies = self.energies(block, stage, &gram, scale)?;
         // The shift needs the room.
         drop(gram);
-        self.laps.lap("factor")?;
+        self.timer.mark(Work::Factor)?;
         let shift = match stage {
             Stage::Output | Stage::Down => self.shift(stage, &factored, scale)?,
             Stage::Qkv | Stage::GateUp => None,
@@ -243,9 +292,9 @@ impl BlockRun<'_, '_, '_> {
         let mut gram = device.gram(block.linear(stage.linears()[0]).cols())?;
         for chunk in 0..self.stream.states.seq_lens.len() {
             let input = self.stream.input(self.all, block, stage, chunk)?;
-            self.laps.lap("forward")?;
+            self.timer.mark(Work::Forward)?;
             device.gram_add(&mut gram, &input)?;
-            self.laps.lap("gram")?;
+            self.timer.mark(Work::Gram)?;
             // The products of o and down are added one stage later, with the quantised weights.
             if matches!(stage, Stage::Output | Stage::Down) {
                 self.stream.kept(self.all).put(chunk, input)?;
@@ -272,10 +321,10 @@ impl BlockRun<'_, '_, '_> {
         let mut drift = wanted.then(|| all.device.zeros(shape.0, shape.1)).transpose()?;
         for chunk in 0..states.seq_lens.len() {
             let hidden = states.past(all, dense, stage, chunk)?;
-            self.laps.lap("reference")?;
+            self.timer.mark(Work::Reference)?;
             if let Some(sum) = &mut drift {
                 self.stream.drift(all, chunk, bias, &hidden, sum)?;
-                self.laps.lap("shift")?;
+                self.timer.mark(Work::Shift)?;
             }
             states.hidden.put(chunk, hidden)?;
         }
@@ -292,7 +341,7 @@ impl BlockRun<'_, '_, '_> {
         let target = all.device.over_hessian(&wanted, &factored.upper, &factored.order)?;
         drop(wanted);
         let shift = all.device.shifted(&target, &weight, -1.0 / scale)?;
-        self.laps.lap("shift")?;
+        self.timer.mark(Work::Shift)?;
         Ok(Some(shift))
     }
 
@@ -321,7 +370,7 @@ impl BlockRun<'_, '_, '_> {
             if let Some(bands) = Bands::collect(ranks, stored, rows)? {
                 (self.sink)(&name, bands)?;
             }
-            self.laps.lap("pack")?;
+            self.timer.mark(Work::Pack)?;
         }
         let numbers = summed(ranks, numbers)?;
         for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
@@ -338,7 +387,7 @@ impl BlockRun<'_, '_, '_> {
         name: &str,
         factored: &Factored,
         shift: Option<&(Tensor, f32)>,
-    ) -> Result<Option<Quantised>> {
+    ) -> Result<Option<Quantized>> {
         let Calibrator { device, ranks, spec, .. } = *self.all;
         let own = ranks.share(block.linear(id).rows(), ROWS);
         if own.is_empty() {
@@ -350,11 +399,11 @@ impl BlockRun<'_, '_, '_> {
         };
         if let Some((shift, share)) = shift {
             rows = Cow::Owned(device.shifted(&rows, shift, *share)?);
-            self.laps.lap("shift")?;
+            self.timer.mark(Work::Shift)?;
         }
         let solved = solve(&rows, factored, spec)
             .map_err(|source| Error::Solve { linear: name.to_owned(), source })?;
-        self.laps.lap("solve")?;
+        self.timer.mark(Work::Solve)?;
         Ok(Some(solved))
     }
 
@@ -369,7 +418,7 @@ impl BlockRun<'_, '_, '_> {
     /// Ends a stage of work that only several ranks have.
     fn exchanged(&mut self) -> Result<()> {
         if self.all.ranks.size() > 1 {
-            self.laps.lap("exchange")?;
+            self.timer.mark(Work::Exchange)?;
         }
         Ok(())
     }

@@ -222,7 +222,7 @@ fn walk(
         let report = BlockReport {
             block: index,
             seconds: start.elapsed().as_secs_f64(),
-            stages: done.stages,
+            stages: done.stages.into_iter().map(|(work, time)| (work.name(), time)).collect(),
             linears: done.linears,
         };
         progress.block(&report);

@@ -4,7 +4,7 @@
 //! fetched while the one before it is computed, and what has changed is parked again behind the
 //! next one's work.
 
-use gptq_compute::{ComingTensor, Device, ParkedTensor, Tensor};
+use gptq_compute::{Device, OffloadedTensor, PrefetchedTensor, Tensor};
 
 use crate::error::Result;
 
@@ -21,9 +21,9 @@ pub(crate) struct Stash {
 enum Slot {
     Empty,
     Here(Tensor),
-    Parked(ParkedTensor),
+    Parked(OffloadedTensor),
     /// On its way, and in host memory still.
-    Coming(ComingTensor, ParkedTensor),
+    Coming(PrefetchedTensor, OffloadedTensor),
 }
 
 impl Stash {
@@ -42,7 +42,7 @@ impl Stash {
     /// Stores the tensor of a chunk.
     pub(crate) fn put(&mut self, chunk: usize, tensor: Tensor) -> Result<()> {
         self.slots[chunk] = if self.parks(chunk) {
-            Slot::Parked(self.device.park(tensor)?)
+            Slot::Parked(self.device.offload(tensor)?)
         } else {
             Slot::Here(tensor)
         };
@@ -76,13 +76,13 @@ impl Stash {
     }
 
     /// A chunk's tensor on the device, with its copy in host memory where there is one.
-    fn land(&mut self, chunk: usize) -> Result<(Tensor, Option<ParkedTensor>)> {
+    fn land(&mut self, chunk: usize) -> Result<(Tensor, Option<OffloadedTensor>)> {
         self.send_for(chunk)?;
         let slot = std::mem::replace(&mut self.slots[chunk], Slot::Empty);
         self.send_for(chunk + 1)?;
         match slot {
             Slot::Here(tensor) => Ok((tensor, None)),
-            Slot::Coming(coming, parked) => Ok((coming.land()?, Some(parked))),
+            Slot::Coming(coming, parked) => Ok((coming.wait()?, Some(parked))),
             Slot::Empty | Slot::Parked(_) => panic!("chunk {chunk} was taken twice"),
         }
     }
@@ -91,7 +91,7 @@ impl Stash {
     fn send_for(&mut self, chunk: usize) -> Result<()> {
         let Some(slot) = self.slots.get_mut(chunk) else { return Ok(()) };
         *slot = match std::mem::replace(slot, Slot::Empty) {
-            Slot::Parked(mut parked) => Slot::Coming(self.device.fetch(&mut parked)?, parked),
+            Slot::Parked(mut parked) => Slot::Coming(self.device.prefetch(&mut parked)?, parked),
             other => other,
         };
         Ok(())

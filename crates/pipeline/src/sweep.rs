@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use gptq_checkpoint::{Checkpoint, Partial, settle};
+use gptq_checkpoint::{Checkpoint, Partial, finish_rename};
 use gptq_compute::{Device, Ranks};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -302,15 +302,15 @@ impl<'a> Run<'a> {
             });
         let (report, seconds) = match state {
             State::Finished(report) => {
-                settle(&dir)?;
+                finish_rename(&dir)?;
                 (*report, known)
             }
             State::Made(left) => {
                 // Nobody else may touch it: this process holds the branch's lock.
-                let folder = Partial::adopt(&dir)?.ok_or(Error::ForeignBranch(dir.clone()))?;
+                let folder = Partial::resume(&dir)?.ok_or(Error::ForeignBranch(dir.clone()))?;
                 self.go_on(branch, folder, *left, known)?
             }
-            State::Remeasure(left) => self.go_on(branch, Partial::withdraw(&dir)?, *left, known)?,
+            State::Remeasure(left) => self.go_on(branch, Partial::reopen(&dir)?, *left, known)?,
             State::Stale(_) | State::New => {
                 if unlink_moved(&dir)? {
                     let name = &branch.name;
@@ -320,7 +320,7 @@ impl<'a> Run<'a> {
                 }
                 if matches!(state, State::Stale(_)) && dir.exists() {
                     // Withdrawn, it is a left-over that the writer replaces.
-                    drop(Partial::withdraw(&dir)?);
+                    drop(Partial::reopen(&dir)?);
                 }
                 self.make(branch, &made_from)?
             }
@@ -364,7 +364,7 @@ impl<'a> Run<'a> {
             Ok::<_, Error>((manifest?, record))
         })?;
         // Whatever was wrong with the measurement, the next run need not make the branch again.
-        folder.keep();
+        folder.keep_on_drop();
         let report = publish(folder, manifest, report, record?, self.measured_on.as_deref())?;
         Ok((report, Seconds { quantise, measure: Some(start.elapsed().as_secs_f64()) }))
     }

@@ -8,11 +8,11 @@ use crate::choices::{Clip, GroupWeights, ScalePrecision};
 use crate::error::{Error, Result};
 use crate::grid::clip_ratios;
 use crate::hessian::Factored;
-use crate::solved::{Codes, Quantised, Stored, group_index, stored_scales};
+use crate::solved::{Codes, Quantized, Stored, group_index, stored_scales};
 use crate::spec::QuantSpec;
 
 /// Quantises `weight` `[out, in]` in device memory; see [`crate::solve`].
-pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
+pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     let choices = &spec.choices;
     let ratios = clip_ratios();
     let by_solving = choices.clip == Clip::Solve;
@@ -32,7 +32,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
     }
     let group = spec.group_columns(n);
     let groups = n.div_ceil(group);
-    Ok(Quantised {
+    Ok(Quantized {
         stored: Stored {
             out_features: rows,
             in_features: n,

@@ -11,10 +11,10 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::grid::{absmax_scale, clip_ratios, code, file_scale, searched_scale};
 use crate::hessian::Factored;
-use crate::solved::{Codes, Quantised, Stored, by_group, group_index, stored_scales};
+use crate::solved::{Quantized, Stored, group_index};
 use crate::spec::QuantSpec;
 use crate::trial::Trial;
 
@@ -37,7 +37,7 @@ struct Band {
 }
 
 /// Quantises `weight` `[out, in]` in host memory; see [`crate::solve`].
-pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
+pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     let w = weight.as_host();
     let (out_features, in_features) = w.dim();
     let starts: Vec<usize> = (0..out_features).step_by(ROWS_PER_TASK).collect();
@@ -50,7 +50,6 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
         .collect();
 
     let group = spec.group_columns(in_features);
-    let groups = in_features.div_ceil(group);
     let mut codes = vec![0_u8; out_features * in_features];
     let mut values = vec![0.0_f32; out_features * in_features];
     let band_len = ROWS_PER_TASK * in_features;
@@ -60,26 +59,12 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
         },
     );
     let scales: Vec<Vec<f32>> = bands.iter().flat_map(|b| b.scales.iter().cloned()).collect();
-    // Before the values: what a scale beyond fp16 makes of them is not the weight's fault.
-    let scales = stored_scales(&by_group(&scales, groups), out_features)?;
-    if values.par_iter().any(|v| !v.is_finite()) {
-        return Err(Error::NotFinite { what: "The weight" });
-    }
+    let g_idx = group_index(&factored.order, group);
+    let stored = Stored::of_rows([out_features, in_features], codes, &scales, &values, g_idx)?;
     let loss = bands.iter().map(|b| b.loss).sum();
     #[expect(clippy::expect_used, reason = "out × in values were allocated above")]
     let values = Array2::from_shape_vec((out_features, in_features), values).expect("out × in");
-    Ok(Quantised {
-        stored: Stored {
-            out_features,
-            in_features,
-            codes: Codes::Plain(codes),
-            scales,
-            groups,
-            g_idx: group_index(&factored.order, group),
-        },
-        weight: Tensor::from_host(values),
-        loss: Some(loss),
-    })
+    Ok(Quantized { stored, weight: Tensor::from_host(values), loss: Some(loss) })
 }
 
 /// Puts a band's columns back into the weights' order. Scales that the file holds exactly give the

@@ -2,7 +2,7 @@
 //!
 //! The data's way: a [`gptq_compute::Gram`] of a linear's inputs becomes a [`Factored`] Hessian
 //! ([`factor`]), shared by all linears with the same inputs; [`solve`] turns each weight matrix into
-//! a [`Quantised`] one. [`round_to_nearest`] is the baseline without calibration. Nothing here knows
+//! a [`Quantized`] one. [`round_to_nearest`] is the baseline without calibration. Nothing here knows
 //! models, and of files only what they can say of a linear.
 
 mod choices;
@@ -23,6 +23,6 @@ pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
 pub use rotation::Rotation;
 pub use rtn::round_to_nearest;
-pub use solved::{Codes, Quantised, Stored};
+pub use solved::{Codes, Quantized, Stored};
 pub use solver::solve;
 pub use spec::{QuantSpec, Recipe};

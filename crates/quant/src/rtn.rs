@@ -5,15 +5,15 @@
 use ndarray::Array2;
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::grid::{absmax_scale, code, file_scale};
-use crate::solved::{Codes, Quantised, Stored, by_group, stored_scales};
+use crate::solved::{Quantized, Stored};
 use crate::spec::QuantSpec;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 
 /// Quantises `weight` `[out, in]` with the AutoGPTQ scale of each group and the nearest code on the
 /// grid that the file will hold (fp16 scales).
-pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Quantised> {
+pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     spec.validate()?;
     let w = weight.to_host()?;
     let (out_features, in_features) = w.dim();
@@ -43,23 +43,10 @@ pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> R
             scales
         })
         .collect();
-    let scales = stored_scales(&by_group(&scales, groups), out_features)?;
-    if values.iter().any(|v| !v.is_finite()) {
-        return Err(Error::NotFinite { what: "The weight" });
-    }
     let flat = values.as_slice().unwrap_or_default();
+    let g_idx = (0..in_features).map(|j| (j / group) as u32).collect();
+    let stored = Stored::of_rows([out_features, in_features], codes, &scales, flat, g_idx)?;
     let bytes = bytemuck::cast_slice(flat);
     let matrix = HostMatrix::new(bytes, FloatType::F32, out_features, in_features);
-    Ok(Quantised {
-        stored: Stored {
-            out_features,
-            in_features,
-            codes: Codes::Plain(codes),
-            scales,
-            groups,
-            g_idx: (0..in_features).map(|j| (j / group) as u32).collect(),
-        },
-        weight: device.upload(matrix)?,
-        loss: None,
-    })
+    Ok(Quantized { stored, weight: device.upload(matrix)?, loss: None })
 }

@@ -2,6 +2,7 @@
 
 use gptq_compute::Tensor;
 use half::f16;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
@@ -31,9 +32,33 @@ pub struct Stored {
     pub g_idx: Vec<u32>,
 }
 
+impl Stored {
+    /// Codes and scales `[rows][groups]` of rows that the host solved, whose `values` `[out, in]`
+    /// they mean.
+    ///
+    /// # Errors
+    /// [`Error::ScaleRange`], and [`Error::NotFinite`] for values that are not.
+    pub(crate) fn of_rows(
+        [out_features, in_features]: [usize; 2],
+        codes: Vec<u8>,
+        scales: &[Vec<f32>],
+        values: &[f32],
+        g_idx: Vec<u32>,
+    ) -> Result<Self> {
+        let groups = scales.first().map_or(0, Vec::len);
+        // Before the values: what a scale beyond fp16 makes of them is not the weight's fault.
+        let scales = stored_scales(&by_group(scales, groups), out_features)?;
+        if values.par_iter().any(|v| !v.is_finite()) {
+            return Err(Error::NotFinite { what: "The weight" });
+        }
+        let codes = Codes::Plain(codes);
+        Ok(Self { out_features, in_features, codes, scales, groups, g_idx })
+    }
+}
+
 /// A quantised linear.
 #[derive(Clone, Debug)]
-pub struct Quantised {
+pub struct Quantized {
     /// What goes into the file.
     pub stored: Stored,
     /// The weights `[out, in]` that later stages of calibration see.
@@ -62,6 +87,6 @@ pub(crate) fn stored_scales(scales: &[f32], rows: usize) -> Result<Vec<f16>> {
 }
 
 /// Scales `[rows][groups]`, as rows were solved, in the file's order `[groups, rows]`.
-pub(crate) fn by_group(scales: &[Vec<f32>], groups: usize) -> Vec<f32> {
+fn by_group(scales: &[Vec<f32>], groups: usize) -> Vec<f32> {
     (0..groups).flat_map(|group| scales.iter().map(move |row| row[group])).collect()
 }

@@ -4,7 +4,7 @@ use gptq_compute::Tensor;
 
 use crate::error::Result;
 use crate::hessian::Factored;
-use crate::solved::Quantised;
+use crate::solved::Quantized;
 use crate::spec::QuantSpec;
 use crate::{gpu, host};
 
@@ -13,7 +13,7 @@ use crate::{gpu, host};
 /// # Errors
 /// [`Error::NotFinite`](crate::Error::NotFinite) for NaN or infinite weights,
 /// [`Error::ScaleRange`](crate::Error::ScaleRange) for a scale beyond fp16.
-pub fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantised> {
+pub fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     spec.validate()?;
     if weight.is_host() {
         host::solve(weight, factored, spec)

@@ -145,7 +145,7 @@ fn check_case(file: &SafeTensors<'_>, name: &str, spec: &QuantSpec) -> usize {
         .sum();
     let same = same as f64 / (kept.len() * in_features) as f64;
     let all = a.iter().zip(&b).filter(|(x, y)| x == y).count() as f64 / a.len() as f64;
-    let ratio = loss(&w, &packed.dequantise(), &h) / loss(&w, &golden.dequantise(), &h);
+    let ratio = loss(&w, &packed.dequantize(), &h) / loss(&w, &golden.dequantize(), &h);
     println!(
         "{name}: {:.4} % of codes ({:.4} % with {ties} tied rows), loss ratio {ratio:.6}",
         same * 100.0,

@@ -399,14 +399,14 @@ fn packed_weights_mean_what_the_format_says() {
             scales: &linear.scales,
             g_idx: bytemuck::cast_slice(&linear.g_idx),
         };
-        let found = cuda::dequantise(&cuda, &packed).unwrap().to_host().unwrap();
-        for (((r, k), &found), value) in found.indexed_iter().zip(linear.dequantise()) {
+        let found = cuda::dequantize(&cuda, &packed).unwrap().to_host().unwrap();
+        for (((r, k), &found), value) in found.indexed_iter().zip(linear.dequantize()) {
             let want = f16::from_f32(value).to_f32();
             assert_eq!(found, want, "{bits} bits, output {r}, input {k}");
         }
         let beyond = vec![groups as i32; cols];
         let packed = PackedLinear { g_idx: &beyond, ..packed };
-        assert!(matches!(cuda::dequantise(&cuda, &packed), Err(Error::RowOutOfRange { .. })));
+        assert!(matches!(cuda::dequantize(&cuda, &packed), Err(Error::RowOutOfRange { .. })));
     }
 }
 

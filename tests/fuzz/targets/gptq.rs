@@ -54,7 +54,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     assert_eq!(config.bits, Bits::new(bits).expect("a width of the format"));
     let shape: LinearShape = checkpoint.config().block_linears()[0];
     if let Ok(linear) = checkpoint.gptq_linear(PREFIX, &shape) {
-        assert_eq!(linear.dequantise().len(), 64 * 64);
+        assert_eq!(linear.dequantize().len(), 64 * 64);
         assert_eq!(linear.unpack_zeros().len(), groups * 64);
     }
 });

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use anyhow::{Result, bail};
 use clap::Args;
 use gptq_compute::cuda::{Library, probe};
-use gptq_compute::{Device, Seat};
+use gptq_compute::{Device, RankHandle};
 use gptq_pipeline::progress::Progress;
 
 use super::values::parse_bytes;
@@ -72,7 +72,7 @@ impl DeviceArgs {
                     "rank {} of {}, meeting the others at {}:{}",
                     launch.rank, launch.size, launch.host, launch.port
                 ));
-                let seat = Seat::join(launch)?;
+                let seat = RankHandle::join(launch)?;
                 if let Some(strangers) = seat.strangers() {
                     printer.warn(strangers);
                 }
@@ -93,8 +93,8 @@ impl DeviceArgs {
             }
         }
         let seats = seats.unwrap_or_else(|| match devices.len() {
-            1 => vec![Seat::alone()],
-            count => Seat::threads(count),
+            1 => vec![RankHandle::alone()],
+            count => RankHandle::threads(count),
         });
         let team = Team::new(devices, seats);
         printer.note(&format!("device: {}", team.name()));

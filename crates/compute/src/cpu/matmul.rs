@@ -21,7 +21,7 @@ const BALANCED_ROWS: usize = 256;
 const LEAST_ROWS: usize = 64;
 
 /// out = x · wᵀ + beta · out, for x `[m, k]`, w `[n, k]`, out `[m, n]`; beta is 0 or 1.
-pub fn matmul_nt(
+pub(crate) fn matmul_nt(
     x: ArrayView2<'_, f32>,
     w: ArrayView2<'_, f32>,
     beta: f32,

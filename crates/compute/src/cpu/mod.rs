@@ -6,9 +6,9 @@
 pub(crate) mod attention;
 pub(crate) mod elementwise;
 pub(crate) mod gram;
-pub(crate) mod head;
 pub mod linalg;
 pub(crate) mod matmul;
 pub(crate) mod rows;
 mod simd;
 mod tiles;
+pub(crate) mod token_loss;

@@ -2,7 +2,7 @@
 
 use cudarc::driver::{LaunchConfig, PushKernelArg};
 
-use super::error::Stage;
+use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use crate::attention_shape::AttentionShape;
 use crate::error::{Error, Result};

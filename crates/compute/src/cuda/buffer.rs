@@ -8,7 +8,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, result}
 use half::f16;
 
 use super::driver::Driver;
-use super::error::Stage;
+use super::error::StageContext;
 use crate::error::Result;
 
 /// Shared device memory that is copied before it is written when it has other owners.

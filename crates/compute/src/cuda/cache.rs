@@ -4,12 +4,13 @@
 //! so that a reader sees a whole file or none; a file whose digest does not match is compiled again.
 //! The cache only saves time: a folder that cannot be written is no error.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest, Sha256};
+
+use crate::hex::hex;
 
 const DIGEST_BYTES: usize = 32;
 
@@ -27,11 +28,7 @@ pub(super) fn key(parts: &[&[u8]]) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    hash.finalize().iter().fold(String::new(), |mut hex, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    hex(&hash.finalize())
 }
 
 /// The cubin of `key`, when its file is whole.

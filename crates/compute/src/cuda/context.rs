@@ -1,7 +1,7 @@
 //! One card with all that computes on it: library handles, kernels, and pools of pinned memory.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::cublas::CudaBlas;
 use cudarc::cublas::sys::{cublasMath_t, cublasSetMathMode};
@@ -12,13 +12,14 @@ use cudarc::driver::{
 
 use super::buffer::Buffer;
 use super::driver::{Driver, OPENING};
-use super::error::Stage;
+use super::error::StageContext;
 use super::kernels::Kernels;
 use super::libraries::Library;
 use super::memory::MemoryInfo;
-use super::pinned::Parking;
+use super::pinned::PinnedPool;
 use super::staging::Staging;
 use crate::error::Result;
+use crate::lock::lock;
 
 /// An NVIDIA card, ready for work.
 pub struct Cuda {
@@ -26,7 +27,7 @@ pub struct Cuda {
     blas: Mutex<CudaBlas>,
     solver: Mutex<DnHandle>,
     staging: Staging,
-    parking: Parking,
+    pinned: PinnedPool,
     driver: Arc<Driver>,
 }
 
@@ -50,7 +51,7 @@ impl Cuda {
             blas: Mutex::new(open_blas(stream)?),
             solver: Mutex::new(DnHandle::new(Arc::clone(stream)).stage(OPENING)?),
             staging: Staging::default(),
-            parking: Parking::default(),
+            pinned: PinnedPool::default(),
             driver: Arc::new(driver),
         }))
     }
@@ -84,9 +85,9 @@ impl Cuda {
         &self.staging
     }
 
-    /// Pinned memory of parked tensors.
-    pub(super) fn parking(&self) -> &Parking {
-        &self.parking
+    /// The pinned memory of offloaded tensors.
+    pub(super) fn pinned(&self) -> &PinnedPool {
+        &self.pinned
     }
 
     /// The stream of uploads; see the `transfer` module for how it is ordered against the stream of
@@ -113,12 +114,12 @@ impl Cuda {
 
     /// The cuBLAS handle; one caller at a time.
     pub(crate) fn blas(&self) -> MutexGuard<'_, CudaBlas> {
-        self.blas.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.blas)
     }
 
     /// The cuSOLVER handle; one caller at a time.
     pub(crate) fn solver(&self) -> MutexGuard<'_, DnHandle> {
-        self.solver.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.solver)
     }
 
     /// [`Buffer::uninit`] on this card.

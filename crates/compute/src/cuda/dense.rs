@@ -13,7 +13,7 @@ use cudarc::cusolver::sys as dn;
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, sys as driver};
 
 use super::context::Cuda;
-use super::error::Stage;
+use super::error::StageContext;
 use crate::error::{Error, Result};
 
 /// A type that the solver computes in.

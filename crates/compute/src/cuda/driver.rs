@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUdevice_attribute, CUmemPool_attribute};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
 
-use super::error::Stage;
+use super::error::StageContext;
 use super::memory::{Memory, MemoryInfo};
 use crate::error::{Error, Result};
 
@@ -39,7 +39,7 @@ impl Driver {
         }
         let context = CudaContext::new(ordinal).stage(OPENING)?;
         // SAFETY: all work of this device is queued on `stream`; the streams of copies are ordered
-        // against it by the events of the `transfer` and `park` modules. No buffer exists yet.
+        // against it by the events of the `transfer` and `offload` modules. No buffer exists yet.
         unsafe { context.disable_event_tracking() };
         let name = context.name().stage(OPENING)?;
         let arch = architecture(&name, context.compute_capability().stage(OPENING)?)?;
@@ -88,12 +88,12 @@ impl Driver {
         &self.copies
     }
 
-    /// The stream of tensors that are parked; see the `park` module.
+    /// The stream of tensors that are offloaded; see the `offload` module.
     pub(super) fn leaving(&self) -> &Arc<CudaStream> {
         &self.leaving
     }
 
-    /// The stream of parked tensors that are fetched.
+    /// The stream of offloaded tensors that are fetched.
     pub(super) fn arriving(&self) -> &Arc<CudaStream> {
         &self.arriving
     }

@@ -7,7 +7,7 @@ use half::f16;
 
 use super::buffer::{Buffer, Values};
 use super::context::Cuda;
-use super::error::Stage;
+use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use super::rope_table::DeviceTable;
 use crate::error::Result;

@@ -17,7 +17,7 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 use super::buffer::Values;
 use super::context::Cuda;
 use super::elementwise::to_f16;
-use super::error::Stage;
+use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use crate::error::Result;
 

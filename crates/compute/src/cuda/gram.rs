@@ -11,7 +11,7 @@ use cudarc::driver::{CudaSlice, PushKernelArg};
 use super::buffer::Buffer;
 use super::context::Cuda;
 use super::elementwise::{to_f16, to_f32};
-use super::error::Stage;
+use super::error::StageContext;
 use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm, symmetric};
 use super::matrix::{Matrix, ensure_same_card};
 use crate::error::{Result, ensure_shape};

@@ -6,16 +6,17 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, sys::CUfunction_attribute};
 use cudarc::nvrtc::Ptx;
 use rayon::prelude::*;
 
 use super::cache;
-use super::error::Stage;
+use super::error::StageContext;
 use super::nvrtc::{Unit, compile, options, version};
 use crate::error::Result;
+use crate::lock::lock;
 
 macro_rules! embedded {
     ($($name:literal),* $(,)?) => {
@@ -125,7 +126,7 @@ impl Kernels {
         name: &'static str,
         shared: usize,
     ) -> Result<CudaFunction> {
-        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = lock(&self.functions);
         if let Some(function) = functions.get(&(file, name)) {
             return Ok(function.clone());
         }

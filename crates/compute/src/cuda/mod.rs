@@ -2,9 +2,10 @@
 //!
 //! Nothing of CUDA is needed to build or start this program. Libraries are opened when a device is
 //! first asked for (`libraries`), kernels are compiled for the card present and kept on disk
-//! (`nvrtc`, `cache`, `kernels`), and all work of one [`Cuda`] is queued on one stream, so
-//! that a buffer may be freed or reused as soon as its last use has been queued. Other streams carry
-//! uploads (`transfer`, `upload`) and move parked tensors to and from pinned host memory (`park`).
+//! (`nvrtc`, `cache`, `kernels`), and all work of one [`Cuda`] is queued on one stream, so that a
+//! buffer may be freed or reused as soon as its last use has been queued. Other streams carry
+//! uploads (`transfer`, `upload`) and offload tensors to pinned host memory and fetch them back
+//! (`offload`).
 //!
 //! Activations and weights are fp16, row-major. Hidden states between blocks are f32: adding
 //! hundreds of small updates to a few large features is where fp16 loses perplexity and where
@@ -24,7 +25,6 @@ mod factor;
 mod fault;
 pub(crate) mod gemm;
 pub(crate) mod gram;
-pub(crate) mod head;
 pub(crate) mod kernels;
 mod libraries;
 pub(crate) mod matrix;
@@ -32,18 +32,19 @@ mod memory;
 pub(crate) mod nccl;
 mod nccl_api;
 mod nvrtc;
-mod order;
+pub(crate) mod offload;
 mod pack;
-pub(crate) mod park;
+mod permutation;
 mod pinned;
 mod plan;
 mod probe;
+pub(crate) mod residual_shift;
 mod rope_table;
 mod solve;
 mod split;
 mod staging;
-pub(crate) mod target;
 mod timing;
+pub(crate) mod token_loss;
 mod transfer;
 pub(crate) mod upload;
 
@@ -55,13 +56,13 @@ pub use kernels::{KernelReport, compile_all, kernel_files};
 pub use libraries::Library;
 pub use memory::MemoryInfo;
 pub use nccl::prepare_environment;
-pub use pack::{PackedLinear, dequantise};
-pub use park::{Coming, Parked};
+pub use offload::{Offloaded, Prefetched};
+pub use pack::{PackedLinear, dequantize};
 pub use probe::{Card, LibraryFacts, Probe, probe};
 pub use solve::{ClipSearch, SolveOptions, Solved, solve};
 pub use timing::Timer;
 
 pub(crate) use matrix::Matrix;
-pub(crate) use order::inverse_of;
+pub(crate) use permutation::inverse_of;
 pub(crate) use rope_table::DeviceTableCell;
 pub(crate) use timing::Mark;

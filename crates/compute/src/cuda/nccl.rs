@@ -21,6 +21,7 @@ use super::libraries::Library;
 use super::matrix::Matrix;
 use super::nccl_api::{API, Api};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::share::share;
 
 /// Pauses of an abort that finds the communicator in use, and their number.
@@ -112,7 +113,7 @@ impl Communicator {
             *to = from as c_char;
         }
         let mut comm = std::ptr::null_mut();
-        super::error::Stage::stage(cuda.context().bind_to_thread(), STAGE)?;
+        super::error::StageContext::stage(cuda.context().bind_to_thread(), STAGE)?;
         // SAFETY: the pointer is valid for a write, the card is current, and the id is rank 0's.
         let status = unsafe {
             let id = ncclUniqueId { internal };
@@ -154,8 +155,8 @@ impl Communicator {
         call: impl FnOnce(&Api, ncclComm_t, cudaStream_t) -> ncclResult_t,
     ) -> Result<()> {
         let api = api()?;
-        super::error::Stage::stage(self.cuda.context().bind_to_thread(), stage)?;
-        let held = self.handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        super::error::StageContext::stage(self.cuda.context().bind_to_thread(), stage)?;
+        let held = lock(&self.handle);
         let Some(Handle(comm)) = &*held else {
             return Err(Error::RankLost { rank: None });
         };
@@ -248,7 +249,7 @@ impl Communicator {
                     mine.bytes,
                     self.cuda.stream().cu_stream(),
                 );
-                super::error::Stage::stage(copied, OP)?;
+                super::error::StageContext::stage(copied, OP)?;
             }
             self.exchange(OP, &pieces)?;
         }

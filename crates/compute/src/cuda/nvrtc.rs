@@ -5,7 +5,7 @@ use std::ptr;
 
 use cudarc::nvrtc::{result, sys};
 
-use super::error::Stage;
+use super::error::StageContext;
 use super::libraries::Library;
 use crate::error::{Error, Result};
 

@@ -8,7 +8,7 @@ use half::f16;
 use super::buffer::Buffer;
 use super::context::Cuda;
 use super::dense::int;
-use super::error::Stage;
+use super::error::StageContext;
 use super::matrix::Matrix;
 use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
@@ -41,7 +41,7 @@ pub struct PackedLinear<'a> {
 /// # Errors
 /// Tensors that do not fit each other, a `g_idx` beyond the groups, or sides that are no multiples
 /// of 32.
-pub fn dequantise(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor> {
+pub fn dequantize(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor> {
     const STAGE: &str = "dequantising";
     check(packed)?;
     let (rows, cols) = (packed.rows, packed.cols);

@@ -12,8 +12,6 @@ use super::{cache, nccl, nvrtc};
 /// What was found.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// CUDA version that the driver supports, major and minor.
-    pub driver: Option<(i32, i32)>,
     /// Each library this program can use.
     pub libraries: Vec<LibraryFacts>,
     /// The cards, in the driver's order.
@@ -61,7 +59,7 @@ pub fn probe() -> Probe {
         .collect();
     let cards = cards();
     let apart = apart(&cards);
-    Probe { driver: driver_version(), libraries, cards, apart, cache: cache::folder() }
+    Probe { libraries, cards, apart, cache: cache::folder() }
 }
 
 fn driver_version() -> Option<(i32, i32)> {

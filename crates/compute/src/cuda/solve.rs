@@ -17,11 +17,11 @@ use half::f16;
 use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::dense::{Block, Product, int, multiply};
-use super::error::Stage;
+use super::error::StageContext;
 use super::factor::rows_launch;
 use super::matrix::Matrix;
-use super::order::SolveOrder;
 use super::pack;
+use super::permutation::SolveOrder;
 use super::plan::{BLOCK, Window, widest, windows};
 use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
@@ -340,7 +340,8 @@ impl<'a> Solver<'a> {
             block_dim: (256, 1, 1),
             shared_mem_bytes: 0,
         };
-        // SAFETY: the arguments are the kernel's; columns start .. end and offset .. offset + width lie within their matrices, and rows are checked inside.
+        // SAFETY: the arguments are the kernel's; columns start .. end and offset .. offset + width
+        // lie within their matrices, and rows are checked inside.
         unsafe { launch.launch(config) }.stage(OP)?;
         Ok(())
     }

@@ -1,12 +1,13 @@
 //! The pinned buffers that values go through on their way to a card and back: see `transfer`.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use cudarc::driver::{CudaEvent, PinnedHostSlice};
 
 use super::driver::Driver;
-use super::error::Stage;
+use super::error::StageContext;
 use crate::error::Result;
+use crate::lock::lock;
 
 /// Bytes of one half: copies of this size run at full speed, and two take no room worth naming.
 pub(super) const HALF: usize = 16 << 20;
@@ -48,7 +49,7 @@ pub(super) fn with<R>(
     driver: &Driver,
     work: impl FnOnce(&mut Halves) -> Result<R>,
 ) -> Result<R> {
-    let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut staging = lock(staging);
     let mut halves = match staging.take() {
         Some(halves) => halves,
         None => Halves::new(driver, bytes)?,

@@ -7,7 +7,7 @@ use cudarc::driver::CudaEvent;
 use cudarc::driver::sys::CUevent_flags;
 
 use super::context::Cuda;
-use super::error::Stage;
+use super::error::StageContext;
 use crate::error::Result;
 
 const STAGE: &str = "timing";

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::context::Cuda;
-use super::error::Stage;
+use super::error::StageContext;
 use super::staging::{self, HALF, Halves, PIECE};
 use crate::error::Result;
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::context::Cuda;
-use super::error::Stage;
+use super::error::StageContext;
 use super::matrix::Matrix;
 use super::transfer::address;
 use crate::error::{Error, Result};

@@ -13,6 +13,8 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use crate::hex::hex;
+
 /// Fields that are read of another rank, bytes of all of them, and bytes of a value that is kept.
 const MOST_FIELDS: usize = 64;
 const MOST_BYTES: usize = 1 << 15;
@@ -160,10 +162,6 @@ pub(super) fn program() -> std::io::Result<String> {
             count => hash.update(&buffer[..count]),
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -125,7 +125,7 @@ struct Caller {
 /// Whom rank 0 has seated, is listening to, and has turned away.
 struct Reception {
     run: RunDigest,
-    seats: Vec<Option<TcpStream>>,
+    streams: Vec<Option<TcpStream>>,
     callers: Vec<Caller>,
     turned_away: usize,
     said: Vec<String>,
@@ -135,13 +135,13 @@ struct Reception {
 
 impl Reception {
     fn new(size: usize, run: RunDigest) -> Self {
-        let seats = (0..size).map(|_| None).collect();
+        let streams = (0..size).map(|_| None).collect();
         let (callers, said) = (Vec::new(), Vec::new());
-        Self { run, seats, callers, turned_away: 0, said, trouble: None }
+        Self { run, streams, callers, turned_away: 0, said, trouble: None }
     }
 
     fn is_complete(&self) -> bool {
-        self.seats[1..].iter().all(Option::is_some)
+        self.streams[1..].iter().all(Option::is_some)
     }
 
     /// Takes the connections that wait, though not for ever.
@@ -189,18 +189,19 @@ impl Reception {
         } else if greeting.version != ours.version {
             Verdict::OtherVersion
         } else {
-            match self.seats.get(rank) {
+            match self.streams.get(rank) {
                 None => Verdict::NoSuchRank,
                 Some(None) if rank > 0 => Verdict::Seated,
                 Some(_) => Verdict::Taken,
             }
         };
         let Caller { mut stream, from, .. } = caller;
-        // So little fits into what a connection sends by itself; a caller that is gone is found later.
+        // So little fits into what a connection sends by itself; a caller that is gone is found
+        // later.
         let _ = stream.write(&self.answer(verdict));
         let what = match verdict {
             Verdict::Seated | Verdict::Begin => {
-                self.seats[rank] = Some(stream);
+                self.streams[rank] = Some(stream);
                 return;
             }
             Verdict::OtherRun => "belongs to another run".to_owned(),
@@ -210,26 +211,26 @@ impl Reception {
                     greeting.version, ours.version
                 )
             }
-            Verdict::NoSuchRank => format!("says that it is rank {rank} of {}", self.seats.len()),
+            Verdict::NoSuchRank => format!("says that it is rank {rank} of {}", self.streams.len()),
             Verdict::Taken => format!("says that it is rank {rank} as another process does"),
         };
         self.turn_away(from, &what);
     }
 
     fn answer(&self, verdict: Verdict) -> Vec<u8> {
-        Answer::new(verdict, self.seats.len() as u32).to_bytes()
+        Answer::new(verdict, self.streams.len() as u32).to_bytes()
     }
 
     /// Gives up the seats of ranks that have left again. A seated rank has nothing to say yet.
     fn look_at_seats(&mut self) {
-        for rank in 1..self.seats.len() {
-            let Some(stream) = &self.seats[rank] else { continue };
+        for rank in 1..self.streams.len() {
+            let Some(stream) = &self.streams[rank] else { continue };
             let waits = matches!(
                 stream.peek(&mut [0]),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
             );
             if !waits {
-                self.seats[rank] = None;
+                self.streams[rank] = None;
                 self.turned_away += 1;
                 self.say(format!("rank {rank} left before all were there"));
             }
@@ -257,7 +258,7 @@ impl Reception {
 
     fn missing(&self, launch: &Launch) -> String {
         let Launch { size, host, port, patience, .. } = launch;
-        let missing = (1..*size).filter(|&rank| self.seats[rank].is_none());
+        let missing = (1..*size).filter(|&rank| self.streams[rank].is_none());
         let missing: Vec<String> = missing.map(|rank| rank.to_string()).collect();
         let mut text = format!(
             "Rank 0 has waited {} s on {host}:{port} for rank {} of {size}: are all started, and can \
@@ -275,7 +276,7 @@ impl Reception {
     /// Tells all ranks that all are there.
     fn begin(self, launch: &Launch) -> Result<Met> {
         let begin = self.answer(Verdict::Begin);
-        for (rank, stream) in self.seats.iter().enumerate() {
+        for (rank, stream) in self.streams.iter().enumerate() {
             let Some(mut stream) = stream.as_ref() else { continue };
             let told = stream
                 .set_nonblocking(false)
@@ -285,7 +286,7 @@ impl Reception {
             told.map_err(|e| launch.trouble(rank, &e))?;
         }
         let strangers = self.strangers();
-        Ok(Met { streams: self.seats, strangers })
+        Ok(Met { streams: self.streams, strangers })
     }
 }
 

@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::Device;
-use crate::ranks::{Seat, frames::Frame, greeting::VERSION};
+use crate::ranks::{RankHandle, frames::Frame, greeting::VERSION};
 
 const RUN: &str = "this run";
 
@@ -43,7 +43,7 @@ fn of_run(rank: u32) -> Greeting {
 fn strangers_take_no_seat_and_hold_nobody_up() {
     let launches = launches(2, Duration::from_secs(60));
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| Seat::join(&launches[0]));
+        let first = scope.spawn(|| RankHandle::join(&launches[0]));
         let start = Instant::now();
         let mut drip = stranger(&launches[0]);
         drip.write_all(b"gptq").unwrap();
@@ -60,7 +60,7 @@ fn strangers_take_no_seat_and_hold_nobody_up() {
         assert_eq!(greet(&launches[0], &of_run(0)).1, Verdict::Taken);
         drip.write_all(b"r").unwrap();
 
-        Seat::join(&launches[1]).unwrap();
+        RankHandle::join(&launches[1]).unwrap();
         let first = first.join().unwrap().unwrap();
         assert!(start.elapsed() < GREETING_TIME, "{:?}", start.elapsed());
         let strangers = first.strangers().unwrap();
@@ -76,13 +76,13 @@ fn strangers_take_no_seat_and_hold_nobody_up() {
 fn a_seat_is_one_process_and_free_when_that_is_gone() {
     let launches = launches(3, Duration::from_secs(60));
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| Seat::join(&launches[0]));
+        let first = scope.spawn(|| RankHandle::join(&launches[0]));
         let (stale, verdict) = greet(&launches[0], &of_run(1));
         assert_eq!(verdict, Verdict::Seated);
         assert_eq!(greet(&launches[0], &of_run(1)).1, Verdict::Taken);
         drop(stale);
-        let second = scope.spawn(|| Seat::join(&launches[1]));
-        let third = scope.spawn(|| Seat::join(&launches[2]));
+        let second = scope.spawn(|| RankHandle::join(&launches[1]));
+        let third = scope.spawn(|| RankHandle::join(&launches[2]));
         for joined in [first, second, third] {
             joined.join().unwrap().unwrap();
         }
@@ -106,7 +106,7 @@ fn patience_ends_whatever_happens_at_the_port() {
             }
         });
         let start = Instant::now();
-        let error = Seat::join(&launches[0]).err().unwrap().to_string();
+        let error = RankHandle::join(&launches[0]).err().unwrap().to_string();
         over.store(true, Ordering::Relaxed);
         assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
         assert!(error.contains("for rank 1 of 2"), "{error}");
@@ -117,17 +117,17 @@ fn patience_ends_whatever_happens_at_the_port() {
 fn a_frame_that_claims_more_than_the_work_needs_loses_its_rank() {
     let launches = launches(2, Duration::from_secs(60));
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| Seat::join(&launches[0]));
+        let first = scope.spawn(|| RankHandle::join(&launches[0]));
         let (mut stream, verdict) = greet(&launches[0], &of_run(1));
         assert_eq!(verdict, Verdict::Seated);
-        let seat = first.join().unwrap().unwrap();
+        let handle = first.join().unwrap().unwrap();
         // One part of 2^33 words: 17 bytes that ask for 34 GB.
         let mut claim = Vec::new();
         Frame::Data(vec![Vec::new()]).write(&mut claim).unwrap();
         claim[9..].copy_from_slice(&(1_u64 << 33).to_le_bytes());
         assert_eq!(claim.len(), 17);
         stream.write_all(&claim).unwrap();
-        let outcome = seat.run(&Device::Cpu, |_| Ok::<_, Error>(()));
+        let outcome = handle.run(&Device::Cpu, |_| Ok::<_, Error>(()));
         assert!(matches!(outcome, Err(Error::RankLost { rank: Some(1) })), "{outcome:?}");
     });
 }
@@ -137,8 +137,8 @@ fn a_rank_of_another_run_or_version_is_told_so() {
     let mut launches = launches(2, Duration::from_millis(700));
     launches[1].run_id = Some("another run".to_owned());
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| Seat::join(&launches[0]));
-        let error = Seat::join(&launches[1]).err().unwrap().to_string();
+        let first = scope.spawn(|| RankHandle::join(&launches[0]));
+        let error = RankHandle::join(&launches[1]).err().unwrap().to_string();
         assert!(error.contains("rank 0 of another run"), "{error}");
         let error = first.join().unwrap().err().unwrap().to_string();
         assert!(error.contains("belongs to another run"), "{error}");
@@ -157,7 +157,7 @@ fn a_rank_of_another_run_or_version_is_told_so() {
             let answer = Answer { verdict, size: 2, version: "0.0.9".to_owned() };
             stream.write_all(&answer.to_bytes()).unwrap();
         });
-        let error = Seat::join(&launch).err().unwrap().to_string();
+        let error = RankHandle::join(&launch).err().unwrap().to_string();
         assert!(error.contains(VERSION) && error.contains("rank 0 of 0.0.9"), "{error}");
     });
 }
@@ -175,8 +175,8 @@ fn ranks_meet_at_any_address_of_their_host_and_find_the_id_of_their_run() {
             launch.run_id = None;
         }
         std::thread::scope(|scope| {
-            let first = scope.spawn(|| Seat::join(&launches[0]));
-            Seat::join(&launches[1]).unwrap_or_else(|e| panic!("{host}: {e}"));
+            let first = scope.spawn(|| RankHandle::join(&launches[0]));
+            RankHandle::join(&launches[1]).unwrap_or_else(|e| panic!("{host}: {e}"));
             first.join().unwrap().unwrap_or_else(|e| panic!("{host}: {e}"));
         });
     }
@@ -188,7 +188,7 @@ fn a_host_without_the_runs_id_says_what_to_do() {
     launch.run_id = None;
     // An address kept for documentation: no host has it.
     launch.host = "192.0.2.1".to_owned();
-    let error = Seat::join(&launch).err().unwrap().to_string();
+    let error = RankHandle::join(&launch).err().unwrap().to_string();
     assert!(error.contains("another host") && error.contains("GPTQ_RUN_ID"), "{error}");
 }
 

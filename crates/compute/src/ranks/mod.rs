@@ -11,10 +11,10 @@
 //! [`Agreement`].
 //!
 //! Every operation here is one of all ranks: each calls it, in the same order. A rank that fails
-//! raises an [`Alarm`], which ends the waiting of all others.
+//! raises the [`Abort`] flag, which ends the waiting of all others.
 
+mod abort;
 mod agreement;
-mod alarm;
 pub mod frames;
 pub mod greeting;
 mod launch;
@@ -25,7 +25,7 @@ mod sockets;
 use std::fmt;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ndarray::{Array2, Axis, concatenate};
@@ -33,11 +33,12 @@ use ndarray::{Array2, Axis, concatenate};
 use crate::Device;
 use crate::cuda::nccl::{self, Communicator};
 use crate::error::{Error, Result, ensure_shape};
+use crate::lock::lock;
 use crate::share::share;
 use crate::tensor::{Storage, Tensor};
 
+use abort::Abort;
 pub use agreement::Agreement;
-use alarm::Alarm;
 use frames::{Limit, Message};
 pub use launch::Launch;
 
@@ -55,12 +56,12 @@ struct Wire {
 }
 
 /// A rank's place in a run that has not begun.
-pub struct Seat {
+pub struct RankHandle {
     rank: usize,
     size: usize,
     /// By peer: rank 0 has a wire to each other rank, and those one to rank 0.
     wires: Vec<Option<Wire>>,
-    alarm: Arc<Alarm>,
+    abort: Arc<Abort>,
     /// Of messages from other processes; threads of one believe each other.
     limit: Option<Arc<Limit>>,
     sockets: Option<sockets::Pumps>,
@@ -69,11 +70,11 @@ pub struct Seat {
 
 /// Tells from outside of a run whether it still has all its ranks.
 #[derive(Clone)]
-pub struct Watch(Arc<Alarm>);
+pub struct LossWatch(Arc<Abort>);
 
-impl Watch {
+impl LossWatch {
     /// True when a rank of the run is lost; looks at the cards, too.
-    pub fn alarmed(&self) -> bool {
+    pub fn is_lost(&self) -> bool {
         self.0.look_at_cards();
         self.0.lost().is_some()
     }
@@ -87,7 +88,7 @@ struct Inner {
     rank: usize,
     size: usize,
     wires: Vec<Option<Wire>>,
-    alarm: Arc<Alarm>,
+    abort: Arc<Abort>,
     limit: Option<Arc<Limit>>,
     card: Option<Arc<Communicator>>,
 }
@@ -98,39 +99,39 @@ impl fmt::Debug for Inner {
     }
 }
 
-impl Seat {
-    /// The only seat of a run without others.
+impl RankHandle {
+    /// The only handle of a run without others.
     pub fn alone() -> Self {
         Self {
             rank: 0,
             size: 1,
             wires: Vec::new(),
-            alarm: Arc::default(),
+            abort: Arc::default(),
             limit: None,
             sockets: None,
             strangers: None,
         }
     }
 
-    /// Seats for `size` threads of this process, in rank order.
+    /// Handles for `size` threads of this process, in rank order.
     pub fn threads(size: usize) -> Vec<Self> {
-        let alarm = Arc::<Alarm>::default();
-        let seat = |rank| Self {
+        let abort = Arc::<Abort>::default();
+        let handle = |rank| Self {
             rank,
             size,
             wires: (0..size).map(|_| None).collect(),
-            alarm: Arc::clone(&alarm),
+            abort: Arc::clone(&abort),
             limit: None,
             sockets: None,
             strangers: None,
         };
-        let mut seats: Vec<Self> = (0..size).map(seat).collect();
+        let mut handles: Vec<Self> = (0..size).map(handle).collect();
         for peer in 1..size {
             let ((down, from_first), (up, from_peer)) = (channel(), channel());
-            seats[0].wires[peer] = Some(Wire { out: down, inward: Mutex::new(from_peer) });
-            seats[peer].wires[0] = Some(Wire { out: up, inward: Mutex::new(from_first) });
+            handles[0].wires[peer] = Some(Wire { out: down, inward: Mutex::new(from_peer) });
+            handles[peer].wires[0] = Some(Wire { out: up, inward: Mutex::new(from_first) });
         }
-        seats
+        handles
     }
 
     /// The place of this process among those that a launcher has started; waits for all of them.
@@ -157,14 +158,14 @@ impl Seat {
     }
 
     /// A look at the run from outside.
-    pub fn watch(&self) -> Watch {
-        Watch(Arc::clone(&self.alarm))
+    pub fn watch(&self) -> LossWatch {
+        LossWatch(Arc::clone(&self.abort))
     }
 
     /// Runs this rank's part on `device`, and returns when all ranks are through with theirs.
     ///
     /// # Errors
-    /// The part's own, which raises the alarm for all others; [`Error::RankLost`] when another
+    /// The part's own, which raises the abort flag for all others; [`Error::RankLost`] when another
     /// rank's was first. A panic raises it too.
     pub fn run<R, E: From<Error>>(
         mut self,
@@ -174,14 +175,14 @@ impl Seat {
         if self.size == 1 {
             return part(&Ranks::alone());
         }
-        // Closed after the alarm, if there is one, so that the peers hear of it.
+        // Closed after the abort flag, if there is one, so that the peers hear of it.
         let _sockets = self.sockets.take();
-        let guard = Guard { rank: self.rank, alarm: Arc::clone(&self.alarm), passed: false };
-        let outcome = self.seated(device, part);
+        let guard = Guard { rank: self.rank, abort: Arc::clone(&self.abort), passed: false };
+        let outcome = self.joined(device, part);
         guard.end(outcome)
     }
 
-    fn seated<R, E: From<Error>>(
+    fn joined<R, E: From<Error>>(
         self,
         device: &Device,
         part: impl FnOnce(&Ranks) -> std::result::Result<R, E>,
@@ -194,10 +195,10 @@ impl Seat {
     }
 }
 
-/// Raises the alarm unless the run was passed through.
+/// Raises the abort flag unless the run was passed through.
 struct Guard {
     rank: usize,
-    alarm: Arc<Alarm>,
+    abort: Arc<Abort>,
     passed: bool,
 }
 
@@ -207,11 +208,11 @@ impl Guard {
         outcome: std::result::Result<R, E>,
     ) -> std::result::Result<R, E> {
         if outcome.is_ok() {
-            self.alarm.end();
+            self.abort.end();
             self.passed = true;
             return outcome;
         }
-        match self.alarm.lost() {
+        match self.abort.lost() {
             // What this rank saw is what the loss of another has led to.
             Some(rank) if rank != self.rank => Err(Error::RankLost { rank: Some(rank) }.into()),
             _ => outcome,
@@ -222,7 +223,7 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         if !self.passed {
-            self.alarm.raise(self.rank);
+            self.abort.raise(self.rank);
         }
     }
 }
@@ -234,10 +235,10 @@ impl Ranks {
     }
 
     /// Joins the cards, where there are some.
-    fn new(seat: Seat, device: &Device) -> Result<Self> {
-        let Seat { rank, size, wires, alarm, limit, .. } = seat;
-        let mut inner = Inner { rank, size, wires, alarm, limit, card: None };
-        inner.alarm.check()?;
+    fn new(handle: RankHandle, device: &Device) -> Result<Self> {
+        let RankHandle { rank, size, wires, abort, limit, .. } = handle;
+        let mut inner = Inner { rank, size, wires, abort, limit, card: None };
+        inner.abort.check()?;
         let mut same = Agreement::new(0).with("the number of ranks", size);
         if inner.limit.is_some() {
             let program = agreement::program().map_err(|error| {
@@ -251,8 +252,8 @@ impl Ranks {
             let id = if rank == 0 { nccl::unique_id()? } else { Vec::new() };
             let ids = inner.exchange(id)?;
             let card = Arc::new(Communicator::new(cuda, &ids[0], rank, size)?);
-            inner.alarm.watch(&card);
-            inner.alarm.check()?;
+            inner.abort.watch(&card);
+            inner.abort.check()?;
             inner.card = Some(card);
         }
         Ok(Self(Some(Arc::new(inner))))
@@ -345,11 +346,11 @@ impl Inner {
 
     fn receive(&self, from: usize) -> Result<Message> {
         let Some(wire) = &self.wires[from] else { return self.gone(from) };
-        let inward = wire.inward.lock().unwrap_or_else(PoisonError::into_inner);
+        let inward = lock(&wire.inward);
         loop {
             match inward.recv_timeout(TICK) {
                 Ok(message) => return Ok(message),
-                Err(RecvTimeoutError::Timeout) => self.alarm.check()?,
+                Err(RecvTimeoutError::Timeout) => self.abort.check()?,
                 Err(RecvTimeoutError::Disconnected) => return self.gone(from),
             }
         }
@@ -357,8 +358,8 @@ impl Inner {
 
     /// The error of a rank that has left too early, unless another was lost before.
     fn gone<T>(&self, rank: usize) -> Result<T> {
-        self.alarm.raise(rank);
-        self.alarm.check()?;
+        self.abort.raise(rank);
+        self.abort.check()?;
         Err(Error::RankLost { rank: Some(rank) })
     }
 
@@ -394,7 +395,7 @@ impl Inner {
             return Ok(());
         }
         // Nobody is lost for saying the same as the others, and nobody leaves before all can say it.
-        self.alarm.end();
+        self.abort.end();
         let _ = self.exchange(Vec::new());
         Err(Error::Disagreement(found))
     }

@@ -61,7 +61,8 @@ impl Place {
     pub(super) fn publish(&self) -> Result<Published> {
         let written = || -> io::Result<String> {
             let id = draw()?;
-            // Written beside it and renamed: no rank sees half of an id, nor follows a link laid here.
+            // Written beside it and renamed: no rank sees half of an id, nor follows a link laid
+            // here.
             let (working, mut file) = private_file(&self.path)?;
             let renamed =
                 file.write_all(id.as_bytes()).and_then(|()| fs::rename(&working, &self.path));

@@ -12,11 +12,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::alarm::Alarm;
+use super::abort::Abort;
 use super::frames::{Frame, Limit, Message};
 use super::launch::Launch;
 use super::meeting::{self, Met};
-use super::{Seat, TICK, Wire};
+use super::{RankHandle, TICK, Wire};
 use crate::error::{Error, Result};
 
 /// Time between signs of life, and the silence after which a peer is lost.
@@ -40,10 +40,10 @@ impl Drop for Pumps {
 }
 
 /// Connects to rank 0, or as rank 0 to all others.
-pub(super) fn join(launch: &Launch) -> Result<Seat> {
+pub(super) fn join(launch: &Launch) -> Result<RankHandle> {
     let Launch { rank, size, .. } = *launch;
     if size == 1 {
-        return Ok(Seat::alone());
+        return Ok(RankHandle::alone());
     }
     if rank >= size {
         return Err(Error::Ranks(format!("Rank {rank} is not one of {size} ranks")));
@@ -51,7 +51,7 @@ pub(super) fn join(launch: &Launch) -> Result<Seat> {
     let met = if rank == 0 { meeting::listen(launch)? } else { meeting::call(launch)? };
     let Met { streams, strangers } = met;
     let limit = Arc::<Limit>::default();
-    let alarm = Arc::<Alarm>::default();
+    let abort = Arc::<Abort>::default();
     let mut wires = Vec::with_capacity(size);
     let mut writers = Vec::new();
     let closing = Arc::<AtomicBool>::default();
@@ -65,7 +65,7 @@ pub(super) fn join(launch: &Launch) -> Result<Seat> {
             .set_write_timeout(Some(SILENCE))
             .and_then(|()| stream.try_clone())
             .map_err(|e| launch.trouble(peer, &e))?;
-        let (for_reader, for_writer) = (Arc::clone(&alarm), Arc::clone(&alarm));
+        let (for_reader, for_writer) = (Arc::clone(&abort), Arc::clone(&abort));
         let limit = Arc::clone(&limit);
         // Not waited for: it may hear from its peer until the process ends.
         std::thread::spawn(move || {
@@ -78,7 +78,7 @@ pub(super) fn join(launch: &Launch) -> Result<Seat> {
         wires.push(Some(Wire { out, inward: Mutex::new(inward) }));
     }
     let pumps = Some(Pumps { writers, closing });
-    Ok(Seat { rank, size, wires, alarm, limit: Some(limit), sockets: pumps, strangers })
+    Ok(RankHandle { rank, size, wires, abort, limit: Some(limit), sockets: pumps, strangers })
 }
 
 /// Writes messages until their sender is gone or the run is closed, then a farewell.
@@ -86,7 +86,7 @@ fn write_frames(
     mut stream: TcpStream,
     peer: usize,
     messages: &Receiver<Message>,
-    (alarm, closing): (&Alarm, &AtomicBool),
+    (abort, closing): (&Abort, &AtomicBool),
 ) {
     let mut written = Instant::now();
     let mut told = false;
@@ -95,7 +95,7 @@ fn write_frames(
             Ok(message) => Frame::Data(message).write(&mut stream),
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) if closing.load(Ordering::Relaxed) => break,
-            Err(RecvTimeoutError::Timeout) => match alarm.lost() {
+            Err(RecvTimeoutError::Timeout) => match abort.lost() {
                 Some(rank) if !told => {
                     told = true;
                     Frame::Lost(rank as u64).write(&mut stream)
@@ -106,11 +106,11 @@ fn write_frames(
         };
         if sent.is_err() {
             // The reader says why, if the peer has not taken its leave.
-            return alarm.raise(peer);
+            return abort.raise(peer);
         }
         written = Instant::now();
     }
-    let last = match alarm.lost() {
+    let last = match abort.lost() {
         Some(rank) if !told => Frame::Lost(rank as u64).write(&mut stream),
         Some(_) => Ok(()),
         None => Frame::Farewell.write(&mut stream),
@@ -125,10 +125,10 @@ fn read_frames(
     mut stream: TcpStream,
     (peer, size): (usize, usize),
     messages: &Sender<Message>,
-    (alarm, limit): (&Alarm, &Limit),
+    (abort, limit): (&Abort, &Limit),
 ) {
     if stream.set_read_timeout(Some(SILENCE)).is_err() {
-        return alarm.raise(peer);
+        return abort.raise(peer);
     }
     loop {
         match Frame::read(&mut stream, limit) {
@@ -138,8 +138,8 @@ fn read_frames(
             }
             Ok(Frame::Alive) => {}
             Ok(Frame::Farewell) => return,
-            Ok(Frame::Lost(rank)) if rank < size as u64 => return alarm.raise(rank as usize),
-            Ok(Frame::Lost(_)) | Err(_) => return alarm.raise(peer),
+            Ok(Frame::Lost(rank)) if rank < size as u64 => return abort.raise(rank as usize),
+            Ok(Frame::Lost(_)) | Err(_) => return abort.raise(peer),
         }
     }
 }

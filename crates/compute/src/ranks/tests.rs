@@ -5,28 +5,28 @@ use ndarray::Array2;
 
 use super::*;
 
-/// Runs `part` on every one of `seats`, a thread each; outcomes in rank order.
+/// Runs `part` on every one of `handles`, a thread each; outcomes in rank order.
 fn on_threads<R: Send>(
-    seats: Vec<Seat>,
+    handles: Vec<RankHandle>,
     part: impl Fn(&Ranks) -> Result<R> + Sync,
 ) -> Vec<Result<R>> {
     std::thread::scope(|scope| {
         let part = &part;
-        let spawn = |seat: Seat| scope.spawn(move || seat.run(&Device::Cpu, part));
-        let threads: Vec<_> = seats.into_iter().map(spawn).collect();
+        let spawn = |handle: RankHandle| scope.spawn(move || handle.run(&Device::Cpu, part));
+        let threads: Vec<_> = handles.into_iter().map(spawn).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     })
 }
 
 /// Seats whose ranks talk by TCP, though they are threads.
-fn sockets(size: usize) -> Vec<Seat> {
+fn sockets(size: usize) -> Vec<RankHandle> {
     let joined = join_all(launches(size, Duration::from_secs(20)));
-    joined.into_iter().map(|seat| seat.unwrap()).collect()
+    joined.into_iter().map(|handle| handle.unwrap()).collect()
 }
 
-fn join_all(launches: Vec<Launch>) -> Vec<Result<Seat>> {
+fn join_all(launches: Vec<Launch>) -> Vec<Result<RankHandle>> {
     std::thread::scope(|scope| {
-        let spawn = |launch: Launch| scope.spawn(move || Seat::join(&launch));
+        let spawn = |launch: Launch| scope.spawn(move || RankHandle::join(&launch));
         let threads: Vec<_> = launches.into_iter().map(spawn).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     })
@@ -78,8 +78,8 @@ fn everything(ranks: &Ranks) -> Result<Everything> {
 
 #[test]
 fn threads_and_sockets_exchange_and_add_alike() {
-    for seats in [Seat::threads(3), sockets(3)] {
-        let outcomes = on_threads(seats, everything);
+    for handles in [RankHandle::threads(3), sockets(3)] {
+        let outcomes = on_threads(handles, everything);
         for (rank, outcome) in outcomes.into_iter().enumerate() {
             let (words, collected, sum, whole) = outcome.unwrap();
             assert_eq!(words, [vec![0], vec![1, 1], vec![2, 2, 2]]);
@@ -102,8 +102,8 @@ fn one_rank_changes_nothing() {
 
 #[test]
 fn a_rank_that_fails_ends_the_others() {
-    for seats in [Seat::threads(3), sockets(3)] {
-        let outcomes = on_threads(seats, |ranks| {
+    for handles in [RankHandle::threads(3), sockets(3)] {
+        let outcomes = on_threads(handles, |ranks| {
             if ranks.rank() == 1 {
                 return Err(Error::Ranks("full disk".to_owned()));
             }
@@ -123,9 +123,9 @@ fn a_rank_that_fails_ends_the_others() {
 #[test]
 fn ranks_that_do_not_come_are_named() {
     let launches = launches(3, Duration::from_millis(300));
-    let alone = Seat::join(&launches[0]).err().unwrap().to_string();
+    let alone = RankHandle::join(&launches[0]).err().unwrap().to_string();
     assert!(alone.contains("rank 1, 2 of 3"), "{alone}");
-    let unheard = Seat::join(&launches[2]).err().unwrap().to_string();
+    let unheard = RankHandle::join(&launches[2]).err().unwrap().to_string();
     assert!(unheard.contains("Rank 2") && unheard.contains("127.0.0.1"), "{unheard}");
 }
 
@@ -150,8 +150,8 @@ fn what_ranks_do_not_have_alike_is_told_by_all_of_them() {
 fn ranks_of_runs_of_two_sizes_say_so() {
     let mut launches = launches(2, Duration::from_secs(20));
     launches[1].size = 3;
-    let seats = join_all(launches).into_iter().map(|seat| seat.unwrap()).collect();
-    for outcome in on_threads(seats, |_| Ok(())) {
+    let handles = join_all(launches).into_iter().map(|handle| handle.unwrap()).collect();
+    for outcome in on_threads(handles, |_| Ok(())) {
         let error = outcome.unwrap_err().to_string();
         assert!(error.contains("the number of ranks (rank 0: `2`, rank 1: `3`)"), "{error}");
     }
@@ -173,7 +173,7 @@ fn the_work_that_ranks_agree_on_says_how_much_they_may_send() {
 
 #[test]
 fn threads_of_a_process_have_nothing_to_compare() {
-    for outcome in on_threads(Seat::threads(2), |ranks| {
+    for outcome in on_threads(RankHandle::threads(2), |ranks| {
         ranks.agree(|| -> Result<Agreement> { panic!("no digest is needed") })
     }) {
         outcome.unwrap();

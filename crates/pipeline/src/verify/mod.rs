@@ -238,7 +238,7 @@ fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
     findings.examine(Check::Files, 1);
     match Checkpoint::open(dir) {
         Ok(checkpoint) if checkpoint.quantize_config().is_none() => {
-            Err(Error::NotQuantised { dir: dir.to_owned() }.into())
+            Err(Error::NotQuantized { dir: dir.to_owned() }.into())
         }
         Ok(checkpoint) => Ok(Some(checkpoint)),
         Err(error @ (Error::NoWeights { .. } | Error::NoSettings { .. })) => Err(error.into()),

@@ -12,12 +12,12 @@ use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::dense::{Block, Product, int, multiply, multiply_transposed};
 use super::elementwise::{to_f16, to_f32};
-use super::error::Stage;
+use super::error::StageContext;
 use super::factor::rows_launch;
 use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm};
 use super::gram::CHUNK_TOKENS as TOKENS;
 use super::matrix::{Matrix, ensure_same_card};
-use super::order::inverse_of;
+use super::permutation::inverse_of;
 use crate::error::{Error, Result};
 
 /// Columns of a panel of a product with a triangle, whose zeros beyond the panel are skipped.

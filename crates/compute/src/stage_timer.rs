@@ -6,13 +6,13 @@ use crate::Device;
 use crate::cuda::Mark;
 use crate::error::Result;
 
-/// Times of consecutive stages. On a GPU a lap only marks the queue, so the host runs on; the times
+/// Times of consecutive stages. On a GPU only the queue is marked, so the host runs on; the times
 /// are the device's own.
 #[derive(Debug)]
-pub struct Laps {
+pub struct StageTimer<S> {
     device: Device,
     start: Point,
-    laps: Vec<(&'static str, Point)>,
+    stages: Vec<(S, Point)>,
 }
 
 #[derive(Debug)]
@@ -39,24 +39,24 @@ impl Point {
     }
 }
 
-impl Laps {
+impl<S> StageTimer<S> {
     /// Starts the first stage.
     pub fn start(device: &Device) -> Result<Self> {
-        Ok(Self { device: device.clone(), start: Point::now(device)?, laps: Vec::new() })
+        Ok(Self { device: device.clone(), start: Point::now(device)?, stages: Vec::new() })
     }
 
-    /// Ends the current stage under `name` and starts the next.
-    pub fn lap(&mut self, name: &'static str) -> Result<()> {
-        self.laps.push((name, Point::now(&self.device)?));
+    /// Ends the current stage, which is `stage`, and starts the next.
+    pub fn mark(&mut self, stage: S) -> Result<()> {
+        self.stages.push((stage, Point::now(&self.device)?));
         Ok(())
     }
 
     /// The stages and their times, in order; waits for the last.
-    pub fn finish(self) -> Result<Vec<(&'static str, Duration)>> {
-        let mut from = &self.start;
-        let mut times = Vec::with_capacity(self.laps.len());
-        for (name, to) in &self.laps {
-            times.push((*name, from.until(to)?));
+    pub fn finish(self) -> Result<Vec<(S, Duration)>> {
+        let mut from = self.start;
+        let mut times = Vec::with_capacity(self.stages.len());
+        for (stage, to) in self.stages {
+            times.push((stage, from.until(&to)?));
             from = to;
         }
         Ok(times)
@@ -69,11 +69,11 @@ mod tests {
 
     #[test]
     fn stages_are_timed_in_order() {
-        let mut laps = Laps::start(&Device::Cpu).unwrap();
+        let mut timer = StageTimer::start(&Device::Cpu).unwrap();
         std::thread::sleep(Duration::from_millis(5));
-        laps.lap("slow").unwrap();
-        laps.lap("fast").unwrap();
-        let times = laps.finish().unwrap();
+        timer.mark("slow").unwrap();
+        timer.mark("fast").unwrap();
+        let times = timer.finish().unwrap();
         assert_eq!([times[0].0, times[1].0], ["slow", "fast"]);
         assert!(times[0].1 >= Duration::from_millis(5) && times[1].1 < times[0].1);
     }

@@ -3,8 +3,8 @@
 //! A quantised model gives a linear inputs X that differ from the unquantised model's. What its
 //! outputs lack, L `[tokens, out]`, is regained best by the weights W + LᵀX H⁻¹ with H = XᵀX. (Arai
 //! and Ichikawa's QEP, arXiv 2504.09629, and Li et al.'s GPTAQ, arXiv 2504.02692, take the drift of
-//! the linear's own inputs, L = (X_fp − X) Wᵀ.) The pieces: differences, products summed over tokens, H⁻¹
-//! from the solver's factor, and the shifted weights.
+//! the linear's own inputs, L = (X_fp − X) Wᵀ.) The pieces: differences, products summed over
+//! tokens, H⁻¹ from the solver's factor, and the shifted weights.
 
 use ndarray::Array2;
 
@@ -20,7 +20,7 @@ impl Device {
         match (&a.0, &b.0) {
             (Storage::Cpu(a), Storage::Cpu(b)) => Ok(Tensor(Storage::Cpu(a - b))),
             (Storage::Cuda(a), Storage::Cuda(b)) => {
-                Ok(Tensor(Storage::Cuda(cuda::target::difference(a, b)?)))
+                Ok(Tensor(Storage::Cuda(cuda::residual_shift::difference(a, b)?)))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
@@ -30,7 +30,7 @@ impl Device {
     pub fn zeros(&self, rows: usize, cols: usize) -> Result<Tensor> {
         Ok(Tensor(match self {
             Self::Cpu => Storage::Cpu(Array2::zeros((rows, cols))),
-            Self::Cuda(cuda) => Storage::Cuda(cuda::target::zeros(cuda, (rows, cols))?),
+            Self::Cuda(cuda) => Storage::Cuda(cuda::residual_shift::zeros(cuda, (rows, cols))?),
         }))
     }
 
@@ -45,7 +45,7 @@ impl Device {
                 Ok(())
             }
             (Storage::Cuda(sum), Storage::Cuda(a), Storage::Cuda(b)) => {
-                cuda::target::cross_add(sum, a, b)
+                cuda::residual_shift::cross_add(sum, a, b)
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
@@ -73,7 +73,7 @@ impl Device {
                 Ok(Tensor(Storage::Cpu(natural)))
             }
             (Storage::Cuda(b), Storage::Cuda(upper)) => {
-                Ok(Tensor(Storage::Cuda(cuda::target::over_hessian(b, upper, order)?)))
+                Ok(Tensor(Storage::Cuda(cuda::residual_shift::over_hessian(b, upper, order)?)))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
@@ -90,7 +90,7 @@ impl Device {
                 Ok(Tensor(Storage::Cpu(out)))
             }
             (Storage::Cuda(w), Storage::Cuda(shift)) => {
-                Ok(Tensor(Storage::Cuda(cuda::target::shifted(w, shift, factor)?)))
+                Ok(Tensor(Storage::Cuda(cuda::residual_shift::shifted(w, shift, factor)?)))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
@@ -108,7 +108,7 @@ impl Device {
                 Ok(Tensor(Storage::Cpu(out)))
             }
             (Storage::Cuda(w), Storage::Cuda(m)) => {
-                Ok(Tensor(Storage::Cuda(cuda::target::shifted_by(w, m, factor)?)))
+                Ok(Tensor(Storage::Cuda(cuda::residual_shift::shifted_by(w, m, factor)?)))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }

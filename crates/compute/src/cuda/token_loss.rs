@@ -3,7 +3,7 @@
 use cudarc::driver::PushKernelArg;
 
 use super::elementwise::{block_per_row, to_f16};
-use super::error::Stage;
+use super::error::StageContext;
 use super::gemm::logits;
 use super::matrix::{Matrix, ensure_same_card};
 use crate::error::Result;

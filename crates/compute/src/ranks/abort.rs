@@ -1,13 +1,14 @@
 //! What ends the waiting of all ranks when one of them is lost.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::cuda::nccl::Communicator;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// Raised once, by the first rank that fails; shared by the ranks of a process.
 #[derive(Default)]
-pub(super) struct Alarm {
+pub(super) struct Abort {
     state: Mutex<State>,
     cards: Mutex<Vec<Weak<Communicator>>>,
 }
@@ -20,7 +21,7 @@ struct State {
     over: bool,
 }
 
-impl Alarm {
+impl Abort {
     /// Says that `rank` is lost. Whatever this process's cards wait for is given up.
     pub(super) fn raise(&self, rank: usize) {
         {
@@ -52,12 +53,12 @@ impl Alarm {
         lock(&self.state).over = true;
     }
 
-    /// Gives a card's communicator up when the alarm is raised.
+    /// Gives a card's communicator up when the abort flag is raised.
     pub(super) fn watch(&self, card: &Arc<Communicator>) {
         lock(&self.cards).push(Arc::downgrade(card));
     }
 
-    /// Raises the alarm when NCCL has noticed a failure by itself.
+    /// Raises the abort flag when NCCL has noticed a failure by itself.
     pub(super) fn look_at_cards(&self) {
         let cards: Vec<Arc<Communicator>> =
             lock(&self.cards).iter().filter_map(Weak::upgrade).collect();
@@ -65,8 +66,4 @@ impl Alarm {
             self.raise(card.rank());
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
