@@ -9,8 +9,8 @@ use gptq_compute::Agreement;
 
 use crate::error::Result;
 use crate::evaluation::EvalText;
+use crate::job::QuantiseJob;
 use crate::manifest::source_digest;
-use crate::quantise::QuantiseJob;
 
 /// What ranks that make a branch compare.
 pub(crate) fn quantise(job: &QuantiseJob<'_>) -> Result<Agreement> {

@@ -12,13 +12,12 @@ use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
 
 use crate::batches::{Batch, Batches, Beside};
-use crate::branch_report::{BranchReport, EvaluationRecord};
+use crate::branch_report::{BranchReport, EvaluationRecord, Measured};
 use crate::error::{Error, Result};
 use crate::evaluation::EvalText;
 use crate::perplexity::{Perplexity, Scored, Tally, score, score_rounded};
 use crate::progress::Progress;
 use crate::source_dtype::SourceDtype;
-use crate::sweep::Measured;
 
 /// The dense model on the evaluation text.
 pub(crate) struct Baseline<'a> {

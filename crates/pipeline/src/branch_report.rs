@@ -11,10 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::identity::{DatasetIdentity, contaminated};
+use crate::job::QuantiseJob;
 use crate::progress::{BlockReport, LinearReport};
-use crate::quantise::QuantiseJob;
 use crate::source_dtype::SourceDtype;
-use crate::sweep::Measured;
 
 /// Name of the report in a checkpoint's folder.
 pub const REPORT_FILE: &str = "gptq_report.json";
@@ -139,6 +138,15 @@ pub struct EvaluationRecord {
     pub base_perplexity: Option<f64>,
     /// The same grid rounded to nearest.
     pub rtn: Option<Measured>,
+}
+
+/// Accuracy on the evaluation text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Perplexity.
+    pub perplexity: f64,
+    /// Mean KL to the dense model in nats a token.
+    pub kl: f64,
 }
 
 /// What reports call a model: a Hub id as it is, a folder by its name alone.

@@ -10,7 +10,7 @@ use gptq_quant::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
 use serde::Deserialize;
 
 use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
-use crate::card::CardFacts;
+use crate::card_facts::CardFacts;
 use crate::dataset::DatasetSpec;
 use crate::error::{Error, Result};
 use crate::home::expand_home;

@@ -16,7 +16,7 @@ use crate::calibration::{Calibration, CalibrationRecipe};
 use crate::error::{Error, Result};
 use crate::fold::{Folding, dense_head};
 use crate::identity::DatasetIdentity;
-use crate::quantise::QuantiseJob;
+use crate::job::QuantiseJob;
 use crate::source_dtype::SourceDtype;
 
 /// Quantised linears that may wait for the writer.

@@ -10,7 +10,7 @@ use crate::batches::Batch;
 use crate::error::{Error, Result};
 use crate::progress::{Progress, Silent};
 use crate::protocol::EvalWindow;
-use crate::quantise::{linear_name, next_block, read_ahead};
+use crate::read_ahead::{next_block, read_ahead};
 use crate::states::{States, chunk_ranges, chunk_tokens, embed, forward};
 
 /// Normed final hidden states of a batch's scored positions, with the tokens that follow them.
@@ -56,7 +56,7 @@ pub fn score_rounded(
         for id in LinearId::ALL {
             let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
             let rounded = round_to_nearest(model.device(), weight, spec)
-                .map_err(|source| Error::Solve { linear: linear_name(model, block, id), source })?;
+                .map_err(|source| Error::Solve { linear: block.linear_name(id), source })?;
             block.set_linear(id, rounded.weight);
         }
         Ok(())

@@ -4,63 +4,30 @@
 //! behind. Channels are bounded, so memory stays at two blocks of weights and a few linears.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::Scope;
+use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use gptq_checkpoint::{Checkpoint, EMBEDDING, HEAD, Layout, ModelConfig, Sealed, Written};
-use gptq_compute::{Device, Ranks};
+use gptq_checkpoint::{EMBEDDING, HEAD, Sealed, Written};
 use gptq_model::{Block, LinearId, Model};
-use gptq_quant::{QuantSpec, round_to_nearest};
+use gptq_quant::round_to_nearest;
 use half::f16;
 
 use crate::agreement;
 use crate::bands::Bands;
 use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
-use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::fold::Folding;
 use crate::head;
+use crate::job::QuantiseJob;
 use crate::manifest::{MadeFrom, Manifest};
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::output::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
 use crate::progress::{BlockReport, LinearReport, Progress, Silent};
+use crate::read_ahead::{next_block, read_ahead};
 use crate::source_dtype::SourceDtype;
 use crate::states::embed;
-
-/// One branch to make.
-#[derive(Clone, Debug)]
-pub struct QuantiseJob<'a> {
-    /// The dense model.
-    pub source: &'a Checkpoint,
-    /// What reports call it: a Hub id, or the name of a folder.
-    pub model: String,
-    /// What reports call the result: nothing that depends on where it lies.
-    pub branch: String,
-    /// What is quantised of its weights.
-    pub source_dtype: SourceDtype,
-    /// Where to compute.
-    pub device: Device,
-    /// Who else makes the branch; rank 0 writes it.
-    pub ranks: Ranks,
-    /// Solver choices.
-    pub spec: QuantSpec,
-    /// Calibration windows; recipes that do not calibrate ignore them.
-    pub calibration: Option<&'a Calibration>,
-    /// Tensors beside the four of each linear, and metadata.
-    pub layout: Layout,
-    /// The folder to make.
-    pub out: PathBuf,
-    /// Split the weights into files of at most this many bytes.
-    pub max_shard_bytes: Option<u64>,
-    /// Treat a Hessian that needed f64 or more damping as an error.
-    pub strict: bool,
-    /// What is shared with other branches of the same source and calibration.
-    pub shared: Option<&'a FirstGrams>,
-}
 
 /// A branch that was made.
 #[derive(Debug)]
@@ -257,7 +224,7 @@ impl CalibratedRun<'_> {
             windows: self.windows,
             parking: self.parked,
             shared: self.job.shared,
-            name: &|block, id| linear_name(self.model, block, id),
+            name: &Block::linear_name,
         };
         let done =
             calibrator.block(block, streams, &mut |name, bands| send(writer, name, bands))?;
@@ -291,66 +258,6 @@ fn check_retries(
     Ok(())
 }
 
-/// Reads blocks one ahead of their use, and folds rotations into them, on a thread of its own.
-/// With `exact`, blocks on a GPU keep their weights unrounded as well.
-pub(crate) fn read_ahead<'scope, 'env>(
-    scope: &'scope Scope<'scope, 'env>,
-    model: &'env Model<'env>,
-    folding: Option<&'env Folding>,
-    exact: bool,
-) -> Receiver<Result<Block>> {
-    // A rendezvous: the block that waits here is the only one beside the one in use.
-    let (sender, receiver) = sync_channel(0);
-    scope.spawn(move || {
-        for index in 0..model.config().num_hidden_layers {
-            let block = load(model, index, folding, exact);
-            let failed = block.is_err();
-            // A closed channel means that the walk has failed elsewhere.
-            if sender.send(block).is_err() || failed {
-                return;
-            }
-        }
-    });
-    receiver
-}
-
-fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>, exact: bool) -> Result<Block> {
-    if folding.is_none() && !exact {
-        let block = model.load_block(index)?;
-        discard(model, index)?;
-        return Ok(block);
-    }
-    // Turned on the host, beside the work of a GPU.
-    let mut block = model.load_block_on(&Device::Cpu, index)?;
-    discard(model, index)?;
-    // The file holds biases and gains in fp16, so calibration walks them as such: biases before they
-    // are turned, gains unless they are folded.
-    if exact {
-        block.round_biases();
-    }
-    if let Some(folding) = folding {
-        folding.block(&mut block)?;
-    }
-    if exact {
-        block.round_norms();
-    }
-    Ok(model.place(block, exact)?)
-}
-
-/// No walk reads a block's linears twice: where shards arrive and go, these may go.
-fn discard(model: &Model<'_>, index: usize) -> Result<()> {
-    let prefix = ModelConfig::block_prefix(index);
-    for shape in model.config().block_linears() {
-        model.checkpoint().discard(&format!("{prefix}.{}.weight", shape.name))?;
-    }
-    Ok(())
-}
-
-/// The next block, or why it could not be read.
-pub(crate) fn next_block(ahead: &Receiver<Result<Block>>) -> Result<Block> {
-    ahead.recv().map_err(|_| Error::Thread("reading"))?
-}
-
 /// Every linear of a block on its own, without calibration.
 fn rounded(
     model: &Model<'_>,
@@ -361,7 +268,7 @@ fn rounded(
     let mut linears = Vec::new();
     let exact = block.take_exact();
     for id in LinearId::ALL {
-        let name = linear_name(model, block, id);
+        let name = block.linear_name(id);
         let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
         let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
@@ -369,12 +276,6 @@ fn rounded(
         linears.push(LinearReport::rounded(name));
     }
     Ok(Calibrated { linears, stages: BTreeMap::new() })
-}
-
-/// Prefix of a linear's tensors in a checkpoint.
-pub(crate) fn linear_name(model: &Model<'_>, block: &Block, id: LinearId) -> String {
-    let shapes = model.config().block_linears();
-    format!("{}.{}", ModelConfig::block_prefix(block.index()), shapes[id as usize].name)
 }
 
 #[cfg(test)]

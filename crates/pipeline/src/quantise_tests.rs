@@ -3,12 +3,14 @@
 use std::fs;
 use std::path::Path;
 
+use gptq_checkpoint::{Checkpoint, Layout};
+use gptq_compute::{Device, Ranks};
 use gptq_model::SourcePrecision;
-use gptq_quant::{Recipe, Rotate};
+use gptq_quant::{QuantSpec, Recipe, Rotate};
 use serde_json::{Map, json};
 
 use super::*;
-use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
+use crate::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
 use crate::identity::DatasetIdentity;
 use crate::states::{States, forward};
 use crate::tokens::TextTokenizer;

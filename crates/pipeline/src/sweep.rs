@@ -11,7 +11,6 @@ use std::time::Instant;
 use gptq_checkpoint::{Checkpoint, Partial, settle};
 use gptq_compute::{Device, Ranks};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use crate::baseline::Baseline;
 use crate::branch_report::{BranchReport, EvaluationRecord, REPORT_FILE, TOOL, model_name};
@@ -20,11 +19,12 @@ use crate::config::{Branch, SweepConfig};
 use crate::error::{Error, Result};
 use crate::evaluation::{EvalText, evaluation_text};
 use crate::first_gram::FirstGrams;
+use crate::job::QuantiseJob;
 use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest, sha256, source_digest};
 use crate::output::metadata;
 use crate::plan::{BranchPlan, Setting, plan_branch};
 use crate::progress::Progress;
-use crate::quantise::{Made, QuantiseJob, make};
+use crate::quantise::{Made, make};
 use crate::resume::{Left, Lock, State, look, unlink_moved};
 use crate::sweep_log::{Seconds, SweepLog, SweepReport, SweepRow};
 
@@ -45,15 +45,6 @@ pub struct SweepJob<'a> {
     pub out: &'a Path,
     /// Treat a Hessian that needed f64 or more damping as an error.
     pub strict: bool,
-}
-
-/// Accuracy on the evaluation text.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Measured {
-    /// Perplexity.
-    pub perplexity: f64,
-    /// Mean KL to the dense model in nats a token.
-    pub kl: f64,
 }
 
 /// What a sweep would do, before anything is done.

@@ -9,13 +9,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::branch_report::{BranchReport, EvaluationRecord};
+use crate::branch_report::{BranchReport, EvaluationRecord, Measured};
 use crate::error::{Error, Result};
 use crate::evaluation::EvalText;
 use crate::perplexity::Perplexity;
 use crate::resume::SharedFile;
 use crate::source_dtype::SourceDtype;
-use crate::sweep::Measured;
 
 /// Name of the table in the sweep's folder.
 pub const SWEEP_FILE: &str = "sweep.json";

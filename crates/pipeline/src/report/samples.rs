@@ -2,12 +2,11 @@
 
 use super::Report;
 use crate::branch_report::{
-    BlockRecord, BranchReport, CalibrationRecord, EvaluationRecord, REPORT_FORMAT, TOOL,
+    BlockRecord, BranchReport, CalibrationRecord, EvaluationRecord, Measured, REPORT_FORMAT, TOOL,
 };
 use crate::identity::DatasetIdentity;
 use crate::progress::LinearReport;
 use crate::source_dtype::SourceDtype;
-use crate::sweep::Measured;
 
 /// Branches in the order of a report that was read.
 pub(crate) fn report<const N: usize>(branches: [BranchReport; N]) -> Report {

@@ -9,7 +9,7 @@ use gptq_checkpoint::{
 use gptq_model::Stage;
 use rayon::prelude::*;
 
-use super::{Check, Findings};
+use super::findings::{Check, Findings};
 use crate::loaders::GroupIndex;
 
 /// The four tensors of a quantised linear.

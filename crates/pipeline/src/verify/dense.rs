@@ -4,9 +4,9 @@ use gptq_checkpoint::{Checkpoint, HEAD, Head, Layout, QuantizeConfig, tensor_spe
 use gptq_quant::Choices;
 use ndarray::Array2;
 
+use super::base::relative;
 use super::contents::LEAVES;
-use super::weights::relative;
-use super::{Check, Findings};
+use super::findings::{Check, Findings};
 use crate::error::Result;
 use crate::fold::{Folding, dense_head};
 

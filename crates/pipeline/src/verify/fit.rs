@@ -36,8 +36,8 @@ use gptq_checkpoint::{Bits, GptqLinear};
 use ndarray::Array2;
 use rayon::prelude::*;
 
+use super::findings::{Check, Findings};
 use super::odd_words::{Word, odd_words};
-use super::{Check, Findings};
 
 /// Rows that a task sums: a fixed number, so that sums do not depend on the number of threads.
 const BAND: usize = 64;

@@ -11,7 +11,7 @@ use gptq_checkpoint::{
 use serde_json::{Map, Value};
 
 use super::contents::Values;
-use super::{Check, Findings};
+use super::findings::{Check, Findings};
 use crate::error::{Error, Result};
 use crate::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
 

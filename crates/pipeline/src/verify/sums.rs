@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::{Check, Findings};
+use super::findings::{Check, Findings};
 use crate::error::Result;
 use crate::manifest::{MANIFEST_FILE, Manifest};
 

@@ -10,12 +10,14 @@ use gptq_model::{LinearId, Model, SourcePrecision};
 use gptq_quant::{Choices, Recipe, Rotate};
 use serde::Serialize;
 
+use super::base::{check_base, relative};
+use super::dense;
+use super::findings::{Check, Findings};
 use super::fit::{Fit, energies};
-use super::{Check, Findings, dense};
 use crate::error::Result;
 use crate::fold::Folding;
 use crate::progress::Progress;
-use crate::quantise::{linear_name, next_block, read_ahead};
+use crate::read_ahead::{next_block, read_ahead};
 
 /// Comparison with the base.
 #[derive(Clone, Debug, Serialize)]
@@ -58,7 +60,7 @@ pub(super) fn compare(
     findings: &mut Findings,
     progress: &dyn Progress,
 ) -> Result<Weights> {
-    super::outputs::check_base(checkpoint, base)?;
+    check_base(checkpoint, base)?;
     let model = Model::new(base, Device::Cpu, SourcePrecision::Half, 1)?;
     let recorded = recorded_choices(checkpoint);
     let rotate = rotation(checkpoint, &model, recorded.map(|choices| choices.rotate))?;
@@ -79,7 +81,7 @@ pub(super) fn compare(
         for _ in 0..blocks {
             let block = next_block(&ahead)?;
             for (id, shape) in LinearId::ALL.into_iter().zip(base.config().block_linears()) {
-                let name = linear_name(&model, &block, id);
+                let name = block.linear_name(id);
                 let weight = block.linear(id).to_host()?;
                 if !checkpoint.has_gptq_linear(&name) {
                     // That its values are the base's is checked with all else that is dense.
@@ -105,11 +107,6 @@ pub(super) fn compare(
     dense::check(checkpoint, base, (stored, folding.as_ref()), findings)?;
     let head_change = dense::head_change(checkpoint, base, folding.as_ref(), recorded, findings)?;
     Ok(Weights { rotation: name(rotate), head_change, linears, rotate })
-}
-
-/// An error over an energy, where there is one.
-pub(super) fn relative(error: f64, energy: f64) -> Option<f64> {
-    Some(error / energy).filter(|quotient| energy > 0.0 && quotient.is_finite())
 }
 
 fn name(rotate: Rotate) -> &'static str {
@@ -177,7 +174,7 @@ fn distance(
     let mut sum = Some(0.0);
     for id in [LinearId::V, LinearId::Q, LinearId::O] {
         let shape = model.config().block_linears()[id as usize];
-        let (name, weight) = (linear_name(model, &block, id), block.linear(id).to_host()?);
+        let (name, weight) = (block.linear_name(id), block.linear(id).to_host()?);
         let (error, energy) = match checkpoint.has_gptq_linear(&name) {
             true => energies(&checkpoint.gptq_linear(&name, &shape)?, &weight),
             false => dense::energies(checkpoint, &name, &weight)?,
