@@ -20,9 +20,9 @@ use gptq_pipeline::calibration::{CalibrationOverrides, CalibrationRecipe};
 use gptq_pipeline::job::QuantiseJob;
 use gptq_pipeline::progress::Silent;
 use gptq_pipeline::quantise::quantise as quantise_branch;
-use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_pipeline::tokens::TextTokenizer;
 use gptq_quant::{QuantSpec, Recipe};
+use gptq_records::source_dtype::SourceDtype;
 use safetensors::SafeTensors;
 
 use ranks_support::{distances, free_port, launcher, ranks, run, unlike_ranks};

@@ -6,11 +6,11 @@
 
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Agreement;
+use gptq_records::source_digest::source_digest;
 
 use crate::error::Result;
 use crate::evaluation::EvalText;
 use crate::job::QuantiseJob;
-use crate::manifest::source_digest;
 
 /// What ranks that make a branch compare.
 pub(crate) fn quantise(job: &QuantiseJob<'_>) -> Result<Agreement> {

@@ -10,14 +10,15 @@ use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
+use gptq_records::branch_report::{BranchReport, EvaluationRecord, Measured};
+use gptq_records::source_dtype::SourceDtype;
 
 use crate::batches::{Batch, Batches, Beside};
-use crate::branch_report::{BranchReport, EvaluationRecord, Measured};
 use crate::error::{Error, Result};
 use crate::evaluation::EvalText;
+use crate::job::precision;
 use crate::perplexity::{Perplexity, Scored, Tally, score, score_rounded};
 use crate::progress::Progress;
-use crate::source_dtype::SourceDtype;
 
 /// The dense model on the evaluation text.
 pub(crate) struct Baseline<'a> {
@@ -41,7 +42,7 @@ impl<'a> Baseline<'a> {
         progress: &dyn Progress,
     ) -> Result<Self> {
         // What the branches are made from is what they are compared with.
-        let model = Model::new(source, device.clone(), dtype.precision(), text.seq_len)?;
+        let model = Model::new(source, device.clone(), precision(dtype), text.seq_len)?;
         let beside = Beside { base: true, ..Beside::default() };
         let batches = Batches::new(&model, &text.windows, beside, progress)?;
         let (mut kept, mut tally) = (None, Tally::default());

@@ -18,12 +18,13 @@ use std::sync::Arc;
 use gptq_compute::{Device, Gram, Laps, Ranks, RopeTable, Tensor};
 use gptq_model::{Block, LinearId, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantised, factor, solve};
+use gptq_records::branch_report::LinearRecord;
 
 use crate::bands::{Bands, ROWS, band, summed};
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::memory::Parking;
-use crate::progress::LinearReport;
+use crate::recording::solved;
 use crate::stash::Stash;
 use crate::states::States;
 
@@ -52,7 +53,7 @@ pub(crate) struct Calibrator<'a> {
 
 /// A calibrated block.
 pub(crate) struct Calibrated {
-    pub(crate) linears: Vec<LinearReport>,
+    pub(crate) linears: Vec<LinearRecord>,
     pub(crate) stages: StageSeconds,
 }
 
@@ -207,7 +208,7 @@ impl States {
 struct BlockRun<'r, 's, 'a> {
     all: &'r Calibrator<'a>,
     laps: Laps,
-    linears: Vec<LinearReport>,
+    linears: Vec<LinearRecord>,
     sink: &'r mut Sink<'s>,
     stream: Stream<'r>,
     /// The unquantised block and its states.
@@ -414,7 +415,7 @@ impl BlockRun<'_, '_, '_> {
 }
 
 /// An error is relative to an energy: a linear of zeros, which a shift may move all the same, has none.
-fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearReport {
+fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearRecord {
     let error = Some(loss / energy).filter(|error| energy > 0.0 && error.is_finite());
-    LinearReport::solved(name, error, factored)
+    solved(name, error, factored)
 }

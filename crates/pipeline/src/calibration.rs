@@ -7,11 +7,12 @@
 use std::fs;
 use std::path::Path;
 
+use gptq_records::digest::hex;
+use gptq_records::identity::DatasetIdentity;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::dataset::{Dataset, DatasetSpec, Join};
-use crate::identity::{DatasetIdentity, hex};
 use crate::python_random::PythonRandom;
 use crate::text_error::TextError;
 use crate::tokens::TextTokenizer;

@@ -7,22 +7,22 @@
 use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::Checkpoint;
+use gptq_records::branch_report::{BranchReport, TOOL};
+use gptq_records::files::replace;
+use gptq_records::locks::{STATE_DIR, SharedFile};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
-use crate::branch_report::{BranchReport, TOOL};
 use crate::card_facts::{CardFacts, plain};
 use crate::card_loaders::{Judged, LoaderRow, loader_rows, verdicts_of};
 use crate::config::Branch;
 use crate::error::{Error, Result};
-use crate::files::replace;
 use crate::report::compare::{Comparison, Row};
 use crate::report::markdown;
 use crate::report::units::{self, Unit};
 use crate::report::{self, Report, checkpoints, summary};
-use crate::resume::{STATE_DIR, SharedFile};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 /// Name of the card in a checkpoint's folder.
@@ -50,7 +50,7 @@ struct CardRow<'a> {
 /// Returns the files.
 ///
 /// # Errors
-/// A folder without reports, checkpoints that cannot be read, and [`Error::WriteReport`].
+/// A folder without reports, checkpoints that cannot be read, and [`gptq_records::Error::WriteReport`].
 pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
     let found = checkpoints(dir)?;
     if dir.join(STATE_DIR).is_dir() {
@@ -76,7 +76,7 @@ pub fn write_sweep_cards(out: &Path, branches: &[Branch], facts: &CardFacts) -> 
 fn write(
     found: &[(PathBuf, BranchReport)],
     facts: &CardFacts,
-    replace: impl Fn(&Path, &[u8]) -> Result<()>,
+    replace: impl Fn(&Path, &[u8]) -> gptq_records::Result<()>,
 ) -> Result<Vec<PathBuf>> {
     for (folder, branch) in found {
         if !plain(&branch.branch) {

@@ -1,9 +1,9 @@
 //! The card's table of programs: which branches each loads, and why not the others.
 
 use gptq_checkpoint::{Checkpoint, Head, Layout};
+use gptq_records::branch_report::BranchReport;
 use serde::Serialize;
 
-use crate::branch_report::BranchReport;
 use crate::error::{Error, Result};
 use crate::loaders::{
     Architecture, Bias, GroupIndex, LoaderFacts, LoaderVerdict, asks_for_bfloat16, listed, verdicts,
@@ -49,13 +49,16 @@ pub(crate) fn verdicts_of(
     let Some(quantize) = checkpoint.quantize_config().cloned() else {
         return Err(Error::NotQuantised(checkpoint.dir().to_owned()));
     };
-    let layout: Layout = branch.layout.parse().map_err(|message| Error::Report {
-        path: checkpoint.dir().join(crate::branch_report::REPORT_FILE),
+    let layout: Layout = branch.layout.parse().map_err(|message| gptq_records::Error::Report {
+        path: checkpoint.dir().join(gptq_records::branch_report::REPORT_FILE),
         message,
     })?;
     let text = quantize.file_text(layout)?;
-    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
-        .map_err(|e| Error::Report { path: checkpoint.dir().to_owned(), message: e.to_string() })?;
+    let keys: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(&text).map_err(|e| gptq_records::Error::Report {
+            path: checkpoint.dir().to_owned(),
+            message: e.to_string(),
+        })?;
     Ok(verdicts(&LoaderFacts {
         architecture: Architecture::from(checkpoint.config()),
         act_order: branch.act_order,

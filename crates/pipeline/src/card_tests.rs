@@ -167,7 +167,7 @@ fn a_note_tells_whom_it_is_about_unless_it_is_all() {
 fn the_dense_model_is_named_after_its_weights() {
     let mut report = branches();
     for branch in &mut report.branches {
-        branch.source_dtype = crate::source_dtype::SourceDtype::Fp32;
+        branch.source_dtype = gptq_records::source_dtype::SourceDtype::Fp32;
     }
     let card = rendered(&report, 0);
     assert!(card.contains("| Perplexity | to fp32 | KL |"), "{card}");

@@ -16,11 +16,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use gptq_records::branch_report::{BranchReport, EvaluationRecord};
+use gptq_records::files;
 use serde::{Deserialize, Serialize};
 
-use crate::branch_report::{BranchReport, EvaluationRecord};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::report::Report;
 use crate::report::compare::Measurement;
 
@@ -179,12 +179,12 @@ impl Baseline {
     /// Writes the baseline by one rename.
     ///
     /// # Errors
-    /// [`Error::WriteReport`].
+    /// [`gptq_records::Error::WriteReport`].
     pub fn write(&self, path: &Path) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(self)
             .map_err(|e| Error::Baseline { path: path.to_owned(), message: e.to_string() })?;
         text.push(b'\n');
-        files::replace(path, &text)
+        Ok(files::replace(path, &text)?)
     }
 
     /// Accepts a report: all of its branches that were measured as `before` was, or as its first

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::Layout;
 use gptq_quant::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
+use gptq_records::source_dtype::SourceDtype;
 use serde::Deserialize;
 
 use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
@@ -15,7 +16,6 @@ use crate::dataset::DatasetSpec;
 use crate::error::{Error, Result};
 use crate::home::expand_home;
 use crate::protocol::Protocol;
-use crate::source_dtype::SourceDtype;
 
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";

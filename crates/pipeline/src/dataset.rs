@@ -10,10 +10,10 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use gptq_records::identity::{DatasetIdentity, HubSplit};
 use serde::{Deserialize, Serialize};
 
 use crate::home::expand_home;
-use crate::identity::{DatasetIdentity, HubSplit};
 use crate::text_error::TextError;
 use crate::text_files::{read_jsonl, read_parquet, read_text};
 

@@ -11,6 +11,9 @@ pub enum Error {
     /// Datasets, tokenisers, calibration recipes.
     #[error(transparent)]
     Text(#[from] crate::text_error::TextError),
+    /// What lies in the folder of a branch.
+    #[error(transparent)]
+    Records(#[from] gptq_records::Error),
     /// Reading or writing a checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] gptq_checkpoint::Error),
@@ -142,40 +145,6 @@ pub enum Error {
         /// What is wrong, with the place.
         message: String,
     },
-    /// A checkpoint's report that cannot be read.
-    #[error("Cannot read `{}`: {source}; gptq quantize and gptq sweep write it", path.display())]
-    ReadReport {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A checkpoint's report that cannot be written.
-    #[error("Cannot write `{}`: {source}", path.display())]
-    WriteReport {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A checkpoint's report that does not say what it should.
-    #[error("`{}` is not a report of this program: {message}", path.display())]
-    Report {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, with the place.
-        message: String,
-    },
-    /// A file or folder of a sweep that the system refused.
-    #[error("Cannot {action} `{}`: {source}", path.display())]
-    Folder {
-        /// What was attempted, as a verb.
-        action: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
     /// A branch's name is taken by something that no sweep finished.
     #[error(
         "`{}` exists, but no sweep finished it; move it away or choose another --out", .0.display()
@@ -192,11 +161,6 @@ pub enum Error {
         /// The file.
         file: String,
     },
-    /// Another process makes this branch.
-    #[error(
-        "Another gptq sweep is at work on branch `{0}`; wait for it, or split the sweep with --jobs"
-    )]
-    BranchInUse(String),
     /// A folder without reports.
     #[error(
         "`{}` holds no gptq_report.json, nor does a folder in it; name a folder that gptq sweep or gptq quantize made",

@@ -1,14 +1,14 @@
 //! The evaluation text of a model: dataset, join, tokens, windows.
 
 use gptq_checkpoint::Checkpoint;
+use gptq_records::branch_report::calibrated_on;
+use gptq_records::digest::sha256;
+use gptq_records::identity::{DatasetIdentity, contaminated};
 use serde::{Deserialize, Serialize};
 
-use crate::branch_report::calibrated_on;
 use crate::config::EvaluationSpec;
 use crate::dataset::Dataset;
 use crate::error::Result;
-use crate::identity::{DatasetIdentity, contaminated};
-use crate::manifest::sha256;
 use crate::protocol::EvalWindow;
 use crate::tokens::{Encoded, TextTokenizer};
 

@@ -8,13 +8,14 @@ use gptq_checkpoint::HEAD;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 use gptq_model::Model;
 use gptq_quant::{QuantSpec, factor};
+use gptq_records::branch_report::LinearRecord;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::calibrate::Streams;
 use crate::error::{Error, Result};
 use crate::fold::{Folding, dense_head, final_gain};
-use crate::progress::LinearReport;
+use crate::recording::solved;
 
 /// Rows of the head that are moved at a time.
 pub(crate) const BAND: usize = 16_384;
@@ -26,7 +27,7 @@ pub(crate) fn fitted(
     spec: &QuantSpec,
     windows: usize,
     streams: &mut Streams,
-) -> Result<(Option<Vec<f16>>, LinearReport)> {
+) -> Result<(Option<Vec<f16>>, LinearRecord)> {
     let gain = final_gain(model.checkpoint(), folding)?;
     let (map, report) = map(model, &gain, spec, windows, streams)?;
     if !model.ranks().is_first() {
@@ -48,7 +49,7 @@ fn map(
     spec: &QuantSpec,
     windows: usize,
     streams: &mut Streams,
-) -> Result<(Tensor, LinearReport)> {
+) -> Result<(Tensor, LinearRecord)> {
     let (device, width) = (model.device(), gain.len());
     let eps = model.config().rms_norm_eps;
     let activations = || Error::Activations { linear: HEAD.to_owned() };
@@ -70,7 +71,7 @@ fn map(
         source => Error::Solve { linear: HEAD.to_owned(), source },
     })?;
     let map = device.over_hessian(&lacking, &factored.upper, &factored.order)?;
-    let report = LinearReport::solved(HEAD.to_owned(), None, &factored);
+    let report = solved(HEAD.to_owned(), None, &factored);
     if device.all_finite(&map)? { Ok((map, report)) } else { Err(activations()) }
 }
 

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Ranks};
+use gptq_model::SourcePrecision;
 use gptq_quant::QuantSpec;
+use gptq_records::source_dtype::SourceDtype;
 
 use crate::calibration::Calibration;
 use crate::first_gram::FirstGrams;
-use crate::source_dtype::SourceDtype;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
@@ -39,4 +40,12 @@ pub struct QuantiseJob<'a> {
     pub strict: bool,
     /// What is shared with other branches of the same source and calibration.
     pub shared: Option<&'a FirstGrams>,
+}
+
+/// How the model reads the weights of a source.
+pub(crate) fn precision(dtype: SourceDtype) -> SourcePrecision {
+    match dtype {
+        SourceDtype::Fp16 => SourcePrecision::Half,
+        SourceDtype::Fp32 => SourcePrecision::Stored,
+    }
 }

@@ -9,15 +9,15 @@ use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, GptqLinear, HEAD, QuantizeConfig, pack_transposed,
 };
 use gptq_quant::{Codes, QuantSpec, Stored};
+use gptq_records::branch_report::TOOL;
+use gptq_records::identity::DatasetIdentity;
+use gptq_records::source_dtype::SourceDtype;
 
 use crate::bands::Bands;
-use crate::branch_report::TOOL;
 use crate::calibration::{Calibration, CalibrationRecipe};
 use crate::error::{Error, Result};
 use crate::fold::{Folding, dense_head};
-use crate::identity::DatasetIdentity;
 use crate::job::QuantiseJob;
-use crate::source_dtype::SourceDtype;
 
 /// Quantised linears that may wait for the writer.
 const WRITE_BEHIND: usize = 4;

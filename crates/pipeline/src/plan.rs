@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use gptq_checkpoint::{Layout, ModelConfig, plan_files};
 use gptq_compute::FloatType;
 use gptq_quant::QuantSpec;
+use gptq_records::source_dtype::SourceDtype;
 use serde::Serialize;
 
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
 use crate::output::quantize_config;
-use crate::source_dtype::SourceDtype;
 
 /// Cost of one branch.
 #[derive(Clone, Debug, Serialize)]

@@ -10,23 +10,24 @@ use std::time::Instant;
 use gptq_checkpoint::{EMBEDDING, HEAD, Sealed, Written};
 use gptq_model::{Block, LinearId, Model};
 use gptq_quant::round_to_nearest;
+use gptq_records::branch_report::{BranchReport, LinearRecord, REPORT_FILE, TOOL};
+use gptq_records::manifest::{MadeFrom, Manifest};
+use gptq_records::source_dtype::SourceDtype;
 use half::f16;
 
 use crate::agreement;
 use crate::bands::Bands;
-use crate::branch_report::{BranchReport, REPORT_FILE, TOOL};
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::fold::Folding;
 use crate::head;
-use crate::job::QuantiseJob;
-use crate::manifest::{MadeFrom, Manifest};
+use crate::job::{QuantiseJob, precision};
 use crate::memory::{BlockSizes, Parking, Workload, parking};
 use crate::output::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
-use crate::progress::{BlockReport, LinearReport, Progress, Silent};
+use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
-use crate::source_dtype::SourceDtype;
+use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
 use crate::states::embed;
 
 /// A branch that was made.
@@ -92,7 +93,7 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
     }
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
-    let precision = job.source_dtype.precision();
+    let precision = precision(job.source_dtype);
     let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?
         .with_ranks(job.ranks.clone());
     if let Some(values) = written_embedding(job, folding.as_ref())? {
@@ -130,7 +131,7 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
     }
     copy_dense(job.source, folding, |_| true, &mut writer)?;
     let sealed = writer.seal()?;
-    let report = BranchReport::new(job, sealed.bytes, &blocks, head_report);
+    let report = branch_report(job, sealed.bytes, &blocks, head_report);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
     Ok((Some(Made { sealed, report, blocks }), streams))
 }
@@ -246,14 +247,14 @@ fn check_head(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<()> {
 /// What Hessians needed beside the damping asked for is said, or refused.
 fn check_retries(
     job: &QuantiseJob<'_>,
-    linears: &[LinearReport],
+    linears: &[LinearRecord],
     progress: &dyn Progress,
 ) -> Result<()> {
     for linear in linears {
         if job.strict {
-            linear.refuse_retries(job.spec.damp)?;
+            refuse_retries(linear, job.spec.damp)?;
         }
-        linear.retries(job.spec.damp).iter().for_each(|said| progress.warn(said));
+        retries(linear, job.spec.damp).iter().for_each(|said| progress.warn(said));
     }
     Ok(())
 }
@@ -273,7 +274,7 @@ fn rounded(
         let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
         send(writer, &name, Bands::whole(solved.stored))?;
-        linears.push(LinearReport::rounded(name));
+        linears.push(rounded_record(name));
     }
     Ok(Calibrated { linears, stages: BTreeMap::new() })
 }

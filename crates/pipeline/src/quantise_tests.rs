@@ -7,11 +7,11 @@ use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Ranks};
 use gptq_model::SourcePrecision;
 use gptq_quant::{QuantSpec, Recipe, Rotate};
+use gptq_records::identity::DatasetIdentity;
 use serde_json::{Map, json};
 
 use super::*;
 use crate::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
-use crate::identity::DatasetIdentity;
 use crate::states::{States, forward};
 use crate::tokens::TextTokenizer;
 

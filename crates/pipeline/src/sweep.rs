@@ -10,22 +10,26 @@ use std::time::Instant;
 
 use gptq_checkpoint::{Checkpoint, Partial, settle};
 use gptq_compute::{Device, Ranks};
+use gptq_records::branch_report::{BranchReport, EvaluationRecord, REPORT_FILE, TOOL, model_name};
+use gptq_records::digest::sha256;
+use gptq_records::locks::Lock;
+use gptq_records::manifest::{MANIFEST_FILE, MadeFrom, Manifest};
+use gptq_records::source_digest::source_digest;
 use rayon::prelude::*;
 
 use crate::baseline::Baseline;
-use crate::branch_report::{BranchReport, EvaluationRecord, REPORT_FILE, TOOL, model_name};
 use crate::calibration::Calibration;
 use crate::config::{Branch, SweepConfig};
 use crate::error::{Error, Result};
 use crate::evaluation::{EvalText, evaluation_text};
 use crate::first_gram::FirstGrams;
 use crate::job::QuantiseJob;
-use crate::manifest::{MANIFEST_FILE, MadeFrom, Manifest, sha256, source_digest};
 use crate::output::metadata;
 use crate::plan::{BranchPlan, Setting, plan_branch};
 use crate::progress::Progress;
 use crate::quantise::{Made, make};
-use crate::resume::{Left, Lock, State, look, unlink_moved};
+use crate::recording::refuse_retries;
+use crate::resume::{Left, State, look, unlink_moved};
 use crate::sweep_log::{Seconds, SweepLog, SweepReport, SweepRow};
 
 /// Branches to make, and everything that they are made with.
@@ -90,7 +94,7 @@ impl Survey {
         let reports = self.branches.iter().filter_map(|b| b.state.report());
         for report in reports {
             for linear in report.linears() {
-                linear.refuse_retries(report.damp)?;
+                refuse_retries(linear, report.damp)?;
             }
         }
         Ok(())
@@ -109,7 +113,7 @@ impl Survey {
 /// goes on from there.
 pub fn sweep(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<SweepReport> {
     let lock = |branch: &Branch| Lock::branch(job.out, &branch.name);
-    let _locks: Vec<Lock> = job.branches.iter().map(lock).collect::<Result<_>>()?;
+    let _locks: Vec<Lock> = job.branches.iter().map(lock).collect::<gptq_records::Result<_>>()?;
     let survey = Survey::new(job, progress)?;
     tell(job, &survey, progress);
     if job.strict {
@@ -343,7 +347,9 @@ impl<'a> Run<'a> {
         let Some(Made { sealed, report, .. }) = make(&quantise, self.progress)? else {
             // What several ranks make is the first one's; here there is one, and it is the first.
             let source = io::Error::other("the run ended without a checkpoint");
-            return Err(Error::Folder { action: "make", path: quantise.out, source });
+            return Err(
+                gptq_records::Error::Folder { action: "make", path: quantise.out, source }.into()
+            );
         };
         let mut folder = sealed.folder;
         let quantise = Some(start.elapsed().as_secs_f64());

@@ -7,14 +7,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use gptq_records::branch_report::{BranchReport, EvaluationRecord, Measured};
+use gptq_records::locks::SharedFile;
+use gptq_records::source_dtype::SourceDtype;
 use serde::{Deserialize, Serialize};
 
-use crate::branch_report::{BranchReport, EvaluationRecord, Measured};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::evaluation::EvalText;
 use crate::perplexity::Perplexity;
-use crate::resume::SharedFile;
-use crate::source_dtype::SourceDtype;
 
 /// Name of the table in the sweep's folder.
 pub const SWEEP_FILE: &str = "sweep.json";
@@ -147,8 +147,9 @@ impl<'a> SweepLog<'a> {
         let mut table = SweepReport { rows, ..report.clone() };
         table.judge_text();
         let path = self.out.join(SWEEP_FILE);
-        let text = serde_json::to_string_pretty(&table)
-            .map_err(|e| Error::Report { path: path.clone(), message: e.to_string() })?;
-        file.replace(&path, (text + "\n").as_bytes())
+        let text = serde_json::to_string_pretty(&table).map_err(|e| {
+            gptq_records::Error::Report { path: path.clone(), message: e.to_string() }
+        })?;
+        Ok(file.replace(&path, (text + "\n").as_bytes())?)
     }
 }

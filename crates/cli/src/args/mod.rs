@@ -22,8 +22,8 @@ use gptq_pipeline::calibration::CalibrationOverrides;
 use gptq_pipeline::dataset::{DatasetSpec, Join};
 use gptq_pipeline::jobs::Share;
 use gptq_pipeline::protocol::Protocol;
-use gptq_pipeline::source_dtype::SourceDtype;
 use gptq_quant::Recipe;
+use gptq_records::source_dtype::SourceDtype;
 
 pub(crate) use card::CardArgs;
 pub(crate) use check::CheckArgs;

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use gptq_pipeline::Error;
-use gptq_pipeline::branch_report::REPORT_FILE;
 use gptq_pipeline::check::{Baseline, Finding, Outcome, Verdict};
 use gptq_pipeline::report::Report;
+use gptq_records::branch_report::REPORT_FILE;
 
 use super::table::table;
 use super::{print_json, print_result};

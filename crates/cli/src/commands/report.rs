@@ -1,11 +1,11 @@
 //! `gptq report`: what a sweep gave, for people.
 
 use anyhow::Result;
-use gptq_pipeline::files::replace;
 use gptq_pipeline::report::Report;
 use gptq_pipeline::report::compare::{BranchChange, changes};
 use gptq_pipeline::report::markdown::markdown;
 use gptq_pipeline::report::page::page;
+use gptq_records::files::replace;
 use serde::Serialize;
 
 use super::{print_json, print_result};

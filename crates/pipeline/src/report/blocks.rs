@@ -1,12 +1,12 @@
 //! Where in the model the error is: a line for each branch over the blocks, and a map of every
 //! linear for each branch.
 
+use gptq_records::branch_report::{BlockRecord, BranchReport};
 use serde::Serialize;
 
 use super::axis::{Axis, Tick, pixel};
 use super::scatter::Canvas;
 use super::units;
-use crate::branch_report::{BlockRecord, BranchReport};
 
 /// Distance of labels at the ends of lines.
 const LABEL_GAP: f64 = 14.0;

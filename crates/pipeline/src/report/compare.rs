@@ -1,10 +1,10 @@
 //! Branches that were measured alike, side by side, and what changed since another report.
 
+use gptq_records::branch_report::{BranchReport, EvaluationRecord};
+use gptq_records::source_dtype::SourceDtype;
 use serde::{Deserialize, Serialize};
 
 use super::Report;
-use crate::branch_report::{BranchReport, EvaluationRecord};
-use crate::source_dtype::SourceDtype;
 
 /// What makes two perplexities comparable: the model, and every token that was scored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -181,9 +181,10 @@ pub(crate) fn cell_code(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use gptq_records::source_dtype::SourceDtype;
+
     use super::*;
     use crate::report::samples::{branch, report};
-    use crate::source_dtype::SourceDtype;
 
     #[test]
     fn a_report_is_a_table_with_its_provenance() {

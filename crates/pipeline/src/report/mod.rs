@@ -18,9 +18,9 @@ pub(crate) mod units;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use gptq_records::branch_report::{BranchReport, REPORT_FILE, REPORT_FORMAT};
 use serde::{Deserialize, Serialize};
 
-use crate::branch_report::{BranchReport, REPORT_FILE, REPORT_FORMAT};
 use crate::error::{Error, Result};
 use compare::{Comparison, comparisons};
 
@@ -86,7 +86,7 @@ pub(crate) fn checkpoints(path: &Path) -> Result<Vec<(PathBuf, BranchReport)>> {
     if path.join(REPORT_FILE).is_file() {
         return Ok(vec![(path.to_owned(), BranchReport::read(path)?)]);
     }
-    let unreadable = |source| Error::ReadReport { path: path.to_owned(), source };
+    let unreadable = |source| gptq_records::Error::ReadReport { path: path.to_owned(), source };
     let mut found = Vec::new();
     for entry in fs::read_dir(path).map_err(unreadable)? {
         let dir = entry.map_err(unreadable)?.path();
@@ -130,17 +130,17 @@ fn in_order(mut found: Vec<(PathBuf, BranchReport)>) -> Vec<(PathBuf, BranchRepo
 /// What `gptq report --json` printed, or the report of one checkpoint.
 fn file(path: &Path) -> Result<Vec<BranchReport>> {
     let text = fs::read_to_string(path)
-        .map_err(|source| Error::ReadReport { path: path.to_owned(), source })?;
-    let invalid = |message: String| Error::Report { path: path.to_owned(), message };
+        .map_err(|source| gptq_records::Error::ReadReport { path: path.to_owned(), source })?;
+    let invalid = |message: String| gptq_records::Error::Report { path: path.to_owned(), message };
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
     if value.get("format").and_then(serde_json::Value::as_u64) != Some(u64::from(REPORT_FORMAT)) {
-        return Err(invalid(format!("it has no `format` of {REPORT_FORMAT}")));
+        return Err(invalid(format!("it has no `format` of {REPORT_FORMAT}")).into());
     }
     let read = if value.get("branches").is_some() {
         serde_json::from_str(&text).map(|report: Report| report.branches)
     } else {
         serde_json::from_str(&text).map(|branch: BranchReport| vec![branch])
     };
-    read.map_err(|e| invalid(e.to_string()))
+    Ok(read.map_err(|e| invalid(e.to_string()))?)
 }

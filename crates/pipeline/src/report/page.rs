@@ -3,6 +3,7 @@
 //! Geometry is computed here and in the chart modules; the templates turn it into markup and escape
 //! every text on the way.
 
+use gptq_records::branch_report::TOOL;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, context};
@@ -13,7 +14,6 @@ use super::compare::{Change, Comparison, Row};
 use super::scatter::{Canvas, Dot, Scatter};
 use super::units::{self, Unit};
 use super::{Report, markdown, summary};
-use crate::branch_report::TOOL;
 use crate::error::{Error, Result};
 
 const PAGE: &str = include_str!("../../templates/report.html");
@@ -457,7 +457,7 @@ mod tests {
     fn the_dense_model_is_named_after_its_weights() {
         let mut report = nine();
         for branch in &mut report.branches {
-            branch.source_dtype = crate::source_dtype::SourceDtype::Fp32;
+            branch.source_dtype = gptq_records::source_dtype::SourceDtype::Fp32;
         }
         let page = page(&report, None).unwrap();
         assert!(page.contains("<th scope=\"row\">fp32</th><td>32</td>"));

@@ -1,12 +1,13 @@
 //! Reports made up for tests.
 
-use super::Report;
-use crate::branch_report::{
-    BlockRecord, BranchReport, CalibrationRecord, EvaluationRecord, Measured, REPORT_FORMAT, TOOL,
+use gptq_records::branch_report::{
+    BlockRecord, BranchReport, CalibrationRecord, EvaluationRecord, LinearRecord, Measured,
+    REPORT_FORMAT, TOOL,
 };
-use crate::identity::DatasetIdentity;
-use crate::progress::LinearReport;
-use crate::source_dtype::SourceDtype;
+use gptq_records::identity::DatasetIdentity;
+use gptq_records::source_dtype::SourceDtype;
+
+use super::Report;
 
 /// Branches in the order of a report that was read.
 pub(crate) fn report<const N: usize>(branches: [BranchReport; N]) -> Report {
@@ -22,7 +23,7 @@ pub(crate) fn branch(
     kl: f64,
 ) -> BranchReport {
     let text = |name: &str| DatasetIdentity::new(name.to_owned(), None, &[name.to_owned()]);
-    let linear = |block: usize, linear: &str, error: f64| LinearReport {
+    let linear = |block: usize, linear: &str, error: f64| LinearRecord {
         name: format!("model.layers.{block}.{linear}"),
         relative_error: Some(error * kl),
         damp: Some(0.01),

@@ -1,8 +1,9 @@
 //! What a reader wants to know before the table, and where the numbers come from.
 
+use gptq_records::branch_report::{BranchReport, CalibrationRecord};
+
 use super::compare::{Comparison, Row};
 use super::units;
-use crate::branch_report::{BranchReport, CalibrationRecord};
 
 /// Share of the rounded grids' KL that calibration takes away: one minus the geometric mean of the
 /// ratios, so that 3-bit branches do not outweigh the others. `None` without such pairs.

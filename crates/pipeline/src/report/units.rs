@@ -1,6 +1,6 @@
 //! Numbers as reports print them.
 
-use crate::branch_report::BranchReport;
+use gptq_records::branch_report::BranchReport;
 
 /// Decimal unit of all sizes of a table or an axis, so that they can be compared at a glance.
 #[derive(Clone, Copy, Debug, PartialEq)]

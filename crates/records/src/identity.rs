@@ -9,6 +9,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::digest::hex;
+
 /// A split of a dataset on the Hugging Face Hub.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct HubSplit {
@@ -81,11 +83,6 @@ fn articles(hub: &HubSplit) -> (String, String, &str) {
         _ => hub.config.replace("-raw", ""),
     };
     ("wikitext".to_owned(), size, &hub.split)
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

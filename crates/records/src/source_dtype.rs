@@ -2,7 +2,6 @@
 
 use std::str::FromStr;
 
-use gptq_model::SourcePrecision;
 use serde::{Deserialize, Serialize};
 
 /// The type in which a source's weights reach the solver.
@@ -23,15 +22,6 @@ impl SourceDtype {
         match self {
             Self::Fp16 => "fp16",
             Self::Fp32 => "fp32",
-        }
-    }
-
-    /// How the model reads its weights.
-    #[must_use]
-    pub fn precision(self) -> SourcePrecision {
-        match self {
-            Self::Fp16 => SourcePrecision::Half,
-            Self::Fp32 => SourcePrecision::Stored,
         }
     }
 }

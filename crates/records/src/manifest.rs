@@ -9,18 +9,17 @@
 //! and nothing else.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Component, Path};
 
-use gptq_checkpoint::{Checkpoint, Partial};
+use gptq_checkpoint::Partial;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::branch_report::{BranchReport, REPORT_FILE};
+use crate::digest::{of_file, sha256};
 use crate::error::{Error, Result};
-use crate::identity::hex;
 
 /// Name of the manifest in a branch's folder.
 pub const MANIFEST_FILE: &str = "gptq_manifest.json";
@@ -61,12 +60,17 @@ fn unreadable(error: &io::Error) -> String {
 }
 
 impl FileSum {
+    fn of(path: &Path) -> io::Result<Self> {
+        let (bytes, sha256) = of_file(path)?;
+        Ok(Self { bytes, sha256 })
+    }
+
     /// How a file differs from the sum. Only a regular file of the right size is read at all: from a
     /// device or a pipe there might come bytes for ever.
     fn fault(&self, path: &Path) -> Option<String> {
         match self.size_fault(path) {
             Some(fault) => Some(fault),
-            None => match file_sum(path) {
+            None => match FileSum::of(path) {
                 Ok(found) if found == *self => None,
                 Ok(_) => Some(OTHER_CONTENT.to_owned()),
                 Err(error) => Some(unreadable(&error)),
@@ -89,13 +93,16 @@ impl FileSum {
 
 impl Manifest {
     /// Describes a folder whose weights were just made and whose report has no evaluations.
-    pub(crate) fn of(dir: &Path, made_from: &MadeFrom, report: &BranchReport) -> Result<Self> {
+    pub fn of(dir: &Path, made_from: &MadeFrom, report: &BranchReport) -> Result<Self> {
         let files = names(dir)?.into_iter().filter(|name| !is_extra(name));
         let files: Vec<String> = files.collect();
         let sums = files.into_par_iter().map(|name| {
             let path = dir.join(&name);
-            let sum =
-                file_sum(&path).map_err(|source| Error::Folder { action: "read", path, source })?;
+            let sum = FileSum::of(&path).map_err(|source| Error::Folder {
+                action: "read",
+                path,
+                source,
+            })?;
             Ok((name, sum))
         });
         let report = sha256(&report.to_bytes()?);
@@ -110,30 +117,26 @@ impl Manifest {
     }
 
     /// Writes the manifest of a working folder whose files are complete but for a measurement.
-    pub(crate) fn list(
-        folder: &Partial,
-        made_from: &MadeFrom,
-        report: &BranchReport,
-    ) -> Result<Self> {
+    pub fn list(folder: &Partial, made_from: &MadeFrom, report: &BranchReport) -> Result<Self> {
         let manifest = Self::of(folder.path(), made_from, report)?;
         folder.replace(MANIFEST_FILE, &manifest.to_bytes()?)?;
         Ok(manifest)
     }
 
     /// The same folder with another report.
-    pub(crate) fn measured(mut self, on: Option<&str>, report: &[u8]) -> Self {
+    pub fn measured(mut self, on: Option<&str>, report: &[u8]) -> Self {
         self.measured_on = on.map(str::to_owned);
         self.report = sha256(report);
         self
     }
 
     /// Reads the manifest of a folder; `None` where there is none that this program understands.
-    pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
         Ok(Self::read_or_fault(dir)?.and_then(std::result::Result::ok))
     }
 
     /// Reads the manifest of a folder, if there is one, or says why it cannot be understood.
-    pub(crate) fn read_or_fault(dir: &Path) -> Result<Option<std::result::Result<Self, String>>> {
+    pub fn read_or_fault(dir: &Path) -> Result<Option<std::result::Result<Self, String>>> {
         let path = dir.join(MANIFEST_FILE);
         let text = match fs::read(&path) {
             Ok(text) => text,
@@ -164,7 +167,7 @@ impl Manifest {
     }
 
     /// The file's contents.
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut text = serde_json::to_vec_pretty(self)
             .map_err(|e| Error::Report { path: MANIFEST_FILE.into(), message: e.to_string() })?;
         text.push(b'\n');
@@ -172,7 +175,7 @@ impl Manifest {
     }
 
     /// The first file that is not what the manifest says, the report apart.
-    pub(crate) fn damaged(&self, dir: &Path) -> Option<String> {
+    pub fn damaged(&self, dir: &Path) -> Option<String> {
         // Sizes first: they cost nothing.
         let other_size =
             self.files.iter().find(|(name, sum)| sum.size_fault(&dir.join(name)).is_some());
@@ -185,12 +188,12 @@ impl Manifest {
     }
 
     /// Files with a recorded sum: those that are listed, and the report.
-    pub(crate) fn sums(&self) -> usize {
+    pub fn sums(&self) -> usize {
         self.files.len() + 1
     }
 
     /// All files that are not what the manifest says, the report included, and how they differ.
-    pub(crate) fn faults(&self, dir: &Path) -> Vec<(String, String)> {
+    pub fn faults(&self, dir: &Path) -> Vec<(String, String)> {
         let files: Vec<(&String, &FileSum)> = self.files.iter().collect();
         let fault = |(name, sum): &(&String, &FileSum)| {
             Some(((*name).clone(), sum.fault(&dir.join(name))?))
@@ -205,27 +208,27 @@ impl Manifest {
     }
 
     /// The folder's report, if it is the one that the manifest was written for.
-    pub(crate) fn final_report(&self, dir: &Path) -> Option<BranchReport> {
+    pub fn final_report(&self, dir: &Path) -> Option<BranchReport> {
         let text = fs::read(dir.join(REPORT_FILE)).ok()?;
         (sha256(&text) == self.report).then(|| BranchReport::read(dir).ok()).flatten()
     }
 
     /// The folder's report as it was before anything was measured, if it is the manifest's. A run
     /// may have been killed between writing evaluations and saying so here.
-    pub(crate) fn made_report(&self, dir: &Path) -> Option<BranchReport> {
+    pub fn made_report(&self, dir: &Path) -> Option<BranchReport> {
         let mut report = BranchReport::read(dir).ok()?;
         report.evaluations.clear();
         (sha256(&report.to_bytes().ok()?) == self.made_report).then_some(report)
     }
 
     /// A file of the folder that is neither listed nor made beside what is.
-    pub(crate) fn stray(&self, dir: &Path) -> Result<Option<String>> {
+    pub fn stray(&self, dir: &Path) -> Result<Option<String>> {
         let stray = |name: &String| !self.files.contains_key(name) && !is_extra(name);
         Ok(names(dir)?.into_iter().find(stray))
     }
 
     /// What differs between this and what is wanted now, in words.
-    pub(crate) fn changes(&self, wanted: &MadeFrom) -> Option<String> {
+    pub fn changes(&self, wanted: &MadeFrom) -> Option<String> {
         let mut changes: Vec<String> = wanted
             .iter()
             .filter(|(name, value)| {
@@ -292,110 +295,9 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-fn file_sum(path: &Path) -> io::Result<FileSum> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut bytes = 0;
-    loop {
-        let count = file.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(FileSum { bytes, sha256: hex(&hash.finalize()) });
-        }
-        hash.update(&buffer[..count]);
-        bytes += count as u64;
-    }
-}
-
-pub(crate) fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-/// Pieces of a tensor that its digest looks at, and bytes of each.
-const PIECES: usize = 16;
-const PIECE: usize = 4096;
-
-/// Tells one source from another: SHA-256 (hex) over config.json and the files that are carried
-/// over, in full, and over every tensor's name, type, shape and 16 pieces of 4 KiB spread over it.
-///
-/// Reading all of a 70B source (276 GB in f32) would cost minutes at every start. A piece of every
-/// tensor tells as much: training, merging, casting and editing a matrix change all of it, however
-/// little. File names, shards and times do not count, so a copy on another machine is the same
-/// source, and resharding does not start a sweep over. What goes unseen is damage to a few bytes
-/// between the pieces, which the source's own checksums are for.
-///
-/// # Errors
-/// Files that cannot be read.
-pub fn source_digest(source: &Checkpoint) -> Result<String> {
-    let mut hash = Sha256::new();
-    let mut files = source.side_files()?;
-    files.push("config.json".into());
-    for name in files {
-        let path = source.dir().join(&name);
-        let sum = file_sum(&path).map_err(|source| Error::Folder {
-            action: "read",
-            path: path.clone(),
-            source,
-        })?;
-        part(&mut hash, name.to_string_lossy().as_bytes());
-        part(&mut hash, sum.sha256.as_bytes());
-    }
-    let names: Vec<&str> = source.names().collect();
-    let digests = names.par_iter().map(|name| tensor_digest(source, name));
-    for digest in digests.collect::<Result<Vec<_>>>()? {
-        part(&mut hash, &digest);
-    }
-    Ok(hex(&hash.finalize()))
-}
-
-fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Vec<u8>> {
-    let mut hash = Sha256::new();
-    part(&mut hash, name.as_bytes());
-    let tensor = match source.tensor(name) {
-        Ok(tensor) => tensor,
-        // Nothing here reads such a tensor.
-        Err(gptq_checkpoint::Error::UnsupportedDType { .. }) => {
-            return Ok(hash.finalize().to_vec());
-        }
-        Err(other) => return Err(other.into()),
-    };
-    part(&mut hash, format!("{} {:?}", tensor.dtype.name(), tensor.shape).as_bytes());
-    for piece in pieces(&tensor.bytes) {
-        part(&mut hash, piece);
-    }
-    source.release(name);
-    Ok(hash.finalize().to_vec())
-}
-
-/// What is looked at of a tensor: all of a small one, its ends and what lies evenly between them of
-/// a large one.
-fn pieces(bytes: &[u8]) -> Vec<&[u8]> {
-    let Some(room) = bytes.len().checked_sub(PIECES * PIECE) else { return vec![bytes] };
-    let start = |piece: usize| piece * PIECE + piece * room / (PIECES - 1);
-    (0..PIECES).map(|piece| &bytes[start(piece)..start(piece) + PIECE]).collect()
-}
-
-/// A part of what is hashed, which cannot run into the next.
-fn part(hash: &mut Sha256, bytes: &[u8]) {
-    hash.update((bytes.len() as u64).to_le_bytes());
-    hash.update(bytes);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pieces_cover_small_tensors_and_both_ends_of_large_ones() {
-        for bytes in [0, 1, PIECES * PIECE - 1, PIECES * PIECE, PIECES * PIECE + 1, 1 << 20] {
-            let tensor: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
-            let pieces = pieces(&tensor);
-            let looked_at: usize = pieces.iter().map(|p| p.len()).sum();
-            assert_eq!(looked_at, bytes.min(PIECES * PIECE));
-            assert_eq!(pieces[0].first(), tensor.first());
-            assert_eq!(pieces[pieces.len() - 1].last(), tensor.last());
-        }
-    }
 
     fn listing(name: &str, bytes: u64) -> String {
         let sum = "0".repeat(64);
@@ -486,7 +388,7 @@ mod tests {
             fs::write(dir.path().join(extra), "x").unwrap();
         }
         assert_eq!(names(dir.path()).unwrap().iter().filter(|n| !is_extra(n)).count(), 1);
-        let sum = file_sum(&dir.path().join("folder/b")).unwrap();
+        let sum = FileSum::of(&dir.path().join("folder/b")).unwrap();
         // printf abc | sha256sum
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!((sum.bytes, sum.sha256.as_str()), (3, expected));

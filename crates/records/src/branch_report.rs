@@ -8,11 +8,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::identity::{DatasetIdentity, contaminated};
-use crate::job::QuantiseJob;
-use crate::progress::{BlockReport, LinearReport};
 use crate::source_dtype::SourceDtype;
 
 /// Name of the report in a checkpoint's folder.
@@ -69,7 +66,7 @@ pub struct BranchReport {
     /// What the Hessian of a fitted head needed; `null` where none was fitted, and in reports of
     /// versions that did not say.
     #[serde(default)]
-    pub head: Option<LinearReport>,
+    pub head: Option<LinearRecord>,
     /// Measurements from the file; empty until there is one.
     pub evaluations: Vec<EvaluationRecord>,
 }
@@ -103,7 +100,25 @@ pub struct BlockRecord {
     /// Position in the model.
     pub block: usize,
     /// Its linears in calibration order.
-    pub linears: Vec<LinearReport>,
+    pub linears: Vec<LinearRecord>,
+}
+
+/// A quantised linear in a report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinearRecord {
+    /// Prefix in the checkpoint.
+    pub name: String,
+    /// Energy of the output error over energy of the outputs, on the calibration windows; `None`
+    /// for recipes without calibration, and for weights whose outputs have no energy.
+    pub relative_error: Option<f64>,
+    /// Damping that was used in the end.
+    pub damp: Option<f64>,
+    /// How often damping had to be raised.
+    pub damp_retries: u32,
+    /// 1 where f32 could not factor the Hessian on a GPU and f64 did; reports that do not say so
+    /// were written before it was counted.
+    #[serde(default)]
+    pub f64_retries: u32,
 }
 
 /// Perplexity of the file on one text.
@@ -158,69 +173,15 @@ pub fn model_name(id_or_path: &str) -> String {
 }
 
 /// Whether the checkpoint in a folder was calibrated on this text, where the report beside it tells.
-pub(crate) fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
+pub fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
     let report = BranchReport::read(dir).ok()?;
     // A recipe without calibration saw none.
     Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))
 }
 
-/// How many linears needed any, the head among them.
-fn count(linears: &[&LinearReport], needed: fn(&LinearReport) -> u32) -> u32 {
-    linears.iter().filter(|linear| needed(linear) > 0).count() as u32
-}
-
-impl CalibrationRecord {
-    fn new(calibration: &Calibration) -> Self {
-        Self {
-            dataset: calibration.dataset.portable(),
-            windows: calibration.windows.len(),
-            seq_len: calibration.windows.first().map_or(0, Vec::len),
-            seed: calibration.seed,
-            sha256: calibration.sha256.clone(),
-        }
-    }
-}
-
 impl BranchReport {
-    /// The report of a branch that was just made; nothing is measured yet.
-    pub(crate) fn new(
-        job: &QuantiseJob<'_>,
-        file_bytes: u64,
-        blocks: &[BlockReport],
-        head: Option<LinearReport>,
-    ) -> Self {
-        let spec = &job.spec;
-        let calibrates = spec.recipe.calibrates();
-        let linears: Vec<&LinearReport> =
-            blocks.iter().flat_map(|b| &b.linears).chain(&head).collect();
-        let record = |b: &BlockReport| BlockRecord { block: b.block, linears: b.linears.clone() };
-        Self {
-            format: REPORT_FORMAT,
-            tool: TOOL.to_owned(),
-            model: job.model.clone(),
-            branch: job.branch.clone(),
-            bits: spec.bits,
-            group_size: spec.group_size,
-            act_order: spec.act_order,
-            damp: spec.damp,
-            recipe: spec.recipe.name().to_owned(),
-            choices: calibrates.then(|| spec.choices.to_string()),
-            source_dtype: job.source_dtype,
-            layout: job.layout.name().to_owned(),
-            device: job.device.kind(),
-            ranks: job.ranks.size(),
-            file_bytes,
-            calibration: job.calibration.filter(|_| calibrates).map(CalibrationRecord::new),
-            damp_retries: count(&linears, |l| l.damp_retries),
-            f64_retries: count(&linears, |l| l.f64_retries),
-            blocks: blocks.iter().map(record).collect(),
-            head,
-            evaluations: Vec::new(),
-        }
-    }
-
     /// Every linear that a Hessian was factored for, the head included.
-    pub(crate) fn linears(&self) -> impl Iterator<Item = &LinearReport> {
+    pub fn linears(&self) -> impl Iterator<Item = &LinearRecord> {
         self.blocks.iter().flat_map(|b| &b.linears).chain(&self.head)
     }
 
@@ -253,7 +214,7 @@ impl BranchReport {
     }
 
     /// The file's contents.
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut text = serde_json::to_vec_pretty(self)
             .map_err(|e| Error::Report { path: REPORT_FILE.into(), message: e.to_string() })?;
         text.push(b'\n');
@@ -294,7 +255,7 @@ mod tests {
             f64_retries: 1,
             blocks: vec![BlockRecord {
                 block: 0,
-                linears: vec![LinearReport {
+                linears: vec![LinearRecord {
                     name: "model.layers.0.self_attn.q_proj".to_owned(),
                     // Digits that a reader without correct rounding gets wrong in the last place.
                     relative_error: Some(0.100_000_000_000_000_02),
@@ -377,7 +338,7 @@ mod tests {
     fn the_head_is_one_of_the_linears_that_were_factored() {
         let mut report = report();
         report.blocks[0].linears[0].f64_retries = 0;
-        let head = LinearReport {
+        let head = LinearRecord {
             name: "lm_head.weight".to_owned(),
             relative_error: None,
             damp: Some(0.1),
@@ -385,12 +346,8 @@ mod tests {
             f64_retries: 0,
         };
         report.head = Some(head.clone());
-        let all: Vec<&LinearReport> = report.linears().collect();
+        let all: Vec<&LinearRecord> = report.linears().collect();
         assert_eq!(all, [&report.blocks[0].linears[0], &head]);
-        // A linear that needed two raises is one linear.
-        let twice = LinearReport { damp_retries: 2, ..head.clone() };
-        assert_eq!(count(&[&head, &twice, all[0]], |l| l.damp_retries), 2);
-        assert!(all[0].refuse_retries(0.01).is_ok() && all[1].refuse_retries(0.01).is_err());
     }
 
     #[test]
