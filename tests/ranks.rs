@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::greeting::{Answer, Greeting, RunDigest, Verdict};
 use gptq_compute::{Device, Seat};
-use gptq_pipeline::calibration::{CalibrationOverrides, CalibrationRecipe};
 use gptq_pipeline::job::QuantiseJob;
 use gptq_pipeline::progress::Silent;
 use gptq_pipeline::quantise::quantise as quantise_branch;
-use gptq_pipeline::tokens::TextTokenizer;
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::{CalibrationOverrides, CalibrationRecipe};
+use gptq_text::tokens::TextTokenizer;
 use safetensors::SafeTensors;
 
 use ranks_support::{distances, free_port, launcher, ranks, run, unlike_ranks};

@@ -7,9 +7,9 @@
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Agreement;
 use gptq_records::source_digest::source_digest;
+use gptq_text::evaluation::EvalText;
 
 use crate::error::Result;
-use crate::evaluation::EvalText;
 use crate::job::QuantiseJob;
 
 /// What ranks that make a branch compare.

@@ -12,10 +12,10 @@ use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::{BranchReport, EvaluationRecord, Measured};
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::evaluation::EvalText;
 
 use crate::batches::{Batch, Batches, Beside};
 use crate::error::{Error, Result};
-use crate::evaluation::EvalText;
 use crate::job::precision;
 use crate::perplexity::{Perplexity, Scored, Tally, score, score_rounded};
 use crate::progress::Progress;

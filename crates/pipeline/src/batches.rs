@@ -8,11 +8,11 @@
 use std::ops::Range;
 
 use gptq_model::Model;
+use gptq_text::protocol::EvalWindow;
 
 use crate::error::Result;
 use crate::memory_evaluation::{EvaluationSizes, Room};
 use crate::progress::Progress;
-use crate::protocol::EvalWindow;
 use crate::states::{chunk_ranges, chunk_tokens};
 
 /// What an evaluation holds beside the states of the model that it walks.

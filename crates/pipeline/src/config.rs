@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 use gptq_checkpoint::Layout;
 use gptq_quant::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::{CalibrationOverrides, CalibrationRecipe};
+use gptq_text::dataset::DatasetSpec;
+use gptq_text::evaluation::EvaluationSpec;
+use gptq_text::home::expand_home;
+use gptq_text::protocol::Protocol;
 use serde::Deserialize;
 
-use crate::calibration::{CalibrationOverrides, CalibrationRecipe};
 use crate::card_facts::CardFacts;
-use crate::dataset::DatasetSpec;
 use crate::error::{Error, Result};
-use crate::home::expand_home;
-use crate::protocol::Protocol;
 
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";
@@ -117,19 +118,6 @@ pub struct Branch {
     pub spec: QuantSpec,
     /// The damping is the configuration's, not the recipe's default.
     pub own_damp: bool,
-}
-
-/// A perplexity measurement.
-#[derive(Clone, Debug)]
-pub struct EvaluationSpec {
-    /// The text.
-    pub dataset: DatasetSpec,
-    /// Windows and reduction.
-    pub protocol: Protocol,
-    /// Window length; the protocol's own for the model's context otherwise.
-    pub seq_len: Option<usize>,
-    /// Stop after this many windows.
-    pub max_windows: Option<usize>,
 }
 
 impl SweepConfig {

@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// Datasets, tokenisers, calibration recipes.
     #[error(transparent)]
-    Text(#[from] crate::text_error::TextError),
+    Text(#[from] gptq_text::Error),
     /// What lies in the folder of a branch.
     #[error(transparent)]
     Records(#[from] gptq_records::Error),

@@ -7,8 +7,8 @@ use gptq_compute::{Device, Ranks};
 use gptq_model::SourcePrecision;
 use gptq_quant::QuantSpec;
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::Calibration;
 
-use crate::calibration::Calibration;
 use crate::first_gram::FirstGrams;
 
 /// One branch to make.

@@ -12,9 +12,9 @@ use gptq_quant::{Codes, QuantSpec, Stored};
 use gptq_records::branch_report::TOOL;
 use gptq_records::identity::DatasetIdentity;
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::{Calibration, CalibrationRecipe};
 
 use crate::bands::Bands;
-use crate::calibration::{Calibration, CalibrationRecipe};
 use crate::error::{Error, Result};
 use crate::fold::{Folding, dense_head};
 use crate::job::QuantiseJob;

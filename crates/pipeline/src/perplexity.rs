@@ -4,12 +4,12 @@
 use gptq_compute::Tensor;
 use gptq_model::{Block, Head, LinearId, Model, SourcePrecision};
 use gptq_quant::{QuantSpec, round_to_nearest};
+use gptq_text::protocol::EvalWindow;
 use serde::{Deserialize, Serialize};
 
 use crate::batches::Batch;
 use crate::error::{Error, Result};
 use crate::progress::{Progress, Silent};
-use crate::protocol::EvalWindow;
 use crate::read_ahead::{next_block, read_ahead};
 use crate::states::{States, chunk_ranges, chunk_tokens, embed, forward};
 
@@ -230,10 +230,10 @@ mod tests {
     use gptq_checkpoint::Checkpoint;
     use gptq_compute::Device;
     use gptq_quant::Recipe;
+    use gptq_text::protocol::Protocol;
 
     use super::*;
     use crate::batches::{Batches, Beside};
-    use crate::protocol::Protocol;
 
     /// Cut between chunks, batches change nothing, to the last bit: neither losses nor divergences.
     #[test]

@@ -8,12 +8,12 @@ use gptq_compute::{Device, Ranks};
 use gptq_model::SourcePrecision;
 use gptq_quant::{QuantSpec, Recipe, Rotate};
 use gptq_records::identity::DatasetIdentity;
+use gptq_text::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
+use gptq_text::tokens::TextTokenizer;
 use serde_json::{Map, json};
 
 use super::*;
-use crate::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
 use crate::states::{States, forward};
-use crate::tokens::TextTokenizer;
 
 struct Quiet;
 

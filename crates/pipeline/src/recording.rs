@@ -5,8 +5,8 @@ use gptq_quant::Factored;
 use gptq_records::branch_report::{
     BlockRecord, BranchReport, CalibrationRecord, LinearRecord, REPORT_FORMAT, TOOL,
 };
+use gptq_text::calibration::Calibration;
 
-use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::job::QuantiseJob;
 use crate::progress::BlockReport;

@@ -15,13 +15,13 @@ use gptq_records::digest::sha256;
 use gptq_records::locks::Lock;
 use gptq_records::manifest::{MANIFEST_FILE, MadeFrom, Manifest};
 use gptq_records::source_digest::source_digest;
+use gptq_text::calibration::Calibration;
+use gptq_text::evaluation::{EvalText, evaluation_text};
 use rayon::prelude::*;
 
 use crate::baseline::Baseline;
-use crate::calibration::Calibration;
 use crate::config::{Branch, SweepConfig};
 use crate::error::{Error, Result};
-use crate::evaluation::{EvalText, evaluation_text};
 use crate::first_gram::FirstGrams;
 use crate::job::QuantiseJob;
 use crate::output::metadata;

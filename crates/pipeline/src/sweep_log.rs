@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use gptq_records::branch_report::{BranchReport, EvaluationRecord, Measured};
 use gptq_records::locks::SharedFile;
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::evaluation::EvalText;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::evaluation::EvalText;
 use crate::perplexity::Perplexity;
 
 /// Name of the table in the sweep's folder.

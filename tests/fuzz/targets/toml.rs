@@ -5,7 +5,7 @@ mod folder;
 
 use std::fs;
 
-use gptq_pipeline::calibration::CalibrationRecipe;
+use gptq_text::calibration::CalibrationRecipe;
 use gptq_pipeline::config::SweepConfig;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {

@@ -18,12 +18,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use gptq_checkpoint::Layout;
-use gptq_pipeline::calibration::CalibrationOverrides;
-use gptq_pipeline::dataset::{DatasetSpec, Join};
 use gptq_pipeline::jobs::Share;
-use gptq_pipeline::protocol::Protocol;
 use gptq_quant::Recipe;
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::CalibrationOverrides;
+use gptq_text::dataset::{DatasetSpec, Join};
+use gptq_text::protocol::Protocol;
 
 pub(crate) use card::CardArgs;
 pub(crate) use check::CheckArgs;

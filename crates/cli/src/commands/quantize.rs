@@ -4,16 +4,16 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use gptq_checkpoint::Layout;
-use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
 use gptq_pipeline::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::host_memory;
 use gptq_pipeline::job::QuantiseJob;
 use gptq_pipeline::progress::{BlockReport, Progress};
 use gptq_pipeline::quantise::quantise;
-use gptq_pipeline::tokens::TextTokenizer;
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::model_name;
 use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::{Calibration, CalibrationRecipe};
+use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
 use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};

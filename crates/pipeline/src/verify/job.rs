@@ -5,7 +5,7 @@ use std::path::Path;
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 
-use crate::config::EvaluationSpec;
+use gptq_text::evaluation::EvaluationSpec;
 
 /// A checkpoint to verify.
 #[derive(Debug)]

@@ -24,10 +24,10 @@ mod weights;
 use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::{Checkpoint, Head, Layout, QuantizeConfig};
+use gptq_text::evaluation::EvalText;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::evaluation::EvalText;
 use crate::loaders::{LoaderVerdict, verdicts};
 use crate::progress::Progress;
 use findings::Findings;

@@ -8,6 +8,8 @@
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
+use gptq_text::evaluation::EvaluationSpec;
+use gptq_text::evaluation::{EvalText, evaluation_text};
 use ndarray::Array2;
 use serde::Serialize;
 
@@ -16,9 +18,7 @@ use super::findings::{Check, Findings};
 use super::job::VerifyJob;
 use super::weights::Weights;
 use crate::batches::{Batch, Batches, Beside};
-use crate::config::EvaluationSpec;
 use crate::error::{Error, Result};
-use crate::evaluation::{EvalText, evaluation_text};
 use crate::fold::Folding;
 use crate::perplexity::{Perplexity, Scored, Tally, begin, score};
 use crate::progress::Progress;

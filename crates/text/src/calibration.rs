@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::dataset::{Dataset, DatasetSpec, Join};
+use crate::error::{Error, Result};
 use crate::python_random::PythonRandom;
-use crate::text_error::TextError;
 use crate::tokens::TextTokenizer;
 
 /// Recipes that need no file, by the name they are asked for.
@@ -42,7 +42,7 @@ pub struct CalibrationRecipe {
 }
 
 /// More than any text has, and little enough to count work with.
-pub(crate) const MOST_TOKENS: usize = 1 << 40;
+pub const MOST_TOKENS: usize = 1 << 40;
 
 /// Parts of a recipe replaced for one run; None keeps the recipe's own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,20 +92,20 @@ impl CalibrationRecipe {
     ///
     /// # Errors
     /// When there is no such recipe, or it is invalid.
-    pub fn open(name_or_path: &str) -> Result<Self, TextError> {
+    pub fn open(name_or_path: &str) -> Result<Self> {
         if let Some((name, text)) = BUILT_IN.iter().find(|(name, _)| *name == name_or_path) {
             return Self::parse(text, name);
         }
         let path = Path::new(name_or_path);
         if path.extension().is_none_or(|extension| extension != "toml") {
             let built_in: Vec<&str> = Self::built_in_names().collect();
-            return Err(TextError::RecipeUnknown {
+            return Err(Error::RecipeUnknown {
                 name: name_or_path.to_owned(),
                 built_in: built_in.join(", "),
             });
         }
         let text = fs::read_to_string(path)
-            .map_err(|source| TextError::Read { path: path.to_owned(), source })?;
+            .map_err(|source| Error::Read { path: path.to_owned(), source })?;
         let mut recipe = Self::parse(&text, name_or_path)?;
         if let Some(folder) = path.parent() {
             recipe.dataset = recipe.dataset.relative_to(folder);
@@ -117,7 +117,7 @@ impl CalibrationRecipe {
     ///
     /// # Errors
     /// When no windows, or windows of no use, would remain.
-    pub fn with(mut self, overrides: CalibrationOverrides) -> Result<Self, TextError> {
+    pub fn with(mut self, overrides: CalibrationOverrides) -> Result<Self> {
         self.dataset = overrides.dataset.unwrap_or(self.dataset);
         self.join = overrides.join.unwrap_or(self.join);
         self.windows = overrides.windows.unwrap_or(self.windows);
@@ -131,7 +131,7 @@ impl CalibrationRecipe {
     ///
     /// # Errors
     /// When the dataset cannot be read or encoded, or is too short for one window.
-    pub fn sample(&self, tokenizer: &TextTokenizer) -> Result<Calibration, TextError> {
+    pub fn sample(&self, tokenizer: &TextTokenizer) -> Result<Calibration> {
         let Dataset { rows, identity } = self.dataset.load()?;
         let (count, glued) = (rows.len(), self.join.glued(&rows));
         let ids = tokenizer.encode(&self.join.text(rows))?;
@@ -140,12 +140,12 @@ impl CalibrationRecipe {
     }
 
     /// Draws the windows from an encoded text of one row.
-    fn draw(&self, ids: &[u32], dataset: DatasetIdentity) -> Result<Calibration, TextError> {
+    fn draw(&self, ids: &[u32], dataset: DatasetIdentity) -> Result<Calibration> {
         // Python's randint includes its upper end, N − seq_len − 1; so the text must exceed a
         // window by one token, and its last token is never drawn.
         let needed = self.seq_len.saturating_add(1);
         let Some(last_offset) = ids.len().checked_sub(needed) else {
-            return Err(TextError::CalibrationTextTooShort {
+            return Err(Error::CalibrationTextTooShort {
                 dataset: dataset.name,
                 tokens: ids.len(),
                 needed,
@@ -162,8 +162,8 @@ impl CalibrationRecipe {
         Ok(Calibration { windows, offsets, tokens_in_text, sha256, seed, dataset, rows, glued })
     }
 
-    fn parse(text: &str, origin: &str) -> Result<Self, TextError> {
-        let recipe: Self = toml::from_str(text).map_err(|error| TextError::RecipeInvalid {
+    fn parse(text: &str, origin: &str) -> Result<Self> {
+        let recipe: Self = toml::from_str(text).map_err(|error| Error::RecipeInvalid {
             origin: origin.to_owned(),
             // The message alone: the excerpt that toml adds takes several lines.
             reason: error.message().to_owned(),
@@ -172,7 +172,7 @@ impl CalibrationRecipe {
         Ok(recipe)
     }
 
-    fn check(&self, origin: &str) -> Result<(), TextError> {
+    fn check(&self, origin: &str) -> Result<()> {
         let reason = if self.windows == 0 {
             "windows must be at least 1"
         } else if self.seq_len == 0 {
@@ -182,7 +182,7 @@ impl CalibrationRecipe {
         } else {
             return Ok(());
         };
-        Err(TextError::RecipeInvalid { origin: origin.to_owned(), reason: reason.to_owned() })
+        Err(Error::RecipeInvalid { origin: origin.to_owned(), reason: reason.to_owned() })
     }
 }
 
@@ -255,7 +255,7 @@ mod tests {
         }
         let error = CalibrationRecipe::open("cards").unwrap_err().to_string();
         assert!(error.starts_with("Calibration recipe `cards` is neither built in (card, "));
-        assert!(matches!(CalibrationRecipe::open("no.toml"), Err(TextError::Read { .. })));
+        assert!(matches!(CalibrationRecipe::open("no.toml"), Err(Error::Read { .. })));
     }
 
     #[test]

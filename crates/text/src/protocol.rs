@@ -13,7 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::Join;
-use crate::text_error::TextError;
+use crate::error::{Error, Result};
 
 /// The step between the windows of `strided`, in tokens, as in the Hugging Face guide.
 const STRIDE: usize = 512;
@@ -128,7 +128,7 @@ impl Protocol {
         seq_len: usize,
         bos: Option<u32>,
         max_windows: Option<usize>,
-    ) -> Result<Vec<EvalWindow>, TextError> {
+    ) -> Result<Vec<EvalWindow>> {
         self.check(ids.len(), seq_len, max_windows)?;
         let limit = max_windows.unwrap_or(usize::MAX);
         Ok(match self {
@@ -144,12 +144,7 @@ impl Protocol {
         })
     }
 
-    fn check(
-        self,
-        tokens: usize,
-        seq_len: usize,
-        max_windows: Option<usize>,
-    ) -> Result<(), TextError> {
+    fn check(self, tokens: usize, seq_len: usize, max_windows: Option<usize>) -> Result<()> {
         let (least, needed) = match self {
             Self::Paper => (2, seq_len),
             // Two tokens have their only target in the first half.
@@ -157,17 +152,13 @@ impl Protocol {
             Self::Strided => (2, 2),
         };
         if seq_len < least {
-            return Err(TextError::WindowTooShort { protocol: self.name(), seq_len, least });
+            return Err(Error::WindowTooShort { protocol: self.name(), seq_len, least });
         }
         if tokens < needed {
-            return Err(TextError::EvaluationTextTooShort {
-                protocol: self.name(),
-                tokens,
-                needed,
-            });
+            return Err(Error::EvaluationTextTooShort { protocol: self.name(), tokens, needed });
         }
         if max_windows == Some(0) {
-            return Err(TextError::NoWindows);
+            return Err(Error::NoWindows);
         }
         Ok(())
     }
@@ -207,13 +198,13 @@ impl fmt::Display for Protocol {
 }
 
 impl FromStr for Protocol {
-    type Err = TextError;
+    type Err = Error;
 
-    fn from_str(name: &str) -> Result<Self, TextError> {
+    fn from_str(name: &str) -> Result<Self> {
         Self::ALL
             .into_iter()
             .find(|protocol| protocol.name() == name)
-            .ok_or_else(|| TextError::ProtocolUnknown { name: name.to_owned() })
+            .ok_or_else(|| Error::ProtocolUnknown { name: name.to_owned() })
     }
 }
 

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use crate::error::{Error, Result};
 use crate::pieces::{Cut, Placed, encode_in_pieces};
-use crate::text_error::TextError;
 use crate::text_files::without_mark;
 
 /// A checkpoint's tokeniser, tied to the vocabulary of the model that will read its tokens.
@@ -49,12 +49,12 @@ impl TextTokenizer {
     /// # Errors
     /// When `tokenizer.json` is absent or invalid, or when the configuration files beside it are
     /// invalid or name a BOS token that the tokeniser does not know.
-    pub fn open(folder: &Path, vocab_size: usize) -> Result<Self, TextError> {
+    pub fn open(folder: &Path, vocab_size: usize) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let Some(bytes) = read_if_present(&path)? else {
-            return Err(TextError::TokenizerMissing { folder: folder.to_owned() });
+            return Err(Error::TokenizerMissing { folder: folder.to_owned() });
         };
-        let invalid = |error: tokenizers::Error| TextError::TokenizerInvalid {
+        let invalid = |error: tokenizers::Error| Error::TokenizerInvalid {
             path: path.clone(),
             reason: error.to_string(),
         };
@@ -90,7 +90,7 @@ impl TextTokenizer {
     ///
     /// # Errors
     /// When the tokeniser fails, or gives a token that the model has no embedding for.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TextError> {
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.encode_at_least(text, usize::MAX)?.ids)
     }
 
@@ -99,12 +99,12 @@ impl TextTokenizer {
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
-    pub fn encode_at_least(&self, text: &str, enough: usize) -> Result<Encoded, TextError> {
+    pub fn encode_at_least(&self, text: &str, enough: usize) -> Result<Encoded> {
         self.encode_cut(text, enough, Cut::USUAL)
     }
 
-    fn encode_cut(&self, text: &str, enough: usize, cut: Cut) -> Result<Encoded, TextError> {
-        let failed = |error: tokenizers::Error| TextError::Encode {
+    fn encode_cut(&self, text: &str, enough: usize, cut: Cut) -> Result<Encoded> {
+        let failed = |error: tokenizers::Error| Error::Encode {
             folder: self.folder.clone(),
             reason: error.to_string(),
         };
@@ -127,7 +127,7 @@ impl TextTokenizer {
             }
         };
         match encoded.ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-            Some(&token) => Err(TextError::TokenOutsideVocabulary {
+            Some(&token) => Err(Error::TokenOutsideVocabulary {
                 folder: self.folder.clone(),
                 token,
                 vocab_size: self.vocab_size,
@@ -163,12 +163,12 @@ impl Frame {
 }
 
 /// `add_bos_token` of `tokenizer_config.json`, where it is told.
-fn adds_bos(folder: &Path) -> Result<Option<bool>, TextError> {
+fn adds_bos(folder: &Path) -> Result<Option<bool>> {
     let path = folder.join("tokenizer_config.json");
     match read_field(&path, "add_bos_token")? {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Bool(adds)) => Ok(Some(adds)),
-        Some(other) => Err(TextError::ConfigInvalid {
+        Some(other) => Err(Error::ConfigInvalid {
             path,
             reason: format!("add_bos_token is {other}, which is neither true nor false"),
         }),
@@ -179,7 +179,7 @@ fn adds_bos(folder: &Path) -> Result<Option<bool>, TextError> {
 ///
 /// An explicit null in the former is an answer: several models list a BOS number in `config.json`
 /// that their tokeniser never uses.
-fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>, TextError> {
+fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>> {
     let path = folder.join("tokenizer_config.json");
     if let Some(token) = read_field(&path, "bos_token")? {
         // A plain string, or a description of an added token with the string as its content.
@@ -189,14 +189,14 @@ fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>, TextErr
             other => other.as_str(),
         };
         let Some(content) = content else {
-            return Err(TextError::ConfigInvalid {
+            return Err(Error::ConfigInvalid {
                 path,
                 reason: format!("bos_token is {token}, which is not a token's text"),
             });
         };
         return match tokenizer.token_to_id(content) {
             Some(id) => Ok(Some(id)),
-            None => Err(TextError::ConfigInvalid {
+            None => Err(Error::ConfigInvalid {
                 path,
                 reason: format!("bos_token `{content}` is not in tokenizer.json"),
             }),
@@ -207,7 +207,7 @@ fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>, TextErr
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
             Some(id) => Ok(Some(id)),
-            None => Err(TextError::ConfigInvalid {
+            None => Err(Error::ConfigInvalid {
                 path,
                 reason: format!("bos_token_id is {value}, which is not a token"),
             }),
@@ -216,9 +216,9 @@ fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>, TextErr
 }
 
 /// One field of a JSON object in a file; None where the file or the field is absent.
-fn read_field(path: &Path, field: &str) -> Result<Option<Value>, TextError> {
+fn read_field(path: &Path, field: &str) -> Result<Option<Value>> {
     let Some(bytes) = read_if_present(path)? else { return Ok(None) };
-    let invalid = |reason: String| TextError::ConfigInvalid { path: path.to_owned(), reason };
+    let invalid = |reason: String| Error::ConfigInvalid { path: path.to_owned(), reason };
     match serde_json::from_slice(without_mark(&bytes))
         .map_err(|error| invalid(error.to_string()))?
     {
@@ -227,7 +227,7 @@ fn read_field(path: &Path, field: &str) -> Result<Option<Value>, TextError> {
     }
 }
 
-fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
+fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::read(path) {
         // Some editors put a byte order mark first, which JSON does not know.
         Ok(bytes) => Ok(Some(match bytes.strip_prefix(b"\xef\xbb\xbf") {
@@ -235,7 +235,7 @@ fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
             None => bytes,
         })),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TextError::Read { path: path.to_owned(), source }),
+        Err(source) => Err(Error::Read { path: path.to_owned(), source }),
     }
 }
 
@@ -273,7 +273,7 @@ mod tests {
         folder
     }
 
-    fn bos(files: &[(&str, &str)]) -> Result<Option<u32>, TextError> {
+    fn bos(files: &[(&str, &str)]) -> Result<Option<u32>> {
         let folder = folder(files);
         fs::write(folder.path().join("tokenizer.json"), TOKENIZER).unwrap();
         TextTokenizer::open(folder.path(), 4).map(|tokenizer| tokenizer.bos())
@@ -404,7 +404,7 @@ mod tests {
         assert_eq!(tokenizer.encode("a b").unwrap(), [0, 1, 2]);
         let error = tokenizer.encode("a b c").unwrap_err();
         assert!(
-            matches!(error, TextError::TokenOutsideVocabulary { token: 3, vocab_size: 3, .. }),
+            matches!(error, Error::TokenOutsideVocabulary { token: 3, vocab_size: 3, .. }),
             "{error}"
         );
     }
@@ -432,7 +432,7 @@ mod tests {
             ("config.json", "{"),
         ] {
             let error = bos(&[(file, content)]).unwrap_err();
-            assert!(matches!(error, TextError::ConfigInvalid { .. }), "{content}: {error}");
+            assert!(matches!(error, Error::ConfigInvalid { .. }), "{content}: {error}");
             assert!(error.to_string().contains(file), "{error}");
         }
     }
@@ -443,6 +443,6 @@ mod tests {
         assert!(absent.to_string().contains("has no tokenizer.json, which is needed"));
         let broken = folder(&[("tokenizer.json", "{}")]);
         let error = TextTokenizer::open(broken.path(), 4).map(|_| ()).unwrap_err();
-        assert!(matches!(error, TextError::TokenizerInvalid { .. }), "{error}");
+        assert!(matches!(error, Error::TokenizerInvalid { .. }), "{error}");
     }
 }

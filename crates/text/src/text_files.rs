@@ -13,7 +13,7 @@ use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
-use crate::text_error::TextError;
+use crate::error::{Error, Result};
 
 /// UTF-8's byte order mark, which some editors put before a text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -30,22 +30,22 @@ pub(crate) fn without_mark(bytes: &[u8]) -> &[u8] {
 ///
 /// # Errors
 /// When the file cannot be read or is not UTF-8.
-pub(crate) fn read_text(path: &Path) -> Result<String, TextError> {
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     let mut bytes =
-        fs::read(path).map_err(|source| TextError::Read { path: path.to_owned(), source })?;
+        fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     if bytes.starts_with(BYTE_ORDER_MARK) {
         bytes.drain(..BYTE_ORDER_MARK.len());
     }
     String::from_utf8(bytes)
-        .map_err(|_| TextError::NotUtf8 { path: path.to_owned(), place: String::new() })
+        .map_err(|_| Error::NotUtf8 { path: path.to_owned(), place: String::new() })
 }
 
 /// The string field `field` of each line's JSON object; blank lines are skipped.
 ///
 /// # Errors
 /// When the file cannot be read, or a line is not UTF-8 or has no such string (named by number).
-pub(crate) fn read_jsonl(path: &Path, field: &str) -> Result<Vec<String>, TextError> {
-    let failed = |source| TextError::Read { path: path.to_owned(), source };
+pub(crate) fn read_jsonl(path: &Path, field: &str) -> Result<Vec<String>> {
+    let failed = |source| Error::Read { path: path.to_owned(), source };
     let mut file = BufReader::new(fs::File::open(path).map_err(failed)?);
     let (mut rows, mut bytes) = (Vec::new(), Vec::new());
     for number in 1.. {
@@ -54,14 +54,14 @@ pub(crate) fn read_jsonl(path: &Path, field: &str) -> Result<Vec<String>, TextEr
             break;
         }
         let bytes = if number == 1 { without_mark(&bytes) } else { &bytes };
-        let line = std::str::from_utf8(bytes).map_err(|_| TextError::NotUtf8 {
+        let line = std::str::from_utf8(bytes).map_err(|_| Error::NotUtf8 {
             path: path.to_owned(),
             place: format!(" at line {number}"),
         })?;
         let Some(line) = line.lines().next().filter(|line| !line.trim().is_empty()) else {
             continue;
         };
-        let text = json_field(line, field).map_err(|reason| TextError::JsonLine {
+        let text = json_field(line, field).map_err(|reason| Error::JsonLine {
             path: path.to_owned(),
             line: number,
             reason,
@@ -90,10 +90,10 @@ fn json_field(line: &str, field: &str) -> Result<String, String> {
 /// # Errors
 /// When the file cannot be read or decoded, has no text column of that name, or a row is null or
 /// not UTF-8.
-pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>, TextError> {
+pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>> {
     let file =
-        fs::File::open(path).map_err(|source| TextError::Read { path: path.to_owned(), source })?;
-    let damaged = |source| TextError::Parquet { path: path.to_owned(), source };
+        fs::File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let damaged = |source| Error::Parquet { path: path.to_owned(), source };
     let reader = SerializedFileReader::new(file).map_err(damaged)?;
     let index = text_column(&reader, path, column)?;
     let mut rows = Vec::new();
@@ -109,7 +109,7 @@ pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>, Tex
         read_column(values, path, column, &mut rows)?;
         let (found, promised) = (rows.len() - before, group.metadata().num_rows());
         if i64::try_from(found).ok() != Some(promised) {
-            return Err(TextError::RowCount { path: path.to_owned(), found, promised });
+            return Err(Error::RowCount { path: path.to_owned(), found, promised });
         }
     }
     Ok(rows)
@@ -122,7 +122,7 @@ fn read_column(
     path: &Path,
     column: &str,
     rows: &mut Vec<String>,
-) -> Result<(), TextError> {
+) -> Result<()> {
     let mut values: Vec<ByteArray> = Vec::new();
     // For an optional column, level 0 marks a null; for a required one no levels are written.
     let mut levels = Vec::new();
@@ -131,20 +131,20 @@ fn read_column(
         levels.clear();
         let (records, _, _) = reader
             .read_records(BATCH, Some(&mut levels), None, &mut values)
-            .map_err(|source| TextError::Parquet { path: path.to_owned(), source })?;
+            .map_err(|source| Error::Parquet { path: path.to_owned(), source })?;
         if records == 0 {
             return Ok(());
         }
         let first_row = rows.len() + 1;
         if let Some(offset) = levels.iter().position(|&level| level == 0) {
-            return Err(TextError::NullText {
+            return Err(Error::NullText {
                 path: path.to_owned(),
                 row: first_row + offset,
                 column: column.to_owned(),
             });
         }
         for (offset, value) in values.iter().enumerate() {
-            let text = std::str::from_utf8(value.data()).map_err(|_| TextError::NotUtf8 {
+            let text = std::str::from_utf8(value.data()).map_err(|_| Error::NotUtf8 {
                 path: path.to_owned(),
                 place: format!(" at row {}", first_row + offset),
             })?;
@@ -158,7 +158,7 @@ fn text_column(
     reader: &SerializedFileReader<fs::File>,
     path: &Path,
     column: &str,
-) -> Result<usize, TextError> {
+) -> Result<usize> {
     let columns = reader.metadata().file_metadata().schema_descr().columns();
     columns
         .iter()
@@ -170,17 +170,13 @@ fn text_column(
         .ok_or_else(|| column_not_found(reader, path, column))
 }
 
-fn column_not_found(
-    reader: &SerializedFileReader<fs::File>,
-    path: &Path,
-    column: &str,
-) -> TextError {
+fn column_not_found(reader: &SerializedFileReader<fs::File>, path: &Path, column: &str) -> Error {
     let columns = reader.metadata().file_metadata().schema_descr().columns();
     let available: Vec<String> = columns
         .iter()
         .map(|descriptor| format!("{} ({})", descriptor.path(), descriptor.physical_type()))
         .collect();
-    TextError::ColumnNotFound {
+    Error::ColumnNotFound {
         path: path.to_owned(),
         column: column.to_owned(),
         available: available.join(", "),
@@ -288,7 +284,7 @@ mod tests {
         assert_eq!(lie(3).unwrap().len(), 6);
         for rows in [1 << 50, 2, 0] {
             let error = lie(rows).unwrap_err();
-            assert!(matches!(error, TextError::RowCount { found: 3, .. }), "{rows}: {error}");
+            assert!(matches!(error, Error::RowCount { found: 3, .. }), "{rows}: {error}");
         }
     }
 
@@ -312,7 +308,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = write_parquet(folder.path(), &[Some(b"one"), None]);
         let error = read_parquet(&path, "text").unwrap_err();
-        assert!(matches!(error, TextError::NullText { row: 2, .. }), "{error}");
+        assert!(matches!(error, Error::NullText { row: 2, .. }), "{error}");
         let path = write_parquet(folder.path(), &[Some(b"one"), Some(b"two"), Some(b"\xff\xfe")]);
         let error = read_parquet(&path, "text").unwrap_err().to_string();
         assert!(error.ends_with("is not UTF-8 at row 3; convert it first"), "{error}");
@@ -329,7 +325,7 @@ mod tests {
         }
         fs::write(&path, "not parquet").unwrap();
         let error = read_parquet(&path, "text").unwrap_err();
-        assert!(matches!(error, TextError::Parquet { .. }), "{error}");
+        assert!(matches!(error, Error::Parquet { .. }), "{error}");
     }
 
     #[test]
@@ -357,7 +353,7 @@ mod tests {
         fs::write(&path, "\n a\r\nb").unwrap();
         assert_eq!(read_text(&path).unwrap(), "\n a\r\nb");
         fs::write(&path, [0x61, 0xff]).unwrap();
-        assert!(matches!(read_text(&path), Err(TextError::NotUtf8 { .. })));
-        assert!(matches!(read_text(&folder.path().join("b.txt")), Err(TextError::Read { .. })));
+        assert!(matches!(read_text(&path), Err(Error::NotUtf8 { .. })));
+        assert!(matches!(read_text(&folder.path().join("b.txt")), Err(Error::Read { .. })));
     }
 }

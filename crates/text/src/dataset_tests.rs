@@ -20,7 +20,7 @@ fn spec(text: &str) -> DatasetSpec {
 }
 
 /// What `rows` does after it has found the snapshot folder.
-fn rows_in(snapshot: &Path, text: &str) -> Result<Vec<String>, TextError> {
+fn rows_in(snapshot: &Path, text: &str) -> Result<Vec<String>> {
     let spec = spec(text);
     let Place::Hub(hub) = &spec.place else { panic!("{text} is not on the Hub") };
     spec.rows_of_split(hub, snapshot)
@@ -59,7 +59,7 @@ fn bad_names_are_refused() {
         "x.jsonl#",
     ] {
         let error = text.parse::<DatasetSpec>().unwrap_err();
-        assert!(matches!(error, TextError::DatasetSyntax { .. }), "{text}: {error}");
+        assert!(matches!(error, Error::DatasetSyntax { .. }), "{text}: {error}");
     }
 }
 
@@ -132,7 +132,7 @@ fn partly_downloaded_splits_are_refused() {
     fs::create_dir(folder.path().join("en")).unwrap();
     fs::write(folder.path().join("en/test-00001-of-00003.parquet"), "").unwrap();
     let error = rows_in(folder.path(), "a/b:en:test").unwrap_err();
-    assert!(matches!(error, TextError::SplitIncomplete { found: 1, expected: 3, .. }), "{error}");
+    assert!(matches!(error, Error::SplitIncomplete { found: 1, expected: 3, .. }), "{error}");
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn local_files_and_their_identity() {
     assert!(gptq_records::identity::contaminated(&text.identity, &lines.identity));
     fs::write(folder.path().join("a.txt"), " \n").unwrap();
     let blank = spec("a.txt").relative_to(folder.path()).rows();
-    assert!(matches!(blank, Err(TextError::NoText { .. })));
+    assert!(matches!(blank, Err(Error::NoText { .. })));
 }
 
 #[test]

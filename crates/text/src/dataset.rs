@@ -13,8 +13,8 @@ use std::str::FromStr;
 use gptq_records::identity::{DatasetIdentity, HubSplit};
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::home::expand_home;
-use crate::text_error::TextError;
 use crate::text_files::{read_jsonl, read_parquet, read_text};
 
 const DEFAULT_COLUMN: &str = "text";
@@ -119,11 +119,11 @@ impl DatasetSpec {
     /// # Errors
     /// When a Hub dataset or its split is not in the local cache, a file cannot be read or decoded,
     /// a row lacks its text, or there is no text at all.
-    pub fn rows(&self) -> Result<Vec<String>, TextError> {
+    pub fn rows(&self) -> Result<Vec<String>> {
         let rows = match &self.place {
             Place::Hub(hub) => {
                 let snapshot = gptq_checkpoint::resolve_dataset(&hub.repo, None)
-                    .map_err(|source| TextError::NotCached { dataset: self.to_string(), source })?;
+                    .map_err(|source| Error::NotCached { dataset: self.to_string(), source })?;
                 self.rows_of_split(hub, &snapshot)?
             }
             Place::File(path, Format::Text) => vec![read_text(path)?],
@@ -131,7 +131,7 @@ impl DatasetSpec {
             Place::File(path, Format::Parquet) => read_parquet(path, &self.column)?,
         };
         if rows.iter().all(|row| row.trim().is_empty()) {
-            return Err(TextError::NoText { dataset: self.to_string() });
+            return Err(Error::NoText { dataset: self.to_string() });
         }
         Ok(rows)
     }
@@ -140,7 +140,7 @@ impl DatasetSpec {
     ///
     /// # Errors
     /// As [`rows`](Self::rows).
-    pub fn load(&self) -> Result<Dataset, TextError> {
+    pub fn load(&self) -> Result<Dataset> {
         let rows = self.rows()?;
         let identity = DatasetIdentity::new(self.to_string(), self.hub().cloned(), &rows);
         Ok(Dataset { rows, identity })
@@ -174,7 +174,7 @@ impl DatasetSpec {
     }
 
     /// The rows of a Hub split, from the parquet files of a snapshot folder in name order.
-    fn rows_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<String>, TextError> {
+    fn rows_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<String>> {
         let mut rows = Vec::new();
         for file in self.files_of_split(hub, snapshot)? {
             rows.extend(read_parquet(&file, &self.column)?);
@@ -182,7 +182,7 @@ impl DatasetSpec {
         Ok(rows)
     }
 
-    fn files_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<PathBuf>, TextError> {
+    fn files_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<PathBuf>> {
         let mut folders = vec![hub.config.as_str()];
         if hub.config == "default" {
             // Datasets with a single configuration keep their files in `data`.
@@ -204,7 +204,7 @@ impl DatasetSpec {
         }
         let patterns: Vec<String> =
             folders.iter().map(|folder| format!("`{folder}/{}-*.parquet`", hub.split)).collect();
-        Err(TextError::SplitNotFound {
+        Err(Error::SplitNotFound {
             dataset: self.to_string(),
             looked_for: patterns.join(" or "),
             folder: snapshot.to_owned(),
@@ -213,14 +213,10 @@ impl DatasetSpec {
     }
 
     /// A partly downloaded split would be a shorter text, and so other windows, without a sign.
-    fn check_complete(
-        &self,
-        folder: &Path,
-        files: &[(&str, Option<usize>)],
-    ) -> Result<(), TextError> {
+    fn check_complete(&self, folder: &Path, files: &[(&str, Option<usize>)]) -> Result<()> {
         let announced = files.iter().filter_map(|&(_, announced)| announced).max();
         match announced {
-            Some(expected) if expected != files.len() => Err(TextError::SplitIncomplete {
+            Some(expected) if expected != files.len() => Err(Error::SplitIncomplete {
                 dataset: self.to_string(),
                 folder: folder.to_owned(),
                 found: files.len(),
@@ -232,11 +228,11 @@ impl DatasetSpec {
 }
 
 /// Names of the parquet files in a folder, sorted; none where the folder is absent.
-fn parquet_files(folder: &Path) -> Result<Vec<String>, TextError> {
+fn parquet_files(folder: &Path) -> Result<Vec<String>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
     }
-    let failed = |source| TextError::Read { path: folder.to_owned(), source };
+    let failed = |source| Error::Read { path: folder.to_owned(), source };
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
@@ -263,8 +259,8 @@ fn parse_file_name(name: &str) -> Option<(&str, Option<usize>)> {
 }
 
 /// The `CONFIG:SPLIT` pairs of a snapshot, as one string for an error.
-fn available_splits(snapshot: &Path) -> Result<String, TextError> {
-    let failed = |source| TextError::Read { path: snapshot.to_owned(), source };
+fn available_splits(snapshot: &Path) -> Result<String> {
+    let failed = |source| Error::Read { path: snapshot.to_owned(), source };
     let mut pairs = Vec::new();
     for entry in fs::read_dir(snapshot).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
@@ -299,10 +295,10 @@ fn tidy(path: &Path) -> PathBuf {
 }
 
 impl FromStr for DatasetSpec {
-    type Err = TextError;
+    type Err = Error;
 
-    fn from_str(text: &str) -> Result<Self, TextError> {
-        let invalid = |reason: &str| TextError::DatasetSyntax {
+    fn from_str(text: &str) -> Result<Self> {
+        let invalid = |reason: &str| Error::DatasetSyntax {
             text: text.to_owned(),
             reason: reason.to_owned(),
         };
@@ -371,9 +367,9 @@ impl fmt::Display for DatasetSpec {
 }
 
 impl TryFrom<String> for DatasetSpec {
-    type Error = TextError;
+    type Error = Error;
 
-    fn try_from(text: String) -> Result<Self, TextError> {
+    fn try_from(text: String) -> Result<Self> {
         text.parse()
     }
 }

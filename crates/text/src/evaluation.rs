@@ -6,11 +6,23 @@ use gptq_records::digest::sha256;
 use gptq_records::identity::{DatasetIdentity, contaminated};
 use serde::{Deserialize, Serialize};
 
-use crate::config::EvaluationSpec;
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, DatasetSpec};
 use crate::error::Result;
-use crate::protocol::EvalWindow;
+use crate::protocol::{EvalWindow, Protocol};
 use crate::tokens::{Encoded, TextTokenizer};
+
+/// A perplexity measurement.
+#[derive(Clone, Debug)]
+pub struct EvaluationSpec {
+    /// The text.
+    pub dataset: DatasetSpec,
+    /// Windows and reduction.
+    pub protocol: Protocol,
+    /// Window length; the protocol's own for the model's context otherwise.
+    pub seq_len: Option<usize>,
+    /// Stop after this many windows.
+    pub max_windows: Option<usize>,
+}
 
 /// Text to evaluate on, cut into windows.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -48,7 +60,8 @@ const COUNTED: usize = 4 << 20;
 impl EvalText {
     /// SHA-256 (hex) of all windows: where each is scored from as little-endian u64, and its tokens
     /// as u32.
-    pub(crate) fn sha256(&self) -> String {
+    #[must_use]
+    pub fn sha256(&self) -> String {
         let bytes = |w: &EvalWindow| {
             let mut bytes = (w.score_from as u64).to_le_bytes().to_vec();
             bytes.extend(w.tokens.iter().flat_map(|t| t.to_le_bytes()));
@@ -67,6 +80,9 @@ impl EvalText {
 
 /// Reads, encodes and cuts the text with the checkpoint's own tokeniser. What the model was calibrated
 /// on is `calibration`, or else what the report in the checkpoint's folder says.
+///
+/// # Errors
+/// A tokeniser or text that cannot be read, and a text too short for a window.
 pub fn evaluation_text(
     checkpoint: &Checkpoint,
     spec: &EvaluationSpec,

@@ -6,10 +6,12 @@
 
 use std::path::PathBuf;
 
-/// An error of the text side: datasets, tokenisers, calibration recipes and perplexity protocols.
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of datasets, tokenisers, calibration recipes or perplexity protocols.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TextError {
+pub enum Error {
     /// A dataset was named in a way that is neither of the two accepted forms.
     #[error(
         "Dataset `{text}` cannot be read: {reason}; give `ORG/NAME:CONFIG:SPLIT`, or the path of \
