@@ -10,6 +10,7 @@
 //! - Writing: [`plan_files`] says to the byte what a quantised checkpoint will be, and
 //!   [`CheckpointWriter`] fills it in any order and publishes it by one rename.
 //! - Finding: [`resolve_model`] and [`resolve_dataset`] look a Hub id up in the local cache.
+//! - Judging: [`loaders`] says which programs load a quantised checkpoint, and why the others do not.
 
 mod arriving;
 mod bits;
@@ -25,6 +26,7 @@ mod header;
 mod hub_cache;
 mod json;
 mod layout;
+pub mod loaders;
 mod packed;
 mod partial;
 mod pickle;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use gptq_checkpoint::Layout;
 use gptq_quant::{MAX_GROUP_SIZE, QuantSpec, Recipe, parse_group_size};
 use gptq_records::source_dtype::SourceDtype;
+use gptq_report::card_facts::CardFacts;
 use gptq_text::calibration::{CalibrationOverrides, CalibrationRecipe};
 use gptq_text::dataset::DatasetSpec;
 use gptq_text::evaluation::EvaluationSpec;
@@ -15,7 +16,6 @@ use gptq_text::home::expand_home;
 use gptq_text::protocol::Protocol;
 use serde::Deserialize;
 
-use crate::card_facts::CardFacts;
 use crate::error::{Error, Result};
 
 /// Name of the configuration that `--branch` uses when no file is given.

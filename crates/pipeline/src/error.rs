@@ -14,6 +14,9 @@ pub enum Error {
     /// What lies in the folder of a branch.
     #[error(transparent)]
     Records(#[from] gptq_records::Error),
+    /// The facts of a card.
+    #[error(transparent)]
+    Report(#[from] gptq_report::Error),
     /// Reading or writing a checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] gptq_checkpoint::Error),
@@ -160,83 +163,6 @@ pub enum Error {
         dir: PathBuf,
         /// The file.
         file: String,
-    },
-    /// A folder without reports.
-    #[error(
-        "`{}` holds no gptq_report.json, nor does a folder in it; name a folder that gptq sweep or gptq quantize made",
-        .0.display()
-    )]
-    NoReports(PathBuf),
-    /// A baseline that cannot be read.
-    #[error("Cannot read the baseline `{}`: {source}; gptq check --update makes it", path.display())]
-    ReadBaseline {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A baseline that does not say what it should.
-    #[error("`{}` is not a baseline: {message}", path.display())]
-    Baseline {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, with the place.
-        message: String,
-    },
-    /// A branch whose numbers say nothing about the baseline's.
-    #[error("`{branch}` cannot be compared with the baseline: {reason}")]
-    NotComparable {
-        /// The branch.
-        branch: String,
-        /// What differs.
-        reason: String,
-    },
-    /// A report without a single perplexity.
-    #[error("No branch of the report was measured; give the configuration an [evaluation]")]
-    NotMeasured,
-    /// A model's facts that cannot be read.
-    #[error("Cannot read the card's facts `{}`: {source}", path.display())]
-    ReadFacts {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A model's facts that do not say what they should.
-    #[error("`{}` does not hold a card's facts: {message}", path.display())]
-    Facts {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        message: String,
-    },
-    /// A branch that the Hub cannot have.
-    #[error(
-        "`{branch}` in `{}` cannot be a branch on the Hub: names have letters, digits, `-`, `_` and `.` only",
-        dir.display()
-    )]
-    CardBranch {
-        /// The branch.
-        branch: String,
-        /// Its folder.
-        dir: PathBuf,
-    },
-    /// A dense model where a GPTQ checkpoint is needed.
-    #[error("`{}` is not quantised: it has no quantize_config.json", .0.display())]
-    NotQuantised(PathBuf),
-    /// A template that does not fit what it is given.
-    #[error("The template `{name}` cannot be rendered: {source}")]
-    Template {
-        /// The template.
-        name: &'static str,
-        /// Why.
-        source: minijinja::Error,
-    },
-    /// The same branch found twice.
-    #[error("Branch `{branch}` is named twice; name each folder once")]
-    BranchTwice {
-        /// The branch, with the path where it was found if several have the name.
-        branch: String,
     },
     /// A branch that a configuration does not have.
     #[error("No branch `{branch}` in `{file}`; it has {known}")]

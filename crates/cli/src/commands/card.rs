@@ -1,8 +1,8 @@
 //! `gptq card`: README.md of every checkpoint.
 
 use anyhow::Result;
-use gptq_pipeline::card::write_cards;
-use gptq_pipeline::card_facts::CardFacts;
+use gptq_report::card::write_cards;
+use gptq_report::card_facts::CardFacts;
 
 use super::{print_json, print_result};
 use crate::args::CardArgs;

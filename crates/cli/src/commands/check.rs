@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use gptq_pipeline::Error;
-use gptq_pipeline::check::{Baseline, Finding, Outcome, Verdict};
-use gptq_pipeline::report::Report;
 use gptq_records::branch_report::REPORT_FILE;
+use gptq_report::Error;
+use gptq_report::Report;
+use gptq_report::check::{Baseline, Finding, Outcome, Verdict};
 
 use super::table::table;
 use super::{print_json, print_result};

@@ -4,12 +4,12 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_checkpoint::free_space;
-use gptq_pipeline::card::write_sweep_cards;
 use gptq_pipeline::config::{Branch, SweepConfig};
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::resume::State;
 use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
 use gptq_pipeline::sweep_log::{SweepReport, SweepRow};
+use gptq_report::card::write_sweep_cards;
 use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
@@ -67,7 +67,8 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     if let Some(facts) = &config.card
         && !report.rows.is_empty()
     {
-        write_sweep_cards(&args.out, &config.branches, facts)?;
+        let names = config.branches.iter().map(|branch| branch.name.as_str());
+        write_sweep_cards(&args.out, names, facts)?;
     }
     Ok(())
 }

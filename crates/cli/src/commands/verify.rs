@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
+use gptq_checkpoint::loaders::Seen;
 use gptq_compute::Device;
-use gptq_pipeline::loaders::Seen;
 use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
 use gptq_text::evaluation::EvaluationSpec;
 

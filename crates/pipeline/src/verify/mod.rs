@@ -23,12 +23,12 @@ mod weights;
 
 use std::path::{Path, PathBuf};
 
+use gptq_checkpoint::loaders::{LoaderVerdict, verdicts};
 use gptq_checkpoint::{Checkpoint, Head, Layout, QuantizeConfig};
 use gptq_text::evaluation::EvalText;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::loaders::{LoaderVerdict, verdicts};
 use crate::progress::Progress;
 use findings::Findings;
 

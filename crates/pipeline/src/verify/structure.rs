@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::Path;
 
+use gptq_checkpoint::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
 use gptq_checkpoint::{
     Bits, Checkpoint, DType, Head, Layout, LinearShape, ModelConfig, QuantizeConfig, TensorSpec,
     json_text, tensor_specs,
@@ -13,7 +14,6 @@ use serde_json::{Map, Value};
 use super::contents::Values;
 use super::findings::{Check, Findings};
 use crate::error::{Error, Result};
-use crate::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
 
 const QUANTIZE_CONFIG: &str = "quantize_config.json";
 const CONFIG: &str = "config.json";

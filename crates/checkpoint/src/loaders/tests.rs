@@ -1,6 +1,8 @@
 //! The published matrix, and each rule on its own.
 
-use gptq_checkpoint::{Bits, CheckpointFormat};
+use crate::bits::Bits;
+use crate::config::ModelConfig;
+use crate::quantize_config::{CheckpointFormat, QuantizeConfig};
 
 use super::*;
 
@@ -27,7 +29,7 @@ fn published(bits: u8, group_size: Option<usize>, act_order: bool) -> LoaderFact
         "vocab_size":32000}"#;
     let config = ModelConfig::parse(config, std::path::Path::new("config.json")).unwrap();
     let quantize = QuantizeConfig::new(Bits::new(bits).unwrap(), group_size, 0.01, act_order);
-    let keys = quantize.file_text(gptq_checkpoint::Layout::Card).unwrap();
+    let keys = quantize.file_text(crate::Layout::Card).unwrap();
     let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&keys).unwrap();
     LoaderFacts {
         architecture: Architecture::from(&config),

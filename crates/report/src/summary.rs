@@ -2,8 +2,8 @@
 
 use gptq_records::branch_report::{BranchReport, CalibrationRecord};
 
-use super::compare::{Comparison, Row};
-use super::units;
+use crate::compare::{Comparison, Row};
+use crate::units;
 
 /// Share of the rounded grids' KL that calibration takes away: one minus the geometric mean of the
 /// ratios, so that 3-bit branches do not outweigh the others. `None` without such pairs.

@@ -1,13 +1,15 @@
 //! The card's table of programs: which branches each loads, and why not the others.
 
+use std::collections::BTreeSet;
+
+use gptq_checkpoint::loaders::{
+    Architecture, Bias, GroupIndex, LoaderFacts, LoaderVerdict, asks_for_bfloat16, verdicts,
+};
 use gptq_checkpoint::{Checkpoint, Head, Layout};
 use gptq_records::branch_report::BranchReport;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::loaders::{
-    Architecture, Bias, GroupIndex, LoaderFacts, LoaderVerdict, asks_for_bfloat16, listed, verdicts,
-};
 
 /// A branch, with every program's verdict on it.
 #[derive(Debug)]
@@ -161,10 +163,9 @@ fn widths_apart(about: &[Verdict<'_>], others: &[Verdict<'_>]) -> Option<String>
 
 /// `3 bits`, `2, 3 bits`.
 fn widths(branches: &[Verdict<'_>]) -> String {
-    let mut widths: Vec<u8> = branches.iter().map(|(branch, _)| branch.bits).collect();
-    widths.sort_unstable();
-    widths.dedup();
-    format!("{} bits", listed(&widths))
+    let widths: BTreeSet<u8> = branches.iter().map(|(branch, _)| branch.bits).collect();
+    let widths: Vec<String> = widths.iter().map(u8::to_string).collect();
+    format!("{} bits", widths.join(", "))
 }
 
 fn names(branches: &[Verdict<'_>]) -> Vec<String> {

@@ -4,9 +4,9 @@
 use gptq_records::branch_report::{BlockRecord, BranchReport};
 use serde::Serialize;
 
-use super::axis::{Axis, Tick, pixel};
-use super::scatter::Canvas;
-use super::units;
+use crate::axis::{Axis, Tick, pixel};
+use crate::scatter::Canvas;
+use crate::units;
 
 /// Distance of labels at the ends of lines.
 const LABEL_GAP: f64 = 14.0;
@@ -295,7 +295,7 @@ fn linear_name(prefix: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::samples::branch;
+    use crate::samples::branch;
 
     const CANVAS: Canvas = Canvas {
         class: "wide",

@@ -1,5 +1,5 @@
 use super::*;
-use crate::report::samples::{branch, report};
+use crate::samples::{branch, report};
 
 fn before() -> Report {
     report([

@@ -1,9 +1,14 @@
 //! What loaders require of a checkpoint, and the phrases that say why it is not met.
 
-use gptq_checkpoint::{CheckpointFormat, LinearShape, RopeScaling};
+use crate::config::LinearShape;
+use crate::quantize_config::CheckpointFormat;
+use crate::rope::RopeScaling;
 
-use super::table::MARLIN_SHAPES;
-use super::{Architecture, Bias, GroupIndex, LoaderFacts};
+use super::facts::{Architecture, Bias, GroupIndex, LoaderFacts};
+
+/// What vLLM's and TGI's Marlin kernels take.
+pub(super) const MARLIN_SHAPES: [Need; 4] =
+    [Need::Groups(&[32, 64, 128]), Need::OutMultiple(64), Need::InMultiple(128), Need::WholeGroups];
 
 /// What a loader requires of a checkpoint.
 pub(super) enum Need {
@@ -293,7 +298,7 @@ fn unless(met: bool, phrase: impl FnOnce() -> String) -> Option<String> {
     (!met).then(phrase)
 }
 
-pub(crate) fn listed<T: ToString>(values: &[T]) -> String {
+fn listed<T: ToString>(values: &[T]) -> String {
     let values: Vec<String> = values.iter().map(ToString::to_string).collect();
     values.join(", ")
 }

@@ -17,12 +17,13 @@ use serde::Serialize;
 
 use crate::card_facts::{CardFacts, plain};
 use crate::card_loaders::{Judged, LoaderRow, loader_rows, verdicts_of};
-use crate::config::Branch;
+use crate::collect::{Report, branches, checkpoints};
+use crate::compare::comparisons;
+use crate::compare::{Comparison, Row};
 use crate::error::{Error, Result};
-use crate::report::compare::{Comparison, Row};
-use crate::report::markdown;
-use crate::report::units::{self, Unit};
-use crate::report::{self, Report, checkpoints, summary};
+use crate::markdown;
+use crate::summary;
+use crate::units::{self, Unit};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 /// Name of the card in a checkpoint's folder.
@@ -61,14 +62,18 @@ pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
     write(&found, facts, replace)
 }
 
-/// Writes the cards of a sweep in `out`: of `branches`, those that are finished. Of several processes
+/// Writes the cards of a sweep in `out`: of the branches of these names, those that are finished. Of several processes
 /// of one sweep, the last to come here sees them all.
 ///
 /// # Errors
 /// As [`write_cards`].
-pub fn write_sweep_cards(out: &Path, branches: &[Branch], facts: &CardFacts) -> Result<()> {
+pub fn write_sweep_cards<'a>(
+    out: &Path,
+    names: impl Iterator<Item = &'a str>,
+    facts: &CardFacts,
+) -> Result<()> {
     let cards = SharedFile::lock(out, CARD_FILE)?;
-    let found = report::branches(out, branches.iter().map(|branch| branch.name.as_str()))?;
+    let found = branches(out, names)?;
     write(&found, facts, |path, card| cards.replace(path, card)).map(drop)
 }
 
@@ -108,7 +113,7 @@ fn card(
     facts: &CardFacts,
     loaders: &[LoaderRow],
 ) -> Result<String> {
-    let comparisons = report.comparisons(None);
+    let comparisons = comparisons(report, None);
     // The measurement that most branches have; the others stay without numbers.
     let Some(main) = comparisons.iter().max_by_key(|c| (c.measurement.is_some(), c.rows.len()))
     else {

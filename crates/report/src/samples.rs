@@ -7,7 +7,7 @@ use gptq_records::branch_report::{
 use gptq_records::identity::DatasetIdentity;
 use gptq_records::source_dtype::SourceDtype;
 
-use super::Report;
+use crate::collect::Report;
 
 /// Branches in the order of a report that was read.
 pub(crate) fn report<const N: usize>(branches: [BranchReport; N]) -> Report {

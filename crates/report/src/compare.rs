@@ -4,7 +4,7 @@ use gptq_records::branch_report::{BranchReport, EvaluationRecord};
 use gptq_records::source_dtype::SourceDtype;
 use serde::{Deserialize, Serialize};
 
-use super::Report;
+use crate::collect::Report;
 
 /// What makes two perplexities comparable: the model, and every token that was scored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,10 +200,8 @@ pub fn changes<'a>(comparisons: &[Comparison<'a>]) -> Vec<BranchChange<'a>> {
 }
 
 /// Groups by model, source type and measurement, in the order of first appearance.
-pub(super) fn comparisons<'a>(
-    report: &'a Report,
-    previous: Option<&'a Report>,
-) -> Vec<Comparison<'a>> {
+#[must_use]
+pub fn comparisons<'a>(report: &'a Report, previous: Option<&'a Report>) -> Vec<Comparison<'a>> {
     let mut groups: Vec<Comparison<'a>> = Vec::new();
     let mut add = |measurement: Option<Measurement>, row: Row<'a>| {
         let (model, source_dtype) = (row.branch.model.as_str(), row.branch.source_dtype);
@@ -280,7 +278,7 @@ fn change(previous: &Report, now: &BranchReport, evaluation: Option<&EvaluationR
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::samples::{branch, report};
+    use crate::samples::{branch, report};
 
     #[test]
     fn what_was_measured_alike_stands_together() {
@@ -292,7 +290,7 @@ mod tests {
         unmeasured.evaluations.clear();
         let made = [branch("4bit-32g", 4, Some(32), 19.0, 0.01), other_text, copy, unmeasured];
         let report = report(made);
-        let groups = report.comparisons(None);
+        let groups = comparisons(&report, None);
         let names: Vec<Vec<&str>> = groups
             .iter()
             .map(|g| g.rows.iter().map(|r| r.branch.branch.as_str()).collect())
@@ -307,7 +305,7 @@ mod tests {
         wide.source_dtype = SourceDtype::Fp32;
         wide.evaluations[0].base_perplexity = Some(18.5);
         let report = report([branch("half", 4, Some(32), 19.0, 0.01), wide]);
-        let groups = report.comparisons(None);
+        let groups = comparisons(&report, None);
         let bases: Vec<_> =
             groups.iter().map(|g| (g.base_name(), g.base_bits(), g.base_perplexity())).collect();
         assert_eq!(bases, [("fp16", "16", Some(18.727)), ("fp32", "32", Some(18.5))]);
@@ -328,7 +326,7 @@ mod tests {
             branch("added", 4, None, 20.0, 0.02),
         ]);
         now.branches[0].file_bytes -= 10;
-        let groups = now.comparisons(Some(&before));
+        let groups = comparisons(&now, Some(&before));
         let Some(Change::Compared { perplexity, relative_perplexity, kl, relative_kl, bytes }) =
             groups[0].rows[0].change
         else {
@@ -340,7 +338,7 @@ mod tests {
         assert_eq!(groups[0].rows[1].change, Some(Change::New));
         assert_eq!(groups[1].rows[0].change, Some(Change::NotComparable));
         assert_eq!(groups[0].gone, ["lost"]);
-        assert!(now.comparisons(None)[0].rows[0].change.is_none());
+        assert!(comparisons(&now, None)[0].rows[0].change.is_none());
     }
 
     #[test]

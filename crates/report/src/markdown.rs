@@ -1,12 +1,13 @@
 //! The report as Markdown, for terminals, issues and CI summaries.
 
-use super::compare::{Change, Comparison, Row};
-use super::units::{self, Unit};
-use super::{Report, summary};
+use crate::collect::Report;
+use crate::compare::{Change, Comparison, Row, comparisons};
+use crate::summary;
+use crate::units::{self, Unit};
 
 /// The whole report; with the changes since `previous`.
 pub fn markdown(report: &Report, previous: Option<&Report>) -> String {
-    let sections: Vec<String> = report.comparisons(previous).iter().map(section).collect();
+    let sections: Vec<String> = comparisons(report, previous).iter().map(section).collect();
     sections.join("\n")
 }
 
@@ -117,7 +118,7 @@ fn cells(row: &Row<'_>, unit: Unit) -> Vec<String> {
 }
 
 /// Perplexity, KL and size since the previous report.
-pub(super) fn changes(change: Change) -> [String; 3] {
+pub(crate) fn changes(change: Change) -> [String; 3] {
     match change {
         Change::New => ["new".to_owned(), String::new(), String::new()],
         Change::NotComparable => ["other text".to_owned(), String::new(), String::new()],
@@ -184,7 +185,7 @@ mod tests {
     use gptq_records::source_dtype::SourceDtype;
 
     use super::*;
-    use crate::report::samples::{branch, report};
+    use crate::samples::{branch, report};
 
     #[test]
     fn a_report_is_a_table_with_its_provenance() {

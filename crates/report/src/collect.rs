@@ -1,19 +1,6 @@
-//! What a sweep gave, for people: Markdown, JSON and one self-contained page with charts.
+//! Reports found: of a sweep, of single checkpoints, or of what was printed as JSON.
 //!
-//! Everything comes from the reports in the checkpoints' folders, so that any collection of them
-//! can be shown, in one order that does not depend on where they lie. [`compare`] puts together
-//! what was measured alike; [`markdown`] and [`page`] draw it.
-
-mod axis;
-mod blocks;
-pub mod compare;
-pub mod markdown;
-pub mod page;
-#[cfg(test)]
-pub(crate) mod samples;
-mod scatter;
-pub(crate) mod summary;
-pub(crate) mod units;
+//! They come in one order that does not depend on where they lie.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +9,6 @@ use gptq_records::branch_report::{BranchReport, REPORT_FILE, REPORT_FORMAT};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use compare::{Comparison, comparisons};
 
 /// Branches, as `gptq report --json` prints them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -67,11 +53,6 @@ impl Report {
     pub(crate) fn of(mut branches: Vec<BranchReport>) -> Self {
         branches.sort_by(|a, b| order(a).cmp(&order(b)));
         Self { format: REPORT_FORMAT, branches }
-    }
-
-    /// What was measured alike, side by side; with the changes since `previous`.
-    pub fn comparisons<'a>(&'a self, previous: Option<&'a Self>) -> Vec<Comparison<'a>> {
-        comparisons(self, previous)
     }
 }
 

@@ -81,7 +81,10 @@ impl CardFacts {
     }
 
     /// Reads the facts from their text; `path` is named in errors.
-    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Facts`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
         let facts: Self = toml::from_str(text)
             .map_err(|e| Error::Facts { path: path.to_owned(), message: e.message().to_owned() })?;
         facts.check(path)?;

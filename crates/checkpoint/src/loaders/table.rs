@@ -1,11 +1,7 @@
 //! The loaders and their rules, each learnt from the release that its row names.
 
 use super::needs::Need;
-use super::{Loader, Seen, When, code, ran};
-
-/// What vLLM's and TGI's Marlin kernels take.
-pub(super) const MARLIN_SHAPES: [Need; 4] =
-    [Need::Groups(&[32, 64, 128]), Need::OutMultiple(64), Need::InMultiple(128), Need::WholeGroups];
+use super::rules::{Loader, Seen, When, code, ran};
 
 /// Keys that AutoGPTQ 0.4 hands to its configuration's constructor.
 const AUTOGPTQ_KEYS: [&str; 9] = [

@@ -1,11 +1,11 @@
 use std::fs;
 
+use gptq_checkpoint::loaders::{LoaderVerdict, Seen};
 use yaml_rust2::{Yaml, YamlLoader};
 
 use super::*;
 use crate::card_loaders::Note;
-use crate::loaders::{LoaderVerdict, Seen};
-use crate::report::samples::{branch, report};
+use crate::samples::{branch, report};
 
 const FACTS: &str = r####"
     name = "Whale: the \"big\" one # 2"

@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::axis::{Axis, Tick, pixel};
+use crate::axis::{Axis, Tick, pixel};
 
 /// Width of a character of a label, as a fraction of its height; generous for digits.
 const CHARACTER: f64 = 0.58;

@@ -20,9 +20,9 @@ use gptq_records::branch_report::{BranchReport, EvaluationRecord};
 use gptq_records::files;
 use serde::{Deserialize, Serialize};
 
+use crate::collect::Report;
+use crate::compare::Measurement;
 use crate::error::{Error, Result};
-use crate::report::Report;
-use crate::report::compare::Measurement;
 
 /// The version of a baseline's fields.
 pub const BASELINE_FORMAT: u32 = 1;

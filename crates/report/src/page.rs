@@ -9,17 +9,18 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, context};
 use serde::Serialize;
 
-use super::blocks::{Lines, Maps, Source};
-use super::compare::{Change, Comparison, Row};
-use super::scatter::{Canvas, Dot, Scatter};
-use super::units::{self, Unit};
-use super::{Report, markdown, summary};
+use crate::blocks::{Lines, Maps, Source};
+use crate::collect::Report;
+use crate::compare::{Change, Comparison, Row, comparisons};
 use crate::error::{Error, Result};
+use crate::scatter::{Canvas, Dot, Scatter};
+use crate::units::{self, Unit};
+use crate::{markdown, summary};
 
-const PAGE: &str = include_str!("../../templates/report.html");
-const CHARTS: &str = include_str!("../../templates/charts.html");
-const STYLE: &str = include_str!("../../templates/report.css");
-const SCRIPT: &str = include_str!("../../templates/report.js");
+const PAGE: &str = include_str!("../templates/report.html");
+const CHARTS: &str = include_str!("../templates/charts.html");
+const STYLE: &str = include_str!("../templates/report.css");
+const SCRIPT: &str = include_str!("../templates/report.js");
 
 /// The two charts side by side, one below the other on tablets and paper, and on a phone.
 const HALF: [Canvas; 3] = [
@@ -164,7 +165,7 @@ struct ChangeView {
 /// # Errors
 /// [`Error::Template`], which is a fault of this program.
 pub fn page(report: &Report, previous: Option<&Report>) -> Result<String> {
-    let comparisons = report.comparisons(previous);
+    let comparisons = comparisons(report, previous);
     let sections: Vec<Section<'_>> = comparisons.iter().map(section).collect();
     render(&sections).map_err(|source| Error::Template { name: "report.html", source })
 }
@@ -211,7 +212,7 @@ fn section<'a>(comparison: &'a Comparison<'a>) -> Section<'a> {
             .any(|row| row.evaluation.is_some_and(|e| e.rtn.is_some())),
         lines: FULL.into_iter().filter_map(|canvas| Lines::new(canvas, &sources)).collect(),
         maps: Maps::new(&sources),
-        shades: super::blocks::shades(),
+        shades: crate::blocks::shades(),
         base_name: comparison.base_name(),
         base_bits: comparison.base_bits(),
         base: comparison.base_perplexity().map(units::perplexity),
@@ -354,7 +355,7 @@ fn row_view<'a>(row: &Row<'a>, title: &str, unit: Unit, longest: f64) -> RowView
     let text = |value: Option<f64>, text: fn(f64) -> String| value.map_or_else(String::new, text);
     let rounded = row.evaluation.and_then(|e| e.rtn);
     let share =
-        |kl: f64| (longest > 0.0).then(|| super::axis::pixel(100.0 * (kl.max(0.0) / longest)));
+        |kl: f64| (longest > 0.0).then(|| crate::axis::pixel(100.0 * (kl.max(0.0) / longest)));
     RowView {
         index: row.index,
         name: &branch.branch,
@@ -403,7 +404,7 @@ fn change_views(change: Change) -> Vec<ChangeView> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::samples::{branch, report};
+    use crate::samples::{branch, report};
 
     fn nine() -> Report {
         report([
@@ -470,11 +471,11 @@ mod tests {
     fn marks_with_one_look_are_labelled_by_name() {
         let report =
             report([branch("a", 4, Some(32), 18.9, 0.01), branch("b", 4, Some(32), 18.8, 0.02)]);
-        assert_eq!(labels(&report.comparisons(None)[0]), ["a", "b"]);
+        assert_eq!(labels(&comparisons(&report, None)[0]), ["a", "b"]);
         let mut nine = nine();
-        assert_eq!(labels(&nine.comparisons(None)[0]), ["32g", "no groups", "128g"]);
+        assert_eq!(labels(&comparisons(&nine, None)[0]), ["32g", "no groups", "128g"]);
         nine.branches[2].recipe = "best".to_owned();
-        assert_eq!(labels(&nine.comparisons(None)[0])[2], "128g best");
+        assert_eq!(labels(&comparisons(&nine, None)[0])[2], "128g best");
     }
 
     #[test]
