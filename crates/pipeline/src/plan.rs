@@ -55,7 +55,7 @@ pub struct Setting {
     /// Tokens of each.
     pub seq_len: usize,
     /// First Grams that its sweep keeps
-    /// ([`SweepConfig::shared_grams`](crate::config::SweepConfig::shared_grams)).
+    /// ([`SweepConfig::shared_grams`](crate::sweep::config::SweepConfig::shared_grams)).
     pub shared_grams: usize,
     /// Bytes of the card.
     pub gpu_memory: u64,

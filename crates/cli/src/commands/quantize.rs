@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use gptq_checkpoint::Layout;
-use gptq_pipeline::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::host_memory;
 use gptq_pipeline::job::QuantiseJob;
 use gptq_pipeline::progress::{BlockReport, Progress};
 use gptq_pipeline::quantise::quantise;
+use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::model_name;
 use gptq_records::source_dtype::SourceDtype;

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_checkpoint::free_space;
-use gptq_pipeline::config::{Branch, SweepConfig};
 use gptq_pipeline::plan::BranchPlan;
-use gptq_pipeline::resume::State;
+use gptq_pipeline::sweep::config::{Branch, SweepConfig};
+use gptq_pipeline::sweep::log::{SweepReport, SweepRow};
+use gptq_pipeline::sweep::resume::State;
 use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
-use gptq_pipeline::sweep_log::{SweepReport, SweepRow};
 use gptq_report::card::write_sweep_cards;
 use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;

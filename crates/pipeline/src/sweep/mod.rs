@@ -2,7 +2,13 @@
 //!
 //! What branches share is done once: the calibration windows, the first Gram (see [`FirstGrams`]),
 //! the dense model's perplexity and its final hidden states (for KL), and the rounded baseline of
-//! each grid. Finished branches are found and reused (see [`crate::resume`]).
+//! each grid. Finished branches are found and reused (see [`crate::sweep::resume`]).
+
+pub mod config;
+mod dense_measure;
+pub mod jobs;
+pub mod log;
+pub mod resume;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,8 +25,6 @@ use gptq_text::calibration::Calibration;
 use gptq_text::evaluation::{EvalText, evaluation_text};
 use rayon::prelude::*;
 
-use crate::baseline::Baseline;
-use crate::config::{Branch, SweepConfig};
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::job::QuantiseJob;
@@ -29,8 +33,10 @@ use crate::plan::{BranchPlan, Setting, plan_branch};
 use crate::progress::Progress;
 use crate::quantise::{Made, make};
 use crate::recording::refuse_retries;
-use crate::resume::{Left, State, look, unlink_moved};
-use crate::sweep_log::{Seconds, SweepLog, SweepReport, SweepRow};
+use config::{Branch, SweepConfig};
+use dense_measure::DenseMeasure;
+use log::{Seconds, SweepLog, SweepReport, SweepRow};
+use resume::{Left, State, look, unlink_moved};
 
 /// Branches to make, and everything that they are made with.
 #[derive(Clone, Debug)]
@@ -233,7 +239,7 @@ struct Run<'a> {
     progress: &'a dyn Progress,
     measured_on: Option<String>,
     /// Not needed where every branch is finished.
-    baseline: Option<Baseline<'a>>,
+    baseline: Option<DenseMeasure<'a>>,
     shared: FirstGrams,
     /// The table of an earlier run, for its timings.
     earlier: Vec<SweepRow>,
@@ -269,7 +275,7 @@ impl<'a> Run<'a> {
         let idle = branches.is_empty() || (finished && report.baseline.is_some());
         let mut baseline = None;
         if let Some(text) = text.clone().filter(|_| !idle) {
-            let mut made = Baseline::measure((job.source, dtype), text, job.device, progress)?;
+            let mut made = DenseMeasure::measure((job.source, dtype), text, job.device, progress)?;
             for surveyed in branches {
                 if let State::Finished(report) = &surveyed.state {
                     made.remember(report);

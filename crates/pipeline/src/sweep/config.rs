@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";
-const BUILT_IN_TEXT: &str = include_str!("../../../configs/stablebeluga2.toml");
-const BUILT_IN_CARD: &str = include_str!("../../../configs/cards/stablebeluga2.toml");
+const BUILT_IN_TEXT: &str = include_str!("../../../../configs/stablebeluga2.toml");
+const BUILT_IN_CARD: &str = include_str!("../../../../configs/cards/stablebeluga2.toml");
 
 /// A configuration file, as written.
 #[derive(Debug, Deserialize)]

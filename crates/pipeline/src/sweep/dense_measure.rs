@@ -21,7 +21,7 @@ use crate::perplexity::{Perplexity, Scored, Tally, score, score_rounded};
 use crate::progress::Progress;
 
 /// The dense model on the evaluation text.
-pub(crate) struct Baseline<'a> {
+pub(crate) struct DenseMeasure<'a> {
     text: EvalText,
     model: Model<'a>,
     /// The text's windows, as memory holds them beside a second model's.
@@ -34,7 +34,7 @@ pub(crate) struct Baseline<'a> {
     rounded: BTreeMap<(u8, Option<usize>), Option<Measured>>,
 }
 
-impl<'a> Baseline<'a> {
+impl<'a> DenseMeasure<'a> {
     pub(crate) fn measure(
         (source, dtype): (&'a Checkpoint, SourceDtype),
         text: EvalText,
