@@ -15,14 +15,7 @@ use crate::memory_evaluation::{EvaluationSizes, Room};
 use crate::progress::Progress;
 use crate::states::{chunk_ranges, chunk_tokens};
 
-/// What an evaluation holds beside the states of the model that it walks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Beside {
-    /// Another model's final states and head, to compare with.
-    pub base: bool,
-    /// Grams of the inputs of a block's linears.
-    pub grams: bool,
-}
+pub use crate::memory_evaluation::Beside;
 
 /// How this rank's windows are cut into batches.
 #[derive(Clone, Debug)]

@@ -15,10 +15,8 @@ use half::slice::HalfFloatSliceExt;
 use crate::calibrate::Streams;
 use crate::error::{Error, Result};
 use crate::fold::{Folding, dense_head, final_gain};
+use crate::memory::HEAD_ROWS;
 use crate::recording::solved;
-
-/// Rows of the head that are moved at a time.
-pub(crate) const BAND: usize = 16_384;
 
 /// The head `[vocab, hidden]` as the file should hold it, on rank 0 alone, and what its Hessian needed.
 pub(crate) fn fitted(
@@ -36,7 +34,7 @@ pub(crate) fn fitted(
     let mut head = dense_head(model.checkpoint(), folding)?;
     let width = model.config().hidden_size;
     let share = spec.choices.head * 2.0 / windows as f32;
-    for band in head.chunks_mut(BAND * width) {
+    for band in head.chunks_mut(HEAD_ROWS * width) {
         move_rows(model.device(), band, &map, share)?;
     }
     Ok((Some(head), report))
