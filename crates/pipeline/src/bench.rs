@@ -202,16 +202,8 @@ pub fn bench_block(
     let parking = parking(device, sizes, work)?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
-    let calibrator = Calibrator {
-        device,
-        rope: &rope,
-        spec,
-        ranks,
-        windows,
-        parking,
-        shared: None,
-        name: &|_, id| format!("{id:?}"),
-    };
+    let calibrator =
+        Calibrator { device, rope: &rope, spec, ranks, windows, parking, shared: None };
     let mut runs: Vec<(f64, StageSeconds)> = Vec::new();
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {

@@ -47,8 +47,6 @@ pub(crate) struct Calibrator<'a> {
     pub(crate) parking: Parking,
     /// The first block's first Gram, shared with other branches.
     pub(crate) shared: Option<&'a FirstGrams>,
-    /// Name of a linear in messages and reports.
-    pub(crate) name: &'a dyn Fn(&Block, LinearId) -> String,
 }
 
 /// A calibrated block.
@@ -234,7 +232,7 @@ impl BlockRun<'_, '_, '_> {
             self.stream.kept = None;
         }
         let scale = 2.0 / self.all.windows as f32;
-        let first = (self.all.name)(block, stage.linears()[0]);
+        let first = block.linear_name(stage.linears()[0]);
         let factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
             gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.clone() },
             source => Error::Solve { linear: first.clone(), source },
@@ -324,10 +322,10 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
-        let Calibrator { device, ranks, name, .. } = *self.all;
+        let Calibrator { device, ranks, .. } = *self.all;
         let mut numbers = Vec::with_capacity(2 * energies.len());
         for (&id, &energy) in stage.linears().iter().zip(energies) {
-            let name = name(block, id);
+            let name = block.linear_name(id);
             let rows = block.linear(id).rows();
             let solved = self.solve_rows(block, id, &name, factored, shift)?;
             numbers.extend([solved.as_ref().map_or(0.0, |s| s.loss.unwrap_or(f64::NAN)), energy]);
@@ -344,7 +342,7 @@ impl BlockRun<'_, '_, '_> {
         }
         let numbers = summed(ranks, numbers)?;
         for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
-            self.linears.push(report(name(block, id), number[0], number[1], factored));
+            self.linears.push(report(block.linear_name(id), number[0], number[1], factored));
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ use crate::first_gram::FirstGrams;
 use crate::fold::Folding;
 use crate::head;
 use crate::job::{QuantiseJob, precision};
-use crate::memory::{BlockSizes, Parking, Workload, parking};
+use crate::memory::{BlockSizes, Workload, parking};
 use crate::output::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
@@ -48,6 +48,9 @@ pub(crate) struct Made {
     pub(crate) sealed: Sealed,
     pub(crate) report: BranchReport,
     blocks: Vec<BlockReport>,
+    /// The states after the last block, which should be those that the file gives.
+    #[cfg(test)]
+    streams: Option<Streams>,
 }
 
 /// Makes one branch, on every rank of the job; rank 0 learns what was made. Nothing is left under
@@ -55,7 +58,7 @@ pub(crate) struct Made {
 pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<QuantiseOutcome>> {
     job.ranks.agree(|| agreement::quantise(job))?;
     let outcome = match make(job, progress)? {
-        Some(Made { sealed, report, blocks }) => {
+        Some(Made { sealed, report, blocks, .. }) => {
             // The sums by which verify finds what has changed since.
             let mut made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
             if job.ranks.size() > 1 {
@@ -74,11 +77,6 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option
 
 /// Makes one branch, its report included, in rank 0's working folder.
 pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<Made>> {
-    Ok(run(job, progress)?.0)
-}
-
-/// As [`make`]; also gives the states after the last block, where there was calibration.
-fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, Option<Streams>)> {
     job.spec.validate().map_err(Error::Spec)?;
     if job.source.quantize_config().is_some() {
         return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
@@ -121,7 +119,7 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
         }
         _ => (None, None),
     };
-    let Some(mut writer) = writer else { return Ok((None, streams)) };
+    let Some(mut writer) = writer else { return Ok(None) };
     if job.source.is_arriving() {
         // Only now are both of its tables there.
         check_head(job, progress)?;
@@ -133,7 +131,13 @@ fn run(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<(Option<Made>, 
     let sealed = writer.seal()?;
     let report = branch_report(job, sealed.bytes, &blocks, head_report);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
-    Ok((Some(Made { sealed, report, blocks }), streams))
+    Ok(Some(Made {
+        sealed,
+        report,
+        blocks,
+        #[cfg(test)]
+        streams,
+    }))
 }
 
 /// The embedding that the file will hold, where it is not what the model would read by itself.
@@ -159,34 +163,20 @@ fn walk(
 ) -> Result<(Vec<BlockReport>, Option<Streams>)> {
     let blocks = model.config().num_hidden_layers;
     progress.begin("quantise", blocks);
-    let mut streams = None;
-    let mut parked = Parking::default();
-    // Calibration windows are of one length.
-    let seq_len = windows.first().map_or(1, Vec::len);
-    if job.spec.recipe.calibrates() {
-        let own = &windows[job.ranks.share(windows.len(), 1)];
-        let tokens = own.iter().map(Vec::len).sum();
-        let reference = job.spec.choices.needs_reference();
-        let exact = job.source_dtype == SourceDtype::Fp32;
-        let shared_grams = job.shared.map_or(0, FirstGrams::after_one_more);
-        let work = Workload { tokens, seq_len, reference, exact, shared_grams };
-        parked = parking(model.device(), BlockSizes::of(model.config()), work)?;
-        let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
-        let reference = reference.then(|| embed(model, &own, parked.hidden)).transpose()?;
-        let quantised = embed(model, &own, parked.hidden)?;
-        streams = Some(Streams { quantised, reference });
-    }
+    let calibrates = job.spec.recipe.calibrates();
+    let mut calibration = calibrates.then(|| calibrator(model, job, windows)).transpose()?;
     let mut reports = Vec::with_capacity(blocks);
     for index in 0..blocks {
         let start = Instant::now();
         let mut block = next_block(ahead)?;
-        let done = match &mut streams {
-            Some(streams) => {
-                let run = CalibratedRun { model, job, windows: windows.len(), seq_len, parked };
-                run.block(&mut block, streams, writer, progress)?
+        let done = match &mut calibration {
+            Some((calibrator, streams)) => {
+                calibrator
+                    .block(&mut block, streams, &mut |name, bands| send(writer, name, bands))?
             }
             None => rounded(model, &mut block, job, writer)?,
         };
+        check_retries(job, &done.linears, progress)?;
         let report = BlockReport {
             block: index,
             seconds: start.elapsed().as_secs_f64(),
@@ -197,41 +187,40 @@ fn walk(
         reports.push(report);
     }
     progress.end();
-    Ok((reports, streams))
+    Ok((reports, calibration.map(|(_, streams)| streams)))
 }
 
-/// What every calibrated block of a job shares.
-struct CalibratedRun<'a> {
+/// What calibrates every block of a job, and this rank's windows, embedded.
+fn calibrator<'a>(
     model: &'a Model<'a>,
     job: &'a QuantiseJob<'a>,
-    windows: usize,
-    seq_len: usize,
-    parked: Parking,
-}
-
-impl CalibratedRun<'_> {
-    fn block(
-        &self,
-        block: &mut Block,
-        streams: &mut Streams,
-        writer: &Outbox,
-        progress: &dyn Progress,
-    ) -> Result<Calibrated> {
-        let calibrator = Calibrator {
-            device: self.model.device(),
-            rope: self.model.rope(self.seq_len),
-            spec: &self.job.spec,
-            ranks: &self.job.ranks,
-            windows: self.windows,
-            parking: self.parked,
-            shared: self.job.shared,
-            name: &Block::linear_name,
-        };
-        let done =
-            calibrator.block(block, streams, &mut |name, bands| send(writer, name, bands))?;
-        check_retries(self.job, &done.linears, progress)?;
-        Ok(done)
-    }
+    windows: &[Vec<u32>],
+) -> Result<(Calibrator<'a>, Streams)> {
+    // Calibration windows are of one length.
+    let seq_len = windows.first().map_or(1, Vec::len);
+    let own = &windows[job.ranks.share(windows.len(), 1)];
+    let work = Workload {
+        tokens: own.iter().map(Vec::len).sum(),
+        seq_len,
+        reference: job.spec.choices.needs_reference(),
+        exact: job.source_dtype == SourceDtype::Fp32,
+        shared_grams: job.shared.map_or(0, FirstGrams::after_one_more),
+    };
+    let parking = parking(model.device(), BlockSizes::of(model.config()), work)?;
+    let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
+    let states = || embed(model, &own, parking.hidden);
+    let reference = work.reference.then(states).transpose()?;
+    let streams = Streams { quantised: states()?, reference };
+    let calibrator = Calibrator {
+        device: model.device(),
+        rope: model.rope(seq_len),
+        spec: &job.spec,
+        ranks: &job.ranks,
+        windows: windows.len(),
+        parking,
+        shared: job.shared,
+    };
+    Ok((calibrator, streams))
 }
 
 /// What there is to know of the head is said, or refused.

@@ -70,8 +70,8 @@ fn job<'a>(
 fn assert_walked_alike(job: &QuantiseJob<'_>) {
     let windows = &job.calibration.unwrap().windows;
     let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-    let (made, streams) = run(job, &Quiet).unwrap();
-    let file = Checkpoint::open(&made.unwrap().sealed.publish().unwrap().dir).unwrap();
+    let Made { sealed, streams, .. } = make(job, &Quiet).unwrap().unwrap();
+    let file = Checkpoint::open(&sealed.publish().unwrap().dir).unwrap();
     let seq_len = windows[0].len();
     let model = Model::new(&file, job.device.clone(), SourcePrecision::Stored, seq_len).unwrap();
     let mut reloaded = embed(&model, &windows, 0.0).unwrap();
