@@ -18,12 +18,12 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::agreement::words_of_block;
-use crate::bands::largest;
 use crate::calibrate::{Calibrator, StageSeconds, Streams};
+use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
-use crate::stash::Stash;
+use crate::row_shards::largest;
 use crate::states::{States, chunk_tokens};
 
 /// Runs of each measurement, at least.
@@ -210,7 +210,7 @@ pub fn bench_block(
         let mut block = synthetic_block(device, width)?;
         let states = || synthetic_states(device, width, (own.clone(), seq_len), parking);
         let reference = reference.then(states).transpose()?;
-        let mut streams = Streams { quantised: states()?, reference };
+        let mut streams = Streams { quantized: states()?, reference };
         device.synchronize("preparing the benchmark")?;
         ranks.exchange(Vec::new())?;
         let start = Instant::now();
@@ -339,7 +339,7 @@ fn synthetic_states(
     let table = HostMatrix::new(bytemuck::cast_slice(&values), FloatType::F16, ROWS, width.hidden);
     let most = (chunk_tokens(device) / seq_len).max(1);
     let chunks = windows.len().div_ceil(most);
-    let mut hidden = Stash::new(device, chunks, parking.hidden);
+    let mut hidden = ChunkStore::new(device, chunks, parking.hidden);
     for chunk in 0..chunks {
         let first = windows.start + chunk * most;
         let tokens = most.min(windows.end - first) * seq_len;

@@ -20,12 +20,12 @@ use gptq_model::{Block, LinearId, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantised, factor, solve};
 use gptq_records::branch_report::LinearRecord;
 
-use crate::bands::{Bands, ROWS, band, summed};
+use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::memory::Parking;
 use crate::recording::solved;
-use crate::stash::Stash;
+use crate::row_shards::{RowShards, SHARD_ROWS, rows_of, summed};
 use crate::states::States;
 
 /// Rows of a weight from which the energy of its outputs is estimated: the exact figure costs as
@@ -56,12 +56,12 @@ pub(crate) struct Calibrated {
 }
 
 /// Receives each quantised linear, by name; on rank 0 alone.
-pub(crate) type Sink<'s> = dyn FnMut(&str, Bands) -> Result<()> + 's;
+pub(crate) type Sink<'s> = dyn FnMut(&str, RowShards) -> Result<()> + 's;
 
 /// The states that a block moves: of the model being quantised, and of the unquantised one where
 /// targets are shifted.
 pub(crate) struct Streams {
-    pub(crate) quantised: States,
+    pub(crate) quantized: States,
     pub(crate) reference: Option<States>,
 }
 
@@ -80,7 +80,7 @@ impl Calibrator<'_> {
             laps: Laps::start(self.device)?,
             linears: Vec::with_capacity(LinearId::ALL.len()),
             sink,
-            stream: Stream { states: &mut streams.quantised, kept: None },
+            stream: Stream { states: &mut streams.quantized, kept: None },
             reference: dense.as_ref().zip(streams.reference.as_mut()),
             exact: LinearId::ALL.map(|_| exact.next()),
         };
@@ -101,7 +101,7 @@ impl Calibrator<'_> {
 struct Stream<'s> {
     states: &'s mut States,
     /// Inputs of o, then of down, from the stage that sees them to the one that needs their product.
-    kept: Option<Stash>,
+    kept: Option<ChunkStore>,
 }
 
 impl Stream<'_> {
@@ -159,10 +159,10 @@ impl Stream<'_> {
         self.kept(all).read(chunk, |input| Ok(device.cross_add(sum, &drift, input)?))
     }
 
-    fn kept(&mut self, all: &Calibrator<'_>) -> &mut Stash {
+    fn kept(&mut self, all: &Calibrator<'_>) -> &mut ChunkStore {
         let chunks = self.states.seq_lens.len();
         let park = all.parking.inputs;
-        self.kept.get_or_insert_with(|| Stash::new(all.device, chunks, park))
+        self.kept.get_or_insert_with(|| ChunkStore::new(all.device, chunks, park))
     }
 
     /// Adds down's products: the block's outputs.
@@ -298,10 +298,10 @@ impl BlockRun<'_, '_, '_> {
         }
         let Some(mut drift) = drift else { return Ok(None) };
         all.ranks.sum(&mut drift)?;
-        let rows = all.ranks.share(shape.0, ROWS);
-        let weight = band(all.device, weight, rows.clone())?;
+        let rows = all.ranks.share(shape.0, SHARD_ROWS);
+        let weight = rows_of(all.device, weight, rows.clone())?;
         let wanted = {
-            let drift = band(all.device, &drift, rows)?;
+            let drift = rows_of(all.device, &drift, rows)?;
             all.device.shifted(&drift, &weight, factored.added / scale)?
         };
         drop(drift);
@@ -331,12 +331,12 @@ impl BlockRun<'_, '_, '_> {
             numbers.extend([solved.as_ref().map_or(0.0, |s| s.loss.unwrap_or(f64::NAN)), energy]);
             let (stored, weight) = match solved {
                 Some(solved) => (Some(solved.stored), solved.weight),
-                None => (None, band(device, block.linear(id), 0..0)?.into_owned()),
+                None => (None, rows_of(device, block.linear(id), 0..0)?.into_owned()),
             };
-            block.set_linear(id, ranks.gather_rows(weight, rows, ROWS)?);
+            block.set_linear(id, ranks.gather_rows(weight, rows, SHARD_ROWS)?);
             self.exchanged()?;
-            if let Some(bands) = Bands::collect(ranks, stored, rows)? {
-                (self.sink)(&name, bands)?;
+            if let Some(shards) = RowShards::collect(ranks, stored, rows)? {
+                (self.sink)(&name, shards)?;
             }
             self.laps.lap("pack")?;
         }
@@ -347,7 +347,7 @@ impl BlockRun<'_, '_, '_> {
         Ok(())
     }
 
-    /// Solves this rank's rows of a linear; `None` when there are more ranks than bands of rows.
+    /// Solves this rank's rows of a linear; `None` when there are more ranks than shards of rows.
     fn solve_rows(
         &mut self,
         block: &Block,
@@ -357,13 +357,13 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
     ) -> Result<Option<Quantised>> {
         let Calibrator { device, ranks, spec, .. } = *self.all;
-        let own = ranks.share(block.linear(id).rows(), ROWS);
+        let own = ranks.share(block.linear(id).rows(), SHARD_ROWS);
         if own.is_empty() {
             return Ok(None);
         }
         let mut rows = match self.exact_rows(id, own.clone())? {
             Some(exact) => Cow::Owned(exact),
-            None => band(device, block.linear(id), own)?,
+            None => rows_of(device, block.linear(id), own)?,
         };
         if let Some((shift, share)) = shift {
             rows = Cow::Owned(device.shifted(&rows, shift, *share)?);
@@ -379,7 +379,7 @@ impl BlockRun<'_, '_, '_> {
     fn exact_rows(&mut self, id: LinearId, own: Range<usize>) -> Result<Option<Tensor>> {
         let Some(exact) = self.exact[id as usize].take() else { return Ok(None) };
         let whole = own.len() == exact.rows();
-        let rows = if whole { exact } else { band(&Device::Cpu, &exact, own)?.into_owned() };
+        let rows = if whole { exact } else { rows_of(&Device::Cpu, &exact, own)?.into_owned() };
         Ok(Some(self.all.device.upload_f32(rows.into_host())?))
     }
 

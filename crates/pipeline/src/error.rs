@@ -108,7 +108,7 @@ pub enum Error {
     StrictSource(&'static str),
     /// The source holds quantised linears already.
     #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
-    AlreadyQuantised(PathBuf),
+    AlreadyQuantized(PathBuf),
     /// A file of a checkpoint that cannot be read.
     #[error("Cannot read `{}`: {source}", path.display())]
     ReadFile {
@@ -119,7 +119,7 @@ pub enum Error {
     },
     /// A base that is quantised itself.
     #[error("`{}` is a GPTQ checkpoint; --base takes the dense model that was quantised", .0.display())]
-    QuantisedBase(PathBuf),
+    QuantizedBase(PathBuf),
     /// A base of another shape than the checkpoint.
     #[error("`{}` is not what the checkpoint was made from: its {what} is {theirs}, not {mine}", base.display())]
     OtherBase {

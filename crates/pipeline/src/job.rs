@@ -13,7 +13,7 @@ use crate::first_gram::FirstGrams;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
-pub struct QuantiseJob<'a> {
+pub struct QuantizeJob<'a> {
     /// The dense model.
     pub source: &'a Checkpoint,
     /// What reports call it: a Hub id, or the name of a folder.

@@ -1,6 +1,6 @@
-//! The walk over a model, and the jobs that are made of it: quantise, measure, sweep, verify, plan.
+//! The walk over a model, and the jobs that are made of it: quantize, measure, sweep, verify, plan.
 //!
-//! Every job walks a model block by block with the hidden states of all windows held: [`quantise`] in
+//! Every job walks a model block by block with the hidden states of all windows held: [`quantize`] in
 //! stages, looking at each linear's inputs on the way; [`perplexity`] with plain forwards. At the root
 //! of this crate is the walk and what it is made of. Two wings stand beside it: [`sweep`] makes and
 //! measures every branch of a configuration, and reuses what earlier runs left; [`verify`] checks a
@@ -11,28 +11,28 @@
 //! crates and in `gptq-report`.
 
 pub mod agreement;
-mod bands;
 pub mod batches;
 pub mod bench;
 mod calibrate;
+mod chunk_store;
 mod error;
 pub mod first_gram;
-mod fold;
-mod head;
+mod fit_head;
 pub mod host_memory;
 pub mod job;
 pub mod memory;
 mod memory_evaluation;
-pub mod output;
 pub mod perplexity;
 pub mod plan;
 pub mod progress;
-pub mod quantise;
+pub mod quantize;
 mod read_ahead;
 mod recording;
-mod stash;
+mod rotate;
+mod row_shards;
 mod states;
 pub mod sweep;
 pub mod verify;
+pub mod write;
 
 pub use error::{Error, Result};

@@ -114,8 +114,8 @@ impl Tables {
         let wide = rounds && stored != FloatType::F16;
         // The embedding as the walk reads it: turned, rounded, or the file's own.
         let walking = if turned || wide { table } else { 0 };
-        // A fitted head waits while the embedding is turned or rounded once more. It is fitted in
-        // bands, in f32, by a map that takes a Hessian and its factor.
+        // A fitted head waits while the embedding is turned or rounded once more. It is fitted
+        // some rows at a time, in f32, by a map that takes a Hessian and its factor.
         let fits = spec.recipe.calibrates() && spec.choices.head > 0.0;
         let fitting = 8 * HEAD_ROWS.min(vocab) * width + 20 * width * width;
         let copied = if turned || wide { table } else { 0 };

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
-use crate::output::quantize_config;
+use crate::write::quantize_config;
 
 /// Cost of one branch.
 #[derive(Clone, Debug, Serialize)]
@@ -62,7 +62,7 @@ pub struct Setting {
 }
 
 /// Plans a branch; `metadata` is what the `modern` layout carries beside its own keys
-/// ([`planned_metadata`](crate::output::planned_metadata)).
+/// ([`planned_metadata`](crate::write::planned_metadata)).
 pub fn plan_branch(
     model: &ModelConfig,
     spec: &QuantSpec,

@@ -8,21 +8,21 @@ use gptq_compute::Device;
 use gptq_model::{Block, Model};
 
 use crate::error::{Error, Result};
-use crate::fold::Folding;
+use crate::rotate::FusedRotations;
 
 /// Reads blocks one ahead of their use, and folds rotations into them, on a thread of its own.
 /// With `exact`, blocks on a GPU keep their weights unrounded as well.
 pub(crate) fn read_ahead<'scope, 'env>(
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<'env>,
-    folding: Option<&'env Folding>,
+    rotations: Option<&'env FusedRotations>,
     exact: bool,
 ) -> Receiver<Result<Block>> {
     // A rendezvous: the block that waits here is the only one beside the one in use.
     let (sender, receiver) = sync_channel(0);
     scope.spawn(move || {
         for index in 0..model.config().num_hidden_layers {
-            let block = load(model, index, folding, exact);
+            let block = load(model, index, rotations, exact);
             let failed = block.is_err();
             // A closed channel means that the walk has failed elsewhere.
             if sender.send(block).is_err() || failed {
@@ -33,8 +33,13 @@ pub(crate) fn read_ahead<'scope, 'env>(
     receiver
 }
 
-fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>, exact: bool) -> Result<Block> {
-    if folding.is_none() && !exact {
+fn load(
+    model: &Model<'_>,
+    index: usize,
+    rotations: Option<&FusedRotations>,
+    exact: bool,
+) -> Result<Block> {
+    if rotations.is_none() && !exact {
         let block = model.load_block(index)?;
         discard(model, index)?;
         return Ok(block);
@@ -47,8 +52,8 @@ fn load(model: &Model<'_>, index: usize, folding: Option<&Folding>, exact: bool)
     if exact {
         block.round_biases();
     }
-    if let Some(folding) = folding {
-        folding.block(&mut block)?;
+    if let Some(rotations) = rotations {
+        rotations.block(&mut block)?;
     }
     if exact {
         block.round_norms();

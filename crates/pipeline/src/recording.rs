@@ -8,7 +8,7 @@ use gptq_records::branch_report::{
 use gptq_text::calibration::Calibration;
 
 use crate::error::{Error, Result};
-use crate::job::QuantiseJob;
+use crate::job::QuantizeJob;
 use crate::progress::BlockReport;
 
 /// Of a linear that was solved with this Hessian.
@@ -34,19 +34,19 @@ pub(crate) fn rounded(name: String) -> LinearRecord {
 /// What its Hessian needed beside what was asked for, damping `asked`, one line each.
 pub(crate) fn retries(linear: &LinearRecord, asked: f64) -> Vec<String> {
     let (name, damp) = (&linear.name, linear.damp.unwrap_or(asked));
-    let mut said = Vec::new();
+    let mut warnings = Vec::new();
     if linear.damp_retries > 0 {
-        said.push(format!(
+        warnings.push(format!(
             "the Hessian of `{name}` is not positive definite at damping {asked:?}; used {damp:?}"
         ));
     }
     if linear.f64_retries > 0 {
-        said.push(format!(
+        warnings.push(format!(
             "the Hessian of `{name}` is not positive definite in f32 at damping {damp:?}; \
              factored it in f64"
         ));
     }
-    said
+    warnings
 }
 
 /// Refuses what [`retries`] says, for `--strict`.
@@ -76,7 +76,7 @@ fn calibration_record(calibration: &Calibration) -> CalibrationRecord {
 
 /// The report of a branch that was just made; nothing is measured yet.
 pub(crate) fn branch_report(
-    job: &QuantiseJob<'_>,
+    job: &QuantizeJob<'_>,
     file_bytes: u64,
     blocks: &[BlockReport],
     head: Option<LinearRecord>,
@@ -130,9 +130,9 @@ mod tests {
             (linear(0.01, 0, 1), &["in f32 at damping 0.01; factored it in f64"]),
             (linear(0.1, 1, 1), &["used 0.1", "in f32 at damping 0.1; factored it in f64"]),
         ] {
-            let said = retries(&linear, 0.01);
-            assert_eq!(said.len(), words.len(), "{said:?}");
-            for (line, words) in said.iter().zip(words) {
+            let warnings = retries(&linear, 0.01);
+            assert_eq!(warnings.len(), words.len(), "{warnings:?}");
+            for (line, words) in warnings.iter().zip(words) {
                 assert!(line.contains("`q_proj`") && line.contains(words), "{line}");
             }
             let refused = refuse_retries(&linear, 0.01).unwrap_err().to_string();

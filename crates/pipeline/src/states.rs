@@ -7,13 +7,13 @@ use gptq_compute::Device;
 use gptq_compute::cuda::CHUNK_TOKENS;
 use gptq_model::{Block, Model};
 
+use crate::chunk_store::ChunkStore;
 use crate::error::Result;
-use crate::stash::Stash;
 
 /// Hidden states `[tokens, hidden]` of every chunk.
 #[derive(Debug)]
 pub(crate) struct States {
-    pub(crate) hidden: Stash,
+    pub(crate) hidden: ChunkStore,
     /// Tokens of a window, for each chunk.
     pub(crate) seq_lens: Vec<usize>,
 }
@@ -30,7 +30,7 @@ pub(crate) fn chunk_tokens(device: &Device) -> usize {
 /// Embeds windows; consecutive windows of equal length share chunks.
 pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], parked: f64) -> Result<States> {
     let ranges = chunk_ranges(windows, chunk_tokens(model.device()));
-    let mut hidden = Stash::new(model.device(), ranges.len(), parked);
+    let mut hidden = ChunkStore::new(model.device(), ranges.len(), parked);
     let mut seq_lens = Vec::with_capacity(ranges.len());
     for (chunk, range) in ranges.into_iter().enumerate() {
         seq_lens.push(windows[range.start].len());

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::dataset_identity::{DatasetIdentity, contaminated};
 use crate::error::{Error, Result};
-use crate::identity::{DatasetIdentity, contaminated};
 use crate::source_dtype::SourceDtype;
 
 /// Name of the report in a checkpoint's folder.

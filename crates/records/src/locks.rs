@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::has_no_locks;
 
+use crate::atomic_file::{replace, replace_through};
 use crate::error::{Error, Result};
-use crate::files::{replace, replace_through};
 
 /// Folder of a sweep's own files beside the branches.
 pub const STATE_DIR: &str = ".gptq-sweep";

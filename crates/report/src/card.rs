@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::Checkpoint;
+use gptq_records::atomic_file::replace;
 use gptq_records::branch_report::{BranchReport, TOOL};
-use gptq_records::files::replace;
 use gptq_records::locks::{STATE_DIR, SharedFile};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;

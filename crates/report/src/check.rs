@@ -16,8 +16,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use gptq_records::atomic_file;
 use gptq_records::branch_report::{BranchReport, EvaluationRecord};
-use gptq_records::files;
 use serde::{Deserialize, Serialize};
 
 use crate::collect::Report;
@@ -184,7 +184,7 @@ impl Baseline {
         let mut text = serde_json::to_vec_pretty(self)
             .map_err(|e| Error::Baseline { path: path.to_owned(), message: e.to_string() })?;
         text.push(b'\n');
-        Ok(files::replace(path, &text)?)
+        Ok(atomic_file::replace(path, &text)?)
     }
 
     /// Accepts a report: all of its branches that were measured as `before` was, or as its first

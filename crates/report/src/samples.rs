@@ -4,7 +4,7 @@ use gptq_records::branch_report::{
     BlockRecord, BranchReport, CalibrationRecord, EvaluationRecord, LinearRecord, Measured,
     REPORT_FORMAT, TOOL,
 };
-use gptq_records::identity::DatasetIdentity;
+use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_records::source_dtype::SourceDtype;
 
 use crate::collect::Report;

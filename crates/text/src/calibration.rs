@@ -7,8 +7,8 @@
 use std::fs;
 use std::path::Path;
 
+use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_records::digest::hex;
-use gptq_records::identity::DatasetIdentity;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 

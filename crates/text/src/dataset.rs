@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use gptq_records::identity::{DatasetIdentity, HubSplit};
+use gptq_records::dataset_identity::{DatasetIdentity, HubSplit};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

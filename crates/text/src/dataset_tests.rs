@@ -144,7 +144,7 @@ fn local_files_and_their_identity() {
     let lines = spec("a.jsonl#body").relative_to(folder.path()).load().unwrap();
     assert_eq!(text.rows, ["one\n\ntwo\n"]);
     assert_eq!(lines.rows, ["one", "two"]);
-    assert!(gptq_records::identity::contaminated(&text.identity, &lines.identity));
+    assert!(gptq_records::dataset_identity::contaminated(&text.identity, &lines.identity));
     fs::write(folder.path().join("a.txt"), " \n").unwrap();
     let blank = spec("a.txt").relative_to(folder.path()).rows();
     assert!(matches!(blank, Err(Error::NoText { .. })));

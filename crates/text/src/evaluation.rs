@@ -2,8 +2,8 @@
 
 use gptq_checkpoint::Checkpoint;
 use gptq_records::branch_report::calibrated_on;
+use gptq_records::dataset_identity::{DatasetIdentity, contaminated};
 use gptq_records::digest::sha256;
-use gptq_records::identity::{DatasetIdentity, contaminated};
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::{Dataset, DatasetSpec};

@@ -5,9 +5,9 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use gptq_checkpoint::Layout;
 use gptq_pipeline::host_memory;
-use gptq_pipeline::job::QuantiseJob;
+use gptq_pipeline::job::QuantizeJob;
 use gptq_pipeline::progress::{BlockReport, Progress};
-use gptq_pipeline::quantise::quantise;
+use gptq_pipeline::quantize::quantize;
 use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::model_name;
@@ -83,7 +83,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
     let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
     let outcome = team.run(|device, ranks| {
-        let job = QuantiseJob {
+        let job = QuantizeJob {
             source: &source,
             model: model_name(&args.model),
             branch: args.branch.clone().unwrap_or_else(|| branch_name(&spec)),
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
             strict: args.strict,
             shared: None,
         };
-        Ok(quantise(&job, printer)?)
+        Ok(quantize(&job, printer)?)
     })?;
     let Some(outcome) = outcome.flatten() else { return Ok(()) };
     let output = Output {

@@ -1,7 +1,7 @@
 //! `gptq report`: what a sweep gave, for people.
 
 use anyhow::Result;
-use gptq_records::files::replace;
+use gptq_records::atomic_file::replace;
 use gptq_report::Report;
 use gptq_report::compare::{BranchChange, changes, comparisons};
 use gptq_report::markdown::markdown;

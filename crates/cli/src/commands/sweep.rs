@@ -243,7 +243,7 @@ fn cells(row: &SweepRow) -> Vec<String> {
         number(row.result.map(|m| m.kl), 4),
         number(row.rtn.map(|m| m.perplexity), 3),
         number(row.rtn.map(|m| m.kl), 4),
-        number(row.quantise_seconds, 1),
+        number(row.quantize_seconds, 1),
     ]
 }
 
@@ -257,7 +257,7 @@ mod tests {
         let row = |branch: &str| {
             json!({
                 "branch": branch, "bits": 4, "group_size": 32, "act_order": true, "damp": 0.01,
-                "recipe": "autogptq", "dir": branch, "file_bytes": 1, "quantise_seconds": null,
+                "recipe": "autogptq", "dir": branch, "file_bytes": 1, "quantize_seconds": null,
                 "measure_seconds": null, "damp_retries": 0, "rtn": null, "key": "",
                 "result": {"perplexity": 19.0, "kl": 0.01}
             })

@@ -39,7 +39,8 @@ pub struct SweepRow {
     /// Bytes of the weight files.
     pub file_bytes: u64,
     /// Seconds to quantise and write; `null` when an earlier run did and its table is gone.
-    pub quantise_seconds: Option<f64>,
+    #[serde(alias = "quantise_seconds")]
+    pub quantize_seconds: Option<f64>,
     /// Seconds to measure, as above.
     pub measure_seconds: Option<f64>,
     /// Linears whose damping had to be raised.
@@ -70,7 +71,7 @@ impl SweepRow {
             recipe: report.recipe.clone(),
             dir,
             file_bytes: report.file_bytes,
-            quantise_seconds: seconds.quantise,
+            quantize_seconds: seconds.quantize,
             measure_seconds: seconds.measure,
             damp_retries: report.damp_retries,
             result: evaluation.and_then(measured),
@@ -112,7 +113,7 @@ impl SweepReport {
 /// Wall-clock seconds of a branch, where they are known.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seconds {
-    pub(crate) quantise: Option<f64>,
+    pub(crate) quantize: Option<f64>,
     pub(crate) measure: Option<f64>,
 }
 
@@ -151,5 +152,34 @@ impl<'a> SweepLog<'a> {
             gptq_records::Error::Report { path: path.clone(), message: e.to_string() }
         })?;
         Ok(file.replace(&path, (text + "\n").as_bytes())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_with_the_british_key_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = |key: &str| {
+            let row = serde_json::json!({
+                "branch": "main", "bits": 4, "group_size": null, "act_order": true, "damp": 0.01,
+                "recipe": "autogptq", "dir": "out/main", "file_bytes": 1, key: 12.5,
+                "measure_seconds": null, "damp_retries": 0, "result": null, "rtn": null, "key": "k",
+            });
+            let table = serde_json::json!({
+                "model": "m", "source_dtype": "fp16", "baseline": null, "baseline_key": null,
+                "evaluation": null, "rows": [row],
+            });
+            fs::write(dir.path().join(SWEEP_FILE), table.to_string()).unwrap();
+            SweepLog::new(dir.path(), vec!["main"]).read().unwrap()
+        };
+        for key in ["quantise_seconds", "quantize_seconds"] {
+            let read = table(key);
+            assert_eq!(read.rows[0].quantize_seconds, Some(12.5), "{key}");
+            let written = serde_json::to_string(&read).unwrap();
+            assert!(written.contains("\"quantize_seconds\":12.5"), "{written}");
+        }
     }
 }

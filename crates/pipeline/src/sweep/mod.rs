@@ -27,12 +27,12 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
-use crate::job::QuantiseJob;
-use crate::output::metadata;
+use crate::job::QuantizeJob;
 use crate::plan::{BranchPlan, Setting, plan_branch};
 use crate::progress::Progress;
-use crate::quantise::{Made, make};
+use crate::quantize::{Made, make};
 use crate::recording::refuse_retries;
+use crate::write::metadata;
 use config::{Branch, SweepConfig};
 use dense_measure::DenseMeasure;
 use log::{Seconds, SweepLog, SweepReport, SweepRow};
@@ -121,7 +121,7 @@ pub fn sweep(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<SweepReport>
     let lock = |branch: &Branch| Lock::branch(job.out, &branch.name);
     let _locks: Vec<Lock> = job.branches.iter().map(lock).collect::<gptq_records::Result<_>>()?;
     let survey = Survey::new(job, progress)?;
-    tell(job, &survey, progress);
+    announce(job, &survey, progress);
     if job.strict {
         survey.forbid_retries()?;
     }
@@ -135,8 +135,8 @@ pub fn sweep(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<SweepReport>
     Ok(run.report)
 }
 
-/// Says what an earlier run left.
-fn tell(job: &SweepJob<'_>, survey: &Survey, progress: &dyn Progress) {
+/// Announces what an earlier run left.
+fn announce(job: &SweepJob<'_>, survey: &Survey, progress: &dyn Progress) {
     for (branch, state) in job.branches.iter().zip(survey.states()) {
         let name = &branch.name;
         match state {
@@ -299,7 +299,7 @@ impl<'a> Run<'a> {
         let key = sha256(lines.join("\n").as_bytes());
         let known =
             self.earlier.iter().find(|row| row.key == key).map_or_else(Seconds::default, |row| {
-                Seconds { quantise: row.quantise_seconds, measure: row.measure_seconds }
+                Seconds { quantize: row.quantize_seconds, measure: row.measure_seconds }
             });
         let (report, seconds) = match state {
             State::Finished(report) => {
@@ -335,7 +335,7 @@ impl<'a> Run<'a> {
     fn make(&mut self, branch: &Branch, made_from: &MadeFrom) -> Result<(BranchReport, Seconds)> {
         let job = self.job;
         let start = Instant::now();
-        let quantise = QuantiseJob {
+        let quantize = QuantizeJob {
             source: job.source,
             model: model_name(&job.config.model),
             branch: branch.name.clone(),
@@ -350,15 +350,15 @@ impl<'a> Run<'a> {
             strict: job.strict,
             shared: Some(&self.shared),
         };
-        let Some(Made { sealed, report, .. }) = make(&quantise, self.progress)? else {
+        let Some(Made { sealed, report, .. }) = make(&quantize, self.progress)? else {
             // What several ranks make is the first one's; here there is one, and it is the first.
             let source = io::Error::other("the run ended without a checkpoint");
             return Err(
-                gptq_records::Error::Folder { action: "make", path: quantise.out, source }.into()
+                gptq_records::Error::Folder { action: "make", path: quantize.out, source }.into()
             );
         };
         let mut folder = sealed.folder;
-        let quantise = Some(start.elapsed().as_secs_f64());
+        let quantize = Some(start.elapsed().as_secs_f64());
         let start = Instant::now();
         let (manifest, record) = std::thread::scope(|scope| {
             let listing = scope.spawn(|| Manifest::list(&folder, made_from, &report));
@@ -369,7 +369,7 @@ impl<'a> Run<'a> {
         // Whatever was wrong with the measurement, the next run need not make the branch again.
         folder.keep();
         let report = publish(folder, manifest, report, record?, self.measured_on.as_deref())?;
-        Ok((report, Seconds { quantise, measure: Some(start.elapsed().as_secs_f64()) }))
+        Ok((report, Seconds { quantize, measure: Some(start.elapsed().as_secs_f64()) }))
     }
 
     /// Measures a branch that is made.

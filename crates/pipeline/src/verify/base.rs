@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 pub(super) fn check_base(checkpoint: &Checkpoint, base: &Checkpoint) -> Result<()> {
     let (mine, theirs) = (checkpoint.config(), base.config());
     if base.quantize_config().is_some() {
-        return Err(Error::QuantisedBase(base.dir().to_owned()));
+        return Err(Error::QuantizedBase(base.dir().to_owned()));
     }
     for (what, mine, theirs) in [
         ("num_hidden_layers", mine.num_hidden_layers, theirs.num_hidden_layers),

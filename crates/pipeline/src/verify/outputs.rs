@@ -19,10 +19,10 @@ use super::job::VerifyJob;
 use super::weights::Weights;
 use crate::batches::{Batch, Batches, Beside};
 use crate::error::{Error, Result};
-use crate::fold::Folding;
 use crate::perplexity::{Perplexity, Scored, Tally, begin, score};
 use crate::progress::Progress;
 use crate::read_ahead::{next_block, read_ahead};
+use crate::rotate::FusedRotations;
 use crate::states::States;
 
 /// Measured on a text.
@@ -44,7 +44,7 @@ pub(super) struct Run<'a> {
     pub(super) job: &'a VerifyJob<'a>,
     pub(super) checkpoint: &'a Checkpoint,
     /// Rotations that the checkpoint has over the base.
-    pub(super) folding: Option<Folding>,
+    pub(super) rotations: Option<FusedRotations>,
 }
 
 impl Run<'_> {
@@ -113,7 +113,7 @@ impl Run<'_> {
         progress.begin(&batch.label("output errors"), blocks);
         std::thread::scope(|scope| {
             let ahead = read_ahead(scope, model, None, false);
-            let ahead_of_base = read_ahead(scope, dense, self.folding.as_ref(), false);
+            let ahead_of_base = read_ahead(scope, dense, self.rotations.as_ref(), false);
             for index in 0..blocks {
                 let (block, wanted) = (next_block(&ahead)?, next_block(&ahead_of_base)?);
                 let grams = forward(model, &block, &mut states)?;

@@ -1,6 +1,6 @@
 //! Every linear against the base's, in the same coordinates.
 //!
-//! A recipe may have turned the model ([`crate::fold`]), so the base is turned the same way before
+//! A recipe may have turned the model ([`crate::rotate`]), so the base is turned the same way before
 //! weights are compared; which way is found by trying ([`rotation`]). How a linear then sits on its
 //! weights, and what tells damage from quantization, is [`Fit`]'s matter.
 
@@ -15,9 +15,9 @@ use super::dense;
 use super::findings::{Check, Findings};
 use super::fit::{Fit, energies};
 use crate::error::Result;
-use crate::fold::Folding;
 use crate::progress::Progress;
 use crate::read_ahead::{next_block, read_ahead};
+use crate::rotate::FusedRotations;
 
 /// Comparison with the base.
 #[derive(Clone, Debug, Serialize)]
@@ -47,8 +47,8 @@ pub struct LinearError {
 
 impl Weights {
     /// The rotations that bring a model of this shape into the checkpoint's coordinates.
-    pub(super) fn folding(&self, config: &ModelConfig) -> Option<Folding> {
-        Folding::new(config, self.rotate)
+    pub(super) fn rotations(&self, config: &ModelConfig) -> Option<FusedRotations> {
+        FusedRotations::new(config, self.rotate)
     }
 }
 
@@ -72,12 +72,12 @@ pub(super) fn compare(
         );
         findings.add(Check::Weights, "metadata", message);
     }
-    let folding = Folding::new(base.config(), rotate);
+    let rotations = FusedRotations::new(base.config(), rotate);
     let mut linears = Vec::new();
     let blocks = base.config().num_hidden_layers;
     progress.begin("compare", blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, &model, folding.as_ref(), false);
+        let ahead = read_ahead(scope, &model, rotations.as_ref(), false);
         for _ in 0..blocks {
             let block = next_block(&ahead)?;
             for (id, shape) in LinearId::ALL.into_iter().zip(base.config().block_linears()) {
@@ -104,8 +104,8 @@ pub(super) fn compare(
         Ok::<_, crate::Error>(())
     })?;
     progress.end();
-    dense::check(checkpoint, base, (stored, folding.as_ref()), findings)?;
-    let head_change = dense::head_change(checkpoint, base, folding.as_ref(), recorded, findings)?;
+    dense::check(checkpoint, base, (stored, rotations.as_ref()), findings)?;
+    let head_change = dense::head_change(checkpoint, base, rotations.as_ref(), recorded, findings)?;
     Ok(Weights { rotation: name(rotate), head_change, linears, rotate })
 }
 
@@ -168,8 +168,8 @@ fn distance(
 ) -> Result<Option<f64>> {
     const UNRELATED: f64 = 2.0;
     let mut block = model.load_block_on(&Device::Cpu, index)?;
-    if let Some(folding) = Folding::new(model.config(), rotate) {
-        folding.block(&mut block)?;
+    if let Some(rotations) = FusedRotations::new(model.config(), rotate) {
+        rotations.block(&mut block)?;
     }
     let mut sum = Some(0.0);
     for id in [LinearId::V, LinearId::Q, LinearId::O] {

@@ -10,7 +10,7 @@ use crate::error::Result;
 
 /// One tensor a chunk, used in order.
 #[derive(Debug)]
-pub(crate) struct Stash {
+pub(crate) struct ChunkStore {
     device: Device,
     /// Share of the chunks that wait in host memory.
     parked: f64,
@@ -26,7 +26,7 @@ enum Slot {
     Coming(ComingTensor, ParkedTensor),
 }
 
-impl Stash {
+impl ChunkStore {
     /// Room for `chunks` tensors, of which the share `parked` is moved out of device memory while it
     /// waits: evenly spread ones, so that each crosses the bus behind the work on others.
     pub(crate) fn new(device: &Device, chunks: usize, parked: f64) -> Self {
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn the_parked_share_is_spread_and_never_less_than_asked() {
         for share in [0.0, 0.1, 0.34, 0.5, 0.99, 1.0] {
-            let stash = Stash::new(&Device::Cpu, 32, share);
+            let stash = ChunkStore::new(&Device::Cpu, 32, share);
             let parked: Vec<usize> = (0..32).filter(|&c| stash.parks(c)).collect();
             assert!(
                 parked.len() as f64 >= 32.0 * share && parked.len() as f64 <= 32.0 * share + 1.0

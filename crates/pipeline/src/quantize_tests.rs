@@ -7,7 +7,7 @@ use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Ranks};
 use gptq_model::SourcePrecision;
 use gptq_quant::{QuantSpec, Recipe, Rotate};
-use gptq_records::identity::DatasetIdentity;
+use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_text::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
 use gptq_text::tokens::TextTokenizer;
 use serde_json::{Map, json};
@@ -46,8 +46,8 @@ fn job<'a>(
     calibration: &'a Calibration,
     spec: QuantSpec,
     out: &Path,
-) -> QuantiseJob<'a> {
-    QuantiseJob {
+) -> QuantizeJob<'a> {
+    QuantizeJob {
         source,
         model: "model".to_owned(),
         branch: "branch".to_owned(),
@@ -67,7 +67,7 @@ fn job<'a>(
 /// What calibration saw is what the file holds: to the last bit, because both walk the same
 /// operations over the same values.
 #[track_caller]
-fn assert_walked_alike(job: &QuantiseJob<'_>) {
+fn assert_walked_alike(job: &QuantizeJob<'_>) {
     let windows = &job.calibration.unwrap().windows;
     let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
     let Made { sealed, streams, .. } = make(job, &Quiet).unwrap().unwrap();
@@ -78,7 +78,7 @@ fn assert_walked_alike(job: &QuantiseJob<'_>) {
     for index in 0..model.config().num_hidden_layers {
         forward(&model, &model.load_block(index).unwrap(), &mut reloaded).unwrap();
     }
-    assert_eq!(values(&mut streams.unwrap().quantised), values(&mut reloaded));
+    assert_eq!(values(&mut streams.unwrap().quantized), values(&mut reloaded));
 }
 
 #[test]
@@ -146,7 +146,7 @@ fn a_wider_source_is_walked_as_the_file_holds_it() {
             spec.choices.rotate = rotate;
             let out = folder.path().join(format!("{rotate:?}"));
             let job = job(&source, &calibration, spec, &out);
-            assert_walked_alike(&QuantiseJob { source_dtype: SourceDtype::Fp32, ..job });
+            assert_walked_alike(&QuantizeJob { source_dtype: SourceDtype::Fp32, ..job });
         }
     }
 }

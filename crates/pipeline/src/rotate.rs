@@ -1,4 +1,4 @@
-//! Rotations folded into a model's weights: the same function in other coordinates.
+//! Rotations fused into a model's weights: the same function in other coordinates.
 //!
 //! With R orthogonal and norms without gains, norm(x R) = norm(x) R, so the residual stream may be
 //! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
@@ -25,7 +25,7 @@ const FINAL_NORM: &str = "model.norm.weight";
 
 /// The rotations of a model.
 #[derive(Debug)]
-pub(crate) struct Folding {
+pub(crate) struct FusedRotations {
     /// Over the residual stream.
     stream: Option<Rotation>,
     /// Over the features of a head.
@@ -33,9 +33,12 @@ pub(crate) struct Folding {
 }
 
 /// Gain of the norm before the head that is written.
-pub(crate) fn final_gain(source: &Checkpoint, folding: Option<&Folding>) -> Result<Vec<f32>> {
+pub(crate) fn final_gain(
+    source: &Checkpoint,
+    rotations: Option<&FusedRotations>,
+) -> Result<Vec<f32>> {
     let width = source.config().hidden_size;
-    if folding.is_some_and(|f| f.stream.is_some()) {
+    if rotations.is_some_and(|f| f.stream.is_some()) {
         return Ok(vec![1.0; width]);
     }
     let gain = source.tensor_shaped(FINAL_NORM, &[width])?;
@@ -44,9 +47,12 @@ pub(crate) fn final_gain(source: &Checkpoint, folding: Option<&Folding>) -> Resu
 }
 
 /// The head `[vocab, hidden]` in the coordinates that are written.
-pub(crate) fn dense_head(source: &Checkpoint, folding: Option<&Folding>) -> Result<Vec<f16>> {
+pub(crate) fn dense_head(
+    source: &Checkpoint,
+    rotations: Option<&FusedRotations>,
+) -> Result<Vec<f16>> {
     let table = table(source, HEAD)?;
-    let head = match folding.and_then(|f| f.stream.as_ref()) {
+    let head = match rotations.and_then(|f| f.stream.as_ref()) {
         Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?))?,
         None => table.to_f16()?,
     };
@@ -54,7 +60,7 @@ pub(crate) fn dense_head(source: &Checkpoint, folding: Option<&Folding>) -> Resu
     Ok(head)
 }
 
-impl Folding {
+impl FusedRotations {
     /// The rotations asked for; `None` when there are none.
     pub(crate) fn new(config: &ModelConfig, rotate: Rotate) -> Option<Self> {
         let stream = || Rotation::new(config.hidden_size, STREAM_SEED);
@@ -229,24 +235,24 @@ mod tests {
         Checkpoint::open(dir).unwrap()
     }
 
-    fn logits(source: &Checkpoint, folding: Option<&Folding>) -> Array2<f32> {
+    fn logits(source: &Checkpoint, rotations: Option<&FusedRotations>) -> Array2<f32> {
         let (device, ids) = (Device::Cpu, (0..48).map(|i| i * 7 % 64).collect::<Vec<u32>>());
         let mut model =
             Model::new(source, device.clone(), SourcePrecision::Half, ids.len()).unwrap();
-        if let Some(values) = folding.and_then(|f| f.embedding(source).unwrap()) {
+        if let Some(values) = rotations.and_then(|f| f.embedding(source).unwrap()) {
             model = model.with_embedding(values);
         }
         let mut hidden = model.embed(&ids).unwrap();
         for index in 0..model.config().num_hidden_layers {
             let mut block = model.load_block(index).unwrap();
-            if let Some(folding) = folding {
-                folding.block(&mut block).unwrap();
+            if let Some(rotations) = rotations {
+                rotations.block(&mut block).unwrap();
             }
             block.forward(&device, &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
         }
-        let gain = final_gain(source, folding).unwrap();
+        let gain = final_gain(source, rotations).unwrap();
         let normed = device.rms_norm(&hidden, &gain, model.config().rms_norm_eps).unwrap();
-        let head = dense_head(source, folding).unwrap();
+        let head = dense_head(source, rotations).unwrap();
         let (rows, cols) = (model.config().vocab_size, model.config().hidden_size);
         let head = HostMatrix::new(bytemuck::cast_slice(&head), FloatType::F16, rows, cols);
         device.linear(&normed, &device.upload(head).unwrap()).unwrap().to_host().unwrap()
@@ -267,8 +273,8 @@ mod tests {
             let source = assemble(dir.path(), name, weights);
             let want = logits(&source, None);
             for rotate in [Rotate::Heads, Rotate::Full] {
-                let folding = Folding::new(source.config(), rotate);
-                let got = logits(&source, folding.as_ref());
+                let rotations = FusedRotations::new(source.config(), rotate);
+                let got = logits(&source, rotations.as_ref());
                 // In the total order NaN is the largest, where `max` would drop it.
                 let worst = (&got - &want).iter().map(|e| e.abs()).max_by(f32::total_cmp).unwrap();
                 assert!(worst < ROUNDINGS, "{name}, {rotate:?}: {worst}");

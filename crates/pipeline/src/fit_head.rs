@@ -14,28 +14,28 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::calibrate::Streams;
 use crate::error::{Error, Result};
-use crate::fold::{Folding, dense_head, final_gain};
 use crate::memory::HEAD_ROWS;
 use crate::recording::solved;
+use crate::rotate::{FusedRotations, dense_head, final_gain};
 
 /// The head `[vocab, hidden]` as the file should hold it, on rank 0 alone, and what its Hessian needed.
 pub(crate) fn fitted(
     model: &Model<'_>,
-    folding: Option<&Folding>,
+    rotations: Option<&FusedRotations>,
     spec: &QuantSpec,
     windows: usize,
     streams: &mut Streams,
 ) -> Result<(Option<Vec<f16>>, LinearRecord)> {
-    let gain = final_gain(model.checkpoint(), folding)?;
+    let gain = final_gain(model.checkpoint(), rotations)?;
     let (map, report) = map(model, &gain, spec, windows, streams)?;
     if !model.ranks().is_first() {
         return Ok((None, report));
     }
-    let mut head = dense_head(model.checkpoint(), folding)?;
+    let mut head = dense_head(model.checkpoint(), rotations)?;
     let width = model.config().hidden_size;
     let share = spec.choices.head * 2.0 / windows as f32;
-    for band in head.chunks_mut(HEAD_ROWS * width) {
-        move_rows(model.device(), band, &map, share)?;
+    for rows in head.chunks_mut(HEAD_ROWS * width) {
+        move_rows(model.device(), rows, &map, share)?;
     }
     Ok((Some(head), report))
 }
@@ -56,7 +56,7 @@ fn map(
     if let Some(reference) = &mut streams.reference {
         for chunk in 0..reference.seq_lens.len() {
             let norm = |hidden: &Tensor| Ok(device.rms_norm(hidden, gain, eps)?);
-            let input = streams.quantised.hidden.read(chunk, norm)?;
+            let input = streams.quantized.hidden.read(chunk, norm)?;
             let drift = device.difference(&reference.hidden.read(chunk, norm)?, &input)?;
             device.gram_add(&mut gram, &input)?;
             device.cross_add(&mut lacking, &drift, &input)?;

@@ -16,23 +16,23 @@ use gptq_records::source_dtype::SourceDtype;
 use half::f16;
 
 use crate::agreement;
-use crate::bands::Bands;
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
-use crate::fold::Folding;
-use crate::head;
-use crate::job::{QuantiseJob, precision};
+use crate::fit_head;
+use crate::job::{QuantizeJob, precision};
 use crate::memory::{BlockSizes, Workload, parking};
-use crate::output::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
 use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
+use crate::rotate::FusedRotations;
+use crate::row_shards::RowShards;
 use crate::states::embed;
+use crate::write::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
 
 /// A branch that was made.
 #[derive(Debug)]
-pub struct QuantiseOutcome {
+pub struct QuantizeOutcome {
     /// Folder, files and bytes.
     pub written: Written,
     /// Every block, in order.
@@ -55,8 +55,8 @@ pub(crate) struct Made {
 
 /// Makes one branch, on every rank of the job; rank 0 learns what was made. Nothing is left under
 /// the output name unless everything succeeded.
-pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<QuantiseOutcome>> {
-    job.ranks.agree(|| agreement::quantise(job))?;
+pub fn quantize(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option<QuantizeOutcome>> {
+    job.ranks.agree(|| agreement::quantize(job))?;
     let outcome = match make(job, progress)? {
         Some(Made { sealed, report, blocks, .. }) => {
             // The sums by which verify finds what has changed since.
@@ -66,7 +66,7 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option
             }
             Manifest::list(&sealed.folder, &made_from, &report)?;
             let BranchReport { damp_retries, f64_retries, .. } = report;
-            Some(QuantiseOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
+            Some(QuantizeOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
         }
         None => None,
     };
@@ -76,32 +76,32 @@ pub fn quantise(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option
 }
 
 /// Makes one branch, its report included, in rank 0's working folder.
-pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Option<Made>> {
+pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option<Made>> {
     job.spec.validate().map_err(Error::Spec)?;
     if job.source.quantize_config().is_some() {
-        return Err(Error::AlreadyQuantised(job.source.dir().to_owned()));
+        return Err(Error::AlreadyQuantized(job.source.dir().to_owned()));
     }
     job.source.check_tensors()?;
     let rotate = job.spec.choices.rotate;
-    let folding = Folding::new(job.source.config(), rotate);
+    let rotations = FusedRotations::new(job.source.config(), rotate);
     let progress = if job.ranks.is_first() { progress } else { &Silent };
     let mut writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
     if let Some(writer) = &mut writer {
-        copy_ahead(job, folding.as_ref(), writer)?;
+        copy_ahead(job, rotations.as_ref(), writer)?;
     }
     let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
     let seq_len = windows.first().map_or(1, Vec::len);
     let precision = precision(job.source_dtype);
     let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?
         .with_ranks(job.ranks.clone());
-    if let Some(values) = written_embedding(job, folding.as_ref())? {
+    if let Some(values) = written_embedding(job, rotations.as_ref())? {
         model = model.with_embedding(values);
     }
-    let folding = folding.as_ref();
+    let rotations = rotations.as_ref();
 
     let (walked, writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
-        let ahead = read_ahead(scope, &model, folding, job.source_dtype == SourceDtype::Fp32);
+        let ahead = read_ahead(scope, &model, rotations, job.source_dtype == SourceDtype::Fp32);
         let walked = walk(&ahead, &model, job, windows, &sender, progress);
         // A reader that waits to hand its block over learns here that nobody takes it.
         drop(ahead);
@@ -113,7 +113,8 @@ pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Opt
     let (blocks, mut streams) = walked;
     let (head, head_report) = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
-            let (head, report) = head::fitted(&model, folding, &job.spec, windows.len(), streams)?;
+            let (head, report) =
+                fit_head::fitted(&model, rotations, &job.spec, windows.len(), streams)?;
             check_retries(job, std::slice::from_ref(&report), progress)?;
             (head, Some(report))
         }
@@ -127,7 +128,7 @@ pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Opt
     if let Some(values) = head {
         writer.write_f16(HEAD, &values)?;
     }
-    copy_dense(job.source, folding, |_| true, &mut writer)?;
+    copy_dense(job.source, rotations, |_| true, &mut writer)?;
     let sealed = writer.seal()?;
     let report = branch_report(job, sealed.bytes, &blocks, head_report);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
@@ -141,8 +142,11 @@ pub(crate) fn make(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<Opt
 }
 
 /// The embedding that the file will hold, where it is not what the model would read by itself.
-fn written_embedding(job: &QuantiseJob<'_>, folding: Option<&Folding>) -> Result<Option<Vec<f16>>> {
-    if let Some(turned) = folding.map(|f| f.embedding(job.source)).transpose()?.flatten() {
+fn written_embedding(
+    job: &QuantizeJob<'_>,
+    rotations: Option<&FusedRotations>,
+) -> Result<Option<Vec<f16>>> {
+    if let Some(turned) = rotations.map(|f| f.embedding(job.source)).transpose()?.flatten() {
         return Ok(Some(turned));
     }
     match job.source_dtype {
@@ -156,7 +160,7 @@ fn written_embedding(job: &QuantiseJob<'_>, folding: Option<&Folding>) -> Result
 fn walk(
     ahead: &Receiver<Result<Block>>,
     model: &Model<'_>,
-    job: &QuantiseJob<'_>,
+    job: &QuantizeJob<'_>,
     windows: &[Vec<u32>],
     writer: &Outbox,
     progress: &dyn Progress,
@@ -172,7 +176,7 @@ fn walk(
         let done = match &mut calibration {
             Some((calibrator, streams)) => {
                 calibrator
-                    .block(&mut block, streams, &mut |name, bands| send(writer, name, bands))?
+                    .block(&mut block, streams, &mut |name, shards| send(writer, name, shards))?
             }
             None => rounded(model, &mut block, job, writer)?,
         };
@@ -193,7 +197,7 @@ fn walk(
 /// What calibrates every block of a job, and this rank's windows, embedded.
 fn calibrator<'a>(
     model: &'a Model<'a>,
-    job: &'a QuantiseJob<'a>,
+    job: &'a QuantizeJob<'a>,
     windows: &[Vec<u32>],
 ) -> Result<(Calibrator<'a>, Streams)> {
     // Calibration windows are of one length.
@@ -210,7 +214,7 @@ fn calibrator<'a>(
     let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
     let states = || embed(model, &own, parking.hidden);
     let reference = work.reference.then(states).transpose()?;
-    let streams = Streams { quantised: states()?, reference };
+    let streams = Streams { quantized: states()?, reference };
     let calibrator = Calibrator {
         device: model.device(),
         rope: model.rope(seq_len),
@@ -224,7 +228,7 @@ fn calibrator<'a>(
 }
 
 /// What there is to know of the head is said, or refused.
-fn check_head(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<()> {
+fn check_head(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<()> {
     let Some(warning) = job.source.head()?.warning() else { return Ok(()) };
     if job.strict {
         return Err(Error::StrictSource(warning));
@@ -235,7 +239,7 @@ fn check_head(job: &QuantiseJob<'_>, progress: &dyn Progress) -> Result<()> {
 
 /// What Hessians needed beside the damping asked for is said, or refused.
 fn check_retries(
-    job: &QuantiseJob<'_>,
+    job: &QuantizeJob<'_>,
     linears: &[LinearRecord],
     progress: &dyn Progress,
 ) -> Result<()> {
@@ -243,7 +247,7 @@ fn check_retries(
         if job.strict {
             refuse_retries(linear, job.spec.damp)?;
         }
-        retries(linear, job.spec.damp).iter().for_each(|said| progress.warn(said));
+        retries(linear, job.spec.damp).iter().for_each(|warning| progress.warn(warning));
     }
     Ok(())
 }
@@ -252,7 +256,7 @@ fn check_retries(
 fn rounded(
     model: &Model<'_>,
     block: &mut Block,
-    job: &QuantiseJob<'_>,
+    job: &QuantizeJob<'_>,
     writer: &Outbox,
 ) -> Result<Calibrated> {
     let mut linears = Vec::new();
@@ -262,12 +266,12 @@ fn rounded(
         let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
         let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
-        send(writer, &name, Bands::whole(solved.stored))?;
+        send(writer, &name, RowShards::whole(solved.stored))?;
         linears.push(rounded_record(name));
     }
     Ok(Calibrated { linears, stages: BTreeMap::new() })
 }
 
 #[cfg(test)]
-#[path = "quantise_tests.rs"]
+#[path = "quantize_tests.rs"]
 mod tests;

@@ -1,4 +1,4 @@
-//! Linears whose rows several ranks have solved, each a band of them.
+//! Linears whose rows several ranks have solved, each a shard of them.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -9,26 +9,26 @@ use half::f16;
 
 use crate::error::Result;
 
-/// Rows that stay together: what a task of the solver takes, on either device, so that a band is
+/// Rows that stay together: what a task of the solver takes, on either device, so that a shard is
 /// solved as the whole would be.
-pub(crate) const ROWS: usize = 64;
+pub(crate) const SHARD_ROWS: usize = 64;
 
-/// What rank 0 has of a solved linear: its own band, and the others' as they came.
+/// What rank 0 has of a solved linear: its own shard, and the others' as they came.
 #[derive(Debug)]
-pub(crate) struct Bands {
+pub(crate) struct RowShards {
     first: Stored,
     /// Codes and scales of each other rank.
     others: Vec<Vec<Vec<u32>>>,
     rows: usize,
 }
 
-impl Bands {
-    /// A linear of one band.
+impl RowShards {
+    /// A linear of one shard.
     pub(crate) fn whole(stored: Stored) -> Self {
         Self { rows: stored.out_features, first: stored, others: Vec::new() }
     }
 
-    /// Brings the bands of a linear of `rows` rows to rank 0; `None` on the others, which may have
+    /// Brings the shards of a linear of `rows` rows to rank 0; `None` on the others, which may have
     /// none.
     pub(crate) fn collect(ranks: &Ranks, own: Option<Stored>, rows: usize) -> Result<Option<Self>> {
         let (words, first) = match own {
@@ -49,7 +49,8 @@ impl Bands {
             return first;
         }
         let size = others.len() + 1;
-        let mut shares: Vec<usize> = (0..size).map(|r| share(rows, ROWS, r, size).len()).collect();
+        let mut shares: Vec<usize> =
+            (0..size).map(|r| share(rows, SHARD_ROWS, r, size).len()).collect();
         // Ranks without rows come last, and their messages are empty.
         shares.retain(|&rows| rows > 0);
         let (mut codes, mut scales) = (Vec::new(), Vec::new());
@@ -76,9 +77,9 @@ impl Bands {
             let halves: &[f16] = bytemuck::cast_slice(words);
             halves[..rows * groups].to_vec()
         };
-        let mut bands: Vec<Vec<f16>> = scales.iter().zip(&shares[1..]).map(halves).collect();
-        bands.insert(0, first.scales);
-        let scales = beside(&bands, &shares);
+        let mut shards: Vec<Vec<f16>> = scales.iter().zip(&shares[1..]).map(halves).collect();
+        shards.insert(0, first.scales);
+        let scales = beside(&shards, &shares);
         Stored { out_features: rows, in_features, codes, scales, groups, g_idx }
     }
 }
@@ -105,7 +106,7 @@ fn beside<T: Copy>(parts: &[Vec<T>], columns: &[usize]) -> Vec<T> {
 }
 
 /// Rows `range` of a weight; the weight itself when that is all of them.
-pub(crate) fn band<'t>(
+pub(crate) fn rows_of<'t>(
     device: &Device,
     weight: &'t Tensor,
     range: Range<usize>,
@@ -170,17 +171,17 @@ mod tests {
     }
 
     #[test]
-    fn bands_make_up_the_linear() {
+    fn shards_make_up_the_linear() {
         for (rows, size) in [(200, 2), (200, 3), (64, 2), (65, 4)] {
             for packed in [false, true] {
-                let range = |rank| share(rows, ROWS, rank, size);
+                let range = |rank| share(rows, SHARD_ROWS, rank, size);
                 let others = (1..size).map(|rank| {
                     let range = range(rank);
                     if range.is_empty() { Vec::new() } else { words(stored(range, packed)) }
                 });
-                let bands =
-                    Bands { first: stored(range(0), packed), others: others.collect(), rows };
-                let (whole, joined) = (stored(0..rows, packed), bands.join());
+                let shards =
+                    RowShards { first: stored(range(0), packed), others: others.collect(), rows };
+                let (whole, joined) = (stored(0..rows, packed), shards.join());
                 assert_eq!(joined.out_features, rows);
                 assert_eq!(joined.scales, whole.scales);
                 match (joined.codes, whole.codes) {

@@ -10,20 +10,20 @@ use gptq_checkpoint::{
 };
 use gptq_quant::{Codes, QuantSpec, Stored};
 use gptq_records::branch_report::TOOL;
-use gptq_records::identity::DatasetIdentity;
+use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::{Calibration, CalibrationRecipe};
 
-use crate::bands::Bands;
 use crate::error::{Error, Result};
-use crate::fold::{Folding, dense_head};
-use crate::job::QuantiseJob;
+use crate::job::QuantizeJob;
+use crate::rotate::{FusedRotations, dense_head};
+use crate::row_shards::RowShards;
 
 /// Quantised linears that may wait for the writer.
 const WRITE_BEHIND: usize = 4;
 
 /// The writer of a branch, its working folder made.
-pub(crate) fn writer(job: &QuantiseJob<'_>) -> Result<CheckpointWriter> {
+pub(crate) fn writer(job: &QuantizeJob<'_>) -> Result<CheckpointWriter> {
     Ok(CheckpointWriter::create(
         &job.out,
         job.source,
@@ -92,8 +92,8 @@ fn provenance(
 /// shows now and not after the last. A head that will be fitted is only tried. Of shards that are
 /// still to come nothing can be known.
 pub(crate) fn copy_ahead(
-    job: &QuantiseJob<'_>,
-    folding: Option<&Folding>,
+    job: &QuantizeJob<'_>,
+    rotations: Option<&FusedRotations>,
     writer: &mut CheckpointWriter,
 ) -> Result<()> {
     let source = job.source;
@@ -111,9 +111,9 @@ pub(crate) fn copy_ahead(
         }
     }
     let fitted = job.spec.recipe.calibrates() && job.spec.choices.head > 0.0;
-    copy_dense(source, folding, |name| !(fitted && name == HEAD), writer)?;
+    copy_dense(source, rotations, |name| !(fitted && name == HEAD), writer)?;
     if fitted {
-        dense_head(source, folding)?;
+        dense_head(source, rotations)?;
         source.release(HEAD);
     }
     Ok(())
@@ -122,12 +122,12 @@ pub(crate) fn copy_ahead(
 /// Copies what is not quantised and not written yet, as fp16, rotated as the linears are.
 pub(crate) fn copy_dense(
     source: &Checkpoint,
-    folding: Option<&Folding>,
+    rotations: Option<&FusedRotations>,
     wanted: impl Fn(&str) -> bool,
     writer: &mut CheckpointWriter,
 ) -> Result<()> {
     for name in writer.missing().into_iter().filter(|name| wanted(name)) {
-        match folding.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
+        match rotations.map(|f| f.tensor(source, &name)).transpose()?.flatten() {
             Some(values) => writer.write_f16(&name, &values)?,
             None => {
                 let tensor = source.tensor(&name)?;
@@ -141,7 +141,7 @@ pub(crate) fn copy_dense(
 }
 
 /// The way to the writer; ranks other than the first have none.
-pub(crate) type Outbox = Option<SyncSender<(String, Bands)>>;
+pub(crate) type Outbox = Option<SyncSender<(String, RowShards)>>;
 pub(crate) type Writing<'scope> = Option<ScopedJoinHandle<'scope, Result<CheckpointWriter>>>;
 
 /// Packs and writes linears on a thread of its own, which hands the writer back.
@@ -151,11 +151,11 @@ pub(crate) fn write_behind<'scope>(
     spec: &QuantSpec,
 ) -> (Outbox, Writing<'scope>) {
     let Some(mut writer) = writer else { return (None, None) };
-    let (sender, receiver) = sync_channel::<(String, Bands)>(WRITE_BEHIND);
+    let (sender, receiver) = sync_channel::<(String, RowShards)>(WRITE_BEHIND);
     let spec = spec.clone();
     let thread = scope.spawn(move || {
-        for (name, bands) in receiver {
-            writer.write_linear(&name, &packed(bands, &spec)?)?;
+        for (name, shards) in receiver {
+            writer.write_linear(&name, &packed(shards, &spec)?)?;
         }
         Ok(writer)
     });
@@ -163,9 +163,9 @@ pub(crate) fn write_behind<'scope>(
 }
 
 /// Hands a solved linear over; waits while the writer has enough.
-pub(crate) fn send(writer: &Outbox, name: &str, bands: Bands) -> Result<()> {
+pub(crate) fn send(writer: &Outbox, name: &str, shards: RowShards) -> Result<()> {
     let Some(writer) = writer else { return Ok(()) };
-    writer.send((name.to_owned(), bands)).map_err(|_| Error::Thread("writing"))
+    writer.send((name.to_owned(), shards)).map_err(|_| Error::Thread("writing"))
 }
 
 /// The writer, once everything handed over is written.
@@ -174,8 +174,8 @@ pub(crate) fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
 }
 
 /// A solved linear in the file's form.
-fn packed(bands: Bands, spec: &QuantSpec) -> Result<GptqLinear> {
-    let Stored { out_features, in_features, codes, scales, g_idx, .. } = bands.join();
+fn packed(shards: RowShards, spec: &QuantSpec) -> Result<GptqLinear> {
+    let Stored { out_features, in_features, codes, scales, g_idx, .. } = shards.join();
     let bits = Bits::new(spec.bits)?;
     let qweight = match codes {
         Codes::Packed(words) => words,
