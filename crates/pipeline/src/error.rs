@@ -27,7 +27,7 @@ pub enum Error {
     #[error(transparent)]
     Compute(#[from] gptq_compute::Error),
     /// The solver, at a linear.
-    #[error("Cannot quantise `{linear}`: {source}")]
+    #[error("Cannot quantise `{linear}`")]
     Solve {
         /// The linear's prefix in the checkpoint.
         linear: String,
@@ -109,14 +109,6 @@ pub enum Error {
     /// The source holds quantised linears already.
     #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
     AlreadyQuantized(PathBuf),
-    /// A file of a checkpoint that cannot be read.
-    #[error("Cannot read `{}`: {source}", path.display())]
-    ReadFile {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
     /// A base that is quantised itself.
     #[error("`{}` is a GPTQ checkpoint; --base takes the dense model that was quantised", .0.display())]
     QuantizedBase(PathBuf),
@@ -131,14 +123,6 @@ pub enum Error {
         mine: usize,
         /// The base's value.
         theirs: usize,
-    },
-    /// A sweep file that cannot be read.
-    #[error("Cannot read `{}`: {source}", path.display())]
-    ReadConfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
     },
     /// A sweep file that does not say what it should.
     #[error("`{file}` is not a sweep configuration: {message}")]
@@ -185,6 +169,12 @@ pub enum Error {
     /// A thread ended without saying why.
     #[error("The thread that was {0} the checkpoint ended unexpectedly")]
     Thread(&'static str),
+}
+
+/// An error and its causes in one line, for warnings and findings.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
 
 /// Decimal gigabytes, for messages.

@@ -18,7 +18,7 @@ const MOST_LINKS: usize = 40;
 /// device, or a file that this process has open by a name such as `/dev/stdout`, is written into.
 ///
 /// # Errors
-/// [`Error::WriteReport`], which names the file.
+/// [`Error::Io`], which names the file.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     put(path, bytes, working_file)
 }
@@ -51,7 +51,7 @@ fn put(path: &Path, bytes: &[u8], working: impl Fn(&Path) -> Option<PathBuf>) ->
             rename_over(&working, &file, bytes)
         }
     });
-    written.map_err(|source| Error::WriteReport { path: path.to_owned(), source })
+    written.map_err(Error::io("write", path))
 }
 
 /// What a name leads to.

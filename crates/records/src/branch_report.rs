@@ -188,11 +188,10 @@ impl BranchReport {
     /// Reads the report of a checkpoint's folder.
     ///
     /// # Errors
-    /// [`Error::ReadReport`] and [`Error::Report`], which name the file.
+    /// [`Error::NoReport`], [`Error::Io`] and [`Error::Report`], which name the file.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(REPORT_FILE);
-        let text = fs::read_to_string(&path)
-            .map_err(|source| Error::ReadReport { path: path.clone(), source })?;
+        let text = fs::read_to_string(&path).map_err(Error::reading_report(&path))?;
         let invalid = |message: String| Error::Report { path: path.clone(), message };
         let report: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
         if report.format != REPORT_FORMAT {
@@ -207,10 +206,10 @@ impl BranchReport {
     /// Writes the report into a checkpoint's folder, over one that is there.
     ///
     /// # Errors
-    /// [`Error::WriteReport`].
+    /// [`Error::Io`].
     pub fn write(&self, dir: &Path) -> Result<()> {
         let path = dir.join(REPORT_FILE);
-        fs::write(&path, self.to_bytes()?).map_err(|source| Error::WriteReport { path, source })
+        fs::write(&path, self.to_bytes()?).map_err(Error::io("write", &path))
     }
 
     /// The file's contents.

@@ -53,7 +53,7 @@ impl Lock {
         if has_no_locks(&error) {
             return Ok(Self { _file: file, held: false });
         }
-        Err(Error::Folder { action: "lock", path, source: error })
+        Err(Error::Io { action: "lock", path, source: error })
     }
 }
 
@@ -68,7 +68,7 @@ impl SharedFile {
     /// Waits until no other process of the sweep in `out` writes what goes by this name.
     ///
     /// # Errors
-    /// [`Error::Folder`].
+    /// [`Error::Io`].
     pub fn lock(out: &Path, name: &str) -> Result<Self> {
         let lock = Lock::wait(out, name)?;
         // One name, beside the branches and not in them: what a killed process leaves is no part of
@@ -83,13 +83,11 @@ impl SharedFile {
     /// Writes a whole file in the sweep's folder, or replaces it, by one rename.
     ///
     /// # Errors
-    /// [`Error::WriteReport`].
+    /// [`Error::Io`].
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         match replace_through(&self.working, path, bytes) {
             // A finished branch may have been moved to another disk, with a link in its place.
-            Err(Error::WriteReport { source, .. })
-                if source.kind() == io::ErrorKind::CrossesDevices =>
-            {
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::CrossesDevices => {
                 replace(path, bytes)
             }
             written => written,
@@ -99,15 +97,11 @@ impl SharedFile {
 
 fn open(out: &Path, name: &str) -> Result<(File, PathBuf)> {
     let dir = out.join(STATE_DIR);
-    fs::create_dir_all(&dir).map_err(|source| Error::Folder {
-        action: "create",
-        path: dir.clone(),
-        source,
-    })?;
+    fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
     let path = dir.join(format!("{name}.lock"));
     match OpenOptions::new().create(true).truncate(false).write(true).open(&path) {
         Ok(file) => Ok((file, path)),
-        Err(source) => Err(Error::Folder { action: "create", path, source }),
+        Err(source) => Err(Error::Io { action: "create", path, source }),
     }
 }
 

@@ -98,11 +98,7 @@ impl Manifest {
         let files: Vec<String> = files.collect();
         let sums = files.into_par_iter().map(|name| {
             let path = dir.join(&name);
-            let sum = FileSum::of(&path).map_err(|source| Error::Folder {
-                action: "read",
-                path,
-                source,
-            })?;
+            let sum = FileSum::of(&path).map_err(Error::io("read", &path))?;
             Ok((name, sum))
         });
         let report = sha256(&report.to_bytes()?);
@@ -141,7 +137,7 @@ impl Manifest {
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(Error::Folder { action: "read", path, source }),
+            Err(source) => return Err(Error::Io { action: "read", path, source }),
         };
         Ok(Some(Self::parse(&text)))
     }
@@ -280,11 +276,11 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     let mut folders = vec![String::new()];
     while let Some(folder) = folders.pop() {
         let path = dir.join(&folder);
-        let failed = |source| Error::Folder { action: "read", path: path.clone(), source };
-        for entry in fs::read_dir(&path).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
+        let failed = Error::io("read", &path);
+        for entry in fs::read_dir(&path).map_err(&failed)? {
+            let entry = entry.map_err(&failed)?;
             let name = format!("{folder}{}", entry.file_name().to_string_lossy());
-            if entry.file_type().map_err(failed)?.is_dir() {
+            if entry.file_type().map_err(&failed)?.is_dir() {
                 folders.push(name + "/");
             } else {
                 found.push(name);

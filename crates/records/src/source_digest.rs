@@ -28,11 +28,7 @@ pub fn source_digest(source: &Checkpoint) -> Result<String> {
     files.push("config.json".into());
     for name in files {
         let path = source.dir().join(&name);
-        let (_, sum) = of_file(&path).map_err(|source| Error::Folder {
-            action: "read",
-            path: path.clone(),
-            source,
-        })?;
+        let (_, sum) = of_file(&path).map_err(Error::io("read", &path))?;
         part(&mut hash, name.to_string_lossy().as_bytes());
         part(&mut hash, sum.as_bytes());
     }

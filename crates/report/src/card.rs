@@ -51,7 +51,7 @@ struct CardRow<'a> {
 /// Returns the files.
 ///
 /// # Errors
-/// A folder without reports, checkpoints that cannot be read, and [`gptq_records::Error::WriteReport`].
+/// A folder without reports, checkpoints that cannot be read, and [`gptq_records::Error::Io`].
 pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
     let found = checkpoints(dir)?;
     if dir.join(STATE_DIR).is_dir() {

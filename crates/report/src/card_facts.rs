@@ -65,10 +65,10 @@ impl CardFacts {
     /// Reads the facts; `repository` replaces theirs.
     ///
     /// # Errors
-    /// [`Error::ReadFacts`] and [`Error::Facts`], which name the file.
+    /// [`gptq_records::Error::Io`] and [`Error::Facts`], which name the file.
     pub fn open(path: &Path, repository: Option<&str>) -> Result<Self> {
         let text = fs::read_to_string(path)
-            .map_err(|source| Error::ReadFacts { path: path.to_owned(), source })?;
+            .map_err(gptq_records::Error::io("read the card's facts", path))?;
         let facts = Self::parse(&text, path)?;
         match repository {
             Some(repository) => {

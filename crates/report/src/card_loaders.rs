@@ -49,7 +49,7 @@ pub(crate) fn verdicts_of(
     branch: &BranchReport,
 ) -> Result<Vec<LoaderVerdict>> {
     let Some(quantize) = checkpoint.quantize_config().cloned() else {
-        return Err(Error::NotQuantised(checkpoint.dir().to_owned()));
+        return Err(Error::NotQuantized(checkpoint.dir().to_owned()));
     };
     let layout: Layout = branch.layout.parse().map_err(|message| gptq_records::Error::Report {
         path: checkpoint.dir().join(gptq_records::branch_report::REPORT_FILE),

@@ -209,7 +209,7 @@ fn mistakes_in_the_facts_are_named() {
         assert!(error.contains(reason) && error.contains("facts.toml"), "{error}");
     }
     let missing = CardFacts::open(Path::new("nowhere.toml"), None).unwrap_err();
-    assert!(matches!(missing, Error::ReadFacts { .. }));
+    assert!(matches!(missing, Error::Records(gptq_records::Error::Io { .. })));
 }
 
 #[test]

@@ -13,8 +13,8 @@
 //! (`tests/bench/2026-11-23-h100.md`): such branches get a tolerance of their own.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
+use std::{fs, io};
 
 use gptq_records::atomic_file;
 use gptq_records::branch_report::{BranchReport, EvaluationRecord};
@@ -143,10 +143,12 @@ impl Baseline {
     /// Reads a baseline.
     ///
     /// # Errors
-    /// [`Error::ReadBaseline`] and [`Error::Baseline`], which name the file.
+    /// [`Error::NoBaseline`], [`gptq_records::Error::Io`] and [`Error::Baseline`], which name the file.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path)
-            .map_err(|source| Error::ReadBaseline { path: path.to_owned(), source })?;
+        let text = fs::read_to_string(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => Error::NoBaseline(path.to_owned()),
+            _ => gptq_records::Error::io("read the baseline", path)(source).into(),
+        })?;
         let invalid = |message: String| Error::Baseline { path: path.to_owned(), message };
         let baseline: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
         if baseline.format != BASELINE_FORMAT {
@@ -179,7 +181,7 @@ impl Baseline {
     /// Writes the baseline by one rename.
     ///
     /// # Errors
-    /// [`gptq_records::Error::WriteReport`].
+    /// [`gptq_records::Error::Io`].
     pub fn write(&self, path: &Path) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(self)
             .map_err(|e| Error::Baseline { path: path.to_owned(), message: e.to_string() })?;

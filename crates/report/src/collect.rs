@@ -67,10 +67,10 @@ pub(crate) fn checkpoints(path: &Path) -> Result<Vec<(PathBuf, BranchReport)>> {
     if path.join(REPORT_FILE).is_file() {
         return Ok(vec![(path.to_owned(), BranchReport::read(path)?)]);
     }
-    let unreadable = |source| gptq_records::Error::ReadReport { path: path.to_owned(), source };
+    let unreadable = gptq_records::Error::reading_report(path);
     let mut found = Vec::new();
-    for entry in fs::read_dir(path).map_err(unreadable)? {
-        let dir = entry.map_err(unreadable)?.path();
+    for entry in fs::read_dir(path).map_err(&unreadable)? {
+        let dir = entry.map_err(&unreadable)?.path();
         // What is still being made has no name of its own yet.
         let unfinished = dir.extension().is_some_and(|extension| extension == "partial");
         if !unfinished && dir.join(REPORT_FILE).is_file() {
@@ -110,8 +110,7 @@ fn in_order(mut found: Vec<(PathBuf, BranchReport)>) -> Vec<(PathBuf, BranchRepo
 
 /// What `gptq report --json` printed, or the report of one checkpoint.
 fn file(path: &Path) -> Result<Vec<BranchReport>> {
-    let text = fs::read_to_string(path)
-        .map_err(|source| gptq_records::Error::ReadReport { path: path.to_owned(), source })?;
+    let text = fs::read_to_string(path).map_err(gptq_records::Error::reading_report(path))?;
     let invalid = |message: String| gptq_records::Error::Report { path: path.to_owned(), message };
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;

@@ -20,14 +20,9 @@ pub enum Error {
         .0.display()
     )]
     NoReports(PathBuf),
-    /// A baseline that cannot be read.
-    #[error("Cannot read the baseline `{}`: {source}; gptq check --update makes it", path.display())]
-    ReadBaseline {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    /// A baseline that is not there.
+    #[error("There is no baseline `{}`; gptq check --update makes it", .0.display())]
+    NoBaseline(PathBuf),
     /// A baseline that does not say what it should.
     #[error("`{}` is not a baseline: {message}", path.display())]
     Baseline {
@@ -47,14 +42,6 @@ pub enum Error {
     /// A report without a single perplexity.
     #[error("No branch of the report was measured; give the configuration an [evaluation]")]
     NotMeasured,
-    /// A model's facts that cannot be read.
-    #[error("Cannot read the card's facts `{}`: {source}", path.display())]
-    ReadFacts {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
     /// A model's facts that do not say what they should.
     #[error("`{}` does not hold a card's facts: {message}", path.display())]
     Facts {
@@ -76,9 +63,9 @@ pub enum Error {
     },
     /// A dense model where a GPTQ checkpoint is needed.
     #[error("`{}` is not quantised: it has no quantize_config.json", .0.display())]
-    NotQuantised(PathBuf),
+    NotQuantized(PathBuf),
     /// A template that does not fit what it is given.
-    #[error("The template `{name}` cannot be rendered: {source}")]
+    #[error("The template `{name}` cannot be rendered")]
     Template {
         /// The template.
         name: &'static str,

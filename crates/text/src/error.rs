@@ -93,12 +93,12 @@ pub enum Error {
         reason: String,
     },
     /// A parquet file could not be decoded.
-    #[error("Parquet file `{}` could not be decoded", path.display())]
+    #[error("Parquet file `{}` could not be decoded: {reason}", path.display())]
     Parquet {
         /// The file.
         path: PathBuf,
-        /// The decoder's reason.
-        source: parquet::errors::ParquetError,
+        /// The decoder's reason, which prints its own causes.
+        reason: String,
     },
     /// A parquet file has no text column of that name.
     #[error(

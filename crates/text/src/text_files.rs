@@ -11,6 +11,7 @@ use std::path::Path;
 use parquet::basic::Type as PhysicalType;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::error::{Error, Result};
@@ -85,6 +86,10 @@ fn json_field(line: &str, field: &str) -> Result<String, String> {
     }
 }
 
+fn damaged(path: &Path) -> impl Fn(ParquetError) -> Error {
+    move |error| Error::Parquet { path: path.to_owned(), reason: error.to_string() }
+}
+
 /// The text column `column` of a parquet file, in row order.
 ///
 /// # Errors
@@ -93,14 +98,15 @@ fn json_field(line: &str, field: &str) -> Result<String, String> {
 pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>> {
     let file =
         fs::File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    let damaged = |source| Error::Parquet { path: path.to_owned(), source };
-    let reader = SerializedFileReader::new(file).map_err(damaged)?;
+    let damaged =
+        |error: ParquetError| Error::Parquet { path: path.to_owned(), reason: error.to_string() };
+    let reader = SerializedFileReader::new(file).map_err(&damaged)?;
     let index = text_column(&reader, path, column)?;
     let mut rows = Vec::new();
     for group in 0..reader.num_row_groups() {
-        let group = reader.get_row_group(group).map_err(damaged)?;
+        let group = reader.get_row_group(group).map_err(&damaged)?;
         let ColumnReader::ByteArrayColumnReader(values) =
-            group.get_column_reader(index).map_err(damaged)?
+            group.get_column_reader(index).map_err(&damaged)?
         else {
             // `text_column` admits this physical type alone.
             return Err(column_not_found(&reader, path, column));
@@ -131,7 +137,7 @@ fn read_column(
         levels.clear();
         let (records, _, _) = reader
             .read_records(BATCH, Some(&mut levels), None, &mut values)
-            .map_err(|source| Error::Parquet { path: path.to_owned(), source })?;
+            .map_err(damaged(path))?;
         if records == 0 {
             return Ok(());
         }

@@ -39,11 +39,7 @@ pub(crate) fn run(args: &CheckArgs, printer: &Printer) -> Result<()> {
 fn update(args: &CheckArgs, report: &Report, whole: bool, printer: &Printer) -> Result<()> {
     let before = match Baseline::read(&args.baseline) {
         Ok(before) => Some(before),
-        Err(Error::ReadBaseline { source, .. })
-            if source.kind() == std::io::ErrorKind::NotFound =>
-        {
-            None
-        }
+        Err(Error::NoBaseline(_)) => None,
         Err(other) => return Err(other.into()),
     };
     let accepted = Baseline::accept(report, before.as_ref(), whole)?;

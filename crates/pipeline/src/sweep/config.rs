@@ -130,8 +130,7 @@ impl SweepConfig {
             return Self::parse(BUILT_IN_TEXT, BUILT_IN, Path::new(""));
         }
         let path = Path::new(name_or_path);
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| Error::ReadConfig { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(gptq_records::Error::io("read", path))?;
         Self::parse(&text, name_or_path, path.parent().unwrap_or(Path::new("")))
     }
 

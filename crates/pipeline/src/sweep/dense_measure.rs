@@ -15,7 +15,7 @@ use gptq_records::source_dtype::SourceDtype;
 use gptq_text::evaluation::EvalText;
 
 use crate::batches::{Batch, Batches, Beside};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, with_causes};
 use crate::job::precision;
 use crate::perplexity::{Perplexity, Scored, Tally, score, score_rounded};
 use crate::progress::Progress;
@@ -110,8 +110,9 @@ impl<'a> DenseMeasure<'a> {
                 | Error::Model(gptq_model::Error::Overflow { .. })),
             ) => {
                 progress.warn(&format!(
-                    "the baseline rounded to nearest is missing at {} bits: {error}",
-                    spec.bits
+                    "the baseline rounded to nearest is missing at {} bits: {}",
+                    spec.bits,
+                    with_causes(&error)
                 ));
                 None
             }

@@ -353,9 +353,7 @@ impl<'a> Run<'a> {
         let Some(Made { sealed, report, .. }) = make(&quantize, self.progress)? else {
             // What several ranks make is the first one's; here there is one, and it is the first.
             let source = io::Error::other("the run ended without a checkpoint");
-            return Err(
-                gptq_records::Error::Folder { action: "make", path: quantize.out, source }.into()
-            );
+            return Err(gptq_records::Error::io("make", &quantize.out)(source).into());
         };
         let mut folder = sealed.folder;
         let quantize = Some(start.elapsed().as_secs_f64());

@@ -110,18 +110,14 @@ fn look_at_partial(dir: &Path, made_from: &MadeFrom) -> State {
 /// Says whether there were any.
 ///
 /// # Errors
-/// [`gptq_records::Error::Folder`].
+/// [`gptq_records::Error::Io`].
 pub(crate) fn unlink_moved(dir: &Path) -> Result<bool> {
     let mut unlinked = false;
     for path in [dir.to_owned(), partial_path(dir)] {
         let is_link = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink());
         // Of a link to anything else nothing is known: the writer refuses it.
         if is_link && Manifest::read(&path)?.is_some() {
-            fs::remove_file(&path).map_err(|source| gptq_records::Error::Folder {
-                action: "unlink",
-                path: path.clone(),
-                source,
-            })?;
+            fs::remove_file(&path).map_err(gptq_records::Error::io("unlink", &path))?;
             unlinked = true;
         }
     }
@@ -142,8 +138,6 @@ fn is_empty(dir: &Path) -> Result<bool> {
         Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
             Err(Error::ForeignBranch(dir.to_owned()))
         }
-        Err(source) => {
-            Err(gptq_records::Error::Folder { action: "list", path: dir.to_owned(), source }.into())
-        }
+        Err(source) => Err(gptq_records::Error::io("list", dir)(source).into()),
     }
 }

@@ -28,7 +28,7 @@ use gptq_checkpoint::{Checkpoint, Head, Layout, QuantizeConfig};
 use gptq_text::evaluation::EvalText;
 use serde::Serialize;
 
-use crate::error::Result;
+use crate::error::{Result, with_causes};
 use crate::progress::Progress;
 use findings::Findings;
 
@@ -122,8 +122,7 @@ fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
         Ok(checkpoint) => Ok(Some(checkpoint)),
         Err(error @ (Error::NoWeights { .. } | Error::NoSettings { .. })) => Err(error.into()),
         Err(error) => {
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-            let message = format!("{error}{}", cause.unwrap_or_default());
+            let message = with_causes(&error);
             findings.add(Check::Files, dir.display().to_string(), message);
             Ok(None)
         }
