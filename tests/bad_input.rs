@@ -1,7 +1,7 @@
 //! Damaged models, unfit texts and occupied outputs: one clear error that names the culprit, exit
 //! code 1, and nothing left under the output's name. Then the odd inputs that must work.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
@@ -12,6 +12,7 @@ use std::process::Command;
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
+use util::needs::Need;
 use util::runs::{CALIBRATION, leaves_nothing, perplexity, ppl, quantize, with_model, workdir};
 use util::{TinyLlama, Workdir, listing, words};
 

@@ -16,12 +16,13 @@ use std::time::{Duration, Instant};
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::greeting::{Answer, Greeting, RunDigest, Verdict};
 use gptq_compute::{Device, RankHandle};
-use gptq_pipeline::calibration::{CalibrationOverrides, CalibrationRecipe};
+use gptq_pipeline::job::QuantizeJob;
 use gptq_pipeline::progress::Silent;
-use gptq_pipeline::quantise::{QuantiseJob, quantise as quantise_branch};
-use gptq_pipeline::source_dtype::SourceDtype;
-use gptq_pipeline::tokens::TextTokenizer;
+use gptq_pipeline::quantize::quantize as quantize_branch;
 use gptq_quant::{QuantSpec, Recipe};
+use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::{CalibrationOverrides, CalibrationRecipe};
+use gptq_text::tokens::TextTokenizer;
 use safetensors::SafeTensors;
 
 use ranks_support::{distances, free_port, launcher, ranks, run, unlike_ranks};
@@ -130,7 +131,7 @@ fn threads_make_the_file_that_processes_make() {
     let calibration = recipe.sample(&tokenizer).unwrap();
     let run = |seat: RankHandle| {
         seat.run(&Device::Cpu, |ranks| {
-            let job = QuantiseJob {
+            let job = QuantizeJob {
                 source: &source,
                 model: "model".to_owned(),
                 branch: "threads".to_owned(),
@@ -145,7 +146,7 @@ fn threads_make_the_file_that_processes_make() {
                 strict: false,
                 shared: None,
             };
-            quantise_branch(&job, &Silent)
+            quantize_branch(&job, &Silent)
         })
     };
     let written: Vec<bool> = std::thread::scope(|scope| {

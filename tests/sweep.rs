@@ -147,7 +147,7 @@ fn a_finished_sweep_is_read_and_left_as_it_is() {
     fs::remove_file(dir.path("out/sweep.json")).unwrap();
     let again = dir.gptq(&[&RUN[..], &["--json"]].concat()).json();
     assert_eq!(again["baseline"], first["baseline"]);
-    assert!(again["rows"][0]["quantise_seconds"].is_null());
+    assert!(again["rows"][0]["quantize_seconds"].is_null());
     assert_eq!(again["rows"][0]["result"], first["rows"][0]["result"]);
 }
 
@@ -365,8 +365,8 @@ fn jobs_share_a_folder_and_make_every_branch_once() {
     let table = |dir: &Workdir| {
         let mut table = read_json(dir, "out/sweep.json");
         for row in table["rows"].as_array_mut().unwrap() {
-            assert!(row["quantise_seconds"].as_f64().unwrap() > 0.0);
-            row["quantise_seconds"].take();
+            assert!(row["quantize_seconds"].as_f64().unwrap() > 0.0);
+            row["quantize_seconds"].take();
             row["measure_seconds"].take();
         }
         table

@@ -132,20 +132,32 @@ impl ModelConfig {
         &self.raw
     }
 
+    /// Names of a block's linears behind its prefix, in the order of [`Self::block_linears`].
+    pub const LINEARS: [&'static str; 7] = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ];
+
     /// The seven linears of a block: q, k, v, o, gate, up, down.
     #[must_use]
     pub fn block_linears(&self) -> [LinearShape; 7] {
         let queries = self.num_attention_heads * self.head_dim;
         let keys = self.num_key_value_heads * self.head_dim;
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let [q, k, v, o, gate, up, down] = Self::LINEARS;
         let mut linears = [
-            ("self_attn.q_proj", hidden, queries),
-            ("self_attn.k_proj", hidden, keys),
-            ("self_attn.v_proj", hidden, keys),
-            ("self_attn.o_proj", queries, hidden),
-            ("mlp.gate_proj", hidden, inner),
-            ("mlp.up_proj", hidden, inner),
-            ("mlp.down_proj", inner, hidden),
+            (q, hidden, queries),
+            (k, hidden, keys),
+            (v, hidden, keys),
+            (o, queries, hidden),
+            (gate, hidden, inner),
+            (up, hidden, inner),
+            (down, inner, hidden),
         ]
         .map(|(name, in_features, out_features)| LinearShape {
             name,

@@ -10,6 +10,7 @@
 //! - Writing: [`plan_files`] says to the byte what a quantised checkpoint will be, and
 //!   [`CheckpointWriter`] fills it in any order and publishes it by one rename.
 //! - Finding: [`resolve_model`] and [`resolve_dataset`] look a Hub id up in the local cache.
+//! - Judging: [`loaders`] says which programs load a quantised checkpoint, and why the others do not.
 
 mod arriving;
 mod bits;
@@ -28,6 +29,7 @@ mod hub_cache;
 mod json;
 mod layout;
 mod linear_shape;
+pub mod loaders;
 mod names;
 mod packed;
 mod partial;

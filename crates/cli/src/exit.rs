@@ -25,14 +25,8 @@ pub(crate) fn panicked() -> ExitCode {
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let rank = launch::follower().map_or_else(String::new, |rank| format!("rank {rank}: "));
     let mut message = format!("{rank}error: {error}");
-    let mut shown = error.to_string();
     for cause in error.chain().skip(1) {
-        let cause = cause.to_string();
-        // Many errors embed their source's text already.
-        if !shown.contains(&cause) {
-            message.push_str(&format!("\nCaused by: {cause}"));
-            shown = cause;
-        }
+        message.push_str(&format!("\nCaused by: {cause}"));
     }
     write_stderr(&message);
     ExitCode::from(code(error))

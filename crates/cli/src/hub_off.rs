@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use gptq_checkpoint::{Checkpoint, Error};
-use gptq_pipeline::dataset::DatasetSpec;
+use gptq_text::dataset::DatasetSpec;
 
 use crate::args::{FetchArgs, PushArgs};
 use crate::printer::Printer;

@@ -4,7 +4,7 @@
 //! `NCCL_NVLS_ENABLE=0` and `NCCL_P2P_DIRECT_DISABLE=1`, which the program sets by itself.
 //! `GPTQ_GPU_TIMING=1` adds the times of a 70B model's largest factor and sum.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports its errors")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../../tests/util/gpus.rs"]
 mod gpus;

@@ -1,5 +1,6 @@
 //! One decoder block: its weights, and its forward pass cut between the linears.
 
+use gptq_checkpoint::ModelConfig;
 use gptq_compute::{AttentionShape, Device, RopeTable, Tensor};
 use half::f16;
 
@@ -25,7 +26,7 @@ pub enum LinearId {
 }
 
 impl LinearId {
-    /// All linears, in the order of [`gptq_checkpoint::ModelConfig::block_linears`].
+    /// All linears, in the order of [`ModelConfig::LINEARS`].
     pub const ALL: [Self; 7] =
         [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 }
@@ -114,6 +115,13 @@ impl Block {
     /// Weights of a linear `[out_features, in_features]`.
     pub fn linear(&self, id: LinearId) -> &Tensor {
         &self.parts.linears[id as usize]
+    }
+
+    /// Prefix of a linear's tensors in a checkpoint.
+    #[must_use]
+    pub fn linear_name(&self, id: LinearId) -> String {
+        let prefix = ModelConfig::block_prefix(self.index());
+        format!("{prefix}.{}", ModelConfig::LINEARS[id as usize])
     }
 
     /// Replaces a linear's weights, by what its quantised form dequantises to.

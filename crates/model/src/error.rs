@@ -39,7 +39,7 @@ pub enum Error {
         tensor: String,
     },
     /// A weight that is not finite in fp16.
-    #[error("Tensor `{tensor}`: {source}")]
+    #[error("Tensor `{tensor}` does not fit fp16")]
     Overflow {
         /// The tensor's name.
         tensor: String,

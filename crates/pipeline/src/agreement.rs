@@ -6,14 +6,14 @@
 
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Agreement;
+use gptq_records::source_digest::source_digest;
+use gptq_text::evaluation::EvalText;
 
 use crate::error::Result;
-use crate::evaluation::EvalText;
-use crate::manifest::source_digest;
-use crate::quantise::QuantiseJob;
+use crate::job::QuantizeJob;
 
 /// What ranks that make a branch compare.
-pub(crate) fn quantise(job: &QuantiseJob<'_>) -> Result<Agreement> {
+pub(crate) fn quantize(job: &QuantizeJob<'_>) -> Result<Agreement> {
     let spec = &job.spec;
     let config = job.source.config();
     let linears = config.block_linears().map(|l| (l.out_features, l.in_features));

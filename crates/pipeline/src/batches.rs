@@ -8,21 +8,14 @@
 use std::ops::Range;
 
 use gptq_model::Model;
+use gptq_text::protocol::EvalWindow;
 
 use crate::error::Result;
 use crate::memory_evaluation::{EvaluationSizes, Room};
 use crate::progress::Progress;
-use crate::protocol::EvalWindow;
 use crate::states::chunk_ranges;
 
-/// What an evaluation holds beside the states of the model that it walks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Beside {
-    /// Another model's final states and head, to compare with.
-    pub base: bool,
-    /// Grams of the inputs of a block's linears.
-    pub grams: bool,
-}
+pub use crate::memory_evaluation::Beside;
 
 /// How this rank's windows are cut into batches.
 #[derive(Clone, Debug)]

@@ -11,19 +11,19 @@ use gptq_checkpoint::{Rope, RopeScaling};
 use gptq_compute::{Agreement, Device, FloatType, HostMatrix, Ranks, RopeTable};
 use gptq_model::{Block, BlockParts, LinearId};
 use gptq_quant::QuantSpec;
+use gptq_text::calibration::MOST_TOKENS;
 use half::f16;
 use ndarray::Array2;
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::agreement::words_of_block;
-use crate::bands::largest;
 use crate::calibrate::{Calibrator, StageSeconds, Streams, Work};
-use crate::calibration::MOST_TOKENS;
+use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::memory::{BlockSizes, Parking, Workload, parking};
-use crate::stash::Stash;
+use crate::row_shards::largest;
 use crate::states::States;
 
 /// Runs of each measurement, at least.
@@ -202,23 +202,15 @@ pub fn bench_block(
     let parking = parking(device, sizes, work)?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
-    let calibrator = Calibrator {
-        device,
-        rope: &rope,
-        spec,
-        ranks,
-        windows,
-        parking,
-        shared: None,
-        name: &|_, id| format!("{id:?}"),
-    };
+    let calibrator =
+        Calibrator { device, rope: &rope, spec, ranks, windows, parking, shared: None };
     let mut runs: Vec<(f64, StageSeconds)> = Vec::new();
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {
         let mut block = synthetic_block(device, width)?;
         let states = || synthetic_states(device, width, (own.clone(), seq_len), parking);
         let reference = reference.then(states).transpose()?;
-        let mut streams = Streams { quantised: states()?, reference };
+        let mut streams = Streams { quantized: states()?, reference };
         device.synchronize("preparing the benchmark")?;
         ranks.exchange(Vec::new())?;
         let start = Instant::now();
@@ -345,7 +337,7 @@ fn synthetic_states(
     let table = HostMatrix::new(bytemuck::cast_slice(&values), FloatType::F16, ROWS, width.hidden);
     let most = (device.chunk_tokens() / seq_len).max(1);
     let chunks = windows.len().div_ceil(most);
-    let mut hidden = Stash::new(device, chunks, parking.hidden);
+    let mut hidden = ChunkStore::new(device, chunks, parking.hidden);
     for chunk in 0..chunks {
         let first = windows.start + chunk * most;
         let tokens = most.min(windows.end - first) * seq_len;

@@ -18,13 +18,14 @@ use std::sync::Arc;
 use gptq_compute::{Device, Gram, Ranks, RopeTable, StageTimer, Tensor};
 use gptq_model::{Block, LinearId, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantized, factor, solve};
+use gptq_records::branch_report::LinearRecord;
 
-use crate::bands::{Bands, ROWS, band, summed};
+use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::memory::Parking;
-use crate::progress::LinearReport;
-use crate::stash::Stash;
+use crate::recording::solved;
+use crate::row_shards::{RowShards, SHARD_ROWS, rows_of, summed};
 use crate::states::States;
 
 /// Rows of a weight from which the energy of its outputs is estimated: the exact figure costs as
@@ -95,23 +96,21 @@ pub(crate) struct Calibrator<'a> {
     pub(crate) parking: Parking,
     /// The first block's first Gram, shared with other branches.
     pub(crate) shared: Option<&'a FirstGrams>,
-    /// Name of a linear in messages and reports.
-    pub(crate) name: &'a dyn Fn(&Block, LinearId) -> String,
 }
 
 /// A calibrated block.
 pub(crate) struct Calibrated {
-    pub(crate) linears: Vec<LinearReport>,
+    pub(crate) linears: Vec<LinearRecord>,
     pub(crate) stages: StageSeconds,
 }
 
 /// Receives each quantised linear, by name; on rank 0 alone.
-pub(crate) type Sink<'s> = dyn FnMut(&str, Bands) -> Result<()> + 's;
+pub(crate) type Sink<'s> = dyn FnMut(&str, RowShards) -> Result<()> + 's;
 
 /// The states that a block moves: of the model being quantised, and of the unquantised one where
 /// targets are shifted.
 pub(crate) struct Streams {
-    pub(crate) quantised: States,
+    pub(crate) quantized: States,
     pub(crate) reference: Option<States>,
 }
 
@@ -130,7 +129,7 @@ impl Calibrator<'_> {
             timer: StageTimer::start(self.device)?,
             linears: Vec::with_capacity(LinearId::ALL.len()),
             sink,
-            stream: Stream { states: &mut streams.quantised, kept: None },
+            stream: Stream { states: &mut streams.quantized, kept: None },
             reference: dense.as_ref().zip(streams.reference.as_mut()),
             exact: LinearId::ALL.map(|_| exact.next()),
         };
@@ -151,7 +150,7 @@ impl Calibrator<'_> {
 struct Stream<'s> {
     states: &'s mut States,
     /// Inputs of o, then of down, from the stage that sees them to the one that needs their product.
-    kept: Option<Stash>,
+    kept: Option<ChunkStore>,
 }
 
 impl Stream<'_> {
@@ -198,10 +197,10 @@ impl Stream<'_> {
         self.kept(all).read(chunk, |input| Ok(device.cross_add(sum, &drift, input)?))
     }
 
-    fn kept(&mut self, all: &Calibrator<'_>) -> &mut Stash {
+    fn kept(&mut self, all: &Calibrator<'_>) -> &mut ChunkStore {
         let chunks = self.states.seq_lens.len();
         let park = all.parking.inputs;
-        self.kept.get_or_insert_with(|| Stash::new(all.device, chunks, park))
+        self.kept.get_or_insert_with(|| ChunkStore::new(all.device, chunks, park))
     }
 
     /// Adds down's products: the block's outputs.
@@ -238,7 +237,7 @@ impl States {
 struct BlockRun<'r, 's, 'a> {
     all: &'r Calibrator<'a>,
     timer: StageTimer<Work>,
-    linears: Vec<LinearReport>,
+    linears: Vec<LinearRecord>,
     sink: &'r mut Sink<'s>,
     stream: Stream<'r>,
     /// The unquantised block and its states.
@@ -264,7 +263,7 @@ impl BlockRun<'_, '_, '_> {
             self.stream.kept = None;
         }
         let scale = 2.0 / self.all.windows as f32;
-        let first = (self.all.name)(block, stage.linears()[0]);
+        let first = block.linear_name(stage.linears()[0]);
         let factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
             gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.clone() },
             source => Error::Solve { linear: first.clone(), source },
@@ -330,10 +329,10 @@ impl BlockRun<'_, '_, '_> {
         }
         let Some(mut drift) = drift else { return Ok(None) };
         all.ranks.sum(&mut drift)?;
-        let rows = all.ranks.share(shape.0, ROWS);
-        let weight = band(all.device, weight, rows.clone())?;
+        let rows = all.ranks.share(shape.0, SHARD_ROWS);
+        let weight = rows_of(all.device, weight, rows.clone())?;
         let wanted = {
-            let drift = band(all.device, &drift, rows)?;
+            let drift = rows_of(all.device, &drift, rows)?;
             all.device.shifted(&drift, &weight, factored.added / scale)?
         };
         drop(drift);
@@ -354,32 +353,32 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
-        let Calibrator { device, ranks, name, .. } = *self.all;
+        let Calibrator { device, ranks, .. } = *self.all;
         let mut numbers = Vec::with_capacity(2 * energies.len());
         for (&id, &energy) in stage.linears().iter().zip(energies) {
-            let name = name(block, id);
+            let name = block.linear_name(id);
             let rows = block.linear(id).rows();
             let solved = self.solve_rows(block, id, &name, factored, shift)?;
             numbers.extend([solved.as_ref().map_or(0.0, |s| s.loss.unwrap_or(f64::NAN)), energy]);
             let (stored, weight) = match solved {
                 Some(solved) => (Some(solved.stored), solved.weight),
-                None => (None, band(device, block.linear(id), 0..0)?.into_owned()),
+                None => (None, rows_of(device, block.linear(id), 0..0)?.into_owned()),
             };
-            block.set_linear(id, ranks.gather_rows(weight, rows, ROWS)?);
+            block.set_linear(id, ranks.gather_rows(weight, rows, SHARD_ROWS)?);
             self.exchanged()?;
-            if let Some(bands) = Bands::collect(ranks, stored, rows)? {
-                (self.sink)(&name, bands)?;
+            if let Some(shards) = RowShards::collect(ranks, stored, rows)? {
+                (self.sink)(&name, shards)?;
             }
             self.timer.mark(Work::Pack)?;
         }
         let numbers = summed(ranks, numbers)?;
         for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
-            self.linears.push(report(name(block, id), number[0], number[1], factored));
+            self.linears.push(report(block.linear_name(id), number[0], number[1], factored));
         }
         Ok(())
     }
 
-    /// Solves this rank's rows of a linear; `None` when there are more ranks than bands of rows.
+    /// Solves this rank's rows of a linear; `None` when there are more ranks than shards of rows.
     fn solve_rows(
         &mut self,
         block: &Block,
@@ -389,13 +388,13 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
     ) -> Result<Option<Quantized>> {
         let Calibrator { device, ranks, spec, .. } = *self.all;
-        let own = ranks.share(block.linear(id).rows(), ROWS);
+        let own = ranks.share(block.linear(id).rows(), SHARD_ROWS);
         if own.is_empty() {
             return Ok(None);
         }
         let mut rows = match self.exact_rows(id, own.clone())? {
             Some(exact) => Cow::Owned(exact),
-            None => band(device, block.linear(id), own)?,
+            None => rows_of(device, block.linear(id), own)?,
         };
         if let Some((shift, share)) = shift {
             rows = Cow::Owned(device.shifted(&rows, shift, *share)?);
@@ -411,7 +410,7 @@ impl BlockRun<'_, '_, '_> {
     fn exact_rows(&mut self, id: LinearId, own: Range<usize>) -> Result<Option<Tensor>> {
         let Some(exact) = self.exact[id as usize].take() else { return Ok(None) };
         let whole = own.len() == exact.rows();
-        let rows = if whole { exact } else { band(&Device::Cpu, &exact, own)?.into_owned() };
+        let rows = if whole { exact } else { rows_of(&Device::Cpu, &exact, own)?.into_owned() };
         Ok(Some(self.all.device.upload_f32(rows.into_host())?))
     }
 
@@ -445,7 +444,7 @@ impl BlockRun<'_, '_, '_> {
 }
 
 /// An error is relative to an energy: a linear of zeros, which a shift may move all the same, has none.
-fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearReport {
+fn report(name: String, loss: f64, energy: f64, factored: &Factored) -> LinearRecord {
     let error = Some(loss / energy).filter(|error| energy > 0.0 && error.is_finite());
-    LinearReport::solved(name, error, factored)
+    solved(name, error, factored)
 }

@@ -10,7 +10,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// Datasets, tokenisers, calibration recipes.
     #[error(transparent)]
-    Text(#[from] crate::text_error::TextError),
+    Text(#[from] gptq_text::Error),
+    /// What lies in the folder of a branch.
+    #[error(transparent)]
+    Records(#[from] gptq_records::Error),
+    /// The facts of a card.
+    #[error(transparent)]
+    Report(#[from] gptq_report::Error),
     /// Reading or writing a checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] gptq_checkpoint::Error),
@@ -21,7 +27,7 @@ pub enum Error {
     #[error(transparent)]
     Compute(#[from] gptq_compute::Error),
     /// The solver, at a linear.
-    #[error("Cannot quantise `{linear}`: {source}")]
+    #[error("Cannot quantise `{linear}`")]
     Solve {
         /// The linear's prefix in the checkpoint.
         linear: String,
@@ -102,18 +108,10 @@ pub enum Error {
     StrictSource(&'static str),
     /// The source holds quantised linears already.
     #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
-    AlreadyQuantised(PathBuf),
-    /// A file of a checkpoint that cannot be read.
-    #[error("Cannot read `{}`: {source}", path.display())]
-    ReadFile {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    AlreadyQuantized(PathBuf),
     /// A base that is quantised itself.
     #[error("`{}` is a GPTQ checkpoint; --base takes the dense model that was quantised", .0.display())]
-    QuantisedBase(PathBuf),
+    QuantizedBase(PathBuf),
     /// A base of another shape than the checkpoint.
     #[error("`{}` is not what the checkpoint was made from: its {what} is {theirs}, not {mine}", base.display())]
     OtherBase {
@@ -126,14 +124,6 @@ pub enum Error {
         /// The base's value.
         theirs: usize,
     },
-    /// A sweep file that cannot be read.
-    #[error("Cannot read `{}`: {source}", path.display())]
-    ReadConfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
     /// A sweep file that does not say what it should.
     #[error("`{file}` is not a sweep configuration: {message}")]
     Config {
@@ -141,40 +131,6 @@ pub enum Error {
         file: String,
         /// What is wrong, with the place.
         message: String,
-    },
-    /// A checkpoint's report that cannot be read.
-    #[error("Cannot read `{}`: {source}; gptq quantize and gptq sweep write it", path.display())]
-    ReadReport {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A checkpoint's report that cannot be written.
-    #[error("Cannot write `{}`: {source}", path.display())]
-    WriteReport {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A checkpoint's report that does not say what it should.
-    #[error("`{}` is not a report of this program: {message}", path.display())]
-    Report {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, with the place.
-        message: String,
-    },
-    /// A file or folder of a sweep that the system refused.
-    #[error("Cannot {action} `{}`: {source}", path.display())]
-    Folder {
-        /// What was attempted, as a verb.
-        action: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
     },
     /// A branch's name is taken by something that no sweep finished.
     #[error(
@@ -191,88 +147,6 @@ pub enum Error {
         dir: PathBuf,
         /// The file.
         file: String,
-    },
-    /// Another process makes this branch.
-    #[error(
-        "Another gptq sweep is at work on branch `{0}`; wait for it, or split the sweep with --jobs"
-    )]
-    BranchInUse(String),
-    /// A folder without reports.
-    #[error(
-        "`{}` holds no gptq_report.json, nor does a folder in it; name a folder that gptq sweep or gptq quantize made",
-        .0.display()
-    )]
-    NoReports(PathBuf),
-    /// A baseline that cannot be read.
-    #[error("Cannot read the baseline `{}`: {source}; gptq check --update makes it", path.display())]
-    ReadBaseline {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A baseline that does not say what it should.
-    #[error("`{}` is not a baseline: {message}", path.display())]
-    Baseline {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, with the place.
-        message: String,
-    },
-    /// A branch whose numbers say nothing about the baseline's.
-    #[error("`{branch}` cannot be compared with the baseline: {reason}")]
-    NotComparable {
-        /// The branch.
-        branch: String,
-        /// What differs.
-        reason: String,
-    },
-    /// A report without a single perplexity.
-    #[error("No branch of the report was measured; give the configuration an [evaluation]")]
-    NotMeasured,
-    /// A model's facts that cannot be read.
-    #[error("Cannot read the card's facts `{}`: {source}", path.display())]
-    ReadFacts {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A model's facts that do not say what they should.
-    #[error("`{}` does not hold a card's facts: {message}", path.display())]
-    Facts {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        message: String,
-    },
-    /// A branch that the Hub cannot have.
-    #[error(
-        "`{branch}` in `{}` cannot be a branch on the Hub: names have letters, digits, `-`, `_` and `.` only",
-        dir.display()
-    )]
-    CardBranch {
-        /// The branch.
-        branch: String,
-        /// Its folder.
-        dir: PathBuf,
-    },
-    /// A dense model where a GPTQ checkpoint is needed.
-    #[error("`{}` is not quantised: it has no quantize_config.json", .0.display())]
-    NotQuantised(PathBuf),
-    /// A template that does not fit what it is given.
-    #[error("The template `{name}` cannot be rendered: {source}")]
-    Template {
-        /// The template.
-        name: &'static str,
-        /// Why.
-        source: minijinja::Error,
-    },
-    /// The same branch found twice.
-    #[error("Branch `{branch}` is named twice; name each folder once")]
-    BranchTwice {
-        /// The branch, with the path where it was found if several have the name.
-        branch: String,
     },
     /// A branch that a configuration does not have.
     #[error("No branch `{branch}` in `{file}`; it has {known}")]
@@ -295,6 +169,12 @@ pub enum Error {
     /// A thread ended without saying why.
     #[error("The thread that was {0} the checkpoint ended unexpectedly")]
     Thread(&'static str),
+}
+
+/// An error and its causes in one line, for warnings and findings.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }
 
 /// Decimal gigabytes, for messages.

@@ -47,8 +47,9 @@ impl FirstGrams {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use gptq_compute::Device;
+
+    use super::*;
 
     #[test]
     fn a_gram_is_made_once_for_each_rotation() {

@@ -1,58 +1,38 @@
-//! Calibration, the block walk, quantisation runs, perplexity, plans and sweeps.
+//! The walk over a model, and the jobs that are made of it: quantize, measure, sweep, verify, plan.
 //!
-//! The two jobs walk a model block by block with the hidden states of all windows held:
-//! [`quantise`] in stages, looking at each linear's inputs on the way; [`perplexity`] with plain
-//! forwards. [`sweep`] runs both for every branch of a [`config`], and finds what earlier runs left by
-//! [`resume`] and [`manifest`]; [`jobs`] splits it over machines. Text becomes windows in
-//! [`dataset`], [`calibration`] and [`protocol`]. Callers listen through [`progress::Progress`].
-//! What a sweep leaves in its folders is shown by [`report`], held by [`check`] and published with a
-//! [`card`].
+//! Every job walks a model block by block with the hidden states of all windows held: [`quantize`] in
+//! stages, looking at each linear's inputs on the way; [`perplexity`] with plain forwards. At the root
+//! of this crate is the walk and what it is made of. Two wings stand beside it: [`sweep`] makes and
+//! measures every branch of a configuration, and reuses what earlier runs left; [`verify`] checks a
+//! checkpoint against its files, its base and a text. Callers listen through [`progress::Progress`].
+//!
+//! This is where tensors and devices (`gptq-model`, `gptq-quant`, `gptq-compute`) meet windows
+//! (`gptq-text`) and what is written down of them (`gptq-records`). What needs no tensor is in those
+//! crates and in `gptq-report`.
 
 pub mod agreement;
-mod bands;
-mod baseline;
 pub mod batches;
 pub mod bench;
-pub mod branch_report;
 mod calibrate;
-pub mod calibration;
-pub mod card;
-mod card_loaders;
-pub mod check;
-pub mod config;
-pub mod dataset;
+mod chunk_store;
 mod error;
-pub mod evaluation;
-pub mod files;
 pub mod first_gram;
-mod fold;
-mod head;
-pub mod home;
+mod fit_head;
 pub mod host_memory;
-pub mod identity;
-pub mod jobs;
-pub mod loaders;
-pub mod manifest;
+pub mod job;
 pub mod memory;
 mod memory_evaluation;
-pub mod output;
 pub mod perplexity;
-mod pieces;
 pub mod plan;
 pub mod progress;
-pub mod protocol;
-pub mod python_random;
-pub mod quantise;
-pub mod report;
-pub mod resume;
-pub mod source_dtype;
-mod stash;
+pub mod quantize;
+mod read_ahead;
+mod recording;
+mod rotate;
+mod row_shards;
 mod states;
 pub mod sweep;
-pub mod sweep_log;
-pub mod text_error;
-mod text_files;
-pub mod tokens;
 pub mod verify;
+pub mod write;
 
 pub use error::{Error, Result};

@@ -9,7 +9,6 @@ use gptq_quant::{QuantSpec, Rotate};
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::head;
 use crate::host_memory::ensure;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
@@ -76,6 +75,9 @@ pub(crate) const USABLE: f64 = 0.94;
 /// Pinned buffers that uploads go through, and what CUDA takes of the host.
 pub(crate) const STAGING: usize = 1 << 30;
 
+/// Rows of the head that are fitted at a time.
+pub(crate) const HEAD_ROWS: usize = 16_384;
+
 /// What is held in one walk over a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workload {
@@ -110,10 +112,10 @@ impl Tables {
         let wide = rounds && stored != FloatType::F16;
         // The embedding as the walk reads it: turned, rounded, or the file's own.
         let walking = if turned || wide { table } else { 0 };
-        // A fitted head waits while the embedding is turned or rounded once more. It is fitted in
-        // bands, in f32, by a map that takes a Hessian and its factor.
+        // A fitted head waits while the embedding is turned or rounded once more. It is fitted
+        // some rows at a time, in f32, by a map that takes a Hessian and its factor.
         let fits = spec.recipe.calibrates() && spec.choices.head > 0.0;
-        let fitting = 8 * head::BAND.min(vocab) * width + 20 * width * width;
+        let fitting = 8 * HEAD_ROWS.min(vocab) * width + 20 * width * width;
         let copied = if turned || wide { table } else { 0 };
         // Pages of the file stay as long as one table is read.
         let read = copied + stored.size() * vocab * width;

@@ -7,10 +7,18 @@
 use gptq_checkpoint::ModelConfig;
 use gptq_compute::Device;
 
-use crate::batches::Beside;
 use crate::error::{Error, Result};
 use crate::host_memory::available;
 use crate::memory::{BlockSizes, STAGING, USABLE, device_budget};
+
+/// What an evaluation holds beside the states of the model that it walks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// Another model's final states and head, to compare with.
+    pub base: bool,
+    /// Grams of the inputs of a block's linears.
+    pub grams: bool,
+}
 
 /// Rows of logits that the CPU holds at a time.
 const LOGITS: usize = 512;

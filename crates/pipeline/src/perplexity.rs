@@ -4,13 +4,13 @@
 use gptq_compute::Tensor;
 use gptq_model::{Block, Head, LinearId, Model, SourcePrecision};
 use gptq_quant::{QuantSpec, round_to_nearest};
+use gptq_text::protocol::EvalWindow;
 use serde::{Deserialize, Serialize};
 
 use crate::batches::Batch;
 use crate::error::{Error, Result};
 use crate::progress::{Progress, Silent};
-use crate::protocol::EvalWindow;
-use crate::quantise::{linear_name, next_block, read_ahead};
+use crate::read_ahead::{next_block, read_ahead};
 use crate::states::{States, chunk_ranges, embed, forward};
 
 /// Normed final hidden states of a batch's scored positions, with the tokens that follow them.
@@ -56,7 +56,7 @@ pub fn score_rounded(
         for id in LinearId::ALL {
             let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
             let rounded = round_to_nearest(model.device(), weight, spec)
-                .map_err(|source| Error::Solve { linear: linear_name(model, block, id), source })?;
+                .map_err(|source| Error::Solve { linear: block.linear_name(id), source })?;
             block.set_linear(id, rounded.weight);
         }
         Ok(())
@@ -230,10 +230,10 @@ mod tests {
     use gptq_checkpoint::Checkpoint;
     use gptq_compute::Device;
     use gptq_quant::Recipe;
+    use gptq_text::protocol::Protocol;
 
     use super::*;
     use crate::batches::{Batches, Beside};
-    use crate::protocol::Protocol;
 
     /// Cut between chunks, batches change nothing, to the last bit: neither losses nor divergences.
     #[test]

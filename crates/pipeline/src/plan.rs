@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use gptq_checkpoint::{Layout, ModelConfig, plan_files};
 use gptq_compute::FloatType;
 use gptq_quant::QuantSpec;
+use gptq_records::source_dtype::SourceDtype;
 use serde::Serialize;
 
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
-use crate::output::quantize_config;
-use crate::source_dtype::SourceDtype;
+use crate::write::quantize_config;
 
 /// Cost of one branch.
 #[derive(Clone, Debug, Serialize)]
@@ -55,14 +55,14 @@ pub struct Setting {
     /// Tokens of each.
     pub seq_len: usize,
     /// First Grams that its sweep keeps
-    /// ([`SweepConfig::shared_grams`](crate::config::SweepConfig::shared_grams)).
+    /// ([`SweepConfig::shared_grams`](crate::sweep::config::SweepConfig::shared_grams)).
     pub shared_grams: usize,
     /// Bytes of the card.
     pub gpu_memory: u64,
 }
 
 /// Plans a branch; `metadata` is what the `modern` layout carries beside its own keys
-/// ([`planned_metadata`](crate::output::planned_metadata)).
+/// ([`planned_metadata`](crate::write::planned_metadata)).
 pub fn plan_branch(
     model: &ModelConfig,
     spec: &QuantSpec,

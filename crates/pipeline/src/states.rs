@@ -5,13 +5,13 @@
 
 use gptq_model::{Block, Model};
 
+use crate::chunk_store::ChunkStore;
 use crate::error::Result;
-use crate::stash::Stash;
 
 /// Hidden states `[tokens, hidden]` of every chunk.
 #[derive(Debug)]
 pub(crate) struct States {
-    pub(crate) hidden: Stash,
+    pub(crate) hidden: ChunkStore,
     /// Tokens of a window, for each chunk.
     pub(crate) seq_lens: Vec<usize>,
 }
@@ -19,7 +19,7 @@ pub(crate) struct States {
 /// Embeds windows; consecutive windows of equal length share chunks.
 pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], parked: f64) -> Result<States> {
     let ranges = chunk_ranges(windows, model.device().chunk_tokens());
-    let mut hidden = Stash::new(model.device(), ranges.len(), parked);
+    let mut hidden = ChunkStore::new(model.device(), ranges.len(), parked);
     let mut seq_lens = Vec::with_capacity(ranges.len());
     for (chunk, range) in ranges.into_iter().enumerate() {
         seq_lens.push(windows[range.start].len());

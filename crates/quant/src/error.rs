@@ -28,7 +28,7 @@ pub enum Error {
         message: String,
     },
     /// The Hessian has no Cholesky factor at any damping that was tried.
-    #[error("The Hessian is not positive definite even with damping {damp:?}: {source}")]
+    #[error("The Hessian is not positive definite even with damping {damp:?}")]
     NotPositiveDefinite {
         /// Largest fraction of mean(diag H) that was added.
         damp: f64,

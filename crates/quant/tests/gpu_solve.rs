@@ -20,9 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gptq_checkpoint::{Bits, GptqLinear};
-use gptq_compute::cuda::{
-    self, ClipSearch, Cuda, Library, PackedLinear, SolveOptions, Solved, Timer,
-};
+use gptq_compute::cuda::{self, ClipSearch, Cuda, PackedLinear, SolveOptions, Solved, Timer};
 use gptq_compute::{Device, Error, HessianPrep, Precision, Tensor, linalg};
 use gptq_quant::{QuantSpec, Recipe};
 use half::f16;

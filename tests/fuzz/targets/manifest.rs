@@ -3,7 +3,7 @@
 
 use std::path::{Component, Path};
 
-use gptq_pipeline::manifest::Manifest;
+use gptq_records::manifest::Manifest;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     if Manifest::parse(data).is_err() {

@@ -5,9 +5,9 @@ mod folder;
 
 use std::fs;
 
-use gptq_pipeline::report::Report;
-use gptq_pipeline::report::markdown::markdown;
-use gptq_pipeline::report::page::page;
+use gptq_report::Report;
+use gptq_report::markdown::markdown;
+use gptq_report::page::page;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let dir = folder::folder();

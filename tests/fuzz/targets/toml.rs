@@ -5,8 +5,8 @@ mod folder;
 
 use std::fs;
 
-use gptq_pipeline::calibration::CalibrationRecipe;
-use gptq_pipeline::config::SweepConfig;
+use gptq_text::calibration::CalibrationRecipe;
+use gptq_pipeline::sweep::config::SweepConfig;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let path = folder::folder().join("input.toml");

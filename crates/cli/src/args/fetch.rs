@@ -1,7 +1,7 @@
 //! `gptq fetch`.
 
 use clap::Args;
-use gptq_pipeline::dataset::DatasetSpec;
+use gptq_text::dataset::DatasetSpec;
 
 /// Attempts after failed ones, where nobody asks for another number.
 pub(crate) const RETRIES: u32 = 5;

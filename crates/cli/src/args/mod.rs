@@ -18,12 +18,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use gptq_checkpoint::Layout;
-use gptq_pipeline::calibration::CalibrationOverrides;
-use gptq_pipeline::dataset::{DatasetSpec, Join};
-use gptq_pipeline::jobs::Share;
-use gptq_pipeline::protocol::Protocol;
-use gptq_pipeline::source_dtype::SourceDtype;
+use gptq_pipeline::sweep::jobs::Share;
 use gptq_quant::Recipe;
+use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::CalibrationOverrides;
+use gptq_text::dataset::{DatasetSpec, Join};
+use gptq_text::protocol::Protocol;
 
 pub(crate) use card::CardArgs;
 pub(crate) use check::CheckArgs;
@@ -217,7 +217,7 @@ pub(crate) struct PlanArgs {
     /// Folder that holds config.json, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     pub(crate) model: String,
     /// Sweep configuration
-    #[arg(long, value_name = "FILE", default_value = gptq_pipeline::config::BUILT_IN)]
+    #[arg(long, value_name = "FILE", default_value = gptq_pipeline::sweep::config::BUILT_IN)]
     pub(crate) config: String,
     /// GPU memory to plan for
     #[arg(long, value_name = "SIZE", default_value = "80GB", value_parser = values::parse_bytes)]

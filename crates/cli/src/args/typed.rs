@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 
-use gptq_pipeline::home::{HomeError, expand_home};
+use gptq_text::home::{HomeError, expand_home};
 
 /// Options that may stand alone, so that clap takes a value of theirs after `=` only.
 const SWITCHES: [&str; 2] = ["--act-order", "--desc-act"];

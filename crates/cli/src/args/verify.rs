@@ -1,9 +1,9 @@
 //! `gptq verify`: its command line.
 
 use clap::Args;
-use gptq_pipeline::dataset::DatasetSpec;
-use gptq_pipeline::protocol::Protocol;
 use gptq_pipeline::verify::Limits;
+use gptq_text::dataset::DatasetSpec;
+use gptq_text::protocol::Protocol;
 
 use super::DeviceArgs;
 

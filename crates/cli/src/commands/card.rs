@@ -1,7 +1,8 @@
 //! `gptq card`: README.md of every checkpoint.
 
 use anyhow::Result;
-use gptq_pipeline::card::{CardFacts, write_cards};
+use gptq_report::card::write_cards;
+use gptq_report::card_facts::CardFacts;
 
 use super::{print_json, print_result};
 use crate::args::CardArgs;

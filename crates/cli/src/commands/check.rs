@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use gptq_pipeline::Error;
-use gptq_pipeline::branch_report::REPORT_FILE;
-use gptq_pipeline::check::{Baseline, Finding, Outcome, Verdict};
-use gptq_pipeline::report::Report;
+use gptq_records::branch_report::REPORT_FILE;
+use gptq_report::Error;
+use gptq_report::Report;
+use gptq_report::check::{Baseline, Finding, Outcome, Verdict};
 
 use super::table::table;
 use super::{print_json, print_result};
@@ -39,11 +39,7 @@ pub(crate) fn run(args: &CheckArgs, printer: &Printer) -> Result<()> {
 fn update(args: &CheckArgs, report: &Report, whole: bool, printer: &Printer) -> Result<()> {
     let before = match Baseline::read(&args.baseline) {
         Ok(before) => Some(before),
-        Err(Error::ReadBaseline { source, .. })
-            if source.kind() == std::io::ErrorKind::NotFound =>
-        {
-            None
-        }
+        Err(Error::NoBaseline(_)) => None,
         Err(other) => return Err(other.into()),
     };
     let accepted = Baseline::accept(report, before.as_ref(), whole)?;

@@ -1,9 +1,9 @@
 //! `gptq plan`: what every branch will cost.
 
 use anyhow::Result;
-use gptq_pipeline::config::SweepConfig;
-use gptq_pipeline::output::planned_metadata;
 use gptq_pipeline::plan::{BranchPlan, Setting, plan_branch};
+use gptq_pipeline::sweep::config::SweepConfig;
+use gptq_pipeline::write::planned_metadata;
 use serde::Serialize;
 
 use super::source::open_config;

@@ -10,12 +10,12 @@ use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::agreement;
 use gptq_pipeline::batches::{Batches, Beside};
-use gptq_pipeline::config::EvaluationSpec;
-use gptq_pipeline::evaluation::{EvalText, evaluation_text};
-use gptq_pipeline::files::replace;
 use gptq_pipeline::host_memory;
 use gptq_pipeline::perplexity::{Perplexity, Tally, score};
 use gptq_pipeline::progress::Progress;
+use gptq_records::atomic_file::replace;
+use gptq_text::evaluation::EvaluationSpec;
+use gptq_text::evaluation::{EvalText, evaluation_text};
 use serde::Serialize;
 
 use super::source::{open_checkpoint, provide_text, warn_of};

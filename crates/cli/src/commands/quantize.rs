@@ -4,15 +4,16 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use gptq_checkpoint::Layout;
-use gptq_pipeline::branch_report::model_name;
-use gptq_pipeline::calibration::{Calibration, CalibrationRecipe};
-use gptq_pipeline::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::host_memory;
+use gptq_pipeline::job::QuantizeJob;
 use gptq_pipeline::progress::{BlockReport, Progress};
-use gptq_pipeline::quantise::{QuantiseJob, quantise};
-use gptq_pipeline::source_dtype::SourceDtype;
-use gptq_pipeline::tokens::TextTokenizer;
+use gptq_pipeline::quantize::quantize;
+use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
 use gptq_quant::{QuantSpec, Recipe};
+use gptq_records::branch_report::model_name;
+use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::{Calibration, CalibrationRecipe};
+use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
 use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
@@ -82,7 +83,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
     let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
     let outcome = team.run(|device, ranks| {
-        let job = QuantiseJob {
+        let job = QuantizeJob {
             source: &source,
             model: model_name(&args.model),
             branch: args.branch.clone().unwrap_or_else(|| branch_name(&spec)),
@@ -97,7 +98,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
             strict: args.strict,
             shared: None,
         };
-        Ok(quantise(&job, printer)?)
+        Ok(quantize(&job, printer)?)
     })?;
     let Some(outcome) = outcome.flatten() else { return Ok(()) };
     let output = Output {

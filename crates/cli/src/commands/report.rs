@@ -1,11 +1,11 @@
 //! `gptq report`: what a sweep gave, for people.
 
 use anyhow::Result;
-use gptq_pipeline::files::replace;
-use gptq_pipeline::report::Report;
-use gptq_pipeline::report::compare::{BranchChange, changes};
-use gptq_pipeline::report::markdown::markdown;
-use gptq_pipeline::report::page::page;
+use gptq_records::atomic_file::replace;
+use gptq_report::Report;
+use gptq_report::compare::{BranchChange, changes, comparisons};
+use gptq_report::markdown::markdown;
+use gptq_report::page::page;
 use serde::Serialize;
 
 use super::{print_json, print_result};
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &ReportArgs, printer: &Printer) -> Result<()> {
     if !args.json {
         return print_result(&markdown(&report, previous.as_ref()));
     }
-    let comparisons = report.comparisons(previous.as_ref());
+    let comparisons = comparisons(&report, previous.as_ref());
     let changes = previous.is_some().then(|| changes(&comparisons));
     print_json(&Output { report: &report, changes })
 }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
-use gptq_pipeline::dataset::DatasetSpec;
 use gptq_pipeline::progress::Progress;
+use gptq_text::dataset::DatasetSpec;
 
 use crate::hub::{self, Part};
 use crate::printer::Printer;

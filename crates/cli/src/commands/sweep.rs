@@ -4,13 +4,13 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_checkpoint::free_space;
-use gptq_pipeline::calibration::CalibrationRecipe;
-use gptq_pipeline::card::write_sweep_cards;
-use gptq_pipeline::config::{Branch, SweepConfig};
 use gptq_pipeline::plan::BranchPlan;
-use gptq_pipeline::resume::State;
+use gptq_pipeline::sweep::config::{Branch, SweepConfig};
+use gptq_pipeline::sweep::log::{SweepReport, SweepRow};
+use gptq_pipeline::sweep::resume::State;
 use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
-use gptq_pipeline::sweep_log::{SweepReport, SweepRow};
+use gptq_report::card::write_sweep_cards;
+use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
 use super::quantize::sample;
@@ -67,7 +67,8 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     if let Some(facts) = &config.card
         && !report.rows.is_empty()
     {
-        write_sweep_cards(&args.out, &config.branches, facts)?;
+        let names = config.branches.iter().map(|branch| branch.name.as_str());
+        write_sweep_cards(&args.out, names, facts)?;
     }
     Ok(())
 }
@@ -242,7 +243,7 @@ fn cells(row: &SweepRow) -> Vec<String> {
         number(row.result.map(|m| m.kl), 4),
         number(row.rtn.map(|m| m.perplexity), 3),
         number(row.rtn.map(|m| m.kl), 4),
-        number(row.quantise_seconds, 1),
+        number(row.quantize_seconds, 1),
     ]
 }
 
@@ -256,7 +257,7 @@ mod tests {
         let row = |branch: &str| {
             json!({
                 "branch": branch, "bits": 4, "group_size": 32, "act_order": true, "damp": 0.01,
-                "recipe": "autogptq", "dir": branch, "file_bytes": 1, "quantise_seconds": null,
+                "recipe": "autogptq", "dir": branch, "file_bytes": 1, "quantize_seconds": null,
                 "measure_seconds": null, "damp_retries": 0, "rtn": null, "key": "",
                 "result": {"perplexity": 19.0, "kl": 0.01}
             })

@@ -1,8 +1,8 @@
 //! Tables for people, and the few number formats that they use.
 
 use comfy_table::{CellAlignment, Table};
-use gptq_pipeline::evaluation::EvalText;
 use gptq_pipeline::perplexity::Perplexity;
+use gptq_text::evaluation::EvalText;
 
 use crate::plain::plain_word;
 

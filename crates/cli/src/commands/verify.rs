@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
+use gptq_checkpoint::loaders::Seen;
 use gptq_compute::Device;
-use gptq_pipeline::config::EvaluationSpec;
-use gptq_pipeline::loaders::Seen;
 use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
+use gptq_text::evaluation::EvaluationSpec;
 
 use super::source::{locate, open_checkpoint, provide_text, warn_of};
 use super::table::{group, size, table, yes_no};

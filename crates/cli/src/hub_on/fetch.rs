@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use gptq_hub::{Hub, Source};
-use gptq_pipeline::dataset::DatasetSpec;
+use gptq_text::dataset::DatasetSpec;
 use serde::Serialize;
 
 use super::transfer::Transfer;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use gptq_checkpoint::{Checkpoint, Error};
 use gptq_hub::{Hub, Source, Stream};
-use gptq_pipeline::dataset::DatasetSpec;
+use gptq_text::dataset::DatasetSpec;
 
 use crate::args::RETRIES;
 use crate::commands::source::split_revision;

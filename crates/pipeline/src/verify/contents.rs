@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use gptq_checkpoint::loaders::GroupIndex;
 use gptq_checkpoint::{
     Checkpoint, CheckpointFormat, GptqLinear, LinearShape, ModelConfig, QuantizeConfig,
     StoredZeros, unpack_rows,
@@ -9,8 +10,7 @@ use gptq_checkpoint::{
 use gptq_model::Stage;
 use rayon::prelude::*;
 
-use super::{Check, Findings};
-use crate::loaders::GroupIndex;
+use super::findings::{Check, Findings};
 
 /// The four tensors of a quantised linear.
 pub(super) const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];

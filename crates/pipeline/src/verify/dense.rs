@@ -4,30 +4,30 @@ use gptq_checkpoint::{Checkpoint, HEAD, Head, Layout, QuantizeConfig, tensor_spe
 use gptq_quant::Choices;
 use ndarray::Array2;
 
+use super::base::relative;
 use super::contents::LEAVES;
-use super::weights::relative;
-use super::{Check, Findings};
+use super::findings::{Check, Findings};
 use crate::error::Result;
-use crate::fold::{Folding, dense_head};
+use crate::rotate::{FusedRotations, dense_head};
 
 /// Embeddings, norms and the architecture's own biases: everything but the head, which a recipe may
 /// have fitted.
 pub(super) fn check(
     checkpoint: &Checkpoint,
     base: &Checkpoint,
-    (stored, folding): (&QuantizeConfig, Option<&Folding>),
+    (stored, rotations): (&QuantizeConfig, Option<&FusedRotations>),
     findings: &mut Findings,
 ) -> Result<()> {
     let specs = tensor_specs(base.config(), stored, Layout::Modern).into_iter();
-    let quantised = |name: &str| name.rsplit('.').next().is_some_and(|leaf| LEAVES.contains(&leaf));
-    for name in specs.map(|spec| spec.name).filter(|name| !quantised(name) && name != HEAD) {
+    let quantized = |name: &str| name.rsplit('.').next().is_some_and(|leaf| LEAVES.contains(&leaf));
+    for name in specs.map(|spec| spec.name).filter(|name| !quantized(name) && name != HEAD) {
         findings.examine(Check::DenseWeights, 1);
         let Ok(found) = checkpoint.tensor(&name) else {
             // The checkpoint's own configuration does without it.
             findings.add(Check::DenseWeights, name, "is missing, but the base has it");
             continue;
         };
-        let turned = folding.map(|f| f.tensor(base, &name)).transpose()?.flatten();
+        let turned = rotations.map(|f| f.tensor(base, &name)).transpose()?.flatten();
         let exact = turned.is_none();
         let expected = match turned {
             Some(values) => values,
@@ -53,12 +53,12 @@ pub(super) fn check(
 pub(super) fn head_change(
     checkpoint: &Checkpoint,
     base: &Checkpoint,
-    folding: Option<&Folding>,
+    rotations: Option<&FusedRotations>,
     recorded: Option<Choices>,
     findings: &mut Findings,
 ) -> Result<Option<f64>> {
     findings.examine(Check::DenseWeights, 1);
-    let expected = dense_head(base, folding)?;
+    let expected = dense_head(base, rotations)?;
     let found = checkpoint.tensor(HEAD)?.to_f32();
     let (mut change, mut energy) = (0.0, 0.0);
     for (a, b) in found.iter().zip(&expected) {

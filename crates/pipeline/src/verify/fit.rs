@@ -36,8 +36,8 @@ use gptq_checkpoint::{Bits, GptqLinear};
 use ndarray::Array2;
 use rayon::prelude::*;
 
+use super::findings::{Check, Findings};
 use super::odd_words::{Word, odd_words};
-use super::{Check, Findings};
 
 /// Rows that a task sums: a fixed number, so that sums do not depend on the number of threads.
 const BAND: usize = 64;
@@ -257,10 +257,10 @@ impl<'a> Grid<'a> {
             (sums, error, energy)
         };
         let starts: Vec<usize> = (0..outputs).step_by(BAND).collect();
-        let bands: Vec<_> = starts.into_par_iter().map(band).collect();
+        let shards: Vec<_> = starts.into_par_iter().map(band).collect();
         let mut all = (vec![Column::default(); columns], 0.0, 0.0);
         // In order, so that sums do not depend on the number of threads.
-        for (sums, error, energy) in bands {
+        for (sums, error, energy) in shards {
             for (sum, part) in all.0.iter_mut().zip(sums) {
                 sum.sum += part.sum;
                 sum.squares += part.squares;

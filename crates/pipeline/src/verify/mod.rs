@@ -9,131 +9,33 @@
 //! Any 32-bit word is a valid run of codes, so codes are in range by construction; a damaged one is
 //! seen by its sum or by its distance from the base.
 
+mod base;
 mod contents;
 mod dense;
+mod findings;
 mod fit;
+mod job;
 mod odd_words;
 mod outputs;
 mod structure;
 mod sums;
 mod weights;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use gptq_checkpoint::loaders::{LoaderVerdict, verdicts};
 use gptq_checkpoint::{Checkpoint, Head, Layout, QuantizeConfig};
-use gptq_compute::Device;
+use gptq_text::evaluation::EvalText;
 use serde::Serialize;
 
-use crate::config::EvaluationSpec;
-use crate::error::Result;
-use crate::evaluation::EvalText;
-use crate::loaders::{LoaderVerdict, verdicts};
+use crate::error::{Result, with_causes};
 use crate::progress::Progress;
+use findings::Findings;
 
+pub use findings::{Check, Checked, Finding};
+pub use job::{Limits, VerifyJob};
 pub use outputs::Outputs;
 pub use weights::{LinearError, Weights};
-
-/// A checkpoint to verify.
-#[derive(Debug)]
-pub struct VerifyJob<'a> {
-    /// Its folder.
-    pub dir: &'a Path,
-    /// The dense model that it was made from.
-    pub base: Option<&'a Checkpoint>,
-    /// The text to run both on.
-    pub text: Option<&'a EvaluationSpec>,
-    /// Where to compute.
-    pub device: Device,
-    /// What the outputs may at most differ by.
-    pub limits: Limits,
-}
-
-/// Limits on the outputs; none where there is no number.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Limits {
-    /// Perplexity.
-    pub perplexity: Option<f64>,
-    /// Perplexity over the base's.
-    pub ratio: Option<f64>,
-    /// Mean KL divergence from the base, in nats a token.
-    pub kl: Option<f64>,
-    /// Energy of a linear's output error over the energy of its outputs.
-    pub output_error: Option<f64>,
-}
-
-/// One kind of check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Check {
-    /// Every file has the sum that was recorded when it was written.
-    Sums,
-    /// Weight files and their index can be read.
-    Files,
-    /// quantize_config.json, config.json and the metadata agree with each other and the tensors.
-    Configuration,
-    /// Names, types and shapes of all tensors.
-    Tensors,
-    /// Zeros are stored as the settings say, and those of a symmetric grid are its middle.
-    Zeros,
-    /// Every group has its columns, in order where no act-order is declared.
-    GroupIndex,
-    /// Linears that loaders fuse have one group index.
-    FusedOrder,
-    /// Scales are finite and positive.
-    Scales,
-    /// Norms, embeddings, head and the architecture's biases are finite, biases that AutoGPTQ adds zero.
-    Dense,
-    /// Every linear is a quantisation of the base's.
-    Weights,
-    /// Tensors that are not quantised are the base's.
-    DenseWeights,
-    /// Output errors, perplexity and KL divergence are within their limits.
-    Limits,
-}
-
-impl Check {
-    /// What the check is about, in words.
-    #[must_use]
-    pub fn title(self) -> &'static str {
-        match self {
-            Self::Sums => "recorded sums",
-            Self::Files => "weight files",
-            Self::Configuration => "configuration",
-            Self::Tensors => "names, types, shapes",
-            Self::Zeros => "zeros",
-            Self::GroupIndex => "group index",
-            Self::FusedOrder => "order of fused linears",
-            Self::Scales => "scales",
-            Self::Dense => "other values",
-            Self::Weights => "linears against the base",
-            Self::DenseWeights => "the rest against the base",
-            Self::Limits => "limits on outputs",
-        }
-    }
-}
-
-/// Something that is wrong.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Finding {
-    /// The check that found it.
-    pub check: Check,
-    /// Tensor or file.
-    pub place: String,
-    /// What is wrong with it.
-    pub message: String,
-}
-
-/// A check that was made.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Checked {
-    /// Which.
-    pub check: Check,
-    /// How many files, tensors or linears it looked at.
-    pub examined: usize,
-    /// How many findings it has.
-    pub findings: usize,
-}
 
 /// How the checkpoint is quantised, as its tensors have it.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -171,29 +73,6 @@ pub struct VerifyReport {
     pub outputs: Option<Outputs>,
     /// Who loads it; empty when the weights cannot be read.
     pub loaders: Vec<LoaderVerdict>,
-}
-
-/// Findings and what was looked at, while checks run.
-#[derive(Debug, Default)]
-struct Findings {
-    list: Vec<Finding>,
-    examined: BTreeMap<Check, usize>,
-}
-
-impl Findings {
-    fn add(&mut self, check: Check, place: impl Into<String>, message: impl Into<String>) {
-        let (place, message) = (place.into(), message.into());
-        self.list.push(Finding { check, place, message });
-    }
-
-    /// Counts things that a check looks at.
-    fn examine(&mut self, check: Check, count: usize) {
-        *self.examined.entry(check).or_insert(0) += count;
-    }
-
-    fn of(&self, check: Check) -> usize {
-        self.list.iter().filter(|f| f.check == check).count()
-    }
 }
 
 /// Runs every check that the job has the means for.
@@ -243,8 +122,7 @@ fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
         Ok(checkpoint) => Ok(Some(checkpoint)),
         Err(error @ (Error::NoWeights { .. } | Error::NoSettings { .. })) => Err(error.into()),
         Err(error) => {
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-            let message = format!("{error}{}", cause.unwrap_or_default());
+            let message = with_causes(&error);
             findings.add(Check::Files, dir.display().to_string(), message);
             Ok(None)
         }
@@ -281,9 +159,9 @@ fn readable(
     // Nor is there anything to run where a norm or the embedding is not finite.
     let runs = sound && findings.of(Check::Dense) == 0;
     if let Some(spec) = job.text.filter(|_| runs) {
-        let folding = report.weights.as_ref().zip(job.base);
-        let folding = folding.and_then(|(weights, base)| weights.folding(base.config()));
-        let run = outputs::Run { job, checkpoint: &checkpoint, folding };
+        let rotations = report.weights.as_ref().zip(job.base);
+        let rotations = rotations.and_then(|(weights, base)| weights.rotations(base.config()));
+        let run = outputs::Run { job, checkpoint: &checkpoint, rotations };
         let (text, measured) = run.measure(spec, report.weights.as_mut(), progress)?;
         outputs::check_limits(job, &measured, report.weights.as_ref(), findings);
         (report.text, report.outputs) = (Some(text), Some(measured));

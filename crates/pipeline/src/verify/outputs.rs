@@ -8,19 +8,21 @@
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
+use gptq_text::evaluation::EvaluationSpec;
+use gptq_text::evaluation::{EvalText, evaluation_text};
 use ndarray::Array2;
 use serde::Serialize;
 
-use super::weights::{Weights, relative};
-use super::{Check, Findings, VerifyJob};
+use super::base::relative;
+use super::findings::{Check, Findings};
+use super::job::VerifyJob;
+use super::weights::Weights;
 use crate::batches::{Batch, Batches, Beside};
-use crate::config::EvaluationSpec;
 use crate::error::{Error, Result};
-use crate::evaluation::{EvalText, evaluation_text};
-use crate::fold::Folding;
 use crate::perplexity::{Perplexity, Scored, Tally, begin, score};
 use crate::progress::Progress;
-use crate::quantise::{next_block, read_ahead};
+use crate::read_ahead::{next_block, read_ahead};
+use crate::rotate::FusedRotations;
 use crate::states::States;
 
 /// Measured on a text.
@@ -42,7 +44,7 @@ pub(super) struct Run<'a> {
     pub(super) job: &'a VerifyJob<'a>,
     pub(super) checkpoint: &'a Checkpoint,
     /// Rotations that the checkpoint has over the base.
-    pub(super) folding: Option<Folding>,
+    pub(super) rotations: Option<FusedRotations>,
 }
 
 impl Run<'_> {
@@ -111,7 +113,7 @@ impl Run<'_> {
         progress.begin(&batch.label("output errors"), blocks);
         std::thread::scope(|scope| {
             let ahead = read_ahead(scope, model, None, false);
-            let ahead_of_base = read_ahead(scope, dense, self.folding.as_ref(), false);
+            let ahead_of_base = read_ahead(scope, dense, self.rotations.as_ref(), false);
             for index in 0..blocks {
                 let (block, wanted) = (next_block(&ahead)?, next_block(&ahead_of_base)?);
                 let grams = forward(model, &block, &mut states)?;
@@ -179,28 +181,6 @@ impl OutputError {
     fn relative(self) -> Option<f64> {
         relative(self.difference, self.base)
     }
-}
-
-/// A base has the shape of what was made from it.
-pub(super) fn check_base(checkpoint: &Checkpoint, base: &Checkpoint) -> Result<()> {
-    let (mine, theirs) = (checkpoint.config(), base.config());
-    if base.quantize_config().is_some() {
-        return Err(Error::QuantisedBase(base.dir().to_owned()));
-    }
-    for (what, mine, theirs) in [
-        ("num_hidden_layers", mine.num_hidden_layers, theirs.num_hidden_layers),
-        ("hidden_size", mine.hidden_size, theirs.hidden_size),
-        ("intermediate_size", mine.intermediate_size, theirs.intermediate_size),
-        ("num_attention_heads", mine.num_attention_heads, theirs.num_attention_heads),
-        ("num_key_value_heads", mine.num_key_value_heads, theirs.num_key_value_heads),
-        ("head_dim", mine.head_dim, theirs.head_dim),
-        ("vocab_size", mine.vocab_size, theirs.vocab_size),
-    ] {
-        if mine != theirs {
-            return Err(Error::OtherBase { base: base.dir().to_owned(), what, mine, theirs });
-        }
-    }
-    Ok(())
 }
 
 /// What the user set a limit on.

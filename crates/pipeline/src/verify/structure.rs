@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::Path;
 
+use gptq_checkpoint::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
 use gptq_checkpoint::{
     Bits, Checkpoint, DType, Head, Layout, LinearShape, ModelConfig, QuantizeConfig, TensorSpec,
     json_text, tensor_specs,
@@ -11,9 +12,8 @@ use gptq_checkpoint::{
 use serde_json::{Map, Value};
 
 use super::contents::Values;
-use super::{Check, Findings};
-use crate::error::{Error, Result};
-use crate::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
+use super::findings::{Check, Findings};
+use crate::error::Result;
 
 const QUANTIZE_CONFIG: &str = "quantize_config.json";
 const CONFIG: &str = "config.json";
@@ -33,7 +33,7 @@ impl ConfigFiles {
             let text = match json_text(&path) {
                 Ok(text) => text,
                 Err(e) if e.kind() == ErrorKind::NotFound => continue,
-                Err(source) => return Err(Error::ReadFile { path, source }),
+                Err(source) => return Err(gptq_records::Error::io("read", &path)(source).into()),
             };
             let parsed = serde_json::from_str::<Map<String, Value>>(&text);
             match (parsed, name) {

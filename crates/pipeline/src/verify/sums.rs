@@ -5,9 +5,10 @@
 
 use std::path::Path;
 
-use super::{Check, Findings};
+use gptq_records::manifest::{MANIFEST_FILE, Manifest};
+
+use super::findings::{Check, Findings};
 use crate::error::Result;
-use crate::manifest::{MANIFEST_FILE, Manifest};
 
 /// Compares every file that the folder's manifest knows; without a manifest there is no check.
 pub(super) fn check(dir: &Path, findings: &mut Findings) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Every linear against the base's, in the same coordinates.
 //!
-//! A recipe may have turned the model ([`crate::fold`]), so the base is turned the same way before
+//! A recipe may have turned the model ([`crate::rotate`]), so the base is turned the same way before
 //! weights are compared; which way is found by trying ([`rotation`]). How a linear then sits on its
 //! weights, and what tells damage from quantization, is [`Fit`]'s matter.
 
@@ -10,12 +10,14 @@ use gptq_model::{LinearId, Model, SourcePrecision};
 use gptq_quant::{Choices, Recipe, Rotate};
 use serde::Serialize;
 
+use super::base::{check_base, relative};
+use super::dense;
+use super::findings::{Check, Findings};
 use super::fit::{Fit, energies};
-use super::{Check, Findings, dense};
 use crate::error::Result;
-use crate::fold::Folding;
 use crate::progress::Progress;
-use crate::quantise::{linear_name, next_block, read_ahead};
+use crate::read_ahead::{next_block, read_ahead};
+use crate::rotate::FusedRotations;
 
 /// Comparison with the base.
 #[derive(Clone, Debug, Serialize)]
@@ -45,8 +47,8 @@ pub struct LinearError {
 
 impl Weights {
     /// The rotations that bring a model of this shape into the checkpoint's coordinates.
-    pub(super) fn folding(&self, config: &ModelConfig) -> Option<Folding> {
-        Folding::new(config, self.rotate)
+    pub(super) fn rotations(&self, config: &ModelConfig) -> Option<FusedRotations> {
+        FusedRotations::new(config, self.rotate)
     }
 }
 
@@ -58,7 +60,7 @@ pub(super) fn compare(
     findings: &mut Findings,
     progress: &dyn Progress,
 ) -> Result<Weights> {
-    super::outputs::check_base(checkpoint, base)?;
+    check_base(checkpoint, base)?;
     let model = Model::new(base, Device::Cpu, SourcePrecision::Half, 1)?;
     let recorded = recorded_choices(checkpoint);
     let rotate = rotation(checkpoint, &model, recorded.map(|choices| choices.rotate))?;
@@ -70,16 +72,16 @@ pub(super) fn compare(
         );
         findings.add(Check::Weights, "metadata", message);
     }
-    let folding = Folding::new(base.config(), rotate);
+    let rotations = FusedRotations::new(base.config(), rotate);
     let mut linears = Vec::new();
     let blocks = base.config().num_hidden_layers;
     progress.begin("compare", blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, &model, folding.as_ref(), false);
+        let ahead = read_ahead(scope, &model, rotations.as_ref(), false);
         for _ in 0..blocks {
             let block = next_block(&ahead)?;
             for (id, shape) in LinearId::ALL.into_iter().zip(base.config().block_linears()) {
-                let name = linear_name(&model, &block, id);
+                let name = block.linear_name(id);
                 let weight = block.linear(id).to_host()?;
                 if !checkpoint.has_gptq_linear(&name) {
                     // That its values are the base's is checked with all else that is dense.
@@ -102,14 +104,9 @@ pub(super) fn compare(
         Ok::<_, crate::Error>(())
     })?;
     progress.end();
-    dense::check(checkpoint, base, (stored, folding.as_ref()), findings)?;
-    let head_change = dense::head_change(checkpoint, base, folding.as_ref(), recorded, findings)?;
+    dense::check(checkpoint, base, (stored, rotations.as_ref()), findings)?;
+    let head_change = dense::head_change(checkpoint, base, rotations.as_ref(), recorded, findings)?;
     Ok(Weights { rotation: rotate.name(), head_change, linears, rotate })
-}
-
-/// An error over an energy, where there is one.
-pub(super) fn relative(error: f64, energy: f64) -> Option<f64> {
-    Some(error / energy).filter(|quotient| energy > 0.0 && quotient.is_finite())
 }
 
 /// Choices that the metadata records, where it does.
@@ -163,13 +160,13 @@ fn distance(
 ) -> Result<Option<f64>> {
     const UNRELATED: f64 = 2.0;
     let mut block = model.load_block_on(&Device::Cpu, index)?;
-    if let Some(folding) = Folding::new(model.config(), rotate) {
-        folding.block(&mut block)?;
+    if let Some(rotations) = FusedRotations::new(model.config(), rotate) {
+        rotations.block(&mut block)?;
     }
     let mut sum = Some(0.0);
     for id in [LinearId::V, LinearId::Q, LinearId::O] {
         let shape = model.config().block_linears()[id as usize];
-        let (name, weight) = (linear_name(model, &block, id), block.linear(id).to_host()?);
+        let (name, weight) = (block.linear_name(id), block.linear(id).to_host()?);
         let (error, energy) = match checkpoint.has_gptq_linear(&name) {
             true => energies(&checkpoint.gptq_linear(&name, &shape)?, &weight),
             false => dense::energies(checkpoint, &name, &weight)?,

@@ -1,0 +1,101 @@
+//! What loaders look at in a checkpoint and the model behind it.
+
+use crate::LinearShape;
+use crate::config::ModelConfig;
+use crate::quantize_config::{CheckpointFormat, QuantizeConfig};
+use crate::rope::Rope;
+
+/// What loaders look at in a checkpoint.
+#[derive(Clone, Debug)]
+pub struct LoaderFacts {
+    /// The model's own parts.
+    pub architecture: Architecture,
+    /// Bits, groups and conventions, as the tensors have them.
+    pub quantize: QuantizeConfig,
+    /// Columns lie in another order than their groups in some linear.
+    pub act_order: bool,
+    /// How zeros are stored, which may be another way than the settings say.
+    pub zeros: CheckpointFormat,
+    /// Some zero is 0, which is stored as all ones where zeros are stored minus one.
+    pub zeros_of_zero: bool,
+    /// GPTQModel 0.9 or later made the file, by the stamp in its settings.
+    pub gptqmodel_stamp: bool,
+    /// The group indices that the file holds.
+    pub group_index: GroupIndex,
+    /// A linear of the first block that is not quantised.
+    pub dense_linear: Option<&'static str>,
+    /// The head is the embedding, and the file does not hold it under its own name.
+    pub head_only_tied: bool,
+    /// config.json asks for bfloat16.
+    pub bfloat16: bool,
+    /// q, k and v, and gate and up, have one group index each.
+    pub shared_order: bool,
+    /// Biases of quantised linears that the architecture does not have.
+    pub bias: Bias,
+    /// Rotary frequencies are stored.
+    pub frequencies: bool,
+    /// Name of the weight file without `.safetensors`.
+    pub file_stem: String,
+    /// The weights are in several files with an index.
+    pub sharded: bool,
+    /// Every weight file has `format = pt` in its metadata.
+    pub pt_metadata: bool,
+    /// Keys of quantize_config.json, where there is one.
+    pub quantize_config: Option<Vec<String>>,
+    /// config.json says how the checkpoint is quantised.
+    pub quantization_config: bool,
+}
+
+/// What loaders look at, or overlook, in the model behind a checkpoint.
+#[derive(Clone, Debug)]
+pub struct Architecture {
+    /// `model_type`.
+    pub family: &'static str,
+    /// The linears of a block, with whether they have a bias.
+    pub linears: Vec<LinearShape>,
+    /// Fewer key and value heads than query heads.
+    pub grouped_heads: bool,
+    /// Rotary position embeddings.
+    pub rope: Rope,
+}
+
+impl From<&ModelConfig> for Architecture {
+    fn from(config: &ModelConfig) -> Self {
+        Self {
+            family: config.family,
+            linears: config.block_linears().to_vec(),
+            grouped_heads: config.num_key_value_heads != config.num_attention_heads,
+            rope: config.rope,
+        }
+    }
+}
+
+/// The group indices of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupIndex {
+    /// Every linear has one.
+    Stored,
+    /// Some linear has none.
+    Absent,
+    /// Some linear has one of zeros although there are groups.
+    Placeholder,
+}
+
+/// Whether config.json asks for bfloat16, under either name of the key.
+#[must_use]
+pub fn asks_for_bfloat16(config: &ModelConfig) -> bool {
+    ["dtype", "torch_dtype"]
+        .iter()
+        .any(|key| config.raw().get(*key).is_some_and(|value| value == "bfloat16"))
+}
+
+/// Biases that AutoGPTQ adds to the quantised linears of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bias {
+    /// None.
+    Absent,
+    /// As AutoGPTQ writes them: there, and all zero.
+    Zero,
+    /// Some value is not zero.
+    Values,
+}

@@ -1,0 +1,88 @@
+//! The head, fitted to the states that reach it.
+//!
+//! The head stays fp16, so it can make up for part of what the quantised blocks have lost: with X the
+//! normed last states and X_fp the unquantised model's, W + share · W (X_fp − X)ᵀX H⁻¹ brings the
+//! logits closest to the unquantised ones in the least-squares sense.
+
+use gptq_checkpoint::HEAD;
+use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
+use gptq_model::Model;
+use gptq_quant::{QuantSpec, factor};
+use gptq_records::branch_report::LinearRecord;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::calibrate::Streams;
+use crate::error::{Error, Result};
+use crate::memory::HEAD_ROWS;
+use crate::recording::solved;
+use crate::rotate::{FusedRotations, dense_head, final_gain};
+
+/// The head `[vocab, hidden]` as the file should hold it, on rank 0 alone, and what its Hessian needed.
+pub(crate) fn fitted(
+    model: &Model<'_>,
+    rotations: Option<&FusedRotations>,
+    spec: &QuantSpec,
+    windows: usize,
+    streams: &mut Streams,
+) -> Result<(Option<Vec<f16>>, LinearRecord)> {
+    let gain = final_gain(model.checkpoint(), rotations)?;
+    let (map, report) = map(model, &gain, spec, windows, streams)?;
+    if !model.ranks().is_first() {
+        return Ok((None, report));
+    }
+    let mut head = dense_head(model.checkpoint(), rotations)?;
+    let width = model.config().hidden_size;
+    let share = spec.choices.head * 2.0 / windows as f32;
+    for rows in head.chunks_mut(HEAD_ROWS * width) {
+        move_rows(model.device(), rows, &map, share)?;
+    }
+    Ok((Some(head), report))
+}
+
+/// (X_fp − X)ᵀX H⁻¹ `[hidden, hidden]`.
+fn map(
+    model: &Model<'_>,
+    gain: &[f32],
+    spec: &QuantSpec,
+    windows: usize,
+    streams: &mut Streams,
+) -> Result<(Tensor, LinearRecord)> {
+    let (device, width) = (model.device(), gain.len());
+    let eps = model.config().rms_norm_eps;
+    let activations = || Error::Activations { linear: HEAD.to_owned() };
+    let mut gram = device.gram(width)?;
+    let mut lacking = device.zeros(width, width)?;
+    if let Some(reference) = &mut streams.reference {
+        for chunk in 0..reference.seq_lens.len() {
+            let norm = |hidden: &Tensor| Ok(device.rms_norm(hidden, gain, eps)?);
+            let input = streams.quantized.hidden.read(chunk, norm)?;
+            let drift = device.difference(&reference.hidden.read(chunk, norm)?, &input)?;
+            device.gram_add(&mut gram, &input)?;
+            device.cross_add(&mut lacking, &drift, &input)?;
+        }
+    }
+    gram.sum_over(model.ranks())?;
+    model.ranks().sum(&mut lacking)?;
+    let factored = factor(&gram, 2.0 / windows as f32, spec).map_err(|source| match source {
+        gptq_quant::Error::NotFinite { .. } => activations(),
+        source => Error::Solve { linear: HEAD.to_owned(), source },
+    })?;
+    let map = device.over_hessian(&lacking, &factored.upper, &factored.order)?;
+    let report = solved(HEAD.to_owned(), None, &factored);
+    if device.all_finite(&map)? { Ok((map, report)) } else { Err(activations()) }
+}
+
+/// Rows W ← W + share · W · map.
+fn move_rows(device: &Device, rows: &mut [f16], map: &Tensor, share: f32) -> Result<()> {
+    let width = map.cols();
+    let shape = (rows.len() / width, width);
+    let matrix = HostMatrix::new(bytemuck::cast_slice(rows), FloatType::F16, shape.0, shape.1);
+    let moved = device.shifted_by(&device.upload(matrix)?, map, share)?.to_host()?;
+    // Tensors in host memory are in standard layout.
+    rows.convert_from_f32_slice(moved.as_slice().unwrap_or_default());
+    if rows.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::Fitted { tensor: HEAD.to_owned() })
+}

@@ -1,0 +1,51 @@
+//! What a run is asked for: one branch, and everything that it is made with.
+
+use std::path::PathBuf;
+
+use gptq_checkpoint::{Checkpoint, Layout};
+use gptq_compute::{Device, Ranks};
+use gptq_model::SourcePrecision;
+use gptq_quant::QuantSpec;
+use gptq_records::source_dtype::SourceDtype;
+use gptq_text::calibration::Calibration;
+
+use crate::first_gram::FirstGrams;
+
+/// One branch to make.
+#[derive(Clone, Debug)]
+pub struct QuantizeJob<'a> {
+    /// The dense model.
+    pub source: &'a Checkpoint,
+    /// What reports call it: a Hub id, or the name of a folder.
+    pub model: String,
+    /// What reports call the result: nothing that depends on where it lies.
+    pub branch: String,
+    /// What is quantised of its weights.
+    pub source_dtype: SourceDtype,
+    /// Where to compute.
+    pub device: Device,
+    /// Who else makes the branch; rank 0 writes it.
+    pub ranks: Ranks,
+    /// Solver choices.
+    pub spec: QuantSpec,
+    /// Calibration windows; recipes that do not calibrate ignore them.
+    pub calibration: Option<&'a Calibration>,
+    /// Tensors beside the four of each linear, and metadata.
+    pub layout: Layout,
+    /// The folder to make.
+    pub out: PathBuf,
+    /// Split the weights into files of at most this many bytes.
+    pub max_shard_bytes: Option<u64>,
+    /// Treat a Hessian that needed f64 or more damping as an error.
+    pub strict: bool,
+    /// What is shared with other branches of the same source and calibration.
+    pub shared: Option<&'a FirstGrams>,
+}
+
+/// How the model reads the weights of a source.
+pub(crate) fn precision(dtype: SourceDtype) -> SourcePrecision {
+    match dtype {
+        SourceDtype::Fp16 => SourcePrecision::Half,
+        SourceDtype::Fp32 => SourcePrecision::Stored,
+    }
+}

@@ -1,0 +1,277 @@
+//! The main job: every block calibrated, quantised and written, in one walk over the model.
+//!
+//! Three threads share it: one reads the next block ahead, this one computes, one packs and writes
+//! behind. Channels are bounded, so memory stays at two blocks of weights and a few linears.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::Receiver;
+use std::time::Instant;
+
+use gptq_checkpoint::{EMBEDDING, HEAD, Sealed, Written};
+use gptq_model::{Block, LinearId, Model};
+use gptq_quant::round_to_nearest;
+use gptq_records::branch_report::{BranchReport, LinearRecord, REPORT_FILE, TOOL};
+use gptq_records::manifest::{MadeFrom, Manifest};
+use gptq_records::source_dtype::SourceDtype;
+use half::f16;
+
+use crate::agreement;
+use crate::calibrate::{Calibrated, Calibrator, Streams};
+use crate::error::{Error, Result};
+use crate::first_gram::FirstGrams;
+use crate::fit_head;
+use crate::job::{QuantizeJob, precision};
+use crate::memory::{BlockSizes, Workload, parking};
+use crate::progress::{BlockReport, Progress, Silent};
+use crate::read_ahead::{next_block, read_ahead};
+use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
+use crate::rotate::FusedRotations;
+use crate::row_shards::RowShards;
+use crate::states::embed;
+use crate::write::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
+
+/// A branch that was made.
+#[derive(Debug)]
+pub struct QuantizeOutcome {
+    /// Folder, files and bytes.
+    pub written: Written,
+    /// Every block, in order.
+    pub blocks: Vec<BlockReport>,
+    /// Linears whose damping had to be raised.
+    pub damp_retries: u32,
+    /// Linears whose Hessian a GPU had to factor in f64.
+    pub f64_retries: u32,
+}
+
+/// A branch that was made, in its working folder still.
+pub(crate) struct Made {
+    pub(crate) sealed: Sealed,
+    pub(crate) report: BranchReport,
+    blocks: Vec<BlockReport>,
+    /// The states after the last block, which should be those that the file gives.
+    #[cfg(test)]
+    streams: Option<Streams>,
+}
+
+/// Makes one branch, on every rank of the job; rank 0 learns what was made. Nothing is left under
+/// the output name unless everything succeeded.
+pub fn quantize(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option<QuantizeOutcome>> {
+    job.ranks.agree(|| agreement::quantize(job))?;
+    let outcome = match make(job, progress)? {
+        Some(Made { sealed, report, blocks, .. }) => {
+            // The sums by which verify finds what has changed since.
+            let mut made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
+            if job.ranks.size() > 1 {
+                made_from.insert("the number of ranks".to_owned(), job.ranks.size().to_string());
+            }
+            Manifest::list(&sealed.folder, &made_from, &report)?;
+            let BranchReport { damp_retries, f64_retries, .. } = report;
+            Some(QuantizeOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
+        }
+        None => None,
+    };
+    // No rank goes on before the files are there.
+    job.ranks.exchange(Vec::new())?;
+    Ok(outcome)
+}
+
+/// Makes one branch, its report included, in rank 0's working folder.
+pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option<Made>> {
+    job.spec.validate().map_err(Error::Spec)?;
+    if job.source.quantize_config().is_some() {
+        return Err(Error::AlreadyQuantized(job.source.dir().to_owned()));
+    }
+    job.source.check_tensors()?;
+    let rotate = job.spec.choices.rotate;
+    let rotations = FusedRotations::new(job.source.config(), rotate);
+    let progress = if job.ranks.is_first() { progress } else { &Silent };
+    let mut writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
+    if let Some(writer) = &mut writer {
+        copy_ahead(job, rotations.as_ref(), writer)?;
+    }
+    let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
+    let seq_len = windows.first().map_or(1, Vec::len);
+    let precision = precision(job.source_dtype);
+    let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?
+        .with_ranks(job.ranks.clone());
+    if let Some(values) = written_embedding(job, rotations.as_ref())? {
+        model = model.with_embedding(values);
+    }
+    let rotations = rotations.as_ref();
+
+    let (walked, writer) = std::thread::scope(|scope| {
+        let (sender, writing) = write_behind(scope, writer, &job.spec);
+        let ahead = read_ahead(scope, &model, rotations, job.source_dtype == SourceDtype::Fp32);
+        let walked = walk(&ahead, &model, job, windows, &sender, progress);
+        // A reader that waits to hand its block over learns here that nobody takes it.
+        drop(ahead);
+        drop(sender);
+        // A failed writer closes its channel, which stops the walk: its error is the cause.
+        let writer = join(writing)?;
+        Ok::<_, Error>((walked?, writer))
+    })?;
+    let (blocks, mut streams) = walked;
+    let (head, head_report) = match &mut streams {
+        Some(streams) if job.spec.choices.head > 0.0 => {
+            let (head, report) =
+                fit_head::fitted(&model, rotations, &job.spec, windows.len(), streams)?;
+            check_retries(job, std::slice::from_ref(&report), progress)?;
+            (head, Some(report))
+        }
+        _ => (None, None),
+    };
+    let Some(mut writer) = writer else { return Ok(None) };
+    if job.source.is_arriving() {
+        // Only now are both of its tables there.
+        check_head(job, progress)?;
+    }
+    if let Some(values) = head {
+        writer.write_f16(HEAD, &values)?;
+    }
+    copy_dense(job.source, rotations, |_| true, &mut writer)?;
+    let sealed = writer.seal()?;
+    let report = branch_report(job, sealed.bytes, &blocks, head_report);
+    sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
+    Ok(Some(Made {
+        sealed,
+        report,
+        blocks,
+        #[cfg(test)]
+        streams,
+    }))
+}
+
+/// The embedding that the file will hold, where it is not what the model would read by itself.
+fn written_embedding(
+    job: &QuantizeJob<'_>,
+    rotations: Option<&FusedRotations>,
+) -> Result<Option<Vec<f16>>> {
+    if let Some(turned) = rotations.map(|f| f.embedding(job.source)).transpose()?.flatten() {
+        return Ok(Some(turned));
+    }
+    match job.source_dtype {
+        SourceDtype::Fp16 => Ok(None),
+        SourceDtype::Fp32 => Ok(Some(job.source.tensor(EMBEDDING)?.to_f16()?)),
+    }
+}
+
+/// All blocks in order; each is read while the one before is computed. Returns the states after the
+/// last, too.
+fn walk(
+    ahead: &Receiver<Result<Block>>,
+    model: &Model<'_>,
+    job: &QuantizeJob<'_>,
+    windows: &[Vec<u32>],
+    writer: &Outbox,
+    progress: &dyn Progress,
+) -> Result<(Vec<BlockReport>, Option<Streams>)> {
+    let blocks = model.config().num_hidden_layers;
+    progress.begin("quantise", blocks);
+    let calibrates = job.spec.recipe.calibrates();
+    let mut calibration = calibrates.then(|| calibrator(model, job, windows)).transpose()?;
+    let mut reports = Vec::with_capacity(blocks);
+    for index in 0..blocks {
+        let start = Instant::now();
+        let mut block = next_block(ahead)?;
+        let done = match &mut calibration {
+            Some((calibrator, streams)) => {
+                calibrator
+                    .block(&mut block, streams, &mut |name, shards| send(writer, name, shards))?
+            }
+            None => rounded(model, &mut block, job, writer)?,
+        };
+        check_retries(job, &done.linears, progress)?;
+        let report = BlockReport {
+            block: index,
+            seconds: start.elapsed().as_secs_f64(),
+            stages: done.stages.into_iter().map(|(work, time)| (work.name(), time)).collect(),
+            linears: done.linears,
+        };
+        progress.block(&report);
+        reports.push(report);
+    }
+    progress.end();
+    Ok((reports, calibration.map(|(_, streams)| streams)))
+}
+
+/// What calibrates every block of a job, and this rank's windows, embedded.
+fn calibrator<'a>(
+    model: &'a Model<'a>,
+    job: &'a QuantizeJob<'a>,
+    windows: &[Vec<u32>],
+) -> Result<(Calibrator<'a>, Streams)> {
+    // Calibration windows are of one length.
+    let seq_len = windows.first().map_or(1, Vec::len);
+    let own = &windows[job.ranks.share(windows.len(), 1)];
+    let work = Workload {
+        tokens: own.iter().map(Vec::len).sum(),
+        seq_len,
+        reference: job.spec.choices.needs_reference(),
+        exact: job.source_dtype == SourceDtype::Fp32,
+        shared_grams: job.shared.map_or(0, FirstGrams::after_one_more),
+    };
+    let parking = parking(model.device(), BlockSizes::of(model.config()), work)?;
+    let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
+    let states = || embed(model, &own, parking.hidden);
+    let reference = work.reference.then(states).transpose()?;
+    let streams = Streams { quantized: states()?, reference };
+    let calibrator = Calibrator {
+        device: model.device(),
+        rope: model.rope(seq_len),
+        spec: &job.spec,
+        ranks: &job.ranks,
+        windows: windows.len(),
+        parking,
+        shared: job.shared,
+    };
+    Ok((calibrator, streams))
+}
+
+/// What there is to know of the head is said, or refused.
+fn check_head(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<()> {
+    let Some(warning) = job.source.head()?.warning() else { return Ok(()) };
+    if job.strict {
+        return Err(Error::StrictSource(warning));
+    }
+    progress.warn(warning);
+    Ok(())
+}
+
+/// What Hessians needed beside the damping asked for is said, or refused.
+fn check_retries(
+    job: &QuantizeJob<'_>,
+    linears: &[LinearRecord],
+    progress: &dyn Progress,
+) -> Result<()> {
+    for linear in linears {
+        if job.strict {
+            refuse_retries(linear, job.spec.damp)?;
+        }
+        retries(linear, job.spec.damp).iter().for_each(|warning| progress.warn(warning));
+    }
+    Ok(())
+}
+
+/// Every linear of a block on its own, without calibration.
+fn rounded(
+    model: &Model<'_>,
+    block: &mut Block,
+    job: &QuantizeJob<'_>,
+    writer: &Outbox,
+) -> Result<Calibrated> {
+    let mut linears = Vec::new();
+    let exact = block.take_exact();
+    for id in LinearId::ALL {
+        let name = block.linear_name(id);
+        let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
+        let solved = round_to_nearest(model.device(), weight, &job.spec)
+            .map_err(|source| Error::Solve { linear: name.clone(), source })?;
+        send(writer, &name, RowShards::whole(solved.stored))?;
+        linears.push(rounded_record(name));
+    }
+    Ok(Calibrated { linears, stages: BTreeMap::new() })
+}
+
+#[cfg(test)]
+#[path = "quantize_tests.rs"]
+mod tests;

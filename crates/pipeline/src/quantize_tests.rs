@@ -1,0 +1,152 @@
+//! Calibration walks what the file will hold.
+
+use std::fs;
+use std::path::Path;
+
+use gptq_checkpoint::{Checkpoint, Layout};
+use gptq_compute::{Device, Ranks};
+use gptq_model::SourcePrecision;
+use gptq_quant::{QuantSpec, Recipe, Rotate};
+use gptq_records::dataset_identity::DatasetIdentity;
+use gptq_text::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
+use gptq_text::tokens::TextTokenizer;
+use serde_json::{Map, json};
+
+use super::*;
+use crate::states::{States, forward};
+
+struct Quiet;
+
+impl Progress for Quiet {
+    fn begin(&self, _: &str, _: usize) {}
+    fn step(&self) {}
+    fn block(&self, _: &BlockReport) {}
+    fn end(&self) {}
+    fn note(&self, _: &str) {}
+    fn warn(&self, message: &str) {
+        panic!("{message}");
+    }
+}
+
+fn values(states: &mut States) -> Vec<Vec<f32>> {
+    (0..states.seq_lens.len())
+        .map(|chunk| {
+            let hidden = states.hidden.take(chunk).unwrap().to_host().unwrap();
+            hidden.iter().copied().collect()
+        })
+        .collect()
+}
+
+fn fixtures() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
+}
+
+fn job<'a>(
+    source: &'a Checkpoint,
+    calibration: &'a Calibration,
+    spec: QuantSpec,
+    out: &Path,
+) -> QuantizeJob<'a> {
+    QuantizeJob {
+        source,
+        model: "model".to_owned(),
+        branch: "branch".to_owned(),
+        source_dtype: SourceDtype::Fp16,
+        device: Device::best().unwrap(),
+        ranks: Ranks::alone(),
+        spec,
+        calibration: Some(calibration),
+        layout: Layout::Modern,
+        out: out.to_owned(),
+        max_shard_bytes: None,
+        strict: true,
+        shared: None,
+    }
+}
+
+/// What calibration saw is what the file holds: to the last bit, because both walk the same
+/// operations over the same values.
+#[track_caller]
+fn assert_walked_alike(job: &QuantizeJob<'_>) {
+    let windows = &job.calibration.unwrap().windows;
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let Made { sealed, streams, .. } = make(job, &Quiet).unwrap().unwrap();
+    let file = Checkpoint::open(&sealed.publish().unwrap().dir).unwrap();
+    let seq_len = windows[0].len();
+    let model = Model::new(&file, job.device.clone(), SourcePrecision::Stored, seq_len).unwrap();
+    let mut reloaded = embed(&model, &windows, 0.0).unwrap();
+    for index in 0..model.config().num_hidden_layers {
+        forward(&model, &model.load_block(index).unwrap(), &mut reloaded).unwrap();
+    }
+    assert_eq!(values(&mut streams.unwrap().quantized), values(&mut reloaded));
+}
+
+#[test]
+fn the_file_gives_the_states_that_calibration_propagated() {
+    let source = Checkpoint::open(&fixtures().join("demo-llama")).unwrap();
+    let demo = fixtures().join("../../calib/demo.toml");
+    let overrides = CalibrationOverrides {
+        windows: Some(6),
+        seq_len: Some(96),
+        ..CalibrationOverrides::default()
+    };
+    let recipe = CalibrationRecipe::open(&demo.to_string_lossy()).unwrap().with(overrides).unwrap();
+    let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
+    let calibration = recipe.sample(&tokenizer).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for (bits, group, act_order) in [(3, Some(128), true), (4, None, false)] {
+        let spec = QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best);
+        let out = folder.path().join(bits.to_string());
+        assert_walked_alike(&job(&source, &calibration, spec, &out));
+    }
+}
+
+/// A family of tests/fixtures/families as a folder of F32 tensors, none of whose values fp16 holds.
+fn widened(dir: &Path, name: &str, weights: &str) -> Checkpoint {
+    let families = fixtures().join("families");
+    fs::copy(families.join(format!("{name}.json")), dir.join("config.json")).unwrap();
+    let path = dir.join("model.safetensors");
+    fs::copy(families.join(format!("{weights}.safetensors")), &path).unwrap();
+    let narrow = Checkpoint::open(dir).unwrap();
+    let (mut header, mut data) = (Map::new(), Vec::new());
+    for name in narrow.names() {
+        let tensor = narrow.tensor(name).unwrap();
+        let start = data.len();
+        let wide = tensor.to_f32().into_iter().map(|v| v * (1.0 + 1.0 / 8192.0));
+        data.extend(wide.flat_map(f32::to_le_bytes));
+        let offsets = [start, data.len()];
+        let entry = json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": offsets});
+        header.insert(name.to_owned(), entry);
+    }
+    let header = serde_json::to_vec(&header).unwrap();
+    let length = (header.len() as u64).to_le_bytes();
+    fs::write(&path, [&length[..], &header, &data].concat()).unwrap();
+    Checkpoint::open(dir).unwrap()
+}
+
+/// Embeddings, gains and biases are fp16 in the file, whatever the source has.
+#[test]
+fn a_wider_source_is_walked_as_the_file_holds_it() {
+    let window = |start: u32| (0..48).map(|i| (start + i * 7) % 64).collect::<Vec<u32>>();
+    let calibration = Calibration {
+        windows: (0..8).map(|i| window(i * 5)).collect(),
+        offsets: Vec::new(),
+        tokens_in_text: 0,
+        sha256: String::new(),
+        seed: 0,
+        dataset: DatasetIdentity::new("text".to_owned(), None, &[]),
+        rows: 1,
+        glued: 0,
+    };
+    for (name, weights) in [("qwen2", "qwen2"), ("qwen3", "qwen3"), ("llama-biases", "biases")] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = widened(folder.path(), name, weights);
+        for rotate in [Rotate::None, Rotate::Heads, Rotate::Full] {
+            let mut spec = QuantSpec::new(4, Some(32), true, 0.1, Recipe::Best);
+            spec.choices.rotate = rotate;
+            let out = folder.path().join(format!("{rotate:?}"));
+            let job = job(&source, &calibration, spec, &out);
+            assert_walked_alike(&QuantizeJob { source_dtype: SourceDtype::Fp32, ..job });
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Blocks read one ahead of their use, which every walk over a model does.
+
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::Scope;
+
+use gptq_checkpoint::ModelConfig;
+use gptq_compute::Device;
+use gptq_model::{Block, Model};
+
+use crate::error::{Error, Result};
+use crate::rotate::FusedRotations;
+
+/// Reads blocks one ahead of their use, and folds rotations into them, on a thread of its own.
+/// With `exact`, blocks on a GPU keep their weights unrounded as well.
+pub(crate) fn read_ahead<'scope, 'env>(
+    scope: &'scope Scope<'scope, 'env>,
+    model: &'env Model<'env>,
+    rotations: Option<&'env FusedRotations>,
+    exact: bool,
+) -> Receiver<Result<Block>> {
+    // A rendezvous: the block that waits here is the only one beside the one in use.
+    let (sender, receiver) = sync_channel(0);
+    scope.spawn(move || {
+        for index in 0..model.config().num_hidden_layers {
+            let block = load(model, index, rotations, exact);
+            let failed = block.is_err();
+            // A closed channel means that the walk has failed elsewhere.
+            if sender.send(block).is_err() || failed {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn load(
+    model: &Model<'_>,
+    index: usize,
+    rotations: Option<&FusedRotations>,
+    exact: bool,
+) -> Result<Block> {
+    if rotations.is_none() && !exact {
+        let block = model.load_block(index)?;
+        discard(model, index)?;
+        return Ok(block);
+    }
+    // Turned on the host, beside the work of a GPU.
+    let mut block = model.load_block_on(&Device::Cpu, index)?;
+    discard(model, index)?;
+    // The file holds biases and gains in fp16, so calibration walks them as such: biases before they
+    // are turned, gains unless they are folded.
+    if exact {
+        block.round_biases();
+    }
+    if let Some(rotations) = rotations {
+        rotations.block(&mut block)?;
+    }
+    if exact {
+        block.round_norms();
+    }
+    Ok(model.place(block, exact)?)
+}
+
+/// No walk reads a block's linears twice: where shards arrive and go, these may go.
+fn discard(model: &Model<'_>, index: usize) -> Result<()> {
+    let prefix = ModelConfig::block_prefix(index);
+    for shape in model.config().block_linears() {
+        model.checkpoint().discard(&format!("{prefix}.{}.weight", shape.name))?;
+    }
+    Ok(())
+}
+
+/// The next block, or why it could not be read.
+pub(crate) fn next_block(ahead: &Receiver<Result<Block>>) -> Result<Block> {
+    ahead.recv().map_err(|_| Error::Thread("reading"))?
+}

@@ -1,0 +1,283 @@
+//! Rotations fused into a model's weights: the same function in other coordinates.
+//!
+//! With R orthogonal and norms without gains, norm(x R) = norm(x) R, so the residual stream may be
+//! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
+//! gains move into the linears that follow; the final norm's moves into the head. A second rotation turns the outputs of every head's v and the inputs
+//! of o. Biases turn with the outputs that they are added to; norms of query and key heads stay, as
+//! nothing before or after them is turned. Large features are spread over all others, and every linear becomes easier to quantise
+//! (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
+
+use gptq_checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef};
+use gptq_compute::Device;
+use gptq_model::{Block, LinearId};
+use gptq_quant::{Rotate, Rotation};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use ndarray::Array2;
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+
+/// Fixed seeds: a source and its settings determine the file.
+const STREAM_SEED: u64 = 1;
+const HEAD_SEED: u64 = 2;
+
+/// The rotations of a model.
+#[derive(Debug)]
+pub(crate) struct FusedRotations {
+    /// Over the residual stream.
+    stream: Option<Rotation>,
+    /// Over the features of a head.
+    head: Rotation,
+}
+
+/// Gain of the norm before the head that is written.
+pub(crate) fn final_gain(
+    source: &Checkpoint,
+    rotations: Option<&FusedRotations>,
+) -> Result<Vec<f32>> {
+    let width = source.config().hidden_size;
+    if rotations.is_some_and(|f| f.stream.is_some()) {
+        return Ok(vec![1.0; width]);
+    }
+    let gain = source.tensor_shaped(FINAL_NORM, &[width])?;
+    gain.check_finite()?;
+    Ok(gain.to_f16()?.iter().map(|v| v.to_f32()).collect())
+}
+
+/// The head `[vocab, hidden]` in the coordinates that are written.
+pub(crate) fn dense_head(
+    source: &Checkpoint,
+    rotations: Option<&FusedRotations>,
+) -> Result<Vec<f16>> {
+    let table = table(source, HEAD)?;
+    let head = match rotations.and_then(|f| f.stream.as_ref()) {
+        Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?))?,
+        None => table.to_f16()?,
+    };
+    source.release(HEAD);
+    Ok(head)
+}
+
+impl FusedRotations {
+    /// The rotations asked for; `None` when there are none.
+    pub(crate) fn new(config: &ModelConfig, rotate: Rotate) -> Option<Self> {
+        let stream = || Rotation::new(config.hidden_size, STREAM_SEED);
+        let head = || Rotation::new(config.head_dim, HEAD_SEED);
+        match rotate {
+            Rotate::None => None,
+            Rotate::Heads => Some(Self { stream: None, head: head() }),
+            Rotate::Full => Some(Self { stream: Some(stream()), head: head() }),
+        }
+    }
+
+    /// Turns the weights of a block on the CPU.
+    pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
+        let gains = self.stream.is_some().then(|| block.take_gains());
+        for id in LinearId::ALL {
+            if let (Some(rotation), Some(bias)) = (self.of_outputs(id), block.bias_mut(id)) {
+                turn_bias(rotation, bias);
+            }
+            let reads = match id {
+                LinearId::Q | LinearId::K | LinearId::V => Some(0),
+                LinearId::Gate | LinearId::Up => Some(1),
+                LinearId::O | LinearId::Down => None,
+            };
+            let heads = matches!(id, LinearId::V | LinearId::O);
+            if self.stream.is_none() && !heads {
+                continue;
+            }
+            let mut weight = block.linear(id).to_host()?;
+            if let (Some(stream), Some(gains)) = (&self.stream, &gains) {
+                match reads {
+                    Some(norm) => turn_inputs(stream, &mut weight, Some(&gains[norm])),
+                    None => stream.apply_outputs(&mut weight),
+                }
+            }
+            match id {
+                LinearId::V => self.head.apply_outputs(&mut weight),
+                LinearId::O => turn_inputs(&self.head, &mut weight, None),
+                _ => {}
+            }
+            block.set_linear(id, Device::Cpu.upload_f32(weight)?);
+        }
+        Ok(())
+    }
+
+    /// What the outputs of a linear are turned by.
+    fn of_outputs(&self, id: LinearId) -> Option<&Rotation> {
+        match id {
+            LinearId::V => Some(&self.head),
+            LinearId::O | LinearId::Down => self.stream.as_ref(),
+            LinearId::Q | LinearId::K | LinearId::Gate | LinearId::Up => None,
+        }
+    }
+
+    /// A tensor outside of the blocks, or a block's norm or bias, as the file holds it; `None` when
+    /// it is the source's own.
+    pub(crate) fn tensor(&self, source: &Checkpoint, name: &str) -> Result<Option<Vec<f16>>> {
+        if let Some(linear) = name.strip_suffix(".bias") {
+            return self.bias(source, name, linear);
+        }
+        let of_heads = name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight");
+        if self.stream.is_none() || of_heads {
+            return Ok(None);
+        }
+        if name == EMBEDDING {
+            return self.embedding(source);
+        }
+        if name == HEAD {
+            return dense_head(source, Some(self)).map(Some);
+        }
+        let ones = source.tensor(name)?.shape.iter().product();
+        Ok(Some(vec![f16::ONE; ones]))
+    }
+
+    /// The bias `name` of a linear.
+    fn bias(&self, source: &Checkpoint, name: &str, linear: &str) -> Result<Option<Vec<f16>>> {
+        let shapes = source.config().block_linears();
+        let shape = shapes.iter().zip(LinearId::ALL).find(|(s, _)| linear.ends_with(s.name));
+        let Some(rotation) = shape.and_then(|(_, id)| self.of_outputs(id)) else { return Ok(None) };
+        let values = source.tensor(name)?.to_f16()?;
+        let mut bias: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
+        turn_bias(rotation, &mut bias);
+        let turned: Vec<f16> = bias.into_iter().map(f16::from_f32).collect();
+        if turned.iter().any(|v| !v.is_finite()) {
+            return Err(Error::Rotated { tensor: name.to_owned() });
+        }
+        Ok(Some(turned))
+    }
+
+    /// The embedding; `None` when it is the source's own.
+    pub(crate) fn embedding(&self, source: &Checkpoint) -> Result<Option<Vec<f16>>> {
+        let Some(stream) = &self.stream else { return Ok(None) };
+        let turned = turned_table(stream, &table(source, EMBEDDING)?, None)?;
+        source.release(EMBEDDING);
+        Ok(Some(turned))
+    }
+}
+
+fn table<'a>(source: &'a Checkpoint, name: &str) -> Result<TensorRef<'a>> {
+    let config = source.config();
+    let table = source.tensor_shaped(name, &[config.vocab_size, config.hidden_size])?;
+    table.check_finite()?;
+    Ok(table)
+}
+
+/// W ← W · diag(gain) · R.
+fn turn_inputs(rotation: &Rotation, weight: &mut Array2<f32>, gain: Option<&[f32]>) {
+    // Tensors in host memory are in standard layout; a copy makes it true of any.
+    if !weight.is_standard_layout() {
+        *weight = weight.as_standard_layout().into_owned();
+    }
+    let Some(values) = weight.as_slice_mut() else { return };
+    if let Some(gain) = gain {
+        scale_rows(values, gain);
+    }
+    rotation.apply_rows(values);
+}
+
+/// b ← b · R, rounded to fp16 as the file holds it: what is calibrated is what will run.
+fn turn_bias(rotation: &Rotation, bias: &mut [f32]) {
+    rotation.apply_rows(bias);
+    bias.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32());
+}
+
+fn scale_rows(values: &mut [f32], gain: &[f32]) {
+    values.par_chunks_mut(gain.len()).for_each(|row| {
+        for (v, g) in row.iter_mut().zip(gain) {
+            *v *= g;
+        }
+    });
+}
+
+/// T · diag(gain) · R of a table of row vectors, in fp16.
+fn turned_table(
+    stream: &Rotation,
+    table: &TensorRef<'_>,
+    gain: Option<&[f32]>,
+) -> Result<Vec<f16>> {
+    let mut turned = table.to_f16()?;
+    turned.par_chunks_mut(stream.order()).for_each_init(
+        || vec![0.0_f32; stream.order()],
+        |wide, row| {
+            row.convert_to_f32_slice(wide);
+            if let Some(gain) = gain {
+                scale_rows(wide, gain);
+            }
+            stream.apply_rows(wide);
+            row.convert_from_f32_slice(wide);
+        },
+    );
+    if turned.par_iter().any(|v| !v.is_finite()) {
+        return Err(Error::Rotated { tensor: table.name.to_owned() });
+    }
+    Ok(turned)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use gptq_compute::{FloatType, HostMatrix};
+    use gptq_model::{Model, SourcePrecision};
+
+    use super::*;
+
+    /// A family of tests/fixtures/families as a folder.
+    fn assemble(dir: &Path, name: &str, weights: &str) -> Checkpoint {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/families");
+        let config = fixtures.join(format!("{name}.json"));
+        std::fs::copy(config, dir.join("config.json")).unwrap();
+        let weights = fixtures.join(format!("{weights}.safetensors"));
+        std::fs::copy(weights, dir.join("model.safetensors")).unwrap();
+        Checkpoint::open(dir).unwrap()
+    }
+
+    fn logits(source: &Checkpoint, rotations: Option<&FusedRotations>) -> Array2<f32> {
+        let (device, ids) = (Device::Cpu, (0..48).map(|i| i * 7 % 64).collect::<Vec<u32>>());
+        let mut model =
+            Model::new(source, device.clone(), SourcePrecision::Half, ids.len()).unwrap();
+        if let Some(values) = rotations.and_then(|f| f.embedding(source).unwrap()) {
+            model = model.with_embedding(values);
+        }
+        let mut hidden = model.embed(&ids).unwrap();
+        for index in 0..model.config().num_hidden_layers {
+            let mut block = model.load_block(index).unwrap();
+            if let Some(rotations) = rotations {
+                rotations.block(&mut block).unwrap();
+            }
+            block.forward(&device, &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
+        }
+        let gain = final_gain(source, rotations).unwrap();
+        let normed = device.rms_norm(&hidden, &gain, model.config().rms_norm_eps).unwrap();
+        let head = dense_head(source, rotations).unwrap();
+        let (rows, cols) = (model.config().vocab_size, model.config().hidden_size);
+        let head = HostMatrix::new(bytemuck::cast_slice(&head), FloatType::F16, rows, cols);
+        device.linear(&normed, &device.upload(head).unwrap()).unwrap().to_host().unwrap()
+    }
+
+    /// Only tables and biases are rounded to fp16, once: that is what may differ.
+    #[test]
+    fn rotated_models_of_every_family_are_the_same_function() {
+        const ROUNDINGS: f32 = 0.02;
+        for (name, weights) in [
+            ("llama3", "plain"),
+            ("smollm", "tied"),
+            ("llama-biases", "biases"),
+            ("qwen2", "qwen2"),
+            ("qwen3", "qwen3"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let source = assemble(dir.path(), name, weights);
+            let want = logits(&source, None);
+            for rotate in [Rotate::Heads, Rotate::Full] {
+                let rotations = FusedRotations::new(source.config(), rotate);
+                let got = logits(&source, rotations.as_ref());
+                // In the total order NaN is the largest, where `max` would drop it.
+                let worst = (&got - &want).iter().map(|e| e.abs()).max_by(f32::total_cmp).unwrap();
+                assert!(worst < ROUNDINGS, "{name}, {rotate:?}: {worst}");
+            }
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! What was made and how good it is: the report that lies in every checkpoint folder.
+//!
+//! It holds no seconds, dates or paths, so that two runs of one job leave the same bytes; timings
+//! are in the sweep's own `sweep.json`.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dataset_identity::{DatasetIdentity, contaminated};
+use crate::error::{Error, Result};
+use crate::source_dtype::SourceDtype;
+
+/// Name of the report in a checkpoint's folder.
+pub const REPORT_FILE: &str = "gptq_report.json";
+/// The version of the fields below.
+pub const REPORT_FORMAT: u32 = 1;
+/// The program, as reports and manifests name it.
+pub const TOOL: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));
+
+/// A checkpoint made by this program.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BranchReport {
+    /// [`REPORT_FORMAT`].
+    pub format: u32,
+    /// [`TOOL`] of the time.
+    pub tool: String,
+    /// Hub id of the dense model, or the name of its folder.
+    pub model: String,
+    /// Branch of the configuration; made of the settings where there was none.
+    pub branch: String,
+    /// Width of a code.
+    pub bits: u8,
+    /// Columns of a group; `null` is all of in_features.
+    pub group_size: Option<usize>,
+    /// Columns solved by descending diag(H).
+    pub act_order: bool,
+    /// Damping asked for, as a fraction of mean(diag H).
+    pub damp: f64,
+    /// Solver recipe.
+    pub recipe: String,
+    /// Its choices, as `KEY=VALUE` parted by spaces; `null` for recipes without calibration.
+    pub choices: Option<String>,
+    /// What was quantised of the source's weights.
+    pub source_dtype: SourceDtype,
+    /// Layout of the weight files.
+    pub layout: String,
+    /// What computed it.
+    pub device: String,
+    /// How many such devices shared the work: sums are rounded in another order by each number of
+    /// them, so files differ. Left out where it is one.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub ranks: usize,
+    /// Bytes of the weight files.
+    pub file_bytes: u64,
+    /// What it was calibrated on; `null` for recipes without calibration.
+    pub calibration: Option<CalibrationRecord>,
+    /// Linears whose damping had to be raised.
+    pub damp_retries: u32,
+    /// Linears whose Hessian a GPU had to factor in f64; 0 in reports of versions that did not count.
+    #[serde(default)]
+    pub f64_retries: u32,
+    /// Every block, in order.
+    pub blocks: Vec<BlockRecord>,
+    /// What the Hessian of a fitted head needed; `null` where none was fitted, and in reports of
+    /// versions that did not say.
+    #[serde(default)]
+    pub head: Option<LinearRecord>,
+    /// Measurements from the file; empty until there is one.
+    pub evaluations: Vec<EvaluationRecord>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(ranks: &usize) -> bool {
+    *ranks == 1
+}
+
+/// Calibration windows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// The text they were drawn from.
+    pub dataset: DatasetIdentity,
+    /// How many.
+    pub windows: usize,
+    /// Tokens of each.
+    pub seq_len: usize,
+    /// Seed of their positions.
+    pub seed: u64,
+    /// SHA-256 (hex) of all windows' tokens as little-endian u32.
+    pub sha256: String,
+}
+
+/// A quantised block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockRecord {
+    /// Position in the model.
+    pub block: usize,
+    /// Its linears in calibration order.
+    pub linears: Vec<LinearRecord>,
+}
+
+/// A quantised linear in a report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinearRecord {
+    /// Prefix in the checkpoint.
+    pub name: String,
+    /// Energy of the output error over energy of the outputs, on the calibration windows; `None`
+    /// for recipes without calibration, and for weights whose outputs have no energy.
+    pub relative_error: Option<f64>,
+    /// Damping that was used in the end.
+    pub damp: Option<f64>,
+    /// How often damping had to be raised.
+    pub damp_retries: u32,
+    /// 1 where f32 could not factor the Hessian on a GPU and f64 did; reports that do not say so
+    /// were written before it was counted.
+    #[serde(default)]
+    pub f64_retries: u32,
+}
+
+/// Perplexity of the file on one text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationRecord {
+    /// Protocol name.
+    pub protocol: String,
+    /// The text.
+    pub dataset: DatasetIdentity,
+    /// Tokens of the whole text; `null` where it was not read to its end.
+    pub tokens_in_text: Option<usize>,
+    /// Tokens of a window.
+    pub seq_len: usize,
+    /// Whether the first token of each window is BOS; absent under protocols that put none there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bos: Option<bool>,
+    /// Windows evaluated.
+    pub windows: usize,
+    /// Tokens scored.
+    pub tokens: usize,
+    /// Arithmetic of the forward pass: `f32` on the CPU, `fp16` on a GPU.
+    pub dtype: String,
+    /// True when the checkpoint was calibrated on the same split: its perplexity is optimistic.
+    pub contaminated: bool,
+    /// exp of the mean negative log likelihood.
+    pub perplexity: f64,
+    /// Standard error of the mean negative log likelihood over tokens, in nats.
+    pub standard_error: f64,
+    /// Mean KL to the fp16 model in nats a token.
+    pub kl: Option<f64>,
+    /// Perplexity of the fp16 model on the same windows.
+    pub base_perplexity: Option<f64>,
+    /// The same grid rounded to nearest.
+    pub rtn: Option<Measured>,
+}
+
+/// Accuracy on the evaluation text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Perplexity.
+    pub perplexity: f64,
+    /// Mean KL to the dense model in nats a token.
+    pub kl: f64,
+}
+
+/// What reports call a model: a Hub id as it is, a folder by its name alone.
+#[must_use]
+pub fn model_name(id_or_path: &str) -> String {
+    let folder = Path::new(id_or_path).canonicalize();
+    let name = folder.ok().and_then(|f| Some(f.file_name()?.to_string_lossy().into_owned()));
+    name.unwrap_or_else(|| id_or_path.to_owned())
+}
+
+/// Whether the checkpoint in a folder was calibrated on this text, where the report beside it tells.
+pub fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
+    let report = BranchReport::read(dir).ok()?;
+    // A recipe without calibration saw none.
+    Some(report.calibration.is_some_and(|c| contaminated(&c.dataset, text)))
+}
+
+impl BranchReport {
+    /// Every linear that a Hessian was factored for, the head included.
+    pub fn linears(&self) -> impl Iterator<Item = &LinearRecord> {
+        self.blocks.iter().flat_map(|b| &b.linears).chain(&self.head)
+    }
+
+    /// Reads the report of a checkpoint's folder.
+    ///
+    /// # Errors
+    /// [`Error::NoReport`], [`Error::Io`] and [`Error::Report`], which name the file.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(REPORT_FILE);
+        let text = fs::read_to_string(&path).map_err(Error::reading_report(&path))?;
+        let invalid = |message: String| Error::Report { path: path.clone(), message };
+        let report: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
+        if report.format != REPORT_FORMAT {
+            return Err(invalid(format!(
+                "its format is {}, and this program reads {REPORT_FORMAT}",
+                report.format
+            )));
+        }
+        Ok(report)
+    }
+
+    /// Writes the report into a checkpoint's folder, over one that is there.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(REPORT_FILE);
+        fs::write(&path, self.to_bytes()?).map_err(Error::io("write", &path))
+    }
+
+    /// The file's contents.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut text = serde_json::to_vec_pretty(self)
+            .map_err(|e| Error::Report { path: REPORT_FILE.into(), message: e.to_string() })?;
+        text.push(b'\n');
+        Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> BranchReport {
+        let dataset = DatasetIdentity::new("text.txt".to_owned(), None, &["a b".to_owned()]);
+        BranchReport {
+            format: REPORT_FORMAT,
+            tool: TOOL.to_owned(),
+            model: "org/model".to_owned(),
+            branch: "main".to_owned(),
+            bits: 4,
+            group_size: None,
+            act_order: true,
+            damp: 0.01,
+            recipe: "autogptq".to_owned(),
+            choices: Some("clip=none".to_owned()),
+            source_dtype: SourceDtype::Fp16,
+            layout: "modern".to_owned(),
+            device: "cpu".to_owned(),
+            ranks: 1,
+            file_bytes: 123,
+            calibration: Some(CalibrationRecord {
+                dataset: dataset.clone(),
+                windows: 4,
+                seq_len: 8,
+                seed: 0,
+                sha256: "00".to_owned(),
+            }),
+            damp_retries: 0,
+            f64_retries: 1,
+            blocks: vec![BlockRecord {
+                block: 0,
+                linears: vec![LinearRecord {
+                    name: "model.layers.0.self_attn.q_proj".to_owned(),
+                    // Digits that a reader without correct rounding gets wrong in the last place.
+                    relative_error: Some(0.100_000_000_000_000_02),
+                    damp: Some(0.01),
+                    damp_retries: 0,
+                    f64_retries: 1,
+                }],
+            }],
+            head: None,
+            evaluations: vec![EvaluationRecord {
+                protocol: "paper".to_owned(),
+                dataset,
+                tokens_in_text: Some(1000),
+                seq_len: 8,
+                window_bos: None,
+                windows: 2,
+                tokens: 14,
+                dtype: "f32".to_owned(),
+                contaminated: true,
+                perplexity: 20.672_317_543_219_876,
+                standard_error: 0.031_415_926_535_897_93,
+                kl: Some(1.234_567_890_123_456_7e-3),
+                base_perplexity: Some(20.513_3),
+                rtn: Some(Measured { perplexity: 21.1, kl: 0.01 }),
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_to_the_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = report();
+        // A walk over many mantissas: floats must survive text exactly, or a resumed sweep would
+        // not have the bytes of an undisturbed one.
+        let mut x = 0.1_f64;
+        for block in 1..500 {
+            x = (x * 3.9 * (1.0 - x)).clamp(1e-9, 0.999);
+            let mut next = report.blocks[0].clone();
+            next.block = block;
+            next.linears[0].relative_error = Some(x);
+            report.blocks.push(next);
+        }
+        report.write(dir.path()).unwrap();
+        let read = BranchReport::read(dir.path()).unwrap();
+        assert_eq!(read, report);
+        assert_eq!(read.to_bytes().unwrap(), fs::read(dir.path().join(REPORT_FILE)).unwrap());
+    }
+
+    #[test]
+    fn several_ranks_are_recorded_and_one_is_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |ranks| {
+            BranchReport { ranks, ..report() }.write(dir.path()).unwrap();
+            assert_eq!(BranchReport::read(dir.path()).unwrap().ranks, ranks);
+            fs::read_to_string(dir.path().join(REPORT_FILE)).unwrap()
+        };
+        assert!(text(2).contains("\"ranks\": 2"));
+        assert!(!text(1).contains("ranks"));
+    }
+
+    #[test]
+    fn reports_from_before_f64_and_the_head_were_counted_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = String::from_utf8(report().to_bytes().unwrap()).unwrap();
+        let counted = |line: &&str| line.contains("f64_retries") || line.contains("\"head\"");
+        assert_eq!(text.lines().filter(counted).count(), 3);
+        let lines: Vec<&str> = text.lines().filter(|line| !counted(line)).collect();
+        // The last field of a linear leaves a comma behind.
+        let before = lines
+            .join("\n")
+            .replace("\"damp_retries\": 0,\n        }", "\"damp_retries\": 0\n        }");
+        fs::write(dir.path().join(REPORT_FILE), before).unwrap();
+        let read = BranchReport::read(dir.path()).unwrap();
+        assert_eq!((read.f64_retries, read.blocks[0].linears[0].f64_retries), (0, 0));
+        assert_eq!(read.head, None);
+    }
+
+    /// What `--strict` looks at when it reuses a branch.
+    #[test]
+    fn the_head_is_one_of_the_linears_that_were_factored() {
+        let mut report = report();
+        report.blocks[0].linears[0].f64_retries = 0;
+        let head = LinearRecord {
+            name: "lm_head.weight".to_owned(),
+            relative_error: None,
+            damp: Some(0.1),
+            damp_retries: 1,
+            f64_retries: 0,
+        };
+        report.head = Some(head.clone());
+        let all: Vec<&LinearRecord> = report.linears().collect();
+        assert_eq!(all, [&report.blocks[0].linears[0], &head]);
+    }
+
+    #[test]
+    fn other_files_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = || BranchReport::read(dir.path()).unwrap_err().to_string();
+        assert!(refused().contains(REPORT_FILE));
+        fs::write(dir.path().join(REPORT_FILE), "{}").unwrap();
+        assert!(refused().contains("missing field"), "{}", refused());
+        let newer = BranchReport { format: 2, ..report() };
+        newer.write(dir.path()).unwrap();
+        assert!(refused().contains("format is 2"), "{}", refused());
+    }
+}

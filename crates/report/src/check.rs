@@ -1,0 +1,367 @@
+//! The accuracy gate: a report against a small file of accepted values.
+//!
+//! A baseline fixes one measurement (model, protocol, every scored token) and, for each branch, the
+//! bytes of its files, its perplexity and its KL. Bytes must be equal; the others may rise by a
+//! tolerance. What was measured otherwise is an error, not a verdict: its numbers say nothing.
+//!
+//! Tolerances are relative and do not come from the standard error. That one says how far a
+//! perplexity would move on *other* text, and here the text is the same to the token, so sampling is
+//! no excuse. What remains is arithmetic. On one kind of device a run gives the same bytes every
+//! time; another kind adds in another order, a code falls to its neighbour where a weight lies on a
+//! rounding tie, and the rest of its row follows. Between CPU and GPU that moved perplexities by at
+//! most 0.5 % at 4 bits, and by up to 5.7 % at 3 bits where calibration was scant
+//! (`tests/bench/2026-11-23-h100.md`): such branches get a tolerance of their own.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::{fs, io};
+
+use gptq_records::atomic_file;
+use gptq_records::branch_report::{BranchReport, EvaluationRecord};
+use serde::{Deserialize, Serialize};
+
+use crate::collect::Report;
+use crate::compare::Measurement;
+use crate::error::{Error, Result};
+
+/// The version of a baseline's fields.
+pub const BASELINE_FORMAT: u32 = 1;
+
+/// How far values may rise, as fractions of the baseline's.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tolerance {
+    /// Of perplexity.
+    pub perplexity: f64,
+    /// Of the mean KL to the fp16 model.
+    pub kl: f64,
+}
+
+impl Tolerance {
+    /// Perplexity 0.5 %, KL 5 %: what another kind of device may change at 4 bits, and a fraction of
+    /// what a mistake in the solver costs. KL is the finer of the two, since it does not see the
+    /// text's own luck; perplexity catches what KL cannot, a wrong fp16 model.
+    pub const DEFAULT: Self = Self { perplexity: 0.005, kl: 0.05 };
+}
+
+/// Accepted values, reviewed and kept under version control.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Baseline {
+    /// [`BASELINE_FORMAT`].
+    pub format: u32,
+    /// What the values were measured on.
+    pub measurement: Measurement,
+    /// Tolerances of branches without their own.
+    pub tolerance: Tolerance,
+    /// Perplexity of the fp16 model. It depends on the engine alone, so it may not move by more than
+    /// its tolerance in either direction.
+    pub base_perplexity: Option<f64>,
+    /// Branches by name.
+    pub branches: BTreeMap<String, Accepted>,
+}
+
+/// A branch's accepted values.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Accepted {
+    /// Bytes of the weight files.
+    pub file_bytes: u64,
+    /// Perplexity.
+    pub perplexity: f64,
+    /// Mean KL to the fp16 model in nats a token.
+    pub kl: Option<f64>,
+    /// Instead of the baseline's tolerance; kept when the values are updated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<Tolerance>,
+}
+
+/// What a value is, measured against what was accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// Within its tolerance.
+    Ok,
+    /// Lower by more than its tolerance: accept it with `--update`, or it may be lost unseen.
+    Improved,
+    /// Higher by more than its tolerance.
+    Worse,
+    /// Not equal where it must be.
+    Changed,
+    /// The baseline has it, the report does not.
+    Missing,
+    /// The report has it, the baseline does not.
+    New,
+}
+
+impl Verdict {
+    /// True when the gate is closed by it.
+    pub fn fails(self) -> bool {
+        matches!(self, Self::Worse | Self::Changed | Self::Missing)
+    }
+
+    /// As it is printed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Improved => "improved",
+            Self::Worse => "WORSE",
+            Self::Changed => "CHANGED",
+            Self::Missing => "MISSING",
+            Self::New => "new",
+        }
+    }
+}
+
+/// A row of the gate's table.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Finding {
+    /// The branch; `fp16` for the model itself.
+    pub branch: String,
+    /// `perplexity`, `kl`, `file_bytes`, or `branch` for one that is missing or new.
+    pub what: &'static str,
+    /// The baseline's value.
+    pub baseline: Option<f64>,
+    /// The report's value.
+    pub now: Option<f64>,
+    /// The largest value that is accepted.
+    pub allowed: Option<f64>,
+    /// The verdict.
+    pub verdict: Verdict,
+}
+
+/// The outcome of a check.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// True when nothing fails.
+    pub passed: bool,
+    /// Every comparison: fp16 first, then branches by name.
+    pub findings: Vec<Finding>,
+}
+
+impl Baseline {
+    /// Reads a baseline.
+    ///
+    /// # Errors
+    /// [`Error::NoBaseline`], [`gptq_records::Error::Io`] and [`Error::Baseline`], which name the file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => Error::NoBaseline(path.to_owned()),
+            _ => gptq_records::Error::io("read the baseline", path)(source).into(),
+        })?;
+        let invalid = |message: String| Error::Baseline { path: path.to_owned(), message };
+        let baseline: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
+        if baseline.format != BASELINE_FORMAT {
+            let message = format!(
+                "its format is {}, and this program reads {BASELINE_FORMAT}",
+                baseline.format
+            );
+            return Err(invalid(message));
+        }
+        baseline.check_values().map_err(invalid)?;
+        Ok(baseline)
+    }
+
+    /// Values that would accept everything are mistakes of whoever edited the file.
+    fn check_values(&self) -> std::result::Result<(), String> {
+        let tolerances =
+            self.branches.iter().filter_map(|(name, b)| Some((name.as_str(), b.tolerance?)));
+        for (name, tolerance) in tolerances.chain([("all", self.tolerance)]) {
+            for (what, value) in [("perplexity", tolerance.perplexity), ("kl", tolerance.kl)] {
+                if !(0.0..1.0).contains(&value) {
+                    return Err(format!(
+                        "the tolerance of {what} for `{name}` is {value}; use a fraction from 0 to 1"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the baseline by one rename.
+    ///
+    /// # Errors
+    /// [`gptq_records::Error::Io`].
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(self)
+            .map_err(|e| Error::Baseline { path: path.to_owned(), message: e.to_string() })?;
+        text.push(b'\n');
+        Ok(atomic_file::replace(path, &text)?)
+    }
+
+    /// Accepts a report: all of its branches that were measured as `before` was, or as its first
+    /// measured branch was. Tolerances of `before` are kept. With `whole`, branches that the report
+    /// lacks are dropped; without, they stay, for which the measurement must be the same.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`] and [`Error::NotComparable`].
+    pub fn accept(report: &Report, before: Option<&Self>, whole: bool) -> Result<Self> {
+        let first = report
+            .branches
+            .iter()
+            .find_map(|b| Some(Measurement::new(b, b.evaluations.first()?)))
+            .ok_or(Error::NotMeasured)?;
+        let kept = before.filter(|b| select(report, &b.measurement).next().is_some());
+        if let (Some(before), None, false) = (before, kept, whole) {
+            return Err(not_comparable(&report.branches[0].branch, &before.measurement, &first));
+        }
+        let measurement = kept.map_or(first, |before| before.measurement.clone());
+        let mut branches = match (kept, whole) {
+            (Some(before), false) => before.branches.clone(),
+            _ => BTreeMap::new(),
+        };
+        let mut base_perplexity = None;
+        for (branch, evaluation) in select(report, &measurement) {
+            let tolerance = before.and_then(|b| b.branches.get(&branch.branch)?.tolerance);
+            base_perplexity = base_perplexity.or(evaluation.base_perplexity);
+            let accepted = Accepted {
+                file_bytes: branch.file_bytes,
+                perplexity: evaluation.perplexity,
+                kl: evaluation.kl,
+                tolerance,
+            };
+            branches.insert(branch.branch.clone(), accepted);
+        }
+        let tolerance = before.map_or(Tolerance::DEFAULT, |b| b.tolerance);
+        Ok(Self { format: BASELINE_FORMAT, measurement, tolerance, base_perplexity, branches })
+    }
+
+    /// Compares a report with the accepted values. With `whole`, every branch of the baseline must
+    /// be there; without, the report is one branch, and the others are not its concern.
+    ///
+    /// # Errors
+    /// [`Error::NotComparable`] for a branch that was measured otherwise or not at all.
+    pub fn check(&self, report: &Report, whole: bool) -> Result<Outcome> {
+        let mut findings = Vec::new();
+        let mut base = None;
+        for branch in &report.branches {
+            let evaluation = self.evaluation(branch)?;
+            base = base.or(evaluation.base_perplexity);
+            match self.branches.get(&branch.branch) {
+                Some(accepted) => findings.extend(self.branch(branch, evaluation, accepted)),
+                None => findings.push(whole_branch(&branch.branch, Verdict::New)),
+            }
+        }
+        let lacks = |name: &&String| !report.branches.iter().any(|b| b.branch == **name);
+        if whole {
+            let missing = self.branches.keys().filter(lacks);
+            findings.extend(missing.map(|name| whole_branch(name, Verdict::Missing)));
+        }
+        findings.sort_by(|a, b| a.branch.cmp(&b.branch));
+        if let (Some(accepted), Some(now)) = (self.base_perplexity, base) {
+            findings.insert(0, self.fp16(accepted, now));
+        }
+        let passed = !findings.iter().any(|f| f.verdict.fails());
+        Ok(Outcome { passed, findings })
+    }
+
+    /// The branch's evaluation that the baseline is about.
+    fn evaluation<'r>(&self, branch: &'r BranchReport) -> Result<&'r EvaluationRecord> {
+        let mut differs = None;
+        for evaluation in &branch.evaluations {
+            let measurement = Measurement::new(branch, evaluation);
+            if self.measurement.difference(&measurement).is_none() {
+                return Ok(evaluation);
+            }
+            differs = differs.or(Some(measurement));
+        }
+        match differs {
+            Some(now) => Err(not_comparable(&branch.branch, &self.measurement, &now)),
+            None => Err(Error::NotComparable {
+                branch: branch.branch.clone(),
+                reason: "it was not measured".to_owned(),
+            }),
+        }
+    }
+
+    fn branch(
+        &self,
+        branch: &BranchReport,
+        evaluation: &EvaluationRecord,
+        accepted: &Accepted,
+    ) -> Vec<Finding> {
+        let tolerance = accepted.tolerance.unwrap_or(self.tolerance);
+        let finding = |what, baseline, now, tolerance| {
+            measured(&branch.branch, what, (baseline, now), tolerance)
+        };
+        let mut findings = vec![finding(
+            "perplexity",
+            accepted.perplexity,
+            evaluation.perplexity,
+            tolerance.perplexity,
+        )];
+        findings.extend(match (accepted.kl, evaluation.kl) {
+            (Some(then), Some(now)) => Some(finding("kl", then, now, tolerance.kl)),
+            (None, None) => None,
+            (baseline, now) => {
+                let verdict = if now.is_some() { Verdict::New } else { Verdict::Missing };
+                Some(Finding { baseline, now, what: "kl", ..whole_branch(&branch.branch, verdict) })
+            }
+        });
+        let bytes = (accepted.file_bytes, branch.file_bytes);
+        findings.push(Finding {
+            branch: branch.branch.clone(),
+            what: "file_bytes",
+            baseline: Some(bytes.0 as f64),
+            now: Some(bytes.1 as f64),
+            allowed: Some(bytes.0 as f64),
+            verdict: if bytes.0 == bytes.1 { Verdict::Ok } else { Verdict::Changed },
+        });
+        findings
+    }
+
+    /// The model itself: a change in either direction is one of the engine or of the model.
+    fn fp16(&self, accepted: f64, now: f64) -> Finding {
+        let finding = measured("fp16", "perplexity", (accepted, now), self.tolerance.perplexity);
+        let verdict = match finding.verdict {
+            Verdict::Ok => Verdict::Ok,
+            _ => Verdict::Changed,
+        };
+        Finding { verdict, ..finding }
+    }
+}
+
+/// Branches of a report with the evaluation of that measurement.
+fn select<'r>(
+    report: &'r Report,
+    measurement: &'r Measurement,
+) -> impl Iterator<Item = (&'r BranchReport, &'r EvaluationRecord)> {
+    report.branches.iter().filter_map(|branch| {
+        let alike =
+            |e: &&EvaluationRecord| measurement.difference(&Measurement::new(branch, e)).is_none();
+        Some((branch, branch.evaluations.iter().find(alike)?))
+    })
+}
+
+fn measured(branch: &str, what: &'static str, (then, now): (f64, f64), tolerance: f64) -> Finding {
+    let margin = then.abs() * tolerance;
+    let verdict = match now - then {
+        difference if difference > margin => Verdict::Worse,
+        difference if difference < -margin => Verdict::Improved,
+        difference if difference.is_nan() => Verdict::Worse,
+        _ => Verdict::Ok,
+    };
+    Finding {
+        branch: branch.to_owned(),
+        what,
+        baseline: Some(then),
+        now: Some(now),
+        allowed: Some(then + margin),
+        verdict,
+    }
+}
+
+/// A branch that only one side has.
+fn whole_branch(branch: &str, verdict: Verdict) -> Finding {
+    let branch = branch.to_owned();
+    Finding { branch, what: "branch", baseline: None, now: None, allowed: None, verdict }
+}
+
+fn not_comparable(branch: &str, baseline: &Measurement, now: &Measurement) -> Error {
+    let reason = baseline.difference(now).unwrap_or_default();
+    Error::NotComparable { branch: branch.to_owned(), reason }
+}
+
+#[cfg(test)]
+#[path = "check_tests.rs"]
+mod tests;

@@ -1,0 +1,181 @@
+use super::*;
+use crate::samples::{branch, report};
+
+fn before() -> Report {
+    report([
+        branch("4bit-32g", 4, Some(32), 19.0, 0.0100),
+        branch("3bit-128g", 3, Some(128), 20.0, 0.0800),
+    ])
+}
+
+fn baseline() -> Baseline {
+    Baseline::accept(&before(), None, true).unwrap()
+}
+
+/// The verdicts that are not `Ok`, as `branch what verdict`.
+fn told(outcome: &Outcome) -> Vec<String> {
+    let unusual = outcome.findings.iter().filter(|f| f.verdict != Verdict::Ok);
+    unusual.map(|f| format!("{} {} {}", f.branch, f.what, f.verdict.name())).collect()
+}
+
+fn after(change: impl FnOnce(&mut BranchReport)) -> Outcome {
+    let mut now = before();
+    change(&mut now.branches[0]);
+    baseline().check(&now, true).unwrap()
+}
+
+#[test]
+fn the_accepted_report_passes() {
+    let outcome = baseline().check(&before(), true).unwrap();
+    assert!(outcome.passed);
+    assert_eq!(told(&outcome), [""; 0]);
+    // fp16, and perplexity, KL and bytes of two branches.
+    assert_eq!(outcome.findings.len(), 7);
+    assert_eq!(outcome.findings[0].branch, "fp16");
+}
+
+#[test]
+fn values_beyond_their_tolerance_fail_and_those_within_do_not() {
+    let perplexity = |value: f64| after(|b| b.evaluations[0].perplexity = value);
+    assert!(perplexity(19.09).passed, "0.47 %");
+    let worse = perplexity(19.1);
+    assert_eq!((worse.passed, told(&worse)), (false, vec!["4bit-32g perplexity WORSE".to_owned()]));
+    let kl = |value: f64| after(|b| b.evaluations[0].kl = Some(value));
+    assert!(kl(0.010_49).passed);
+    let worse = kl(0.010_51);
+    assert_eq!((worse.passed, told(&worse)), (false, vec!["4bit-32g kl WORSE".to_owned()]));
+    let finding = worse.findings.iter().find(|f| f.verdict == Verdict::Worse).unwrap();
+    assert_eq!((finding.baseline, finding.now), (Some(0.01), Some(0.010_51)));
+    assert!((finding.allowed.unwrap() - 0.010_5).abs() < 1e-12);
+    let nonsense = kl(f64::NAN);
+    assert_eq!((nonsense.passed, told(&nonsense)), (false, vec!["4bit-32g kl WORSE".to_owned()]));
+}
+
+#[test]
+fn what_is_better_passes_and_is_told() {
+    let outcome = after(|b| {
+        b.evaluations[0].perplexity = 18.8;
+        b.evaluations[0].kl = Some(0.009);
+    });
+    assert!(outcome.passed);
+    assert_eq!(told(&outcome), ["4bit-32g perplexity improved", "4bit-32g kl improved"]);
+}
+
+#[test]
+fn bytes_must_be_equal() {
+    let outcome = after(|b| b.file_bytes -= 1);
+    assert_eq!(
+        (outcome.passed, told(&outcome)),
+        (false, vec!["4bit-32g file_bytes CHANGED".to_owned()])
+    );
+}
+
+#[test]
+fn the_model_itself_may_move_in_neither_direction() {
+    for base in [18.5, 19.0] {
+        let outcome = after(|b| b.evaluations[0].base_perplexity = Some(base));
+        assert_eq!(
+            (outcome.passed, told(&outcome)),
+            (false, vec!["fp16 perplexity CHANGED".to_owned()])
+        );
+    }
+}
+
+#[test]
+fn branches_may_be_added_but_not_lost() {
+    let mut now = before();
+    now.branches[0].branch = "other".to_owned();
+    let outcome = baseline().check(&now, true).unwrap();
+    assert_eq!(told(&outcome), ["4bit-32g branch MISSING", "other branch new"]);
+    assert!(!outcome.passed);
+    // A report of one branch is about that one only.
+    now.branches.remove(0);
+    let outcome = baseline().check(&now, false).unwrap();
+    assert_eq!((outcome.passed, outcome.findings.len()), (true, 4));
+    assert!(!baseline().check(&now, true).unwrap().passed);
+}
+
+#[test]
+fn a_kl_that_is_no_longer_measured_is_missing() {
+    let outcome = after(|b| b.evaluations[0].kl = None);
+    assert_eq!((outcome.passed, told(&outcome)), (false, vec!["4bit-32g kl MISSING".to_owned()]));
+}
+
+#[test]
+fn what_was_measured_otherwise_is_an_error_with_the_reason() {
+    let refused = |change: fn(&mut BranchReport)| {
+        let mut now = before();
+        change(&mut now.branches[1]);
+        baseline().check(&now, true).unwrap_err().to_string()
+    };
+    for (change, reason) in [
+        (
+            (|b| b.evaluations[0].dataset.fingerprint.push('0')) as fn(&mut BranchReport),
+            "the text of heldout.txt has changed",
+        ),
+        (|b| b.evaluations[0].windows = 8, "the number of windows was 40, now 8"),
+        (
+            |b| b.evaluations[0].protocol = "strided".to_owned(),
+            "the protocol was paper, now strided",
+        ),
+        (|b| b.model = "other".to_owned(), "the model was org/model, now other"),
+        (|b| b.evaluations.clear(), "it was not measured"),
+    ] {
+        let error = refused(change);
+        assert!(error.contains("`3bit-128g`") && error.contains(reason), "{error}");
+    }
+    // Of several evaluations, the one that the baseline names counts.
+    let mut now = before();
+    let mut other = now.branches[0].evaluations[0].clone();
+    other.protocol = "strided".to_owned();
+    other.perplexity = 99.0;
+    now.branches[0].evaluations.insert(0, other);
+    assert!(baseline().check(&now, true).unwrap().passed);
+}
+
+#[test]
+fn an_update_keeps_tolerances_and_only_a_whole_one_drops_branches() {
+    let mut old = baseline();
+    let own = Tolerance { perplexity: 0.02, kl: 0.2 };
+    old.branches.get_mut("3bit-128g").unwrap().tolerance = Some(own);
+    old.tolerance.kl = 0.03;
+    let mut now = before();
+    now.branches.retain(|b| b.branch == "3bit-128g");
+    now.branches[0].evaluations[0].perplexity = 23.0;
+    let whole = Baseline::accept(&now, Some(&old), true).unwrap();
+    assert_eq!(whole.branches.keys().collect::<Vec<_>>(), ["3bit-128g"]);
+    let accepted = &whole.branches["3bit-128g"];
+    assert_eq!((accepted.perplexity, accepted.tolerance), (23.0, Some(own)));
+    assert_eq!(whole.tolerance.kl, 0.03);
+    assert!(whole.check(&now, true).unwrap().passed);
+    let one = Baseline::accept(&now, Some(&old), false).unwrap();
+    assert_eq!(one.branches.keys().collect::<Vec<_>>(), ["3bit-128g", "4bit-32g"]);
+    assert_eq!(one.branches["4bit-32g"], old.branches["4bit-32g"]);
+
+    // Other text: a whole report starts anew, one branch would stand beside values of the old text.
+    now.branches[0].evaluations[0].windows = 8;
+    assert_eq!(Baseline::accept(&now, Some(&old), true).unwrap().measurement.windows, 8);
+    let error = Baseline::accept(&now, Some(&old), false).unwrap_err().to_string();
+    assert!(error.contains("number of windows"), "{error}");
+    now.branches[0].evaluations.clear();
+    assert!(matches!(Baseline::accept(&now, None, true), Err(Error::NotMeasured)));
+}
+
+#[test]
+fn a_baseline_is_written_and_read_and_mistakes_in_it_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("baseline.json");
+    let refused = || Baseline::read(&path).unwrap_err().to_string();
+    assert!(refused().contains("--update"), "{}", refused());
+    let mut written = baseline();
+    written.write(&path).unwrap();
+    assert_eq!(Baseline::read(&path).unwrap(), written);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"kl\": 0.05", "\"kl\": 5")).unwrap();
+    assert!(refused().contains("tolerance of kl for `all` is 5"), "{}", refused());
+    fs::write(&path, text.replace("\"perplexity\": 0.005", "\"perplexty\": 0.005")).unwrap();
+    assert!(refused().contains("perplexty"), "{}", refused());
+    written.format = 2;
+    written.write(&path).unwrap();
+    assert!(refused().contains("format is 2"), "{}", refused());
+}

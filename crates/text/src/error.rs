@@ -1,0 +1,259 @@
+//! What can go wrong between a dataset's name and a list of token windows.
+//!
+//! Every message is one sentence that names the file, dataset or option, and says what to do when
+//! the message alone does not make it plain. Variants are named by what went wrong, so that a
+//! caller can tell "not downloaded yet" from "damaged".
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of datasets, tokenisers, calibration recipes or perplexity protocols.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A dataset was named in a way that is neither of the two accepted forms.
+    #[error(
+        "Dataset `{text}` cannot be read: {reason}; give `ORG/NAME:CONFIG:SPLIT`, or the path of \
+         a .txt, .jsonl or .parquet file"
+    )]
+    DatasetSyntax {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The Hub dataset is not in the local cache.
+    #[error(
+        "Dataset `{dataset}` is not in the Hub cache: download it with `gptq fetch --dataset \
+         {dataset}`, or give a local file"
+    )]
+    NotCached {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// What the cache lookup found.
+        source: gptq_checkpoint::Error,
+    },
+    /// The dataset's snapshot has no files for the configuration and split.
+    #[error(
+        "Dataset `{dataset}` has no {looked_for} in `{}` (download it with `gptq fetch --dataset \
+         {dataset}`); it holds {available}",
+        folder.display()
+    )]
+    SplitNotFound {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// The file patterns that were looked for.
+        looked_for: String,
+        /// The snapshot folder.
+        folder: PathBuf,
+        /// The `CONFIG:SPLIT` pairs that are there.
+        available: String,
+    },
+    /// Part of a split's files is absent, so its text would be silently shorter.
+    #[error(
+        "Dataset `{dataset}` is incomplete in `{}`: {found} of {expected} parquet files are \
+         there; download the rest",
+        folder.display()
+    )]
+    SplitIncomplete {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// The folder with the split's files.
+        folder: PathBuf,
+        /// Files present.
+        found: usize,
+        /// Files that the names announce.
+        expected: usize,
+    },
+    /// A file or folder could not be read.
+    #[error("Could not read `{}`", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A text is not UTF-8.
+    #[error("`{}` is not UTF-8{place}; convert it first", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file: empty, or ` at row 3`.
+        place: String,
+    },
+    /// A line of a `.jsonl` file is not an object with the text field.
+    #[error("Line {line} of `{}` has no text: {reason}", path.display())]
+    JsonLine {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// What is wrong with the line.
+        reason: String,
+    },
+    /// A parquet file could not be decoded.
+    #[error("Parquet file `{}` could not be decoded: {reason}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// The decoder's reason, which prints its own causes.
+        reason: String,
+    },
+    /// A parquet file has no text column of that name.
+    #[error(
+        "Parquet file `{}` has no text column `{column}`; its columns are {available}, and \
+         `DATASET#COLUMN` chooses one",
+        path.display()
+    )]
+    ColumnNotFound {
+        /// The file.
+        path: PathBuf,
+        /// The column looked for.
+        column: String,
+        /// Columns and their types.
+        available: String,
+    },
+    /// A row has no value in the text column.
+    #[error("Row {row} of `{}` has a null in column `{column}`", path.display())]
+    NullText {
+        /// The file.
+        path: PathBuf,
+        /// The row, counted from 1.
+        row: usize,
+        /// The text column.
+        column: String,
+    },
+    /// A parquet file's rows are not as many as its footer says.
+    #[error(
+        "A row group of `{}` holds {found} rows where the footer says {promised}; the file is \
+         damaged",
+        path.display()
+    )]
+    RowCount {
+        /// The file.
+        path: PathBuf,
+        /// Rows that are there.
+        found: usize,
+        /// Rows that the footer promises.
+        promised: i64,
+    },
+    /// The dataset holds no text at all.
+    #[error("Dataset `{dataset}` holds no text")]
+    NoText {
+        /// The dataset as named by the user.
+        dataset: String,
+    },
+    /// The checkpoint folder has no tokeniser file.
+    #[error(
+        "`{}` has no tokenizer.json, which is needed to turn text into tokens; copy it from the \
+         original model, or make it from tokenizer.model by saving the fast tokeniser with \
+         transformers",
+        folder.display()
+    )]
+    TokenizerMissing {
+        /// The checkpoint folder.
+        folder: PathBuf,
+    },
+    /// The tokeniser file could not be understood.
+    #[error("Tokeniser `{}` could not be loaded: {reason}", path.display())]
+    TokenizerInvalid {
+        /// The tokeniser file.
+        path: PathBuf,
+        /// The tokeniser library's reason.
+        reason: String,
+    },
+    /// A JSON file beside the tokeniser could not be understood.
+    #[error("`{}` could not be understood: {reason}", path.display())]
+    ConfigInvalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The tokeniser refused a text.
+    #[error("The tokeniser of `{}` could not encode the text: {reason}", folder.display())]
+    Encode {
+        /// The checkpoint folder.
+        folder: PathBuf,
+        /// The tokeniser library's reason.
+        reason: String,
+    },
+    /// The tokeniser makes tokens that the model has no embedding for.
+    #[error(
+        "The tokeniser of `{}` gives token {token} but the model's vocabulary has {vocab_size} \
+         entries; tokeniser and model do not belong together",
+        folder.display()
+    )]
+    TokenOutsideVocabulary {
+        /// The checkpoint folder.
+        folder: PathBuf,
+        /// The offending token.
+        token: u32,
+        /// Rows of the embedding.
+        vocab_size: usize,
+    },
+    /// Neither a built-in recipe nor a file.
+    #[error(
+        "Calibration recipe `{name}` is neither built in ({built_in}) nor the path of a .toml file"
+    )]
+    RecipeUnknown {
+        /// What was given.
+        name: String,
+        /// The built-in names.
+        built_in: String,
+    },
+    /// A calibration recipe could not be understood.
+    #[error("Calibration recipe `{origin}` is invalid: {reason}")]
+    RecipeInvalid {
+        /// The built-in name or the file.
+        origin: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The text is too short for the windows asked for.
+    #[error(
+        "Dataset `{dataset}` gives {tokens} tokens but one window needs {needed}; use a longer \
+         text or a smaller seq_len"
+    )]
+    CalibrationTextTooShort {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// Tokens in the text.
+        tokens: usize,
+        /// Tokens needed for one window.
+        needed: usize,
+    },
+    /// No protocol has that name.
+    #[error("Protocol `{name}` is unknown; choose paper, llama-cpp or strided")]
+    ProtocolUnknown {
+        /// What was given.
+        name: String,
+    },
+    /// A window of this length would score nothing.
+    #[error("Protocol {protocol} needs a seq_len of at least {least}, but {seq_len} was asked for")]
+    WindowTooShort {
+        /// The protocol's name.
+        protocol: &'static str,
+        /// The `seq_len` asked for.
+        seq_len: usize,
+        /// The shortest that scores a token.
+        least: usize,
+    },
+    /// A limit of zero windows would leave nothing to average.
+    #[error("The limit on windows is 0, which leaves nothing to score; ask for at least 1")]
+    NoWindows,
+    /// The evaluation text does not fill one window.
+    #[error(
+        "The evaluation text has {tokens} tokens but protocol {protocol} needs {needed}; use a \
+         longer text or a smaller seq_len"
+    )]
+    EvaluationTextTooShort {
+        /// The protocol's name.
+        protocol: &'static str,
+        /// Tokens in the text.
+        tokens: usize,
+        /// Tokens needed for one window.
+        needed: usize,
+    },
+}

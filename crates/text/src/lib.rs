@@ -1,0 +1,22 @@
+//! From a dataset's name to windows of tokens.
+//!
+//! A [`dataset`] is named by one string and read from the Hub's cache or a file; [`tokens`] encode its
+//! text; [`calibration`] draws windows from it by a recipe, [`protocol`] cuts it into those that a
+//! perplexity is defined on, and [`evaluation`] does all of it for a checkpoint. [`home`] is where `~`
+//! is.
+//!
+//! This crate knows checkpoints by their tokenisers and the records of what a branch has seen, and
+//! nothing of weights or devices.
+
+pub mod calibration;
+pub mod dataset;
+mod error;
+pub mod evaluation;
+pub mod home;
+mod pieces;
+pub mod protocol;
+pub mod python_random;
+mod text_files;
+pub mod tokens;
+
+pub use error::{Error, Result};
