@@ -261,11 +261,114 @@ fn the_format_of_zeros_has_two_names_and_two_places() {
 
     keys["format"] = json!("gptq");
     dir.write("g/quantize_config.json", &keys.to_string());
-    all_refuse(&dir, &["quantize_config.json", "`format` is `gptq`", "`gptq_v2`"]);
+    let names = ["quantize_config.json", "`format` is `gptq`", "`checkpoint_format`", "`gptq_v2`"];
+    ppl(&dir, "g").refused(&names);
+    dir.gptq(&["inspect", "g"]).refused(&names);
+    let outcome = dir.gptq(&["verify", "g"]);
+    let both = "checkpoint_format is gptq in quantize_config.json and gptq_v2 in config.json";
+    assert!(outcome.code == 1 && outcome.stdout.contains(both), "{}", outcome.stdout);
     fs::remove_file(dir.path("g/quantize_config.json")).unwrap();
     file.settings()["format"] = json!("gptq");
     file.write(&dir);
     all_refuse(&dir, &["`format` is `gptq`", "`checkpoint_format` is `gptq_v2`"]);
+}
+
+/// Writes quantize_config.json: the settings of config.json, changed.
+fn beside(dir: &Workdir, file: &mut Packed, change: impl FnOnce(&mut Value)) {
+    let mut keys = file.settings().clone();
+    keys.as_object_mut().unwrap().remove("quant_method");
+    change(&mut keys);
+    dir.write("g/quantize_config.json", &keys.to_string());
+}
+
+#[test]
+fn what_one_file_does_not_say_the_other_does() {
+    let dir = Workdir::new();
+    // Not symmetric, by config.json alone: otherwise its zeros are told to be odd.
+    let mut file = Packed::new(Form { sym: false, ..FOUR }, &[]);
+    file.write(&dir);
+    for key in ["sym", "bits", "group_size", "desc_act", "true_sequential", "damp_percent"] {
+        beside(&dir, &mut file, |keys| drop(keys.as_object_mut().unwrap().remove(key)));
+        assert!(!reads_as_twin(&dir).contains("warning"), "{key}");
+    }
+    // Act-order by config.json alone, with an index of zeros or none.
+    let mut file = Packed::new(FOUR, &[]);
+    file.settings()["desc_act"] = json!(true);
+    for (lost, gone) in [("holds only zeros", false), ("is missing", true)] {
+        file.each(".g_idx", |(_, _, bytes)| bytes.fill(0));
+        file.tensors.retain(|name, _| !gone || !name.ends_with(".g_idx"));
+        file.write(&dir);
+        beside(&dir, &mut file, |keys| drop(keys.as_object_mut().unwrap().remove("desc_act")));
+        ppl(&dir, "g").refused(&["q_proj.g_idx", lost, "act-order"]);
+        dir.gptq(&["inspect", "g"]).refused(&["q_proj.g_idx", lost, "act-order"]);
+        let outcome = dir.gptq(&["verify", "g"]);
+        assert!(outcome.code == 1 && outcome.stdout.contains("q_proj.g_idx"), "{}", outcome.stdout);
+    }
+}
+
+#[test]
+fn what_two_files_contradict_each_other_in_is_refused() {
+    let dir = Workdir::new();
+    let mut file = Packed::new(FOUR, &[]);
+    file.settings()["model_file_base_name"] = json!("model");
+    file.settings()["modules_in_block_to_quantize"] = json!(["mlp.up_proj", "mlp.down_proj"]);
+    file.write(&dir);
+    beside(&dir, &mut file, |keys| {
+        keys["modules_in_block_to_quantize"] = json!([["mlp.down_proj"], ["mlp.up_proj"]]);
+    });
+    dir.gptq(&["inspect", "g"]).ok();
+    for (key, value) in [
+        ("bits", json!(8)),
+        ("group_size", json!(64)),
+        ("desc_act", json!(true)),
+        ("sym", json!(false)),
+        ("damp_percent", json!(0.1)),
+        ("true_sequential", json!(false)),
+        ("model_file_base_name", json!("other")),
+        ("modules_in_block_to_quantize", json!(["mlp.up_proj"])),
+    ] {
+        beside(&dir, &mut file, |keys| keys[key] = value.clone());
+        let shown = format!("`{key}` is `{value}`").replace('"', "");
+        let other = format!("but `{key}` in quantization_config of config.json is `");
+        let place = "quantize_config.json`";
+        let names =
+            if value.is_array() { [place, &other, &other] } else { [place, &shown, &other] };
+        ppl(&dir, "g").refused(&names);
+        dir.gptq(&["inspect", "g"]).refused(&names);
+        let outcome = dir.gptq(&["verify", "g"]);
+        let found = outcome.stdout.contains(&format!("{key} is "));
+        assert!(outcome.code == 1 && found, "{key}: {}", outcome.stdout);
+    }
+}
+
+#[test]
+fn both_files_are_held_to_what_is_supported() {
+    let dir = Workdir::new();
+    for (key, value) in [
+        ("dynamic", json!({"-:.*down.*": {}})),
+        ("pack_dtype", json!("int16")),
+        ("lm_head", json!(true)),
+        ("is_marlin_format", json!(true)),
+        ("checkpoint_format", json!("marlin")),
+        ("bits", json!(5)),
+        ("desc_act", json!("yes")),
+    ] {
+        let mut file = Packed::new(FOUR, &[]);
+        let sound = file.settings().clone();
+        file.settings()[key] = value.clone();
+        file.write(&dir);
+        beside(&dir, &mut file, |keys| {
+            *keys = sound;
+            keys.as_object_mut().unwrap().remove("quant_method");
+        });
+        all_refuse(&dir, &["g/config.json", &format!("`{key}` is")]);
+    }
+    let mut file = Packed::new(FOUR, &[]);
+    file.write(&dir);
+    beside(&dir, &mut file, |_| {});
+    file.config["quantization_config"] = json!([]);
+    dir.write("g/config.json", &file.config.to_string());
+    dir.gptq(&["inspect", "g"]).refused(&["g/config.json", "`quantization_config` is `[]`"]);
 }
 
 #[test]

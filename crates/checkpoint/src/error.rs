@@ -42,6 +42,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The two files that say how a checkpoint is quantized contradict each other.
+    #[error("`{}`: `{key}` {reason}", path.display())]
+    ContradictingConfig {
+        /// The first of the files.
+        path: PathBuf,
+        /// The key at fault.
+        key: String,
+        /// What it is there and in the other file.
+        reason: String,
+    },
     /// A configuration value that is meaningful but not supported here.
     #[error("`{}`: `{key}` is `{value}`, which is not supported; only {supported} is", path.display())]
     UnsupportedConfig {

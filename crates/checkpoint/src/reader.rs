@@ -42,10 +42,24 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Missing, truncated or malformed files, named; an index that disagrees with its shards; a
-    /// pickle that needs more than a state dict does; packed tensors that nothing says how to read.
+    /// pickle that needs more than a state dict does; packed tensors that nothing says how to read,
+    /// or that two files say contradictory things of.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_settled(dir, true)
+    }
+
+    /// As [`Checkpoint::open`], but quantize_config.json holds where config.json contradicts it. For
+    /// whoever looks for all that is wrong.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], without [`Error::ContradictingConfig`].
+    pub fn open_contradicting(dir: &Path) -> Result<Self> {
+        Self::open_settled(dir, false)
+    }
+
+    fn open_settled(dir: &Path, agreeing: bool) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw());
+        let quantize = QuantizeConfig::load(dir, config.raw(), agreeing);
         let named = quantize.as_ref().ok().and_then(Option::as_ref);
         match Mapped::open(dir, named) {
             Ok(weights) => Self::new(dir, config, quantize, Weights::Mapped(weights)),
@@ -62,7 +76,7 @@ impl Checkpoint {
     /// As [`Checkpoint::open`] for what is in `dir`. What a shard holds is checked when it comes.
     pub fn open_arriving(dir: &Path, bring: Box<Bring>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw());
+        let quantize = QuantizeConfig::load(dir, config.raw(), true);
         let weights = Weights::Arriving(Arriving::open(dir, &config, bring)?);
         Self::new(dir, config, quantize, weights)
     }
