@@ -12,6 +12,7 @@ mod util;
 use std::collections::BTreeMap;
 use std::fs;
 
+use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -369,6 +370,68 @@ fn both_files_are_held_to_what_is_supported() {
     file.config["quantization_config"] = json!([]);
     dir.write("g/config.json", &file.config.to_string());
     dir.gptq(&["inspect", "g"]).refused(&["g/config.json", "`quantization_config` is `[]`"]);
+}
+
+/// Changes the type that scales are stored in.
+fn store_scales(file: &mut Packed, as_bf16: bool, change: impl Fn(f32) -> f32) {
+    file.each(".scales", |(dtype, _, bytes)| {
+        let halves = bytes.as_chunks().0.iter().map(|&half| f16::from_le_bytes(half));
+        let values = halves.map(|half| change(half.to_f32()));
+        (*dtype, *bytes) = match as_bf16 {
+            true => (
+                Dtype::BF16,
+                values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect::<Vec<u8>>(),
+            ),
+            false => (Dtype::F32, values.flat_map(f32::to_le_bytes).collect()),
+        };
+    });
+}
+
+#[test]
+fn scales_and_indices_of_other_types_are_read_and_said() {
+    let dir = Workdir::new();
+    for as_bf16 in [true, false] {
+        let mut file = Packed::new(FOUR, &[]);
+        store_scales(&mut file, as_bf16, |scale| scale);
+        file.write(&dir);
+        let said = reads_as_twin(&dir);
+        let counted = "14 of 14 packed linears store their `scales` as F32 or BF16";
+        assert!(said.contains(counted) && said.contains("exactly"), "{said}");
+        let outcome = dir.gptq(&["verify", "g"]);
+        assert_eq!(outcome.code, 1);
+        assert!(outcome.stdout.contains("expected F16"), "{}", outcome.stdout);
+    }
+    // A third has no end in binary.
+    let mut file = Packed::new(FOUR, &[]);
+    store_scales(&mut file, false, |scale| scale / 3.0);
+    file.write(&dir);
+    let outcome = ppl(&dir, "g");
+    outcome.ok();
+    assert!(outcome.stderr.contains("and those of 14 rounded"), "{}", outcome.stderr);
+    for (factor, named) in [(1e-6, "too small for fp16"), (1e8, "overflows fp16")] {
+        let mut file = Packed::new(FOUR, &[]);
+        store_scales(&mut file, false, |scale| scale * factor);
+        file.write(&dir);
+        ppl(&dir, "g").refused(&["_proj.scales", named]);
+        dir.gptq(&["inspect", "g"]).refused(&["_proj.scales", named]);
+    }
+
+    let mut file = Packed::new(FOUR, &[]);
+    file.each(".g_idx", |(dtype, _, bytes)| {
+        let groups = bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word));
+        *bytes = groups.flat_map(|group| u64::from(group).to_le_bytes()).collect();
+        *dtype = Dtype::I64;
+    });
+    file.write(&dir);
+    let said = reads_as_twin(&dir);
+    assert!(said.contains("14 of 14 packed linears store their `g_idx` as I64"), "{said}");
+    assert_eq!(dir.gptq(&["verify", "g"]).code, 1);
+    // The low half of what is no group at all is one.
+    file.each("layers.1.mlp.up_proj.g_idx", |(_, _, bytes)| bytes[4] = 1);
+    file.write(&dir);
+    let names = ["layers.1.mlp.up_proj.g_idx", "to group 4294967296"];
+    ppl(&dir, "g").refused(&names);
+    dir.gptq(&["inspect", "g"]).refused(&names);
 }
 
 #[test]

@@ -366,6 +366,24 @@ impl Checkpoint {
         Error::MissingTensor { dir: dir(), tensor }
     }
 
+    /// The groups of columns that are stored as 64-bit integers.
+    pub(crate) fn wide_index(&self, name: &str, columns: usize, groups: usize) -> Result<Vec<u32>> {
+        let Some(View { entry, bytes, .. }) = self.weights.view(name)? else {
+            return Err(self.missing(name));
+        };
+        check_shape(name, (&entry.shape, &[columns]))?;
+        let bytes = match &entry.strides {
+            None => bytes,
+            Some(strides) => Cow::Owned(pytorch::gather(&bytes, 8, &entry.shape, strides)),
+        };
+        let stored = bytes.as_chunks().0.iter().map(|&value| i64::from_le_bytes(value));
+        let narrow = |(index, group): (usize, i64)| {
+            let beyond = |_| Error::GroupIndex { tensor: name.to_owned(), index, group, groups };
+            i32::try_from(group).map(|group| group as u32).map_err(beyond)
+        };
+        stored.enumerate().map(narrow).collect()
+    }
+
     /// A tensor with exactly this type and shape.
     pub(crate) fn exact(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<TensorRef<'_>> {
         let tensor = self.tensor(name)?;
