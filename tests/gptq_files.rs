@@ -435,6 +435,29 @@ fn scales_and_indices_of_other_types_are_read_and_said() {
 }
 
 #[test]
+fn a_dense_weight_beside_a_packed_one_is_said() {
+    let dir = Workdir::new();
+    let mut file = Packed::new(FOUR, &[]);
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    file.tensors.insert(name.to_owned(), (Dtype::F16, vec![64, 64], vec![0; 2 * 64 * 64]));
+    file.write(&dir);
+    let said = reads_as_twin(&dir);
+    assert!(said.contains("1 dense tensor") && said.contains(name), "{said}");
+    let inspected = dir.gptq(&["inspect", "g", "--json"]);
+    assert!(inspected.stderr.contains(name), "{}", inspected.stderr);
+    assert_eq!(inspected.json()["left_out"], json!([name]));
+    let outcome = dir.gptq(&["verify", "g"]);
+    assert!(outcome.code == 1 && outcome.stdout.contains(name), "{}", outcome.stdout);
+
+    // And what is left of a packing beside a dense linear.
+    let mut file = Packed::new(FOUR, &["o_proj"]);
+    let left = "model.layers.0.self_attn.o_proj.scales";
+    file.tensors.insert(left.to_owned(), (Dtype::F16, vec![2, 64], vec![0; 2 * 2 * 64]));
+    file.write(&dir);
+    assert!(reads_as_twin(&dir).contains(left));
+}
+
+#[test]
 fn an_absent_group_index_is_known_without_act_order() {
     let dir = Workdir::new();
     for group in [32, 128] {

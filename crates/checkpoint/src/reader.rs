@@ -157,11 +157,8 @@ impl Checkpoint {
     /// Stored tensors that are left out, whatever is done with the model.
     #[must_use]
     pub fn strays(&self) -> Strays {
-        self.stored().strays(self.names())
-    }
-
-    fn stored(&self) -> Stored<'_> {
-        Stored { config: &self.config, quantized: self.quantize.is_some() }
+        let packed = |linear: &str| self.has_gptq_linear(linear);
+        Stored { config: &self.config, packed: &packed }.strays(self.names())
     }
 
     /// What whoever reads the checkpoint should know: a sentence each. Of
@@ -251,7 +248,8 @@ impl Checkpoint {
     /// [`Error::MissingTensor`], or what explains it; [`Error::UnsupportedDType`], [`Error::Shape`],
     /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`].
     pub fn check_tensors(&self) -> Result<()> {
-        self.stored().check(self.names())?;
+        let packed = |linear: &str| self.has_gptq_linear(linear);
+        Stored { config: &self.config, packed: &packed }.check(self.names())?;
         for (tensor, shape) in self.config.dense_tensors() {
             let linear = tensor.strip_suffix(".weight").unwrap_or(&tensor);
             if self.has_gptq_linear(linear) {
