@@ -65,6 +65,35 @@ fn an_index_that_disagrees_with_its_shards_names_the_tensor() {
     both_refuse(&dir, &["model.safetensors.index.json", "model.norm.weight"]);
 }
 
+/// A pipe that nobody writes to and a device without an end are in no model: none is waited for.
+#[test]
+fn special_files_are_not_read() {
+    let dir = with_model(&TinyLlama::new());
+    let file = |name: &str| dir.path("model").join(name);
+    let refuse = |name: &str, reason: &str| {
+        for outcome in [ppl(&dir, "model", &[]), dir.gptq(&["inspect", "model"])] {
+            outcome.refused(&[&format!("model/{name}`")]);
+            assert!(outcome.stderr.contains(reason), "{}", outcome.stderr);
+        }
+        assert_eq!(dir.gptq(&["verify", "model"]).code, 1);
+    };
+    let special = "no regular file";
+    std::os::unix::fs::symlink("/dev/zero", file("quantize_config.json")).unwrap();
+    refuse("quantize_config.json", special);
+    fs::remove_file(file("quantize_config.json")).unwrap();
+    fs::File::create(file("quantize_config.json")).unwrap().set_len(65 << 20).unwrap();
+    refuse("quantize_config.json", "more than 64 MiB");
+    fs::remove_file(file("quantize_config.json")).unwrap();
+
+    fs::rename(file("config.json"), dir.path("kept.json")).unwrap();
+    assert!(Command::new("mkfifo").arg(file("config.json")).status().unwrap().success());
+    refuse("config.json", special);
+    fs::remove_file(file("config.json")).unwrap();
+    // Links are followed, as the Hub's cache needs.
+    std::os::unix::fs::symlink("../kept.json", file("config.json")).unwrap();
+    perplexity(&dir, "model", &[]);
+}
+
 #[test]
 fn a_truncated_file_is_named() {
     // In the length of the header, in the header, in the data, and nothing at all.

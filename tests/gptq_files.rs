@@ -12,6 +12,7 @@ mod util;
 use std::collections::BTreeMap;
 use std::fs;
 
+use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -261,11 +262,199 @@ fn the_format_of_zeros_has_two_names_and_two_places() {
 
     keys["format"] = json!("gptq");
     dir.write("g/quantize_config.json", &keys.to_string());
-    all_refuse(&dir, &["quantize_config.json", "`format` is `gptq`", "`gptq_v2`"]);
+    let names = ["quantize_config.json", "`format` is `gptq`", "`checkpoint_format`", "`gptq_v2`"];
+    ppl(&dir, "g").refused(&names);
+    dir.gptq(&["inspect", "g"]).refused(&names);
+    let outcome = dir.gptq(&["verify", "g"]);
+    let both = "checkpoint_format is gptq in quantize_config.json and gptq_v2 in config.json";
+    assert!(outcome.code == 1 && outcome.stdout.contains(both), "{}", outcome.stdout);
     fs::remove_file(dir.path("g/quantize_config.json")).unwrap();
     file.settings()["format"] = json!("gptq");
     file.write(&dir);
     all_refuse(&dir, &["`format` is `gptq`", "`checkpoint_format` is `gptq_v2`"]);
+}
+
+/// Writes quantize_config.json: the settings of config.json, changed.
+fn beside(dir: &Workdir, file: &mut Packed, change: impl FnOnce(&mut Value)) {
+    let mut keys = file.settings().clone();
+    keys.as_object_mut().unwrap().remove("quant_method");
+    change(&mut keys);
+    dir.write("g/quantize_config.json", &keys.to_string());
+}
+
+#[test]
+fn what_one_file_does_not_say_the_other_does() {
+    let dir = Workdir::new();
+    // Not symmetric, by config.json alone: otherwise its zeros are told to be odd.
+    let mut file = Packed::new(Form { sym: false, ..FOUR }, &[]);
+    file.write(&dir);
+    for key in ["sym", "bits", "group_size", "desc_act", "true_sequential", "damp_percent"] {
+        beside(&dir, &mut file, |keys| drop(keys.as_object_mut().unwrap().remove(key)));
+        assert!(!reads_as_twin(&dir).contains("warning"), "{key}");
+    }
+    // Act-order by config.json alone, with an index of zeros or none.
+    let mut file = Packed::new(FOUR, &[]);
+    file.settings()["desc_act"] = json!(true);
+    for (lost, gone) in [("holds only zeros", false), ("is missing", true)] {
+        file.each(".g_idx", |(_, _, bytes)| bytes.fill(0));
+        file.tensors.retain(|name, _| !gone || !name.ends_with(".g_idx"));
+        file.write(&dir);
+        beside(&dir, &mut file, |keys| drop(keys.as_object_mut().unwrap().remove("desc_act")));
+        ppl(&dir, "g").refused(&["q_proj.g_idx", lost, "act-order"]);
+        dir.gptq(&["inspect", "g"]).refused(&["q_proj.g_idx", lost, "act-order"]);
+        let outcome = dir.gptq(&["verify", "g"]);
+        assert!(outcome.code == 1 && outcome.stdout.contains("q_proj.g_idx"), "{}", outcome.stdout);
+    }
+}
+
+#[test]
+fn what_two_files_contradict_each_other_in_is_refused() {
+    let dir = Workdir::new();
+    let mut file = Packed::new(FOUR, &[]);
+    file.settings()["model_file_base_name"] = json!("model");
+    file.settings()["modules_in_block_to_quantize"] = json!(["mlp.up_proj", "mlp.down_proj"]);
+    file.write(&dir);
+    beside(&dir, &mut file, |keys| {
+        keys["modules_in_block_to_quantize"] = json!([["mlp.down_proj"], ["mlp.up_proj"]]);
+    });
+    dir.gptq(&["inspect", "g"]).ok();
+    for (key, value) in [
+        ("bits", json!(8)),
+        ("group_size", json!(64)),
+        ("desc_act", json!(true)),
+        ("sym", json!(false)),
+        ("damp_percent", json!(0.1)),
+        ("true_sequential", json!(false)),
+        ("model_file_base_name", json!("other")),
+        ("modules_in_block_to_quantize", json!(["mlp.up_proj"])),
+    ] {
+        beside(&dir, &mut file, |keys| keys[key] = value.clone());
+        let shown = format!("`{key}` is `{value}`").replace('"', "");
+        let other = format!("but `{key}` in quantization_config of config.json is `");
+        let place = "quantize_config.json`";
+        let names =
+            if value.is_array() { [place, &other, &other] } else { [place, &shown, &other] };
+        ppl(&dir, "g").refused(&names);
+        dir.gptq(&["inspect", "g"]).refused(&names);
+        let outcome = dir.gptq(&["verify", "g"]);
+        let found = outcome.stdout.contains(&format!("{key} is "));
+        assert!(outcome.code == 1 && found, "{key}: {}", outcome.stdout);
+    }
+}
+
+#[test]
+fn both_files_are_held_to_what_is_supported() {
+    let dir = Workdir::new();
+    for (key, value) in [
+        ("dynamic", json!({"-:.*down.*": {}})),
+        ("pack_dtype", json!("int16")),
+        ("lm_head", json!(true)),
+        ("is_marlin_format", json!(true)),
+        ("checkpoint_format", json!("marlin")),
+        ("bits", json!(5)),
+        ("desc_act", json!("yes")),
+    ] {
+        let mut file = Packed::new(FOUR, &[]);
+        let sound = file.settings().clone();
+        file.settings()[key] = value.clone();
+        file.write(&dir);
+        beside(&dir, &mut file, |keys| {
+            *keys = sound;
+            keys.as_object_mut().unwrap().remove("quant_method");
+        });
+        all_refuse(&dir, &["g/config.json", &format!("`{key}` is")]);
+    }
+    let mut file = Packed::new(FOUR, &[]);
+    file.write(&dir);
+    beside(&dir, &mut file, |_| {});
+    file.config["quantization_config"] = json!([]);
+    dir.write("g/config.json", &file.config.to_string());
+    dir.gptq(&["inspect", "g"]).refused(&["g/config.json", "`quantization_config` is `[]`"]);
+}
+
+/// Changes the type that scales are stored in.
+fn store_scales(file: &mut Packed, as_bf16: bool, change: impl Fn(f32) -> f32) {
+    file.each(".scales", |(dtype, _, bytes)| {
+        let halves = bytes.as_chunks().0.iter().map(|&half| f16::from_le_bytes(half));
+        let values = halves.map(|half| change(half.to_f32()));
+        (*dtype, *bytes) = match as_bf16 {
+            true => (
+                Dtype::BF16,
+                values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect::<Vec<u8>>(),
+            ),
+            false => (Dtype::F32, values.flat_map(f32::to_le_bytes).collect()),
+        };
+    });
+}
+
+#[test]
+fn scales_and_indices_of_other_types_are_read_and_said() {
+    let dir = Workdir::new();
+    for as_bf16 in [true, false] {
+        let mut file = Packed::new(FOUR, &[]);
+        store_scales(&mut file, as_bf16, |scale| scale);
+        file.write(&dir);
+        let said = reads_as_twin(&dir);
+        let counted = "14 of 14 packed linears store their `scales` as F32 or BF16";
+        assert!(said.contains(counted) && said.contains("exactly"), "{said}");
+        let outcome = dir.gptq(&["verify", "g"]);
+        assert_eq!(outcome.code, 1);
+        assert!(outcome.stdout.contains("expected F16"), "{}", outcome.stdout);
+    }
+    // A third has no end in binary.
+    let mut file = Packed::new(FOUR, &[]);
+    store_scales(&mut file, false, |scale| scale / 3.0);
+    file.write(&dir);
+    let outcome = ppl(&dir, "g");
+    outcome.ok();
+    assert!(outcome.stderr.contains("and those of 14 rounded"), "{}", outcome.stderr);
+    for (factor, named) in [(1e-6, "too small for fp16"), (1e8, "overflows fp16")] {
+        let mut file = Packed::new(FOUR, &[]);
+        store_scales(&mut file, false, |scale| scale * factor);
+        file.write(&dir);
+        ppl(&dir, "g").refused(&["_proj.scales", named]);
+        dir.gptq(&["inspect", "g"]).refused(&["_proj.scales", named]);
+    }
+
+    let mut file = Packed::new(FOUR, &[]);
+    file.each(".g_idx", |(dtype, _, bytes)| {
+        let groups = bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word));
+        *bytes = groups.flat_map(|group| u64::from(group).to_le_bytes()).collect();
+        *dtype = Dtype::I64;
+    });
+    file.write(&dir);
+    let said = reads_as_twin(&dir);
+    assert!(said.contains("14 of 14 packed linears store their `g_idx` as I64"), "{said}");
+    assert_eq!(dir.gptq(&["verify", "g"]).code, 1);
+    // The low half of what is no group at all is one.
+    file.each("layers.1.mlp.up_proj.g_idx", |(_, _, bytes)| bytes[4] = 1);
+    file.write(&dir);
+    let names = ["layers.1.mlp.up_proj.g_idx", "to group 4294967296"];
+    ppl(&dir, "g").refused(&names);
+    dir.gptq(&["inspect", "g"]).refused(&names);
+}
+
+#[test]
+fn a_dense_weight_beside_a_packed_one_is_said() {
+    let dir = Workdir::new();
+    let mut file = Packed::new(FOUR, &[]);
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    file.tensors.insert(name.to_owned(), (Dtype::F16, vec![64, 64], vec![0; 2 * 64 * 64]));
+    file.write(&dir);
+    let said = reads_as_twin(&dir);
+    assert!(said.contains("1 dense tensor") && said.contains(name), "{said}");
+    let inspected = dir.gptq(&["inspect", "g", "--json"]);
+    assert!(inspected.stderr.contains(name), "{}", inspected.stderr);
+    assert_eq!(inspected.json()["left_out"], json!([name]));
+    let outcome = dir.gptq(&["verify", "g"]);
+    assert!(outcome.code == 1 && outcome.stdout.contains(name), "{}", outcome.stdout);
+
+    // And what is left of a packing beside a dense linear.
+    let mut file = Packed::new(FOUR, &["o_proj"]);
+    let left = "model.layers.0.self_attn.o_proj.scales";
+    file.tensors.insert(left.to_owned(), (Dtype::F16, vec![2, 64], vec![0; 2 * 2 * 64]));
+    file.write(&dir);
+    assert!(reads_as_twin(&dir).contains(left));
 }
 
 #[test]

@@ -360,7 +360,7 @@ fn ranks_meet_at_every_name_of_this_host() {
     let dir = model();
     let mut hosts = vec!["127.0.1.1", "localhost"];
     if TcpListener::bind("[::1]:0").is_ok() {
-        hosts.push("::1");
+        hosts.extend(["::1", "[::1]"]);
     }
     let args = perplexity("model");
     for host in hosts {
@@ -393,4 +393,38 @@ fn what_a_launcher_leaves_out_is_named() {
     let outcome = dir.gptq_env(&perplexity("model"), &[("RANK", "1"), ("WORLD_SIZE", "2")]);
     assert_eq!(outcome.code, 1);
     assert!(outcome.stderr.contains("MASTER_ADDR"), "{}", outcome.stderr);
+}
+
+/// A wrong number is neither tried nor taken for a run of one.
+#[test]
+fn numbers_that_no_launcher_gives_are_refused() {
+    let dir = model();
+    let args = perplexity("model");
+    for (rank, size, port, named) in [
+        ("0", "18446744073709551615", "29500", "`WORLD_SIZE=18446744073709551615`"),
+        ("0", "10000000000", "29500", "`WORLD_SIZE=10000000000`"),
+        ("0", "0", "29500", "`WORLD_SIZE=0`"),
+        ("1", "1", "29500", "`RANK=1`"),
+        ("0", "2", "0", "`MASTER_PORT=0`"),
+    ] {
+        let env = [
+            ("RANK", rank),
+            ("WORLD_SIZE", size),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", port),
+            ("GPTQ_JOIN_TIMEOUT", "1"),
+        ];
+        dir.gptq_env(&args, &env).refused(&[named]);
+    }
+}
+
+#[test]
+fn rank_0_says_for_whom_it_waits() {
+    let dir = model();
+    let mut env = launcher(0, 3, &free_port());
+    env.push(("GPTQ_JOIN_TIMEOUT".to_owned(), "7".to_owned()));
+    let outcome = run(&dir, &[&perplexity("model")[..], &["--quiet"]].concat(), &env);
+    outcome.refused(&["Rank 0 has waited 7 s", "rank 1, 2 of 3"]);
+    let said = outcome.stderr.matches("rank 0 is waiting for rank 1, 2 of 3 at 127.0.0.1:").count();
+    assert_eq!(said, 1, "{}", outcome.stderr);
 }

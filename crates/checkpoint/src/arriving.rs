@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::header::Entry;
+use crate::small_file::open_regular;
 use crate::weight_files::{View, find_index, map_file, read_index};
 use crate::{Error, ModelConfig, Result};
 
@@ -130,7 +131,7 @@ impl Arriving {
 
     fn open_shard(&self, shard: &Shard) -> Result<Arrived> {
         let path = self.dir.join(&shard.name);
-        let file = File::open(&path).map_err(Error::io("open", &path))?;
+        let file = open_regular(&path).map_err(Error::io("open", &path))?;
         let (_, found) = map_file(&path)?;
         let mut found: BTreeMap<String, Entry> = found.into_iter().collect();
         let (mut entries, mut kept) = (BTreeMap::new(), BTreeMap::new());

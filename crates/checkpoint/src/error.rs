@@ -42,6 +42,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The two files that say how a checkpoint is quantized contradict each other.
+    #[error("`{}`: `{key}` {reason}", path.display())]
+    ContradictingConfig {
+        /// The first of the files.
+        path: PathBuf,
+        /// The key at fault.
+        key: String,
+        /// What it is there and in the other file.
+        reason: String,
+    },
     /// A configuration value that is meaningful but not supported here.
     #[error("`{}`: `{key}` is `{value}`, which is not supported; only {supported} is", path.display())]
     UnsupportedConfig {
@@ -247,6 +257,19 @@ pub enum Error {
         /// The value found.
         value: f32,
     },
+    /// A scale is too small for fp16, which GPTQ computes with.
+    #[error(
+        "Tensor `{tensor}` holds `{value}` at flat index {index}, which is too small for fp16, the \
+         type that scales are computed with; quantize the dense model again"
+    )]
+    F16Underflow {
+        /// The tensor.
+        tensor: String,
+        /// Flat row-major index of the first offender.
+        index: usize,
+        /// The value found.
+        value: f32,
+    },
     /// A linear has a bias that the configuration does not give it.
     #[error(
         "Tensor `{tensor}` holds non-zero values, but by config.json this linear has no bias \
@@ -264,7 +287,7 @@ pub enum Error {
         /// The column, an index into `in_features`.
         index: usize,
         /// The group found.
-        group: i32,
+        group: i64,
         /// How many groups the linear has.
         groups: usize,
     },

@@ -7,6 +7,8 @@
 //! | `scales` | F16 | `[groups, out_features]` | |
 //! | `g_idx` | I32 | `[in_features]` | the group of each column |
 //!
+//! This is what is written; [`Checkpoint::gptq_linear`](crate::Checkpoint::gptq_linear) reads more.
+//!
 //! A weight is `scale * (code - zero)` with the scale and zero of its column's group.
 
 use half::f16;
@@ -118,7 +120,7 @@ impl GptqLinear {
         len(G_IDX, self.g_idx.len(), in_features)?;
         if let Some(index) = self.g_idx.iter().position(|&g| g as usize >= groups) {
             // Files hold signed words; a negative one should read as such in the message.
-            let (tensor, group) = (format!("{prefix}.g_idx"), self.g_idx[index] as i32);
+            let (tensor, group) = (format!("{prefix}.g_idx"), i64::from(self.g_idx[index] as i32));
             return Err(Error::GroupIndex { tensor, index, group, groups });
         }
         if let Some(index) = self.scales.iter().position(|s| !s.is_finite()) {

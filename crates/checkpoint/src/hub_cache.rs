@@ -12,6 +12,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use crate::names::is_hub_name;
+use crate::small_file::read_small_text;
 use crate::{Error, Result};
 
 /// A model's folder: `id_or_path` itself where it exists, else the snapshot of that Hub id at
@@ -125,7 +126,7 @@ fn resolve(kind: &str, id: &str, revision: Option<&str>, root: Option<&Path>) ->
     let repository = root.join(format!("{kind}--{}", id.replace('/', "--")));
     let reference = repository.join("refs").join(revision);
     let commit = if reference.is_file() {
-        let text = std::fs::read_to_string(&reference).map_err(Error::io("read", &reference))?;
+        let text = read_small_text(&reference).map_err(Error::io("read", &reference))?;
         text.trim().to_owned()
     } else {
         revision.to_owned()

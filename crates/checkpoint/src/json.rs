@@ -12,12 +12,14 @@ use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use serde_json::{Map, Value};
 
+use crate::small_file::read_small_text;
+
 /// The text of a JSON file, without the byte order mark that some editors put first.
 ///
 /// # Errors
-/// Those of [`std::fs::read_to_string`].
+/// Those of [`read_small_text`].
 pub fn text(path: &Path) -> io::Result<String> {
-    let text = std::fs::read_to_string(path)?;
+    let text = read_small_text(path)?;
     Ok(match text.strip_prefix('\u{feff}') {
         Some(rest) => rest.to_owned(),
         None => text,

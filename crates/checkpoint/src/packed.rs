@@ -9,12 +9,17 @@
 //!   seen in the zeros themselves, whatever the settings call it.
 //! - Without act-order column `j` belongs to group `j / group_size`. So `g_idx` can be absent, or
 //!   be a placeholder of zeros. With act-order it holds an order that is nowhere else.
+//! - Scales may be stored wider than the fp16 that is computed with, here as in other programs, and
+//!   `g_idx` as 64-bit integers.
+
+use half::f16;
+use safetensors::Dtype;
 
 use crate::gptq::check_sides;
 use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};
 use crate::{
     Checkpoint, CheckpointFormat, DType, Error, GptqLinear, LinearShape, QuantizeConfig, Result,
-    pack_rows,
+    TensorRef, pack_rows,
 };
 
 /// How the stored zeros of a linear relate to its settings.
@@ -40,13 +45,19 @@ pub struct PackedNotes {
     pub off_middle: usize,
     /// Those whose `g_idx` holds only zeros although there are groups, and no act-order.
     pub placeholders: usize,
+    /// Those whose scales are stored as F32 or BF16.
+    pub wide_scales: usize,
+    /// Those of them that fp16 does not hold exactly.
+    pub rounded_scales: usize,
+    /// Those whose `g_idx` is stored as I64.
+    pub wide_indices: usize,
 }
 
 impl PackedNotes {
     /// A sentence for each kind of contradiction.
     #[must_use]
     pub fn warnings(&self, quantize: &QuantizeConfig) -> Vec<String> {
-        let Self { linears, other_format, off_middle, placeholders } = *self;
+        let Self { linears, other_format, off_middle, placeholders, .. } = *self;
         let format = quantize.checkpoint_format;
         let how = match format {
             CheckpointFormat::Gptq => "without the minus one",
@@ -70,7 +81,24 @@ impl PackedNotes {
         if placeholders > 0 {
             said.push(format!(
                 "{placeholders} of {linears} packed linears have a `g_idx` of zeros although there \
-                 are groups: read in order, as there is no act-order"
+                 are groups: read in order, as by the settings there is no act-order"
+            ));
+        }
+        let Self { wide_scales, rounded_scales, wide_indices, .. } = *self;
+        if wide_scales > 0 {
+            let exactly = match rounded_scales {
+                0 => "exactly".to_owned(),
+                count => format!("and those of {count} rounded"),
+            };
+            said.push(format!(
+                "{wide_scales} of {linears} packed linears store their `scales` as F32 or BF16: read \
+                 as F16, {exactly}; other programs may refuse them"
+            ));
+        }
+        if wide_indices > 0 {
+            said.push(format!(
+                "{wide_indices} of {linears} packed linears store their `g_idx` as I64: read as I32; \
+                 other programs may refuse them"
             ));
         }
         said
@@ -115,8 +143,7 @@ impl Checkpoint {
         let &LinearShape { in_features, out_features, .. } = shape;
         check_sides(prefix, in_features, out_features)?;
         let (bits, groups) = (quantize.bits, quantize.groups(in_features));
-        let scales =
-            self.exact(&format!("{prefix}.{SCALES}"), DType::F16, &[groups, out_features])?;
+        let scales = self.scales(prefix, shape)?;
         let qweight = [bits.words(in_features), out_features];
         Ok(GptqLinear {
             bits,
@@ -125,13 +152,13 @@ impl Checkpoint {
             groups,
             qweight: self.words(&format!("{prefix}.{QWEIGHT}"), &qweight)?,
             qzeros: self.qzeros(prefix, shape)?,
-            scales: scales.to_f16()?,
+            scales: f16_scales(&scales)?.0,
             g_idx: self.g_idx(prefix, in_features)?,
         })
     }
 
-    /// How the zeros and the group indices of all packed linears relate to the settings. Reads these
-    /// two tensors of each; what cannot be read is left to whoever needs it.
+    /// How the zeros and the group indices of all packed linears relate to the settings, and in what
+    /// types they and the scales are stored. Reads these tensors of each; what cannot be read is left to whoever needs it.
     #[must_use]
     pub fn packed_notes(&self) -> PackedNotes {
         let mut notes = PackedNotes::default();
@@ -149,7 +176,18 @@ impl Checkpoint {
                 let g_idx = self.g_idx(&prefix, shape.in_features);
                 notes.placeholders += usize::from(g_idx.is_ok_and(|g| is_placeholder(&g, groups)));
             }
-            [QZEROS, G_IDX].iter().for_each(|leaf| self.release(&format!("{prefix}.{leaf}")));
+            if let Ok(scales) = self.scales(&prefix, &shape)
+                && scales.dtype != DType::F16
+            {
+                notes.wide_scales += 1;
+                let exact = f16_scales(&scales).is_ok_and(|(_, exact)| exact);
+                notes.rounded_scales += usize::from(!exact);
+            }
+            let index = format!("{prefix}.{G_IDX}");
+            notes.wide_indices += usize::from(self.stored_type(&index) == Some(Dtype::I64));
+            [QZEROS, G_IDX, SCALES]
+                .iter()
+                .for_each(|leaf| self.release(&format!("{prefix}.{leaf}")));
         }
         notes
     }
@@ -170,8 +208,17 @@ impl Checkpoint {
         self.words(&format!("{prefix}.{QZEROS}"), &[groups, words])
     }
 
+    fn scales(&self, prefix: &str, shape: &LinearShape) -> Result<TensorRef<'_>> {
+        let groups = self.settings()?.groups(shape.in_features);
+        self.tensor_shaped(&format!("{prefix}.{SCALES}"), &[groups, shape.out_features])
+    }
+
     fn g_idx(&self, prefix: &str, in_features: usize) -> Result<Vec<u32>> {
         let name = format!("{prefix}.{G_IDX}");
+        if self.stored_type(&name) == Some(Dtype::I64) {
+            let groups = self.settings()?.groups(in_features);
+            return self.wide_index(&name, in_features, groups);
+        }
         if self.contains(&name) {
             return self.words(&name, &[in_features]);
         }
@@ -191,6 +238,28 @@ impl Checkpoint {
         Ok((0..columns).map(|column| (column / size) as u32).collect())
     }
 }
+
+/// Scales as they are computed with, and whether each is what is stored.
+fn f16_scales(stored: &TensorRef<'_>) -> Result<(Vec<f16>, bool)> {
+    let scales = stored.to_f16()?;
+    if stored.dtype == DType::F16 {
+        return Ok((scales, true));
+    }
+    let mut exact = true;
+    for (index, (&scale, value)) in scales.iter().zip(stored.to_f32()).enumerate() {
+        let error = (scale.to_f32() - value).abs();
+        // What is not finite is found with all else that is wrong with values.
+        if error > value.abs() * HALF_STEP && value.is_finite() {
+            let tensor = stored.name.to_owned();
+            return Err(Error::F16Underflow { tensor, index, value });
+        }
+        exact &= error == 0.0;
+    }
+    Ok((scales, exact))
+}
+
+/// Most that rounding to a normal number of fp16 changes, relative to the number.
+const HALF_STEP: f32 = 1.0 / 2048.0;
 
 impl GptqLinear {
     /// Whether its group index is a placeholder: only zeros, although there are groups.

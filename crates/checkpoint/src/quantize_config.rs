@@ -1,7 +1,8 @@
 //! `quantize_config.json` and config.json's `quantization_config`: what a loader needs to know.
 //!
 //! Programs disagree on the names of keys and on the file that they write, so what is read here is
-//! the sum of both files: the settings of the first, and the format of zeros from whichever says it.
+//! the sum of both files: each setting from whichever says it. What they contradict each other in is
+//! refused.
 //!
 //! The text that is written has two readers that set its limits. AutoGPTQ up to 0.4 hands every key
 //! of `quantize_config.json` to a constructor and dies on one that it does not know, so nothing
@@ -101,73 +102,44 @@ impl QuantizeConfig {
     /// [`Error::UnsupportedConfig`] for ones that change the meaning of the tensors.
     pub fn parse(text: &str, file: &Path) -> Result<Self> {
         let map = serde_json::from_str(text).map_err(Error::json(file))?;
-        Self::from_keys(&Keys { map: &map, file })
+        let place = file.display().to_string();
+        Sources { keys: vec![Keys { map: &map, file, place }], agreeing: true }.settings()
     }
 
-    /// Reads `quantize_config.json`, or else `quantization_config` of the config; `None` for a dense
-    /// checkpoint. Where both are there, the second may add the format of zeros to the first, which
-    /// AutoGPTQ writes without it, but not contradict it.
-    pub(crate) fn load(dir: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
+    /// Reads `quantize_config.json` and `quantization_config` of the config; `None` for a dense
+    /// checkpoint. Where both are there, each may say what the other does not. `agreeing` refuses
+    /// what they contradict each other in; otherwise the first holds.
+    pub(crate) fn load(
+        dir: &Path,
+        config: &Map<String, Value>,
+        agreeing: bool,
+    ) -> Result<Option<Self>> {
         let (file, config_file) = (dir.join(QUANTIZE_CONFIG_FILE), dir.join(CONFIG_FILE));
-        let object = match config.get("quantization_config") {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Keys { map, file: &config_file })),
-            Some(other) => Err(Error::InvalidConfig {
-                path: config_file.clone(),
-                key: "quantization_config".to_owned(),
-                reason: format!("is `{other}`, expected an object"),
-            }),
-        };
-        let text = match json::text(&file) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return object?.map(|keys| Self::from_keys(&keys)).transpose();
-            }
+        let map = match json::text(&file) {
+            Ok(text) => Some(serde_json::from_str(&text).map_err(Error::json(&file))?),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
             Err(e) => return Err(Error::io("read", &file)(e)),
         };
-        let map = serde_json::from_str(&text).map_err(Error::json(&file))?;
-        let keys = Keys { map: &map, file: &file };
-        let mut settings = Self::from_keys(&keys)?;
-        if let Ok(Some(others)) = object
-            && let Some((other_key, other)) = others.format()?
-        {
-            match keys.format()? {
-                Some((key, format)) if format != other => {
-                    let (mine, theirs) = (format.name(), other.name());
-                    let reason = format!(
-                        "is `{mine}`, but `{other_key}` in config.json is `{theirs}`; zeros are \
-                         stored one way: correct the wrong one"
-                    );
-                    return Err(keys.invalid(key, reason));
-                }
-                _ => settings.checkpoint_format = other,
+        let mut keys = Vec::new();
+        if let Some(map) = &map {
+            keys.push(Keys { map, file: &file, place: QUANTIZE_CONFIG_FILE.to_owned() });
+        }
+        match config.get(OBJECT) {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(map)) => {
+                let place = format!("{OBJECT} of {CONFIG_FILE}");
+                keys.push(Keys { map, file: &config_file, place });
+            }
+            Some(other) => {
+                let reason = format!("is `{other}`, expected an object");
+                let (path, key) = (config_file, OBJECT.to_owned());
+                return Err(Error::InvalidConfig { path, key, reason });
             }
         }
-        Ok(Some(settings))
-    }
-
-    fn from_keys(keys: &Keys<'_>) -> Result<Self> {
-        keys.only("quant_method", |v| v == "gptq", "`gptq`")?;
-        keys.only("is_marlin_format", |v| v == false, "`false`")?;
-        keys.only("lm_head", |v| v == false, "`false`")?;
-        keys.only(
-            "dynamic",
-            |v| v.as_object().is_some_and(Map::is_empty),
-            "the same for all linears",
-        )?;
-        keys.only("pack_dtype", |v| v == "int32", "`int32`")?;
-        let format = keys.format()?.map(|(_, format)| format);
-        Ok(Self {
-            bits: keys.bits()?,
-            group_size: keys.group_size()?,
-            damp_percent: keys.typed("damp_percent", 0.01, Value::as_f64)?,
-            desc_act: keys.typed("desc_act", false, Value::as_bool)?,
-            sym: keys.typed("sym", true, Value::as_bool)?,
-            true_sequential: keys.typed("true_sequential", true, Value::as_bool)?,
-            model_file_base_name: keys.base_name()?,
-            checkpoint_format: format.unwrap_or(CheckpointFormat::Gptq),
-            modules_in_block: keys.modules()?,
-        })
+        if keys.is_empty() {
+            return Ok(None);
+        }
+        Sources { keys, agreeing }.settings().map(Some)
     }
 
     /// Whether a linear of a block, such as `self_attn.q_proj`, is quantised.
@@ -248,10 +220,86 @@ impl QuantizeConfig {
     }
 }
 
-/// Typed access to the keys, with errors that name them.
+/// The key of config.json that holds the settings.
+const OBJECT: &str = "quantization_config";
+
+/// The places that say how a checkpoint is quantized: one, or two that complete each other.
+struct Sources<'a> {
+    keys: Vec<Keys<'a>>,
+    /// Whether they may not contradict each other.
+    agreeing: bool,
+}
+
+/// A setting, and the key that says it.
+type Said<T> = (&'static str, T);
+
+impl<'a> Sources<'a> {
+    fn settings(&self) -> Result<QuantizeConfig> {
+        self.keys.iter().try_for_each(Keys::check)?;
+        let bits = self.merged(Keys::bits)?;
+        let group_size = self.merged(Keys::group_size)?;
+        let flag = |key, default| {
+            let read = |keys: &Keys<'a>| keys.typed(key, Value::as_bool);
+            Ok::<_, Error>(self.merged(read)?.unwrap_or(default))
+        };
+        Ok(QuantizeConfig {
+            bits: bits.ok_or_else(|| self.missing("bits", &["wbits", "w_bit", "w_bits"]))?,
+            group_size: group_size
+                .ok_or_else(|| self.missing("group_size", &["groupsize", "q_group_size"]))?,
+            damp_percent: self
+                .merged(|keys| keys.typed("damp_percent", Value::as_f64))?
+                .unwrap_or(0.01),
+            desc_act: flag("desc_act", false)?,
+            sym: flag("sym", true)?,
+            true_sequential: flag("true_sequential", true)?,
+            model_file_base_name: self.merged(Keys::base_name)?,
+            checkpoint_format: self.merged(Keys::format)?.unwrap_or(CheckpointFormat::Gptq),
+            modules_in_block: self.merged(Keys::modules)?,
+        })
+    }
+
+    /// What the places say of a setting: `None` where none does.
+    fn merged<T: PartialEq>(
+        &self,
+        read: impl Fn(&Keys<'a>) -> Result<Option<Said<T>>>,
+    ) -> Result<Option<T>> {
+        let mut said: Option<(&Keys<'a>, Said<T>)> = None;
+        for keys in &self.keys {
+            let Some((key, value)) = read(keys)? else { continue };
+            match &said {
+                Some((first, (first_key, other))) if *other != value && self.agreeing => {
+                    let (mine, theirs) = (first.shown(first_key), keys.shown(key));
+                    let reason = format!(
+                        "is `{mine}`, but `{key}` in {} is `{theirs}`: correct the wrong one",
+                        keys.place
+                    );
+                    let (path, key) = (first.file.to_owned(), (*first_key).to_owned());
+                    return Err(Error::ContradictingConfig { path, key, reason });
+                }
+                Some(_) => {}
+                None => said = Some((keys, (key, value))),
+            }
+        }
+        Ok(said.map(|(_, (_, value))| value))
+    }
+
+    /// The error of a key that has to be there; one of the names that others give it is pointed out.
+    fn missing(&self, key: &str, others: &[&str]) -> Error {
+        let renamed = |keys: &Keys<'_>| others.iter().find(|other| keys.get(other).is_some());
+        let found = self.keys.iter().find_map(|keys| Some((keys, renamed(keys)?)));
+        let hint = found.map(|(_, other)| format!("; `{other}` is there instead: rename it"));
+        // There is one at least.
+        let keys = found.map_or(&self.keys[0], |(keys, _)| keys);
+        keys.invalid(key, format!("is missing{}", hint.unwrap_or_default()))
+    }
+}
+
+/// Typed access to the keys of one place, with errors that name them.
 struct Keys<'a> {
     map: &'a Map<String, Value>,
     file: &'a Path,
+    /// The place, for messages about another one.
+    place: String,
 }
 
 impl Keys<'_> {
@@ -263,6 +311,27 @@ impl Keys<'_> {
         Error::InvalidConfig { path: self.file.to_owned(), key: key.to_owned(), reason }
     }
 
+    /// A value as it is written, but for the quotes of a word.
+    fn shown(&self, key: &str) -> String {
+        match self.map.get(key) {
+            Some(Value::String(word)) => word.clone(),
+            other => other.unwrap_or(&Value::Null).to_string(),
+        }
+    }
+
+    /// Refuses what would give the tensors another meaning.
+    fn check(&self) -> Result<()> {
+        self.only("quant_method", |v| v == "gptq", "`gptq`")?;
+        self.only("is_marlin_format", |v| v == false, "`false`")?;
+        self.only("lm_head", |v| v == false, "`false`")?;
+        self.only(
+            "dynamic",
+            |v| v.as_object().is_some_and(Map::is_empty),
+            "the same for all linears",
+        )?;
+        self.only("pack_dtype", |v| v == "int32", "`int32`")
+    }
+
     /// Refuses a key with any value but the accepted ones; absent is fine.
     fn only(&self, key: &str, ok: impl Fn(&Value) -> bool, supported: &'static str) -> Result<()> {
         let Some(value) = self.get(key).filter(|value| !ok(value)) else { return Ok(()) };
@@ -270,15 +339,20 @@ impl Keys<'_> {
         Err(Error::UnsupportedConfig { path, key, value: value.to_string(), supported })
     }
 
-    fn typed<T>(&self, key: &str, default: T, read: impl Fn(&Value) -> Option<T>) -> Result<T> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        read(value).ok_or_else(|| self.invalid(key, format!("is `{value}`, of the wrong type")))
+    fn typed<T>(
+        &self,
+        key: &'static str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<Said<T>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let wrong = || self.invalid(key, format!("is `{value}`, of the wrong type"));
+        Ok(Some((key, read(value).ok_or_else(wrong)?)))
     }
 
     /// How zeros are stored, with the key that says so: `checkpoint_format` in GPTQModel's files,
     /// `format` in optimum's.
-    fn format(&self) -> Result<Option<(&'static str, CheckpointFormat)>> {
-        let mut said: Option<(&'static str, CheckpointFormat)> = None;
+    fn format(&self) -> Result<Option<Said<CheckpointFormat>>> {
+        let mut said: Option<Said<CheckpointFormat>> = None;
         for key in ["checkpoint_format", "format"] {
             self.only(key, |v| v == "gptq" || v == "gptq_v2", "`gptq` or `gptq_v2`")?;
             let Some(value) = self.get(key) else { continue };
@@ -297,8 +371,9 @@ impl Keys<'_> {
         Ok(said)
     }
 
-    /// The linears that are quantised: a list of names, or of lists that were solved together.
-    fn modules(&self) -> Result<Option<Vec<String>>> {
+    /// The linears that are quantized, sorted: a list of names, or of lists that were solved
+    /// together.
+    fn modules(&self) -> Result<Option<Said<Vec<String>>>> {
         let key = "modules_in_block_to_quantize";
         let Some(value) = self.get(key) else { return Ok(None) };
         let wrong = || self.invalid(key, format!("is `{value}`, expected lists of names"));
@@ -312,40 +387,37 @@ impl Keys<'_> {
                 names.push(name.as_str().ok_or_else(wrong)?.to_owned());
             }
         }
-        Ok(Some(names))
+        names.sort();
+        names.dedup();
+        Ok(Some((key, names)))
     }
 
-    fn bits(&self) -> Result<Bits> {
-        let value = self.required("bits", &["wbits", "w_bit", "w_bits"])?;
+    fn bits(&self) -> Result<Option<Said<Bits>>> {
+        let key = "bits";
+        let Some(value) = self.get(key) else { return Ok(None) };
         let bits = value.as_u64().and_then(|bits| u8::try_from(bits).ok());
         bits.and_then(|bits| Bits::new(bits).ok())
-            .ok_or_else(|| self.invalid("bits", format!("is `{value}`, expected 2, 3, 4 or 8")))
+            .map(|bits| Some((key, bits)))
+            .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected 2, 3, 4 or 8")))
     }
 
-    fn group_size(&self) -> Result<Option<usize>> {
-        let value = self.required("group_size", &["groupsize", "q_group_size"])?;
+    fn group_size(&self) -> Result<Option<Said<Option<usize>>>> {
+        let key = "group_size";
+        let Some(value) = self.get(key) else { return Ok(None) };
         let number = value.as_i64().map(|number| number.to_string());
-        number.and_then(|number| number.parse().ok()).map(|GroupSize(size)| size).ok_or_else(|| {
+        let size = number.and_then(|number| number.parse().ok()).map(|GroupSize(size)| size);
+        size.map(|size| Some((key, size))).ok_or_else(|| {
             let reason = format!("is `{value}`, expected -1, or 1 to {MAX_GROUP_SIZE}");
-            self.invalid("group_size", reason)
-        })
-    }
-
-    /// A key that has to be there; one of the names that others give it is pointed out.
-    fn required(&self, key: &str, others: &[&str]) -> Result<&Value> {
-        self.get(key).ok_or_else(|| {
-            let other = others.iter().find(|other| self.get(other).is_some());
-            let hint = other.map(|other| format!("; `{other}` is there instead: rename it"));
-            self.invalid(key, format!("is missing{}", hint.unwrap_or_default()))
+            self.invalid(key, reason)
         })
     }
 
     /// A base name becomes a path, so it has to be a plain file name.
-    fn base_name(&self) -> Result<Option<String>> {
+    fn base_name(&self) -> Result<Option<Said<String>>> {
         let key = "model_file_base_name";
         let Some(value) = self.get(key) else { return Ok(None) };
         let name = value.as_str().filter(|name| is_file_name(name)).map(str::to_owned);
-        name.map(Some)
+        name.map(|name| Some((key, name)))
             .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected a plain file name")))
     }
 }

@@ -42,10 +42,24 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Missing, truncated or malformed files, named; an index that disagrees with its shards; a
-    /// pickle that needs more than a state dict does; packed tensors that nothing says how to read.
+    /// pickle that needs more than a state dict does; packed tensors that nothing says how to read,
+    /// or that two files say contradictory things of.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_settled(dir, true)
+    }
+
+    /// As [`Checkpoint::open`], but quantize_config.json holds where config.json contradicts it. For
+    /// whoever looks for all that is wrong.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], without [`Error::ContradictingConfig`].
+    pub fn open_contradicting(dir: &Path) -> Result<Self> {
+        Self::open_settled(dir, false)
+    }
+
+    fn open_settled(dir: &Path, agreeing: bool) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw());
+        let quantize = QuantizeConfig::load(dir, config.raw(), agreeing);
         let named = quantize.as_ref().ok().and_then(Option::as_ref);
         match Mapped::open(dir, named) {
             Ok(weights) => Self::new(dir, config, quantize, Weights::Mapped(weights)),
@@ -62,7 +76,7 @@ impl Checkpoint {
     /// As [`Checkpoint::open`] for what is in `dir`. What a shard holds is checked when it comes.
     pub fn open_arriving(dir: &Path, bring: Box<Bring>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let quantize = QuantizeConfig::load(dir, config.raw());
+        let quantize = QuantizeConfig::load(dir, config.raw(), true);
         let weights = Weights::Arriving(Arriving::open(dir, &config, bring)?);
         Self::new(dir, config, quantize, weights)
     }
@@ -143,11 +157,8 @@ impl Checkpoint {
     /// Stored tensors that are left out, whatever is done with the model.
     #[must_use]
     pub fn strays(&self) -> Strays {
-        self.stored().strays(self.names())
-    }
-
-    fn stored(&self) -> Stored<'_> {
-        Stored { config: &self.config, quantized: self.quantize.is_some() }
+        let packed = |linear: &str| self.has_gptq_linear(linear);
+        Stored { config: &self.config, packed: &packed }.strays(self.names())
     }
 
     /// What whoever reads the checkpoint should know: a sentence each. Of
@@ -237,7 +248,8 @@ impl Checkpoint {
     /// [`Error::MissingTensor`], or what explains it; [`Error::UnsupportedDType`], [`Error::Shape`],
     /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`].
     pub fn check_tensors(&self) -> Result<()> {
-        self.stored().check(self.names())?;
+        let packed = |linear: &str| self.has_gptq_linear(linear);
+        Stored { config: &self.config, packed: &packed }.check(self.names())?;
         for (tensor, shape) in self.config.dense_tensors() {
             let linear = tensor.strip_suffix(".weight").unwrap_or(&tensor);
             if self.has_gptq_linear(linear) {
@@ -350,6 +362,24 @@ impl Checkpoint {
             return Error::Unprefixed { dir: dir(), tensor, bare };
         }
         Error::MissingTensor { dir: dir(), tensor }
+    }
+
+    /// The groups of columns that are stored as 64-bit integers.
+    pub(crate) fn wide_index(&self, name: &str, columns: usize, groups: usize) -> Result<Vec<u32>> {
+        let Some(View { entry, bytes, .. }) = self.weights.view(name)? else {
+            return Err(self.missing(name));
+        };
+        check_shape(name, (&entry.shape, &[columns]))?;
+        let bytes = match &entry.strides {
+            None => bytes,
+            Some(strides) => Cow::Owned(pytorch::gather(&bytes, 8, &entry.shape, strides)),
+        };
+        let stored = bytes.as_chunks().0.iter().map(|&value| i64::from_le_bytes(value));
+        let narrow = |(index, group): (usize, i64)| {
+            let beyond = |_| Error::GroupIndex { tensor: name.to_owned(), index, group, groups };
+            i32::try_from(group).map(|group| group as u32).map_err(beyond)
+        };
+        stored.enumerate().map(narrow).collect()
     }
 
     /// A tensor with exactly this type and shape.

@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use crate::names::CONFIG_FILE;
+use crate::small_file::read_small_text;
 use crate::weights::Weights;
 use crate::{Error, ModelConfig, QuantizeConfig, Result};
 
@@ -82,7 +83,7 @@ pub(crate) fn refuse_unreadable(
 /// Why packed tensors have no settings, as far as it shows, and what to do.
 fn no_settings(dir: &Path, weights: &Weights) -> String {
     const AWQ: &str = "quant_config.json";
-    let awq = std::fs::read_to_string(dir.join(AWQ));
+    let awq = read_small_text(&dir.join(AWQ));
     if awq.is_ok_and(|text| text.contains("\"w_bit\"")) {
         return format!(
             "`{AWQ}` beside them is AutoAWQ's: AWQ packs weights in another order, which is not \

@@ -12,6 +12,7 @@ use crate::names::{
     CARD_FILE, CONFIG_FILE, INDEX_END, MANIFEST_FILE, QUANTIZE_CONFIG_FILE, REPORT_FILE,
 };
 use crate::partial::Partial;
+use crate::small_file::read_small;
 use crate::{Error, Result};
 
 /// Larger files are weights of some kind, whatever their name.
@@ -112,7 +113,7 @@ fn recordable(source: &Path, name: PathBuf) -> Result<PathBuf> {
 /// Copies contents only: the cache's files are links, and often read-only.
 fn copy(source: &Path, name: &Path, partial: &Partial) -> Result<()> {
     let from = source.join(name);
-    let bytes = fs::read(&from).map_err(Error::io("read", &from))?;
+    let bytes = read_small(&from).map_err(Error::io("read", &from))?;
     partial.write(name, &bytes)
 }
 

@@ -20,6 +20,8 @@ enum Role {
     /// A weight inside of a block that no linear or norm of the family uses: the model would
     /// compute with it.
     Weight,
+    /// The dense weight of a linear that is packed as well: loaders read one of them.
+    Dense,
     /// Anything else.
     Other,
 }
@@ -29,6 +31,8 @@ enum Role {
 pub struct Strays {
     /// Those of blocks beyond `num_hidden_layers`.
     pub beyond: Vec<String>,
+    /// Dense weights of linears that are packed as well.
+    pub dense: Vec<String>,
     /// All others but rotary frequencies.
     pub others: Vec<String>,
 }
@@ -43,6 +47,16 @@ impl Strays {
                  as `{first}`: they are left out, so the model is cut short",
                 config.num_hidden_layers,
                 tensors(self.beyond.len())
+            ));
+        }
+        if let Some(first) = self.dense.first() {
+            warnings.push(format!(
+                "the weights hold {} of linears that are packed as well, such as `{first}`: they are \
+                 left out, and the packed ones read",
+                match self.dense.len() {
+                    1 => "1 dense tensor".to_owned(),
+                    count => format!("{count} dense tensors"),
+                }
             ));
         }
         if let Some(first) = self.others.first() {
@@ -69,8 +83,8 @@ pub(crate) fn tensors(count: usize) -> String {
 pub(crate) struct Stored<'a> {
     /// The model's.
     pub(crate) config: &'a ModelConfig,
-    /// Whether its linears may be packed.
-    pub(crate) quantized: bool,
+    /// Whether a linear, by its full name, is packed.
+    pub(crate) packed: &'a dyn Fn(&str) -> bool,
 }
 
 impl Stored<'_> {
@@ -81,6 +95,7 @@ impl Stored<'_> {
             match self.role(name) {
                 Role::Part | Role::Frequencies => {}
                 Role::Beyond => strays.beyond.push(name.to_owned()),
+                Role::Dense => strays.dense.push(name.to_owned()),
                 Role::Weight | Role::Other => strays.others.push(name.to_owned()),
             }
         }
@@ -116,11 +131,16 @@ impl Stored<'_> {
         let Some((module, leaf)) = part.rsplit_once('.') else { return Role::Other };
         let linear = config.block_linears().iter().any(|linear| linear.name == module);
         let norm = config.block_norms().iter().any(|(norm, _)| *norm == module);
+        let packed = || {
+            let full = name.rsplit_once('.').map_or(name, |(full, _)| full);
+            linear && (self.packed)(full)
+        };
         match leaf {
+            "weight" if packed() => Role::Dense,
             "weight" if linear || norm => Role::Part,
             "weight" => Role::Weight,
             "bias" if linear => Role::Part,
-            _ if linear && self.quantized && LEAVES.contains(&leaf) => Role::Part,
+            _ if LEAVES.contains(&leaf) && packed() => Role::Part,
             _ => Role::Other,
         }
     }

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::header::{self, Entry};
 use crate::names::{INDEX_END, is_file_name, weight_file_names};
+use crate::small_file::open_regular;
 use crate::{Error, Result, json, pytorch};
 
 /// Largest piece of a file that the system maps at once when one byte of it is touched.
@@ -104,7 +104,7 @@ pub(crate) fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>> 
 
 /// Maps a weight file and checks what it says of its tensors.
 pub(crate) fn map_file(path: &Path) -> Result<(WeightFile, Vec<(String, Entry)>)> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
+    let file = open_regular(path).map_err(Error::io("open", path))?;
     // SAFETY: the mapping is read-only, and every bit pattern is a valid value of what is read from
     // it, so the only hazard is another process truncating the file while it is in use, which ends
     // this one with SIGBUS; checkpoints are not edited in place, and the writer here renames.

@@ -72,17 +72,24 @@ fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
         text.parse().with_context(|| format!("`{name}={text}` in the environment is no number"))
     };
     let (rank, size) = (number(rank_name)?, number(size_name)?);
-    if size <= 1 {
-        return Ok(None);
+    let most = Launch::MOST_RANKS;
+    if !(1..=most).contains(&size) {
+        bail!("`{size_name}={size}` in the environment is no number of processes from 1 to {most}");
     }
     if rank >= size {
-        bail!("`{rank_name}={rank}` and `{size_name}={size}` in the environment do not fit");
+        bail!(
+            "`{rank_name}={rank}` and `{size_name}={size}` in the environment do not fit: ranks are \
+             numbered from 0"
+        );
+    }
+    if size == 1 {
+        return Ok(None);
     }
     let one_host = ["SLURM_STEP_NUM_NODES", "OMPI_MCA_orte_num_nodes", "GROUP_WORLD_SIZE"]
         .iter()
         .any(|name| get(name).is_some_and(|nodes| nodes == "1"));
     let host = match host {
-        Some(host) => host,
+        Some(host) => unbracketed(&host).to_owned(),
         None if one_host => "127.0.0.1".to_owned(),
         None => bail!(
             "`{rank_name}` says that this is one of {size} processes; set MASTER_ADDR to the host of \
@@ -91,9 +98,9 @@ fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
     };
     let mut port = PORT;
     if let Some(text) = get("MASTER_PORT") {
-        port = text
-            .parse()
-            .with_context(|| format!("`MASTER_PORT={text}` in the environment is no port"))?;
+        port = text.parse().ok().filter(|&port| port > 0).with_context(|| {
+            format!("`MASTER_PORT={text}` in the environment is no port from 1 to 65535")
+        })?;
     }
     // There torchrun itself listens at that port.
     if get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|v| v == "True") {
@@ -114,6 +121,12 @@ fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
     let run_id = run_id(launcher, get);
     let launch = Launch { rank, size, host, port, run_id, patience };
     Ok(Some(Launched { launch, local_rank }))
+}
+
+/// An address of IPv6 without the brackets that it has beside a port.
+fn unbracketed(host: &str) -> &str {
+    let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    inner.filter(|inner| inner.contains(':')).unwrap_or(host)
 }
 
 /// Which run this is: `GPTQ_RUN_ID`, or what the launcher that started it calls it.
@@ -167,6 +180,14 @@ mod tests {
         assert!(from(&batch_script).unwrap().is_none());
         assert!(from(&[]).unwrap().is_none());
         assert!(from(&[("RANK", "0"), ("WORLD_SIZE", "1")]).unwrap().is_none());
+
+        for (given, host) in [("[::1]", "::1"), ("::1", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0")]
+        {
+            let run = [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", given)];
+            let launch = from(&run).unwrap().unwrap().launch;
+            assert_eq!(launch.host, host);
+            assert_eq!(launch.meeting_place(), format!("[{host}]:{PORT}"));
+        }
     }
 
     /// What the launcher calls the run of a process with these variables.
@@ -198,7 +219,17 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_named() {
+        let at = |rank, size| vec![("RANK", rank), ("WORLD_SIZE", size), ("MASTER_ADDR", "a")];
+        let port = |port| [at("0", "2"), vec![("MASTER_PORT", port)]].concat();
         for (variables, named) in [
+            (at("0", "18446744073709551615"), "WORLD_SIZE=18446744073709551615"),
+            (at("0", "10000000000"), "from 1 to 4096"),
+            (at("0", "4097"), "WORLD_SIZE=4097"),
+            (at("0", "0"), "WORLD_SIZE=0"),
+            (at("1", "1"), "RANK=1"),
+            (vec![("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "1")], "SLURM_STEP_NUM_TASKS=1"),
+            (port("0"), "MASTER_PORT=0"),
+            (port("65536"), "MASTER_PORT=65536"),
             (vec![("RANK", "0"), ("WORLD_SIZE", "2")], "MASTER_ADDR"),
             (vec![("RANK", "x"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a")], "RANK=x"),
             (vec![("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a")], "WORLD_SIZE=2"),

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use gptq_checkpoint::{bytes_free, has_no_locks, is_hub_name};
+use gptq_checkpoint::{bytes_free, has_no_locks, is_hub_name, read_small_text};
 
 use crate::api::Kind;
 use crate::listing::RemoteFile;
@@ -277,7 +277,7 @@ impl RepoCache {
 
     /// The commit that a revision stood for when it was fetched last; a commit stands for itself.
     pub(crate) fn referred(&self, revision: &str) -> Option<String> {
-        let text = match fs::read_to_string(self.folder().join("refs").join(revision)) {
+        let text = match read_small_text(&self.folder().join("refs").join(revision)) {
             Ok(text) => text.trim().to_owned(),
             Err(_) => revision.to_owned(),
         };

@@ -2,11 +2,10 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use gptq_checkpoint::CONFIG_FILE;
+use gptq_checkpoint::{CONFIG_FILE, read_small};
 
 use crate::api::{Api, Kind};
 use crate::cache::RepoCache;
@@ -177,7 +176,7 @@ impl Bring<'_> {
         let mut found = BTreeMap::new();
         for index in indices {
             let blob = self.cache.blob(index);
-            let text = fs::read(&blob).map_err(Error::io("read", &blob))?;
+            let text = read_small(&blob).map_err(Error::io("read", &blob))?;
             let what = format!("{}/{}", self.api.id(), index.path);
             let shards = shards(&what, &text, listing)?;
             found.extend(shards.into_iter().map(|shard| (shard.path.clone(), shard)));

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use gptq_checkpoint::read_small;
+
 use crate::cache::RepoCache;
 use crate::fetch::{blobs, choose};
 use crate::hub::split_id;
@@ -41,7 +43,7 @@ pub(crate) fn fetched(
         choose(source, &listing).map_err(|e| missing(e.to_string()))?;
     for index in &indices {
         let what = format!("{id}/{}", index.path);
-        let text = fs::read(folder.join(&index.path))
+        let text = read_small(&folder.join(&index.path))
             .map_err(|_| missing(format!("`{}` is missing", index.path)))?;
         let found = shards(&what, &text, &listing).map_err(|e| missing(e.to_string()))?;
         files.extend(found.into_iter().filter(|shard| !indices.contains(shard)));

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use gptq_checkpoint::read_small;
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{PrettyFormatter, Serializer};
 
@@ -70,7 +71,7 @@ pub(crate) fn write(cache: &RepoCache, commit: &str, listing: &Listing) -> Resul
 
 /// The listing of a commit, where this or another program kept one that can be read.
 pub(crate) fn read(cache: &RepoCache, commit: &str) -> Option<Vec<RemoteFile>> {
-    let text = fs::read(path(cache, commit)).ok()?;
+    let text = read_small(&path(cache, commit)).ok()?;
     let Tree { format_version, files } = serde_json::from_slice(&text).ok()?;
     let file = |(path, file): (String, File)| {
         if !is_usable(&path) {

@@ -69,10 +69,12 @@ impl DeviceArgs {
         let seats = match &launched {
             Some(Launched { launch, .. }) => {
                 printer.note(&format!(
-                    "rank {} of {}, meeting the others at {}:{}",
-                    launch.rank, launch.size, launch.host, launch.port
+                    "rank {} of {}, meeting the others at {}",
+                    launch.rank,
+                    launch.size,
+                    launch.meeting_place()
                 ));
-                let seat = RankHandle::join(launch)?;
+                let seat = RankHandle::join_saying(launch, &|said| printer.warn(said))?;
                 if let Some(strangers) = seat.strangers() {
                     printer.warn(strangers);
                 }

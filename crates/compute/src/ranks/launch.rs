@@ -24,11 +24,20 @@ pub struct Launch {
 }
 
 impl Launch {
+    /// Largest number of processes: more than any cluster would share a model among, and few enough
+    /// that rank 0 can have threads for each.
+    pub const MOST_RANKS: usize = 4096;
+
+    /// Where rank 0 listens, as people write it.
+    #[must_use]
+    pub fn meeting_place(&self) -> String {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    }
+
     /// The error of a connection that fails.
     pub(super) fn trouble(&self, peer: usize, error: &io::Error) -> Error {
-        let Self { rank, host, port, .. } = self;
-        Error::Ranks(format!(
-            "Rank {rank} cannot talk to rank {peer} through {host}:{port}: {error}"
-        ))
+        let (rank, place) = (self.rank, self.meeting_place());
+        Error::Ranks(format!("Rank {rank} cannot talk to rank {peer} through {place}: {error}"))
     }
 }

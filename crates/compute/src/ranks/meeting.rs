@@ -5,6 +5,7 @@
 //! takes a seat. A rank that is turned away, or reaches something else, tries again: what listens at
 //! the port may be the end of an earlier run.
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
@@ -21,16 +22,22 @@ const MOST_CALLERS: usize = 1024;
 const AT_ONCE: usize = 64;
 /// Strangers of whom a message tells.
 const MOST_SAID: usize = 4;
+/// Ranks that a message names.
+const MOST_NAMED: usize = 8;
+/// How long rank 0 waits before it says for whom.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// The streams to the other ranks, by rank, and who was turned away on the way.
 pub(super) struct Met {
-    pub(super) streams: Vec<Option<TcpStream>>,
+    pub(super) streams: BTreeMap<usize, TcpStream>,
     pub(super) strangers: Option<String>,
 }
 
-/// Rank 0: waits for all others.
-pub(super) fn listen(launch: &Launch) -> Result<Met> {
-    let end = Instant::now() + launch.patience;
+/// Rank 0: waits for all others. `say` is told once for whom, when it takes a while.
+pub(super) fn listen(launch: &Launch, say: &dyn Fn(&str)) -> Result<Met> {
+    let start = Instant::now();
+    let end = start + launch.patience;
+    let mut said = false;
     let listeners = bind(launch)?;
     // Given up before the port is, which is what makes its place this run's own.
     let mut drawn = None;
@@ -47,6 +54,10 @@ pub(super) fn listen(launch: &Launch) -> Result<Met> {
         reception.look_at_seats();
         if Instant::now() > end {
             return Err(Error::Ranks(reception.missing(launch)));
+        }
+        if !said && start.elapsed() > QUIET {
+            said = true;
+            say(&reception.waiting(launch));
         }
         std::thread::sleep(TICK / 10);
     }
@@ -125,7 +136,9 @@ struct Caller {
 /// Whom rank 0 has seated, is listening to, and has turned away.
 struct Reception {
     run: RunDigest,
-    streams: Vec<Option<TcpStream>>,
+    /// Number of ranks, rank 0 included.
+    size: usize,
+    streams: BTreeMap<usize, TcpStream>,
     callers: Vec<Caller>,
     turned_away: usize,
     said: Vec<String>,
@@ -135,13 +148,12 @@ struct Reception {
 
 impl Reception {
     fn new(size: usize, run: RunDigest) -> Self {
-        let streams = (0..size).map(|_| None).collect();
-        let (callers, said) = (Vec::new(), Vec::new());
-        Self { run, streams, callers, turned_away: 0, said, trouble: None }
+        let (streams, callers, said) = (BTreeMap::new(), Vec::new(), Vec::new());
+        Self { run, size, streams, callers, turned_away: 0, said, trouble: None }
     }
 
     fn is_complete(&self) -> bool {
-        self.streams[1..].iter().all(Option::is_some)
+        self.streams.len() + 1 == self.size
     }
 
     /// Takes the connections that wait, though not for ever.
@@ -189,10 +201,11 @@ impl Reception {
         } else if greeting.version != ours.version {
             Verdict::OtherVersion
         } else {
-            match self.streams.get(rank) {
-                None => Verdict::NoSuchRank,
-                Some(None) if rank > 0 => Verdict::Seated,
-                Some(_) => Verdict::Taken,
+            match rank {
+                _ if rank >= self.size => Verdict::NoSuchRank,
+                0 => Verdict::Taken,
+                _ if self.streams.contains_key(&rank) => Verdict::Taken,
+                _ => Verdict::Seated,
             }
         };
         let Caller { mut stream, from, .. } = caller;
@@ -201,7 +214,7 @@ impl Reception {
         let _ = stream.write(&self.answer(verdict));
         let what = match verdict {
             Verdict::Seated | Verdict::Begin => {
-                self.streams[rank] = Some(stream);
+                self.streams.insert(rank, stream);
                 return;
             }
             Verdict::OtherRun => "belongs to another run".to_owned(),
@@ -211,29 +224,27 @@ impl Reception {
                     greeting.version, ours.version
                 )
             }
-            Verdict::NoSuchRank => format!("says that it is rank {rank} of {}", self.streams.len()),
+            Verdict::NoSuchRank => format!("says that it is rank {rank} of {}", self.size),
             Verdict::Taken => format!("says that it is rank {rank} as another process does"),
         };
         self.turn_away(from, &what);
     }
 
     fn answer(&self, verdict: Verdict) -> Vec<u8> {
-        Answer::new(verdict, self.streams.len() as u32).to_bytes()
+        Answer::new(verdict, self.size as u32).to_bytes()
     }
 
     /// Gives up the seats of ranks that have left again. A seated rank has nothing to say yet.
     fn look_at_seats(&mut self) {
-        for rank in 1..self.streams.len() {
-            let Some(stream) = &self.streams[rank] else { continue };
-            let waits = matches!(
+        let left = self.streams.extract_if(.., |_, stream| {
+            !matches!(
                 stream.peek(&mut [0]),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
-            );
-            if !waits {
-                self.streams[rank] = None;
-                self.turned_away += 1;
-                self.say(format!("rank {rank} left before all were there"));
-            }
+            )
+        });
+        for (rank, _) in left.collect::<Vec<_>>() {
+            self.turned_away += 1;
+            self.say(format!("rank {rank} left before all were there"));
         }
     }
 
@@ -256,15 +267,31 @@ impl Reception {
         (count > 0).then(|| format!("rank 0 turned away {calls}: {}{more}", self.said.join("; ")))
     }
 
+    /// The ranks that are not there.
+    fn absent(&self) -> String {
+        let absent = (1..self.size).filter(|rank| !self.streams.contains_key(rank));
+        let named: Vec<String> = absent.take(MOST_NAMED).map(|rank| rank.to_string()).collect();
+        let others = self.size - 1 - self.streams.len() - named.len();
+        let others = if others > 0 { format!(" and {others} others") } else { String::new() };
+        format!("{}{others}", named.join(", "))
+    }
+
+    fn waiting(&self, launch: &Launch) -> String {
+        format!(
+            "rank 0 is waiting for rank {} of {} at {}, for up to {} s",
+            self.absent(),
+            self.size,
+            launch.meeting_place(),
+            launch.patience.as_secs()
+        )
+    }
+
     fn missing(&self, launch: &Launch) -> String {
-        let Launch { size, host, port, patience, .. } = launch;
-        let missing = (1..*size).filter(|&rank| self.streams[rank].is_none());
-        let missing: Vec<String> = missing.map(|rank| rank.to_string()).collect();
+        let (absent, size, place) = (self.absent(), self.size, launch.meeting_place());
         let mut text = format!(
-            "Rank 0 has waited {} s on {host}:{port} for rank {} of {size}: are all started, and can \
+            "Rank 0 has waited {} s on {place} for rank {absent} of {size}: are all started, and can \
              they reach this host?",
-            patience.as_secs(),
-            missing.join(", ")
+            launch.patience.as_secs(),
         );
         let strangers = self.strangers().map(|said| format!(" Meanwhile {said}."));
         let trouble =
@@ -276,8 +303,7 @@ impl Reception {
     /// Tells all ranks that all are there.
     fn begin(self, launch: &Launch) -> Result<Met> {
         let begin = self.answer(Verdict::Begin);
-        for (rank, stream) in self.streams.iter().enumerate() {
-            let Some(mut stream) = stream.as_ref() else { continue };
+        for (&rank, mut stream) in &self.streams {
             let told = stream
                 .set_nonblocking(false)
                 .and_then(|()| stream.set_nodelay(true))
@@ -340,7 +366,7 @@ impl From<io::Error> for Refusal {
 
 /// Another rank: the stream to rank 0.
 pub(super) fn call(launch: &Launch) -> Result<Met> {
-    let Launch { rank, size, host, port, patience, .. } = launch;
+    let Launch { rank, port, patience, .. } = launch;
     let end = Instant::now() + *patience;
     // Each once: what was refused first says more than that nobody listens any more.
     let mut reasons: Vec<String> = Vec::new();
@@ -356,16 +382,15 @@ pub(super) fn call(launch: &Launch) -> Result<Met> {
         }
         if Instant::now() + TICK > end {
             return Err(Error::Ranks(format!(
-                "Rank {rank} has tried for {} s to reach rank 0 at {host}:{port}: {}",
+                "Rank {rank} has tried for {} s to reach rank 0 at {}: {}",
                 patience.as_secs(),
+                launch.meeting_place(),
                 reasons.join("; ")
             )));
         }
         std::thread::sleep(TICK);
     };
-    let mut streams: Vec<Option<TcpStream>> = (0..*size).map(|_| None).collect();
-    streams[0] = Some(stream);
-    Ok(Met { streams, strangers: None })
+    Ok(Met { streams: BTreeMap::from([(0, stream)]), strangers: None })
 }
 
 fn attempt(launch: &Launch, place: Option<&Place>) -> std::result::Result<TcpStream, Refusal> {
@@ -416,8 +441,8 @@ fn attempt(launch: &Launch, place: Option<&Place>) -> std::result::Result<TcpStr
     // Rank 0 says more when all are there. It may have started later, and so waits longer.
     let left = |error: &dyn std::fmt::Display| {
         Refusal::Final(Error::Ranks(format!(
-            "Rank {rank} has reached rank 0 at {host}:{port}, which did not go on: {error}; see its \
-             own message"
+            "Rank {rank} has reached rank 0 at {}, which did not go on: {error}; see its own message",
+            launch.meeting_place()
         )))
     };
     match answer(&mut stream, Instant::now() + *patience + GREETING_TIME) {

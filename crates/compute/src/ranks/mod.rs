@@ -22,6 +22,7 @@ mod meeting;
 mod run_id;
 mod sockets;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -60,7 +61,7 @@ pub struct RankHandle {
     rank: usize,
     size: usize,
     /// By peer: rank 0 has a wire to each other rank, and those one to rank 0.
-    wires: Vec<Option<Wire>>,
+    wires: BTreeMap<usize, Wire>,
     abort: Arc<Abort>,
     /// Of messages from other processes; threads of one believe each other.
     limit: Option<Arc<Limit>>,
@@ -87,7 +88,7 @@ pub struct Ranks(Option<Arc<Inner>>);
 struct Inner {
     rank: usize,
     size: usize,
-    wires: Vec<Option<Wire>>,
+    wires: BTreeMap<usize, Wire>,
     abort: Arc<Abort>,
     limit: Option<Arc<Limit>>,
     card: Option<Arc<Communicator>>,
@@ -105,7 +106,7 @@ impl RankHandle {
         Self {
             rank: 0,
             size: 1,
-            wires: Vec::new(),
+            wires: BTreeMap::new(),
             abort: Arc::default(),
             limit: None,
             sockets: None,
@@ -119,7 +120,7 @@ impl RankHandle {
         let handle = |rank| Self {
             rank,
             size,
-            wires: (0..size).map(|_| None).collect(),
+            wires: BTreeMap::new(),
             abort: Arc::clone(&abort),
             limit: None,
             sockets: None,
@@ -128,8 +129,8 @@ impl RankHandle {
         let mut handles: Vec<Self> = (0..size).map(handle).collect();
         for peer in 1..size {
             let ((down, from_first), (up, from_peer)) = (channel(), channel());
-            handles[0].wires[peer] = Some(Wire { out: down, inward: Mutex::new(from_peer) });
-            handles[peer].wires[0] = Some(Wire { out: up, inward: Mutex::new(from_first) });
+            handles[0].wires.insert(peer, Wire { out: down, inward: Mutex::new(from_peer) });
+            handles[peer].wires.insert(0, Wire { out: up, inward: Mutex::new(from_first) });
         }
         handles
     }
@@ -139,7 +140,16 @@ impl RankHandle {
     /// # Errors
     /// [`Error::Ranks`] when they do not find each other within the launch's patience.
     pub fn join(launch: &Launch) -> Result<Self> {
-        sockets::join(launch)
+        Self::join_saying(launch, &|_| {})
+    }
+
+    /// As [`Self::join`]; rank 0 says once for whom it waits, when that takes more than a few
+    /// seconds.
+    ///
+    /// # Errors
+    /// As [`Self::join`].
+    pub fn join_saying(launch: &Launch, say: &dyn Fn(&str)) -> Result<Self> {
+        sockets::join(launch, say)
     }
 
     /// Number of this rank.
@@ -337,7 +347,7 @@ impl Ranks {
 
 impl Inner {
     fn send(&self, to: usize, message: Message) -> Result<()> {
-        let wire = self.wires[to].as_ref();
+        let wire = self.wires.get(&to);
         match wire.and_then(|wire| wire.out.send(message).ok()) {
             Some(()) => Ok(()),
             None => self.gone(to),
@@ -345,7 +355,7 @@ impl Inner {
     }
 
     fn receive(&self, from: usize) -> Result<Message> {
-        let Some(wire) = &self.wires[from] else { return self.gone(from) };
+        let Some(wire) = self.wires.get(&from) else { return self.gone(from) };
         let inward = lock(&wire.inward);
         loop {
             match inward.recv_timeout(TICK) {

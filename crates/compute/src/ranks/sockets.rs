@@ -4,6 +4,7 @@
 //! nothing is sent every few seconds: a peer from which nothing comes for a minute is lost, as is one
 //! whose connection ends without a farewell. Rank 0 passes the news of a loss on to all others.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,27 +40,27 @@ impl Drop for Pumps {
     }
 }
 
-/// Connects to rank 0, or as rank 0 to all others.
-pub(super) fn join(launch: &Launch) -> Result<RankHandle> {
+/// Connects to rank 0, or as rank 0 to all others; `say` is told when that takes a while.
+pub(super) fn join(launch: &Launch, say: &dyn Fn(&str)) -> Result<RankHandle> {
     let Launch { rank, size, .. } = *launch;
-    if size == 1 {
-        return Ok(RankHandle::alone());
-    }
     if rank >= size {
         return Err(Error::Ranks(format!("Rank {rank} is not one of {size} ranks")));
     }
-    let met = if rank == 0 { meeting::listen(launch)? } else { meeting::call(launch)? };
+    if size > Launch::MOST_RANKS {
+        let most = Launch::MOST_RANKS;
+        return Err(Error::Ranks(format!("A run has at most {most} ranks, not {size}")));
+    }
+    if size == 1 {
+        return Ok(RankHandle::alone());
+    }
+    let met = if rank == 0 { meeting::listen(launch, say)? } else { meeting::call(launch)? };
     let Met { streams, strangers } = met;
     let limit = Arc::<Limit>::default();
     let abort = Arc::<Abort>::default();
-    let mut wires = Vec::with_capacity(size);
+    let mut wires = BTreeMap::new();
     let mut writers = Vec::new();
     let closing = Arc::<AtomicBool>::default();
-    for (peer, stream) in streams.into_iter().enumerate() {
-        let Some(stream) = stream else {
-            wires.push(None);
-            continue;
-        };
+    for (peer, stream) in streams {
         let ((out, outgoing), (incoming, inward)) = (channel(), channel());
         let reader = stream
             .set_write_timeout(Some(SILENCE))
@@ -75,7 +76,7 @@ pub(super) fn join(launch: &Launch) -> Result<RankHandle> {
         writers.push(std::thread::spawn(move || {
             write_frames(stream, peer, &outgoing, (&for_writer, &closing));
         }));
-        wires.push(Some(Wire { out, inward: Mutex::new(inward) }));
+        wires.insert(peer, Wire { out, inward: Mutex::new(inward) });
     }
     let pumps = Some(Pumps { writers, closing });
     Ok(RankHandle { rank, size, wires, abort, limit: Some(limit), sockets: pumps, strangers })

@@ -129,6 +129,22 @@ fn ranks_that_do_not_come_are_named() {
     assert!(unheard.contains("Rank 2") && unheard.contains("127.0.0.1"), "{unheard}");
 }
 
+/// What is held and said is about the ranks that came, however many were announced.
+#[test]
+fn announced_ranks_take_no_room() {
+    let mut launch = launches(2, Duration::from_millis(300)).swap_remove(0);
+    launch.size = Launch::MOST_RANKS;
+    let alone = RankHandle::join(&launch).err().unwrap().to_string();
+    assert!(alone.contains("rank 1, 2, 3, 4, 5, 6, 7, 8 and 4087 others of 4096"), "{alone}");
+    for (rank, size, said) in
+        [(0, usize::MAX, "at most 4096"), (0, 0, "not one"), (1, 1, "not one")]
+    {
+        let wrong = Launch { rank, size, ..launch.clone() };
+        let error = RankHandle::join(&wrong).err().unwrap().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+}
+
 #[test]
 fn what_ranks_do_not_have_alike_is_told_by_all_of_them() {
     for differing in [0, 2] {

@@ -115,7 +115,8 @@ pub fn verify(job: &VerifyJob<'_>, progress: &dyn Progress) -> Result<VerifyRepo
 fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
     use gptq_checkpoint::Error;
     findings.examine(Check::Files, 1);
-    match Checkpoint::open(dir) {
+    // Settings that contradict each other are found one by one.
+    match Checkpoint::open_contradicting(dir) {
         Ok(checkpoint) if checkpoint.quantize_config().is_none() => {
             Err(Error::NotQuantized { dir: dir.to_owned() }.into())
         }

@@ -194,7 +194,13 @@ fn check_agreement(one: &QuantizeConfig, other: &QuantizeConfig, findings: &mut 
             ("modules_in_block_to_quantize", modules(c)),
         ]
     };
-    for ((key, mine), (_, theirs)) in pairs(one).into_iter().zip(pairs(other)) {
+    // That only one of them names the file is no contradiction.
+    let names = one.model_file_base_name.as_deref().zip(other.model_file_base_name.as_deref());
+    let names =
+        names.map(|(mine, theirs)| ["model_file_base_name", mine, theirs].map(str::to_owned));
+    let settings = pairs(one).into_iter().zip(pairs(other));
+    let settings = settings.map(|((key, mine), (_, theirs))| [key.to_owned(), mine, theirs]);
+    for [key, mine, theirs] in settings.chain(names) {
         if mine != theirs {
             let message = format!("{key} is {mine} in {QUANTIZE_CONFIG} and {theirs} in {CONFIG}");
             findings.add(Check::Configuration, CONFIG, message);
