@@ -47,7 +47,7 @@ impl Need {
 
     /// Says that the running test is skipped, and why; fails it where the need is required.
     #[track_caller]
-    #[expect(clippy::print_stdout, reason = "the output of a test")]
+    #[allow(clippy::print_stdout, reason = "the output of a test")]
     pub(crate) fn is_missing(self, reason: impl Display) {
         let name = self.name();
         let required = std::env::var("GPTQ_REQUIRE").unwrap_or_default();

@@ -12,6 +12,10 @@
 //! - Finding: [`resolve_model`] and [`resolve_dataset`] look a Hub id up in the local cache.
 //! - Judging: [`loaders`] says which programs load a quantised checkpoint, and why the others do not.
 
+#[cfg(test)]
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
+
 mod arriving;
 mod bits;
 mod config;

@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking, as tests do")]
 
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -481,7 +484,7 @@ fn a_full_disk_is_an_error_that_leaves_nothing() {
         .arg(dir.path())
         .output();
     if !mounted.is_ok_and(|done| done.status.success()) {
-        println!("skipped: not permitted to mount a small tmpfs");
+        needs::Need::Mount.is_missing("not permitted to mount a small tmpfs");
         return;
     }
     let folder = source(false);

@@ -1,19 +1,7 @@
 //! Tests of dataset names, joins and the layout of the Hub cache.
 
-use std::path::PathBuf;
-
 use super::*;
-
-/// The folder with the warmed Hugging Face cache, or None after saying why the test is skipped.
-fn shared(test: &str) -> Option<PathBuf> {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared");
-    let folder = std::env::var_os("GPTQ_SHARED").map_or(default, PathBuf::from);
-    let present = folder.join("hf/hub").is_dir();
-    if !present {
-        println!("{test} skipped: `{}` has no hf/hub (set GPTQ_SHARED)", folder.display());
-    }
-    present.then_some(folder)
-}
+use crate::needs::shared;
 
 fn spec(text: &str) -> DatasetSpec {
     text.parse().unwrap()
@@ -152,7 +140,7 @@ fn local_files_and_their_identity() {
 
 #[test]
 fn wikitext_in_the_cache_is_the_canonical_file() {
-    let Some(shared) = shared("wikitext_in_the_cache_is_the_canonical_file") else { return };
+    let Some(shared) = shared() else { return };
     let cache = shared.join("hf/hub/datasets--Salesforce--wikitext");
     let revision = fs::read_to_string(cache.join("refs/main")).unwrap();
     let snapshot = cache.join("snapshots").join(revision.trim());

@@ -8,6 +8,10 @@
 //! This crate knows checkpoints by their tokenisers and the records of what a branch has seen, and
 //! nothing of weights or devices.
 
+#[cfg(test)]
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
+
 pub mod calibration;
 pub mod dataset;
 mod error;

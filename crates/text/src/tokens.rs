@@ -383,10 +383,7 @@ mod tests {
         pieces_give_the_whole(&root.join("tests/fixtures/demo-llama"));
         let words = folder(&[("tokenizer.json", TOKENIZER)]);
         pieces_give_the_whole(words.path());
-        let Some(shared) = std::env::var_os("GPTQ_SHARED").map(PathBuf::from) else {
-            println!("skipped: Llama 2 and SmolLM2 (set GPTQ_SHARED)");
-            return;
-        };
+        let Some(shared) = crate::needs::shared() else { return };
         let snapshots = shared.join("hf/hub/models--stabilityai--StableBeluga2/snapshots");
         for folder in fs::read_dir(snapshots).into_iter().flatten() {
             pieces_give_the_whole(&folder.unwrap().path());

@@ -111,7 +111,7 @@ mod tests {
         let mount = ["-t", "tmpfs", "tmpfs"];
         let mounted = std::process::Command::new("mount").args(mount).arg(&out).output();
         if !mounted.is_ok_and(|done| done.status.success()) {
-            println!("skipped: not permitted to mount a tmpfs");
+            crate::needs::Need::Mount.is_missing("not permitted to mount a tmpfs");
             return;
         }
         let created = Partial::create(&out);
