@@ -222,7 +222,7 @@ impl BranchReport {
     /// [`Error::ReadReport`] and [`Error::Report`], which name the file.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(REPORT_FILE);
-        let text = fs::read_to_string(&path)
+        let text = crate::files::read_text(&path)
             .map_err(|source| Error::ReadReport { path: path.clone(), source })?;
         let invalid = |message: String| Error::Report { path: path.clone(), message };
         let report: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;

@@ -4,7 +4,6 @@
 //! Python's generator over one long encoded text, which is how the published branches were
 //! calibrated; the digest of the tokens makes "the same calibration" a checkable statement.
 
-use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -103,7 +102,7 @@ impl CalibrationRecipe {
                 built_in: built_in.join(", "),
             });
         }
-        let text = fs::read_to_string(path)
+        let text = crate::files::read_text(path)
             .map_err(|source| TextError::Read { path: path.to_owned(), source })?;
         let mut recipe = Self::parse(&text, name_or_path)?;
         if let Some(folder) = path.parent() {
@@ -196,6 +195,7 @@ fn digest(windows: &[Vec<u32>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
 
     use super::*;

@@ -4,7 +4,6 @@
 //! perplexities and calibration come from the reports in the folders, so that a card cannot claim
 //! what was not measured. All branches get the same card with their own name in its commands.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::Checkpoint;
@@ -88,7 +87,7 @@ impl CardFacts {
     /// # Errors
     /// [`Error::ReadFacts`] and [`Error::Facts`], which name the file.
     pub fn open(path: &Path, repository: Option<&str>) -> Result<Self> {
-        let text = fs::read_to_string(path)
+        let text = crate::files::read_text(path)
             .map_err(|source| Error::ReadFacts { path: path.to_owned(), source })?;
         let facts = Self::parse(&text, path)?;
         match repository {

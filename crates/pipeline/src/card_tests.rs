@@ -1,3 +1,5 @@
+use std::fs;
+
 use yaml_rust2::{Yaml, YamlLoader};
 
 use super::*;

@@ -158,6 +158,14 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// A file to write that is one of those to read.
+    #[error("`{}` is read as `{}`, and would be overwritten; name another file", path.display(), input.display())]
+    Overwrites {
+        /// The file to write.
+        path: PathBuf,
+        /// What it is, or lies in, among what is read.
+        input: PathBuf,
+    },
     /// A checkpoint's report that does not say what it should.
     #[error("`{}` is not a report of this program: {message}", path.display())]
     Report {

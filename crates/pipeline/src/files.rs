@@ -1,17 +1,104 @@
-//! Small files that are there whole or not at all.
+//! Small files that are there whole or not at all, and are read to an end.
 //!
 //! That takes a rename, which must never be done to what is no regular file: a device, a pipe or what
 //! a program has open would be gone, with a file in its place. Such a thing is written into.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
 /// Links that are followed before a name counts as a circle, as Linux has it.
 const MOST_LINKS: usize = 40;
+
+/// The largest file of settings, reports or sums that is read. A report of 9 branches of 80 blocks has
+/// 2 MB, a tokeniser of 256,000 tokens 35 MB.
+const LARGEST: u64 = 256 << 20;
+
+/// Reads a small file. It came from who knows where: what has no end, such as a device or a pipe, is
+/// refused before it is opened, and what is too large is not read on.
+///
+/// # Errors
+/// Those of [`fs::read`]; what is no regular file, and one above 256 MiB.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    read_at_most(path, LARGEST)
+}
+
+/// As [`read`], for text.
+///
+/// # Errors
+/// As [`read`], and what is not UTF-8.
+pub fn read_text(path: &Path) -> io::Result<String> {
+    String::from_utf8(read(path)?)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()))
+}
+
+fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut bytes = Vec::new();
+    // A file of /proc or one that grows may hold more than was said.
+    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::other(format!("it has more than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Folders below one that is read whose files are read, too: a sweep's are its branches.
+const DEPTH: usize = 1;
+
+/// Refuses a target that is one of the files that are read, or lies in one of the folders, under any
+/// name: what the command was given would be gone.
+///
+/// # Errors
+/// [`Error::Overwrites`].
+pub fn refuse_inputs<'a>(target: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    // A new file replaces nothing.
+    if !target.is_file() {
+        return Ok(());
+    }
+    match inputs.into_iter().find(|input| is_read(target, input, DEPTH)) {
+        Some(input) => Err(Error::Overwrites { path: target.to_owned(), input: input.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+/// Whether a file is `input` or one of its files; what cannot be listed is not read either.
+fn is_read(target: &Path, input: &Path, depth: usize) -> bool {
+    if !input.is_dir() {
+        return is_same(target, input);
+    }
+    let entries = fs::read_dir(input).into_iter().flatten().flatten();
+    let mut files = entries.map(|entry| entry.path());
+    files.any(|path| {
+        (depth > 0 || !path.is_dir()) && is_read(target, &path, depth.saturating_sub(1))
+    })
+}
+
+/// Whether both lead to one file.
+fn is_same(target: &Path, input: &Path) -> bool {
+    let (Ok(target), Ok(input)) = (fs::metadata(target), fs::metadata(input)) else {
+        return false;
+    };
+    // What is no regular file is written into, and may well be read before.
+    target.is_file() && input.is_file() && same_file(&target, &input)
+}
+
+#[cfg(unix)]
+fn same_file(one: &fs::Metadata, other: &fs::Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+#[cfg(not(unix))]
+fn same_file(_: &fs::Metadata, _: &fs::Metadata) -> bool {
+    false
+}
 
 /// Writes a file by one rename, over one that is there: a reader, and a run that is interrupted,
 /// find the old contents or the new. A link stays, and what it leads to is replaced. A pipe, a
@@ -143,6 +230,22 @@ mod tests {
     use crate::manifest::is_extra;
 
     #[test]
+    fn what_has_no_end_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "12345").unwrap();
+        assert_eq!(read_at_most(&path, 5).unwrap(), b"12345");
+        assert_eq!(read_text(&path).unwrap(), "12345");
+        let refused = |path: &Path, limit| read_at_most(path, limit).unwrap_err().to_string();
+        assert!(refused(&path, 4).contains("more than 4 bytes"));
+        assert!(refused(dir.path(), 4).contains("no regular file"));
+        let missing = read(&dir.path().join("none")).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        fs::write(&path, [0xff]).unwrap();
+        assert_eq!(read_text(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
     fn a_file_is_replaced_and_nothing_else_is_left() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("report.html");
@@ -227,6 +330,45 @@ mod tests {
             replace(&path, b"text").unwrap();
             assert_eq!(reading.join().unwrap().unwrap(), "text");
             assert!(fs::symlink_metadata(&path).unwrap().file_type().is_fifo());
+        }
+
+        #[cfg(target_os = "linux")]
+        #[test]
+        fn a_device_and_a_pipe_are_not_read() {
+            let dir = tempfile::tempdir().unwrap();
+            let (pipe, link) = (dir.path().join("pipe"), dir.path().join("link"));
+            assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+            symlink("/dev/zero", &link).unwrap();
+            for path in [Path::new("/dev/zero"), &pipe, &link] {
+                let error = read(path).unwrap_err().to_string();
+                assert!(error.contains("no regular file"), "{error}");
+            }
+        }
+
+        #[test]
+        fn what_is_read_is_not_written_over() {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |name: &str| dir.path().join(name);
+            fs::write(path("one"), "x").unwrap();
+            fs::write(path("copy"), "x").unwrap();
+            symlink("one", path("link")).unwrap();
+            fs::hard_link(path("one"), path("hard")).unwrap();
+            let refused = |target: &Path, input: &Path| refuse_inputs(target, [input]).is_err();
+            for name in ["one", "link", "hard"] {
+                assert!(refused(&path(name), &path("one")), "{name}");
+                assert!(refused(&path(name), dir.path()), "{name}");
+            }
+            for other in [path("copy"), path("none"), dir.path().to_owned()] {
+                assert!(!refused(&other, &path("one")), "{}", other.display());
+            }
+            assert!(!refused(Path::new("/dev/null"), Path::new("/dev/null")));
+            // Reports of a sweep lie in folders of its folder.
+            fs::create_dir_all(path("sweep/branch/deeper")).unwrap();
+            for name in ["sweep/branch/report", "sweep/branch/deeper/file"] {
+                fs::write(path(name), "x").unwrap();
+            }
+            assert!(refused(&path("sweep/branch/report"), &path("sweep")));
+            assert!(!refused(&path("sweep/branch/deeper/file"), &path("sweep")));
         }
 
         #[cfg(target_os = "linux")]

@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::branch_report::{BranchReport, REPORT_FILE};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::identity::hex;
 
 /// Name of the manifest in a branch's folder.
@@ -135,7 +136,7 @@ impl Manifest {
     /// Reads the manifest of a folder, if there is one, or says why it cannot be understood.
     pub(crate) fn read_or_fault(dir: &Path) -> Result<Option<std::result::Result<Self, String>>> {
         let path = dir.join(MANIFEST_FILE);
-        let text = match fs::read(&path) {
+        let text = match files::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::Folder { action: "read", path, source }),
@@ -196,7 +197,7 @@ impl Manifest {
             Some(((*name).clone(), sum.fault(&dir.join(name))?))
         };
         let mut faults: Vec<(String, String)> = files.par_iter().filter_map(fault).collect();
-        let report = match fs::read(dir.join(REPORT_FILE)) {
+        let report = match files::read(&dir.join(REPORT_FILE)) {
             Ok(text) => (sha256(&text) != self.report).then(|| OTHER_CONTENT.to_owned()),
             Err(e) => Some(unreadable(&e)),
         };
@@ -206,7 +207,7 @@ impl Manifest {
 
     /// The folder's report, if it is the one that the manifest was written for.
     pub(crate) fn final_report(&self, dir: &Path) -> Option<BranchReport> {
-        let text = fs::read(dir.join(REPORT_FILE)).ok()?;
+        let text = files::read(&dir.join(REPORT_FILE)).ok()?;
         (sha256(&text) == self.report).then(|| BranchReport::read(dir).ok()).flatten()
     }
 
@@ -293,6 +294,9 @@ fn names(dir: &Path) -> Result<Vec<String>> {
 }
 
 fn file_sum(path: &Path) -> io::Result<FileSum> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
     let mut file = File::open(path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];

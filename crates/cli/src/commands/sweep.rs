@@ -7,10 +7,11 @@ use gptq_checkpoint::free_space;
 use gptq_pipeline::calibration::CalibrationRecipe;
 use gptq_pipeline::card::write_sweep_cards;
 use gptq_pipeline::config::{Branch, SweepConfig};
+use gptq_pipeline::files::refuse_inputs;
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::resume::State;
 use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
-use gptq_pipeline::sweep_log::{SweepReport, SweepRow};
+use gptq_pipeline::sweep_log::{SWEEP_FILE, SweepReport, SweepRow};
 use serde::Serialize;
 
 use super::quantize::sample;
@@ -26,6 +27,7 @@ const ADVICE: &str =
 
 pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     let mut config = SweepConfig::open(&args.config)?;
+    refuse_inputs(&args.out.join(SWEEP_FILE), [Path::new(&args.config)])?;
     if let Some(model) = &args.model {
         config.model.clone_from(model);
     }

@@ -129,7 +129,7 @@ fn in_order(mut found: Vec<(PathBuf, BranchReport)>) -> Vec<(PathBuf, BranchRepo
 
 /// What `gptq report --json` printed, or the report of one checkpoint.
 fn file(path: &Path) -> Result<Vec<BranchReport>> {
-    let text = fs::read_to_string(path)
+    let text = crate::files::read_text(path)
         .map_err(|source| Error::ReadReport { path: path.to_owned(), source })?;
     let invalid = |message: String| Error::Report { path: path.to_owned(), message };
     let value: serde_json::Value =
