@@ -297,6 +297,45 @@ fn ranks_that_differ_name_what_differs_and_write_nothing() {
     assert!(listing(&dir.path(".")).iter().all(|name| !name.starts_with("out")));
 }
 
+/// The same tensors and config.json: one word of quantize_config.json makes other weights of them.
+#[test]
+fn ranks_that_read_one_file_in_two_ways_do_not_measure_it() {
+    let dir = model();
+    for name in ["ra", "rb"] {
+        let mut args = quantise(name, "rtn");
+        args.truncate(8);
+        dir.gptq(&args).ok();
+        let edit = |file: &str, change: &dyn Fn(&mut serde_json::Value)| {
+            let path = dir.path(name).join(file);
+            let mut json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            change(&mut json);
+            std::fs::write(path, json.to_string()).unwrap();
+        };
+        edit("config.json", &|json| {
+            json.as_object_mut().unwrap().remove("quantization_config");
+        });
+        edit("quantize_config.json", &|json| {
+            json["sym"] = false.into();
+            json["checkpoint_format"] = if name == "ra" { "gptq" } else { "gptq_v2" }.into();
+        });
+    }
+    let mut with_base = perplexity("model");
+    with_base.extend(["--base", "ra"]);
+    let mut with_other = perplexity("model");
+    with_other.extend(["--base", "rb"]);
+    for (first, second, named) in [
+        (perplexity("ra"), perplexity("rb"), "in the model's checkpoint_format (rank 0: `gptq`"),
+        (with_base, with_other, "in the base's checkpoint_format (rank 0: `gptq`"),
+    ] {
+        for (rank, outcome) in unlike_ranks(&dir, &[&first, &second], &[]).iter().enumerate() {
+            let Outcome { code, stdout, stderr } = outcome;
+            assert_eq!((*code, stdout.as_str()), (1, ""), "rank {rank}: {stderr}");
+            let told = stderr.contains(named) && stderr.contains("rank 1: `gptq_v2`)");
+            assert!(told, "rank {rank}: {stderr}");
+        }
+    }
+}
+
 /// One byte more at the end of the program's file changes nothing but what build it is.
 #[test]
 fn ranks_of_two_builds_do_not_work_together() {

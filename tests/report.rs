@@ -258,3 +258,197 @@ fn reports_of_extreme_numbers_make_a_page() {
         fs::write(dir.path("branches/3bit/gptq_report.json"), &before).unwrap();
     }
 }
+
+/// A gate that cannot fail is no gate: what is not compared, cannot be compared or cannot be, fails.
+#[test]
+fn the_gate_fails_where_nothing_or_something_else_was_compared() {
+    let dir = swept();
+    let check = |report: &str| dir.gptq(&["check", report, "--baseline", "baseline.json"]);
+    let update = ["check", "branches", "--baseline", "baseline.json", "--update"];
+    dir.gptq(&update).ok();
+    let accepted = fs::read_to_string(dir.path("baseline.json")).unwrap();
+    let report = dir.gptq(&["report", "branches", "--json"]).json();
+    dir.write("report.json", &report.to_string());
+    check("report.json").ok();
+    // A baseline of before settings were recorded is held against what it has.
+    let older = |baseline: &mut Value| {
+        for branch in baseline["branches"].as_object_mut().unwrap().values_mut() {
+            branch.as_object_mut().unwrap().remove("settings").unwrap();
+        }
+    };
+    let with_baseline = |change: &dyn Fn(&mut Value), look: &dyn Fn(util::Outcome)| {
+        let mut baseline: Value = serde_json::from_str(&accepted).unwrap();
+        change(&mut baseline);
+        dir.write("baseline.json", &baseline.to_string());
+        look(check("report.json"));
+        dir.write("baseline.json", &accepted);
+    };
+    with_baseline(&older, &|outcome| assert!(!outcome.ok().is_empty()));
+
+    let refused: [(&dyn Fn(&mut Value), &str); 8] = [
+        (&|b| b["branches"] = json!({}), "accepts no branch"),
+        (&|b| b["branches"]["3bit"]["perplexity"] = json!(1e308), "perplexity of `3bit`"),
+        (&|b| b["branches"]["3bit"]["perplexity"] = json!(-1e308), "perplexity of `3bit`"),
+        (&|b| b["branches"]["3bit"]["perplexity"] = json!(0.5), "perplexity of `3bit`"),
+        (&|b| b["branches"]["3bit"]["kl"] = json!(-0.5), "kl of `3bit`"),
+        (&|b| b["branches"]["3bit"]["kl"] = json!(1e9), "kl of `3bit`"),
+        (&|b| b["branches"]["3bit"]["file_bytes"] = json!(0), "file_bytes of `3bit`"),
+        (&|b| b["base_perplexity"] = json!(0.0), "perplexity of `fp16`"),
+    ];
+    for (change, said) in refused {
+        with_baseline(change, &|outcome| outcome.refused(&["is not a baseline", said]));
+    }
+
+    let with_report = |change: &dyn Fn(&mut [Value])| {
+        let mut report = report.clone();
+        change(report["branches"].as_array_mut().unwrap());
+        dir.write("other.json", &report.to_string());
+        check("other.json")
+    };
+    let evaluation = |branch: &mut Value, key: &str, value: Value| {
+        branch["evaluations"][0][key] = value;
+    };
+    let found: [(&dyn Fn(&mut [Value]), &[&str]); 11] = [
+        (
+            &|b| b.iter_mut().for_each(|b| evaluation(b, "base_perplexity", Value::Null)),
+            &["fp16", "perplexity", "MISSING"],
+        ),
+        (&|b| evaluation(&mut b[1], "base_perplexity", json!(5e5)), &["3bit", "fp16", "CHANGED"]),
+        (&|b| evaluation(&mut b[1], "base_perplexity", Value::Null), &["3bit", "fp16", "MISSING"]),
+        (&|b| evaluation(&mut b[0], "perplexity", json!(-4.0)), &["perplexity", "IMPOSSIBLE"]),
+        (&|b| evaluation(&mut b[0], "perplexity", json!(0)), &["perplexity", "IMPOSSIBLE"]),
+        (&|b| evaluation(&mut b[0], "kl", json!(-3.0)), &["kl", "IMPOSSIBLE"]),
+        (&|b| evaluation(&mut b[0], "contaminated", json!(true)), &["contaminated", "CHANGED"]),
+        (&|b| b[0]["bits"] = json!(3), &["4bit-32g settings: bits was 4, now 3"]),
+        (&|b| b[0]["recipe"] = json!("rtn"), &["settings: recipe was autogptq, now rtn"]),
+        (&|b| b[0]["source_dtype"] = json!("fp32"), &["source dtype was fp16, now fp32"]),
+        (&|b| b[0]["group_size"] = Value::Null, &["settings: group size was 32, now none"]),
+    ];
+    for (change, names) in found {
+        let outcome = with_report(change);
+        assert_eq!(outcome.code, 1, "{names:?}: {}", outcome.stdout);
+        let named = |line: &str| names.iter().all(|name| line.contains(name));
+        assert!(outcome.stdout.lines().any(named), "{names:?}: {}", outcome.stdout);
+        assert!(outcome.stdout.lines().all(|line| line.len() < 120), "{}", outcome.stdout);
+    }
+    // However large, a number takes no more room than the others.
+    let huge = with_report(&|b| evaluation(&mut b[0], "perplexity", json!(1e300)));
+    assert!(huge.code == 1 && huge.stdout.contains("1.000e300"), "{}", huge.stdout);
+    assert!(huge.stdout.lines().all(|line| line.len() < 120), "{}", huge.stdout);
+    let twice = with_report(&|b| {
+        let mut again = b[0]["evaluations"][0].clone();
+        again["perplexity"] = json!(9e9);
+        b[0]["evaluations"].as_array_mut().unwrap().push(again);
+    });
+    twice.refused(&["`4bit-32g`", "several evaluations of one measurement"]);
+
+    // A new branch of a sweep is told; alone it is no check at all.
+    edit(&dir, "3bit", |r| r["branch"] = json!("renamed"));
+    let alone = check("branches/3bit");
+    assert_eq!(alone.code, 1, "{}", alone.stdout);
+    assert!(alone.stdout.contains("NOT IN THE BASELINE"), "{}", alone.stdout);
+    assert!(check("branches").stdout.contains("renamed   branch"), "{}", check("branches").stdout);
+    // What could not be read back is not accepted.
+    edit(&dir, "3bit", |r| r["evaluations"][0]["kl"] = json!(-1.0));
+    let outcome = dir.gptq(&update);
+    assert_eq!(outcome.code, 1, "{}", outcome.stdout);
+    assert!(outcome.stderr.contains("kl of `renamed`"), "{}", outcome.stderr);
+    assert_eq!(fs::read_to_string(dir.path("baseline.json")).unwrap(), accepted);
+}
+
+/// What a command reads is not replaced by what it writes, under whatever name.
+#[test]
+fn what_is_read_is_not_written_over() {
+    let dir = swept();
+    let report = dir.gptq(&["report", "branches", "--json"]).stdout;
+    dir.write("report.json", &report);
+    std::os::unix::fs::symlink("report.json", dir.path("link.json")).unwrap();
+    let text = fs::read_to_string(dir.path("text.txt")).unwrap();
+    let config = fs::read_to_string(dir.path("sweep.toml")).unwrap();
+    fs::create_dir(dir.path("new")).unwrap();
+    dir.write("new/sweep.json", &config);
+    dir.write("new/calib.toml", CALIBRATION);
+    dir.write("new/facts.toml", FACTS);
+    let of_branch = "branches/3bit/gptq_report.json";
+    let measured = fs::read_to_string(dir.path(of_branch)).unwrap();
+    for args in [
+        &["report", "report.json", "--html", "report.json"][..],
+        &["report", "report.json", "--html", "./link.json"],
+        &["report", "branches", "--previous", "report.json", "--html", "report.json"],
+        &["report", "branches", "--html", of_branch],
+        &["report", "branches/3bit", "--html", of_branch],
+        &["check", "report.json", "--baseline", "report.json", "--update"],
+        &["check", "branches", "--baseline", of_branch, "--update"],
+        &["ppl", "model", "--dataset", "text.txt", "--per-token", "text.txt", "--device=cpu"],
+        &["ppl", "model", "--dataset=text.txt", "--per-token=model/config.json", "--device=cpu"],
+        &["sweep", "new/sweep.json", "--out", "new", "--device", "cpu"],
+    ] {
+        dir.gptq(args).refused(&["would be overwritten"]);
+    }
+    assert_eq!(fs::read_to_string(dir.path("report.json")).unwrap(), report);
+    assert_eq!(fs::read_to_string(dir.path("text.txt")).unwrap(), text);
+    assert_eq!(fs::read_to_string(dir.path("new/sweep.json")).unwrap(), config);
+    assert_eq!(fs::read_to_string(dir.path(of_branch)).unwrap(), measured);
+}
+
+/// What has no end is not read: a device or a pipe in a small file's place.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_is_no_regular_file_is_not_read() {
+    let dir = swept();
+    let said = "it is no regular file";
+    for path in ["/dev/zero", "pipe"] {
+        if path == "pipe" {
+            let made = std::process::Command::new("mkfifo").arg(dir.path(path)).status().unwrap();
+            assert!(made.success());
+        }
+        dir.gptq(&["check", "branches", "--baseline", path]).refused(&[path, said]);
+        dir.gptq(&["report", path]).refused(&[path, said]);
+        dir.gptq(&["sweep", path]).refused(&[path, said]);
+        dir.gptq(&["card", "branches", "--facts", path]).refused(&[path, said]);
+        let calibrated = ["quantize", "model", "--out", "q", "--device", "cpu", "--calib", path];
+        assert_eq!(dir.gptq(&calibrated).code, 1);
+    }
+    // What is printed can be piped on; there are no values of before in a pipe.
+    let update = ["check", "branches", "--baseline", "/dev/stdout", "--update"];
+    let text = dir.gptq(&update).ok().to_owned();
+    let start = text.find("{\n").unwrap();
+    let mut values = serde_json::Deserializer::from_str(&text[start..]).into_iter::<Value>();
+    assert_eq!(values.next().unwrap().unwrap()["format"], 1);
+    // Beside a manifest.
+    for file in ["gptq_report.json", "gptq_manifest.json", "tokenizer.json"] {
+        let path = dir.path("branches/3bit").join(file);
+        let whole = fs::read(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        let outcome = dir.gptq(&["verify", "branches/3bit", "--base", "model"]);
+        assert_eq!(outcome.code, 1, "{file}");
+        let told = outcome.stdout + &outcome.stderr;
+        assert!(told.contains(file) && told.contains("no regular file"), "{file}: {told}");
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, whole).unwrap();
+    }
+}
+
+/// The base's perplexity on the tokens of another tokeniser would say nothing.
+#[test]
+fn a_base_with_another_tokenizer_is_not_compared_with() {
+    let dir = Workdir::new();
+    let model = TinyLlama::new();
+    model.write(&dir.path("model"));
+    model.write(&dir.path("base"));
+    dir.write("text.txt", &words(400));
+    let mut args =
+        vec!["ppl", "model", "--base", "base", "--dataset", "text.txt", "--device", "cpu"];
+    args.extend(["--seq-len", "32"]);
+    dir.gptq(&args).ok();
+    let path = dir.path("base/tokenizer.json");
+    let tokenizer = fs::read_to_string(&path).unwrap();
+    let swapped = tokenizer.replace("\"w2\":2", "\"w2\":0").replace("\"<unk>\":0", "\"<unk>\":2");
+    assert_ne!(swapped, tokenizer);
+    fs::write(&path, swapped).unwrap();
+    dir.gptq(&args).refused(&["tokenizers", "`base`", "other tokens of"]);
+    // A base without one takes what it is given.
+    fs::remove_file(path).unwrap();
+    dir.gptq(&args).ok();
+}

@@ -129,6 +129,18 @@ fn outputs_are_measured_and_held_to_limits() {
     finds(&outcome, &["KL divergence is", "above the limit 0.001"]);
     finds(&outcome, &["perplexity over the base's is", "1.0001"]);
     finds(&outcome, &["model.layers.0.self_attn.o_proj has an output error", "0.01"]);
+    // Any comparison with one of these is false.
+    for limit in ["--max-ppl", "--max-ppl-ratio", "--max-kl", "--max-output-error"] {
+        for value in ["nan", "inf", "-1"] {
+            let limit = format!("{limit}={value}");
+            let outcome = dir.gptq(&[args.as_slice(), &[limit.as_str()]].concat());
+            assert!(
+                outcome.code != 0 && outcome.stderr.contains("from 0 on"),
+                "{}",
+                outcome.stderr
+            );
+        }
+    }
     let outcome = dir.gptq(&["verify", "q", "--max-kl", "1"]);
     assert_eq!(outcome.code, 1);
     assert!(outcome.stderr.contains("--dataset"), "{}", outcome.stderr);
@@ -481,4 +493,239 @@ fn truncated_files_and_wrong_configurations_are_found() {
 
     dir.gptq(&["verify", &demo()]).refused(&["demo-llama", "not a GPTQ checkpoint"]);
     dir.gptq(&["verify", "nowhere"]).refused(&["nowhere"]);
+}
+
+/// Changes the JSON of a file of a checkpoint for as long as it is looked at.
+fn with_edit(dir: &Workdir, file: &str, change: impl FnOnce(&mut Value), look: impl FnOnce()) {
+    let path = dir.path(file);
+    let whole = fs::read_to_string(&path).unwrap();
+    let mut json: Value = serde_json::from_str(&whole).unwrap();
+    change(&mut json);
+    fs::write(&path, json.to_string()).unwrap();
+    look();
+    fs::write(&path, whole).unwrap();
+}
+
+/// A key of config.json that makes another model of the same tensors.
+#[test]
+fn a_configuration_of_another_model_is_found_against_the_base() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--recipe", "rtn"]);
+    let scaling = json!({"rope_type": "linear", "factor": 4.0});
+    for (keys, found) in [
+        (json!({"rms_norm_eps": 0.1}), ["rms_norm_eps 0.1", "1e-5"]),
+        (json!({"rope_theta": 500_000.0}), ["rope_theta 500000.0", "10000.0"]),
+        (json!({"rope_scaling": scaling}), ["rope_scaling linear, factor 4", "none"]),
+        (json!({"model_type": "mistral", "sliding_window": 8}), ["sliding_window 8", "none"]),
+        (json!({"model_type": "mistral", "sliding_window": 8}), ["model_type mistral", "llama"]),
+        (json!({"mlp_bias": true}), ["biases of mlp.gate_proj", "none"]),
+        (json!({"tie_word_embeddings": true}), ["", ""]),
+    ] {
+        let change = |config: &mut Value| {
+            for (key, value) in keys.as_object().unwrap() {
+                config[key] = value.clone();
+            }
+        };
+        with_edit(&dir, "q/config.json", change, || {
+            let outcome = against_base(&dir, "q");
+            if found[0].is_empty() {
+                // The head holds what it is tied to.
+                outcome.ok();
+            } else {
+                let told = format!("but the base's says {}", found[1]);
+                finds(&outcome, &["config.json says", found[0], &told]);
+            }
+        });
+    }
+    // The same in other words.
+    let change = |config: &mut Value| {
+        config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 10_000});
+        let keys = config.as_object_mut().unwrap();
+        for key in ["rope_scaling", "rope_theta", "mlp_bias"] {
+            keys.remove(key).unwrap();
+        }
+        config["torch_dtype"] = json!("bfloat16");
+    };
+    with_edit(&dir, "q/config.json", change, || assert!(!against_base(&dir, "q").ok().is_empty()));
+}
+
+/// What every family's configuration says is what it says in the checkpoint.
+#[test]
+fn checkpoints_of_every_family_have_their_bases_configuration() {
+    let fixtures = repository().join("tests/fixtures/families");
+    for (name, weights) in [
+        ("dynamic", "plain"),
+        ("linear", "plain"),
+        ("llama2", "plain"),
+        ("llama3", "plain"),
+        ("llama3-new", "plain"),
+        ("llama-biases", "biases"),
+        ("mistral", "plain"),
+        ("qwen2", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("smollm", "tied"),
+        ("tinyllama", "plain"),
+    ] {
+        let dir = Workdir::new();
+        fs::create_dir(dir.path(name)).unwrap();
+        for (from, to) in [
+            (format!("{name}.json"), "config.json"),
+            (format!("{weights}.safetensors"), "model.safetensors"),
+        ] {
+            fs::copy(fixtures.join(from), dir.path(name).join(to)).unwrap();
+        }
+        dir.write(&format!("{name}/tokenizer.json"), &tokenizer().to_string());
+        for layout in ["card", "modern"] {
+            let (out, recipe) = (format!("{layout}-q"), "--recipe=rtn");
+            dir.gptq(&["quantize", name, "--out", &out, recipe, "--layout", layout, "-q"]).ok();
+            forget_sums(&dir, &out);
+            let outcome = dir.gptq(&["verify", &out, "--base", name, "-q"]);
+            assert_eq!(outcome.code, 0, "{name}, {layout}: {}{}", outcome.stdout, outcome.stderr);
+            assert!(outcome.stdout.contains("model against the base"), "{}", outcome.stdout);
+        }
+    }
+}
+
+#[test]
+fn a_tokenizer_that_is_not_the_bases_is_found() {
+    let dir = Workdir::new();
+    quantise(&dir, "q", &["--recipe", "rtn"]);
+    let find = |file: &str, change: &dyn Fn(&mut Value), names: &[&str]| {
+        with_edit(&dir, file, change, || finds(&against_base(&dir, "q"), names));
+    };
+    let tokenizer = "q/tokenizer.json";
+    let swap = |json: &mut Value| {
+        let vocabulary = json["model"]["vocab"].as_object_mut().unwrap();
+        let (a, b) = (vocabulary["a"].clone(), vocabulary["b"].clone());
+        vocabulary.insert("a".to_owned(), b);
+        vocabulary.insert("b".to_owned(), a);
+    };
+    find(tokenizer, &swap, &["tokenizer.json", "has `b` as token", "where the base's has `a`"]);
+    let merges = |json: &mut Value| json["model"]["merges"].as_array_mut().unwrap().swap(0, 1);
+    find(tokenizer, &merges, &["tokenizer.json", "other merges"]);
+    let lower = |json: &mut Value| json["normalizer"] = json!({"type": "Lowercase"});
+    find(tokenizer, &lower, &["tokenizer.json", "makes other tokens of \"Hello\""]);
+    let no_bos = |json: &mut Value| json["add_bos_token"] = json!(false);
+    let told = ["tokenizer.json", "begins texts with BOS none, the base's with 1"];
+    find("q/tokenizer_config.json", &no_bos, &told);
+    let broken = |json: &mut Value| json["model"] = json!({});
+    find(tokenizer, &broken, &["tokenizer.json"]);
+    // Written by another program, cut to the length of a training batch, and with a token of its own.
+    let other = |json: &mut Value| {
+        json["truncation"] =
+            json!({"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0});
+        let mut token = json["added_tokens"][2].clone();
+        token["id"] = json!(2048);
+        token["content"] = json!("[PAD]");
+        json["added_tokens"].as_array_mut().unwrap().push(token);
+    };
+    with_edit(&dir, tokenizer, other, || assert!(!against_base(&dir, "q").ok().is_empty()));
+    // Another program may keep none beside the weights.
+    fs::remove_file(dir.path(tokenizer)).unwrap();
+    against_base(&dir, "q").ok();
+}
+
+/// Takes away what says how a checkpoint was made, as if another program had written it.
+fn forget_recipe(dir: &Workdir, name: &str) {
+    let mut file = File::open(&dir.path(name));
+    file.retell("\"recipe\"", "\"recipx\"");
+    file.write();
+    fs::remove_file(dir.path(name).join("gptq_report.json")).unwrap();
+}
+
+/// The vocabulary and the width of the embedded model.
+const HEAD_SIZES: [usize; 2] = [2048, 256];
+
+#[test]
+fn a_head_that_is_not_the_bases_is_found_fitted_or_not() {
+    let dir = Workdir::new();
+    quantise(&dir, "fitted", &["--bits", "3", "--recipe", "best"]);
+    quantise(&dir, "kept", &["--bits", "4", "--recipe", "rtn"]);
+    quantise(&dir, "foreign", &["--bits", "4", "--recipe", "autogptq"]);
+    forget_recipe(&dir, "foreign");
+    let head = "lm_head.weight";
+    let [rows, width] = HEAD_SIZES;
+    for name in ["fitted", "kept", "foreign"] {
+        against_base(&dir, name).ok();
+        let whole = File::open(&dir.path(name)).tensor(head).to_vec();
+        let value =
+            |at: usize| half::f16::from_le_bytes([whole[2 * at], whole[2 * at + 1]]).to_f32();
+        let find = |change: &dyn Fn(usize, f32) -> f32| {
+            let damage = |file: &mut File| file.change_halves(head, change);
+            with_damage(&dir, name, damage, || finds(&against_base(&dir, name), &[head]));
+        };
+        find(&|_, _| 0.0);
+        find(&|at, v| if at < rows / 2 * width { 0.0 } else { v });
+        find(&|at, v| if at / width == 1000 { 0.0 } else { v });
+        find(&|_, v| 2.0 * v);
+        find(&|_, v| 1.3 * v);
+        find(&|_, v| -v);
+        // Every row is the one after it.
+        find(&|at, _| value((at + width) % (rows * width)));
+        find(&|at, _| value(at / width * width + (width - 1 - at % width)));
+    }
+    // What no recipe fitted is the base's to the last bit or so.
+    for name in ["kept", "foreign"] {
+        let damage = |file: &mut File| file.change_halves(head, |_, v| 1.01 * v);
+        with_damage(&dir, name, damage, || {
+            finds(&against_base(&dir, name), &[head, "differs from the base's by 1.0"]);
+        });
+    }
+}
+
+/// All o and down of a file that says nothing of its recipe, and a factor that all scales have too many.
+#[test]
+fn steps_and_scales_of_o_and_down_are_found_where_no_recipe_moved_them() {
+    let dir = Workdir::new();
+    for (name, bits, settings, moved) in [
+        ("foreign", 4, ["--bits", "4", "--recipe", "autogptq", "--group-size", "64"], false),
+        ("foreign3", 3, ["--bits", "3", "--recipe", "autogptq", "--group-size", "64"], false),
+        ("best", 4, ["--bits", "4", "--recipe", "best", "--group-size", "64"], true),
+    ] {
+        quantise(&dir, name, &settings);
+        if !moved {
+            forget_recipe(&dir, name);
+        }
+        against_base(&dir, name).ok();
+        let linears = |of: &[&str]| -> Vec<String> {
+            let prefixes = (0..5).map(|block| format!("model.layers.{block}"));
+            prefixes.flat_map(|p| of.iter().map(move |linear| format!("{p}.{linear}"))).collect()
+        };
+        let writers = linears(&["self_attn.o_proj", "mlp.down_proj"]);
+        let all = linears(&[
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ]);
+        let find_all = |of: &[String], damage: &dyn Fn(&mut File, &str)| {
+            let damage = |file: &mut File| of.iter().for_each(|linear| damage(file, linear));
+            with_damage(&dir, name, damage, || {
+                dir.gptq(&["verify", name, "-q"]).ok();
+                let outcome = dir.gptq(&["verify", name, "--base", &demo(), "-q", "--json"]);
+                let report: Value = serde_json::from_str(&outcome.stdout).unwrap();
+                let findings = report["findings"].as_array().unwrap();
+                for linear in of {
+                    let place = |f: &&Value| f["place"].as_str().unwrap().starts_with(linear);
+                    assert!(findings.iter().any(|f| place(&f)), "{name}, {linear}: {findings:?}");
+                }
+            });
+        };
+        if !moved {
+            find_all(&writers, &|file, linear| {
+                let most = u8::MAX >> (8 - bits);
+                file.change_codes(linear, bits, |codes| {
+                    codes.iter_mut().flatten().for_each(|code| *code = (*code + 1).min(most));
+                });
+            });
+        }
+        for (of, factor) in [(&writers, 1.3), (&all, 1.3), (&all, 0.75)] {
+            find_all(of, &|file, linear| {
+                file.change_halves(&format!("{linear}.scales"), |_, scale| factor * scale);
+            });
+        }
+    }
 }

@@ -108,6 +108,15 @@ impl File {
         }
     }
 
+    /// Changes every value of a tensor of fp16: gets the position and the value.
+    pub(crate) fn change_halves(&mut self, tensor: &str, with: impl Fn(usize, f32) -> f32) {
+        for (at, value) in self.tensor(tensor).chunks_exact_mut(2).enumerate() {
+            let half = half::f16::from_le_bytes([value[0], value[1]]);
+            let changed = half::f16::from_f32(with(at, half.to_f32()));
+            value.copy_from_slice(&changed.to_le_bytes());
+        }
+    }
+
     /// Doubles all scales of a linear, or halves them: one up or down in fp16's exponent.
     pub(crate) fn scale_scales(&mut self, linear: &str, double: bool) {
         for value in self.tensor(&format!("{linear}.scales")).chunks_exact_mut(2) {

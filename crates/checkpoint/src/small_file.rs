@@ -49,7 +49,10 @@ fn read_up_to(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Opens a file, unless it is of a kind that may keep its reader waiting.
-pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
+///
+/// # Errors
+/// Those of [`File::open`], and what is no regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
     let kind = fs::metadata(path)?;
     if kind.is_dir() {
         return Err(ErrorKind::IsADirectory.into());

@@ -4,7 +4,7 @@
 //! rank 0 writes, what reports call the model and how much memory a card may use are its own. How many
 //! ranks there are, on what devices and of which build, they compare when they meet.
 
-use gptq_checkpoint::Checkpoint;
+use gptq_checkpoint::{Checkpoint, QuantizeConfig};
 use gptq_compute::Agreement;
 use gptq_records::source_digest::source_digest;
 use gptq_text::evaluation::EvalText;
@@ -51,15 +51,49 @@ pub fn perplexity(
     text: &EvalText,
 ) -> Result<Agreement> {
     let tokens: usize = text.windows.iter().map(|window| window.tokens.len()).sum();
-    let base = base.map_or_else(|| Ok("none".to_owned()), source_digest)?;
-    Ok(Agreement::new(tokens as u64)
+    let digest = base.map_or_else(|| Ok("none".to_owned()), source_digest)?;
+    let same = Agreement::new(tokens as u64)
         .with("the command", "ppl")
         .with("the model", source_digest(model)?)
-        .with("the base", base)
+        .with("the base", digest);
+    let same = with_settings(same, "the model's", Some(model));
+    Ok(with_settings(same, "the base's", base)
         .with("protocol", &text.protocol)
         .with("windows", format!("{} of at most {} tokens", text.windows.len(), text.seq_len))
         .with("the text", &text.identity.fingerprint)
         .with("the text's tokens", text.sha256()))
+}
+
+/// Adds how packed tensors of a checkpoint are read, whatever file says it: the digest of a model knows
+/// config.json and the tensors, and one word of quantize_config.json makes other weights of them. Every
+/// field: which of them change what is read is the reader's matter.
+fn with_settings(same: Agreement, whose: &str, of: Option<&Checkpoint>) -> Agreement {
+    let Some(config) = of.and_then(Checkpoint::quantize_config) else {
+        return same.with(&format!("{whose} quantization settings"), "none");
+    };
+    let QuantizeConfig {
+        bits,
+        group_size,
+        damp_percent,
+        desc_act,
+        sym,
+        true_sequential,
+        model_file_base_name,
+        checkpoint_format,
+        modules_in_block,
+    } = config;
+    let words = |of: &Option<Vec<String>>| of.as_ref().map_or("all".to_owned(), |m| m.join(" "));
+    let field = |name: &str| format!("{whose} {name}");
+    same.with(&format!("{whose} quantization settings"), "some")
+        .with(&field("bits"), bits.get())
+        .with(&field("group_size"), group_size.map_or("none".to_owned(), |n| n.to_string()))
+        .with(&field("damp_percent"), damp_percent)
+        .with(&field("desc_act"), desc_act)
+        .with(&field("sym"), sym)
+        .with(&field("true_sequential"), true_sequential)
+        .with(&field("model_file_base_name"), model_file_base_name.as_deref().unwrap_or("none"))
+        .with(&field("checkpoint_format"), checkpoint_format.name())
+        .with(&field("modules_in_block_to_quantize"), words(modules_in_block))
 }
 
 /// The most words that a rank sends at once for a block of these linears, rows and columns: a Gram, a

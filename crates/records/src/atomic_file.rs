@@ -13,6 +13,58 @@ use crate::error::{Error, Result};
 /// Links that are followed before a name counts as a circle, as Linux has it.
 const MOST_LINKS: usize = 40;
 
+/// Folders below one that is read whose files are read, too: a sweep's are its branches.
+const DEPTH: usize = 1;
+
+/// Refuses a target that is one of the files that are read, or lies in one of the folders, under any
+/// name: what the command was given would be gone.
+///
+/// # Errors
+/// [`Error::Overwrites`].
+pub fn refuse_inputs<'a>(target: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    // A new file replaces nothing.
+    if !target.is_file() {
+        return Ok(());
+    }
+    match inputs.into_iter().find(|input| is_read(target, input, DEPTH)) {
+        Some(input) => Err(Error::Overwrites { path: target.to_owned(), input: input.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+/// Whether a file is `input` or one of its files; what cannot be listed is not read either.
+fn is_read(target: &Path, input: &Path, depth: usize) -> bool {
+    if !input.is_dir() {
+        return is_same(target, input);
+    }
+    let entries = fs::read_dir(input).into_iter().flatten().flatten();
+    let mut files = entries.map(|entry| entry.path());
+    files.any(|path| {
+        (depth > 0 || !path.is_dir()) && is_read(target, &path, depth.saturating_sub(1))
+    })
+}
+
+/// Whether both lead to one file.
+fn is_same(target: &Path, input: &Path) -> bool {
+    let (Ok(target), Ok(input)) = (fs::metadata(target), fs::metadata(input)) else {
+        return false;
+    };
+    // What is no regular file is written into, and may well be read before.
+    target.is_file() && input.is_file() && same_file(&target, &input)
+}
+
+#[cfg(unix)]
+fn same_file(one: &fs::Metadata, other: &fs::Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+#[cfg(not(unix))]
+fn same_file(_: &fs::Metadata, _: &fs::Metadata) -> bool {
+    false
+}
+
 /// Writes a file by one rename, over one that is there: a reader, and a run that is interrupted,
 /// find the old contents or the new. A link stays, and what it leads to is replaced. A pipe, a
 /// device, or a file that this process has open by a name such as `/dev/stdout`, is written into.
@@ -227,6 +279,32 @@ mod tests {
             replace(&path, b"text").unwrap();
             assert_eq!(reading.join().unwrap().unwrap(), "text");
             assert!(fs::symlink_metadata(&path).unwrap().file_type().is_fifo());
+        }
+
+        #[test]
+        fn what_is_read_is_not_written_over() {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |name: &str| dir.path().join(name);
+            fs::write(path("one"), "x").unwrap();
+            fs::write(path("copy"), "x").unwrap();
+            symlink("one", path("link")).unwrap();
+            fs::hard_link(path("one"), path("hard")).unwrap();
+            let refused = |target: &Path, input: &Path| refuse_inputs(target, [input]).is_err();
+            for name in ["one", "link", "hard"] {
+                assert!(refused(&path(name), &path("one")), "{name}");
+                assert!(refused(&path(name), dir.path()), "{name}");
+            }
+            for other in [path("copy"), path("none"), dir.path().to_owned()] {
+                assert!(!refused(&other, &path("one")), "{}", other.display());
+            }
+            assert!(!refused(Path::new("/dev/null"), Path::new("/dev/null")));
+            // Reports of a sweep lie in folders of its folder.
+            fs::create_dir_all(path("sweep/branch/deeper")).unwrap();
+            for name in ["sweep/branch/report", "sweep/branch/deeper/file"] {
+                fs::write(path(name), "x").unwrap();
+            }
+            assert!(refused(&path("sweep/branch/report"), &path("sweep")));
+            assert!(!refused(&path("sweep/branch/deeper/file"), &path("sweep")));
         }
 
         #[cfg(target_os = "linux")]

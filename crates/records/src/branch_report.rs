@@ -191,7 +191,7 @@ impl BranchReport {
     /// [`Error::NoReport`], [`Error::Io`] and [`Error::Report`], which name the file.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(REPORT_FILE);
-        let text = fs::read_to_string(&path).map_err(Error::reading_report(&path))?;
+        let text = gptq_checkpoint::read_small_text(&path).map_err(Error::reading_report(&path))?;
         let invalid = |message: String| Error::Report { path: path.clone(), message };
         let report: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
         if report.format != REPORT_FORMAT {

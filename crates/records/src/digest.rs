@@ -1,9 +1,9 @@
 //! SHA-256 sums, as hexadecimal text.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
+use gptq_checkpoint::open_regular;
 use sha2::{Digest, Sha256};
 
 /// Lower-case hexadecimal.
@@ -20,7 +20,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 
 /// Bytes and sum of a file.
 pub(crate) fn of_file(path: &Path) -> io::Result<(u64, String)> {
-    let mut file = File::open(path)?;
+    let mut file = open_regular(path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut bytes = 0;

@@ -33,6 +33,14 @@ pub enum Error {
         /// What is wrong, with the place.
         message: String,
     },
+    /// A file to write that is one of those to read.
+    #[error("`{}` is read as `{}`, and would be overwritten; name another file", path.display(), input.display())]
+    Overwrites {
+        /// The file to write.
+        path: PathBuf,
+        /// What it is, or lies in, among what is read.
+        input: PathBuf,
+    },
     /// Another process makes this branch.
     #[error(
         "Another gptq sweep is at work on branch `{0}`; wait for it, or split the sweep with --jobs"

@@ -134,7 +134,7 @@ impl Manifest {
     /// Reads the manifest of a folder, if there is one, or says why it cannot be understood.
     pub fn read_or_fault(dir: &Path) -> Result<Option<std::result::Result<Self, String>>> {
         let path = dir.join(MANIFEST_FILE);
-        let text = match fs::read(&path) {
+        let text = match gptq_checkpoint::read_small(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::Io { action: "read", path, source }),
@@ -195,7 +195,7 @@ impl Manifest {
             Some(((*name).clone(), sum.fault(&dir.join(name))?))
         };
         let mut faults: Vec<(String, String)> = files.par_iter().filter_map(fault).collect();
-        let report = match fs::read(dir.join(REPORT_FILE)) {
+        let report = match gptq_checkpoint::read_small(&dir.join(REPORT_FILE)) {
             Ok(text) => (sha256(&text) != self.report).then(|| OTHER_CONTENT.to_owned()),
             Err(e) => Some(unreadable(&e)),
         };
@@ -205,7 +205,7 @@ impl Manifest {
 
     /// The folder's report, if it is the one that the manifest was written for.
     pub fn final_report(&self, dir: &Path) -> Option<BranchReport> {
-        let text = fs::read(dir.join(REPORT_FILE)).ok()?;
+        let text = gptq_checkpoint::read_small(&dir.join(REPORT_FILE)).ok()?;
         (sha256(&text) == self.report).then(|| BranchReport::read(dir).ok()).flatten()
     }
 

@@ -2,7 +2,8 @@
 //!
 //! A baseline fixes one measurement (model, protocol, every scored token) and, for each branch, the
 //! bytes of its files, its perplexity and its KL. Bytes must be equal; the others may rise by a
-//! tolerance. What was measured otherwise is an error, not a verdict: its numbers say nothing.
+//! tolerance. What was measured otherwise, or twice, is an error, not a verdict: its numbers say nothing.
+//! Nor does a number that no model can have, on either side, whatever the other one is.
 //!
 //! Tolerances are relative and do not come from the standard error. That one says how far a
 //! perplexity would move on *other* text, and here the text is the same to the token, so sampling is
@@ -13,8 +14,9 @@
 //! (`tests/bench/2026-11-23-h100.md`): such branches get a tolerance of their own.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::Path;
-use std::{fs, io};
+use std::io;
 
 use gptq_records::atomic_file;
 use gptq_records::branch_report::{BranchReport, EvaluationRecord};
@@ -23,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::collect::Report;
 use crate::compare::Measurement;
 use crate::error::{Error, Result};
+use gptq_records::source_dtype::SourceDtype;
 
 /// The version of a baseline's fields.
 pub const BASELINE_FORMAT: u32 = 1;
@@ -71,9 +74,31 @@ pub struct Accepted {
     pub perplexity: f64,
     /// Mean KL to the fp16 model in nats a token.
     pub kl: Option<f64>,
+    /// How the branch was made; baselines of versions that did not say are held to nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<Settings>,
+    /// It was calibrated on the text that it was measured on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub contaminated: bool,
     /// Instead of the baseline's tolerance; kept when the values are updated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<Tolerance>,
+}
+
+/// How a branch was made, as far as another way makes another branch of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Width of a code.
+    pub bits: u8,
+    /// Columns of a group; `null` is all of in_features.
+    pub group_size: Option<usize>,
+    /// Columns solved by descending diag(H).
+    pub act_order: bool,
+    /// Solver recipe.
+    pub recipe: String,
+    /// What was quantised of the source's weights.
+    pub source_dtype: SourceDtype,
 }
 
 /// What a value is, measured against what was accepted.
@@ -90,6 +115,10 @@ pub enum Verdict {
     Changed,
     /// The baseline has it, the report does not.
     Missing,
+    /// No model can have it.
+    Impossible,
+    /// The only branch of the report is none of the baseline's: nothing was compared.
+    Unknown,
     /// The report has it, the baseline does not.
     New,
 }
@@ -97,7 +126,7 @@ pub enum Verdict {
 impl Verdict {
     /// True when the gate is closed by it.
     pub fn fails(self) -> bool {
-        matches!(self, Self::Worse | Self::Changed | Self::Missing)
+        !matches!(self, Self::Ok | Self::Improved | Self::New)
     }
 
     /// As it is printed.
@@ -108,6 +137,8 @@ impl Verdict {
             Self::Worse => "WORSE",
             Self::Changed => "CHANGED",
             Self::Missing => "MISSING",
+            Self::Impossible => "IMPOSSIBLE",
+            Self::Unknown => "NOT IN THE BASELINE",
             Self::New => "new",
         }
     }
@@ -118,7 +149,8 @@ impl Verdict {
 pub struct Finding {
     /// The branch; `fp16` for the model itself.
     pub branch: String,
-    /// `perplexity`, `kl`, `file_bytes`, or `branch` for one that is missing or new.
+    /// `perplexity`, `kl`, `file_bytes`, `fp16` for the model's value beside this branch, `settings`,
+    /// `contaminated`, or `branch` for one that is missing or new.
     pub what: &'static str,
     /// The baseline's value.
     pub baseline: Option<f64>,
@@ -128,6 +160,9 @@ pub struct Finding {
     pub allowed: Option<f64>,
     /// The verdict.
     pub verdict: Verdict,
+    /// More of it, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
 }
 
 /// The outcome of a check.
@@ -145,10 +180,11 @@ impl Baseline {
     /// # Errors
     /// [`Error::NoBaseline`], [`gptq_records::Error::Io`] and [`Error::Baseline`], which name the file.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => Error::NoBaseline(path.to_owned()),
-            _ => gptq_records::Error::io("read the baseline", path)(source).into(),
-        })?;
+        let text =
+            gptq_checkpoint::read_small_text(path).map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => Error::NoBaseline(path.to_owned()),
+                _ => gptq_records::Error::io("read the baseline", path)(source).into(),
+            })?;
         let invalid = |message: String| Error::Baseline { path: path.to_owned(), message };
         let baseline: Self = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
         if baseline.format != BASELINE_FORMAT {
@@ -164,6 +200,26 @@ impl Baseline {
 
     /// Values that would accept everything are mistakes of whoever edited the file.
     fn check_values(&self) -> std::result::Result<(), String> {
+        if self.branches.is_empty() {
+            return Err("it accepts no branch, so nothing would be compared".to_owned());
+        }
+        let value = |what: &str, name: &str, value: f64, range: &RangeInclusive<f64>| {
+            if range.contains(&value) {
+                return Ok(());
+            }
+            let (from, to) = (range.start().max(0.0), range.end());
+            Err(format!(
+                "the {what} of `{name}` is {value}; one from {from} to {to} can be accepted"
+            ))
+        };
+        for (name, accepted) in &self.branches {
+            value("perplexity", name, accepted.perplexity, &PERPLEXITIES)?;
+            accepted.kl.map_or(Ok(()), |kl| value("kl", name, kl, &KLS))?;
+            if accepted.file_bytes == 0 {
+                return Err(format!("the file_bytes of `{name}` are 0"));
+            }
+        }
+        self.base_perplexity.map_or(Ok(()), |v| value("perplexity", "fp16", v, &PERPLEXITIES))?;
         let tolerances =
             self.branches.iter().filter_map(|(name, b)| Some((name.as_str(), b.tolerance?)));
         for (name, tolerance) in tolerances.chain([("all", self.tolerance)]) {
@@ -181,10 +237,11 @@ impl Baseline {
     /// Writes the baseline by one rename.
     ///
     /// # Errors
-    /// [`gptq_records::Error::Io`].
+    /// [`gptq_records::Error::Io`], and [`Error::Baseline`] for values that would not be read back.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(self)
-            .map_err(|e| Error::Baseline { path: path.to_owned(), message: e.to_string() })?;
+        let invalid = |message: String| Error::Baseline { path: path.to_owned(), message };
+        self.check_values().map_err(invalid)?;
+        let mut text = serde_json::to_vec_pretty(self).map_err(|e| invalid(e.to_string()))?;
         text.push(b'\n');
         Ok(atomic_file::replace(path, &text)?)
     }
@@ -212,12 +269,15 @@ impl Baseline {
         };
         let mut base_perplexity = None;
         for (branch, evaluation) in select(report, &measurement) {
+            unambiguous(branch, &measurement)?;
             let tolerance = before.and_then(|b| b.branches.get(&branch.branch)?.tolerance);
             base_perplexity = base_perplexity.or(evaluation.base_perplexity);
             let accepted = Accepted {
                 file_bytes: branch.file_bytes,
                 perplexity: evaluation.perplexity,
                 kl: evaluation.kl,
+                settings: Some(Settings::of(branch)),
+                contaminated: evaluation.contaminated,
                 tolerance,
             };
             branches.insert(branch.branch.clone(), accepted);
@@ -227,19 +287,24 @@ impl Baseline {
     }
 
     /// Compares a report with the accepted values. With `whole`, every branch of the baseline must
-    /// be there; without, the report is one branch, and the others are not its concern.
+    /// be there, and others may be new; without, the report is one branch that the baseline must know,
+    /// and the others are not its concern.
     ///
     /// # Errors
-    /// [`Error::NotComparable`] for a branch that was measured otherwise or not at all.
+    /// [`Error::NotComparable`] for a branch that was measured otherwise, not at all or twice.
     pub fn check(&self, report: &Report, whole: bool) -> Result<Outcome> {
         let mut findings = Vec::new();
-        let mut base = None;
+        let mut bases = Vec::new();
         for branch in &report.branches {
             let evaluation = self.evaluation(branch)?;
-            base = base.or(evaluation.base_perplexity);
+            bases.push((branch.branch.as_str(), evaluation.base_perplexity));
             match self.branches.get(&branch.branch) {
                 Some(accepted) => findings.extend(self.branch(branch, evaluation, accepted)),
-                None => findings.push(whole_branch(&branch.branch, Verdict::New)),
+                None => {
+                    let verdict = if whole { Verdict::New } else { Verdict::Unknown };
+                    findings.push(whole_branch(&branch.branch, verdict));
+                    findings.extend(impossible(&branch.branch, evaluation));
+                }
             }
         }
         let lacks = |name: &&String| !report.branches.iter().any(|b| b.branch == **name);
@@ -248,15 +313,15 @@ impl Baseline {
             findings.extend(missing.map(|name| whole_branch(name, Verdict::Missing)));
         }
         findings.sort_by(|a, b| a.branch.cmp(&b.branch));
-        if let (Some(accepted), Some(now)) = (self.base_perplexity, base) {
-            findings.insert(0, self.fp16(accepted, now));
-        }
+        let fp16 = self.base_perplexity.map(|accepted| self.fp16(accepted, &bases));
+        findings.splice(0..0, fp16.into_iter().flatten());
         let passed = !findings.iter().any(|f| f.verdict.fails());
         Ok(Outcome { passed, findings })
     }
 
     /// The branch's evaluation that the baseline is about.
     fn evaluation<'r>(&self, branch: &'r BranchReport) -> Result<&'r EvaluationRecord> {
+        unambiguous(branch, &self.measurement)?;
         let mut differs = None;
         for evaluation in &branch.evaluations {
             let measurement = Measurement::new(branch, evaluation);
@@ -306,19 +371,120 @@ impl Baseline {
             now: Some(bytes.1 as f64),
             allowed: Some(bytes.0 as f64),
             verdict: if bytes.0 == bytes.1 { Verdict::Ok } else { Verdict::Changed },
+            detail: None,
         });
+        let changed = |what, detail| Finding {
+            what,
+            detail: Some(detail),
+            ..whole_branch(&branch.branch, Verdict::Changed)
+        };
+        let settings = accepted.settings.as_ref();
+        let settings = settings.and_then(|then| then.difference(&Settings::of(branch)));
+        findings.extend(settings.map(|difference| changed("settings", difference)));
+        if evaluation.contaminated && !accepted.contaminated {
+            let detail = "it was calibrated on the text that it was measured on".to_owned();
+            findings.push(changed("contaminated", detail));
+        }
         findings
     }
 
-    /// The model itself: a change in either direction is one of the engine or of the model.
-    fn fp16(&self, accepted: f64, now: f64) -> Finding {
-        let finding = measured("fp16", "perplexity", (accepted, now), self.tolerance.perplexity);
-        let verdict = match finding.verdict {
-            Verdict::Ok => Verdict::Ok,
-            _ => Verdict::Changed,
+    /// The model itself: a change in either direction is one of the engine or of the model. It was
+    /// measured beside every branch: the first value has a row of its own, and so has each that fails
+    /// and is another.
+    fn fp16(&self, accepted: f64, bases: &[(&str, Option<f64>)]) -> Vec<Finding> {
+        let finding = |branch: &str, what, now: Option<f64>| {
+            let Some(now) = now else {
+                let verdict = Verdict::Missing;
+                return Finding { what, baseline: Some(accepted), ..whole_branch(branch, verdict) };
+            };
+            let finding = measured(branch, what, (accepted, now), self.tolerance.perplexity);
+            let verdict = match finding.verdict {
+                Verdict::Worse | Verdict::Improved => Verdict::Changed,
+                verdict => verdict,
+            };
+            Finding { verdict, ..finding }
         };
-        Finding { verdict, ..finding }
+        let Some(&(_, first)) = bases.first() else { return Vec::new() };
+        let others = bases.iter().filter(|(_, now)| *now != first);
+        let others = others.map(|&(branch, now)| finding(branch, "fp16", now));
+        let mut findings = vec![finding("fp16", "perplexity", first)];
+        findings.extend(others.filter(|finding| finding.verdict.fails()));
+        findings
     }
+}
+
+impl Settings {
+    fn of(branch: &BranchReport) -> Self {
+        Self {
+            bits: branch.bits,
+            group_size: branch.group_size,
+            act_order: branch.act_order,
+            recipe: branch.recipe.clone(),
+            source_dtype: branch.source_dtype,
+        }
+    }
+
+    /// What differs, in words.
+    fn difference(&self, now: &Self) -> Option<String> {
+        let group = |size: Option<usize>| size.map_or_else(|| "none".to_owned(), |n| n.to_string());
+        let pairs = [
+            ("bits", self.bits.to_string(), now.bits.to_string()),
+            ("group size", group(self.group_size), group(now.group_size)),
+            ("act-order", self.act_order.to_string(), now.act_order.to_string()),
+            ("recipe", self.recipe.clone(), now.recipe.clone()),
+            (
+                "source dtype",
+                self.source_dtype.name().to_owned(),
+                now.source_dtype.name().to_owned(),
+            ),
+        ];
+        let differ = pairs.into_iter().filter(|(_, then, now)| then != now);
+        let told: Vec<String> =
+            differ.map(|(what, then, now)| format!("{what} was {then}, now {now}")).collect();
+        (!told.is_empty()).then(|| told.join("; "))
+    }
+}
+
+/// Perplexities that are accepted: of one that is worse than a guess among all tokens of any model,
+/// nothing follows.
+const PERPLEXITIES: RangeInclusive<f64> = 1.0..=1e6;
+/// Mean KLs that are accepted. Those of equal models are off zero by the rounding of f32, either way.
+const KLS: RangeInclusive<f64> = -1e-5..=100.0;
+
+/// Why no model can have a value, where none can.
+fn impossibility(what: &str, value: f64) -> Option<&'static str> {
+    match what {
+        "kl" if !(value.is_finite() && value >= *KLS.start()) => {
+            Some("a KL divergence is a number, and not below 0")
+        }
+        "kl" => None,
+        _ if !(value.is_finite() && value >= *PERPLEXITIES.start()) => {
+            Some("a perplexity is a number, and not below 1")
+        }
+        _ => None,
+    }
+}
+
+/// The values of a branch without accepted ones that no model can have.
+fn impossible(branch: &str, evaluation: &EvaluationRecord) -> Vec<Finding> {
+    let values = [("perplexity", Some(evaluation.perplexity)), ("kl", evaluation.kl)];
+    let finding = |(what, now): (&'static str, Option<f64>)| {
+        let detail = impossibility(what, now?)?.to_owned();
+        let verdict = Verdict::Impossible;
+        Some(Finding { what, now, detail: Some(detail), ..whole_branch(branch, verdict) })
+    };
+    values.into_iter().filter_map(finding).collect()
+}
+
+/// Of two evaluations of one measurement either might be meant.
+fn unambiguous(branch: &BranchReport, measurement: &Measurement) -> Result<()> {
+    let alike =
+        |e: &&EvaluationRecord| measurement.difference(&Measurement::new(branch, e)).is_none();
+    if branch.evaluations.iter().filter(alike).count() > 1 {
+        let reason = "its report has several evaluations of one measurement".to_owned();
+        return Err(Error::NotComparable { branch: branch.branch.clone(), reason });
+    }
+    Ok(())
 }
 
 /// Branches of a report with the evaluation of that measurement.
@@ -335,10 +501,11 @@ fn select<'r>(
 
 fn measured(branch: &str, what: &'static str, (then, now): (f64, f64), tolerance: f64) -> Finding {
     let margin = then.abs() * tolerance;
+    let detail = impossibility(what, now).map(str::to_owned);
     let verdict = match now - then {
+        _ if detail.is_some() => Verdict::Impossible,
         difference if difference > margin => Verdict::Worse,
         difference if difference < -margin => Verdict::Improved,
-        difference if difference.is_nan() => Verdict::Worse,
         _ => Verdict::Ok,
     };
     Finding {
@@ -348,13 +515,15 @@ fn measured(branch: &str, what: &'static str, (then, now): (f64, f64), tolerance
         now: Some(now),
         allowed: Some(then + margin),
         verdict,
+        detail,
     }
 }
 
 /// A branch that only one side has.
 fn whole_branch(branch: &str, verdict: Verdict) -> Finding {
     let branch = branch.to_owned();
-    Finding { branch, what: "branch", baseline: None, now: None, allowed: None, verdict }
+    let (baseline, now, allowed, detail) = (None, None, None, None);
+    Finding { branch, what: "branch", baseline, now, allowed, verdict, detail }
 }
 
 fn not_comparable(branch: &str, baseline: &Measurement, now: &Measurement) -> Error {

@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 use crate::samples::{branch, report};
 
@@ -47,8 +49,16 @@ fn values_beyond_their_tolerance_fail_and_those_within_do_not() {
     let finding = worse.findings.iter().find(|f| f.verdict == Verdict::Worse).unwrap();
     assert_eq!((finding.baseline, finding.now), (Some(0.01), Some(0.010_51)));
     assert!((finding.allowed.unwrap() - 0.010_5).abs() < 1e-12);
-    let nonsense = kl(f64::NAN);
-    assert_eq!((nonsense.passed, told(&nonsense)), (false, vec!["4bit-32g kl WORSE".to_owned()]));
+    for nonsense in [f64::NAN, f64::INFINITY, -1.0] {
+        let outcome = kl(nonsense);
+        assert_eq!(
+            (outcome.passed, told(&outcome)),
+            (false, vec!["4bit-32g kl IMPOSSIBLE".to_owned()])
+        );
+        assert!(!perplexity(nonsense).passed);
+    }
+    // Equal models are off zero by rounding.
+    assert!(kl(-1e-9).passed);
 }
 
 #[test]

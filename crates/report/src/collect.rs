@@ -110,7 +110,8 @@ fn in_order(mut found: Vec<(PathBuf, BranchReport)>) -> Vec<(PathBuf, BranchRepo
 
 /// What `gptq report --json` printed, or the report of one checkpoint.
 fn file(path: &Path) -> Result<Vec<BranchReport>> {
-    let text = fs::read_to_string(path).map_err(gptq_records::Error::reading_report(path))?;
+    let text = gptq_checkpoint::read_small_text(path)
+        .map_err(gptq_records::Error::reading_report(path))?;
     let invalid = |message: String| gptq_records::Error::Report { path: path.to_owned(), message };
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;

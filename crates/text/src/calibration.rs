@@ -4,7 +4,6 @@
 //! Python's generator over one long encoded text, which is how the published branches were
 //! calibrated; the digest of the tokens makes "the same calibration" a checkable statement.
 
-use std::fs;
 use std::path::Path;
 
 use gptq_records::dataset_identity::DatasetIdentity;
@@ -104,7 +103,7 @@ impl CalibrationRecipe {
                 built_in: built_in.join(", "),
             });
         }
-        let text = fs::read_to_string(path)
+        let text = gptq_checkpoint::read_small_text(path)
             .map_err(|source| Error::Read { path: path.to_owned(), source })?;
         let mut recipe = Self::parse(&text, name_or_path)?;
         if let Some(folder) = path.parent() {
@@ -197,6 +196,7 @@ fn digest(windows: &[Vec<u32>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
 
     use super::*;
     use crate::protocol::Protocol;

@@ -155,6 +155,15 @@ impl DatasetSpec {
         }
     }
 
+    /// The local file, unless the dataset is a split on the Hub.
+    #[must_use]
+    pub fn file(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Hub(_) => None,
+            Place::File(path, _) => Some(path),
+        }
+    }
+
     /// Whether it is a split on the Hub that is not, or not whole, in the local cache.
     #[must_use]
     pub fn is_missing(&self) -> bool {

@@ -4,7 +4,6 @@
 //! before each and other tokens at the seams, which moves every window. A long one is given to the
 //! tokeniser in overlapping pieces that are joined to the same tokens (see [`crate::pieces`]).
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -24,6 +23,17 @@ pub struct TextTokenizer {
     /// What `add_bos_token` of the configuration says, if it is there.
     asked_for_bos: Option<bool>,
 }
+
+/// Texts that tokenisers with other normalisers, splits or special tokens take apart otherwise: cases,
+/// digits, spaces and line ends, marks, scripts, composed and decomposed letters.
+const PROBES: [&str; 6] = [
+    "Hello",
+    " The quick brown Fox, it's 1234567 times 3.14!",
+    "two  spaces,\ta tab\n\nlines \r\nends  ",
+    "fn main() { x_1 += a[0] << 2; } // #%@ <s></s><unk>",
+    "\u{e9}t\u{e9} e\u{301} \u{fb01} \u{2167} \u{130}",
+    "\u{4f60}\u{597d} \u{41f}\u{440}\u{438} \u{645}\u{631} \u{1f642}\u{200d}\u{a0}",
+];
 
 /// The special tokens that a tokeniser puts around every text.
 #[derive(Debug, PartialEq, Eq)]
@@ -84,6 +94,43 @@ impl TextTokenizer {
         let first = self.frame.as_ref().and_then(|frame| frame.before.first());
         let added = self.asked_for_bos.unwrap_or(first.is_some() && first == self.bos.as_ref());
         self.bos.filter(|_| added)
+    }
+
+    /// How the tokens that it makes of a text differ from another tokeniser's, in words; `None` where
+    /// they do not. Files of one tokeniser differ by the program that wrote them, so vocabularies and
+    /// merges are compared as they are understood, and all else by what becomes of a text that has
+    /// something of everything. Tokens added to those of `base` change no text without them.
+    #[must_use]
+    pub fn difference(&self, base: &Self) -> Option<String> {
+        let (mine, theirs) = (&self.tokenizer, &base.tokenizer);
+        let known = theirs.get_vocab(true);
+        let other = |(token, id): &(&String, &u32)| mine.token_to_id(token) != Some(**id);
+        if let Some((token, id)) = known.iter().filter(other).min_by_key(|(_, id)| **id) {
+            let mine = self.tokenizer.id_to_token(*id);
+            return Some(match mine {
+                Some(mine) => format!("has `{mine}` as token {id}, where the base's has `{token}`"),
+                None => format!("lacks the base's token {id}, `{token}`"),
+            });
+        }
+        let model = |of: &Tokenizer| serde_json::to_value(of.get_model()).ok();
+        if mine.get_vocab_size(false) != theirs.get_vocab_size(false)
+            || model(mine) != model(theirs)
+        {
+            return Some("has another vocabulary or other merges than the base's".to_owned());
+        }
+        if self.added_bos() != base.added_bos() {
+            let told =
+                |bos: Option<u32>| bos.map_or_else(|| "none".to_owned(), |id| id.to_string());
+            return Some(format!(
+                "begins texts with BOS {}, the base's with {} (see tokenizer_config.json)",
+                told(self.added_bos()),
+                told(base.added_bos())
+            ));
+        }
+        let ids =
+            |of: &Tokenizer, text: &str| Some(of.encode_fast(text, true).ok()?.get_ids().to_vec());
+        let text = PROBES.into_iter().find(|text| ids(mine, text) != ids(theirs, text))?;
+        Some(format!("makes other tokens of {text:?} than the base's"))
     }
 
     /// Encodes a text, with the special tokens the tokeniser adds by itself.
@@ -228,7 +275,7 @@ fn read_field(path: &Path, field: &str) -> Result<Option<Value>> {
 }
 
 fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
+    match gptq_checkpoint::read_small(path) {
         // Some editors put a byte order mark first, which JSON does not know.
         Ok(bytes) => Ok(Some(match bytes.strip_prefix(b"\xef\xbb\xbf") {
             Some(rest) => rest.to_vec(),
@@ -241,6 +288,8 @@ fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     /// Words a, b, c and `<s>`, with a truncation that must not apply and a BOS that is added.

@@ -36,11 +36,28 @@ pub(crate) fn parse_count(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Parses a limit that something can be above: NaN and infinity would switch it off.
+pub(crate) fn parse_limit(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(limit) if limit.is_finite() && limit >= 0.0 => Ok(limit),
+        _ => Err("use a number from 0 on".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use gptq_checkpoint::GroupSize;
 
     use super::*;
+
+    #[test]
+    fn limits_are_numbers_that_something_can_exceed() {
+        assert_eq!(parse_limit("0"), Ok(0.0));
+        assert_eq!(parse_limit("1.5e-3"), Ok(1.5e-3));
+        for wrong in ["nan", "NaN", "inf", "infinity", "-1", "-inf", "1e400", "", "x"] {
+            assert!(parse_limit(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn sizes_and_groups_are_read_as_typed() {

@@ -6,6 +6,7 @@ use gptq_text::dataset::DatasetSpec;
 use gptq_text::protocol::Protocol;
 
 use super::DeviceArgs;
+use super::values::parse_limit;
 
 /// Check a GPTQ checkpoint in every respect, and say who loads it
 #[derive(Debug, Args)]
@@ -34,16 +35,16 @@ pub(crate) struct VerifyArgs {
     #[arg(long, value_name = "N", requires = "dataset")]
     pub(crate) max_windows: Option<usize>,
     /// Highest perplexity to accept
-    #[arg(long, value_name = "X", requires = "dataset")]
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires = "dataset")]
     pub(crate) max_ppl: Option<f64>,
     /// Highest perplexity to accept, over the base's
-    #[arg(long, value_name = "X", requires_all = ["dataset", "base"])]
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires_all = ["dataset", "base"])]
     pub(crate) max_ppl_ratio: Option<f64>,
     /// Highest KL divergence from the base to accept, in nats a token
-    #[arg(long, value_name = "X", requires_all = ["dataset", "base"])]
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires_all = ["dataset", "base"])]
     pub(crate) max_kl: Option<f64>,
     /// Highest output error of a linear to accept, as energy over that of its outputs
-    #[arg(long, value_name = "X", requires_all = ["dataset", "base"])]
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires_all = ["dataset", "base"])]
     pub(crate) max_output_error: Option<f64>,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,

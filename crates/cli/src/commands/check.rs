@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use gptq_records::atomic_file::refuse_inputs;
 use gptq_records::branch_report::REPORT_FILE;
 use gptq_report::Error;
 use gptq_report::Report;
@@ -37,7 +38,12 @@ pub(crate) fn run(args: &CheckArgs, printer: &Printer) -> Result<()> {
 
 /// Shows what the update changes, where that can be compared, and makes it.
 fn update(args: &CheckArgs, report: &Report, whole: bool, printer: &Printer) -> Result<()> {
+    refuse_inputs(&args.baseline, [args.report.as_path()])?;
+    // A pipe or a device is written into, and has no values of before: what could be read from it may
+    // be this program's own output.
+    let written_into = args.baseline.exists() && !args.baseline.is_file();
     let before = match Baseline::read(&args.baseline) {
+        _ if written_into => None,
         Ok(before) => Some(before),
         Err(Error::NoBaseline(_)) => None,
         Err(other) => return Err(other.into()),
@@ -63,20 +69,32 @@ fn show(args: &CheckArgs, outcome: &Outcome) -> Result<()> {
     }
     let header = ["branch", "what", "baseline", "now", "change", "allowed", "verdict"];
     let rows: Vec<Vec<String>> = outcome.findings.iter().map(cells).collect();
-    print_result(&table(&header, 2, &rows))
+    let mut text = table(&header, 2, &rows);
+    for finding in &outcome.findings {
+        if let Some(detail) = &finding.detail {
+            text.push_str(&format!("{} {}: {detail}\n", finding.branch, finding.what));
+        }
+    }
+    print_result(&text)
 }
 
 fn cells(finding: &Finding) -> Vec<String> {
+    // A column stays as wide as numbers that mean something are.
     let number = |value: Option<f64>| {
         value.map_or_else(String::new, |v| match finding.what {
+            _ if v.abs() >= 1e15 => format!("{v:.3e}"),
             "file_bytes" => format!("{v}"),
+            _ if v.abs() >= 1e7 => format!("{v:.3e}"),
             "kl" => format!("{v:.5}"),
             _ => format!("{v:.4}"),
         })
     };
     let change = match (finding.baseline, finding.now) {
-        (Some(then), Some(now)) if now != then => format!("{:+.2} %", 100.0 * (now - then) / then),
-        (Some(_), Some(_)) => "same".to_owned(),
+        (Some(then), Some(now)) if now == then => "same".to_owned(),
+        (Some(then), Some(now)) => match 100.0 * (now - then) / then {
+            change if change.abs() < 1e6 => format!("{change:+.2} %"),
+            _ => String::new(),
+        },
         _ => String::new(),
     };
     vec![

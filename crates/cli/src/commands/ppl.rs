@@ -50,6 +50,8 @@ struct Comparison<'a> {
 pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     let start = Instant::now();
     if let Some(file) = &args.per_token {
+        let models = std::iter::once(&args.model).chain(&args.base).map(Path::new);
+        refuse_inputs(file, models.chain(args.dataset.file()))?;
         let folder = file.parent().filter(|p| !p.as_os_str().is_empty());
         let writable = folder.is_none_or(Path::is_dir) && !file.is_dir();
         ensure!(writable, "Cannot write `{}`: no such folder, or a folder itself", file.display());
@@ -72,6 +74,9 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
         max_windows: args.max_windows,
     };
     let text = evaluation_text(&checkpoint, &spec, None)?;
+    if let Some((name, base)) = &base {
+        same_tokens(base, name, &text, &spec)?;
+    }
     if text.contaminated == Some(true) {
         printer.warn("the checkpoint was calibrated on this text, which flatters it");
     }
@@ -122,6 +127,29 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     };
     if args.json { print_json(&output) } else { print_result(&summary(&output)) }?;
     saved
+}
+
+/// The base reads the model's tokens: to one whose tokeniser makes others of the text they are another
+/// text, and its perplexity and the KL say nothing. A base without a tokeniser takes what it is given.
+fn same_tokens(
+    base: &Checkpoint,
+    name: &str,
+    text: &EvalText,
+    spec: &EvaluationSpec,
+) -> Result<()> {
+    if !base.dir().join("tokenizer.json").is_file() {
+        return Ok(());
+    }
+    let spec = EvaluationSpec { seq_len: Some(text.seq_len), ..spec.clone() };
+    let theirs = evaluation_text(base, &spec, None)?;
+    ensure!(
+        theirs.windows == text.windows,
+        "The tokenizers of the model and of `{name}` make other tokens of {}, so that neither the \
+         base's perplexity nor the KL would say anything; give both the tokenizer that the base was \
+         trained with",
+        text.dataset
+    );
+    Ok(())
 }
 
 /// The losses of the model and of the base, if there is one, which are walked in turns.

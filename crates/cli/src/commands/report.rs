@@ -1,7 +1,9 @@
 //! `gptq report`: what a sweep gave, for people.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
-use gptq_records::atomic_file::replace;
+use gptq_records::atomic_file::{refuse_inputs, replace};
 use gptq_report::Report;
 use gptq_report::compare::{BranchChange, changes, comparisons};
 use gptq_report::markdown::markdown;
@@ -23,6 +25,9 @@ struct Output<'a> {
 }
 
 pub(crate) fn run(args: &ReportArgs, printer: &Printer) -> Result<()> {
+    if let Some(path) = &args.html {
+        refuse_inputs(path, args.paths.iter().chain(&args.previous).map(PathBuf::as_path))?;
+    }
     let report = Report::open(&args.paths)?;
     let previous =
         args.previous.as_ref().map(|p| Report::open(std::slice::from_ref(p))).transpose()?;

@@ -26,6 +26,7 @@ const ADVICE: &str =
 
 pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     let mut config = SweepConfig::open(&args.config)?;
+    refuse_inputs(&args.out.join(SWEEP_FILE), [Path::new(&args.config)])?;
     if let Some(model) = &args.model {
         config.model.clone_from(model);
     }

@@ -23,6 +23,9 @@ pub const BUILT_IN: &str = "stablebeluga2";
 const BUILT_IN_TEXT: &str = include_str!("../../../../configs/stablebeluga2.toml");
 const BUILT_IN_CARD: &str = include_str!("../../../../configs/cards/stablebeluga2.toml");
 
+/// Bytes of a branch's name: file systems take 255, and a folder that is being made has a longer one.
+const LONGEST_NAME: usize = 255 - ".partial".len();
+
 /// A configuration file, as written.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -114,7 +117,8 @@ impl SweepConfig {
             return Self::parse(BUILT_IN_TEXT, BUILT_IN, Path::new(""));
         }
         let path = Path::new(name_or_path);
-        let text = std::fs::read_to_string(path).map_err(gptq_records::Error::io("read", path))?;
+        let text = gptq_checkpoint::read_small_text(path)
+            .map_err(gptq_records::Error::io("read", path))?;
         Self::parse(&text, name_or_path, path.parent().unwrap_or(Path::new("")))
     }
 
@@ -219,8 +223,16 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
     if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(PARTIAL_END) {
         return Err("a sweep has files and working folders of that name; choose another".to_owned());
     }
-    if before.iter().any(|b| b.name == name) {
-        return Err("the name is used twice".to_owned());
+    if name.len() > LONGEST_NAME {
+        return Err(format!("the name has {} letters; use at most {LONGEST_NAME}", name.len()));
+    }
+    if let Some(other) = before.iter().find(|b| b.name.eq_ignore_ascii_case(name)) {
+        return Err(match other.name == name {
+            true => "the name is used twice".to_owned(),
+            false => {
+                format!("`{}` differs in case only, which not every file system tells", other.name)
+            }
+        });
     }
     Ok(())
 }
@@ -293,6 +305,10 @@ mod tests {
         }
         let twice = branch("a", 4, "32") + &branch("a", 3, "32");
         assert!(parse(&twice).contains("used twice"));
+        let cased = branch("Ab", 4, "32") + &branch("aB", 3, "32");
+        assert!(parse(&cased).contains("branch `aB`: `Ab` differs in case only"));
+        let long = parse(&branch(&"a".repeat(248), 4, "32"));
+        assert!(long.contains("has 248 letters; use at most 247"), "{long}");
         assert!(parse(&format!("typo = 1\n{}", branch("a", 4, "32"))).contains("typo"));
     }
 }

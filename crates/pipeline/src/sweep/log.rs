@@ -4,7 +4,6 @@
 //! nothing to merge at the end and a killed process loses nothing that it had finished. Unlike the
 //! branches' own reports it holds seconds, so it differs from run to run.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use gptq_records::branch_report::{BranchReport, EvaluationRecord, Measured};
@@ -132,7 +131,7 @@ impl<'a> SweepLog<'a> {
     /// What processes have written so far; `None` where there is nothing that can be read, which
     /// only costs timings.
     pub(crate) fn read(&self) -> Option<SweepReport> {
-        let text = fs::read(self.out.join(SWEEP_FILE)).ok()?;
+        let text = gptq_checkpoint::read_small(&self.out.join(SWEEP_FILE)).ok()?;
         serde_json::from_slice(&text).ok()
     }
 
@@ -157,6 +156,8 @@ impl<'a> SweepLog<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -26,6 +26,8 @@ pub enum Check {
     Scales,
     /// Norms, embeddings, head and the architecture's biases are finite, biases that AutoGPTQ adds zero.
     Dense,
+    /// config.json and the tokeniser make the base's model of the tensors.
+    Model,
     /// Every linear is a quantisation of the base's.
     Weights,
     /// Tensors that are not quantised are the base's.
@@ -48,6 +50,7 @@ impl Check {
             Self::FusedOrder => "order of fused linears",
             Self::Scales => "scales",
             Self::Dense => "other values",
+            Self::Model => "model against the base",
             Self::Weights => "linears against the base",
             Self::DenseWeights => "the rest against the base",
             Self::Limits => "limits on outputs",

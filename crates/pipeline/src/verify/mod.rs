@@ -2,14 +2,16 @@
 //!
 //! Without a base: the files against their recorded sums, the configuration files against each other
 //! and against the tensors ([`structure`]), and every value that has a rule ([`contents`]). With the
-//! dense model that it was made from: every linear in the same coordinates ([`weights`]), which shows
-//! single words that were changed, and all that is not quantised ([`dense`]). With a text: output
+//! dense model that it was made from: what the weights are computed with ([`base_model`]), every linear in the
+//! same coordinates ([`weights`]), which shows single words that were changed, and all that is not
+//! quantised ([`dense`]). With a text: output
 //! errors on the checkpoint's own activations, perplexity and KL divergence ([`outputs`]).
 //!
 //! Any 32-bit word is a valid run of codes, so codes are in range by construction; a damaged one is
 //! seen by its sum or by its distance from the base.
 
 mod base;
+mod base_model;
 mod contents;
 mod dense;
 mod findings;
@@ -152,6 +154,9 @@ fn readable(
     let values = contents::check(&checkpoint, &stored, findings);
     report.settings = Some(settings(&checkpoint, &stored, layout));
     report.loaders = verdicts(&structure::loader_facts(&checkpoint, &stored, files, &values));
+    if let Some(base) = job.base {
+        base_model::check(&checkpoint, base, findings);
+    }
     // With tensors missing or misshapen there is nothing to compute with.
     let sound = findings.of(Check::Tensors) == 0 && !values.unreadable;
     if let Some(base) = job.base.filter(|_| sound) {

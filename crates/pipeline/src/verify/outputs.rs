@@ -5,6 +5,8 @@
 //! number that calibration reports, on another text. Hidden states are never compared with the
 //! base's, whose coordinates may be others; logits are.
 
+use std::cmp::Ordering;
+
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
@@ -13,7 +15,6 @@ use gptq_text::evaluation::{EvalText, evaluation_text};
 use ndarray::Array2;
 use serde::Serialize;
 
-use super::base::relative;
 use super::findings::{Check, Findings};
 use super::job::VerifyJob;
 use super::weights::Weights;
@@ -177,10 +178,17 @@ impl OutputError {
         Ok(())
     }
 
-    /// The quotient; `None` where the base's outputs have no energy to compare with.
+    /// The quotient, infinite where it cannot be held; `None` where there is nothing to compare with
+    /// and nothing that differs.
     fn relative(self) -> Option<f64> {
-        relative(self.difference, self.base)
+        let Self { difference, base } = self;
+        if base == 0.0 && difference == 0.0 { None } else { Some(difference / base) }
     }
+}
+
+/// Whether a value is not within its limit: one that is no number is not.
+fn is_above(value: f64, limit: f64) -> bool {
+    !matches!(value.partial_cmp(&limit), Some(Ordering::Less | Ordering::Equal))
 }
 
 /// What the user set a limit on.
@@ -198,7 +206,7 @@ pub(super) fn check_limits(
     ] {
         let (Some(value), Some(limit)) = (value, limit) else { continue };
         findings.examine(Check::Limits, 1);
-        if value > limit {
+        if is_above(value, limit) {
             findings.add(Check::Limits, name, format!("is {value:.5}, above the limit {limit}"));
         }
     }
@@ -206,9 +214,32 @@ pub(super) fn check_limits(
     for linear in weights.into_iter().flat_map(|w| &w.linears) {
         let Some(error) = linear.output_error else { continue };
         findings.examine(Check::Limits, 1);
-        if error > limit {
+        if is_above(error, limit) {
             let message = format!("has an output error of {error:.5}, above the limit {limit}");
             findings.add(Check::Limits, linear.name.clone(), message);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_number_is_within_a_limit_but_one_at_most_as_large() {
+        assert!(!is_above(1.0, 1.0) && !is_above(0.0, 1.0));
+        for value in [1.1, f64::INFINITY, f64::NAN] {
+            assert!(is_above(value, 1.0), "{value}");
+        }
+    }
+
+    #[test]
+    fn an_error_that_cannot_be_held_is_an_error() {
+        let relative = |difference, base| OutputError { difference, base }.relative();
+        assert_eq!(relative(1.0, 2.0), Some(0.5));
+        assert_eq!(relative(0.0, 0.0), None);
+        assert_eq!(relative(1.0, 0.0), Some(f64::INFINITY));
+        assert_eq!(relative(f64::INFINITY, 1.0), Some(f64::INFINITY));
+        assert!(relative(f64::NAN, 1.0).unwrap().is_nan());
     }
 }

@@ -8,6 +8,7 @@ use gptq_checkpoint::{Checkpoint, ModelConfig, QuantizeConfig};
 use gptq_compute::Device;
 use gptq_model::{LinearId, Model, SourcePrecision};
 use gptq_quant::{Choices, Recipe, Rotate};
+use gptq_records::branch_report::BranchReport;
 use serde::Serialize;
 
 use super::base::{check_base, relative};
@@ -73,6 +74,12 @@ pub(super) fn compare(
         findings.add(Check::Weights, "metadata", message);
     }
     let rotations = FusedRotations::new(base.config(), rotate);
+    // Nobody else rotates: a file that says nothing of how it was made was made by this program's
+    // default recipe, or aims at the base's weights as every other program does.
+    let choices = recorded.unwrap_or(match rotate {
+        Rotate::None => Choices::AUTOGPTQ,
+        Rotate::Heads | Rotate::Full => Choices::BEST,
+    });
     let mut linears = Vec::new();
     let blocks = base.config().num_hidden_layers;
     progress.begin("compare", blocks);
@@ -93,8 +100,7 @@ pub(super) fn compare(
                 let linear = checkpoint.gptq_linear(&name, &shape)?;
                 findings.examine(Check::Weights, 1);
                 let fit = Fit::new(&linear, &weight);
-                let moved = matches!(id, LinearId::O | LinearId::Down)
-                    && recorded.is_none_or(|choices| choices.residual > 0.0);
+                let moved = matches!(id, LinearId::O | LinearId::Down) && choices.residual > 0.0;
                 fit.report(&name, moved, findings);
                 let weight_error = relative(fit.error, fit.energy);
                 linears.push(LinearError { name, weight_error, output_error: None });
@@ -105,20 +111,28 @@ pub(super) fn compare(
     })?;
     progress.end();
     dense::check(checkpoint, base, (stored, rotations.as_ref()), findings)?;
-    let head_change = dense::head_change(checkpoint, base, rotations.as_ref(), recorded, findings)?;
+    let fitted = choices.head > 0.0;
+    let head_change = dense::head_change(checkpoint, base, (rotations.as_ref(), fitted), findings)?;
     Ok(Weights { rotation: rotate.name(), head_change, linears, rotate })
 }
 
-/// Choices that the metadata records, where it does.
+/// Choices that the metadata records, or else the report: the card layout has no metadata.
 fn recorded_choices(checkpoint: &Checkpoint) -> Option<Choices> {
     let metadata = &checkpoint.weight_files().first()?.metadata;
-    let recipe: Recipe = metadata.get("recipe")?.parse().ok()?;
-    let mut choices = recipe.choices();
-    for setting in metadata.get("choices").iter().flat_map(|text| text.split(' ')) {
+    let (recipe, choices) = match metadata.get("recipe") {
+        Some(recipe) => (recipe.clone(), metadata.get("choices").cloned()),
+        None => {
+            let report = BranchReport::read(checkpoint.dir()).ok()?;
+            (report.recipe, report.choices)
+        }
+    };
+    let recipe: Recipe = recipe.parse().ok()?;
+    let mut recorded = recipe.choices();
+    for setting in choices.iter().flat_map(|text| text.split(' ')) {
         // A later version's choices may be unknown here; those that are known still hold.
-        let _ = choices.set(setting);
+        let _ = recorded.set(setting);
     }
-    Some(choices)
+    Some(recorded)
 }
 
 /// The rotation under which the model's v, q and o are nearest to the checkpoint's: a full rotation
