@@ -12,8 +12,9 @@
 //! library for the Hub is used: hf-hub 1.0 checks no hash of a download, starts a broken file again,
 //! and puts weights into git itself where a server has no Xet.
 //!
-//! This crate knows nothing of models, quantisation or the command line; progress is told through
-//! [`Progress`]. Without the feature `client` it is empty.
+//! This crate knows nothing of how models are made or of the command line; how the files of a model
+//! are called it asks `gptq-checkpoint`. Progress is shown through [`Progress`]. Without the feature
+//! `client` it is empty.
 
 #![cfg(feature = "client")]
 
