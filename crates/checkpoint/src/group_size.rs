@@ -97,6 +97,10 @@ impl<'de> Deserialize<'de> for GroupSize {
                 self.visit_str(&number.to_string())
             }
 
+            fn visit_bool<E: serde::de::Error>(self, flag: bool) -> Result<GroupSize, E> {
+                Err(E::custom(BadGroupSize(flag.to_string())))
+            }
+
             fn visit_f64<E: serde::de::Error>(self, number: f64) -> Result<GroupSize, E> {
                 Err(E::custom(BadGroupSize(format!("{number:?}"))))
             }
@@ -137,7 +141,8 @@ mod tests {
         for size in [0, MAX_GROUP_SIZE + 1, usize::MAX] {
             assert!(GroupSize(Some(size)).check().is_err(), "{size}");
         }
-        for (json, shown) in [("32.0", "32.0"), ("-2", "-2"), ("\"all\"", "all"), ("true", "none")]
+        for (json, shown) in
+            [("32.0", "32.0"), ("-2", "-2"), ("\"all\"", "all"), ("true", "size true is")]
         {
             let error = serde_json::from_str::<GroupSize>(json).unwrap_err().to_string();
             assert!(error.contains(shown), "{error}");

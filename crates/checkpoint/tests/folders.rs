@@ -406,6 +406,14 @@ fn damaged_folders_say_which_file_and_tensor() {
         ),
         (
             Box::new(|d| edit(&d.join("quantize_config.json"), "\"bits\": 4", "\"bits\": 3")),
+            &["quantize_config.json", "`bits` is `3`", "config.json is `4`"],
+        ),
+        (
+            Box::new(|d| {
+                for file in ["quantize_config.json", "config.json"] {
+                    edit(&d.join(file), "\"bits\": 4", "\"bits\": 3");
+                }
+            }),
             &["q_proj.", "[8, 64]", "[6, 64]"],
         ),
         (
