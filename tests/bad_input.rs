@@ -429,10 +429,11 @@ fn damaged_gptq_checkpoints_are_refused() {
     let text = fs::read_to_string(dir.path("out/quantize_config.json")).unwrap();
     dir.write("out/quantize_config.json", &text.replace("\"bits\": 4", "\"bits\": 5"));
     ppl(&dir, "out", &[]).refused(&["out/quantize_config.json", "bits"]);
-    dir.write(
-        "out/quantize_config.json",
-        &text.replace("\"group_size\": 128", "\"group_size\": 32"),
-    );
+    let changed = |text: &str| text.replace("\"group_size\": 128", "\"group_size\": 32");
+    dir.write("out/quantize_config.json", &changed(&text));
+    dir.gptq(&["inspect", "out"]).refused(&["quantize_config.json", "group_size", "config.json"]);
+    let text = fs::read_to_string(dir.path("out/config.json")).unwrap();
+    dir.write("out/config.json", &changed(&text));
     dir.gptq(&["inspect", "out"]).refused(&["model.layers.0.self_attn.q_proj", "expected"]);
 }
 

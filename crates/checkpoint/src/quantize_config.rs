@@ -246,13 +246,17 @@ impl<'a> Sources<'a> {
             bits: bits.ok_or_else(|| self.missing("bits", &["wbits", "w_bit", "w_bits"]))?,
             group_size: group_size
                 .ok_or_else(|| self.missing("group_size", &["groupsize", "q_group_size"]))?,
+            // How it was made changes nothing that is read.
             damp_percent: self
-                .merged(|keys| keys.typed("damp_percent", Value::as_f64))?
+                .first(|keys| keys.typed("damp_percent", Value::as_f64))?
                 .unwrap_or(0.01),
             desc_act: flag("desc_act", false)?,
             sym: flag("sym", true)?,
-            true_sequential: flag("true_sequential", true)?,
-            model_file_base_name: self.merged(Keys::base_name)?,
+            true_sequential: self
+                .first(|keys| keys.typed("true_sequential", Value::as_bool))?
+                .unwrap_or(true),
+            // Files are renamed, and then the name beside them is the one that is changed.
+            model_file_base_name: self.keys[0].base_name()?.map(|(_, name)| name),
             checkpoint_format: self.merged(Keys::format)?.unwrap_or(CheckpointFormat::Gptq),
             modules_in_block: self.merged(Keys::modules)?,
         })
@@ -281,6 +285,12 @@ impl<'a> Sources<'a> {
             }
         }
         Ok(said.map(|(_, (_, value))| value))
+    }
+
+    /// What the first place that says a setting says of it.
+    fn first<T>(&self, read: impl Fn(&Keys<'a>) -> Result<Option<Said<T>>>) -> Result<Option<T>> {
+        let said = self.keys.iter().find_map(|keys| read(keys).transpose()).transpose()?;
+        Ok(said.map(|(_, value)| value))
     }
 
     /// The error of a key that has to be there; one of the names that others give it is pointed out.
