@@ -46,6 +46,9 @@ fn scale(value: &mut Value, factor: f64) {
     *value = json!(value.as_f64().unwrap() * factor);
 }
 
+/// How a table is changed.
+type Change<'a, T> = &'a dyn Fn(&mut T);
+
 #[test]
 fn a_sweep_is_reported_as_markdown_json_and_a_page() {
     let dir = swept();
@@ -285,7 +288,7 @@ fn the_gate_fails_where_nothing_or_something_else_was_compared() {
     };
     with_baseline(&older, &|outcome| assert!(!outcome.ok().is_empty()));
 
-    let refused: [(&dyn Fn(&mut Value), &str); 8] = [
+    let refused: [(Change<'_, Value>, &str); 8] = [
         (&|b| b["branches"] = json!({}), "accepts no branch"),
         (&|b| b["branches"]["3bit"]["perplexity"] = json!(1e308), "perplexity of `3bit`"),
         (&|b| b["branches"]["3bit"]["perplexity"] = json!(-1e308), "perplexity of `3bit`"),
@@ -308,7 +311,7 @@ fn the_gate_fails_where_nothing_or_something_else_was_compared() {
     let evaluation = |branch: &mut Value, key: &str, value: Value| {
         branch["evaluations"][0][key] = value;
     };
-    let found: [(&dyn Fn(&mut [Value]), &[&str]); 11] = [
+    let found: [(Change<'_, [Value]>, &[&str]); 11] = [
         (
             &|b| b.iter_mut().for_each(|b| evaluation(b, "base_perplexity", Value::Null)),
             &["fp16", "perplexity", "MISSING"],

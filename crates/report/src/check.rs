@@ -14,9 +14,9 @@
 //! (`tests/bench/2026-11-23-h100.md`): such branches get a tolerance of their own.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::RangeInclusive;
 use std::path::Path;
-use std::io;
 
 use gptq_records::atomic_file;
 use gptq_records::branch_report::{BranchReport, EvaluationRecord};

@@ -13,7 +13,7 @@ use gptq_pipeline::batches::{Batches, Beside};
 use gptq_pipeline::host_memory;
 use gptq_pipeline::perplexity::{Perplexity, Tally, score};
 use gptq_pipeline::progress::Progress;
-use gptq_records::atomic_file::replace;
+use gptq_records::atomic_file::{refuse_inputs, replace};
 use gptq_text::evaluation::EvaluationSpec;
 use gptq_text::evaluation::{EvalText, evaluation_text};
 use serde::Serialize;
