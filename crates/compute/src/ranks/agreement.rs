@@ -125,8 +125,12 @@ fn difference(all: &[Agreement], name: &str) -> Option<String> {
     let said =
         held.iter().take(3).map(|(value, ranks)| format!("{}: {}", who(ranks), shown(*value)));
     let said: Vec<String> = said.collect();
-    // Names come from other processes, too.
-    Some(format!("{} ({})", name.escape_debug(), said.join(", ")))
+    Some(format!("{} ({})", plain(name), said.join(", ")))
+}
+
+/// Words come from other processes, too; apostrophes do no harm.
+fn plain(word: &str) -> String {
+    word.split('\'').map(|part| part.escape_debug().to_string()).collect::<Vec<_>>().join("'")
 }
 
 fn who(ranks: &[usize]) -> String {
@@ -144,7 +148,7 @@ fn shown(value: Option<&str>) -> String {
     let length = if digest { 12 } else { SHOWN };
     let start: String = value.chars().take(length).collect();
     let more = if start.len() < value.len() { "…" } else { "" };
-    format!("`{}{more}`", start.escape_debug())
+    format!("`{}{more}`", plain(&start))
 }
 
 /// The running program: the digest of its file, so that no two builds are taken for one. Ranks that

@@ -91,14 +91,11 @@ pub(super) fn head_change(
         (false, Some(change)) => change > ROUNDING,
         (true, Some(_)) => false,
     };
+    let lost = checkpoint.head()? == Head::Tied && matches!(base.head()?, Head::Own | Head::Untied);
+    let missing = "is missing: config.json ties it to the embedding, but the base's is another";
     if found.len() != expected.len() || other {
-        let lost =
-            checkpoint.head()? == Head::Tied && matches!(base.head()?, Head::Own | Head::Untied);
         let message = match (lost, relative) {
-            (true, _) => {
-                "is missing: config.json ties it to the embedding, but the base's is another"
-                    .to_owned()
-            }
+            (true, _) => missing.to_owned(),
             (false, Some(by)) => format!("differs from the base's by {by:.2e} of its energy"),
             (false, None) => "differs from the base's, which is all zeros".to_owned(),
         };
@@ -110,23 +107,25 @@ pub(super) fn head_change(
         };
         let others = rows.iter().filter(|row| other(row)).count();
         let many = others as f64 > NOISY_ROWS * rows.len() as f64;
-        let lost = |row: &Row| other(row) && (many || row.noise().is_none_or(|n| n < NOISE));
-        let wrong = rows.iter().filter(|row| lost(row)).count();
-        let first = rows.iter().position(lost);
+        let gone = |row: &Row| other(row) && (many || row.noise().is_none_or(|n| n < NOISE));
+        let wrong = rows.iter().filter(|row| gone(row)).count();
+        let first = rows.iter().position(gone);
         if let Some(token) = first {
             let message = match rows[token].gain() {
+                _ if lost => missing.to_owned(),
                 Some(gain) => format!(
-                    "has {gain:.2} times the base's values in the row of token {token}, which no \
+                    "differs from the base's, of whose row of token {token} it has {gain:.2}, which no \
                      fitting leaves ({wrong} such)"
                 ),
                 None => format!(
-                    "has values in the row of token {token}, where the base's are zeros ({wrong} such)"
+                    "differs from the base's, whose row of token {token} is zeros ({wrong} such)"
                 ),
             };
             findings.add(Check::DenseWeights, HEAD, message);
         } else if let Some(gain) = all.gain().filter(|gain| !GAINS.contains(gain)) {
-            let message =
-                format!("is {gain:.2} times the base's as a whole, which no fitting leaves");
+            let message = format!(
+                "differs from the base's: it is {gain:.2} times that, which no fitting leaves"
+            );
             findings.add(Check::DenseWeights, HEAD, message);
         }
     }
