@@ -399,16 +399,20 @@ fn what_is_read_is_not_written_over() {
 #[test]
 fn what_is_no_regular_file_is_not_read() {
     let dir = swept();
-    let said = "it is no regular file";
+    let refuses = |args: &[&str], path: &str| {
+        let outcome = dir.gptq(args);
+        outcome.refused(&[path]);
+        assert!(outcome.stderr.contains("it is no regular file"), "{}", outcome.stderr);
+    };
     for path in ["/dev/zero", "pipe"] {
         if path == "pipe" {
             let made = std::process::Command::new("mkfifo").arg(dir.path(path)).status().unwrap();
             assert!(made.success());
         }
-        dir.gptq(&["check", "branches", "--baseline", path]).refused(&[path, said]);
-        dir.gptq(&["report", path]).refused(&[path, said]);
-        dir.gptq(&["sweep", path]).refused(&[path, said]);
-        dir.gptq(&["card", "branches", "--facts", path]).refused(&[path, said]);
+        refuses(&["check", "branches", "--baseline", path], path);
+        refuses(&["report", path], path);
+        refuses(&["sweep", path], path);
+        refuses(&["card", "branches", "--facts", path], path);
         let calibrated = ["quantize", "model", "--out", "q", "--device", "cpu", "--calib", path];
         assert_eq!(dir.gptq(&calibrated).code, 1);
     }
