@@ -1,6 +1,5 @@
 //! What only a person knows of a model: its author, licence, prompt. A TOML file says it.
 
-use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -67,7 +66,7 @@ impl CardFacts {
     /// # Errors
     /// [`gptq_records::Error::Io`] and [`Error::Facts`], which name the file.
     pub fn open(path: &Path, repository: Option<&str>) -> Result<Self> {
-        let text = fs::read_to_string(path)
+        let text = gptq_checkpoint::read_small_text(path)
             .map_err(gptq_records::Error::io("read the card's facts", path))?;
         let facts = Self::parse(&text, path)?;
         match repository {
