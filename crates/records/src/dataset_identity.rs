@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn copies_are_recognised_by_their_text() {
+    fn copies_are_recognized_by_their_text() {
         let rows = file(&["", " = Title = \n", " Text . \n"]);
         let whole = file(&[" \n = Title = \n Text . \n"]);
         assert!(contaminated(&rows, &whole));

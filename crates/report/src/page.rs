@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_with_one_look_are_labelled_by_name() {
+    fn marks_with_one_look_are_labeled_by_name() {
         let report =
             report([branch("a", 4, Some(32), 18.9, 0.01), branch("b", 4, Some(32), 18.8, 0.02)]);
         assert_eq!(labels(&comparisons(&report, None)[0]), ["a", "b"]);
