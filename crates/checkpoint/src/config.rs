@@ -51,6 +51,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Tokens that a token attends to at most; `None` where all blocks attend to all before it.
     pub sliding_window: Option<usize>,
+    /// The blocks that this limit holds for.
+    pub sliding_blocks: Vec<usize>,
     /// The head is the embedding, unless the weights hold another: [`Checkpoint::head`] knows.
     ///
     /// [`Checkpoint::head`]: crate::Checkpoint::head
@@ -96,6 +98,7 @@ impl ModelConfig {
         // Whoever needs it reads it himself; what is no token shows now.
         fields.token("bos_token_id")?;
         let context = fields.size("max_position_embeddings", Some(family.context), MAX_CONTEXT)?;
+        let sliding_window = family.sliding_window(&fields, layers)?;
         Ok(Self {
             family: family.name,
             hidden_size,
@@ -109,7 +112,11 @@ impl ModelConfig {
             rope: Rope::read(&fields, context)?,
             qk_norm: family.qk_norm,
             max_position_embeddings: context,
-            sliding_window: family.sliding_window(&fields, layers)?,
+            sliding_window,
+            sliding_blocks: match sliding_window {
+                Some(_) => family.sliding_blocks(&fields, layers)?,
+                None => Vec::new(),
+            },
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
             biases: family.biases(&fields)?,
             raw,

@@ -186,10 +186,9 @@ impl Family {
         const KEY: &str = "sliding_window";
         let kinds = layer_types(fields)?;
         if self.sliding_is_optional {
-            let first = fields.raw.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28);
             let slides = match kinds {
-                Some(slides) => slides,
-                None => (first as usize) < blocks,
+                Some(slides) => slides.contains(&true),
+                None => first_sliding(fields) < blocks,
             };
             if !fields.flag("use_sliding_window")? || !slides {
                 return Ok(None);
@@ -201,10 +200,27 @@ impl Family {
             Some(_) => fields.size(KEY, None, 1 << 40).map(Some),
         }
     }
+
+    /// The blocks that the limit of [`Self::sliding_window`] holds for, where there is one.
+    pub(crate) fn sliding_blocks(&self, fields: &Fields<'_>, blocks: usize) -> Result<Vec<usize>> {
+        if !self.sliding_is_optional {
+            return Ok((0..blocks).collect());
+        }
+        Ok(match layer_types(fields)? {
+            Some(slides) => (0..blocks).filter(|&b| slides.get(b) == Some(&true)).collect(),
+            None => (first_sliding(fields)..blocks).collect(),
+        })
+    }
 }
 
-/// Whether any block slides, where the config lists kinds of attention.
-fn layer_types(fields: &Fields<'_>) -> Result<Option<bool>> {
+/// The block from which attention slides, where the config lists no kinds of attention.
+fn first_sliding(fields: &Fields<'_>) -> usize {
+    let first = fields.raw.get("max_window_layers").and_then(Value::as_u64);
+    first.map_or(28, |first| first as usize)
+}
+
+/// Whether each block slides, where the config lists kinds of attention.
+fn layer_types(fields: &Fields<'_>) -> Result<Option<Vec<bool>>> {
     const KEY: &str = "layer_types";
     let Some(value) = fields.get(KEY) else { return Ok(None) };
     let supported = "a list of `full_attention` and `sliding_attention`";
@@ -215,5 +231,5 @@ fn layer_types(fields: &Fields<'_>) -> Result<Option<bool>> {
     if let Some(kind) = kinds.iter().find(|kind| !known(kind)) {
         return Err(fields.unsupported(KEY, kind, supported));
     }
-    Ok(Some(kinds.iter().any(|kind| kind == "sliding_attention")))
+    Ok(Some(kinds.iter().map(|kind| kind == "sliding_attention").collect()))
 }

@@ -67,8 +67,8 @@ pub use layout::Layout;
 pub use linear_shape::LinearShape;
 pub use names::{
     CARD_FILE, CONFIG_FILE, EMBEDDING, FINAL_NORM, G_IDX, HEAD, INDEX_END, LEAVES, MANIFEST_FILE,
-    PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, is_hub_name,
-    weight_file_names,
+    PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,
+    is_hub_name, weight_file_names,
 };
 pub use packed::{PackedNotes, StoredZeros};
 pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};

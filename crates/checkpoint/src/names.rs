@@ -23,6 +23,8 @@ pub const LEAVES: [&str; 4] = [QWEIGHT, QZEROS, SCALES, G_IDX];
 
 /// The model's configuration.
 pub const CONFIG_FILE: &str = "config.json";
+/// The tokenizer.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The quantisation settings.
 pub const QUANTIZE_CONFIG_FILE: &str = "quantize_config.json";
 /// How a branch was made.

@@ -57,7 +57,15 @@ impl PackedNotes {
     /// A sentence for each kind of contradiction.
     #[must_use]
     pub fn warnings(&self, quantize: &QuantizeConfig) -> Vec<String> {
-        let Self { linears, other_format, off_middle, placeholders, .. } = *self;
+        let Self {
+            linears,
+            other_format,
+            off_middle,
+            placeholders,
+            wide_scales,
+            rounded_scales,
+            wide_indices,
+        } = *self;
         let format = quantize.checkpoint_format;
         let how = match format {
             CheckpointFormat::Gptq => "without the minus one",
@@ -84,7 +92,6 @@ impl PackedNotes {
                  are groups: read in order, as by the settings there is no act-order"
             ));
         }
-        let Self { wide_scales, rounded_scales, wide_indices, .. } = *self;
         if wide_scales > 0 {
             let exactly = match rounded_scales {
                 0 => "exactly".to_owned(),
@@ -158,7 +165,8 @@ impl Checkpoint {
     }
 
     /// How the zeros and the group indices of all packed linears relate to the settings, and in what
-    /// types they and the scales are stored. Reads these tensors of each; what cannot be read is left to whoever needs it.
+    /// types they and the scales are stored. Reads these tensors of each; what cannot be read is left
+    /// to whoever needs it.
     #[must_use]
     pub fn packed_notes(&self) -> PackedNotes {
         let mut notes = PackedNotes::default();

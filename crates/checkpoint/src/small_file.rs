@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::path::Path;
 
-use crate::names::INDEX_END;
+use crate::names::{INDEX_END, TOKENIZER_FILE};
 
 /// Largest file that is read whole: more than any configuration has.
 const MOST_BYTES: u64 = 64 << 20;
@@ -20,7 +20,7 @@ const MOST_LISTED: u64 = 1 << 30;
 /// Those of [`std::fs::read`]; and what is no regular file, or larger than any sound file of its name.
 pub fn read_small(path: &Path) -> io::Result<Vec<u8>> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let listed = name == "tokenizer.json" || name.ends_with(INDEX_END);
+    let listed = name == TOKENIZER_FILE || name.ends_with(INDEX_END);
     read_up_to(path, if listed { MOST_LISTED } else { MOST_BYTES })
 }
 

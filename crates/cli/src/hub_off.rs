@@ -7,18 +7,10 @@ use gptq_checkpoint::{Checkpoint, Error};
 use gptq_text::dataset::DatasetSpec;
 
 use crate::args::{FetchArgs, PushArgs};
+use crate::commands::source::Part;
 use crate::printer::Printer;
 
 const NO_HUB: &str = "This build has no Hub access; build it without --no-default-features";
-
-/// What is wanted of a model.
-#[derive(Clone, Copy)]
-pub(crate) enum Part {
-    /// Everything.
-    All,
-    /// Its configuration.
-    Config,
-}
 
 pub(crate) fn fetch_command(_: &FetchArgs, _: &Printer) -> Result<()> {
     bail!("{NO_HUB}")

@@ -42,6 +42,18 @@ pub struct QuantizeJob<'a> {
     pub shared: Option<&'a FirstGrams>,
 }
 
+impl QuantizeJob<'_> {
+    /// Calibration windows, of one length; none where nothing calibrates.
+    pub(crate) fn windows(&self) -> &[Vec<u32>] {
+        self.calibration.map_or(&[], |calibration| &calibration.windows)
+    }
+
+    /// Tokens of a window, for a model that is walked whether there are any or not.
+    pub(crate) fn seq_len(&self) -> usize {
+        self.windows().first().map_or(1, Vec::len)
+    }
+}
+
 /// How the model reads the weights of a source.
 pub(crate) fn precision(dtype: SourceDtype) -> SourcePrecision {
     match dtype {

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use gptq_checkpoint::{EMBEDDING, HEAD, Sealed, Written};
+use gptq_checkpoint::{EMBEDDING, HEAD, REPORT_FILE, Sealed, Written};
 use gptq_model::{Block, LinearId, Model};
 use gptq_quant::round_to_nearest;
-use gptq_records::branch_report::{BranchReport, LinearRecord, REPORT_FILE, TOOL};
+use gptq_records::branch_report::{BranchReport, LinearRecord, TOOL};
 use gptq_records::manifest::{MadeFrom, Manifest};
 use gptq_records::source_dtype::SourceDtype;
 use half::f16;
@@ -89,10 +89,8 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     if let Some(writer) = &mut writer {
         copy_ahead(job, rotations.as_ref(), writer)?;
     }
-    let windows: &[Vec<u32>] = job.calibration.map_or(&[], |c| &c.windows);
-    let seq_len = windows.first().map_or(1, Vec::len);
     let precision = precision(job.source_dtype);
-    let mut model = Model::new(job.source, job.device.clone(), precision, seq_len)?
+    let mut model = Model::new(job.source, job.device.clone(), precision, job.seq_len())?
         .with_ranks(job.ranks.clone());
     if let Some(values) = written_embedding(job, rotations.as_ref())? {
         model = model.with_embedding(values);
@@ -102,7 +100,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     let (walked, writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
         let ahead = read_ahead(scope, &model, rotations, job.source_dtype == SourceDtype::Fp32);
-        let walked = walk(&ahead, &model, job, windows, &sender, progress);
+        let walked = walk(&ahead, &model, job, &sender, progress);
         // A reader that waits to hand its block over learns here that nobody takes it.
         drop(ahead);
         drop(sender);
@@ -114,7 +112,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     let (head, head_report) = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
             let (head, report) =
-                fit_head::fitted(&model, rotations, &job.spec, windows.len(), streams)?;
+                fit_head::fitted(&model, rotations, &job.spec, job.windows().len(), streams)?;
             check_retries(job, std::slice::from_ref(&report), progress)?;
             (head, Some(report))
         }
@@ -161,14 +159,13 @@ fn walk(
     ahead: &Receiver<Result<Block>>,
     model: &Model<'_>,
     job: &QuantizeJob<'_>,
-    windows: &[Vec<u32>],
     writer: &Outbox,
     progress: &dyn Progress,
 ) -> Result<(Vec<BlockReport>, Option<Streams>)> {
     let blocks = model.config().num_hidden_layers;
     progress.begin("quantise", blocks);
     let calibrates = job.spec.recipe.calibrates();
-    let mut calibration = calibrates.then(|| calibrator(model, job, windows)).transpose()?;
+    let mut calibration = calibrates.then(|| calibrator(model, job)).transpose()?;
     let mut reports = Vec::with_capacity(blocks);
     for index in 0..blocks {
         let start = Instant::now();
@@ -198,10 +195,8 @@ fn walk(
 fn calibrator<'a>(
     model: &'a Model<'a>,
     job: &'a QuantizeJob<'a>,
-    windows: &[Vec<u32>],
 ) -> Result<(Calibrator<'a>, Streams)> {
-    // Calibration windows are of one length.
-    let seq_len = windows.first().map_or(1, Vec::len);
+    let (windows, seq_len) = (job.windows(), job.seq_len());
     let own = &windows[job.ranks.share(windows.len(), 1)];
     let work = Workload {
         tokens: own.iter().map(Vec::len).sum(),

@@ -6,14 +6,13 @@
 use std::fs;
 use std::path::Path;
 
+use gptq_checkpoint::REPORT_FILE;
 use serde::{Deserialize, Serialize};
 
 use crate::dataset_identity::{DatasetIdentity, contaminated};
 use crate::error::{Error, Result};
 use crate::source_dtype::SourceDtype;
 
-/// Name of the report in a checkpoint's folder.
-pub const REPORT_FILE: &str = "gptq_report.json";
 /// The version of the fields below.
 pub const REPORT_FORMAT: u32 = 1;
 /// The program, as reports and manifests name it.

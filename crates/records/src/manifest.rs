@@ -13,19 +13,15 @@ use std::fs;
 use std::io;
 use std::path::{Component, Path};
 
-use gptq_checkpoint::Partial;
+use gptq_checkpoint::{CARD_FILE, MANIFEST_FILE, Partial, REPORT_FILE};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::branch_report::{BranchReport, REPORT_FILE};
+use crate::branch_report::BranchReport;
 use crate::digest::{of_file, sha256};
 use crate::error::{Error, Result};
 
-/// Name of the manifest in a branch's folder.
-pub const MANIFEST_FILE: &str = "gptq_manifest.json";
 const FORMAT: u32 = 1;
-/// The model card may be written, and edited, after the branch is finished.
-const CARD: &str = "README.md";
 
 /// Everything that a branch's bytes depend on, by name.
 pub type MadeFrom = BTreeMap<String, String>;
@@ -267,7 +263,8 @@ fn stays_inside(name: &str) -> bool {
 /// Files that a manifest does not list: itself, the report, the model card, and hidden working files.
 pub(crate) fn is_extra(name: &str) -> bool {
     let working = name.starts_with(".gptq");
-    matches!(name, MANIFEST_FILE | REPORT_FILE | CARD) || working
+    // A card may be written, and edited, after the branch is finished.
+    matches!(name, MANIFEST_FILE | REPORT_FILE | CARD_FILE) || working
 }
 
 /// Relative paths of all files of a folder and its folders, sorted.
@@ -380,7 +377,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("folder")).unwrap();
         fs::write(dir.path().join("folder/b"), "abc").unwrap();
-        for extra in [".gptq-partial", CARD, REPORT_FILE, MANIFEST_FILE] {
+        for extra in [".gptq-partial", CARD_FILE, REPORT_FILE, MANIFEST_FILE] {
             fs::write(dir.path().join(extra), "x").unwrap();
         }
         assert_eq!(names(dir.path()).unwrap().iter().filter(|n| !is_extra(n)).count(), 1);

@@ -1,6 +1,6 @@
 //! Which model a branch was made from: a digest that another copy of it has too.
 
-use gptq_checkpoint::Checkpoint;
+use gptq_checkpoint::{CONFIG_FILE, Checkpoint};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -25,7 +25,7 @@ const PIECE: usize = 4096;
 pub fn source_digest(source: &Checkpoint) -> Result<String> {
     let mut hash = Sha256::new();
     let mut files = source.side_files()?;
-    files.push("config.json".into());
+    files.push(CONFIG_FILE.into());
     for name in files {
         let path = source.dir().join(&name);
         let (_, sum) = of_file(&path).map_err(Error::io("read", &path))?;

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::Checkpoint;
+use gptq_checkpoint::{CARD_FILE, Checkpoint};
 use gptq_records::atomic_file::replace;
 use gptq_records::branch_report::{BranchReport, TOOL};
 use gptq_records::locks::{STATE_DIR, SharedFile};
@@ -18,16 +18,13 @@ use serde::Serialize;
 use crate::card_facts::{CardFacts, plain};
 use crate::card_loaders::{Judged, LoaderRow, loader_rows, verdicts_of};
 use crate::collect::{Report, branches, checkpoints};
-use crate::compare::comparisons;
-use crate::compare::{Comparison, Row};
+use crate::compare::{Comparison, Row, comparisons};
 use crate::error::{Error, Result};
 use crate::markdown;
 use crate::summary;
 use crate::units::{self, Unit};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
-/// Name of the card in a checkpoint's folder.
-pub const CARD_FILE: &str = "README.md";
 
 /// A branch in the card's table.
 #[derive(Serialize)]

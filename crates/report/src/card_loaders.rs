@@ -52,7 +52,7 @@ pub(crate) fn verdicts_of(
         return Err(Error::NotQuantized(checkpoint.dir().to_owned()));
     };
     let layout: Layout = branch.layout.parse().map_err(|message| gptq_records::Error::Report {
-        path: checkpoint.dir().join(gptq_records::branch_report::REPORT_FILE),
+        path: checkpoint.dir().join(gptq_checkpoint::REPORT_FILE),
         message,
     })?;
     let text = quantize.file_text(layout)?;

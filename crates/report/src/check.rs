@@ -20,12 +20,12 @@ use std::path::Path;
 
 use gptq_records::atomic_file;
 use gptq_records::branch_report::{BranchReport, EvaluationRecord};
+use gptq_records::source_dtype::SourceDtype;
 use serde::{Deserialize, Serialize};
 
 use crate::collect::Report;
 use crate::compare::Measurement;
 use crate::error::{Error, Result};
-use gptq_records::source_dtype::SourceDtype;
 
 /// The version of a baseline's fields.
 pub const BASELINE_FORMAT: u32 = 1;

@@ -5,7 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gptq_records::branch_report::{BranchReport, REPORT_FILE, REPORT_FORMAT};
+use gptq_checkpoint::REPORT_FILE;
+use gptq_records::branch_report::{BranchReport, REPORT_FORMAT};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

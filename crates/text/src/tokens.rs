@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use gptq_checkpoint::{CONFIG_FILE, TOKENIZER_FILE};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -60,7 +61,7 @@ impl TextTokenizer {
     /// When `tokenizer.json` is absent or invalid, or when the configuration files beside it are
     /// invalid or name a BOS token that the tokeniser does not know.
     pub fn open(folder: &Path, vocab_size: usize) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
+        let path = folder.join(TOKENIZER_FILE);
         let Some(bytes) = read_if_present(&path)? else {
             return Err(Error::TokenizerMissing { folder: folder.to_owned() });
         };
@@ -94,6 +95,17 @@ impl TextTokenizer {
         let first = self.frame.as_ref().and_then(|frame| frame.before.first());
         let added = self.asked_for_bos.unwrap_or(first.is_some() && first == self.bos.as_ref());
         self.bos.filter(|_| added)
+    }
+
+    /// Whether both were read from files that say the same, so that no text needs to be encoded to see
+    /// that they make the same tokens of it.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        let written = |of: &Self| of.tokenizer.to_string(false).ok();
+        (self.vocab_size, self.bos, self.asked_for_bos)
+            == (other.vocab_size, other.bos, other.asked_for_bos)
+            && self.frame == other.frame
+            && written(self).is_some_and(|mine| written(other) == Some(mine))
     }
 
     /// How the tokens that it makes of a text differ from another tokeniser's, in words; `None` where
@@ -249,7 +261,7 @@ fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>> {
             }),
         };
     }
-    let path = folder.join("config.json");
+    let path = folder.join(CONFIG_FILE);
     match read_field(&path, "bos_token_id")? {
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_u64().and_then(|id| u32::try_from(id).ok()) {

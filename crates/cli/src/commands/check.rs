@@ -3,11 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use gptq_checkpoint::REPORT_FILE;
 use gptq_records::atomic_file::refuse_inputs;
-use gptq_records::branch_report::REPORT_FILE;
-use gptq_report::Error;
-use gptq_report::Report;
 use gptq_report::check::{Baseline, Finding, Outcome, Verdict};
+use gptq_report::{Error, Report};
 
 use super::table::table;
 use super::{print_json, print_result};
@@ -42,11 +41,9 @@ fn update(args: &CheckArgs, report: &Report, whole: bool, printer: &Printer) -> 
     // A pipe or a device is written into, and has no values of before: what could be read from it may
     // be this program's own output.
     let written_into = args.baseline.exists() && !args.baseline.is_file();
-    let before = match Baseline::read(&args.baseline) {
-        _ if written_into => None,
-        Ok(before) => Some(before),
+    let before = match (!written_into).then(|| Baseline::read(&args.baseline)).transpose() {
         Err(Error::NoBaseline(_)) => None,
-        Err(other) => return Err(other.into()),
+        before => before?,
     };
     let accepted = Baseline::accept(report, before.as_ref(), whole)?;
     match before.unwrap_or_else(|| accepted.clone()).check(report, whole) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use gptq_checkpoint::Checkpoint;
+use gptq_checkpoint::{Checkpoint, TOKENIZER_FILE};
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::agreement;
@@ -14,8 +14,8 @@ use gptq_pipeline::host_memory;
 use gptq_pipeline::perplexity::{Perplexity, Tally, score};
 use gptq_pipeline::progress::Progress;
 use gptq_records::atomic_file::{refuse_inputs, replace};
-use gptq_text::evaluation::EvaluationSpec;
-use gptq_text::evaluation::{EvalText, evaluation_text};
+use gptq_text::evaluation::{EvalText, EvaluationSpec, evaluation_text};
+use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
 use super::source::{open_checkpoint, provide_text, warn_of};
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
     };
     let text = evaluation_text(&checkpoint, &spec, None)?;
     if let Some((name, base)) = &base {
-        same_tokens(base, name, &text, &spec)?;
+        same_tokens(&checkpoint, (name, base), &text, &spec)?;
     }
     if text.contaminated == Some(true) {
         printer.warn("the checkpoint was calibrated on this text, which flatters it");
@@ -132,12 +132,17 @@ pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
 /// The base reads the model's tokens: to one whose tokeniser makes others of the text they are another
 /// text, and its perplexity and the KL say nothing. A base without a tokeniser takes what it is given.
 fn same_tokens(
-    base: &Checkpoint,
-    name: &str,
+    checkpoint: &Checkpoint,
+    (name, base): (&str, &Checkpoint),
     text: &EvalText,
     spec: &EvaluationSpec,
 ) -> Result<()> {
-    if !base.dir().join("tokenizer.json").is_file() {
+    if !base.dir().join(TOKENIZER_FILE).is_file() {
+        return Ok(());
+    }
+    let open = |of: &Checkpoint| TextTokenizer::open(of.dir(), of.config().vocab_size);
+    // The usual case, in which the text need not be read and encoded once more.
+    if open(base)?.is_same(&open(checkpoint)?) {
         return Ok(());
     }
     let spec = EvaluationSpec { seq_len: Some(text.seq_len), ..spec.clone() };

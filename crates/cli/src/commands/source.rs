@@ -7,7 +7,7 @@ use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
 use gptq_pipeline::progress::Progress;
 use gptq_text::dataset::DatasetSpec;
 
-use crate::hub::{self, Part};
+use crate::hub;
 use crate::printer::Printer;
 
 /// Opens a model or checkpoint by folder or Hub id.
@@ -57,6 +57,15 @@ pub(super) fn locate(checkpoint: &str, printer: &Printer) -> Result<PathBuf> {
 /// Sees to it that a split of the Hub is in the cache; whether it can be read shows later.
 pub(super) fn provide_text(dataset: &DatasetSpec, printer: &Printer) -> Result<()> {
     if dataset.is_missing() { hub::text(dataset, printer) } else { Ok(()) }
+}
+
+/// What is wanted of a model.
+#[derive(Clone, Copy)]
+pub(crate) enum Part {
+    /// Everything.
+    All,
+    /// Its configuration.
+    Config,
 }
 
 fn find(model: &str) -> Result<PathBuf, Error> {

@@ -15,22 +15,13 @@ use gptq_hub::{Hub, Source, Stream};
 use gptq_text::dataset::DatasetSpec;
 
 use crate::args::RETRIES;
-use crate::commands::source::split_revision;
+use crate::commands::source::{Part, split_revision};
 use crate::printer::Printer;
 use fetch::{cache_root, split_source};
 use transfer::Transfer;
 
 pub(crate) use fetch::run as fetch_command;
 pub(crate) use push::run as push_command;
-
-/// What is wanted of a model.
-#[derive(Clone, Copy)]
-pub(crate) enum Part {
-    /// Everything.
-    All,
-    /// Its configuration.
-    Config,
-}
 
 /// Whether an error is this program's fault.
 pub(crate) fn is_internal(error: &anyhow::Error) -> bool {

@@ -14,12 +14,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use gptq_checkpoint::{Checkpoint, Partial, finish_rename};
+use gptq_checkpoint::{Checkpoint, MANIFEST_FILE, Partial, REPORT_FILE, finish_rename};
 use gptq_compute::{Device, Ranks};
-use gptq_records::branch_report::{BranchReport, EvaluationRecord, REPORT_FILE, TOOL, model_name};
+use gptq_records::branch_report::{BranchReport, EvaluationRecord, TOOL, model_name};
 use gptq_records::digest::sha256;
 use gptq_records::locks::Lock;
-use gptq_records::manifest::{MANIFEST_FILE, MadeFrom, Manifest};
+use gptq_records::manifest::{MadeFrom, Manifest};
 use gptq_records::source_digest::source_digest;
 use gptq_text::calibration::Calibration;
 use gptq_text::evaluation::{EvalText, evaluation_text};

@@ -20,7 +20,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use gptq_records::branch_report::{BranchReport, REPORT_FILE};
+use gptq_checkpoint::{PARTIAL_END, REPORT_FILE};
+use gptq_records::branch_report::BranchReport;
 use gptq_records::manifest::{MadeFrom, Manifest};
 
 use crate::error::{Error, Result};
@@ -126,7 +127,7 @@ pub(crate) fn unlink_moved(dir: &Path) -> Result<bool> {
 
 fn partial_path(dir: &Path) -> PathBuf {
     let mut name = dir.as_os_str().to_owned();
-    name.push(".partial");
+    name.push(PARTIAL_END);
     PathBuf::from(name)
 }
 

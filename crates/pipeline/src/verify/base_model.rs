@@ -6,23 +6,19 @@
 //! change nothing that is computed are left out: sizes ([`super::base::check_base`]), the activation
 //! (there is one), whether the head is tied (the values of the head tell), the context, types.
 
-use gptq_checkpoint::{Checkpoint, ModelConfig, RopeScaling};
+use gptq_checkpoint::{CONFIG_FILE, Checkpoint, ModelConfig, RopeScaling, TOKENIZER_FILE};
 use gptq_text::tokens::TextTokenizer;
-use serde_json::Value;
 
 use super::findings::{Check, Findings};
-
-const CONFIG: &str = "config.json";
-const TOKENIZER: &str = "tokenizer.json";
 
 /// Compares the configuration and the tokeniser with the base's.
 pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut Findings) {
     findings.examine(Check::Model, 1);
     for (key, mine, theirs) in differences(checkpoint.config(), base.config()) {
         let message = format!("says {key} {mine}, but the base's says {theirs}");
-        findings.add(Check::Model, CONFIG, message);
+        findings.add(Check::Model, CONFIG_FILE, message);
     }
-    let has = |of: &Checkpoint| of.dir().join(TOKENIZER).is_file();
+    let has = |of: &Checkpoint| of.dir().join(TOKENIZER_FILE).is_file();
     if !(has(checkpoint) && has(base)) {
         return;
     }
@@ -33,10 +29,10 @@ pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut F
     match open(checkpoint) {
         Ok(mine) => {
             if let Some(how) = mine.difference(&theirs) {
-                findings.add(Check::Model, TOKENIZER, how);
+                findings.add(Check::Model, TOKENIZER_FILE, how);
             }
         }
-        Err(error) => findings.add(Check::Model, TOKENIZER, error.to_string()),
+        Err(error) => findings.add(Check::Model, TOKENIZER_FILE, error.to_string()),
     }
 }
 
@@ -61,7 +57,7 @@ const KEYS: [(&str, Told); 7] = [
     ("rope_theta", |c| format!("{:?}", c.rope.theta)),
     ("rope_scaling", |c| scaling(c.rope.scaling)),
     ("sliding_window", |c| c.sliding_window.map_or_else(|| "none".to_owned(), |w| w.to_string())),
-    ("that attention slides in", sliding_blocks),
+    ("that attention slides in", |c| list(c.sliding_blocks.iter().map(|b| format!("block {b}")))),
     ("that there are biases of", |c| {
         let biased = c.block_linears().into_iter().filter(|linear| linear.bias);
         list(biased.map(|linear| linear.name.to_owned()))
@@ -86,27 +82,6 @@ fn scaling(scaling: RopeScaling) -> String {
             )
         }
     }
-}
-
-/// Blocks whose attention slides: Mistral's all do, Qwen's from one on or those that are listed.
-fn sliding_blocks(config: &ModelConfig) -> String {
-    let slides = |block: usize| {
-        if config.sliding_window.is_none() {
-            return false;
-        }
-        if !config.raw().get("use_sliding_window").is_some_and(|uses| *uses == true) {
-            return true;
-        }
-        match config.raw().get("layer_types").and_then(Value::as_array) {
-            Some(kinds) => kinds.get(block).is_some_and(|kind| *kind == "sliding_attention"),
-            None => {
-                let first = config.raw().get("max_window_layers").and_then(Value::as_u64);
-                block as u64 >= first.unwrap_or(28)
-            }
-        }
-    };
-    let blocks = (0..config.num_hidden_layers).filter(|&block| slides(block));
-    list(blocks.map(|block| format!("block {block}")))
 }
 
 fn list(of: impl Iterator<Item = String>) -> String {

@@ -4,16 +4,13 @@ use std::collections::BTreeSet;
 
 use gptq_checkpoint::loaders::GroupIndex;
 use gptq_checkpoint::{
-    Checkpoint, CheckpointFormat, GptqLinear, LinearShape, ModelConfig, QuantizeConfig,
+    Checkpoint, CheckpointFormat, GptqLinear, LEAVES, LinearShape, ModelConfig, QuantizeConfig,
     StoredZeros, unpack_rows,
 };
 use gptq_model::Stage;
 use rayon::prelude::*;
 
 use super::findings::{Check, Findings};
-
-/// The four tensors of a quantised linear.
-pub(super) const LEAVES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
 
 /// What loaders and later checks want to know of the values.
 #[derive(Debug, Default)]

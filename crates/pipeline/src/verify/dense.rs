@@ -1,11 +1,10 @@
 //! What is not quantised against the base's, in the same coordinates.
 
-use gptq_checkpoint::{Checkpoint, HEAD, Head, Layout, QuantizeConfig, tensor_specs};
+use gptq_checkpoint::{Checkpoint, HEAD, Head, LEAVES, Layout, QuantizeConfig, tensor_specs};
 use half::f16;
 use ndarray::Array2;
 
 use super::base::relative;
-use super::contents::LEAVES;
 use super::findings::{Check, Findings};
 use crate::error::Result;
 use crate::rotate::{FusedRotations, dense_head};

@@ -149,14 +149,13 @@ impl Fit {
         let grid = Grid::new(linear, weight);
         let (columns, error, energy) = grid.columns();
         let gains = grid.rows(|row| grid.gains(row, &columns));
-        let group = |group: usize| -> Vec<Gain> { gains.iter().map(|row| row.0[group]).collect() };
+        let of_group = |group: usize| gains.iter().map(move |row| &row.0[group]);
         let foreign_group = (0..linear.groups)
             .into_par_iter()
-            .find_map_first(|g| Some((g, Gain::foreign(&group(g))?)));
-        let whole: Vec<Gain> = gains.iter().flat_map(|row| row.0.iter().copied()).collect();
+            .find_map_first(|g| Some((g, Gain::foreign(of_group(g))?)));
         let foreign_outputs = gains.par_iter().enumerate();
         let foreign_outputs =
-            foreign_outputs.filter_map(|(row, gains)| Gain::foreign(&gains.1).map(|_| row));
+            foreign_outputs.filter_map(|(row, gains)| Gain::foreign(gains.1.iter()).map(|_| row));
         let judged = columns.iter().filter(|column| column.used > 0 && column.count > 0.0);
         let usual: Vec<f64> = columns.iter().map(Column::mean_square).collect();
         let deviations = grid.rows(|row| {
@@ -167,7 +166,7 @@ impl Fit {
             error,
             energy,
             nearest: judged.min_by(|a, b| a.mean_square().total_cmp(&b.mean_square())).copied(),
-            foreign_whole: Gain::foreign_whole(&whole, linear.bits),
+            foreign_whole: Gain::foreign_whole(gains.iter().flat_map(|row| &row.0), linear.bits),
             foreign_group,
             foreign_outputs: foreign_outputs.collect(),
             swapped: swapped(&gains, linear),
@@ -360,12 +359,12 @@ impl Gain {
     }
 
     /// The gain over all of `parts`, where it is surely that of other weights.
-    fn foreign(parts: &[Self]) -> Option<f64> {
+    fn foreign<'a>(parts: impl Iterator<Item = &'a Self> + Clone) -> Option<f64> {
         Self::sure(parts).filter(|(gain, _)| !GAINS.contains(gain)).map(|(gain, _)| gain)
     }
 
     /// As [`foreign`](Self::foreign), over all parts of a linear.
-    fn foreign_whole(parts: &[Self], bits: Bits) -> Option<f64> {
+    fn foreign_whole<'a>(parts: impl Iterator<Item = &'a Self> + Clone, bits: Bits) -> Option<f64> {
         let (gain, noise) = Self::sure(parts)?;
         let smallest = match bits {
             Bits::Two => 0.0,
@@ -375,10 +374,10 @@ impl Gain {
     }
 
     /// The gain over all of `parts`, where it is surely not 1, and the noise about it.
-    fn sure(parts: &[Self]) -> Option<(f64, f64)> {
+    fn sure<'a>(parts: impl Iterator<Item = &'a Self> + Clone) -> Option<(f64, f64)> {
         let mut all = Self::default();
-        parts.iter().for_each(|part| all.add(part));
-        let squares: f64 = parts.iter().map(|part| part.wanted * part.wanted).sum();
+        parts.clone().for_each(|part| all.add(part));
+        let squares: f64 = parts.clone().map(|part| part.wanted * part.wanted).sum();
         let enough = all.wanted * all.wanted > ENOUGH * squares;
         let gain = all.product / all.wanted;
         let noise = all.given / all.wanted - gain * gain;
@@ -387,7 +386,7 @@ impl Gain {
         }
         // The parts scatter about the gain; their sum is as sure as that allows.
         let scatter = |part: &Self| (part.product - gain * part.wanted).powi(2);
-        let error = parts.iter().map(scatter).sum::<f64>().sqrt() / all.wanted;
+        let error = parts.map(scatter).sum::<f64>().sqrt() / all.wanted;
         let sure = (gain - 1.0).abs() > SURE * error;
         sure.then_some((gain, noise))
     }

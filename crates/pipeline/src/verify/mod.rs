@@ -26,7 +26,7 @@ mod weights;
 use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::loaders::{LoaderVerdict, verdicts};
-use gptq_checkpoint::{Checkpoint, Head, Layout, QuantizeConfig};
+use gptq_checkpoint::{CONFIG_FILE, Checkpoint, Head, Layout, QuantizeConfig};
 use gptq_text::evaluation::EvalText;
 use serde::Serialize;
 
@@ -148,7 +148,7 @@ fn readable(
     if checkpoint.head().is_ok_and(|head| head == Head::Untied) {
         let message = "ties the head to the embedding, but lm_head.weight holds other values, and \
                        loaders disagree on which to use: set tie_word_embeddings to false";
-        findings.add(Check::Configuration, "config.json", message);
+        findings.add(Check::Configuration, CONFIG_FILE, message);
     }
     let layout = structure::check_tensors(&checkpoint, &stored, findings);
     let values = contents::check(&checkpoint, &stored, findings);

@@ -10,8 +10,7 @@ use std::cmp::Ordering;
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
-use gptq_text::evaluation::EvaluationSpec;
-use gptq_text::evaluation::{EvalText, evaluation_text};
+use gptq_text::evaluation::{EvalText, EvaluationSpec, evaluation_text};
 use ndarray::Array2;
 use serde::Serialize;
 

@@ -6,17 +6,14 @@ use std::path::Path;
 
 use gptq_checkpoint::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
 use gptq_checkpoint::{
-    Bits, Checkpoint, DType, Head, Layout, LinearShape, ModelConfig, QuantizeConfig, TensorSpec,
-    json_text, tensor_specs,
+    Bits, CONFIG_FILE, Checkpoint, DType, Head, Layout, LinearShape, ModelConfig,
+    QUANTIZE_CONFIG_FILE, QuantizeConfig, TensorSpec, json_text, tensor_specs,
 };
 use serde_json::{Map, Value};
 
 use super::contents::Values;
 use super::findings::{Check, Findings};
 use crate::error::Result;
-
-const QUANTIZE_CONFIG: &str = "quantize_config.json";
-const CONFIG: &str = "config.json";
 
 /// The two places that say how a checkpoint is quantised.
 pub(super) struct ConfigFiles {
@@ -28,7 +25,7 @@ impl ConfigFiles {
     /// Reads both files of a folder.
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let mut found = BTreeMap::new();
-        for name in [QUANTIZE_CONFIG, CONFIG] {
+        for name in [QUANTIZE_CONFIG_FILE, CONFIG_FILE] {
             let path = dir.join(name);
             let text = match json_text(&path) {
                 Ok(text) => text,
@@ -38,7 +35,7 @@ impl ConfigFiles {
             let parsed = serde_json::from_str::<Map<String, Value>>(&text);
             match (parsed, name) {
                 (Err(e), _) => drop(found.insert(name, Err(format!("is not JSON: {e}")))),
-                (Ok(keys), QUANTIZE_CONFIG) => drop(found.insert(name, Ok(keys))),
+                (Ok(keys), QUANTIZE_CONFIG_FILE) => drop(found.insert(name, Ok(keys))),
                 (Ok(mut keys), _) => match keys.remove("quantization_config") {
                     Some(Value::Object(keys)) => drop(found.insert(name, Ok(keys))),
                     _ => continue,
@@ -127,9 +124,9 @@ pub(super) fn check_configs(
 ) {
     findings.examine(Check::Configuration, 2);
     let mut parsed = Vec::new();
-    for name in [QUANTIZE_CONFIG, CONFIG] {
+    for name in [QUANTIZE_CONFIG_FILE, CONFIG_FILE] {
         let problem = match files.found.get(name) {
-            None if name == CONFIG => {
+            None if name == CONFIG_FILE => {
                 "has no quantization_config: transformers needs it".to_owned()
             }
             // Transformers and others write config.json alone; the table says who needs more.
@@ -202,8 +199,9 @@ fn check_agreement(one: &QuantizeConfig, other: &QuantizeConfig, findings: &mut 
     let settings = settings.map(|((key, mine), (_, theirs))| [key.to_owned(), mine, theirs]);
     for [key, mine, theirs] in settings.chain(names) {
         if mine != theirs {
-            let message = format!("{key} is {mine} in {QUANTIZE_CONFIG} and {theirs} in {CONFIG}");
-            findings.add(Check::Configuration, CONFIG, message);
+            let message =
+                format!("{key} is {mine} in {QUANTIZE_CONFIG_FILE} and {theirs} in {CONFIG_FILE}");
+            findings.add(Check::Configuration, CONFIG_FILE, message);
         }
     }
 }
@@ -395,9 +393,11 @@ pub(super) fn loader_facts(
         file_stem: sharded.clone().unwrap_or_else(|| stem.to_string_lossy().into_owned()),
         sharded: sharded.is_some(),
         pt_metadata: weights.iter().all(|f| f.metadata.get("format").is_some_and(|v| v == "pt")),
-        quantize_config: files.keys(QUANTIZE_CONFIG).map(|keys| keys.keys().cloned().collect()),
+        quantize_config: files
+            .keys(QUANTIZE_CONFIG_FILE)
+            .map(|keys| keys.keys().cloned().collect()),
         quantization_config: files
-            .keys(CONFIG)
+            .keys(CONFIG_FILE)
             .is_some_and(|keys| keys.get("quant_method").is_some_and(|m| m == "gptq")),
     }
 }

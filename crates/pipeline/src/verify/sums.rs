@@ -5,7 +5,8 @@
 
 use std::path::Path;
 
-use gptq_records::manifest::{MANIFEST_FILE, Manifest};
+use gptq_checkpoint::MANIFEST_FILE;
+use gptq_records::manifest::Manifest;
 
 use super::findings::{Check, Findings};
 use crate::error::Result;
