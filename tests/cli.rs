@@ -371,14 +371,14 @@ fn mistyped_commands_are_the_users() {
     assert_snapshot!(run(&["ppl", "m", "--protocol", "mine"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: invalid value 'mine' for '--protocol <PROTOCOL>': Protocol `mine` is unknown; choose paper, llama-cpp or strided
+    error: invalid value 'mine' for '--protocol <PROTOCOL>': Protocol `mine` is unknown: it is none of paper, llama-cpp and strided
 
     For more information, try '--help'.
     ");
     assert_snapshot!(run(&["ppl", "m", "--dataset", "a:b"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: invalid value 'a:b' for '--dataset <DATASET>': Dataset `a:b` cannot be read: it is not three parts with `:` between them, nor a file of a known kind; give `ORG/NAME:CONFIG:SPLIT`, or the path of a .txt, .jsonl or .parquet file
+    error: invalid value 'a:b' for '--dataset <DATASET>': Dataset `a:b` cannot be read: it is not three parts with `:` between them, nor a file of a known kind; a dataset is `ORG/NAME:CONFIG:SPLIT`, or the path of a .txt, .jsonl or .parquet file
 
     For more information, try '--help'.
     ");
@@ -411,12 +411,14 @@ fn values_that_no_branch_can_have_are_refused() {
     assert_snapshot!(quantize(&["--bits", "5"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: 5 bits are not supported; use 2, 3, 4 or 8
+    error: 5 bits are not supported
+    hint: use 2, 3, 4 or 8
     ");
     assert_snapshot!(quantize(&["--damp", "1.5"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: Damping 1.5 is not supported; use a number above 0 and below 1
+    error: Damping 1.5 is not supported
+    hint: use a number above 0 and below 1
     ");
     quantize(&["--group-size", "300000000"]).refused(&["300000000", "268435456", "none"]);
     quantize(&["--calib", "nope"]).refused(&["nope", "card", "wikitext2"]);
@@ -472,7 +474,8 @@ fn a_model_that_is_not_there_gets_a_hint() {
     assert_snapshot!(found.snapshot(), @r"
     exit code 1
     --- stderr
-    error: `org/name` at revision `main` is neither a local path nor in the Hub cache (looked in `[DIR]/cache/hub/models--org--name`): download it with `gptq fetch org/name`, give a local folder, or set HF_HOME to a cache that holds it
+    error: `org/name` at revision `main` is neither a local path nor in the Hub cache (looked in `[DIR]/cache/hub/models--org--name`)
+    hint: download it with `gptq fetch org/name`, give a local folder, or set HF_HOME to a cache that holds it
     ");
 }
 

@@ -562,13 +562,13 @@ fn packed_tensors_without_settings_are_named_with_what_to_do() {
     file.config.as_object_mut().unwrap().remove("quantization_config");
     file.write(&dir);
     let packed = "model.layers.0.mlp.down_proj.qweight";
-    all_refuse(&dir, &[packed, "no file says how they are quantised", "quantize_config.json"]);
+    all_refuse(&dir, &[packed, "no file says how they are quantized", "quantize_config.json"]);
     // What others call a setting.
     dir.write("g/quantize_config.json", r#"{"wbits": 4, "groupsize": 32}"#);
     all_refuse(&dir, &["`bits` is missing", "`wbits`"]);
     fs::remove_file(dir.path("g/quantize_config.json")).unwrap();
     dir.write("g/quant_config.json", r#"{"w_bit": 4, "q_group_size": 32, "version": "GEMM"}"#);
-    all_refuse(&dir, &["AWQ", "quantise the dense model"]);
+    all_refuse(&dir, &["AWQ", "quantize the dense model"]);
     fs::remove_file(dir.path("g/quant_config.json")).unwrap();
     let number = (Dtype::I64, vec![1], 4_u64.to_le_bytes().to_vec());
     file.tensors.insert("gptq_bits".to_owned(), number);

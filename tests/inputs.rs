@@ -146,7 +146,7 @@ fn a_window_that_memory_does_not_hold_is_refused_before_the_walk() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("A window of 1000000 tokens would take "), "{stderr}");
-    assert!(stderr.contains(" GB are free; use shorter windows (--seq-len)"), "{stderr}");
+    assert!(stderr.contains(" GB are free\nhint: use shorter windows (--seq-len)\n"), "{stderr}");
 }
 
 /// One block of width 256 under a vocabulary of 400,000: tables of 205 MB each, in fp16.

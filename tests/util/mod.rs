@@ -116,8 +116,11 @@ impl Outcome {
         let errors: Vec<&str> = self.stderr.lines().filter(|l| l.contains("error:")).collect();
         assert_eq!(errors.len(), 1, "{}", self.stderr);
         assert!(errors[0].starts_with("error: "), "{}", self.stderr);
+        let hints = self.stderr.lines().filter(|line| line.starts_with("hint: "));
+        let lines: Vec<&str> = errors.into_iter().chain(hints).collect();
         for name in names {
-            assert!(errors[0].contains(name), "`{name}` is not named in: {}", self.stderr);
+            let named = lines.iter().any(|line| line.contains(name));
+            assert!(named, "`{name}` is not named in: {}", self.stderr);
         }
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
     }

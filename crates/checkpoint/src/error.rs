@@ -1,7 +1,7 @@
 //! What can go wrong with a checkpoint folder.
 //!
 //! One enum for the crate. A variant is named after the cause and carries the tensor, file and
-//! shape that a user needs in order to act; the message says what to do where that is not obvious.
+//! shape that a user needs in order to act; [`Error::hint`] says what to do where that is not obvious.
 //! Sources are kept as sources, so that a caller printing the chain does not repeat them.
 
 use std::io;
@@ -75,7 +75,7 @@ pub enum Error {
         dir: PathBuf,
     },
     /// Something well known lies where a model should.
-    #[error("`{}` {what}: {advice}", path.display())]
+    #[error("`{}` {what}", path.display())]
     NoModel {
         /// The folder or file.
         path: PathBuf,
@@ -84,10 +84,9 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
     },
-    /// A quantised folder with several candidates and nothing that chooses among them.
+    /// A quantized folder with several candidates and nothing that chooses among them.
     #[error(
-        "`{}` has {count} safetensors files and none is named by its quantisation config; set \
-         `model_file_base_name` in `quantize_config.json`",
+        "`{}` has {count} safetensors files and none is named by its quantization config",
         dir.display()
     )]
     AmbiguousWeights {
@@ -97,7 +96,7 @@ pub enum Error {
         count: usize,
     },
     /// The index names a weight file that is not there.
-    #[error("`{}` names the shard `{shard}`, which is missing; download it again", index.display())]
+    #[error("`{}` names the shard `{shard}`, which is missing", index.display())]
     MissingShard {
         /// The index file.
         index: PathBuf,
@@ -137,10 +136,7 @@ pub enum Error {
         reason: String,
     },
     /// Git's stand-in for a large file.
-    #[error(
-        "`{}` is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
-        path.display()
-    )]
+    #[error("`{}` is a Git LFS pointer, not the weights", path.display())]
     LfsPointer {
         /// The weight file.
         path: PathBuf,
@@ -152,6 +148,8 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong, naming the tensor, global or opcode where one is at fault.
         reason: String,
+        /// What to do, where something helps.
+        advice: Option<&'static str>,
     },
     /// A tensor that the checkpoint should have is not there.
     #[error("`{}` has no tensor `{tensor}`", dir.display())]
@@ -164,7 +162,7 @@ pub enum Error {
     /// Every name has a prefix that the model's do not have.
     #[error(
         "`{}` has no tensor `{tensor}`, but one with `{prefix}` before that name: its weights are \
-         those of a wrapper or of a larger model; save the model inside of it",
+         those of a wrapper or of a larger model",
         dir.display()
     )]
     Prefixed {
@@ -178,7 +176,7 @@ pub enum Error {
     /// Names lack the prefix that a whole model's have.
     #[error(
         "`{}` has no tensor `{tensor}`, but `{bare}`: its weights are those of a model without a \
-         head; save the model for causal language modelling",
+         head",
         dir.display()
     )]
     Unprefixed {
@@ -201,10 +199,7 @@ pub enum Error {
         family: &'static str,
     },
     /// A block holds a part of an adapter.
-    #[error(
-        "Tensor `{tensor}` is of an adapter that was not merged into the model; merge it (PEFT: \
-         `merge_and_unload`) and save the result"
-    )]
+    #[error("Tensor `{tensor}` is of an adapter that was not merged into the model")]
     Adapter {
         /// The tensor.
         tensor: String,
@@ -260,7 +255,7 @@ pub enum Error {
     /// A scale is too small for fp16, which GPTQ computes with.
     #[error(
         "Tensor `{tensor}` holds `{value}` at flat index {index}, which is too small for fp16, the \
-         type that scales are computed with; quantize the dense model again"
+         type that scales are computed with"
     )]
     F16Underflow {
         /// The tensor.
@@ -291,26 +286,28 @@ pub enum Error {
         /// How many groups the linear has.
         groups: usize,
     },
-    /// A quantised linear was asked of a checkpoint without a quantisation config.
-    #[error("`{}` is not a GPTQ checkpoint: it has no quantisation config", dir.display())]
+    /// A quantized linear was asked of a checkpoint without a quantization config.
+    #[error("`{}` is not a GPTQ checkpoint: it has no quantization config", dir.display())]
     NotQuantized {
         /// The checkpoint folder.
         dir: PathBuf,
     },
-    /// Packed tensors of which nothing says how they are quantised.
+    /// Packed tensors of which nothing says how they are quantized.
     #[error("`{}` holds packed tensors such as `{tensor}`, but {reason}", dir.display())]
     NoSettings {
         /// The checkpoint folder.
         dir: PathBuf,
         /// The first packed tensor.
         tensor: String,
-        /// What is known of them, and what to do.
+        /// What is known of them.
         reason: String,
+        /// What to do.
+        advice: &'static str,
     },
     /// A head or an embedding that is packed.
     #[error(
-        "Tensor `{tensor}` is packed: quantised heads and embeddings are not supported, only \
-         linears of blocks are; quantise the dense model without them"
+        "Tensor `{tensor}` is packed: quantized heads and embeddings are not supported, only \
+         linears of blocks are"
     )]
     PackedHead {
         /// The tensor.
@@ -319,7 +316,7 @@ pub enum Error {
     /// The order of a linear's columns is nowhere.
     #[error(
         "Tensor `{tensor}` {lost}, but with act-order (`desc_act` true) and groups only it says \
-         which group a column belongs to; the order cannot be known, so get the whole file again"
+         which group a column belongs to; the order cannot be known"
     )]
     LostOrder {
         /// The group index.
@@ -377,46 +374,68 @@ pub enum Error {
         len: usize,
     },
     /// Metadata given by the caller collides with a key that the writer sets.
-    #[error("Metadata key `{key}` is set by the writer; choose another name")]
+    #[error("Metadata key `{key}` is set by the writer")]
     ReservedMetadata {
         /// The key.
         key: String,
     },
     /// The output exists and is not an empty folder.
-    #[error(
-        "Output `{}` already exists and is not an empty folder; remove it or choose another name",
-        path.display()
-    )]
+    #[error("Output `{}` already exists and is not an empty folder", path.display())]
     OutputExists {
         /// The output folder asked for.
         path: PathBuf,
     },
     /// The working folder's name is taken by something this crate did not make.
-    #[error(
-        "Working folder `{}` exists and was not made by this program; move it away or choose \
-         another output",
-        path.display()
-    )]
+    #[error("Working folder `{}` exists and was not made by this program", path.display())]
     ForeignPartial {
         /// The working folder.
         path: PathBuf,
     },
+    /// The output is the folder that this process runs in.
+    #[error("Cannot replace `{}`: it is the current folder", path.display())]
+    CurrentFolder {
+        /// The output folder asked for.
+        path: PathBuf,
+    },
+    /// The output is a link that leads nowhere.
+    #[error("Cannot create `{}`: it is a link to `{}`, which is missing", path.display(), target.display())]
+    DeadLink {
+        /// The output folder asked for.
+        path: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+    },
+    /// The output is where a file system is mounted.
+    #[error("Cannot replace `{}`: it is a mount point, which no folder can be renamed to", path.display())]
+    MountPoint {
+        /// The output folder asked for.
+        path: PathBuf,
+    },
+    /// A finished checkpoint that could not get its name.
+    #[error("Cannot create `{}`; the finished checkpoint is in `{}`", out.display(), at.display())]
+    Unnamed {
+        /// The output folder asked for.
+        out: PathBuf,
+        /// Where the checkpoint is.
+        at: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// Another run is writing the same output.
-    #[error("Another run is writing `{}`; wait for it or choose another output", path.display())]
+    #[error("Another run is writing `{}`", path.display())]
     PartialInUse {
         /// The working folder.
         path: PathBuf,
     },
     /// A file of the source that would be carried over has a name that cannot be recorded.
-    #[error("`{}` has a name that is no UTF-8; rename it, or move it out of the folder", path.display())]
+    #[error("`{}` has a name that is no UTF-8", path.display())]
     FileName {
         /// The file.
         path: PathBuf,
     },
     /// The disk cannot hold the checkpoint.
     #[error(
-        "`{}` has {available} bytes free, but the checkpoint needs {needed}; free some space or \
-         choose another disk",
+        "`{}` has {available} bytes free, but the checkpoint needs {needed}",
         path.display()
     )]
     DiskSpace {
@@ -468,8 +487,7 @@ pub enum Error {
     /// A Hub repository or revision that is not in the local cache.
     #[error(
         "`{id}` at revision `{revision}` is neither a local path nor in the Hub cache (looked in \
-         `{}`): download it with `gptq fetch {request}`, give a local folder, or set HF_HOME to a \
-         cache that holds it",
+         `{}`)",
         looked_in.display()
     )]
     NotInHubCache {
@@ -483,9 +501,7 @@ pub enum Error {
         request: String,
     },
     /// What is no local path may be in the cache, but no environment variable says where that is.
-    #[error(
-        "`{id}` is no local path, and no Hub cache is known: give a local folder, or set HF_HOME"
-    )]
+    #[error("`{id}` is no local path, and no Hub cache is known")]
     NoHubCache {
         /// The id as given.
         id: String,

@@ -11,7 +11,7 @@ use crate::Error;
 /// What a path without a model holds instead, where that is something well known.
 pub(crate) fn recognize(path: &Path) -> Option<Error> {
     let found = |what, advice| Some(Error::NoModel { path: path.to_owned(), what, advice });
-    const GGUF: &str = "it cannot be read: give the safetensors model that it was converted from";
+    const GGUF: &str = "give the safetensors model that it was converted from";
     if path.is_file() {
         return match starts_with(path, b"GGUF") {
             true => found("is a GGUF file", GGUF),

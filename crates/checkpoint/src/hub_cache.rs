@@ -168,10 +168,13 @@ mod tests {
         for revision in [None, Some("abc123"), Some("pr/1"), Some("v1+x")] {
             assert_eq!(find(revision).unwrap(), repository.join("snapshots/abc123"));
         }
-        let message = find(Some("v2")).unwrap_err().to_string();
-        let fetch = "`gptq fetch org/name --revision v2`";
-        for part in ["HF_HOME", "v2", fetch, "models--org--name", "local folder"] {
-            assert!(message.contains(part), "{message}");
+        let error = find(Some("v2")).unwrap_err();
+        for part in ["v2", "models--org--name"] {
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        let hint = error.hint().unwrap();
+        for part in ["HF_HOME", "`gptq fetch org/name --revision v2`", "local folder"] {
+            assert!(hint.contains(part), "{hint}");
         }
         assert!(find(Some("evil")).is_err());
         assert!(resolve("datasets", "org/name", None, Some(root.path())).is_err());

@@ -29,6 +29,7 @@ mod gptq;
 mod group_size;
 mod head;
 mod header;
+mod hint;
 mod hub_cache;
 mod json;
 mod layout;

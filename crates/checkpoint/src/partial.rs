@@ -133,7 +133,7 @@ impl Partial {
         self.keep_on_drop();
         // Renaming onto an empty folder replaces it; one that was filled meanwhile is an error.
         let named = sync(&self.path).and_then(|()| fs::rename(&self.path, &self.out));
-        named.map_err(|e| self.unnamed(&e))?;
+        named.map_err(|e| self.unnamed(e))?;
         // The marker goes last: a crash before this line leaves either a left-over that is known
         // as ours, or a complete checkpoint with a hidden empty file, which `finish_rename` removes.
         finish_rename(&self.out)?;
@@ -142,11 +142,8 @@ impl Partial {
         Ok(self.out.clone())
     }
 
-    fn unnamed(&self, error: &io::Error) -> Error {
-        let at = self.path.display();
-        let told = "rename it, as the next run would replace it";
-        let reason = format!("{error}; the finished checkpoint is in `{at}`: {told}");
-        output::refused("create", &self.out, reason)
+    fn unnamed(&self, source: io::Error) -> Error {
+        Error::Unnamed { out: self.out.clone(), at: self.path.clone(), source }
     }
 
     /// Removes the folder now, for a writer that failed but lives on.
@@ -311,12 +308,6 @@ mod tests {
         assert_eq!(names, ["a"]);
     }
 
-    /// The whole text that a person sees.
-    pub(super) fn told(error: &Error) -> String {
-        let source = std::error::Error::source(error).unwrap();
-        format!("{error}: {source}")
-    }
-
     #[test]
     fn what_cannot_be_named_is_kept() {
         let dir = tempfile::tempdir().unwrap();
@@ -324,7 +315,7 @@ mod tests {
         let partial = Partial::create(&out).unwrap();
         partial.write(Path::new("a"), b"x").unwrap();
         fs::create_dir_all(out.join("of somebody else")).unwrap();
-        let message = told(&partial.publish().unwrap_err());
+        let message = partial.publish().unwrap_err().to_string();
         let kept = dir.path().join("m.partial");
         assert!(message.contains(&format!("is in `{}`", kept.display())), "{message}");
         assert_eq!(fs::read(kept.join("a")).unwrap(), b"x");

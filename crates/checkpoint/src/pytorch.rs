@@ -17,17 +17,34 @@ const ZIP: &[u8] = b"PK\x03\x04";
 /// How pickles of protocol 2 begin: the format before 1.6 was several of them in a row.
 const LEGACY: &[u8] = b"\x80\x02";
 
+/// What is wrong with a file, and what to do where something helps.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    pub(crate) reason: String,
+    pub(crate) advice: Option<&'static str>,
+}
+
+impl From<String> for Fault {
+    fn from(reason: String) -> Self {
+        Self { reason, advice: None }
+    }
+}
+
 /// The tensors of a mapped file, or what is wrong with it.
-pub(crate) fn parse(file: &[u8]) -> Result<Vec<(String, Entry)>, String> {
+pub(crate) fn parse(file: &[u8]) -> Result<Vec<(String, Entry)>, Fault> {
     if file.starts_with(LEGACY) {
-        return Err("it is in the format that PyTorch had before 1.6; load it with torch.load(…, \
-                    weights_only=True) and save it again with torch.save or safetensors"
-            .to_owned());
+        return Err(Fault {
+            reason: "it is in the format that PyTorch had before 1.6".to_owned(),
+            advice: Some(
+                "load it with torch.load(…, weights_only=True) and save it again with torch.save \
+                 or safetensors",
+            ),
+        });
     }
     if !file.starts_with(ZIP) {
-        return Err("it is no ZIP archive, as torch.save writes; it is damaged or truncated, or \
-                    something else"
-            .to_owned());
+        let what = "it is no ZIP archive, as torch.save writes; it is damaged or truncated, or \
+                    something else";
+        return Err(what.to_owned().into());
     }
     let archive = Archive::open(file)?;
     let claims = pickle::state_dict(&file[archive.range("data.pkl")?])
@@ -44,15 +61,14 @@ pub(crate) fn parse(file: &[u8]) -> Result<Vec<(String, Entry)>, String> {
 struct Archive<'a>(HashMap<&'a str, Range<usize>>);
 
 impl<'a> Archive<'a> {
-    fn open(file: &'a [u8]) -> Result<Self, String> {
+    fn open(file: &'a [u8]) -> Result<Self, Fault> {
         let mut root = None;
         let mut entries = HashMap::new();
         for entry in zip::entries(file)? {
             let (folder, name) = entry.name.split_once('/').unwrap_or(("", entry.name));
             if *root.get_or_insert(folder) != folder {
-                return Err(
-                    "its entries lie in several folders; it is not of torch.save".to_owned()
-                );
+                let what = "its entries lie in several folders; it is not of torch.save";
+                return Err(what.to_owned().into());
             }
             entries.insert(name, entry.range);
         }
@@ -60,7 +76,7 @@ impl<'a> Archive<'a> {
         if let Ok(range) = archive.range("byteorder")
             && &file[range.clone()] != b"little"
         {
-            return Err("its values are not little-endian".to_owned());
+            return Err("its values are not little-endian".to_owned().into());
         }
         Ok(archive)
     }

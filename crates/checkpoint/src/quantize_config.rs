@@ -297,10 +297,10 @@ impl<'a> Sources<'a> {
     fn missing(&self, key: &str, others: &[&str]) -> Error {
         let renamed = |keys: &Keys<'_>| others.iter().find(|other| keys.get(other).is_some());
         let found = self.keys.iter().find_map(|keys| Some((keys, renamed(keys)?)));
-        let hint = found.map(|(_, other)| format!("; `{other}` is there instead: rename it"));
+        let instead = found.map(|(_, other)| format!("; `{other}` is there instead"));
         // There is one at least.
         let keys = found.map_or(&self.keys[0], |(keys, _)| keys);
-        keys.invalid(key, format!("is missing{}", hint.unwrap_or_default()))
+        keys.invalid(key, format!("is missing{}", instead.unwrap_or_default()))
     }
 }
 
@@ -371,7 +371,7 @@ impl Keys<'_> {
             match said {
                 Some((first, other)) if other != format => {
                     let (mine, other) = (format.name(), other.name());
-                    let reason = format!("is `{mine}`, but `{first}` is `{other}`; remove one");
+                    let reason = format!("is `{mine}`, but `{first}` is `{other}`");
                     return Err(self.invalid(key, reason));
                 }
                 Some(_) => {}

@@ -40,7 +40,7 @@ pub(crate) fn that_hold(
     Ok((
         None,
         Some(format!(
-            "the weights are dense although there is a quantisation configuration{method}: it is \
+            "the weights are dense although there is a quantization configuration{method}: it is \
              ignored; remove quantization_config from config.json, and quantize_config.json"
         )),
     ))
@@ -76,22 +76,21 @@ pub(crate) fn refuse_unreadable(
     }
     let mut packed = weights.names().filter(|name| name.ends_with(".qweight"));
     let Some(tensor) = packed.next().filter(|_| quantize.is_none()) else { return Ok(()) };
-    let (dir, tensor, reason) = (dir.to_owned(), tensor.to_owned(), no_settings(dir, weights));
-    Err(Error::NoSettings { dir, tensor, reason })
+    let (reason, advice) = no_settings(dir, weights);
+    Err(Error::NoSettings { dir: dir.to_owned(), tensor: tensor.to_owned(), reason, advice })
 }
 
 /// Why packed tensors have no settings, as far as it shows, and what to do.
-fn no_settings(dir: &Path, weights: &Weights) -> String {
+fn no_settings(dir: &Path, weights: &Weights) -> (String, &'static str) {
     const AWQ: &str = "quant_config.json";
     let awq = read_small_text(&dir.join(AWQ));
     if awq.is_ok_and(|text| text.contains("\"w_bit\"")) {
-        return format!(
+        let reason = format!(
             "`{AWQ}` beside them is AutoAWQ's: AWQ packs weights in another order, which is not \
-             supported; quantise the dense model instead"
+             supported"
         );
+        return (reason, "quantize the dense model instead");
     }
-    let write = "no file says how they are quantised: write `bits`, `group_size`, `desc_act` and \
-                 `sym` into quantize_config.json";
     let metadata = match weights {
         Weights::Mapped(mapped) => mapped.files().iter().find_map(|file| {
             let value = |key: &str| file.metadata.get(key).map(String::as_str);
@@ -104,5 +103,7 @@ fn no_settings(dir: &Path, weights: &Weights) -> String {
         "; TGI stores them in the tensors `gptq_bits` and `gptq_groupsize`, which are not read"
             .to_owned()
     });
-    format!("{write}{}", metadata.or(tgi).unwrap_or_default())
+    let more = metadata.or(tgi).unwrap_or_default();
+    let write = "write `bits`, `group_size`, `desc_act` and `sym` into quantize_config.json";
+    (format!("no file says how they are quantized{more}"), write)
 }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::header::{self, Entry};
 use crate::names::{INDEX_END, is_file_name, weight_file_names};
+use crate::pytorch::Fault;
 use crate::small_file::open_regular;
 use crate::{Error, Result, json, pytorch};
 
@@ -117,8 +118,9 @@ pub(crate) fn map_file(path: &Path) -> Result<(WeightFile, Vec<(String, Entry)>)
     let (entries, metadata) = if path.extension().is_some_and(|e| e == "safetensors") {
         header::parse(&map).map_err(|reason| Error::InvalidHeader { path: owned(), reason })?
     } else {
-        let entries = pytorch::parse(&map)
-            .map_err(|reason| Error::InvalidPyTorch { path: owned(), reason })?;
+        let entries = pytorch::parse(&map).map_err(|Fault { reason, advice }| {
+            Error::InvalidPyTorch { path: owned(), reason, advice }
+        })?;
         (entries, BTreeMap::new())
     };
     release(&map, 0..map.len());

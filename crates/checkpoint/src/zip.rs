@@ -8,6 +8,8 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
+use crate::pytorch::Fault;
+
 const LOCAL: &[u8] = b"PK\x03\x04";
 const CENTRAL: &[u8] = b"PK\x01\x02";
 const END: &[u8] = b"PK\x05\x06";
@@ -33,7 +35,7 @@ pub(crate) struct ZipEntry<'a> {
 }
 
 /// All entries of a mapped archive in order of position, or what is wrong with it.
-pub(crate) fn entries(file: &[u8]) -> Result<Vec<ZipEntry<'_>>, String> {
+pub(crate) fn entries(file: &[u8]) -> Result<Vec<ZipEntry<'_>>, Fault> {
     let directory = directory(file)?;
     let mut found = Vec::new();
     let mut names = HashSet::new();
@@ -43,7 +45,7 @@ pub(crate) fn entries(file: &[u8]) -> Result<Vec<ZipEntry<'_>>, String> {
         at = central.end;
         let name = central.name;
         if !names.insert(name) {
-            return Err(format!("its entry `{name}` appears twice"));
+            return Err(format!("its entry `{name}` appears twice").into());
         }
         found.push((central.local, local(file, &central)?));
     }
@@ -52,7 +54,8 @@ pub(crate) fn entries(file: &[u8]) -> Result<Vec<ZipEntry<'_>>, String> {
             "its directory holds {} entries, but claims {}",
             found.len(),
             directory.count
-        ));
+        )
+        .into());
     }
     found.sort_by_key(|(local, _)| *local);
     check_apart(&found, directory.range.start)?;
@@ -65,11 +68,12 @@ struct Directory {
     count: u64,
 }
 
-fn directory(file: &[u8]) -> Result<Directory, String> {
-    let end = find_end(file).ok_or(
-        "it begins as a ZIP archive, but has no directory at its end; it is truncated: download \
-         it again",
-    )?;
+fn directory(file: &[u8]) -> Result<Directory, Fault> {
+    let end = find_end(file).ok_or_else(|| Fault {
+        reason: "it begins as a ZIP archive, but has no directory at its end; it is truncated"
+            .to_owned(),
+        advice: Some("download it again"),
+    })?;
     let damaged = || "its directory's end record is damaged".to_owned();
     let word = |at: usize| u16_at(file, end + at).map(u64::from);
     let long = |at: usize| u32_at(file, end + at).map(u64::from);
@@ -95,7 +99,7 @@ fn directory(file: &[u8]) -> Result<Directory, String> {
             || !agrees(size, wide.2, u64::from(u32::MAX))
             || !agrees(start, wide.3, u64::from(u32::MAX))
         {
-            return Err(damaged());
+            return Err(damaged().into());
         }
         (limit, count, size, start) = wide;
     }

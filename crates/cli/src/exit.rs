@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use crate::hint;
 use crate::hub;
 use crate::launch;
 use crate::printer::write_stderr;
@@ -21,15 +22,22 @@ pub(crate) fn panicked() -> ExitCode {
     ExitCode::from(INTERNAL)
 }
 
-/// Prints `error: …` with its causes, and a hint where one is known.
+/// Prints `error: …` with its causes and with what to do about it, each on a line of its own.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let rank = launch::follower().map_or_else(String::new, |rank| format!("rank {rank}: "));
-    let mut message = format!("{rank}error: {error}");
-    for cause in error.chain().skip(1) {
-        message.push_str(&format!("\nCaused by: {cause}"));
-    }
-    write_stderr(&message);
+    write_stderr(&format!("{rank}{}", shown(error)));
     ExitCode::from(code(error))
+}
+
+fn shown(error: &anyhow::Error) -> String {
+    let mut text = format!("error: {error}");
+    for cause in error.chain().skip(1) {
+        text.push_str(&format!("\nCaused by: {cause}"));
+    }
+    for hint in hint::hints(error) {
+        text.push_str(&format!("\nhint: {hint}"));
+    }
+    text
 }
 
 fn code(error: &anyhow::Error) -> u8 {
@@ -56,6 +64,24 @@ mod tests {
     use gptq_compute::Error;
 
     use super::*;
+
+    #[test]
+    fn causes_and_hints_have_lines_of_their_own() {
+        let lost = || Error::RankLost { rank: Some(1) };
+        let error = Err::<(), _>(lost()).context("Cannot go on").unwrap_err();
+        assert_eq!(
+            shown(&error),
+            "error: Cannot go on\nCaused by: Rank 1 was lost before the run was over\n\
+             hint: see its own message, and start the run again"
+        );
+        // Through an error that only hands on another, and from the command itself.
+        let error = gptq_pipeline::Error::Compute(lost()).into();
+        assert!(shown(&error).ends_with("\nhint: see its own message, and start the run again"));
+        let error = hint::advised("no GPU was found", "see gptq doctor").context("Cannot open it");
+        let text = "error: Cannot open it\nCaused by: no GPU was found\nhint: see gptq doctor";
+        assert_eq!(shown(&error), text);
+        assert_eq!(shown(&anyhow::anyhow!("no such file")), "error: no such file");
+    }
 
     #[test]
     fn a_fault_of_ours_has_a_code_of_its_own() {

@@ -1,23 +1,31 @@
 //! The functions of `hub_on` in a build without the Hub: what the cache lacks stays lacking.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use gptq_checkpoint::{Checkpoint, Error};
 use gptq_text::dataset::DatasetSpec;
 
 use crate::args::{FetchArgs, PushArgs};
 use crate::commands::source::Part;
+use crate::hint::advised;
 use crate::printer::Printer;
 
-const NO_HUB: &str = "This build has no Hub access; build it without --no-default-features";
-
 pub(crate) fn fetch_command(_: &FetchArgs, _: &Printer) -> Result<()> {
-    bail!("{NO_HUB}")
+    Err(no_hub())
 }
 
 pub(crate) fn push_command(_: &PushArgs, _: &Printer) -> Result<()> {
-    bail!("{NO_HUB}")
+    Err(no_hub())
+}
+
+fn no_hub() -> anyhow::Error {
+    advised("This build has no Hub access", "build it without --no-default-features")
+}
+
+pub(crate) fn hint<'a>(_: &'a (dyn std::error::Error + 'static)) -> Option<Cow<'a, str>> {
+    None
 }
 
 pub(crate) fn is_internal(_: &anyhow::Error) -> bool {
@@ -34,5 +42,5 @@ pub(crate) fn text(_: &DatasetSpec, _: &Printer) -> Result<()> {
 }
 
 pub(crate) fn arriving(_: &str, _: &Printer) -> Result<Checkpoint> {
-    bail!("{NO_HUB}")
+    Err(no_hub())
 }

@@ -6,6 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use gptq_compute::Launch;
 
+use crate::hint::advised;
+
 /// How long processes wait for each other: nodes of a cluster do not start at once. `GPTQ_JOIN_TIMEOUT`
 /// sets another number of seconds.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -91,10 +93,14 @@ fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Launched>> {
     let host = match host {
         Some(host) => unbracketed(&host).to_owned(),
         None if one_host => "127.0.0.1".to_owned(),
-        None => bail!(
-            "`{rank_name}` says that this is one of {size} processes; set MASTER_ADDR to the host of \
-             the first (with Slurm: scontrol show hostnames | head -n 1), or unset `{rank_name}`"
-        ),
+        None => {
+            let message = format!("`{rank_name}` says that this is one of {size} processes");
+            let hint = format!(
+                "set MASTER_ADDR to the host of the first (with Slurm: scontrol show hostnames | \
+                 head -n 1), or unset `{rank_name}`"
+            );
+            return Err(advised(message, hint));
+        }
     };
     let mut port = PORT;
     if let Some(text) = get("MASTER_PORT") {

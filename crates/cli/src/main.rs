@@ -6,6 +6,7 @@
 mod args;
 mod commands;
 mod exit;
+mod hint;
 #[cfg(not(feature = "hub"))]
 #[path = "hub_off.rs"]
 mod hub;

@@ -3,6 +3,8 @@
 //! Shape errors are the caller's fault and name the operation; numerical errors carry the pivot, so
 //! that a recipe can decide whether more damping helps.
 
+use std::borrow::Cow;
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -70,12 +72,12 @@ pub enum Error {
         count: usize,
     },
     /// A CUDA library is not installed or not found.
-    #[error("CUDA library `{library}` was not found: {hint}")]
+    #[error("CUDA library `{library}` was not found")]
     MissingLibrary {
         /// File name of the library.
         library: &'static str,
         /// What to do.
-        hint: &'static str,
+        advice: &'static str,
     },
     /// The machine has no such card.
     #[error("GPU {ordinal} does not exist: {count} found")]
@@ -105,8 +107,7 @@ pub enum Error {
     },
     /// Device memory is used up.
     #[error(
-        "Out of GPU memory during {stage}: {} MiB wanted, {} MiB held, {} MiB left; \
-         use fewer or shorter windows, or raise the GPU memory budget",
+        "Out of GPU memory during {stage}: {} MiB wanted, {} MiB held, {} MiB left",
         wanted >> 20, held >> 20, free >> 20
     )]
     OutOfMemory {
@@ -121,7 +122,7 @@ pub enum Error {
     },
     /// Another rank of the run has ended, or does not answer.
     #[error(
-        "{} was lost before the run was over: see its own message, and start the run again",
+        "{} was lost before the run was over",
         rank.map_or_else(|| "Another rank".to_owned(), |rank| format!("Rank {rank}"))
     )]
     RankLost {
@@ -129,15 +130,16 @@ pub enum Error {
         rank: Option<usize>,
     },
     /// Ranks that were not started alike.
-    #[error(
-        "The ranks do not agree: they differ in {}; start all of them with one command, one build and \
-         the same files",
-        .0.join("; ")
-    )]
+    #[error("The ranks do not agree: they differ in {}", .0.join("; "))]
     Disagreement(Vec<String>),
     /// Ranks that do not find each other, or do not fit each other.
-    #[error("{0}")]
-    Ranks(String),
+    #[error("{message}")]
+    Ranks {
+        /// What is wrong, with the ranks it concerns.
+        message: String,
+        /// What to do, where something helps.
+        advice: Option<&'static str>,
+    },
     /// A CUDA call failed, or an earlier kernel did and this call found out.
     #[error("CUDA failed during {stage}")]
     Cuda {
@@ -148,6 +150,30 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Ranks that do not find or fit each other, where nothing is known that helps.
+    pub(crate) fn ranks(message: String) -> Self {
+        Self::Ranks { message, advice: None }
+    }
+
+    /// What to do about it, where the message does not make that plain.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        Some(match self {
+            Self::MissingLibrary { advice, .. } => (*advice).into(),
+            Self::Ranks { advice, .. } => (*advice)?.into(),
+            Self::OutOfMemory { .. } => {
+                "use fewer or shorter windows, or raise the GPU memory budget".into()
+            }
+            Self::RankLost { .. } => "see its own message, and start the run again".into(),
+            Self::Disagreement(_) => {
+                "start all ranks with one command, one build and the same files".into()
+            }
+            _ => return None,
+        })
+    }
+}
+
 /// Checks that two shapes are as an operation needs them.
 pub(crate) fn ensure_shape(
     fits: bool,
@@ -156,4 +182,17 @@ pub(crate) fn ensure_shape(
     right: (usize, usize),
 ) -> Result<()> {
     if fits { Ok(()) } else { Err(Error::ShapeMismatch { op, left, right }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let error = Error::RankLost { rank: Some(3) };
+        assert_eq!(error.to_string(), "Rank 3 was lost before the run was over");
+        assert_eq!(error.hint().unwrap(), "see its own message, and start the run again");
+        assert_eq!(Error::RowOutOfRange { row: 1, rows: 1 }.hint(), None);
+    }
 }

@@ -215,7 +215,7 @@ fn a_lost_card_ends_the_others() {
         device.synchronize("the first sum")?;
         if ranks.rank() == 1 {
             std::thread::sleep(Duration::from_millis(500));
-            return Err(Error::Ranks("full disk".to_owned()));
+            return Err(Error::Ranks { message: "full disk".to_owned(), advice: None });
         }
         // The other does not come.
         ranks.sum(&mut tensor)?;
@@ -223,6 +223,6 @@ fn a_lost_card_ends_the_others() {
         ranks.exchange(Vec::new()).map(|_| ())
     });
     assert!(matches!(outcomes[0], Err(Error::RankLost { rank: Some(1) })), "{outcomes:?}");
-    assert!(matches!(outcomes[1], Err(Error::Ranks(_))), "{outcomes:?}");
+    assert!(matches!(outcomes[1], Err(Error::Ranks { .. })), "{outcomes:?}");
     println!("the others ended after {:?}", start.elapsed());
 }

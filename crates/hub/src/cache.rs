@@ -454,10 +454,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let cache = RepoCache::create(root.path(), Kind::Dataset, "org/name").unwrap();
         cache.check_space(1).unwrap();
-        let message = cache.check_space(u64::MAX).unwrap_err().to_string();
-        assert!(
-            message.contains("datasets--org--name") && message.contains("HF_HOME"),
-            "{message}"
-        );
+        let error = cache.check_space(u64::MAX).unwrap_err();
+        assert!(error.to_string().contains("datasets--org--name"), "{error}");
+        assert!(error.hint().unwrap().contains("HF_HOME"), "{error}");
     }
 }

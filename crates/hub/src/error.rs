@@ -1,8 +1,9 @@
 //! What can go wrong between here and the Hub.
 //!
-//! One enum for the crate. A message names the repository or file and says what to do; none ever
-//! holds the token.
+//! One enum for the crate. A message names the repository or file, and [`Error::hint`] says what to do;
+//! none ever holds the token.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The user forbade the network.
-    #[error("{variable} is set, so the Hub cannot be asked for `{what}`; unset it")]
+    #[error("{variable} is set, so the Hub cannot be asked for `{what}`")]
     Offline {
         /// The repository.
         what: String,
@@ -22,10 +23,7 @@ pub enum Error {
         variable: &'static str,
     },
     /// The network is forbidden, and the cache does not hold all that was asked for.
-    #[error(
-        "{variable} is set, and `{what}` is not all there: {reason}; unset it to download what is \
-         missing"
-    )]
+    #[error("{variable} is set, and `{what}` is not all there: {reason}")]
     NotInCache {
         /// The repository.
         what: String,
@@ -47,7 +45,7 @@ pub enum Error {
         endpoint: String,
     },
     /// The token cannot be sent.
-    #[error("The token of {source_name} holds characters that no token has; log in again")]
+    #[error("The token of {source_name} holds characters that no token has")]
     MalformedToken {
         /// Variable or file.
         source_name: String,
@@ -75,10 +73,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The Hub wants to know who asks. It says so for repositories that do not exist, too.
-    #[error(
-        "The Hub does not show `{what}` to everybody: check its name, or set HF_TOKEN to a token \
-         that may read it{message}"
-    )]
+    #[error("The Hub does not show `{what}` to everybody{message}")]
     TokenNeeded {
         /// Repository or file.
         what: String,
@@ -94,14 +89,14 @@ pub enum Error {
         source_name: String,
     },
     /// Terms that have to be accepted first, or no right to write.
-    #[error("The Hub forbids {action} `{what}`: {hint}{message}")]
+    #[error("The Hub forbids {action} `{what}`{message}")]
     Forbidden {
         /// `reading` or `writing`.
         action: &'static str,
         /// Repository or file.
         what: String,
-        /// What to do.
-        hint: String,
+        /// What to do, where something helps.
+        advice: Option<String>,
         /// The Hub's own words, after a colon, or nothing.
         message: String,
     },
@@ -122,7 +117,7 @@ pub enum Error {
         message: String,
     },
     /// The network failed as often as it was allowed to.
-    #[error("Cannot get `{what}`: {reason} (attempts made: {attempts}); run the command again")]
+    #[error("Cannot get `{what}`: {reason} (attempts made: {attempts})")]
     Network {
         /// Repository or file.
         what: String,
@@ -133,14 +128,23 @@ pub enum Error {
     },
     /// A body packed in a way that was not asked for.
     #[error(
-        "`{what}` came packed as `{coding}`, which was not asked for: a proxy on the way does that; \
-         tell it to leave these answers as they are, or go around it with NO_PROXY"
+        "`{what}` came packed as `{coding}`, which was not asked for: a proxy on the way does that"
     )]
     Coding {
         /// Repository or file.
         what: String,
         /// The way of packing.
         coding: String,
+    },
+    /// An answer that sends what is for the Hub to another server.
+    #[error(
+        "The Hub's answer for `{what}` is unusable: it is sent on to {host}, which is another server"
+    )]
+    OtherServer {
+        /// Repository or file.
+        what: String,
+        /// Where it would go.
+        host: String,
     },
     /// An answer that makes no sense.
     #[error("The Hub's answer for `{what}` is unusable: {reason}")]
@@ -153,7 +157,7 @@ pub enum Error {
     /// An index that promises more than there is.
     #[error(
         "`{index}` names the shard `{shard}`, which does not lie beside it; the repository is \
-         incomplete, so choose another revision"
+         incomplete"
     )]
     MissingShard {
         /// Repository and file.
@@ -170,7 +174,7 @@ pub enum Error {
     /// A model that cannot come in parts.
     #[error(
         "The weights of `{repo}` are one file, or shards without the usual index, and cannot come \
-         one after the other; leave out --discard-shards"
+         one after the other"
     )]
     NotSharded {
         /// The repository.
@@ -202,7 +206,7 @@ pub enum Error {
         found: u64,
     },
     /// A file of other contents than the listing says.
-    #[error("`{file}` arrived damaged: expected {expected}, found {found}; run the command again")]
+    #[error("`{file}` arrived damaged: expected {expected}, found {found}")]
     WrongHash {
         /// Repository and file.
         file: String,
@@ -213,8 +217,7 @@ pub enum Error {
     },
     /// The disk cannot hold the download.
     #[error(
-        "`{}` has {available} bytes free, but {needed} are to be downloaded; free some space, or \
-         set HF_HOME to a folder on another disk",
+        "`{}` has {available} bytes free, but {needed} are to be downloaded",
         path.display()
     )]
     DiskSpace {
@@ -226,10 +229,7 @@ pub enum Error {
         available: u64,
     },
     /// An upload without a token.
-    #[error(
-        "Uploading needs a token with the write role: set HF_TOKEN, or HF_TOKEN_PATH to a file \
-         that holds it"
-    )]
+    #[error("Uploading needs a token with the write role")]
     NoToken,
     /// A folder that has nothing to upload.
     #[error(
@@ -251,22 +251,19 @@ pub enum Error {
         available: String,
     },
     /// A private upload into a public repository.
-    #[error("`{repo}` exists and is public: make it private on the Hub, or leave out --private")]
+    #[error("`{repo}` exists and is public")]
     Public {
         /// The repository.
         repo: String,
     },
     /// A fault of this program.
-    #[error(
-        "A thread that was {doing} panicked, which is a fault of gptq: report the lines above, and \
-         run the command again"
-    )]
+    #[error("A thread that was {doing} panicked, which is a fault of gptq")]
     Panicked {
         /// What it was doing, as a participle phrase.
         doing: String,
     },
     /// Something in a folder that has no contents to send.
-    #[error("`{}` is {kind}, not a file; move it out of the folder", path.display())]
+    #[error("`{}` is {kind}, not a file", path.display())]
     NoFile {
         /// Its path.
         path: PathBuf,
@@ -274,7 +271,7 @@ pub enum Error {
         kind: &'static str,
     },
     /// A file that somebody else wrote to meanwhile.
-    #[error("`{}` changed while it was read; run the command again when it is finished", path.display())]
+    #[error("`{}` changed while it was read", path.display())]
     Changed {
         /// Its path.
         path: PathBuf,
@@ -282,8 +279,7 @@ pub enum Error {
     /// A large file that the Hub would keep in git itself.
     #[error(
         "The Hub would keep `{file}` ({bytes} bytes) as plain git content instead of in its large \
-         file storage: let `.gitattributes` on the branch name its kind, as in \
-         `*.safetensors filter=lfs diff=lfs merge=lfs -text`"
+         file storage"
     )]
     NotLarge {
         /// Branch and file.
@@ -300,7 +296,7 @@ pub enum Error {
         reason: String,
     },
     /// Links to the storage that do not work.
-    #[error("Cannot send `{file}` by the links that the Hub gave: {reason}; run the command again")]
+    #[error("Cannot send `{file}` by the links that the Hub gave: {reason}")]
     LinkRefused {
         /// Branch and file.
         file: String,
@@ -308,10 +304,7 @@ pub enum Error {
         reason: String,
     },
     /// An upload after which the Hub does not list what was sent.
-    #[error(
-        "`{repo}` does not hold what was sent: branch {branch} lists {found} for `{file}`; run the \
-         command again"
-    )]
+    #[error("`{repo}` does not hold what was sent: branch {branch} lists {found} for `{file}`")]
     NotArrived {
         /// The repository.
         repo: String,
@@ -331,7 +324,7 @@ pub enum Error {
         repo: String,
     },
     /// A failed step of an upload.
-    #[error("Cannot {action}; run the command again to upload what is missing")]
+    #[error("Cannot {action}")]
     Upload {
         /// What was attempted, as a verb phrase.
         action: String,
@@ -340,8 +333,7 @@ pub enum Error {
     },
     /// A file that another program took away while it was being put into the cache.
     #[error(
-        "`{}` is gone again: another program removes files from this cache; run the command again \
-         when it is done",
+        "`{}` is gone again: another program removes files from this cache",
         path.display()
     )]
     Gone {
@@ -351,9 +343,75 @@ pub enum Error {
 }
 
 impl Error {
+    /// What to do about it, where the message does not make that plain.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        const AGAIN: &str = "run the command again";
+        Some(match self {
+            Self::Offline { variable, .. } => format!("unset {variable}").into(),
+            Self::NotInCache { variable, .. } => {
+                format!("unset {variable} to download what is missing").into()
+            }
+            Self::MalformedToken { .. } => "log in again".into(),
+            Self::TokenNeeded { .. } => {
+                "check its name, or set HF_TOKEN to a token that may read it".into()
+            }
+            Self::Forbidden { advice, .. } => advice.as_deref()?.into(),
+            Self::Coding { .. } => {
+                "tell the proxy to leave these answers as they are, or go around it with NO_PROXY"
+                    .into()
+            }
+            Self::OtherServer { .. } => "if that is the Hub, set HF_ENDPOINT to it".into(),
+            Self::MissingShard { .. } => "choose another revision".into(),
+            Self::NotSharded { .. } => "leave out --discard-shards".into(),
+            Self::DiskSpace { .. } => {
+                "free some space, or set HF_HOME to a folder on another disk".into()
+            }
+            Self::NoToken => "set HF_TOKEN, or HF_TOKEN_PATH to a file that holds it".into(),
+            Self::Public { .. } => "make it private on the Hub, or leave out --private".into(),
+            Self::Panicked { .. } => "report the lines above, and run the command again".into(),
+            Self::NoFile { .. } => "move it out of the folder".into(),
+            Self::Changed { .. } => "run the command again when it is finished".into(),
+            Self::NotLarge { .. } => "let `.gitattributes` on the branch name its kind, as in \
+                                      `*.safetensors filter=lfs diff=lfs merge=lfs -text`"
+                .into(),
+            // Its cause may know better, and is a link of the chain of its own.
+            Self::Upload { source, .. } => {
+                return source
+                    .hint()
+                    .or(Some("run the command again to upload what is missing".into()));
+            }
+            Self::Gone { .. } => "run the command again when that is done".into(),
+            Self::Network { .. }
+            | Self::WrongHash { .. }
+            | Self::LinkRefused { .. }
+            | Self::NotArrived { .. } => AGAIN.into(),
+            _ => return None,
+        })
+    }
+
     /// For `map_err`: an I/O failure with its action and path.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Io { action, path, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let below =
+            |source| Error::Upload { action: "send it".to_owned(), source: Box::new(source) };
+        let plain = below(Error::Endpoint { endpoint: "x".to_owned() });
+        assert_eq!(plain.to_string(), "Cannot send it");
+        assert_eq!(plain.hint().unwrap(), "run the command again to upload what is missing");
+        assert_eq!(
+            below(Error::NotSharded { repo: "a/b".to_owned() }).hint().unwrap(),
+            "leave out --discard-shards"
+        );
+        assert_eq!(Error::NotFound { what: "`a/b`".to_owned() }.hint(), None);
     }
 }

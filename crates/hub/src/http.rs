@@ -202,20 +202,19 @@ impl Refusal {
             (_, "RevisionNotFound" | "EntryNotFound", _) => {
                 Error::NotFound { what: format!("`{what}`: the repository is there, that is not") }
             }
-            _ if disabled => {
-                Error::Forbidden { action, what, hint: "it was disabled there".to_owned(), message }
-            }
+            _ if disabled => Error::Forbidden { action, what, advice: None, message },
             (401 | 403, "GatedRepo", None) => {
-                let hint = format!("accept its terms on {page} and set HF_TOKEN");
-                Error::Forbidden { action, what, hint, message }
+                let advice = Some(format!("accept its terms on {page} and set HF_TOKEN"));
+                Error::Forbidden { action, what, advice, message }
             }
             (403, _, Some(token)) if action == "writing" => {
-                let hint = format!("the token of {} needs the write role for it", token.origin);
-                Error::Forbidden { action, what, hint, message }
+                let advice =
+                    Some(format!("give the token of {} the write role for it", token.origin));
+                Error::Forbidden { action, what, advice, message }
             }
             (401 | 403, "GatedRepo", Some(_)) | (403, ..) => {
-                let hint = format!("accept its terms on {page} first");
-                Error::Forbidden { action, what, hint, message }
+                let advice = Some(format!("accept its terms on {page} first"));
+                Error::Forbidden { action, what, advice, message }
             }
             (401, _, None) => Error::TokenNeeded { what, message },
             (401, "RepoNotFound", Some(_)) => {

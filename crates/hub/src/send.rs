@@ -150,10 +150,8 @@ impl<'a> Sender<'a> {
         let next = next.ok_or_else(|| unusable("it is sent on to no address".to_owned()))?;
         if self.is_hub(from) && !self.is_hub(&next) {
             let host = next.host_str().unwrap_or("?");
-            return Err(unusable(format!(
-                "it is sent on to {host}, which is another server; if that is the Hub, set \
-                 HF_ENDPOINT to it"
-            )));
+            let (what, host) = (purpose.what.to_owned(), host.to_owned());
+            return Err(Error::OtherServer { what, host });
         }
         Ok(next)
     }

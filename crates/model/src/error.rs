@@ -1,5 +1,7 @@
 //! What can go wrong while a model is loaded or run.
 
+use std::borrow::Cow;
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -14,7 +16,7 @@ pub enum Error {
     Compute(#[from] gptq_compute::Error),
     /// Windows longer than the model's context.
     #[error(
-        "Windows of {seq_len} tokens do not fit the model's context of {max} (max_position_embeddings); use --seq-len {max} or less"
+        "Windows of {seq_len} tokens do not fit the model's context of {max} (max_position_embeddings)"
     )]
     ContextExceeded {
         /// Tokens of a window.
@@ -24,7 +26,7 @@ pub enum Error {
     },
     /// Windows longer than attention reaches.
     #[error(
-        "Windows of {seq_len} tokens exceed the sliding window of {window} (sliding_window), beyond which attention is not available here; use --seq-len {window} or less"
+        "Windows of {seq_len} tokens exceed the sliding window of {window} (sliding_window), beyond which attention is not available here"
     )]
     SlidingWindow {
         /// Tokens of a window.
@@ -46,4 +48,36 @@ pub enum Error {
         /// What the device found.
         source: gptq_compute::Error,
     },
+}
+
+impl Error {
+    /// What to do about it, where the message does not make that plain.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        match self {
+            Self::Checkpoint(error) => error.hint(),
+            Self::Compute(error) => error.hint(),
+            Self::ContextExceeded { max: most, .. } | Self::SlidingWindow { window: most, .. } => {
+                Some(format!("use --seq-len {most} or less").into())
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let error = Error::ContextExceeded { seq_len: 9, max: 8 };
+        assert_eq!(error.hint().unwrap(), "use --seq-len 8 or less");
+        assert!(!error.to_string().contains("--seq-len"), "{error}");
+        let below = gptq_compute::Error::RankLost { rank: None };
+        assert_eq!(
+            Error::Compute(below).hint().unwrap(),
+            "see its own message, and start the run again"
+        );
+    }
 }

@@ -1,5 +1,6 @@
 //! What can go wrong in a run; everything below is carried with the tensor or block it concerns.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// Result of this crate.
@@ -8,7 +9,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// An error of a run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Datasets, tokenisers, calibration recipes.
+    /// Datasets, tokenizers, calibration recipes.
     #[error(transparent)]
     Text(#[from] gptq_text::Error),
     /// What lies in the folder of a branch.
@@ -27,7 +28,7 @@ pub enum Error {
     #[error(transparent)]
     Compute(#[from] gptq_compute::Error),
     /// The solver, at a linear.
-    #[error("Cannot quantise `{linear}`")]
+    #[error("Cannot quantize `{linear}`")]
     Solve {
         /// The linear's prefix in the checkpoint.
         linear: String,
@@ -46,20 +47,20 @@ pub enum Error {
         linear: String,
     },
     /// A rotated table that fp16 cannot hold.
-    #[error("`{tensor}` overflows fp16 once it is rotated; use --set rotate=heads")]
+    #[error("`{tensor}` overflows fp16 once it is rotated")]
     Rotated {
         /// The source's tensor.
         tensor: String,
     },
     /// A fitted head that fp16 cannot hold.
-    #[error("`{tensor}` overflows fp16 once it is fitted; use --set head=0")]
+    #[error("`{tensor}` overflows fp16 once it is fitted")]
     Fitted {
         /// The tensor.
         tensor: String,
     },
     /// What would not fit in host memory.
     #[error(
-        "{what} would take {} of host memory, and {} are free; {advice}",
+        "{what} would take {} of host memory, and {} are free",
         gigabytes(*needed),
         gigabytes(*available)
     )]
@@ -74,7 +75,7 @@ pub enum Error {
         advice: &'static str,
     },
     /// A benchmark of more tokens than can be counted with.
-    #[error("{windows} windows × {seq_len} tokens are more than 2^40 tokens; use fewer")]
+    #[error("{windows} windows × {seq_len} tokens are more than 2^40 tokens")]
     TooManyTokens {
         /// Windows asked for.
         windows: usize,
@@ -83,7 +84,7 @@ pub enum Error {
     },
     /// Damping had to be raised under `--strict`.
     #[error(
-        "The Hessian of `{linear}` needed damping {damp:?} instead of {asked:?}, which --strict forbids; raise --damp or calibrate on more windows"
+        "The Hessian of `{linear}` needed damping {damp:?} instead of {asked:?}, which --strict forbids"
     )]
     Strict {
         /// The linear's prefix.
@@ -95,7 +96,7 @@ pub enum Error {
     },
     /// A Hessian had to be factored in f64 under `--strict`.
     #[error(
-        "The Hessian of `{linear}` is not positive definite in f32 at damping {damp:?} and needed f64, which --strict forbids; raise --damp or calibrate on more windows"
+        "The Hessian of `{linear}` is not positive definite in f32 at damping {damp:?} and needed f64, which --strict forbids"
     )]
     StrictPrecision {
         /// The linear's prefix.
@@ -106,11 +107,11 @@ pub enum Error {
     /// What would be a warning about the source, under `--strict`.
     #[error("{0} (--strict)")]
     StrictSource(&'static str),
-    /// The source holds quantised linears already.
-    #[error("`{}` is a GPTQ checkpoint already; quantise the dense model that it was made from", .0.display())]
+    /// The source holds quantized linears already.
+    #[error("`{}` is a GPTQ checkpoint already", .0.display())]
     AlreadyQuantized(PathBuf),
-    /// A base that is quantised itself.
-    #[error("`{}` is a GPTQ checkpoint; --base takes the dense model that was quantised", .0.display())]
+    /// A base that is quantized itself.
+    #[error("`{}` is a GPTQ checkpoint, not a dense model", .0.display())]
     QuantizedBase(PathBuf),
     /// A base of another shape than the checkpoint.
     #[error("`{}` is not what the checkpoint was made from: its {what} is {theirs}, not {mine}", base.display())]
@@ -131,15 +132,15 @@ pub enum Error {
         file: String,
         /// What is wrong, with the place.
         message: String,
+        /// What to do, where something helps.
+        advice: Option<String>,
     },
     /// A branch's name is taken by something that no sweep finished.
-    #[error(
-        "`{}` exists, but no sweep finished it; move it away or choose another --out", .0.display()
-    )]
+    #[error("`{}` exists, but no sweep finished it", .0.display())]
     ForeignBranch(PathBuf),
     /// A branch that would be replaced holds something that no sweep made.
     #[error(
-        "`{}` is not up to date, but holds `{file}`, which is not the sweep's to delete; move it away",
+        "`{}` is not up to date, but holds `{file}`, which is not the sweep's to delete",
         dir.display()
     )]
     StrayFile {
@@ -171,6 +172,36 @@ pub enum Error {
     Thread(&'static str),
 }
 
+impl Error {
+    /// What to do about it, where the message does not make that plain. What only hands on the error
+    /// of another library has that one's: it is no link of the chain of its own.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        Some(match self {
+            Self::Text(error) => return error.hint(),
+            Self::Records(error) => return error.hint(),
+            Self::Report(error) => return error.hint(),
+            Self::Checkpoint(error) => return error.hint(),
+            Self::Model(error) => return error.hint(),
+            Self::Compute(error) => return error.hint(),
+            Self::Spec(error) => return error.hint(),
+            Self::Rotated { .. } => "use --set rotate=heads".into(),
+            Self::Fitted { .. } => "use --set head=0".into(),
+            Self::HostMemory { advice, .. } => (*advice).into(),
+            Self::TooManyTokens { .. } => "use fewer windows, or shorter ones".into(),
+            Self::Strict { .. } | Self::StrictPrecision { .. } => {
+                "raise --damp or calibrate on more windows".into()
+            }
+            Self::AlreadyQuantized(_) => "quantize the dense model that it was made from".into(),
+            Self::QuantizedBase(_) => "give --base the dense model that was quantized".into(),
+            Self::Config { advice, .. } => advice.as_deref()?.into(),
+            Self::ForeignBranch(_) => "move it away or choose another --out".into(),
+            Self::StrayFile { .. } => "move it away".into(),
+            _ => return None,
+        })
+    }
+}
+
 /// An error and its causes in one line, for warnings and findings.
 pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
@@ -180,4 +211,19 @@ pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
 /// Decimal gigabytes, for messages.
 fn gigabytes(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let error = Error::Fitted { tensor: "lm_head.weight".to_owned() };
+        assert_eq!(error.to_string(), "`lm_head.weight` overflows fp16 once it is fitted");
+        assert_eq!(error.hint().unwrap(), "use --set head=0");
+        let below = gptq_quant::Error::Bits { bits: 5 };
+        assert_eq!(Error::Spec(below).hint().unwrap(), "use 2, 3, 4 or 8");
+        assert_eq!(Error::Thread("reading").hint(), None);
+    }
 }

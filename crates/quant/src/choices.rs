@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Display};
 
+use crate::{Error, Result};
+
 /// Which weights a group's scale is computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GroupWeights {
@@ -92,14 +94,15 @@ impl Choices {
     /// Sets one choice from `KEY=VALUE`, in the form that [`Choices`] prints.
     ///
     /// # Errors
-    /// A sentence that says what is possible.
-    pub fn set(&mut self, setting: &str) -> std::result::Result<(), String> {
-        let unknown = |values: &str| format!("`{setting}` is no choice; use {values}");
+    /// [`Error::UnknownChoice`], which says what is possible.
+    pub fn set(&mut self, setting: &str) -> Result<()> {
+        let unknown =
+            |possible: String| Error::UnknownChoice { setting: setting.to_owned(), possible };
         let (key, value) = setting.split_once('=').unwrap_or((setting, ""));
         let Some(choice) = TABLE.iter().find(|choice| choice.key == key) else {
-            return Err(unknown(&listed(TABLE.iter().map(|choice| choice.key.to_owned()))));
+            return Err(unknown(listed(TABLE.iter().map(|choice| choice.key.to_owned()))));
         };
-        (choice.set)(self, value).ok_or_else(|| unknown(&choice.possible()))
+        (choice.set)(self, value).ok_or_else(|| unknown(choice.possible()))
     }
 
     /// Every choice with its values, as help texts show them.
@@ -277,8 +280,9 @@ mod tests {
             ("speed=fast", "use group-weights, scales, clip, residual, head or rotate"),
             ("scales=bf16", "scales=f32 or =fp16"),
         ] {
-            let message = Choices::BEST.clone().set(setting).unwrap_err();
-            assert!(message.contains(hint) && message.contains(setting), "{message}");
+            let error = Choices::BEST.clone().set(setting).unwrap_err();
+            assert!(error.hint().unwrap().contains(hint), "{error}");
+            assert!(error.to_string().contains(setting), "{error}");
         }
     }
 }

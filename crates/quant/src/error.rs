@@ -1,13 +1,15 @@
 //! What can go wrong while a linear is quantised.
 
+use std::borrow::Cow;
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// An error of quantisation; the caller adds the linear's name.
+/// An error of quantization; the caller adds the linear's name.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The bit width has no place in the file format.
-    #[error("{bits} bits are not supported; use 2, 3, 4 or 8")]
+    #[error("{bits} bits are not supported")]
     Bits {
         /// The width asked for.
         bits: u8,
@@ -16,16 +18,24 @@ pub enum Error {
     #[error(transparent)]
     GroupSize(#[from] gptq_checkpoint::BadGroupSize),
     /// Damping outside of the useful range.
-    #[error("Damping {damp:?} is not supported; use a number above 0 and below 1")]
+    #[error("Damping {damp:?} is not supported")]
     Damp {
         /// The fraction asked for.
         damp: f64,
     },
-    /// A choice that does not exist, or has no meaning here.
-    #[error("{message}")]
-    Choice {
-        /// What is wrong, and what is possible.
-        message: String,
+    /// A choice that does not exist.
+    #[error("`{setting}` is no choice")]
+    UnknownChoice {
+        /// What was asked for.
+        setting: String,
+        /// What is possible.
+        possible: String,
+    },
+    /// A choice of a recipe that makes none.
+    #[error("`{setting}` has no meaning for round to nearest")]
+    NoChoice {
+        /// What was asked for.
+        setting: String,
     },
     /// The Hessian has no Cholesky factor at any damping that was tried.
     #[error("The Hessian is not positive definite even with damping {damp:?}")]
@@ -54,4 +64,31 @@ pub enum Error {
     /// The device failed.
     #[error(transparent)]
     Compute(#[from] gptq_compute::Error),
+}
+
+impl Error {
+    /// What to do about it, where the message does not make that plain.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        match self {
+            Self::Bits { .. } => Some("use 2, 3, 4 or 8".into()),
+            Self::Damp { .. } => Some("use a number above 0 and below 1".into()),
+            Self::UnknownChoice { possible, .. } => Some(format!("use {possible}").into()),
+            Self::Compute(error) => error.hint(),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let error = Error::Bits { bits: 5 };
+        assert_eq!(error.to_string(), "5 bits are not supported");
+        assert_eq!(error.hint().unwrap(), "use 2, 3, 4 or 8");
+        assert_eq!(Error::NotFinite { what: "A weight" }.hint(), None);
+    }
 }

@@ -101,10 +101,9 @@ impl QuantSpec {
     pub fn set(&mut self, settings: &[String]) -> Result<()> {
         for setting in settings {
             if !self.recipe.calibrates() {
-                let message = format!("`{setting}` has no meaning for round to nearest");
-                return Err(Error::Choice { message });
+                return Err(Error::NoChoice { setting: setting.clone() });
             }
-            self.choices.set(setting).map_err(|message| Error::Choice { message })?;
+            self.choices.set(setting)?;
         }
         Ok(())
     }

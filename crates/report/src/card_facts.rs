@@ -95,7 +95,7 @@ impl CardFacts {
         let invalid = |message: String| Error::Facts { path: path.to_owned(), message };
         for id in [Some(&self.repository), self.base_model.as_ref()].into_iter().flatten() {
             if !id.split_once('/').is_some_and(|(org, name)| plain(org) && plain(name)) {
-                return Err(invalid(format!("`{id}` is no Hub repository; use ORG/NAME")));
+                return Err(invalid(format!("`{id}` is no Hub repository of the form ORG/NAME")));
             }
         }
         match &self.prompt {

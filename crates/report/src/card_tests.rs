@@ -200,8 +200,8 @@ fn text_of_the_facts_is_text_in_the_card() {
 #[test]
 fn mistakes_in_the_facts_are_named() {
     for (from, to, reason) in [
-        ("my-org/Whale-GPTQ", "Whale-GPTQ", "use ORG/NAME"),
-        ("sea/Whale\"", "sea/Whale; rm -rf\"", "use ORG/NAME"),
+        ("my-org/Whale-GPTQ", "Whale-GPTQ", "of the form ORG/NAME"),
+        ("sea/Whale\"", "sea/Whale; rm -rf\"", "of the form ORG/NAME"),
         ("license =", "licence =", "unknown field `licence`"),
         ("{prompt}", "{question}", "no {prompt}"),
     ] {

@@ -208,9 +208,7 @@ impl Baseline {
                 return Ok(());
             }
             let (from, to) = (range.start().max(0.0), range.end());
-            Err(format!(
-                "the {what} of `{name}` is {value}; one from {from} to {to} can be accepted"
-            ))
+            Err(format!("the {what} of `{name}` is {value}, not one from {from} to {to}"))
         };
         for (name, accepted) in &self.branches {
             value("perplexity", name, accepted.perplexity, &PERPLEXITIES)?;
@@ -226,7 +224,7 @@ impl Baseline {
             for (what, value) in [("perplexity", tolerance.perplexity), ("kl", tolerance.kl)] {
                 if !(0.0..1.0).contains(&value) {
                     return Err(format!(
-                        "the tolerance of {what} for `{name}` is {value}; use a fraction from 0 to 1"
+                        "the tolerance of {what} for `{name}` is {value}, not a fraction from 0 to 1"
                     ));
                 }
             }

@@ -1,5 +1,6 @@
 //! What can go wrong where results are collected, shown, published or held.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// Result of this crate.
@@ -16,12 +17,12 @@ pub enum Error {
     Checkpoint(#[from] gptq_checkpoint::Error),
     /// A folder without reports.
     #[error(
-        "`{}` holds no gptq_report.json, nor does a folder in it; name a folder that gptq sweep or gptq quantize made",
+        "`{}` holds no gptq_report.json, nor does a folder in it",
         .0.display()
     )]
     NoReports(PathBuf),
     /// A baseline that is not there.
-    #[error("There is no baseline `{}`; gptq check --update makes it", .0.display())]
+    #[error("There is no baseline `{}`", .0.display())]
     NoBaseline(PathBuf),
     /// A baseline that does not say what it should.
     #[error("`{}` is not a baseline: {message}", path.display())]
@@ -40,7 +41,7 @@ pub enum Error {
         reason: String,
     },
     /// A report without a single perplexity.
-    #[error("No branch of the report was measured; give the configuration an [evaluation]")]
+    #[error("No branch of the report was measured")]
     NotMeasured,
     /// A model's facts that do not say what they should.
     #[error("`{}` does not hold a card's facts: {message}", path.display())]
@@ -62,7 +63,7 @@ pub enum Error {
         dir: PathBuf,
     },
     /// A dense model where a GPTQ checkpoint is needed.
-    #[error("`{}` is not quantised: it has no quantize_config.json", .0.display())]
+    #[error("`{}` is not quantized: it has no quantize_config.json", .0.display())]
     NotQuantized(PathBuf),
     /// A template that does not fit what it is given.
     #[error("The template `{name}` cannot be rendered")]
@@ -73,9 +74,42 @@ pub enum Error {
         source: minijinja::Error,
     },
     /// The same branch found twice.
-    #[error("Branch `{branch}` is named twice; name each folder once")]
+    #[error("Branch `{branch}` is named twice")]
     BranchTwice {
         /// The branch, with the path where it was found if several have the name.
         branch: String,
     },
+}
+
+impl Error {
+    /// What to do about it, where the message does not make that plain.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        match self {
+            Self::Records(error) => error.hint(),
+            Self::Checkpoint(error) => error.hint(),
+            Self::NoReports(_) => {
+                Some("name a folder that gptq sweep or gptq quantize made".into())
+            }
+            Self::NoBaseline(_) => Some("make it with gptq check --update".into()),
+            Self::NotMeasured => Some("give the configuration an [evaluation]".into()),
+            Self::BranchTwice { .. } => Some("name each folder once".into()),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let error = Error::NoBaseline("b.json".into());
+        assert_eq!(error.to_string(), "There is no baseline `b.json`");
+        assert_eq!(error.hint().unwrap(), "make it with gptq check --update");
+        let below = gptq_records::Error::BranchInUse("main".to_owned());
+        assert!(Error::Records(below).hint().is_some());
+        assert_eq!(Error::NotQuantized("m".into()).hint(), None);
+    }
 }

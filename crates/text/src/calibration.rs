@@ -288,12 +288,10 @@ mod tests {
             drawn.sha256,
             "5b5b71a62e4e69e465ecc618f3820e449afd344a2d3a55c038d2a9299d82a4a0"
         );
-        let error = recipe.draw(&[5, 6, 7, 8], identity()).unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "Dataset `own.txt` gives 4 tokens but one window needs 5; use a longer text or a \
-             smaller seq_len"
-        );
+        let error = recipe.draw(&[5, 6, 7, 8], identity()).unwrap_err();
+        let text = "Dataset `own.txt` gives 4 tokens but one window needs 5";
+        assert_eq!(error.to_string(), text);
+        assert_eq!(error.hint().unwrap(), "use a longer text or a smaller seq_len");
     }
 
     /// The published branches' windows, cut from the real text by the real tokeniser.

@@ -1,20 +1,21 @@
 //! What can go wrong between a dataset's name and a list of token windows.
 //!
-//! Every message is one sentence that names the file, dataset or option, and says what to do when
-//! the message alone does not make it plain. Variants are named by what went wrong, so that a
+//! Every message is one sentence that names the file, dataset or option; [`Error::hint`] says what to
+//! do when the message alone does not make it plain. Variants are named by what went wrong, so that a
 //! caller can tell "not downloaded yet" from "damaged".
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An error of datasets, tokenisers, calibration recipes or perplexity protocols.
+/// An error of datasets, tokenizers, calibration recipes or perplexity protocols.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A dataset was named in a way that is neither of the two accepted forms.
     #[error(
-        "Dataset `{text}` cannot be read: {reason}; give `ORG/NAME:CONFIG:SPLIT`, or the path of \
+        "Dataset `{text}` cannot be read: {reason}; a dataset is `ORG/NAME:CONFIG:SPLIT`, or the path of \
          a .txt, .jsonl or .parquet file"
     )]
     DatasetSyntax {
@@ -24,10 +25,7 @@ pub enum Error {
         reason: String,
     },
     /// The Hub dataset is not in the local cache.
-    #[error(
-        "Dataset `{dataset}` is not in the Hub cache: download it with `gptq fetch --dataset \
-         {dataset}`, or give a local file"
-    )]
+    #[error("Dataset `{dataset}` is not in the Hub cache")]
     NotCached {
         /// The dataset as named by the user.
         dataset: String,
@@ -36,8 +34,7 @@ pub enum Error {
     },
     /// The dataset's snapshot has no files for the configuration and split.
     #[error(
-        "Dataset `{dataset}` has no {looked_for} in `{}` (download it with `gptq fetch --dataset \
-         {dataset}`); it holds {available}",
+        "Dataset `{dataset}` has no {looked_for} in `{}`; it holds {available}",
         folder.display()
     )]
     SplitNotFound {
@@ -53,7 +50,7 @@ pub enum Error {
     /// Part of a split's files is absent, so its text would be silently shorter.
     #[error(
         "Dataset `{dataset}` is incomplete in `{}`: {found} of {expected} parquet files are \
-         there; download the rest",
+         there",
         folder.display()
     )]
     SplitIncomplete {
@@ -75,7 +72,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A text is not UTF-8.
-    #[error("`{}` is not UTF-8{place}; convert it first", path.display())]
+    #[error("`{}` is not UTF-8{place}", path.display())]
     NotUtf8 {
         /// The file.
         path: PathBuf,
@@ -102,8 +99,7 @@ pub enum Error {
     },
     /// A parquet file has no text column of that name.
     #[error(
-        "Parquet file `{}` has no text column `{column}`; its columns are {available}, and \
-         `DATASET#COLUMN` chooses one",
+        "Parquet file `{}` has no text column `{column}`; its columns are {available}",
         path.display()
     )]
     ColumnNotFound {
@@ -144,26 +140,24 @@ pub enum Error {
         /// The dataset as named by the user.
         dataset: String,
     },
-    /// The checkpoint folder has no tokeniser file.
+    /// The checkpoint folder has no tokenizer file.
     #[error(
-        "`{}` has no tokenizer.json, which is needed to turn text into tokens; copy it from the \
-         original model, or make it from tokenizer.model by saving the fast tokeniser with \
-         transformers",
+        "`{}` has no tokenizer.json, which is needed to turn text into tokens",
         folder.display()
     )]
     TokenizerMissing {
         /// The checkpoint folder.
         folder: PathBuf,
     },
-    /// The tokeniser file could not be understood.
-    #[error("Tokeniser `{}` could not be loaded: {reason}", path.display())]
+    /// The tokenizer file could not be understood.
+    #[error("Tokenizer `{}` could not be loaded: {reason}", path.display())]
     TokenizerInvalid {
-        /// The tokeniser file.
+        /// The tokenizer file.
         path: PathBuf,
-        /// The tokeniser library's reason.
+        /// The tokenizer library's reason.
         reason: String,
     },
-    /// A JSON file beside the tokeniser could not be understood.
+    /// A JSON file beside the tokenizer could not be understood.
     #[error("`{}` could not be understood: {reason}", path.display())]
     ConfigInvalid {
         /// The file.
@@ -171,18 +165,18 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The tokeniser refused a text.
-    #[error("The tokeniser of `{}` could not encode the text: {reason}", folder.display())]
+    /// The tokenizer refused a text.
+    #[error("The tokenizer of `{}` could not encode the text: {reason}", folder.display())]
     Encode {
         /// The checkpoint folder.
         folder: PathBuf,
-        /// The tokeniser library's reason.
+        /// The tokenizer library's reason.
         reason: String,
     },
-    /// The tokeniser makes tokens that the model has no embedding for.
+    /// The tokenizer makes tokens that the model has no embedding for.
     #[error(
-        "The tokeniser of `{}` gives token {token} but the model's vocabulary has {vocab_size} \
-         entries; tokeniser and model do not belong together",
+        "The tokenizer of `{}` gives token {token} but the model's vocabulary has {vocab_size} \
+         entries; tokenizer and model do not belong together",
         folder.display()
     )]
     TokenOutsideVocabulary {
@@ -212,10 +206,7 @@ pub enum Error {
         reason: String,
     },
     /// The text is too short for the windows asked for.
-    #[error(
-        "Dataset `{dataset}` gives {tokens} tokens but one window needs {needed}; use a longer \
-         text or a smaller seq_len"
-    )]
+    #[error("Dataset `{dataset}` gives {tokens} tokens but one window needs {needed}")]
     CalibrationTextTooShort {
         /// The dataset as named by the user.
         dataset: String,
@@ -225,7 +216,7 @@ pub enum Error {
         needed: usize,
     },
     /// No protocol has that name.
-    #[error("Protocol `{name}` is unknown; choose paper, llama-cpp or strided")]
+    #[error("Protocol `{name}` is unknown: it is none of paper, llama-cpp and strided")]
     ProtocolUnknown {
         /// What was given.
         name: String,
@@ -241,13 +232,10 @@ pub enum Error {
         least: usize,
     },
     /// A limit of zero windows would leave nothing to average.
-    #[error("The limit on windows is 0, which leaves nothing to score; ask for at least 1")]
+    #[error("The limit on windows is 0, which leaves nothing to score")]
     NoWindows,
     /// The evaluation text does not fill one window.
-    #[error(
-        "The evaluation text has {tokens} tokens but protocol {protocol} needs {needed}; use a \
-         longer text or a smaller seq_len"
-    )]
+    #[error("The evaluation text has {tokens} tokens but protocol {protocol} needs {needed}")]
     EvaluationTextTooShort {
         /// The protocol's name.
         protocol: &'static str,
@@ -256,4 +244,48 @@ pub enum Error {
         /// Tokens needed for one window.
         needed: usize,
     },
+}
+
+impl Error {
+    /// What to do about it, where the message does not make that plain.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        Some(match self {
+            Self::NotCached { dataset, .. } => {
+                format!("download it with `gptq fetch --dataset {dataset}`, or give a local file")
+                    .into()
+            }
+            Self::SplitNotFound { dataset, .. } => {
+                format!("download it with `gptq fetch --dataset {dataset}`").into()
+            }
+            Self::SplitIncomplete { .. } => "download the rest".into(),
+            Self::NotUtf8 { .. } => "convert it first".into(),
+            Self::ColumnNotFound { .. } => "choose one as `DATASET#COLUMN`".into(),
+            Self::TokenizerMissing { .. } => {
+                "copy it from the original model, or make it from tokenizer.model by saving the \
+                 fast tokenizer with transformers"
+                    .into()
+            }
+            Self::CalibrationTextTooShort { .. } | Self::EvaluationTextTooShort { .. } => {
+                "use a longer text or a smaller seq_len".into()
+            }
+            Self::NoWindows => "ask for at least 1".into(),
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let error =
+            Error::CalibrationTextTooShort { dataset: "t.txt".to_owned(), tokens: 1, needed: 2 };
+        assert_eq!(error.to_string(), "Dataset `t.txt` gives 1 tokens but one window needs 2");
+        assert_eq!(error.hint().unwrap(), "use a longer text or a smaller seq_len");
+        let rows = Error::NoText { dataset: "t.txt".to_owned() };
+        assert_eq!(rows.hint(), None);
+    }
 }

@@ -8,9 +8,17 @@ use std::path::Path;
 
 /// A path that begins with `~` where the environment names no home.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{path}` cannot be found: HOME is not set; write the path in full, or `./{path}`")]
+#[error("`{path}` cannot be found: HOME is not set")]
 pub struct HomeError {
     path: String,
+}
+
+impl HomeError {
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        format!("write the path in full, or `./{}`", self.path)
+    }
 }
 
 /// A path with a leading `~/`, or a `~` alone, replaced by the home folder. Anything else, `~user`

@@ -300,11 +300,9 @@ mod tests {
         }
         assert!(Protocol::LlamaCpp.windows(&ids(9000), 2, None, None).is_err());
         let error = Protocol::Paper.windows(&ids(10), 16, None, None).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "The evaluation text has 10 tokens but protocol paper needs 16; use a longer text or \
-             a smaller seq_len"
-        );
+        let text = "The evaluation text has 10 tokens but protocol paper needs 16";
+        assert_eq!(error.to_string(), text);
+        assert_eq!(error.hint().unwrap(), "use a longer text or a smaller seq_len");
     }
 
     #[test]

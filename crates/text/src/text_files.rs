@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(read_jsonl(&path, "text").unwrap(), ["a"]);
         fs::write(&path, b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n").unwrap();
         let error = read_jsonl(&path, "text").unwrap_err().to_string();
-        assert!(error.ends_with("is not UTF-8 at line 2; convert it first"), "{error}");
+        assert!(error.ends_with("is not UTF-8 at line 2"), "{error}");
     }
 
     #[test]
@@ -317,7 +317,7 @@ mod tests {
         assert!(matches!(error, Error::NullText { row: 2, .. }), "{error}");
         let path = write_parquet(folder.path(), &[Some(b"one"), Some(b"two"), Some(b"\xff\xfe")]);
         let error = read_parquet(&path, "text").unwrap_err().to_string();
-        assert!(error.ends_with("is not UTF-8 at row 3; convert it first"), "{error}");
+        assert!(error.ends_with("is not UTF-8 at row 3"), "{error}");
     }
 
     #[test]

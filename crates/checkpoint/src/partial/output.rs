@@ -21,12 +21,7 @@ pub(super) fn resolved(out: &Path) -> Result<PathBuf> {
         // With a slash at its end, a link is not seen as one.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             match fs::read_link(out.components().as_path()) {
-                Ok(target) => {
-                    let target = target.display();
-                    let told = "make that folder, or remove the link";
-                    let reason = format!("it is a link to `{target}`, which is missing: {told}");
-                    Err(refused("create", out, reason))
-                }
+                Ok(target) => Err(Error::DeadLink { path: out.to_owned(), target }),
                 Err(_) => Ok(out.to_owned()),
             }
         }
@@ -44,32 +39,20 @@ pub(super) fn prove_replaceable(out: &Path, current: Option<&Path>) -> Result<()
     };
     if current == Some(out) {
         // The relative paths of this run would lead nowhere.
-        let reason = "it is the current folder: run the command from another one, or name a folder \
-                      inside it";
-        return Err(refused("replace", out, reason.to_owned()));
+        return Err(Error::CurrentFolder { path: out.to_owned() });
     }
     fs::remove_dir(out).map_err(|e| match e.kind() {
-        io::ErrorKind::ResourceBusy => {
-            let reason = "it is a mount point, which no folder can be renamed to: name a folder \
-                          inside it";
-            refused("replace", out, reason.to_owned())
-        }
+        io::ErrorKind::ResourceBusy => Error::MountPoint { path: out.to_owned() },
         _ => Error::io("replace", out)(e),
     })?;
     fs::create_dir(out).map_err(Error::io("create", out))?;
     fs::set_permissions(out, permissions).map_err(Error::io("create", out))
 }
 
-/// A refusal whose reason the system gives too late, or not in words that help.
-pub(super) fn refused(action: &'static str, path: &Path, reason: String) -> Error {
-    Error::Io { action, path: path.to_owned(), source: io::Error::other(reason) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::partial::Partial;
-    use crate::partial::tests::told;
 
     #[test]
     fn occupied_outputs_are_refused() {
@@ -87,7 +70,7 @@ mod tests {
         let (link, target) = (dir.path().join("m"), dir.path().join("disk/m"));
         std::os::unix::fs::symlink("disk/m", &link).unwrap();
         for out in [link.clone(), link.join("")] {
-            let message = told(&Partial::create(&out).unwrap_err());
+            let message = Partial::create(&out).unwrap_err().to_string();
             assert!(message.contains("`disk/m`") && message.contains("link"), "{message}");
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         }
@@ -117,8 +100,9 @@ mod tests {
         let created = Partial::create(&out);
         let inside = Partial::create(&out.join("m")).and_then(Partial::publish);
         std::process::Command::new("umount").arg(&out).status().unwrap();
-        let message = told(&created.unwrap_err());
-        assert!(message.contains("mount point") && message.contains("inside"), "{message}");
+        let error = created.unwrap_err();
+        assert!(error.to_string().contains("mount point"), "{error}");
+        assert!(error.hint().unwrap().contains("inside"), "{error}");
         inside.unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
@@ -127,7 +111,7 @@ mod tests {
     fn an_empty_output_keeps_its_mode_and_may_not_be_the_current_folder() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
-        let message = told(&prove_replaceable(dir.path(), Some(dir.path())).unwrap_err());
+        let message = prove_replaceable(dir.path(), Some(dir.path())).unwrap_err().to_string();
         assert!(message.contains("current folder"), "{message}");
         let out = dir.path().join("m");
         fs::create_dir(&out).unwrap();

@@ -2,13 +2,14 @@
 
 use std::str::FromStr;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use gptq_compute::cuda::{Library, probe};
 use gptq_compute::{Device, RankHandle};
 use gptq_pipeline::progress::Progress;
 
 use super::values::parse_bytes;
+use crate::hint::advised;
 use crate::launch::{Launched, launched};
 use crate::printer::Printer;
 use crate::team::Team;
@@ -90,8 +91,9 @@ impl DeviceArgs {
         for device in &devices {
             self.limit(device)?;
             if many && matches!(device, Device::Cuda(_)) && !Library::Nccl.is_present() {
-                let (file, hint) = (Library::Nccl.file(), Library::Nccl.hint());
-                bail!("several GPUs talk through NCCL, but `{file}` was not found: {hint}");
+                let file = Library::Nccl.file();
+                let message = format!("several GPUs talk through NCCL, but `{file}` was not found");
+                return Err(advised(message, Library::Nccl.hint()));
             }
         }
         let seats = seats.unwrap_or_else(|| match devices.len() {
@@ -119,7 +121,7 @@ impl DeviceArgs {
             (None, Some(DeviceName::Cpu | DeviceName::Cuda) | None) => false,
         };
         if several {
-            bail!("this command uses one device; {advice}");
+            return Err(advised("this command uses one device", advice));
         }
         Ok(())
     }
@@ -151,11 +153,13 @@ impl DeviceArgs {
         // A launcher may show each process its own card alone.
         match if cards.len() == 1 { cards.first() } else { cards.get(local) } {
             Some(&card) => Ok(Device::cuda(card)?),
-            None => bail!(
-                "this host has {} GPUs for the ranks, and this is its rank {local} (from 0); start \
-                 fewer processes on it",
-                cards.len()
-            ),
+            None => {
+                let message = format!(
+                    "this host has {} GPUs for the ranks, and this is its rank {local} (from 0)",
+                    cards.len()
+                );
+                Err(advised(message, "start fewer processes on it"))
+            }
         }
     }
 
@@ -166,9 +170,10 @@ impl DeviceArgs {
                 cuda.set_memory_budget(usize::try_from(bytes).unwrap_or(usize::MAX));
             }
             (Device::Cpu, Some(_)) => {
-                bail!(
-                    "--gpu-memory was given, but the device is the CPU; leave it out, or use --device cuda"
-                )
+                return Err(advised(
+                    "--gpu-memory was given, but the device is the CPU",
+                    "leave it out, or use --device cuda",
+                ));
             }
             _ => {}
         }
@@ -181,7 +186,8 @@ fn every_card() -> Result<Vec<usize>> {
     let cards: Vec<usize> =
         probe().cards.iter().filter(|card| card.supported).map(|card| card.ordinal).collect();
     if cards.is_empty() {
-        bail!("no GPU of compute capability 8.0 or newer was found; see gptq doctor");
+        let message = "no GPU of compute capability 8.0 or newer was found";
+        return Err(advised(message, "see gptq doctor"));
     }
     Ok(cards)
 }

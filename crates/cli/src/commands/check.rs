@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use gptq_checkpoint::REPORT_FILE;
 use gptq_records::atomic_file::refuse_inputs;
 use gptq_report::check::{Baseline, Finding, Outcome, Verdict};
@@ -11,6 +11,7 @@ use gptq_report::{Error, Report};
 use super::table::table;
 use super::{print_json, print_result};
 use crate::args::CheckArgs;
+use crate::hint::advised;
 use crate::printer::Printer;
 
 pub(crate) fn run(args: &CheckArgs, printer: &Printer) -> Result<()> {
@@ -23,11 +24,11 @@ pub(crate) fn run(args: &CheckArgs, printer: &Printer) -> Result<()> {
     show(args, &outcome)?;
     let failed = outcome.findings.iter().filter(|f| f.verdict.fails()).count();
     if failed > 0 {
-        bail!(
-            "{failed} of {} values fail against `{}`; if that is intended, accept it with --update",
-            outcome.findings.len(),
-            args.baseline.display()
-        );
+        let (all, baseline) = (outcome.findings.len(), args.baseline.display());
+        return Err(advised(
+            format!("{failed} of {all} values fail against `{baseline}`"),
+            "if that is intended, accept it with --update",
+        ));
     }
     if outcome.findings.iter().any(|f| matches!(f.verdict, Verdict::Improved | Verdict::New)) {
         printer.note("improved or new: run with --update to hold it");

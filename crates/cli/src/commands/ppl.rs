@@ -21,6 +21,7 @@ use serde::Serialize;
 use super::source::{open_checkpoint, provide_text, warn_of};
 use super::{print_json, print_result};
 use crate::args::PplArgs;
+use crate::hint::advised;
 use crate::printer::Printer;
 
 /// What `--json` prints.
@@ -147,14 +148,15 @@ fn same_tokens(
     }
     let spec = EvaluationSpec { seq_len: Some(text.seq_len), ..spec.clone() };
     let theirs = evaluation_text(base, &spec, None)?;
-    ensure!(
-        theirs.windows == text.windows,
+    if theirs.windows == text.windows {
+        return Ok(());
+    }
+    let message = format!(
         "The tokenizers of the model and of `{name}` make other tokens of {}, so that neither the \
-         base's perplexity nor the KL would say anything; give both the tokenizer that the base was \
-         trained with",
+         base's perplexity nor the KL would say anything",
         text.dataset
     );
-    Ok(())
+    Err(advised(message, "give both the tokenizer that the base was trained with"))
 }
 
 /// The losses of the model and of the base, if there is one, which are walked in turns.

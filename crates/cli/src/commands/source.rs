@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
 use gptq_pipeline::progress::Progress;
 use gptq_text::dataset::DatasetSpec;
 
+use crate::hint::advised;
 use crate::hub;
 use crate::printer::Printer;
 
@@ -34,10 +35,10 @@ pub(super) fn warn_of(checkpoint: &Checkpoint, strict: bool, printer: &Printer) 
 /// read.
 pub(super) fn open_arriving(model: &str, printer: &Printer) -> Result<Checkpoint> {
     if Path::new(model).exists() {
-        bail!(
-            "`{model}` is a local path: --discard-shards deletes what can be downloaded again, so \
-             it takes a Hub id"
-        );
+        return Err(advised(
+            format!("`{model}` is a local path"),
+            "give a Hub id: --discard-shards deletes what can be downloaded again",
+        ));
     }
     hub::arriving(model, printer)
 }

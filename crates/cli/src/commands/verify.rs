@@ -12,6 +12,7 @@ use super::source::{locate, open_checkpoint, provide_text, warn_of};
 use super::table::{group, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::VerifyArgs;
+use crate::hint::advised;
 use crate::printer::Printer;
 
 /// Findings of one check that are printed; `--json` has all.
@@ -33,9 +34,10 @@ pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
         provide_text(&text.dataset, printer)?;
     }
     if text.is_none() && args.device.is_given() {
-        bail!(
-            "only a text is measured on a device: name one with --dataset, or leave the device out"
-        );
+        return Err(advised(
+            "only a text is measured on a device",
+            "name one with --dataset, or leave the device out",
+        ));
     }
     // Values are compared on the host; only a text needs a device.
     let device = if text.is_some() {
@@ -106,6 +108,9 @@ fn findings(report: &VerifyReport) -> String {
         *count += 1;
         if *count <= SHOWN {
             lines.push_str(&format!("{} {}\n", finding.place, finding.message));
+            if let Some(hint) = &finding.hint {
+                lines.push_str(&format!("hint: {hint}\n"));
+            }
         }
     }
     for (check, count) in shown.into_iter().filter(|&(_, count)| count > SHOWN) {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use gptq_hub::{Hub, Source};
 use gptq_text::dataset::DatasetSpec;
 use serde::Serialize;
@@ -12,6 +12,7 @@ use super::transfer::Transfer;
 use crate::args::FetchArgs;
 use crate::commands::table::size;
 use crate::commands::{print_json, print_result};
+use crate::hint::advised;
 use crate::printer::Printer;
 
 /// What `--json` prints, one for each thing asked for.
@@ -67,13 +68,16 @@ pub(crate) fn run(args: &FetchArgs, printer: &Printer) -> Result<()> {
 /// The folder of all repositories.
 pub(super) fn cache_root() -> Result<PathBuf> {
     gptq_checkpoint::hub_cache_root()
-        .context("No place for the cache is known: set HF_HOME to a folder")
+        .ok_or_else(|| advised("No place for the cache is known", "set HF_HOME to a folder"))
 }
 
 /// A dataset's split as what the Hub has.
 pub(super) fn split_source(dataset: &DatasetSpec) -> Result<Source> {
     let Some(hub) = dataset.hub() else {
-        bail!("`{dataset}` is a local file; a dataset on the Hub is ORG/NAME:CONFIG:SPLIT");
+        return Err(advised(
+            format!("`{dataset}` is a local file"),
+            "name a dataset on the Hub as ORG/NAME:CONFIG:SPLIT",
+        ));
     };
     Ok(Source::Dataset {
         id: hub.repo.clone(),

@@ -6,6 +6,7 @@ mod fetch;
 mod push;
 mod transfer;
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use gptq_text::dataset::DatasetSpec;
 
 use crate::args::RETRIES;
 use crate::commands::source::{Part, split_revision};
+use crate::hint::caused;
 use crate::printer::Printer;
 use fetch::{cache_root, split_source};
 use transfer::Transfer;
@@ -23,9 +25,19 @@ use transfer::Transfer;
 pub(crate) use fetch::run as fetch_command;
 pub(crate) use push::run as push_command;
 
+/// What an error of the Hub says to do.
+pub(crate) fn hint<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<Cow<'a, str>> {
+    // One step of an upload is the cause of another, and comes in its box.
+    let error = cause.downcast_ref::<gptq_hub::Error>();
+    error.or_else(|| cause.downcast_ref::<Box<gptq_hub::Error>>().map(AsRef::as_ref))?.hint()
+}
+
 /// Whether an error is this program's fault.
 pub(crate) fn is_internal(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(gptq_hub::Error::Panicked { .. }))
+    let panicked = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(gptq_hub::Error::Panicked { .. }))
+    };
+    error.chain().any(panicked)
 }
 
 /// Downloads a model that opening failed for; that is what is wrong where this fails, too.
@@ -37,7 +49,7 @@ pub(crate) fn model(model: &str, part: Part, error: Error, printer: &Printer) ->
     };
     match fetch(&source, revision.unwrap_or("main"), model, printer)? {
         Some(Ok(folder)) => Ok(folder),
-        Some(Err(failure)) => Err(failure).context(error.to_string()),
+        Some(Err(failure)) => Err(caused(&error, failure)),
         None => Err(error.into()),
     }
 }

@@ -79,7 +79,7 @@ impl Library {
         if self.is_present() {
             Ok(())
         } else {
-            Err(Error::MissingLibrary { library: self.file(), hint: self.hint() })
+            Err(Error::MissingLibrary { library: self.file(), advice: self.hint() })
         }
     }
 

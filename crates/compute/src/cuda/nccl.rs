@@ -29,8 +29,10 @@ const PAUSE: (Duration, u32) = (Duration::from_millis(100), 50);
 
 fn api() -> Result<&'static Api> {
     Library::Nccl.require()?;
-    API.get()
-        .ok_or(Error::MissingLibrary { library: Library::Nccl.file(), hint: Library::Nccl.hint() })
+    API.get().ok_or(Error::MissingLibrary {
+        library: Library::Nccl.file(),
+        advice: Library::Nccl.hint(),
+    })
 }
 
 /// NCCL's version, such as 2.27.3.

@@ -38,6 +38,6 @@ impl Launch {
     /// The error of a connection that fails.
     pub(super) fn trouble(&self, peer: usize, error: &io::Error) -> Error {
         let (rank, place) = (self.rank, self.meeting_place());
-        Error::Ranks(format!("Rank {rank} cannot talk to rank {peer} through {place}: {error}"))
+        Error::ranks(format!("Rank {rank} cannot talk to rank {peer} through {place}: {error}"))
     }
 }

@@ -53,7 +53,7 @@ pub(super) fn listen(launch: &Launch, say: &dyn Fn(&str)) -> Result<Met> {
         reception.hear();
         reception.look_at_seats();
         if Instant::now() > end {
-            return Err(Error::Ranks(reception.missing(launch)));
+            return Err(Error::ranks(reception.missing(launch)));
         }
         if !said && start.elapsed() > QUIET {
             said = true;
@@ -68,7 +68,7 @@ pub(super) fn listen(launch: &Launch, say: &dyn Fn(&str)) -> Result<Met> {
 fn bind(launch: &Launch) -> Result<Vec<TcpListener>> {
     let Launch { host, port, .. } = launch;
     let resolved = addresses(host, *port).map_err(|error| {
-        Error::Ranks(format!(
+        Error::ranks(format!(
             "Rank 0 cannot listen at `{host}`: the name does not resolve: {error}"
         ))
     })?;
@@ -94,13 +94,13 @@ fn bind(launch: &Launch) -> Result<Vec<TcpListener>> {
             wanted = ANY.to_vec();
             continue;
         }
-        let hint = match last.kind() {
-            ErrorKind::AddrInUse => "; another run may be using it: set MASTER_PORT to another",
-            _ => "",
-        };
-        return Err(Error::Ranks(format!(
-            "Rank 0 cannot listen on port {port} of `{host}` for the other ranks: {last}{hint}"
-        )));
+        let taken = last.kind() == ErrorKind::AddrInUse;
+        return Err(Error::Ranks {
+            message: format!(
+                "Rank 0 cannot listen on port {port} of `{host}` for the other ranks: {last}"
+            ),
+            advice: taken.then_some("set MASTER_PORT to another, as another run may be using it"),
+        });
     }
 }
 
@@ -381,7 +381,7 @@ pub(super) fn call(launch: &Launch) -> Result<Met> {
             Err(Refusal::Again(_)) => {}
         }
         if Instant::now() + TICK > end {
-            return Err(Error::Ranks(format!(
+            return Err(Error::ranks(format!(
                 "Rank {rank} has tried for {} s to reach rank 0 at {}: {}",
                 patience.as_secs(),
                 launch.meeting_place(),
@@ -402,10 +402,13 @@ fn attempt(launch: &Launch, place: Option<&Place>) -> std::result::Result<TcpStr
             place.find().map_err(Refusal::Again)?
         }
         (None, _) => {
-            return Err(Refusal::Final(Error::Ranks(format!(
-                "Rank {rank} is on another host than rank 0 (`{host}`), and the launcher gives the \
-                 run no id: set GPTQ_RUN_ID to the same text for all ranks"
-            ))));
+            return Err(Refusal::Final(Error::Ranks {
+                message: format!(
+                    "Rank {rank} is on another host than rank 0 (`{host}`), and the launcher gives \
+                     the run no id"
+                ),
+                advice: Some("set GPTQ_RUN_ID to the same text for all ranks"),
+            }));
         }
     };
     let greeting = Greeting::new(*rank as u32, RunDigest::of(&id));
@@ -417,7 +420,7 @@ fn attempt(launch: &Launch, place: Option<&Place>) -> std::result::Result<TcpStr
     let Some(Answer { verdict, size, version }) = heard else {
         return Err(Refusal::Again("what listens there is no rank 0".to_owned()));
     };
-    let refused = |what: String| Err(Refusal::Final(Error::Ranks(what)));
+    let refused = |what: String| Err(Refusal::Final(Error::ranks(what)));
     match verdict {
         Verdict::Seated => {}
         Verdict::Begin | Verdict::OtherRun => {
@@ -440,10 +443,13 @@ fn attempt(launch: &Launch, place: Option<&Place>) -> std::result::Result<TcpStr
     }
     // Rank 0 says more when all are there. It may have started later, and so waits longer.
     let left = |error: &dyn std::fmt::Display| {
-        Refusal::Final(Error::Ranks(format!(
-            "Rank {rank} has reached rank 0 at {}, which did not go on: {error}; see its own message",
-            launch.meeting_place()
-        )))
+        Refusal::Final(Error::Ranks {
+            message: format!(
+                "Rank {rank} has reached rank 0 at {}, which did not go on: {error}",
+                launch.meeting_place()
+            ),
+            advice: Some("see rank 0's own message"),
+        })
     };
     match answer(&mut stream, Instant::now() + *patience + GREETING_TIME) {
         Ok(Some(Answer { verdict: Verdict::Begin, .. })) => Ok(stream),

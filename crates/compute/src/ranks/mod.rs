@@ -252,7 +252,7 @@ impl Ranks {
         let mut same = Agreement::new(0).with("the number of ranks", size);
         if inner.limit.is_some() {
             let program = agreement::program().map_err(|error| {
-                Error::Ranks(format!("Rank {rank} cannot read the running program: {error}"))
+                Error::ranks(format!("Rank {rank} cannot read the running program: {error}"))
             })?;
             same = same.with("the program", program);
         }

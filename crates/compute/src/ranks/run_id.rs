@@ -100,11 +100,13 @@ impl Place {
 }
 
 fn no_place(path: &Path, error: &io::Error) -> Error {
-    Error::Ranks(format!(
-        "The ranks cannot leave the run's id in `{}` for each other: {error}; set GPTQ_RUN_ID to the \
-         same text for all of them",
-        path.display()
-    ))
+    let place = path.display();
+    Error::Ranks {
+        message: format!(
+            "The ranks cannot leave the run's id in `{place}` for each other: {error}"
+        ),
+        advice: Some("set GPTQ_RUN_ID to the same text for all ranks"),
+    }
 }
 
 /// A new file beside `path` that only this user may read.

@@ -44,11 +44,11 @@ impl Drop for Pumps {
 pub(super) fn join(launch: &Launch, say: &dyn Fn(&str)) -> Result<RankHandle> {
     let Launch { rank, size, .. } = *launch;
     if rank >= size {
-        return Err(Error::Ranks(format!("Rank {rank} is not one of {size} ranks")));
+        return Err(Error::ranks(format!("Rank {rank} is not one of {size} ranks")));
     }
     if size > Launch::MOST_RANKS {
         let most = Launch::MOST_RANKS;
-        return Err(Error::Ranks(format!("A run has at most {most} ranks, not {size}")));
+        return Err(Error::ranks(format!("A run has at most {most} ranks, not {size}")));
     }
     if size == 1 {
         return Ok(RankHandle::alone());

@@ -105,12 +105,14 @@ fn a_rank_that_fails_ends_the_others() {
     for handles in [RankHandle::threads(3), sockets(3)] {
         let outcomes = on_threads(handles, |ranks| {
             if ranks.rank() == 1 {
-                return Err(Error::Ranks("full disk".to_owned()));
+                return Err(Error::ranks("full disk".to_owned()));
             }
             // Waits for words that never come.
             ranks.exchange(vec![1])
         });
-        assert!(matches!(&outcomes[1], Err(Error::Ranks(what)) if what == "full disk"));
+        assert!(
+            matches!(&outcomes[1], Err(Error::Ranks { message, .. }) if message == "full disk")
+        );
         for rank in [0, 2] {
             assert!(
                 matches!(outcomes[rank], Err(Error::RankLost { rank: Some(1) })),

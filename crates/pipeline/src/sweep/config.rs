@@ -3,6 +3,7 @@
 //! Top-level values are the branches' defaults. `configs/stablebeluga2.toml` is built in, so that
 //! `--branch` works from any folder.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::{GroupSize, Layout, PARTIAL_END};
@@ -123,13 +124,17 @@ impl SweepConfig {
     }
 
     fn parse(text: &str, file: &str, folder: &Path) -> Result<Self> {
-        let invalid = |message: String| Error::Config { file: file.to_owned(), message };
+        let advised = |message, advice| Error::Config { file: file.to_owned(), message, advice };
+        let invalid = |message: String| advised(message, None);
         let raw: RawConfig =
             toml::from_str(text).map_err(|e| invalid(e.to_string().trim_end().to_owned()))?;
         let mut branches: Vec<Branch> = Vec::with_capacity(raw.branch.len());
         for branch in &raw.branch {
             let at = |message: String| invalid(format!("branch `{}`: {message}", branch.name));
-            let spec = branch_spec(branch, &raw).map_err(at)?;
+            let spec = branch_spec(branch, &raw).map_err(|error| {
+                let advice = error.hint().map(Cow::into_owned);
+                advised(format!("branch `{}`: {error}", branch.name), advice)
+            })?;
             check_name(&branch.name, &branches).map_err(at)?;
             let own_damp = branch.damp.or(raw.damp).is_some();
             branches.push(Branch { name: branch.name.clone(), spec, own_damp });
@@ -138,7 +143,7 @@ impl SweepConfig {
             return Err(invalid("it has no [[branch]]".to_owned()));
         }
         let layout = raw.layout.parse().map_err(invalid)?;
-        let home = |path| expand_home(path).map_err(|e| invalid(e.to_string()));
+        let home = |path| expand_home(path).map_err(|e| advised(e.to_string(), Some(e.hint())));
         let calibration = home(&raw.calibration)?;
         let local = folder.join(calibration.as_ref());
         let calibration = if calibration.ends_with(".toml") && local.is_file() {
@@ -200,15 +205,15 @@ impl SweepConfig {
     }
 }
 
-fn branch_spec(branch: &RawBranch, defaults: &RawConfig) -> std::result::Result<QuantSpec, String> {
+fn branch_spec(branch: &RawBranch, defaults: &RawConfig) -> gptq_quant::Result<QuantSpec> {
     let GroupSize(group_size) = branch.group_size;
     let recipe = branch.recipe.unwrap_or(defaults.recipe);
     let damp = branch.damp.or(defaults.damp).unwrap_or(recipe.damp());
     let mut spec = QuantSpec::new(branch.bits, group_size, branch.act_order, damp, recipe);
     for settings in [&defaults.set, &branch.set] {
-        spec.set(settings).map_err(|e| e.to_string())?;
+        spec.set(settings)?;
     }
-    spec.validate().map_err(|e| e.to_string())?;
+    spec.validate()?;
     Ok(spec)
 }
 
@@ -221,10 +226,10 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
     // Whatever the case: not every file system tells `Sweep.json` from `sweep.json`.
     let lower = name.to_ascii_lowercase();
     if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(PARTIAL_END) {
-        return Err("a sweep has files and working folders of that name; choose another".to_owned());
+        return Err("a sweep has files and working folders of that name".to_owned());
     }
     if name.len() > LONGEST_NAME {
-        return Err(format!("the name has {} letters; use at most {LONGEST_NAME}", name.len()));
+        return Err(format!("the name has {} letters, more than {LONGEST_NAME}", name.len()));
     }
     if let Some(other) = before.iter().find(|b| b.name.eq_ignore_ascii_case(name)) {
         return Err(match other.name == name {

@@ -32,7 +32,7 @@ pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut F
                 findings.add(Check::Model, TOKENIZER_FILE, how);
             }
         }
-        Err(error) => findings.add(Check::Model, TOKENIZER_FILE, error.to_string()),
+        Err(error) => findings.add_error(Check::Model, TOKENIZER_FILE, error),
     }
 }
 

@@ -274,7 +274,7 @@ fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings, values: &mut Va
         if let Err(error) = tensor.check_finite() {
             // No linear is read without its bias.
             values.unreadable |= name.ends_with(".bias");
-            findings.add(Check::Dense, name, error.to_string());
+            findings.add_error(Check::Dense, name, error);
         }
         checkpoint.release(name);
     }

@@ -1,8 +1,11 @@
 //! What the checks are, and what they find.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+
+use crate::error::{Error, with_causes};
 
 /// One kind of check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -67,6 +70,9 @@ pub struct Finding {
     pub place: String,
     /// What is wrong with it.
     pub message: String,
+    /// What to do about it, where that is known and not plain.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
 }
 
 /// A check that was made.
@@ -94,8 +100,28 @@ impl Findings {
         place: impl Into<String>,
         message: impl Into<String>,
     ) {
-        let (place, message) = (place.into(), message.into());
-        self.list.push(Finding { check, place, message });
+        self.push(check, place.into(), message.into(), None);
+    }
+
+    /// Adds what an error says of a file or tensor.
+    pub(super) fn add_error(
+        &mut self,
+        check: Check,
+        place: impl Into<String>,
+        error: impl Into<Error>,
+    ) {
+        let error = error.into();
+        let hint = error.hint().map(Cow::into_owned);
+        self.push(check, place.into(), with_causes(&error), hint);
+    }
+
+    /// Adds what is wrong together with what to do about it.
+    pub(super) fn add_with_hint(&mut self, check: Check, place: &str, message: &str, hint: &str) {
+        self.push(check, place.to_owned(), message.to_owned(), Some(hint.to_owned()));
+    }
+
+    fn push(&mut self, check: Check, place: String, message: String, hint: Option<String>) {
+        self.list.push(Finding { check, place, message, hint });
     }
 
     /// Counts things that a check looks at.

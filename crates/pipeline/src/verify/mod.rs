@@ -30,7 +30,7 @@ use gptq_checkpoint::{CONFIG_FILE, Checkpoint, Head, Layout, QuantizeConfig};
 use gptq_text::evaluation::EvalText;
 use serde::Serialize;
 
-use crate::error::{Result, with_causes};
+use crate::error::Result;
 use crate::progress::Progress;
 use findings::Findings;
 
@@ -125,8 +125,7 @@ fn open(dir: &Path, findings: &mut Findings) -> Result<Option<Checkpoint>> {
         Ok(checkpoint) => Ok(Some(checkpoint)),
         Err(error @ (Error::NoWeights { .. } | Error::NoSettings { .. })) => Err(error.into()),
         Err(error) => {
-            let message = with_causes(&error);
-            findings.add(Check::Files, dir.display().to_string(), message);
+            findings.add_error(Check::Files, dir.display().to_string(), error);
             Ok(None)
         }
     }
@@ -147,8 +146,9 @@ fn readable(
     // A table that cannot be read is found with the other tensors.
     if checkpoint.head().is_ok_and(|head| head == Head::Untied) {
         let message = "ties the head to the embedding, but lm_head.weight holds other values, and \
-                       loaders disagree on which to use: set tie_word_embeddings to false";
-        findings.add(Check::Configuration, CONFIG_FILE, message);
+                       loaders disagree on which to use";
+        let hint = "set tie_word_embeddings to false";
+        findings.add_with_hint(Check::Configuration, CONFIG_FILE, message, hint);
     }
     let layout = structure::check_tensors(&checkpoint, &stored, findings);
     let values = contents::check(&checkpoint, &stored, findings);

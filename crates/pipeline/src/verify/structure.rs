@@ -139,7 +139,10 @@ pub(super) fn check_configs(
                         parsed.push((name, config));
                         continue;
                     }
-                    Err(error) => error.to_string(),
+                    Err(error) => {
+                        findings.add_error(Check::Configuration, name, error);
+                        continue;
+                    }
                 }
             }
         };
@@ -284,10 +287,10 @@ pub(super) fn check_tensors(
 
 /// What a tensor claims to be, against what its role requires.
 fn check_tensor(checkpoint: &Checkpoint, spec: &TensorSpec, findings: &mut Findings) {
-    let mut fault = |message| findings.add(Check::Tensors, spec.name.clone(), message);
     match checkpoint.tensor(&spec.name) {
-        Err(error) => fault(error.to_string()),
+        Err(error) => findings.add_error(Check::Tensors, spec.name.clone(), error),
         Ok(tensor) => {
+            let mut fault = |message| findings.add(Check::Tensors, spec.name.clone(), message);
             if !takes(spec, tensor.dtype) {
                 let (found, wanted) = (tensor.dtype.name(), spec.dtype.name());
                 fault(format!("is stored as {found}, expected {wanted}"));

@@ -1,0 +1,69 @@
+//! What to do about an error, apart from what it says: the command prints it on a line of its own.
+
+use std::borrow::Cow;
+
+use crate::Error;
+
+impl Error {
+    /// What to do about it, where the message does not make that plain.
+    #[must_use]
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        Some(match self {
+            Self::NoModel { advice, .. } | Self::NoSettings { advice, .. } => (*advice).into(),
+            Self::InvalidPyTorch { advice, .. } => (*advice)?.into(),
+            Self::AmbiguousWeights { .. } => {
+                "set `model_file_base_name` in `quantize_config.json`".into()
+            }
+            Self::MissingShard { .. } => "download it again".into(),
+            Self::LfsPointer { .. } => "fetch the weights with `git lfs pull`".into(),
+            Self::Prefixed { .. } => "save the model inside of it".into(),
+            Self::Unprefixed { .. } => "save the model for causal language modeling".into(),
+            Self::Adapter { .. } => {
+                "merge the adapter (PEFT: `merge_and_unload`) and save the result".into()
+            }
+            Self::F16Underflow { .. } => "quantize the dense model again".into(),
+            Self::PackedHead { .. } => {
+                "quantize the dense model without its head and embedding".into()
+            }
+            Self::LostOrder { .. } => "get the whole file again".into(),
+            Self::ReservedMetadata { .. } => "choose another name".into(),
+            Self::OutputExists { .. } => "remove it or choose another name".into(),
+            Self::ForeignPartial { .. } => "move it away or choose another output".into(),
+            Self::CurrentFolder { .. } => {
+                "run the command from another folder, or name a folder inside this one".into()
+            }
+            Self::DeadLink { .. } => "make that folder, or remove the link".into(),
+            Self::MountPoint { .. } => "name a folder inside it".into(),
+            Self::Unnamed { .. } => "rename that folder, as the next run would replace it".into(),
+            Self::PartialInUse { .. } => "wait for it or choose another output".into(),
+            Self::FileName { .. } => "rename it, or move it out of the folder".into(),
+            Self::DiskSpace { .. } => "free some space or choose another disk".into(),
+            Self::NotInHubCache { request, .. } => format!(
+                "download it with `gptq fetch {request}`, give a local folder, or set HF_HOME to a \
+                 cache that holds it"
+            )
+            .into(),
+            Self::NoHubCache { .. } => "give a local folder, or set HF_HOME".into(),
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_no_part_of_the_message() {
+        let error = Error::NotInHubCache {
+            id: "a/b".to_owned(),
+            revision: "v2".to_owned(),
+            looked_in: "/cache".into(),
+            request: "a/b --revision v2".to_owned(),
+        };
+        let hint = error.hint().unwrap();
+        assert!(hint.starts_with("download it with `gptq fetch a/b --revision v2`"), "{hint}");
+        assert!(!error.to_string().contains("gptq fetch"), "{error}");
+        assert_eq!(Error::UnsupportedBits { bits: 5 }.hint(), None);
+    }
+}

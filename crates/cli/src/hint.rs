@@ -1,0 +1,82 @@
+//! What to do about an error, which every library says apart from the error's message.
+
+use std::borrow::Cow;
+use std::error::Error;
+
+use crate::hub;
+
+/// An error of the command itself, with what to do about it.
+#[derive(Debug)]
+struct Advised {
+    message: String,
+    hint: Option<String>,
+    cause: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl std::fmt::Display for Advised {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Advised {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_ref().map(|cause| &**cause as _)
+    }
+}
+
+/// An error with what to do about it.
+pub(crate) fn advised(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+    let hint = Some(hint.into());
+    anyhow::Error::new(Advised { message: message.into(), hint, cause: None })
+}
+
+/// A checkpoint's error whose own cause is the attempt to mend it. As anyhow's context its hint would
+/// be out of reach.
+#[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "downloads alone mend"))]
+pub(crate) fn caused(
+    error: &gptq_checkpoint::Error,
+    cause: impl Error + Send + Sync + 'static,
+) -> anyhow::Error {
+    let hint = error.hint().map(Cow::into_owned);
+    anyhow::Error::new(Advised { message: error.to_string(), hint, cause: Some(Box::new(cause)) })
+}
+
+/// What the error and its causes say to do, each once, the outermost first.
+pub(crate) fn hints(error: &anyhow::Error) -> Vec<Cow<'_, str>> {
+    let mut hints = Vec::new();
+    for hint in error.chain().filter_map(of) {
+        if !hints.contains(&hint) {
+            hints.push(hint);
+        }
+    }
+    hints
+}
+
+/// What one link of the chain says to do.
+fn of<'a>(cause: &'a (dyn Error + 'static)) -> Option<Cow<'a, str>> {
+    macro_rules! of_library {
+        ($($library:ident),*) => {
+            $(if let Some(error) = cause.downcast_ref::<$library::Error>() {
+                return error.hint();
+            })*
+        };
+    }
+    of_library!(
+        gptq_checkpoint,
+        gptq_compute,
+        gptq_model,
+        gptq_pipeline,
+        gptq_quant,
+        gptq_records,
+        gptq_report,
+        gptq_text
+    );
+    if let Some(error) = cause.downcast_ref::<gptq_text::home::HomeError>() {
+        return Some(error.hint().into());
+    }
+    match cause.downcast_ref::<Advised>() {
+        Some(error) => error.hint.as_deref().map(Into::into),
+        None => hub::hint(cause),
+    }
+}
