@@ -7,16 +7,12 @@ use anyhow::Result;
 use gptq_checkpoint::{Checkpoint, Error};
 use gptq_text::dataset::DatasetSpec;
 
-use crate::args::{FetchArgs, PushArgs};
 use crate::commands::source::Part;
 use crate::hint::advised;
 use crate::printer::Printer;
 
-pub(crate) fn fetch_command(_: &FetchArgs, _: &Printer) -> Result<()> {
-    Err(no_hub())
-}
-
-pub(crate) fn push_command(_: &PushArgs, _: &Printer) -> Result<()> {
+/// Runs what needs the Hub.
+pub(crate) fn refuse<A>(_: &A, _: &Printer) -> Result<()> {
     Err(no_hub())
 }
 

@@ -2,6 +2,9 @@
 
 use gptq_quant::Recipe;
 
+/// Attempts after failed ones, where nobody asks for another number.
+pub(crate) const RETRIES: u32 = 5;
+
 /// A recipe that calibrates.
 pub(crate) fn parse_calibrated(text: &str) -> Result<Recipe, String> {
     match text.parse::<Recipe>()? {

@@ -2,15 +2,44 @@
 
 use anyhow::Result;
 use gptq_compute::Device;
-use gptq_pipeline::bench::{BlockBench, Measurement, bench_block, bench_products};
+use gptq_pipeline::bench::{BlockBench, Measurement, Width, bench_block, bench_products};
 use gptq_pipeline::host_memory;
-use gptq_quant::QuantSpec;
+use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
 use super::table::{gigabytes, table};
 use super::{print_json, print_result};
-use crate::args::BenchArgs;
+use crate::args::DeviceArgs;
+use crate::args::values::{parse_calibrated, parse_count};
 use crate::printer::Printer;
+
+/// Measure this machine on a synthetic block
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq bench
+  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda --recipe autogptq")]
+pub(crate) struct Args {
+    /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b
+    #[arg(long, default_value = "smollm2")]
+    width: Width,
+    /// Calibration windows
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = parse_count)]
+    windows: usize,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = parse_count)]
+    seq_len: usize,
+    /// Solver choices: best or autogptq; 4 bits, group size 128, act-order
+    #[arg(long, value_name = "RECIPE", default_value = "best", value_parser = parse_calibrated)]
+    recipe: Recipe,
+    /// Change one choice of the recipe, as for gptq quantize; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -23,7 +52,7 @@ struct Output {
     peak_host_bytes: Option<u64>,
 }
 
-pub(crate) fn run(args: &BenchArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let team = args.device.open(printer)?;
     let products = match team.device() {
         Device::Cpu => bench_products(args.width, args.seq_len)?,

@@ -1,6 +1,6 @@
 //! `gptq check`: the accuracy gate.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use gptq_checkpoint::REPORT_FILE;
@@ -10,11 +10,34 @@ use gptq_report::{Error, Report};
 
 use super::table::table;
 use super::{print_json, print_result};
-use crate::args::CheckArgs;
 use crate::hint::advised;
 use crate::printer::Printer;
 
-pub(crate) fn run(args: &CheckArgs, printer: &Printer) -> Result<()> {
+/// Compare a sweep's accuracy with accepted values, and fail where it is worse
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Exit code 1 means worse, missing, changed, or not comparable. A folder of one
+checkpoint is checked alone; of a sweep, every branch of the baseline must be there.
+
+Examples:
+  gptq check branches --baseline tests/baselines/demo.json
+  gptq check branches --baseline tests/baselines/demo.json --update"
+)]
+pub(crate) struct Args {
+    /// Sweep folder, checkpoint folder, or a file that gptq report --json printed
+    report: PathBuf,
+    /// Accepted values and tolerances, as JSON
+    #[arg(long, value_name = "FILE")]
+    baseline: PathBuf,
+    /// Write the report's values into the baseline; tolerances in it are kept
+    #[arg(long)]
+    update: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let report = Report::open(std::slice::from_ref(&args.report))?;
     let whole = !one_checkpoint(&args.report);
     if args.update {
@@ -37,7 +60,7 @@ pub(crate) fn run(args: &CheckArgs, printer: &Printer) -> Result<()> {
 }
 
 /// Shows what the update changes, where that can be compared, and makes it.
-fn update(args: &CheckArgs, report: &Report, whole: bool, printer: &Printer) -> Result<()> {
+fn update(args: &Args, report: &Report, whole: bool, printer: &Printer) -> Result<()> {
     refuse_inputs(&args.baseline, [args.report.as_path()])?;
     // A pipe or a device is written into, and has no values of before: what could be read from it may
     // be this program's own output.
@@ -61,7 +84,7 @@ fn one_checkpoint(path: &Path) -> bool {
     path.join(REPORT_FILE).is_file() || path.file_name().is_some_and(|name| name == REPORT_FILE)
 }
 
-fn show(args: &CheckArgs, outcome: &Outcome) -> Result<()> {
+fn show(args: &Args, outcome: &Outcome) -> Result<()> {
     if args.json {
         return print_json(outcome);
     }

@@ -7,7 +7,17 @@ use serde::Serialize;
 
 use super::table::{gigabytes, table};
 use super::{print_json, print_result};
-use crate::args::DoctorArgs;
+use crate::printer::Printer;
+
+/// Show what this machine has for GPU runs, and what it lacks
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  gptq doctor")]
+pub(crate) struct Args {
+    /// Print the facts as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// One fact.
 #[derive(Serialize)]
@@ -18,7 +28,7 @@ struct Check {
     advice: Option<&'static str>,
 }
 
-pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
+pub(crate) fn run(args: &Args, _: &Printer) -> Result<()> {
     let checks = checks(&probe());
     if args.json {
         return print_json(&checks);

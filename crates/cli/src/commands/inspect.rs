@@ -11,8 +11,24 @@ use sha2::{Digest, Sha256};
 use super::source::{open_checkpoint, warn_of};
 use super::table::{gigabytes, size, table};
 use super::{print_json, print_result};
-use crate::args::InspectArgs;
 use crate::printer::Printer;
+
+/// Show what a checkpoint holds
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq inspect ./SmolLM2-135M-4bit-128g
+  gptq inspect ./SmolLM2-135M --checksum")]
+pub(crate) struct Args {
+    /// Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
+    checkpoint: String,
+    /// Read every value, and print how fast and their SHA-256: equal for equal tensors, whatever
+    /// files hold them
+    #[arg(long)]
+    checksum: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// Tensors that are left out that are listed; `--json` has all.
 const SHOWN: usize = 10;
@@ -60,7 +76,7 @@ struct Quantization {
     bits_per_weight: f64,
 }
 
-pub(crate) fn run(args: &InspectArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let checkpoint = open_checkpoint(&args.checkpoint, printer)?;
     warn_of(&checkpoint, false, printer)?;
     let mut output = describe(&checkpoint)?;

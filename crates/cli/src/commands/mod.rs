@@ -1,12 +1,16 @@
-//! One file a command: from checked arguments to printed results.
+//! One file a command: its arguments, and from them to printed results.
+//!
+//! A command is its file, `mod` and a row of `commands!`.
 
 mod bench;
 mod card;
 mod check;
 mod doctor;
+mod fetch;
 mod inspect;
 mod plan;
 mod ppl;
+mod push;
 mod quantize;
 mod report;
 pub(crate) mod source;
@@ -17,31 +21,46 @@ mod verify;
 use std::io::Write;
 
 use anyhow::Result;
+use clap::Subcommand;
 use serde::Serialize;
 
-use crate::args::Command;
-use crate::hub;
 use crate::plain::plain;
 use crate::printer::Printer;
 pub(crate) use table::gigabytes;
 
-/// Runs a command.
-pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
-    match command {
-        Command::Quantize(args) => quantize::run(&args, printer),
-        Command::Ppl(args) => ppl::run(&args, printer),
-        Command::Plan(args) => plan::run(&args, printer),
-        Command::Inspect(args) => inspect::run(&args, printer),
-        Command::Verify(args) => verify::run(&args, printer),
-        Command::Sweep(args) => sweep::run(&args, printer),
-        Command::Report(args) => report::run(&args, printer),
-        Command::Check(args) => check::run(&args, printer),
-        Command::Card(args) => card::run(&args),
-        Command::Bench(args) => bench::run(&args, printer),
-        Command::Doctor(args) => doctor::run(&args),
-        Command::Fetch(args) => hub::fetch_command(&args, printer),
-        Command::Push(args) => hub::push_command(&args, printer),
-    }
+/// Makes the commands' enum and what runs them, from a list of names and modules.
+macro_rules! commands {
+    ($($name:ident: $module:ident,)*) => {
+        // Undocumented: clap would show the text as help.
+        #[derive(Debug, Subcommand)]
+        pub(crate) enum Command {
+            $($name(Box<$module::Args>),)*
+        }
+
+        /// Runs a command.
+        pub(crate) fn run(command: Command, printer: &Printer) -> Result<()> {
+            match command {
+                $(Command::$name(args) => $module::run(&args, printer),)*
+            }
+        }
+    };
+}
+
+// In the order in which help shows them.
+commands! {
+    Quantize: quantize,
+    Ppl: ppl,
+    Plan: plan,
+    Inspect: inspect,
+    Verify: verify,
+    Sweep: sweep,
+    Report: report,
+    Check: check,
+    Card: card,
+    Bench: bench,
+    Doctor: doctor,
+    Fetch: fetch,
+    Push: push,
 }
 
 /// Writes a result for people to stdout.

@@ -2,15 +2,33 @@
 
 use anyhow::Result;
 use gptq_pipeline::plan::{BranchPlan, Setting, plan_branch};
-use gptq_pipeline::sweep::config::SweepConfig;
+use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::write::planned_metadata;
 use serde::Serialize;
 
 use super::source::open_config;
 use super::table::{gigabytes, group, operations, size, table, yes_no};
 use super::{print_json, print_result};
-use crate::args::PlanArgs;
+use crate::args::values::parse_bytes;
 use crate::printer::Printer;
+
+/// Predict sizes, memory and work of every branch from config.json alone
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  gptq plan stabilityai/StableBeluga2 --config configs/stablebeluga2.toml")]
+pub(crate) struct Args {
+    /// Folder that holds config.json, or a Hub id, ORG/NAME or ORG/NAME@REVISION
+    model: String,
+    /// Sweep configuration
+    #[arg(long, value_name = "FILE", default_value = BUILT_IN)]
+    config: String,
+    /// GPU memory to plan for
+    #[arg(long, value_name = "SIZE", default_value = "80GB", value_parser = parse_bytes)]
+    gpu_memory: u64,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// What `--json` prints for a branch.
 #[derive(Serialize)]
@@ -25,7 +43,7 @@ struct Row {
     fits: bool,
 }
 
-pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let config = SweepConfig::open(&args.config)?;
     let model = open_config(&args.model, printer)?;
     let setting = Setting {

@@ -1,7 +1,7 @@
 //! `gptq ppl`: perplexity of a model, and its distance from another.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -14,15 +14,52 @@ use gptq_pipeline::host_memory;
 use gptq_pipeline::perplexity::{Perplexity, Tally, score};
 use gptq_pipeline::progress::Progress;
 use gptq_records::atomic_file::{refuse_inputs, replace};
+use gptq_text::dataset::DatasetSpec;
 use gptq_text::evaluation::{EvalText, EvaluationSpec, evaluation_text};
+use gptq_text::protocol::Protocol;
 use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
 use super::source::{open_checkpoint, provide_text, warn_of};
 use super::{print_json, print_result};
-use crate::args::PplArgs;
+use crate::args::DeviceArgs;
 use crate::hint::advised;
 use crate::printer::Printer;
+
+/// Measure the perplexity of a dense model or a GPTQ checkpoint
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq ppl ./SmolLM2-135M-4bit-128g
+  gptq ppl ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --max-windows 8 --json
+  gptq ppl ./model --protocol llama-cpp --dataset ./book.txt
+  gptq ppl ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --per-token losses.csv")]
+pub(crate) struct Args {
+    /// Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
+    model: String,
+    /// How the text is cut and scored: paper, llama-cpp or strided
+    #[arg(long, default_value = "paper")]
+    protocol: Protocol,
+    /// Text to score: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet
+    #[arg(long, default_value = "Salesforce/wikitext:wikitext-2-raw-v1:test")]
+    dataset: DatasetSpec,
+    /// Tokens of a window [default: 2048 (paper), 512 (llama-cpp), the context (strided)]
+    #[arg(long, value_name = "N")]
+    seq_len: Option<usize>,
+    /// Stop after this many windows
+    #[arg(long, value_name = "N")]
+    max_windows: Option<usize>,
+    /// Dense model to compare with: adds its perplexity and the KL divergence from it
+    #[arg(long, value_name = "MODEL")]
+    base: Option<String>,
+    /// Also write the loss of every scored token, in nats, to this CSV file (with --base: of both)
+    #[arg(long, value_name = "FILE")]
+    per_token: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -48,7 +85,7 @@ struct Comparison<'a> {
     kl: f64,
 }
 
-pub(crate) fn run(args: &PplArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let start = Instant::now();
     if let Some(file) = &args.per_token {
         let models = std::iter::once(&args.model).chain(&args.base).map(Path::new);

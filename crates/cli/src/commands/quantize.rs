@@ -1,9 +1,10 @@
 //! `gptq quantize`: one branch, from a dense model to a finished folder.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use gptq_checkpoint::Layout;
+use gptq_checkpoint::{GroupSize, Layout};
 use gptq_pipeline::host_memory;
 use gptq_pipeline::job::QuantizeJob;
 use gptq_pipeline::progress::{BlockReport, Progress};
@@ -19,8 +20,75 @@ use serde::Serialize;
 use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
 use super::table::size;
 use super::{print_json, print_result};
-use crate::args::QuantizeArgs;
+use crate::args::values::parse_bytes;
+use crate::args::{CalibrationArgs, DeviceArgs};
 use crate::printer::Printer;
+
+/// Help of `--set`.
+fn set_help() -> String {
+    format!("Change one choice of the recipe: {}; may be repeated", gptq_quant::Choices::help())
+}
+
+/// Make one quantised checkpoint
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq quantize ./SmolLM2-135M --out ./SmolLM2-135M-4bit-128g --bits 4 --group-size 128
+  gptq quantize stabilityai/StableBeluga2 --branch gptq-4bit-32g-actorder_True --out ./4bit-32g")]
+pub(crate) struct Args {
+    /// Folder of the dense model, or a Hub id, ORG/NAME or ORG/NAME@REVISION
+    model: String,
+    /// Folder to make; it must not exist, or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Bits of a weight: 2, 3, 4 or 8 [default: 4]
+    #[arg(long, alias = "wbits")]
+    bits: Option<u8>,
+    /// Input features that share a scale: a number, or none (or -1) for all [default: 128]
+    #[arg(long, value_name = "N|none", alias = "groupsize", allow_hyphen_values = true)]
+    group_size: Option<GroupSize>,
+    /// Solve columns in order of importance [default: true]
+    #[arg(long, alias = "desc-act", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    act_order: Option<bool>,
+    /// Fraction of the Hessian's mean diagonal added to it [default: 0.03 (best), 0.01]
+    #[arg(long, alias = "percdamp", alias = "damp-percent")]
+    damp: Option<f64>,
+    /// Solver choices: best, autogptq, or rtn (round to nearest, no calibration) [default: best]
+    #[arg(long)]
+    recipe: Option<Recipe>,
+    #[arg(long, value_name = "KEY=VALUE", help = set_help())]
+    set: Vec<String>,
+    /// Type in which the source's weights are quantised: fp16 (rounded first, as the published
+    /// branches were) or fp32 (as stored) [default: fp16]
+    #[arg(long, value_name = "TYPE")]
+    source_dtype: Option<SourceDtype>,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
+    /// Tensors beside the quantised ones: modern, or card as published in 2023 [default: modern]
+    #[arg(long)]
+    layout: Option<Layout>,
+    /// Take the settings of this branch of --config; options given here win
+    #[arg(long, value_name = "NAME")]
+    branch: Option<String>,
+    /// Sweep configuration that holds --branch [default: the built-in stablebeluga2]
+    #[arg(long, value_name = "FILE", requires = "branch")]
+    config: Option<String>,
+    /// Split the weights into files of at most this size, such as 5GB
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    max_shard_size: Option<u64>,
+    /// Download the model's shards as they are needed and delete them when they are read, for a
+    /// disk smaller than the model; shards that the Hub's cache holds already stay
+    #[arg(long)]
+    discard_shards: bool,
+    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
+    /// a GPU
+    #[arg(long)]
+    strict: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -61,7 +129,7 @@ struct Settings {
     calibration: CalibrationRecipe,
 }
 
-pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let start = Instant::now();
     let Settings { spec, source_dtype, layout, calibration } = settings(args)?;
     spec.validate()?;
@@ -132,13 +200,13 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
 /// The name that published branches of these settings have; the folder's own would make its bytes
 /// depend on where it lies.
 fn branch_name(spec: &QuantSpec) -> String {
-    let group = gptq_checkpoint::GroupSize(spec.group_size).stored();
+    let group = GroupSize(spec.group_size).stored();
     let act_order = if spec.act_order { "True" } else { "False" };
     format!("gptq-{}bit-{group}g-actorder_{act_order}", spec.bits)
 }
 
 /// The branch's settings, or the defaults, with the options given on the command line on top.
-fn settings(args: &QuantizeArgs) -> Result<Settings> {
+fn settings(args: &Args) -> Result<Settings> {
     let mut own_damp = false;
     let mut settings = match &args.branch {
         Some(name) => {

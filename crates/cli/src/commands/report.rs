@@ -11,8 +11,28 @@ use gptq_report::page::page;
 use serde::Serialize;
 
 use super::{print_json, print_result};
-use crate::args::ReportArgs;
 use crate::printer::Printer;
+
+/// Show what a sweep gave, as Markdown, JSON or a page with charts
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq report branches
+  gptq report branches --html report.html --previous last-release.json
+  gptq report branches --json > this-release.json")]
+pub(crate) struct Args {
+    /// Sweep folders, checkpoint folders, or files that gptq report --json printed
+    #[arg(required = true, value_name = "DIR|FILE")]
+    paths: Vec<PathBuf>,
+    /// Compare with an earlier report: a folder or file as above
+    #[arg(long, value_name = "DIR|FILE")]
+    previous: Option<PathBuf>,
+    /// Write a page with charts, too: one file that needs nothing else
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Print JSON instead of Markdown
+    #[arg(long)]
+    json: bool,
+}
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -24,7 +44,7 @@ struct Output<'a> {
     changes: Option<Vec<BranchChange<'a>>>,
 }
 
-pub(crate) fn run(args: &ReportArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     if let Some(path) = &args.html {
         refuse_inputs(path, args.paths.iter().chain(&args.previous).map(PathBuf::as_path))?;
     }

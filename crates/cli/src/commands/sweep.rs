@@ -1,15 +1,17 @@
 //! `gptq sweep`: every branch of a configuration, made and measured.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use gptq_checkpoint::free_space;
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::sweep::config::{Branch, SweepConfig};
+use gptq_pipeline::sweep::jobs::Share;
 use gptq_pipeline::sweep::log::{SWEEP_FILE, SweepReport, SweepRow};
 use gptq_pipeline::sweep::resume::State;
 use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
 use gptq_records::atomic_file::refuse_inputs;
+use gptq_records::source_dtype::SourceDtype;
 use gptq_report::card::write_sweep_cards;
 use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
@@ -18,14 +20,57 @@ use super::quantize::sample;
 use super::source::{open_checkpoint, provide_text, warn_of};
 use super::table::{group, operations, size, table, yes_no};
 use super::{print_json, print_result};
-use crate::args::SweepArgs;
+use crate::args::{CalibrationArgs, DeviceArgs};
 use crate::printer::Printer;
+
+/// Make and measure every branch of a configuration
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq sweep configs/demo.toml
+  gptq sweep configs/stablebeluga2.toml --out ./branches --dry-run
+  gptq sweep configs/stablebeluga2.toml --out ./branches --jobs 2/4
+
+An interrupted sweep goes on where it was when the same command is run again: branches whose files
+and inputs are unchanged are reused.")]
+pub(crate) struct Args {
+    /// Sweep configuration
+    config: String,
+    /// Folder for the branches, one folder each
+    #[arg(long, value_name = "DIR", default_value = "branches")]
+    out: PathBuf,
+    /// Only this branch; may be repeated
+    #[arg(long, value_name = "BRANCH")]
+    only: Vec<String>,
+    /// Only the branches of job I of N; the jobs together make all, each once
+    #[arg(long, value_name = "I/N")]
+    jobs: Option<Share>,
+    /// Print what would be made and what is reused, with sizes and work; change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Dense model instead of the configuration's
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Type in which its weights are quantised, fp16 or fp32, instead of the configuration's
+    #[arg(long, value_name = "TYPE")]
+    source_dtype: Option<SourceDtype>,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
+    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
+    /// a GPU
+    #[arg(long)]
+    strict: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Print the table as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// Branches are independent, so a process for each device is faster than one for all.
 const ADVICE: &str =
     "split the sweep: --jobs 1/2 --device cuda:0 beside --jobs 2/2 --device cuda:1";
 
-pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let mut config = SweepConfig::open(&args.config)?;
     refuse_inputs(&args.out.join(SWEEP_FILE), [Path::new(&args.config)])?;
     if let Some(model) = &args.model {

@@ -5,20 +5,80 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use gptq_checkpoint::loaders::Seen;
 use gptq_compute::Device;
-use gptq_pipeline::verify::{Check, VerifyJob, VerifyReport, verify};
+use gptq_pipeline::verify::{Check, Limits, VerifyJob, VerifyReport, verify};
+use gptq_text::dataset::DatasetSpec;
 use gptq_text::evaluation::EvaluationSpec;
+use gptq_text::protocol::Protocol;
 
 use super::source::{locate, open_checkpoint, provide_text, warn_of};
 use super::table::{group, size, table, yes_no};
 use super::{print_json, print_result};
-use crate::args::VerifyArgs;
+use crate::args::DeviceArgs;
+use crate::args::values::parse_limit;
 use crate::hint::advised;
 use crate::printer::Printer;
+
+/// Check a GPTQ checkpoint in every respect, and say who loads it
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq verify ./SmolLM2-135M-4bit-128g
+  gptq verify ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M
+  gptq verify ./SmolLM2-135M-4bit-128g --base ./SmolLM2-135M --dataset ./book.txt \\
+    --max-windows 8 --max-kl 0.05 --max-ppl-ratio 1.1")]
+pub(crate) struct Args {
+    /// Folder of the checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
+    checkpoint: String,
+    /// Dense model that it was made from: compares every weight
+    #[arg(long, value_name = "MODEL")]
+    base: Option<String>,
+    /// Text to run on: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet; with --base, also measures
+    /// every linear's output error and the KL divergence
+    #[arg(long)]
+    dataset: Option<DatasetSpec>,
+    /// How the text is cut and scored: paper, llama-cpp or strided
+    #[arg(long, default_value = "paper", requires = "dataset")]
+    protocol: Protocol,
+    /// Tokens of a window [default: 2048 (paper), 512 (llama-cpp), the context (strided)]
+    #[arg(long, value_name = "N", requires = "dataset")]
+    seq_len: Option<usize>,
+    /// Stop after this many windows
+    #[arg(long, value_name = "N", requires = "dataset")]
+    max_windows: Option<usize>,
+    /// Highest perplexity to accept
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires = "dataset")]
+    max_ppl: Option<f64>,
+    /// Highest perplexity to accept, over the base's
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires_all = ["dataset", "base"])]
+    max_ppl_ratio: Option<f64>,
+    /// Highest KL divergence from the base to accept, in nats a token
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires_all = ["dataset", "base"])]
+    max_kl: Option<f64>,
+    /// Highest output error of a linear to accept, as energy over that of its outputs
+    #[arg(long, value_name = "X", value_parser = parse_limit, requires_all = ["dataset", "base"])]
+    max_output_error: Option<f64>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    /// What the outputs may at most be.
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            perplexity: self.max_ppl,
+            ratio: self.max_ppl_ratio,
+            kl: self.max_kl,
+            output_error: self.max_output_error,
+        }
+    }
+}
 
 /// Findings of one check that are printed; `--json` has all.
 const SHOWN: usize = 10;
 
-pub(crate) fn run(args: &VerifyArgs, printer: &Printer) -> Result<()> {
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let dir = locate(&args.checkpoint, printer)?;
     let base = args.base.as_deref().map(|base| open_checkpoint(base, printer)).transpose()?;
     if let Some(base) = &base {

@@ -1,9 +1,7 @@
-//! What a build with the Hub can do: fetch and push, and bring what other commands lack.
+//! What a build with the Hub can do for other commands: bring what they lack.
 //!
 //! `hub_off.rs` has the same functions for a build without.
 
-mod fetch;
-mod push;
 mod transfer;
 
 use std::borrow::Cow;
@@ -15,15 +13,12 @@ use gptq_checkpoint::{Checkpoint, Error};
 use gptq_hub::{Hub, Source, Stream};
 use gptq_text::dataset::DatasetSpec;
 
-use crate::args::RETRIES;
+use crate::args::values::RETRIES;
 use crate::commands::source::{Part, split_revision};
-use crate::hint::caused;
+use crate::hint::{advised, caused};
 use crate::printer::Printer;
-use fetch::{cache_root, split_source};
-use transfer::Transfer;
 
-pub(crate) use fetch::run as fetch_command;
-pub(crate) use push::run as push_command;
+pub(crate) use transfer::Transfer;
 
 /// What an error of the Hub says to do.
 pub(crate) fn hint<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<Cow<'a, str>> {
@@ -92,4 +87,25 @@ fn fetch(
     let progress = Transfer::new(printer.clone());
     let fetched = gptq_hub::fetch(&hub, source, revision, &cache, false, &progress);
     Ok(Some(fetched.map(|fetched| fetched.folder)))
+}
+
+/// The folder of all repositories.
+pub(crate) fn cache_root() -> Result<PathBuf> {
+    gptq_checkpoint::hub_cache_root()
+        .ok_or_else(|| advised("No place for the cache is known", "set HF_HOME to a folder"))
+}
+
+/// A dataset's split as what the Hub has.
+pub(crate) fn split_source(dataset: &DatasetSpec) -> Result<Source> {
+    let Some(hub) = dataset.hub() else {
+        return Err(advised(
+            format!("`{dataset}` is a local file"),
+            "name a dataset on the Hub as ORG/NAME:CONFIG:SPLIT",
+        ));
+    };
+    Ok(Source::Dataset {
+        id: hub.repo.clone(),
+        config: hub.config.clone(),
+        split: hub.split.clone(),
+    })
 }
