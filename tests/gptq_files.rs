@@ -197,9 +197,9 @@ fn all_refuse(dir: &Workdir, names: &[&str]) {
     ppl(dir, "g").refused(names);
     dir.gptq(&["inspect", "g"]).refused(names);
     let outcome = dir.gptq(&["verify", "g"]);
-    let said = format!("{}{}", outcome.stdout, outcome.stderr);
-    assert_eq!(outcome.code, 1, "{said}");
-    names.iter().for_each(|name| assert!(said.contains(name), "`{name}` is not in {said}"));
+    let messages = format!("{}{}", outcome.stdout, outcome.stderr);
+    assert_eq!(outcome.code, 1, "{messages}");
+    names.iter().for_each(|name| assert!(messages.contains(name), "`{name}` is not in {messages}"));
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn the_zeros_of_a_symmetric_grid_tell_how_they_are_stored() {
 
             file.settings()["checkpoint_format"] = json!(wrong);
             file.write(&dir);
-            let said = reads_as_twin(&dir);
+            let messages = reads_as_twin(&dir);
             let counted = format!(
                 "14 of 14 packed linears store their zeros {}",
                 match plain_zeros {
@@ -227,7 +227,7 @@ fn the_zeros_of_a_symmetric_grid_tell_how_they_are_stored() {
                     false => "minus one",
                 }
             );
-            assert!(said.contains("warning") && said.contains(&counted), "{said}");
+            assert!(messages.contains("warning") && messages.contains(&counted), "{messages}");
             let outcome = dir.gptq(&["verify", "g"]);
             assert_eq!(outcome.code, 1);
             assert!(outcome.stdout.contains("minus one"), "{}", outcome.stdout);
@@ -393,15 +393,15 @@ fn store_scales(file: &mut Packed, as_bf16: bool, change: impl Fn(f32) -> f32) {
 }
 
 #[test]
-fn scales_and_indices_of_other_types_are_read_and_said() {
+fn scales_and_indices_of_other_types_are_read_with_a_warning() {
     let dir = Workdir::new();
     for as_bf16 in [true, false] {
         let mut file = Packed::new(FOUR, &[]);
         store_scales(&mut file, as_bf16, |scale| scale);
         file.write(&dir);
-        let said = reads_as_twin(&dir);
+        let messages = reads_as_twin(&dir);
         let counted = "14 of 14 packed linears store their `scales` as F32 or BF16";
-        assert!(said.contains(counted) && said.contains("exactly"), "{said}");
+        assert!(messages.contains(counted) && messages.contains("exactly"), "{messages}");
         let outcome = dir.gptq(&["verify", "g"]);
         assert_eq!(outcome.code, 1);
         assert!(outcome.stdout.contains("expected F16"), "{}", outcome.stdout);
@@ -428,8 +428,8 @@ fn scales_and_indices_of_other_types_are_read_and_said() {
         *dtype = Dtype::I64;
     });
     file.write(&dir);
-    let said = reads_as_twin(&dir);
-    assert!(said.contains("14 of 14 packed linears store their `g_idx` as I64"), "{said}");
+    let messages = reads_as_twin(&dir);
+    assert!(messages.contains("14 of 14 packed linears store their `g_idx` as I64"), "{messages}");
     assert_eq!(dir.gptq(&["verify", "g"]).code, 1);
     // The low half of what is no group at all is one.
     file.each("layers.1.mlp.up_proj.g_idx", |(_, _, bytes)| bytes[4] = 1);
@@ -440,14 +440,14 @@ fn scales_and_indices_of_other_types_are_read_and_said() {
 }
 
 #[test]
-fn a_dense_weight_beside_a_packed_one_is_said() {
+fn a_dense_weight_beside_a_packed_one_is_warned_of() {
     let dir = Workdir::new();
     let mut file = Packed::new(FOUR, &[]);
     let name = "model.layers.0.self_attn.q_proj.weight";
     file.tensors.insert(name.to_owned(), (Dtype::F16, vec![64, 64], vec![0; 2 * 64 * 64]));
     file.write(&dir);
-    let said = reads_as_twin(&dir);
-    assert!(said.contains("1 dense tensor") && said.contains(name), "{said}");
+    let messages = reads_as_twin(&dir);
+    assert!(messages.contains("1 dense tensor") && messages.contains(name), "{messages}");
     let inspected = dir.gptq(&["inspect", "g", "--json"]);
     assert!(inspected.stderr.contains(name), "{}", inspected.stderr);
     assert_eq!(inspected.json()["left_out"], json!([name]));

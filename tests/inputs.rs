@@ -83,8 +83,8 @@ fn rows_without_anything_between_are_told_of() {
     dir.write("rows.jsonl", &rows);
     let made = quantize(&dir, "rows.jsonl", &[]);
     made.ok();
-    let said = "warning: 39 of the 40 rows of rows.jsonl run into the next";
-    assert!(made.stderr.contains(said), "{}", made.stderr);
+    let warning = "warning: 39 of the 40 rows of rows.jsonl run into the next";
+    assert!(made.stderr.contains(warning), "{}", made.stderr);
     assert!(made.stderr.contains("--calib-join paragraphs"), "{}", made.stderr);
     quantize(&dir, "rows.jsonl", &["--calib-join=lines"]).refused(&["lines", "paragraphs"]);
     assert!(dir.gptq(&["quantize", "--help"]).ok().contains("--calib-join <JOIN>"));

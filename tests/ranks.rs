@@ -129,8 +129,8 @@ fn threads_make_the_file_that_processes_make() {
     let recipe = CalibrationRecipe::open("wikitext2").unwrap().with(overrides).unwrap();
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
     let calibration = recipe.sample(&tokenizer).unwrap();
-    let run = |seat: RankHandle| {
-        seat.run(&Device::Cpu, |ranks| {
+    let run = |handle: RankHandle| {
+        handle.run(&Device::Cpu, |ranks| {
             let job = QuantizeJob {
                 source: &source,
                 model: "model".to_owned(),
@@ -151,7 +151,7 @@ fn threads_make_the_file_that_processes_make() {
     };
     let written: Vec<bool> = std::thread::scope(|scope| {
         let run = &run;
-        let spawn = |seat| scope.spawn(move || run(seat).unwrap().is_some());
+        let spawn = |handle| scope.spawn(move || run(handle).unwrap().is_some());
         let threads: Vec<_> = RankHandle::threads(2).into_iter().map(spawn).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
@@ -196,7 +196,7 @@ fn impostor(port: &str, run_id: &str, last_words: &[u8]) {
     let run = RunDigest::of(&format!("GPTQ_RUN_ID={run_id}"));
     stream.write_all(&Greeting::new(1, run).to_bytes()).unwrap();
     // Seated, and then begun.
-    for verdict in [Verdict::Seated, Verdict::Begin] {
+    for verdict in [Verdict::Admitted, Verdict::Begin] {
         let mut answer = [0; Answer::LENGTH];
         stream.read_exact(&mut answer).unwrap();
         assert_eq!(Answer::parse(&answer).unwrap().verdict, verdict);
@@ -290,8 +290,8 @@ fn ranks_that_differ_name_what_differs_and_write_nothing() {
         for (rank, outcome) in outcomes.iter().enumerate() {
             let Outcome { code, stdout, stderr } = outcome;
             assert_eq!((*code, stdout.as_str()), (1, ""), "{named}: rank {rank}: {stderr}");
-            let told = stderr.contains("The ranks do not agree") && stderr.contains(named);
-            assert!(told, "{named}: rank {rank}: {stderr}");
+            let explained = stderr.contains("The ranks do not agree") && stderr.contains(named);
+            assert!(explained, "{named}: rank {rank}: {stderr}");
         }
     }
     assert!(listing(&dir.path(".")).iter().all(|name| !name.starts_with("out")));
@@ -330,8 +330,8 @@ fn ranks_that_read_one_file_in_two_ways_do_not_measure_it() {
         for (rank, outcome) in unlike_ranks(&dir, &[&first, &second], &[]).iter().enumerate() {
             let Outcome { code, stdout, stderr } = outcome;
             assert_eq!((*code, stdout.as_str()), (1, ""), "rank {rank}: {stderr}");
-            let told = stderr.contains(named) && stderr.contains("rank 1: `gptq_v2`)");
-            assert!(told, "rank {rank}: {stderr}");
+            let explained = stderr.contains(named) && stderr.contains("rank 1: `gptq_v2`)");
+            assert!(explained, "rank {rank}: {stderr}");
         }
     }
 }
@@ -358,9 +358,12 @@ fn ranks_of_two_builds_do_not_work_together() {
     let first = run(&dir, &args, &launcher(0, 2, &port));
     first.refused(&["The ranks do not agree", "the program (rank 0: `"]);
     let second = second.wait_with_output().unwrap();
-    let said = String::from_utf8(second.stderr).unwrap();
-    assert_eq!(second.status.code(), Some(1), "{said}");
-    assert!(said.contains("rank 1: error: ") && said.contains("the program (rank 0: `"), "{said}");
+    let messages = String::from_utf8(second.stderr).unwrap();
+    assert_eq!(second.status.code(), Some(1), "{messages}");
+    assert!(
+        messages.contains("rank 1: error: ") && messages.contains("the program (rank 0: `"),
+        "{messages}"
+    );
     assert!(!dir.path("out").exists());
 }
 
@@ -464,6 +467,7 @@ fn rank_0_says_for_whom_it_waits() {
     env.push(("GPTQ_JOIN_TIMEOUT".to_owned(), "7".to_owned()));
     let outcome = run(&dir, &[&perplexity("model")[..], &["--quiet"]].concat(), &env);
     outcome.refused(&["Rank 0 has waited 7 s", "rank 1, 2 of 3"]);
-    let said = outcome.stderr.matches("rank 0 is waiting for rank 1, 2 of 3 at 127.0.0.1:").count();
-    assert_eq!(said, 1, "{}", outcome.stderr);
+    let messages =
+        outcome.stderr.matches("rank 0 is waiting for rank 1, 2 of 3 at 127.0.0.1:").count();
+    assert_eq!(messages, 1, "{}", outcome.stderr);
 }

@@ -298,8 +298,8 @@ fn the_gate_fails_where_nothing_or_something_else_was_compared() {
         (&|b| b["branches"]["3bit"]["file_bytes"] = json!(0), "file_bytes of `3bit`"),
         (&|b| b["base_perplexity"] = json!(0.0), "perplexity of `fp16`"),
     ];
-    for (change, said) in refused {
-        with_baseline(change, &|outcome| outcome.refused(&["is not a baseline", said]));
+    for (change, reason) in refused {
+        with_baseline(change, &|outcome| outcome.refused(&["is not a baseline", reason]));
     }
 
     let with_report = |change: &dyn Fn(&mut [Value])| {
@@ -430,8 +430,8 @@ fn what_is_no_regular_file_is_not_read() {
         std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
         let outcome = dir.gptq(&["verify", "branches/3bit", "--base", "model"]);
         assert_eq!(outcome.code, 1, "{file}");
-        let told = outcome.stdout + &outcome.stderr;
-        assert!(told.contains(file) && told.contains("no regular file"), "{file}: {told}");
+        let output = outcome.stdout + &outcome.stderr;
+        assert!(output.contains(file) && output.contains("no regular file"), "{file}: {output}");
         fs::remove_file(&path).unwrap();
         fs::write(&path, whole).unwrap();
     }

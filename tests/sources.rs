@@ -133,8 +133,8 @@ fn a_head_beside_a_config_that_ties_is_the_models_head() {
     model.write(&dir.path("tied"));
     let warned = |outcome: &Outcome| {
         let warnings = outcome.stderr.lines().filter(|line| line.starts_with("warning: "));
-        let said = warnings.filter(|line| line.contains("ties") && line.contains(HEAD)).count();
-        assert_eq!(said, 1, "{}", outcome.stderr);
+        let count = warnings.filter(|line| line.contains("ties") && line.contains(HEAD)).count();
+        assert_eq!(count, 1, "{}", outcome.stderr);
     };
 
     let measured = ppl(&dir, "tied", &[]);
@@ -156,8 +156,8 @@ fn a_head_beside_a_config_that_ties_is_the_models_head() {
     quantize(&dir, "tied", "strict", &["--strict"]).refused(&["ties", HEAD, "--strict"]);
     assert!(!dir.path("strict").exists());
 
-    let told = dir.gptq(&["inspect", "tied"]);
-    assert!(told.ok().contains("though config.json ties it"), "{}", told.stdout);
+    let inspected = dir.gptq(&["inspect", "tied"]);
+    assert!(inspected.ok().contains("though config.json ties it"), "{}", inspected.stdout);
     // A GPTQ file of this form is two models.
     rewrite(&dir.path("out.0"), |_, config| config["tie_word_embeddings"] = json!(true));
     let found = dir.gptq(&["verify", "out.0"]);
@@ -223,7 +223,7 @@ fn the_plan_of_a_tied_model_has_its_head() {
 
 /// Both commands succeed and warn in a line that names all of `names`; `--strict` refuses.
 #[track_caller]
-fn said(dir: &Workdir, names: &[&str]) {
+fn warns_of(dir: &Workdir, names: &[&str]) {
     let warned = |outcome: &Outcome| {
         let named = |line: &&str| {
             line.starts_with("warning: ") && names.iter().all(|name| line.contains(name))
@@ -261,7 +261,7 @@ fn blocks_that_the_configuration_leaves_out_are_named() {
     let norm = model.tensor("model.norm.weight").clone();
     model.tensors.insert("model.layers.2.enorm.weight".to_owned(), norm);
     let dir = with_model(&model);
-    said(&dir, &["num_hidden_layers 2", "10 tensors", "model.layers.2."]);
+    warns_of(&dir, &["num_hidden_layers 2", "10 tensors", "model.layers.2."]);
     assert_eq!(perplexity(&dir, "model", &[]), perplexity(&plain, "model", &[]));
     let listed = dir.gptq(&["inspect", "model", "--json"]).json();
     let left_out = listed["left_out"].as_array().unwrap();
@@ -278,7 +278,7 @@ fn tensors_outside_of_the_model_are_named() {
         model.tensors.insert(name.to_owned(), norm.clone());
     }
     let dir = with_model(&model);
-    said(&dir, &["2 tensors", "adapter that was not merged"]);
+    warns_of(&dir, &["2 tensors", "adapter that was not merged"]);
     let listed = dir.gptq(&["inspect", "model"]);
     for name in ["score.weight", lora] {
         assert!(listed.ok().contains(name), "{}", listed.stdout);
@@ -322,7 +322,7 @@ fn what_training_left_behind_stays_behind() {
 }
 
 #[test]
-fn settings_left_over_dense_weights_are_ignored_and_said() {
+fn settings_left_over_dense_weights_are_ignored_with_a_warning() {
     let plain = with_model(&TinyLlama::new());
     quantize(&plain, "model", "out", &[]).ok();
     for (settings, method) in [
@@ -333,7 +333,7 @@ fn settings_left_over_dense_weights_are_ignored_and_said() {
         let mut model = TinyLlama::new();
         model.config["quantization_config"] = settings;
         let dir = with_model(&model);
-        said(&dir, &["dense", method]);
+        warns_of(&dir, &["dense", method]);
         fs::remove_dir_all(dir.path("out")).unwrap();
         quantize(&dir, "model", "out", &[]).ok();
         assert!(tensors(&dir.path("out")) == tensors(&plain.path("out")));
@@ -384,7 +384,7 @@ fn an_index_may_name_what_nobody_needs() {
     index["weight_map"]["model.vision.weight"] = json!(shard);
     fs::write(&path, index.to_string()).unwrap();
     assert_eq!(perplexity(&dir, "model", &[]), whole);
-    said(&dir, &["the index names 1 tensor", "model.vision.weight"]);
+    warns_of(&dir, &["the index names 1 tensor", "model.vision.weight"]);
 }
 
 #[test]

@@ -156,10 +156,10 @@ fn what_has_changed_starts_over_and_says_why() {
     let dir = prepared();
     run(&dir, &[]);
     let before = contents(&dir.path("out/b"));
-    let only_a = |said: &str, why: &str| {
-        assert!(said.contains(&format!("warning: a starts over: {why}")), "{said}");
-        assert!(said.contains("b: finished, reused"), "{said}");
-        assert_eq!(said.matches("starts over").count(), 1, "{said}");
+    let only_a = |stderr: &str, why: &str| {
+        assert!(stderr.contains(&format!("warning: a starts over: {why}")), "{stderr}");
+        assert!(stderr.contains("b: finished, reused"), "{stderr}");
+        assert_eq!(stderr.matches("starts over").count(), 1, "{stderr}");
     };
     // Settings of one branch.
     let text = configuration(32);
@@ -186,9 +186,9 @@ fn what_has_changed_starts_over_and_says_why() {
     assert!(contents(&dir.path("out/b")) == before);
 
     // The calibration concerns all but the branch that does without.
-    let said = run(&dir, &["--seed", "1"]);
-    assert_eq!(said.matches("starts over: calibration was `4 × 32 tokens of text.txt").count(), 3);
-    assert!(said.contains("d: finished, reused"), "{said}");
+    let stderr = run(&dir, &["--seed", "1"]);
+    assert_eq!(stderr.matches("starts over: calibration was `4 × 32 tokens of text.txt").count(), 3);
+    assert!(stderr.contains("d: finished, reused"), "{stderr}");
 }
 
 #[test]
@@ -202,19 +202,19 @@ fn another_source_is_seen_and_a_copy_is_not() {
         fs::copy(dir.path("model").join(file), dir.path("elsewhere/model").join(file)).unwrap();
     }
     dir.write("elsewhere/model/LLAMA 2 LICENSE/LICENSE.txt", "may be used too");
-    let said = run(&dir, &["--only", "d", "--model", "elsewhere/model"]);
-    assert!(said.contains("d: finished, reused"), "{said}");
+    let stderr = run(&dir, &["--only", "d", "--model", "elsewhere/model"]);
+    assert!(stderr.contains("d: finished, reused"), "{stderr}");
     // One tensor trained a little further.
     let mut trained = TinyLlama::new();
     for value in &mut trained.tensor("model.layers.1.mlp.up_proj.weight").values {
         *value *= 1.0001;
     }
     trained.write(&dir.path("model"));
-    let said = run(&dir, &["--only", "d"]);
-    assert!(said.contains("d starts over: the source has changed"), "{said}");
+    let stderr = run(&dir, &["--only", "d"]);
+    assert!(stderr.contains("d starts over: the source has changed"), "{stderr}");
     dir.write("model/LICENSE", "may be used by anyone");
-    let said = run(&dir, &["--only", "d"]);
-    assert!(said.contains("d starts over: the source has changed"), "{said}");
+    let stderr = run(&dir, &["--only", "d"]);
+    assert!(stderr.contains("d starts over: the source has changed"), "{stderr}");
     assert_eq!(fs::read_to_string(dir.path("out/d/LICENSE")).unwrap(), "may be used by anyone");
 }
 
@@ -224,9 +224,9 @@ fn another_evaluation_measures_again_and_makes_nothing() {
     run(&dir, &["--only", "a"]);
     let (before, node) = (contents(&dir.path("out/a")), inode(&dir, "out/a/model.safetensors"));
     dir.write("sweep.toml", &configuration(24));
-    let said = run(&dir, &["--only", "a"]);
-    assert!(said.contains("a: finished, but measured on something else"), "{said}");
-    assert!(!said.contains("quantise:"), "{said}");
+    let stderr = run(&dir, &["--only", "a"]);
+    assert!(stderr.contains("a: finished, but measured on something else"), "{stderr}");
+    assert!(!stderr.contains("quantise:"), "{stderr}");
     assert_eq!(inode(&dir, "out/a/model.safetensors"), node);
     assert_eq!(read_json(&dir, "out/a/gptq_report.json")["evaluations"][0]["seq_len"], 24);
     // An edited report is not believed, whatever it says.
@@ -237,8 +237,8 @@ fn another_evaluation_measures_again_and_makes_nothing() {
         *bytes = text.replace("\"windows\": 9", "\"windows\": 99").into_bytes();
     });
     assert!(contents(&dir.path("out/a")) != before, "the edit did nothing");
-    let said = run(&dir, &["--only", "a"]);
-    assert!(!said.contains("quantise:"), "{said}");
+    let stderr = run(&dir, &["--only", "a"]);
+    assert!(!stderr.contains("quantise:"), "{stderr}");
     assert!(contents(&dir.path("out/a")) == before);
 }
 
@@ -252,10 +252,10 @@ fn left_overs_of_every_step_are_gone_on_with() {
     let marker = |folder: &str| dir.write(&format!("out/{folder}/.gptq-partial"), "");
     #[track_caller]
     fn whole_again(dir: &Workdir, whole: &std::collections::BTreeMap<String, Vec<u8>>) -> String {
-        let said = run(dir, &["--only", "a"]);
+        let stderr = run(dir, &["--only", "a"]);
         assert!(contents(&dir.path("out/a")) == *whole);
         assert!(!dir.path("out/a.partial").exists());
-        said
+        stderr
     }
 
     // Named, but the marker is still there.
@@ -266,8 +266,8 @@ fn left_overs_of_every_step_are_gone_on_with() {
     fs::rename(&named, &working).unwrap();
     dir.write("out/a.partial/.gptq_report.json.new", "{\"half");
     dir.write("out/a.partial/.gptq_manifest.json.new", "{\"half");
-    let said = whole_again(&dir, &whole);
-    assert!(said.contains("a: made, to be measured") && !said.contains("quantise:"), "{said}");
+    let stderr = whole_again(&dir, &whole);
+    assert!(stderr.contains("a: made, to be measured") && !stderr.contains("quantise:"), "{stderr}");
     // The report has evaluations that the manifest does not know of.
     marker("a");
     fs::rename(&named, &working).unwrap();
@@ -319,8 +319,8 @@ fn a_branch_moved_away_behind_a_link_is_reused_and_made_anew_beside_it() {
     let moved = contents(&dir.path("moved"));
     assert!(run(&dir, &["--only", "a"]).contains("a: finished, reused"));
     dir.write("sweep.toml", &configuration(32).replacen("bits = 4", "bits = 8", 1));
-    let said = run(&dir, &["--only", "a"]);
-    assert!(said.contains("a starts over") && said.contains("what it led to stays"), "{said}");
+    let stderr = run(&dir, &["--only", "a"]);
+    assert!(stderr.contains("a starts over") && stderr.contains("what it led to stays"), "{stderr}");
     assert!(fs::symlink_metadata(dir.path("out/a")).unwrap().is_dir());
     assert_eq!(read_json(&dir, "out/a/quantize_config.json")["bits"], 8);
     assert!(contents(&dir.path("moved")) == moved);
@@ -432,8 +432,8 @@ fn raised_damping_is_an_error_under_strict() {
     // One token over and over: a Hessian of rank one, which too little damping does not help.
     dir.write("text.txt", &"w5 ".repeat(600));
     dir.write("sweep.toml", &configuration(32).replace("damp = 0.01", "damp = 1e-5"));
-    let said = run(&dir, &["--only", "a"]);
-    assert!(said.contains("is not positive definite"), "{said}");
+    let stderr = run(&dir, &["--only", "a"]);
+    assert!(stderr.contains("is not positive definite"), "{stderr}");
     // Whether it is finished already or not.
     let strict = || dir.gptq(&[&RUN[..], &["--only", "a", "--strict"]].concat());
     strict().refused(&["--strict", "q_proj"]);
@@ -469,9 +469,9 @@ fn a_baseline_that_cannot_be_made_is_a_missing_number() {
     }
     let missing = |l: &&str| l.starts_with("warning: the baseline rounded to nearest is missing");
     // Said once: both branches have one grid.
-    let said: Vec<&str> = outcome.stderr.lines().filter(missing).collect();
-    assert_eq!(said.len(), 1, "{}", outcome.stderr);
-    assert!(said[0].contains("up_proj") && said[0].contains("fp16"), "{said:?}");
+    let stderr: Vec<&str> = outcome.stderr.lines().filter(missing).collect();
+    assert_eq!(stderr.len(), 1, "{}", outcome.stderr);
+    assert!(stderr[0].contains("up_proj") && stderr[0].contains("fp16"), "{stderr:?}");
     // A report without the number is read like any other.
     assert!(dir.gptq(&["report", "out"]).ok().contains("`two`"));
     assert!(run(&dir, &[]).contains("two: finished, reused"));

@@ -532,8 +532,8 @@ fn a_configuration_of_another_model_is_found_against_the_base() {
                 // The head holds what it is tied to.
                 outcome.ok();
             } else {
-                let told = format!("but the base's says {}", found[1]);
-                finds(&outcome, &["config.json says", found[0], &told]);
+                let parts = format!("but the base's says {}", found[1]);
+                finds(&outcome, &["config.json says", found[0], &parts]);
             }
         });
     }
@@ -606,8 +606,8 @@ fn a_tokenizer_that_is_not_the_bases_is_found() {
     let lower = |json: &mut Value| json["normalizer"] = json!({"type": "Lowercase"});
     find(tokenizer, &lower, &["tokenizer.json", "makes other tokens of \"Hello\""]);
     let no_bos = |json: &mut Value| json["add_bos_token"] = json!(false);
-    let told = ["tokenizer.json", "begins texts with BOS none, the base's with 1"];
-    find("q/tokenizer_config.json", &no_bos, &told);
+    let parts = ["tokenizer.json", "begins texts with BOS none, the base's with 1"];
+    find("q/tokenizer_config.json", &no_bos, &parts);
     let broken = |json: &mut Value| json["model"] = json!({});
     find(tokenizer, &broken, &["tokenizer.json"]);
     // Written by another program, cut to the length of a training batch, and with a token of its own.

@@ -184,7 +184,7 @@ fn what_is_planted_is_found() {
         let against_base = || dir.gptq(&["verify", "q", "--base", &demo, "-q"]);
         against_base().ok();
         for linear in ["model.layers.1.mlp.up_proj", "model.layers.3.self_attn.q_proj"] {
-            for (what, damage, said) in FAULTS {
+            for (what, damage, named) in FAULTS {
                 // Three steps do not tell one scale from another.
                 if bits == 2 && what.contains("scales") {
                     continue;
@@ -198,7 +198,7 @@ fn what_is_planted_is_found() {
                         let outcome = against_base();
                         assert_eq!(outcome.code, 1, "{what}, {settings}, {linear}");
                         let found = |line: &str| {
-                            line.contains(linear) && said.iter().any(|said| line.contains(said))
+                            line.contains(linear) && named.iter().any(|named| line.contains(named))
                         };
                         let text = &outcome.stdout;
                         assert!(text.lines().any(found), "{what}, {settings}, {linear}: {text}");

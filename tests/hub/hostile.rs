@@ -35,9 +35,9 @@ fn links_to_the_storage_are_asked_for_anew() {
     for status in [401, 403, 404] {
         setting.hub.fail("GET", &sha256(&model()[SHARD]), Fault::Status(status), 1);
         let done = setting.gptq(&["fetch", "org/name"]);
-        let told = format!("the storage host 127.0.0.1 answered {status}");
+        let reason = format!("the storage host 127.0.0.1 answered {status}");
         // The stand-in's two servers share a name, not a port.
-        assert!(done.stderr.contains(&told), "{}", done.stderr);
+        assert!(done.stderr.contains(&reason), "{}", done.stderr);
         done.ok();
         let blobs = setting.repository("models--org--name/blobs");
         fs::remove_file(blobs.join(sha256(&model()[SHARD]))).unwrap();

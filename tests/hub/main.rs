@@ -204,12 +204,13 @@ fn a_broken_connection_goes_on_where_it_broke() {
 
 #[test]
 fn a_failed_download_is_no_model_and_is_completed_by_the_next() {
-    for (fault, told) in [(Fault::Cut, "attempts made: 1"), (Fault::Status(500), "answered 500")] {
+    for (fault, reason) in [(Fault::Cut, "attempts made: 1"), (Fault::Status(500), "answered 500")]
+    {
         let (setting, _) = Setting::with_model();
         let shard = "model-00002-of-00002.safetensors";
         setting.hub.fail("GET", shard, fault, 1);
         let fetch = ["fetch", "org/name", "--retries", "0"];
-        setting.gptq(&fetch).refused(&["`org/name/model-00002-of-00002.safetensors`", told]);
+        setting.gptq(&fetch).refused(&["`org/name/model-00002-of-00002.safetensors`", reason]);
         setting.gptq_env(&["inspect", "org/name"], &[OFFLINE]).refused(&["`gptq fetch org/name`"]);
         let there = setting.blobs().iter().filter(|name| !name.ends_with(".incomplete")).count();
 
@@ -241,7 +242,7 @@ fn damaged_files_are_never_kept() {
     setting.gptq(&["fetch", "org/name"]).refused(&["`org/name/tokenizer.json`", "git hash"]);
     let shard = "model-00001-of-00002.safetensors";
     let hash = sha256(&model()[shard]);
-    for (fault, told) in
+    for (fault, reason) in
         [(Fault::Damage, "SHA-256"), (Fault::Short, "bytes twice, but the Hub lists")]
     {
         // Side by side with what failed before, all or some of it may have arrived.
@@ -251,7 +252,7 @@ fn damaged_files_are_never_kept() {
         }
         setting.hub.fail("GET", shard, fault, 2);
         let failed = setting.gptq(&["fetch", "org/name", "--retries", "0"]);
-        failed.refused(&["`org/name/model-00001-of-00002.safetensors`", told]);
+        failed.refused(&["`org/name/model-00001-of-00002.safetensors`", reason]);
         assert!(!setting.blobs().iter().any(|blob| blob.starts_with(&hash)), "{fault:?}");
     }
     // Once is bad luck.
@@ -312,8 +313,8 @@ fn the_cache_is_verified_on_demand() {
 
     let verified = fetch(&["--verify"]);
     for (name, blob) in &damaged {
-        let told = format!("org/name/{name}: damaged; downloading it again");
-        assert!(verified.stderr.contains(&told), "{}", verified.stderr);
+        let reason = format!("org/name/{name}: damaged; downloading it again");
+        assert!(verified.stderr.contains(&reason), "{}", verified.stderr);
         assert_eq!(fs::read(blob).unwrap(), files[name]);
     }
     let lost = files[shard].len() + files[index].len();

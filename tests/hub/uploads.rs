@@ -121,13 +121,13 @@ fn a_failed_upload_is_completed_by_the_next() {
         ("POST", "/commit/main", 400, "`model.safetensors` to main"),
         ("POST", "/repos/create", 502, "create the repository"),
     ];
-    for (method, part, status, told) in faults {
+    for (method, part, status, reason) in faults {
         let mut setting = Setting::new();
         setting.token = Some(TOKEN);
         let expected = branches(&setting);
         setting.hub.fail(method, part, Fault::Status(status), 1);
         let failed = setting.gptq(&PUSH);
-        failed.refused(&[told, "run the command again"]);
+        failed.refused(&[reason, "run the command again"]);
         let there: usize = uploaded(&setting).values().map(BTreeMap::len).sum();
 
         let done = setting.gptq(&[&PUSH[..], &["--json"]].concat()).json();
@@ -198,7 +198,7 @@ fn uploader() -> Setting {
 }
 
 #[test]
-fn an_upload_waits_as_long_as_it_is_told() {
+fn an_upload_waits_as_long_as_it_is_asked() {
     let setting = uploader();
     checkpoint(&setting, 1000);
     let steps = [

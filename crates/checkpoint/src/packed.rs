@@ -71,9 +71,9 @@ impl PackedNotes {
             CheckpointFormat::Gptq => "without the minus one",
             CheckpointFormat::GptqV2 => "minus one",
         };
-        let mut said = Vec::new();
+        let mut warnings = Vec::new();
         if other_format > 0 {
-            said.push(format!(
+            warnings.push(format!(
                 "{other_format} of {linears} packed linears store their zeros {how}, although the \
                  settings say `{}`: read as `{}`; other programs may misread them",
                 format.name(),
@@ -81,13 +81,13 @@ impl PackedNotes {
             ));
         }
         if off_middle > 0 {
-            said.push(format!(
+            warnings.push(format!(
                 "{off_middle} of {linears} packed linears hold zeros that a symmetric grid does not \
                  have, although the settings say or imply `sym` true: read as they are stored"
             ));
         }
         if placeholders > 0 {
-            said.push(format!(
+            warnings.push(format!(
                 "{placeholders} of {linears} packed linears have a `g_idx` of zeros although there \
                  are groups: read in order, as by the settings there is no act-order"
             ));
@@ -97,18 +97,18 @@ impl PackedNotes {
                 0 => "exactly".to_owned(),
                 count => format!("and those of {count} rounded"),
             };
-            said.push(format!(
+            warnings.push(format!(
                 "{wide_scales} of {linears} packed linears store their `scales` as F32 or BF16: read \
                  as F16, {exactly}; other programs may refuse them"
             ));
         }
         if wide_indices > 0 {
-            said.push(format!(
+            warnings.push(format!(
                 "{wide_indices} of {linears} packed linears store their `g_idx` as I64: read as I32; \
                  other programs may refuse them"
             ));
         }
-        said
+        warnings
     }
 }
 

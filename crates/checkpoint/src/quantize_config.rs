@@ -231,7 +231,7 @@ struct Sources<'a> {
 }
 
 /// A setting, and the key that says it.
-type Said<T> = (&'static str, T);
+type Keyed<T> = (&'static str, T);
 
 impl<'a> Sources<'a> {
     fn settings(&self) -> Result<QuantizeConfig> {
@@ -265,12 +265,12 @@ impl<'a> Sources<'a> {
     /// What the places say of a setting: `None` where none does.
     fn merged<T: PartialEq>(
         &self,
-        read: impl Fn(&Keys<'a>) -> Result<Option<Said<T>>>,
+        read: impl Fn(&Keys<'a>) -> Result<Option<Keyed<T>>>,
     ) -> Result<Option<T>> {
-        let mut said: Option<(&Keys<'a>, Said<T>)> = None;
+        let mut found: Option<(&Keys<'a>, Keyed<T>)> = None;
         for keys in &self.keys {
             let Some((key, value)) = read(keys)? else { continue };
-            match &said {
+            match &found {
                 Some((first, (first_key, other))) if *other != value && self.agreeing => {
                     let (mine, theirs) = (first.shown(first_key), keys.shown(key));
                     let reason = format!(
@@ -281,16 +281,16 @@ impl<'a> Sources<'a> {
                     return Err(Error::ContradictingConfig { path, key, reason });
                 }
                 Some(_) => {}
-                None => said = Some((keys, (key, value))),
+                None => found = Some((keys, (key, value))),
             }
         }
-        Ok(said.map(|(_, (_, value))| value))
+        Ok(found.map(|(_, (_, value))| value))
     }
 
     /// What the first place that says a setting says of it.
-    fn first<T>(&self, read: impl Fn(&Keys<'a>) -> Result<Option<Said<T>>>) -> Result<Option<T>> {
-        let said = self.keys.iter().find_map(|keys| read(keys).transpose()).transpose()?;
-        Ok(said.map(|(_, value)| value))
+    fn first<T>(&self, read: impl Fn(&Keys<'a>) -> Result<Option<Keyed<T>>>) -> Result<Option<T>> {
+        let found = self.keys.iter().find_map(|keys| read(keys).transpose()).transpose()?;
+        Ok(found.map(|(_, value)| value))
     }
 
     /// The error of a key that has to be there; one of the names that others give it is pointed out.
@@ -353,7 +353,7 @@ impl Keys<'_> {
         &self,
         key: &'static str,
         read: impl Fn(&Value) -> Option<T>,
-    ) -> Result<Option<Said<T>>> {
+    ) -> Result<Option<Keyed<T>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let wrong = || self.invalid(key, format!("is `{value}`, of the wrong type"));
         Ok(Some((key, read(value).ok_or_else(wrong)?)))
@@ -361,29 +361,29 @@ impl Keys<'_> {
 
     /// How zeros are stored, with the key that says so: `checkpoint_format` in GPTQModel's files,
     /// `format` in optimum's.
-    fn format(&self) -> Result<Option<Said<CheckpointFormat>>> {
-        let mut said: Option<Said<CheckpointFormat>> = None;
+    fn format(&self) -> Result<Option<Keyed<CheckpointFormat>>> {
+        let mut found: Option<Keyed<CheckpointFormat>> = None;
         for key in ["checkpoint_format", "format"] {
             self.only(key, |v| v == "gptq" || v == "gptq_v2", "`gptq` or `gptq_v2`")?;
             let Some(value) = self.get(key) else { continue };
             let v2 = value == "gptq_v2";
             let format = if v2 { CheckpointFormat::GptqV2 } else { CheckpointFormat::Gptq };
-            match said {
+            match found {
                 Some((first, other)) if other != format => {
                     let (mine, other) = (format.name(), other.name());
                     let reason = format!("is `{mine}`, but `{first}` is `{other}`");
                     return Err(self.invalid(key, reason));
                 }
                 Some(_) => {}
-                None => said = Some((key, format)),
+                None => found = Some((key, format)),
             }
         }
-        Ok(said)
+        Ok(found)
     }
 
     /// The linears that are quantized, sorted: a list of names, or of lists that were solved
     /// together.
-    fn modules(&self) -> Result<Option<Said<Vec<String>>>> {
+    fn modules(&self) -> Result<Option<Keyed<Vec<String>>>> {
         let key = "modules_in_block_to_quantize";
         let Some(value) = self.get(key) else { return Ok(None) };
         let wrong = || self.invalid(key, format!("is `{value}`, expected lists of names"));
@@ -402,7 +402,7 @@ impl Keys<'_> {
         Ok(Some((key, names)))
     }
 
-    fn bits(&self) -> Result<Option<Said<Bits>>> {
+    fn bits(&self) -> Result<Option<Keyed<Bits>>> {
         let key = "bits";
         let Some(value) = self.get(key) else { return Ok(None) };
         let bits = value.as_u64().and_then(|bits| u8::try_from(bits).ok());
@@ -411,7 +411,7 @@ impl Keys<'_> {
             .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected 2, 3, 4 or 8")))
     }
 
-    fn group_size(&self) -> Result<Option<Said<Option<usize>>>> {
+    fn group_size(&self) -> Result<Option<Keyed<Option<usize>>>> {
         let key = "group_size";
         let Some(value) = self.get(key) else { return Ok(None) };
         let number = value.as_i64().map(|number| number.to_string());
@@ -423,7 +423,7 @@ impl Keys<'_> {
     }
 
     /// A base name becomes a path, so it has to be a plain file name.
-    fn base_name(&self) -> Result<Option<Said<String>>> {
+    fn base_name(&self) -> Result<Option<Keyed<String>>> {
         let key = "model_file_base_name";
         let Some(value) = self.get(key) else { return Ok(None) };
         let name = value.as_str().filter(|name| is_file_name(name)).map(str::to_owned);

@@ -170,7 +170,7 @@ fn safetensors_come_first() {
 }
 
 #[test]
-fn other_files_are_told_from_damaged_ones() {
+fn other_files_are_distinguished_from_damaged_ones() {
     let legacy = [0x80, 2, 0x8a, 10, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
     refused(&legacy, &["before 1.6"]);
     refused(b"", &["no ZIP archive"]);

@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_told_apart_by_what_their_launcher_calls_them() {
+    fn runs_are_distinguished_by_what_their_launcher_calls_them() {
         let torchrun = [("RANK", "0"), ("WORLD_SIZE", "2")];
         assert_eq!(run_of(&torchrun, &[]), None);
         let run = [("TORCHELASTIC_RUN_ID", "7f"), ("SLURM_JOB_ID", "12")];

@@ -16,7 +16,7 @@ mod hub;
 mod launch;
 mod plain;
 mod printer;
-mod team;
+mod local_ranks;
 
 use std::process::ExitCode;
 

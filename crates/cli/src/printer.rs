@@ -160,7 +160,7 @@ mod tests {
 
     /// A step that is said must not wait for itself: evaluations of more than a few seconds hung.
     #[test]
-    fn a_step_that_takes_long_is_said() {
+    fn a_step_that_takes_long_is_announced() {
         let printer = Printer::new(false, true);
         printer.begin("evaluate", 3);
         if let Some(phase) = printer.phase().as_mut() {

@@ -279,7 +279,7 @@ fn a_value_that_is_not_finite_is_found_anywhere() {
 }
 
 #[test]
-fn rows_are_selected_and_parked_tensors_return() {
+fn rows_are_selected_and_offloaded_tensors_return() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     let x = random.halves(61, 37, 1.0);
@@ -289,12 +289,12 @@ fn rows_are_selected_and_parked_tensors_return() {
         assert_eq!(gpu.select_rows(&there, &ids).unwrap().to_host().unwrap(), want);
     }
     let tensors: Vec<_> = (1..9).map(|i| random.halves(i * 100, 577, 1.0)).collect();
-    let parked: Vec<_> =
+    let offloaded: Vec<_> =
         tensors.iter().map(|t| gpu.offload(gpu.upload_f32(t.clone()).unwrap()).unwrap()).collect();
-    for (mut parked, want) in parked.into_iter().zip(&tensors) {
-        let back = gpu.prefetch(&mut parked).unwrap();
-        let again = gpu.prefetch(&mut parked).unwrap();
-        drop(parked);
+    for (mut offloaded, want) in offloaded.into_iter().zip(&tensors) {
+        let back = gpu.prefetch(&mut offloaded).unwrap();
+        let again = gpu.prefetch(&mut offloaded).unwrap();
+        drop(offloaded);
         let mut half = gpu.offload(both(&gpu, want).1).unwrap();
         for back in [back, again] {
             assert_eq!(back.wait().unwrap().to_host().unwrap(), *want);

@@ -31,8 +31,8 @@ fn on_cards<R: Send>(
         let threads: Vec<_> = RankHandle::threads(devices.len())
             .into_iter()
             .zip(devices)
-            .map(|(seat, device)| {
-                scope.spawn(move || seat.run(device, |ranks| part(device, ranks)))
+            .map(|(handle, device)| {
+                scope.spawn(move || handle.run(device, |ranks| part(device, ranks)))
             })
             .collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()

@@ -150,16 +150,16 @@ fn copies(gpu: &Device, random: &mut Random) {
     );
     for round in ["first", "again"] {
         let clock = Instant::now();
-        let mut parked = gpu.offload(there).unwrap();
-        let parked_in = clock.elapsed().as_secs_f64();
+        let mut offloaded = gpu.offload(there).unwrap();
+        let queued_in = clock.elapsed().as_secs_f64();
         gpu.synchronize("parking").unwrap();
         let out = clock.elapsed().as_secs_f64();
-        there = gpu.prefetch(&mut parked).unwrap().wait().unwrap();
+        there = gpu.prefetch(&mut offloaded).unwrap().wait().unwrap();
         gpu.synchronize("fetching").unwrap();
         let back = clock.elapsed().as_secs_f64() - out;
         println!(
             "park {round}: queued in {:.1} ms, {:.1} GB/s out, {:.1} GB/s back",
-            parked_in * 1e3,
+            queued_in * 1e3,
             size / out / 1e9,
             size / back / 1e9
         );

@@ -199,14 +199,14 @@ impl RepoCache {
             return Ok(Some(Held { _lock: None }));
         }
         let (lock, path) = self.lock_file(file.digest.hex())?;
-        let mut told = false;
+        let mut announced = false;
         while !stop.is_set() {
             match lock.try_lock() {
                 Ok(()) => return Ok(Some(Held { _lock: Some(lock) })),
                 Err(TryLockError::WouldBlock) => {
-                    if !told {
+                    if !announced {
                         progress.note(&format!("waiting for another download of {}", file.path));
-                        told = true;
+                        announced = true;
                     }
                     stop.wait(Duration::from_millis(500));
                 }
@@ -395,14 +395,14 @@ mod tests {
         let file = RemoteFile::test("a", 4, &"a".repeat(40));
         let held = cache.lock(&file, &Stop::new(), &Silent).unwrap();
         assert!(held.is_some());
-        let told = Impatient(Stop::new());
-        assert!(cache.lock(&file, &told.0, &told).unwrap().is_none());
+        let announced = Impatient(Stop::new());
+        assert!(cache.lock(&file, &announced.0, &announced).unwrap().is_none());
         drop(held);
         assert!(cache.lock(&file, &Stop::new(), &Silent).unwrap().is_some());
     }
 
     #[test]
-    fn success_is_not_told_of_files_that_went() {
+    fn success_is_not_reported_of_files_that_went() {
         let root = tempfile::tempdir().unwrap();
         let cache = RepoCache::create(root.path(), Kind::Model, "org/name").unwrap();
         let file = RemoteFile::test("a", 4, &"a".repeat(40));

@@ -160,12 +160,12 @@ impl Refusal {
 
     /// The server's own words after a colon, or nothing.
     fn message(&self, hub: &Hub) -> String {
-        let mut said = self.header(hub, "x-error-message");
-        if said.is_empty() {
+        let mut message = self.header(hub, "x-error-message");
+        if message.is_empty() {
             let body: serde_json::Value = serde_json::from_slice(&self.body).unwrap_or_default();
-            said = hub.redacted(body["error"].as_str().or(body["message"].as_str()).unwrap_or(""));
+            message = hub.redacted(body["error"].as_str().or(body["message"].as_str()).unwrap_or(""));
         }
-        if said.is_empty() { said } else { format!(": {}", words(&said)) }
+        if message.is_empty() { message } else { format!(": {}", words(&message)) }
     }
 
     /// What it means for a request of this purpose.

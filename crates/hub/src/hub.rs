@@ -230,8 +230,8 @@ mod tests {
             for (value, online) in [("1", false), ("true", false), ("yes", false), ("0", true)] {
                 let checked = hub(&[(name, value)]).unwrap().check_online("org/name");
                 assert_eq!(checked.is_ok(), online, "{name} {value}");
-                let told = checked.map_or_else(|e| e.to_string(), |()| name.to_owned());
-                assert!(told.contains(name), "{told}");
+                let message = checked.map_or_else(|e| e.to_string(), |()| name.to_owned());
+                assert!(message.contains(name), "{message}");
             }
         }
         let both = [("HF_HUB_OFFLINE", "0"), ("TRANSFORMERS_OFFLINE", "1")];

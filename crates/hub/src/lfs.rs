@@ -181,12 +181,12 @@ impl Storage<'_> {
             batch.objects.into_iter().map(|object| (object.oid.clone(), object)).collect();
         let mut transfer = |object: &&Object| {
             let refused = |reason: String| Error::Storage { file: object.name.clone(), reason };
-            let said = found.remove(&object.oid);
-            let said = said.ok_or_else(|| refused("it was not answered for".to_owned()))?;
-            if let Some(error) = said.error {
+            let entry = found.remove(&object.oid);
+            let entry = entry.ok_or_else(|| refused("it was not answered for".to_owned()))?;
+            if let Some(error) = entry.error {
                 return Err(refused(crate::http::words(&hub.redacted(&error.message))));
             }
-            let actions = said.actions.unwrap_or_default();
+            let actions = entry.actions.unwrap_or_default();
             self.transfer(actions, object.bytes).map_err(refused)
         };
         objects.iter().map(&mut transfer).collect()
@@ -206,7 +206,7 @@ impl Storage<'_> {
         let url = self.address(&upload.href)?;
         let header = upload.header.unwrap_or_default();
         let Some(chunk) = header.get("chunk_size") else {
-            return Ok(Transfer::Basic { url, headers: said_headers(&header)?, verify });
+            return Ok(Transfer::Basic { url, headers: checked_headers(&header)?, verify });
         };
         let chunk = chunk.as_u64().or_else(|| chunk.as_str()?.parse().ok()).filter(|&n| n > 0);
         let chunk = chunk.ok_or("its size of parts is none")?;
@@ -271,7 +271,7 @@ impl Storage<'_> {
             return Err(Error::Changed { path: object.path.clone() });
         }
         match verify {
-            Some(url) => self.tell(object, url, &json!({"oid": object.oid, "size": object.bytes})),
+            Some(url) => self.confirm(object, url, &json!({"oid": object.oid, "size": object.bytes})),
             None => Ok(()),
         }
     }
@@ -347,10 +347,10 @@ impl Storage<'_> {
                 etag.ok_or_else(|| Error::Storage { file: object.name.clone(), reason: reason() })?;
             parts.push(json!({"partNumber": number, "etag": etag}));
         }
-        self.tell(object, url, &json!({"oid": object.oid, "parts": parts}))
+        self.confirm(object, url, &json!({"oid": object.oid, "parts": parts}))
     }
 
-    fn tell(&self, object: &Object, url: &Url, body: &serde_json::Value) -> Result<()> {
+    fn confirm(&self, object: &Object, url: &Url, body: &serde_json::Value) -> Result<()> {
         let request = Outgoing {
             method: Method::POST,
             url: url.clone(),
@@ -394,12 +394,12 @@ fn lfs_headers() -> HeaderMap {
 }
 
 /// The headers that a link wants, but for those that the connection sets itself.
-fn said_headers(
-    said: &BTreeMap<String, serde_json::Value>,
+fn checked_headers(
+    entry: &BTreeMap<String, serde_json::Value>,
 ) -> std::result::Result<HeaderMap, String> {
     const OWN: [&str; 4] = ["content-length", "transfer-encoding", "host", "connection"];
     let mut headers = HeaderMap::new();
-    for (name, value) in said {
+    for (name, value) in entry {
         if OWN.contains(&name.to_lowercase().as_str()) {
             continue;
         }

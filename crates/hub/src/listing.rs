@@ -144,9 +144,9 @@ pub(crate) fn next_page(
         parameters.replace('"', "").contains("rel=next").then_some(address)
     });
     let Some(address) = address else { return Ok(None) };
-    let said = current.join(address).ok().filter(Url::has_host);
-    let said = said.ok_or_else(|| format!("`{address}` is no address of a next page"))?;
-    let next = on_endpoint(&said, endpoint);
+    let named = current.join(address).ok().filter(Url::has_host);
+    let named = named.ok_or_else(|| format!("`{address}` is no address of a next page"))?;
+    let next = on_endpoint(&named, endpoint);
     if next == *current {
         return Err(format!("the page after `{address}` is the same one"));
     }
@@ -154,12 +154,12 @@ pub(crate) fn next_page(
 }
 
 /// An address of the Hub, at the endpoint that was asked.
-pub(crate) fn on_endpoint(said: &Url, endpoint: &Url) -> Url {
+pub(crate) fn on_endpoint(named: &Url, endpoint: &Url) -> Url {
     let mut url = endpoint.clone();
     let root = endpoint.path().trim_end_matches('/');
-    let below = said.path().starts_with(&format!("{root}/"));
-    url.set_path(&format!("{}{}", if below { "" } else { root }, said.path()));
-    url.set_query(said.query());
+    let below = named.path().starts_with(&format!("{root}/"));
+    url.set_path(&format!("{}{}", if below { "" } else { root }, named.path()));
+    url.set_query(named.query());
     url
 }
 

@@ -38,14 +38,14 @@ impl<'a> Meter<'a> {
         let mut bytes = self.bytes();
         bytes.received += count;
         bytes.done += count;
-        self.tell(&bytes);
+        self.announce(&bytes);
     }
 
     /// Bytes that were counted and are not there after all.
     pub(crate) fn take_back(&self, count: u64) {
         let mut bytes = self.bytes();
         bytes.done = bytes.done.saturating_sub(count);
-        self.tell(&bytes);
+        self.announce(&bytes);
     }
 
     pub(crate) fn received(&self) -> u64 {
@@ -53,7 +53,7 @@ impl<'a> Meter<'a> {
     }
 
     /// Told under the lock, so that positions arrive in order.
-    fn tell(&self, bytes: &Bytes) {
+    fn announce(&self, bytes: &Bytes) {
         self.progress.position(bytes.done);
     }
 

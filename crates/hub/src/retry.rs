@@ -36,7 +36,7 @@ pub(crate) enum Pause {
     /// A limit was met, and nobody said for how long.
     Limit,
     /// What the server asks for.
-    Told(Duration),
+    Asked(Duration),
 }
 
 impl Failure {
@@ -98,18 +98,18 @@ fn wait(pause: Pause, failed: u32) -> Duration {
     match pause {
         Pause::Growing => Duration::from_secs(doubled).min(LONGEST_WAIT),
         Pause::Limit => (FIRST_WAIT_AT_A_LIMIT * doubled as u32).min(LONGEST_PAUSE),
-        Pause::Told(time) => time.clamp(Duration::from_secs(1), LONGEST_PAUSE),
+        Pause::Asked(time) => time.clamp(Duration::from_secs(1), LONGEST_PAUSE),
     }
 }
 
 /// How long the server of an answer wants to be left alone.
 pub(crate) fn pause(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Pause {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let told = text(RETRY_AFTER.as_str())
+    let asked = text(RETRY_AFTER.as_str())
         .and_then(|value| seconds(value).or_else(|| until(value, now)))
         .or_else(|| text("ratelimit").and_then(reset));
-    match told {
-        Some(seconds) => Pause::Told(Duration::from_secs(seconds)),
+    match asked {
+        Some(seconds) => Pause::Asked(Duration::from_secs(seconds)),
         None if status == StatusCode::TOO_MANY_REQUESTS => Pause::Limit,
         None => Pause::Growing,
     }
@@ -161,10 +161,10 @@ mod tests {
 
     #[test]
     fn a_stop_ends_a_wait() {
-        let (start, told) = (std::time::Instant::now(), Impatient(Stop::new()));
-        let pause = Pause::Told(LONGEST_PAUSE);
+        let (start, asked) = (std::time::Instant::now(), Impatient(Stop::new()));
+        let pause = Pause::Asked(LONGEST_PAUSE);
         let failure = Failure::Transient { reason: "busy".to_owned(), pause };
-        Patience::new(1, &told.0).spend("a file", failure, &told).unwrap();
+        Patience::new(1, &asked.0).spend("a file", failure, &asked).unwrap();
         assert!(start.elapsed() < LONGEST_PAUSE / 10);
     }
 
@@ -179,12 +179,12 @@ mod tests {
             )]);
             pause(StatusCode::from_u16(status).unwrap(), &headers, now)
         };
-        let told = |seconds| Pause::Told(Duration::from_secs(seconds));
-        assert_eq!(pause(503, "retry-after", "120"), told(120));
-        assert_eq!(pause(503, "retry-after", "Wed, 21 Oct 2015 07:28:00 GMT"), told(90));
-        assert_eq!(pause(503, "retry-after", "Wed, 21 Oct 2009 07:28:00 GMT"), told(0));
-        assert_eq!(pause(429, "ratelimit", "\"api\";r=0;t=55"), told(55));
-        assert_eq!(pause(429, "ratelimit", "\"api\"; r = 0; t = 55"), told(55));
+        let asked = |seconds| Pause::Asked(Duration::from_secs(seconds));
+        assert_eq!(pause(503, "retry-after", "120"), asked(120));
+        assert_eq!(pause(503, "retry-after", "Wed, 21 Oct 2015 07:28:00 GMT"), asked(90));
+        assert_eq!(pause(503, "retry-after", "Wed, 21 Oct 2009 07:28:00 GMT"), asked(0));
+        assert_eq!(pause(429, "ratelimit", "\"api\";r=0;t=55"), asked(55));
+        assert_eq!(pause(429, "ratelimit", "\"api\"; r = 0; t = 55"), asked(55));
         // There is something left, so it was another limit.
         assert_eq!(pause(429, "ratelimit", "\"api\";r=7;t=55"), Pause::Limit);
         for wrong in ["soon", "-1", "Wed, 21 Okt 2015 07:28:00 GMT", "Wed, 0 Oct 2015 07:28:00 GMT"]

@@ -84,21 +84,21 @@ impl<'a> Sender<'a> {
         &self,
         request: &Outgoing,
         purpose: Purpose<'_>,
-        told: &mut dyn FnMut(u64),
+        on_progress: &mut dyn FnMut(u64),
     ) -> std::result::Result<Answer, Failure> {
-        self.runtime.block_on(self.exchange(request, purpose, told))
+        self.runtime.block_on(self.exchange(request, purpose, on_progress))
     }
 
     async fn exchange(
         &self,
         request: &Outgoing,
         purpose: Purpose<'_>,
-        told: &mut dyn FnMut(u64),
+        on_progress: &mut dyn FnMut(u64),
     ) -> std::result::Result<Answer, Failure> {
         let mut url = request.url.clone();
         for _ in 0..REDIRECTS {
             let sent = Arc::new(AtomicU64::new(0));
-            let answer = self.watched(self.request(request, &url, &sent).send(), &sent, told);
+            let answer = self.watched(self.request(request, &url, &sent).send(), &sent, on_progress);
             let response = answer.await?;
             if matches!(response.status().as_u16(), 307 | 308) {
                 url = self.followed(&url, response.headers(), purpose)?;
@@ -106,7 +106,7 @@ impl<'a> Sender<'a> {
             }
             let (status, headers, good) =
                 (response.status(), response.headers().clone(), response.status().is_success());
-            let body = self.body(response, &sent, told).await;
+            let body = self.body(response, &sent, on_progress).await;
             if !good {
                 // Its words are a help, no more.
                 let body = body.unwrap_or_default();
@@ -144,8 +144,8 @@ impl<'a> Sender<'a> {
 
     /// Where a request is sent on to. What is for the Hub goes nowhere else.
     fn followed(&self, from: &Url, headers: &HeaderMap, purpose: Purpose<'_>) -> Result<Url> {
-        let said = headers.get(LOCATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let next = from.join(said).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+        let location = headers.get(LOCATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let next = from.join(location).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
         let unusable = |reason: String| Error::Answer { what: purpose.what.to_owned(), reason };
         let next = next.ok_or_else(|| unusable("it is sent on to no address".to_owned()))?;
         if self.is_hub(from) && !self.is_hub(&next) {
@@ -161,14 +161,14 @@ impl<'a> Sender<'a> {
         &self,
         answer: impl Future<Output = reqwest::Result<Response>>,
         sent: &AtomicU64,
-        told: &mut dyn FnMut(u64),
+        on_progress: &mut dyn FnMut(u64),
     ) -> std::result::Result<Response, Failure> {
         let mut answer = pin!(answer);
         let (mut before, mut since) = (0, Instant::now());
         loop {
             let waited = tokio::time::timeout(TICK, answer.as_mut()).await;
             let now = sent.load(Ordering::Relaxed);
-            told(now);
+            on_progress(now);
             match waited {
                 Ok(answer) => return answer.map_err(|e| interrupted(&e, self.hub.limit)),
                 Err(_) if now > before => (before, since) = (now, Instant::now()),
@@ -185,7 +185,7 @@ impl<'a> Sender<'a> {
         &self,
         mut response: Response,
         sent: &AtomicU64,
-        told: &mut dyn FnMut(u64),
+        on_progress: &mut dyn FnMut(u64),
     ) -> std::result::Result<Vec<u8>, Failure> {
         let mut body = Vec::new();
         loop {
@@ -197,7 +197,7 @@ impl<'a> Sender<'a> {
             }
             body.extend_from_slice(&chunk);
         }
-        told(sent.load(Ordering::Relaxed));
+        on_progress(sent.load(Ordering::Relaxed));
         Ok(body)
     }
 }

@@ -22,7 +22,7 @@ pub use crate::memory_evaluation::Beside;
 pub struct Batches {
     /// Ranges of the windows of all ranks.
     ranges: Vec<Range<usize>>,
-    parked: f64,
+    offloaded: f64,
 }
 
 /// Windows that are walked together.
@@ -31,7 +31,7 @@ pub struct Batch<'a> {
     /// The windows.
     pub windows: &'a [EvalWindow],
     /// Share of their states that waits in host memory beside a GPU.
-    pub(crate) parked: f64,
+    pub(crate) offloaded: f64,
     number: usize,
     of: usize,
 }
@@ -62,7 +62,7 @@ impl Batches {
         let room = Room::find(model.device(), ranks.size(), sizes)?;
         let mut batches = Self::cut(model, windows, room.tokens());
         let held = batches.ranges.iter().map(|range| tokens(&windows[range.clone()])).max();
-        batches.parked = room.parked(held.unwrap_or(0));
+        batches.offloaded = room.offloaded(held.unwrap_or(0));
         if batches.count() > 1 && ranks.is_first() {
             progress.note(&format!(
                 "memory does not hold the states of {} tokens: {} batches of windows, one after \
@@ -94,7 +94,7 @@ impl Batches {
                 }
             }
         }
-        Self { ranges, parked: 0.0 }
+        Self { ranges, offloaded: 0.0 }
     }
 
     /// Batches of one chunk each.
@@ -105,11 +105,11 @@ impl Batches {
 
     /// The batches of the windows that they were made for, in order.
     pub fn iter<'w>(&self, windows: &'w [EvalWindow]) -> impl Iterator<Item = Batch<'w>> {
-        let (parked, of) = (self.parked, self.count());
+        let (offloaded, of) = (self.offloaded, self.count());
         let ranges = self.ranges.iter().enumerate();
         ranges.map(move |(i, range)| Batch {
             windows: &windows[range.clone()],
-            parked,
+            offloaded,
             number: i + 1,
             of,
         })

@@ -22,7 +22,7 @@ use crate::calibrate::{Calibrator, StageSeconds, Streams, Work};
 use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::host_memory::ensure;
-use crate::memory::{BlockSizes, Parking, Workload, parking};
+use crate::memory::{BlockSizes, Offload, Workload, offload};
 use crate::row_shards::largest;
 use crate::states::States;
 
@@ -121,7 +121,7 @@ pub struct BlockBench {
     /// Devices that shared the work.
     pub ranks: usize,
     /// What waited in host memory.
-    pub parking: Parking,
+    pub offload: Offload,
     /// Median wall-clock seconds of a block, of the slowest rank.
     pub seconds: f64,
     /// Peak of device memory in bytes; `null` on the CPU.
@@ -199,16 +199,16 @@ pub fn bench_block(
     let own = ranks.share(windows, 1);
     let tokens = own.len() * seq_len;
     let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
-    let parking = parking(device, sizes, work)?;
+    let offload = offload(device, sizes, work)?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
     let calibrator =
-        Calibrator { device, rope: &rope, spec, ranks, windows, parking, shared: None };
+        Calibrator { device, rope: &rope, spec, ranks, windows, offload, shared: None };
     let mut runs: Vec<(f64, StageSeconds)> = Vec::new();
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {
         let mut block = synthetic_block(device, width)?;
-        let states = || synthetic_states(device, width, (own.clone(), seq_len), parking);
+        let states = || synthetic_states(device, width, (own.clone(), seq_len), offload);
         let reference = reference.then(states).transpose()?;
         let mut streams = Streams { quantized: states()?, reference };
         device.synchronize("preparing the benchmark")?;
@@ -240,7 +240,7 @@ pub fn bench_block(
         windows,
         seq_len,
         ranks: ranks.size(),
-        parking,
+        offload,
         seconds,
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         stages,
@@ -330,14 +330,14 @@ fn synthetic_states(
     device: &Device,
     width: Width,
     (windows, seq_len): (Range<usize>, usize),
-    parking: Parking,
+    offload: Offload,
 ) -> Result<States> {
     const ROWS: usize = 1024;
     let values = halves(ROWS, width.hidden, 99, 1.0);
     let table = HostMatrix::new(bytemuck::cast_slice(&values), FloatType::F16, ROWS, width.hidden);
     let most = (device.chunk_tokens() / seq_len).max(1);
     let chunks = windows.len().div_ceil(most);
-    let mut hidden = ChunkStore::new(device, chunks, parking.hidden);
+    let mut hidden = ChunkStore::new(device, chunks, offload.hidden);
     for chunk in 0..chunks {
         let first = windows.start + chunk * most;
         let tokens = most.min(windows.end - first) * seq_len;

@@ -23,7 +23,7 @@ use gptq_records::branch_report::LinearRecord;
 use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
-use crate::memory::Parking;
+use crate::memory::Offload;
 use crate::recording::solved;
 use crate::row_shards::{RowShards, SHARD_ROWS, rows_of, summed};
 use crate::states::States;
@@ -93,7 +93,7 @@ pub(crate) struct Calibrator<'a> {
     pub(crate) ranks: &'a Ranks,
     /// Number of calibration windows of all ranks: the n of H = 2/n · XᵀX.
     pub(crate) windows: usize,
-    pub(crate) parking: Parking,
+    pub(crate) offload: Offload,
     /// The first block's first Gram, shared with other branches.
     pub(crate) shared: Option<&'a FirstGrams>,
 }
@@ -199,8 +199,8 @@ impl Stream<'_> {
 
     fn kept(&mut self, all: &Calibrator<'_>) -> &mut ChunkStore {
         let chunks = self.states.seq_lens.len();
-        let park = all.parking.inputs;
-        self.kept.get_or_insert_with(|| ChunkStore::new(all.device, chunks, park))
+        let offload = all.offload.inputs;
+        self.kept.get_or_insert_with(|| ChunkStore::new(all.device, chunks, offload))
     }
 
     /// Adds down's products: the block's outputs.

@@ -13,7 +13,7 @@ use crate::host_memory::ensure;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct Parking {
+pub struct Offload {
     /// Of the inputs of o and of down.
     pub inputs: f64,
     /// Of the hidden states.
@@ -24,7 +24,7 @@ pub struct Parking {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct MemoryPlan {
     /// What waits in host memory.
-    pub parking: Parking,
+    pub offload: Offload,
     /// Peak of device memory in bytes.
     pub device_bytes: u64,
     /// Peak of host memory in bytes, mapped files apart.
@@ -143,32 +143,32 @@ pub fn plan_gpu(block: BlockSizes, work: Workload, tables: Tables, budget: u64) 
     let need = GpuBytes::new(block, work);
     let over = (need.fixed + need.inputs + need.hidden).saturating_sub(usable);
     if over == 0 {
-        return need.plan(Parking::default(), tables);
+        return need.plan(Offload::default(), tables);
     }
-    // A parked share has chunks on their way as well.
+    // A offloaded share has chunks on their way as well.
     let over = over + need.moving;
     let share = |bytes: usize, of: usize| (bytes as f64 / of.max(1) as f64).min(1.0);
     let inputs = share(over, need.inputs);
     let hidden = share(over.saturating_sub(need.inputs), need.hidden);
-    need.plan(Parking { inputs, hidden }, tables)
+    need.plan(Offload { inputs, hidden }, tables)
 }
 
-/// What a calibrated run on this device should park: nothing on the CPU.
+/// What a calibrated run on this device should offload: nothing on the CPU.
 ///
 /// # Errors
 /// Windows whose states and inputs host memory cannot hold.
-pub fn parking(device: &Device, block: BlockSizes, work: Workload) -> Result<Parking> {
-    let (parking, in_host) = match device_budget(device)? {
-        None => (Parking::default(), 4 * states_of(block, work)),
+pub fn offload(device: &Device, block: BlockSizes, work: Workload) -> Result<Offload> {
+    let (offload, in_host) = match device_budget(device)? {
+        None => (Offload::default(), 4 * states_of(block, work)),
         Some(budget) => {
             let need = GpuBytes::new(block, work);
-            let parking = plan_gpu(block, work, Tables::default(), budget).parking;
-            (parking, need.parked(parking))
+            let offload = plan_gpu(block, work, Tables::default(), budget).offload;
+            (offload, need.offloaded(offload))
         }
     };
     let what = format!("Hidden states and inputs of {} tokens", work.tokens);
     ensure(&what, in_host as u64, "calibrate on fewer or shorter windows")?;
-    Ok(parking)
+    Ok(offload)
 }
 
 /// Bytes of a device that a run may fill, if it has memory of its own.
@@ -184,7 +184,7 @@ fn states_of(block: BlockSizes, work: Workload) -> usize {
 
 /// Bytes on a GPU: fp16 weights and activations, f32 hidden states and matrices.
 struct GpuBytes {
-    /// What cannot be parked.
+    /// What cannot be offloaded.
     fixed: usize,
     /// Inputs of o or down, for all tokens.
     inputs: usize,
@@ -192,7 +192,7 @@ struct GpuBytes {
     hidden: usize,
     /// Chunks on their way to and from host memory.
     moving: usize,
-    /// Host memory beside what is parked.
+    /// Host memory beside what is offloaded.
     host: usize,
 }
 
@@ -204,7 +204,7 @@ impl GpuBytes {
         let chunk = Device::GPU_CHUNK_TOKENS.max(seq_len).min(tokens.max(1));
         // The block computed, the one read ahead, and the first as it was before.
         let blocks = (1 + streams) * 2 * block.weights;
-        // A chunk in flight: gate, up and their product, hidden states coming and going; with a
+        // A chunk in flight: gate, up and their product, hidden states prefetched and going; with a
         // reference, states of both streams and their difference.
         let lacking = if reference { 10 * block.hidden } else { 0 };
         let flight = chunk * (3 * 2 * block.intermediate + 3 * 4 * block.hidden + lacking);
@@ -230,21 +230,21 @@ impl GpuBytes {
     }
 
     /// What waits in host memory.
-    fn parked(&self, parking: Parking) -> usize {
-        (parking.inputs * self.inputs as f64) as usize
-            + (parking.hidden * self.hidden as f64) as usize
+    fn offloaded(&self, offload: Offload) -> usize {
+        (offload.inputs * self.inputs as f64) as usize
+            + (offload.hidden * self.hidden as f64) as usize
     }
 
-    fn plan(&self, parking: Parking, tables: Tables) -> MemoryPlan {
-        let parked = self.parked(parking);
+    fn plan(&self, offload: Offload, tables: Tables) -> MemoryPlan {
+        let offloaded = self.offloaded(offload);
         // Inputs are gone after the last block, and nothing is packed any more.
-        let hidden = (parking.hidden * self.hidden as f64) as usize;
-        let walking = parked + self.host + tables.walking;
+        let hidden = (offload.hidden * self.hidden as f64) as usize;
+        let walking = offloaded + self.host + tables.walking;
         let writing = hidden + STAGING + tables.writing;
-        let moving = if parked > 0 { self.moving } else { 0 };
+        let moving = if offloaded > 0 { self.moving } else { 0 };
         MemoryPlan {
-            parking,
-            device_bytes: (self.fixed + self.inputs + self.hidden - parked + moving) as u64,
+            offload,
+            device_bytes: (self.fixed + self.inputs + self.hidden - offloaded + moving) as u64,
             host_bytes: walking.max(writing) as u64,
         }
     }
@@ -297,10 +297,10 @@ mod tests {
         };
         let plan_gpu = |block, work, budget| plan_gpu(block, work, Tables::default(), budget);
         let plan = |gib: u64| plan_gpu(block, work(false), gib << 30);
-        assert_eq!(plan(79).parking, Parking::default());
-        let some = plan(48).parking;
+        assert_eq!(plan(79).offload, Offload::default());
+        let some = plan(48).offload;
         assert!(some.inputs > 0.1 && some.inputs < 0.9 && some.hidden == 0.0, "{some:?}");
-        let most = plan(24).parking;
+        let most = plan(24).offload;
         assert!(most.inputs == 1.0 && most.hidden > 0.5, "{most:?}");
         assert!(plan(48).device_bytes <= 48 << 30);
         assert!(plan(24).device_bytes <= 24 << 30);
@@ -309,7 +309,7 @@ mod tests {
         assert!(plan(79).host_bytes < 7_000_000_000);
         // A second stream of states is 17 GB more.
         let plan = |gib: u64| plan_gpu(block, work(true), gib << 30);
-        assert!(plan(79).parking.inputs < 0.6 && plan(79).parking.hidden == 0.0);
+        assert!(plan(79).offload.inputs < 0.6 && plan(79).offload.hidden == 0.0);
         assert!(plan(24).device_bytes <= 24 << 30);
         // Solving from f32 takes the widest linear in f32 there, and a block in f32 here.
         let exact = plan_gpu(block, Workload { exact: true, ..work(false) }, 79 << 30);

@@ -45,7 +45,7 @@ pub(crate) struct Room {
     here: usize,
     /// In host memory beside a GPU; `None` where there is no GPU.
     host: Option<usize>,
-    /// Final states of a token, which are never parked.
+    /// Final states of a token, which are never offloaded.
     scored: usize,
     /// Hidden states of a token, which may be.
     hidden: usize,
@@ -142,7 +142,7 @@ impl Room {
     }
 
     /// Share of the hidden states of so many tokens that must wait in host memory.
-    pub(crate) fn parked(self, tokens: usize) -> f64 {
+    pub(crate) fn offloaded(self, tokens: usize) -> f64 {
         let hidden = tokens.saturating_mul(self.hidden);
         let over = tokens.saturating_mul(self.scored).saturating_add(hidden);
         let over = over.saturating_sub(self.here);
@@ -187,20 +187,20 @@ mod tests {
         assert!(both.tokens() < room.tokens() / 2 && both.tokens() > room.tokens() * 2 / 5);
         assert_eq!(Room::on_cpu(alone, Some(1 << 20)).tokens(), 0);
         assert!(Room::on_cpu(alone, None).tokens() > 1 << 40);
-        assert_eq!(room.parked(usize::MAX), 0.0);
+        assert_eq!(room.offloaded(usize::MAX), 0.0);
     }
 
     #[test]
     fn a_gpu_parks_what_it_cannot_hold() {
         let alone = sizes(2048, Beside::default());
         let room = Room::on_gpu(alone, 4 << 30, Some(64 << 30));
-        assert_eq!(room.parked(1000), 0.0);
-        let (half, all) = (room.parked(3_000_000), room.parked(room.tokens()));
+        assert_eq!(room.offloaded(1000), 0.0);
+        let (half, all) = (room.offloaded(3_000_000), room.offloaded(room.tokens()));
         assert!(half > 0.0 && half < all && all <= 1.0, "{half} {all}");
         // What is on the card and beside it is no more than there is.
         let bytes = |tokens: usize| {
-            let parked = (room.parked(tokens) * (tokens * room.hidden) as f64) as usize;
-            (tokens * (room.scored + room.hidden) - parked, parked)
+            let offloaded = (room.offloaded(tokens) * (tokens * room.hidden) as f64) as usize;
+            (tokens * (room.scored + room.hidden) - offloaded, offloaded)
         };
         let (here, host) = bytes(room.tokens());
         assert!(

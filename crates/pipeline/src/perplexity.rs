@@ -92,7 +92,7 @@ fn walk(
 
 /// The states of a batch before the first block.
 pub(crate) fn begin(model: &Model<'_>, batch: Batch<'_>) -> Result<States> {
-    embed(model, &tokens(batch.windows), batch.parked)
+    embed(model, &tokens(batch.windows), batch.offloaded)
 }
 
 fn tokens(windows: &[EvalWindow]) -> Vec<&[u32]> {

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::fit_head;
 use crate::job::{QuantizeJob, precision};
-use crate::memory::{BlockSizes, Workload, parking};
+use crate::memory::{BlockSizes, Workload, offload};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
 use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
@@ -205,9 +205,9 @@ fn calibrator<'a>(
         exact: job.source_dtype == SourceDtype::Fp32,
         shared_grams: job.shared.map_or(0, FirstGrams::after_one_more),
     };
-    let parking = parking(model.device(), BlockSizes::of(model.config()), work)?;
+    let offload = offload(model.device(), BlockSizes::of(model.config()), work)?;
     let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
-    let states = || embed(model, &own, parking.hidden);
+    let states = || embed(model, &own, offload.hidden);
     let reference = work.reference.then(states).transpose()?;
     let streams = Streams { quantized: states()?, reference };
     let calibrator = Calibrator {
@@ -216,7 +216,7 @@ fn calibrator<'a>(
         spec: &job.spec,
         ranks: &job.ranks,
         windows: windows.len(),
-        parking,
+        offload,
         shared: job.shared,
     };
     Ok((calibrator, streams))

@@ -17,9 +17,9 @@ pub(crate) struct States {
 }
 
 /// Embeds windows; consecutive windows of equal length share chunks.
-pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], parked: f64) -> Result<States> {
+pub(crate) fn embed(model: &Model<'_>, windows: &[&[u32]], offloaded: f64) -> Result<States> {
     let ranges = chunk_ranges(windows, model.device().chunk_tokens());
-    let mut hidden = ChunkStore::new(model.device(), ranges.len(), parked);
+    let mut hidden = ChunkStore::new(model.device(), ranges.len(), offloaded);
     let mut seq_lens = Vec::with_capacity(ranges.len());
     for (chunk, range) in ranges.into_iter().enumerate() {
         seq_lens.push(windows[range.start].len());

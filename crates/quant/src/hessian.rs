@@ -129,10 +129,10 @@ mod tests {
         let tiny = QuantSpec { damp: 1e-320, ..spec(false) };
         let f = factor(&gram, 1.0, &tiny).unwrap();
         assert_eq!((f.damp_retries, f.damp), (4, 0.1));
-        let told = factor(&hopeless, 1.0, &tiny).unwrap_err().to_string();
-        assert!(told.len() < 160 && told.contains("damping 1.0"), "{told}");
-        let told = QuantSpec { damp: 1e300, ..spec(false) }.validate().unwrap_err().to_string();
-        assert!(told.contains("Damping 1e300 "), "{told}");
+        let message = factor(&hopeless, 1.0, &tiny).unwrap_err().to_string();
+        assert!(message.len() < 160 && message.contains("damping 1.0"), "{message}");
+        let message = QuantSpec { damp: 1e300, ..spec(false) }.validate().unwrap_err().to_string();
+        assert!(message.contains("Damping 1e300 "), "{message}");
         let nan = Gram::from_host(array![[f32::NAN, 0.0], [0.0, 1.0]]);
         assert!(matches!(factor(&nan, 1.0, &spec(false)), Err(Error::NotFinite { .. })));
     }

@@ -132,8 +132,8 @@ fn refused_notes(refused: &[Verdict<'_>], loaded: &[Verdict<'_>]) -> Vec<Note> {
             None if others.is_empty() => Some("the others".to_owned()),
             None => None,
         };
-        let said = whole_row || whose.is_some() || text.starts_with(&widths(&about));
-        let branches = names(if said { &[] } else { &about });
+        let implied = whole_row || whose.is_some() || text.starts_with(&widths(&about));
+        let branches = names(if implied { &[] } else { &about });
         Note { not: !whole_row, whose, branches, text: text.clone() }
     };
     reasons(refused).into_iter().map(note).collect()

@@ -437,9 +437,9 @@ impl Settings {
             ),
         ];
         let differ = pairs.into_iter().filter(|(_, then, now)| then != now);
-        let told: Vec<String> =
+        let differences: Vec<String> =
             differ.map(|(what, then, now)| format!("{what} was {then}, now {now}")).collect();
-        (!told.is_empty()).then(|| told.join("; "))
+        (!differences.is_empty()).then(|| differences.join("; "))
     }
 }
 

@@ -15,7 +15,7 @@ fn baseline() -> Baseline {
 }
 
 /// The verdicts that are not `Ok`, as `branch what verdict`.
-fn told(outcome: &Outcome) -> Vec<String> {
+fn verdicts(outcome: &Outcome) -> Vec<String> {
     let unusual = outcome.findings.iter().filter(|f| f.verdict != Verdict::Ok);
     unusual.map(|f| format!("{} {} {}", f.branch, f.what, f.verdict.name())).collect()
 }
@@ -30,7 +30,7 @@ fn after(change: impl FnOnce(&mut BranchReport)) -> Outcome {
 fn the_accepted_report_passes() {
     let outcome = baseline().check(&before(), true).unwrap();
     assert!(outcome.passed);
-    assert_eq!(told(&outcome), [""; 0]);
+    assert_eq!(verdicts(&outcome), [""; 0]);
     // fp16, and perplexity, KL and bytes of two branches.
     assert_eq!(outcome.findings.len(), 7);
     assert_eq!(outcome.findings[0].branch, "fp16");
@@ -41,18 +41,18 @@ fn values_beyond_their_tolerance_fail_and_those_within_do_not() {
     let perplexity = |value: f64| after(|b| b.evaluations[0].perplexity = value);
     assert!(perplexity(19.09).passed, "0.47 %");
     let worse = perplexity(19.1);
-    assert_eq!((worse.passed, told(&worse)), (false, vec!["4bit-32g perplexity WORSE".to_owned()]));
+    assert_eq!((worse.passed, verdicts(&worse)), (false, vec!["4bit-32g perplexity WORSE".to_owned()]));
     let kl = |value: f64| after(|b| b.evaluations[0].kl = Some(value));
     assert!(kl(0.010_49).passed);
     let worse = kl(0.010_51);
-    assert_eq!((worse.passed, told(&worse)), (false, vec!["4bit-32g kl WORSE".to_owned()]));
+    assert_eq!((worse.passed, verdicts(&worse)), (false, vec!["4bit-32g kl WORSE".to_owned()]));
     let finding = worse.findings.iter().find(|f| f.verdict == Verdict::Worse).unwrap();
     assert_eq!((finding.baseline, finding.now), (Some(0.01), Some(0.010_51)));
     assert!((finding.allowed.unwrap() - 0.010_5).abs() < 1e-12);
     for nonsense in [f64::NAN, f64::INFINITY, -1.0] {
         let outcome = kl(nonsense);
         assert_eq!(
-            (outcome.passed, told(&outcome)),
+            (outcome.passed, verdicts(&outcome)),
             (false, vec!["4bit-32g kl IMPOSSIBLE".to_owned()])
         );
         assert!(!perplexity(nonsense).passed);
@@ -62,20 +62,20 @@ fn values_beyond_their_tolerance_fail_and_those_within_do_not() {
 }
 
 #[test]
-fn what_is_better_passes_and_is_told() {
+fn what_is_better_passes_and_is_reported() {
     let outcome = after(|b| {
         b.evaluations[0].perplexity = 18.8;
         b.evaluations[0].kl = Some(0.009);
     });
     assert!(outcome.passed);
-    assert_eq!(told(&outcome), ["4bit-32g perplexity improved", "4bit-32g kl improved"]);
+    assert_eq!(verdicts(&outcome), ["4bit-32g perplexity improved", "4bit-32g kl improved"]);
 }
 
 #[test]
 fn bytes_must_be_equal() {
     let outcome = after(|b| b.file_bytes -= 1);
     assert_eq!(
-        (outcome.passed, told(&outcome)),
+        (outcome.passed, verdicts(&outcome)),
         (false, vec!["4bit-32g file_bytes CHANGED".to_owned()])
     );
 }
@@ -85,7 +85,7 @@ fn the_model_itself_may_move_in_neither_direction() {
     for base in [18.5, 19.0] {
         let outcome = after(|b| b.evaluations[0].base_perplexity = Some(base));
         assert_eq!(
-            (outcome.passed, told(&outcome)),
+            (outcome.passed, verdicts(&outcome)),
             (false, vec!["fp16 perplexity CHANGED".to_owned()])
         );
     }
@@ -96,7 +96,7 @@ fn branches_may_be_added_but_not_lost() {
     let mut now = before();
     now.branches[0].branch = "other".to_owned();
     let outcome = baseline().check(&now, true).unwrap();
-    assert_eq!(told(&outcome), ["4bit-32g branch MISSING", "other branch new"]);
+    assert_eq!(verdicts(&outcome), ["4bit-32g branch MISSING", "other branch new"]);
     assert!(!outcome.passed);
     // A report of one branch is about that one only.
     now.branches.remove(0);
@@ -108,7 +108,7 @@ fn branches_may_be_added_but_not_lost() {
 #[test]
 fn a_kl_that_is_no_longer_measured_is_missing() {
     let outcome = after(|b| b.evaluations[0].kl = None);
-    assert_eq!((outcome.passed, told(&outcome)), (false, vec!["4bit-32g kl MISSING".to_owned()]));
+    assert_eq!((outcome.passed, verdicts(&outcome)), (false, vec!["4bit-32g kl MISSING".to_owned()]));
 }
 
 #[test]

@@ -348,16 +348,16 @@ mod tests {
         assert_eq!(one.difference(&one), None);
         let folder = Measurement { model: "model".to_owned(), ..one.clone() };
         assert_eq!(one.difference(&folder), None);
-        let told = |change: fn(&mut Measurement)| {
+        let difference = |change: fn(&mut Measurement)| {
             let mut now = one.clone();
             change(&mut now);
             one.difference(&now).unwrap()
         };
-        assert_eq!(told(|m| m.model = "other".to_owned()), "the model was org/model, now other");
-        assert_eq!(told(|m| m.windows = 7), "the number of windows was 40, now 7");
-        assert!(told(|m| m.fingerprint.push('0')).contains("text of heldout.txt has changed"));
-        assert!(told(|m| m.protocol = "strided".to_owned()).contains("protocol"));
-        assert!(told(|m| m.seq_len = 1).contains("window length"));
-        assert!(told(|m| m.tokens = 1).contains("tokens scored"));
+        assert_eq!(difference(|m| m.model = "other".to_owned()), "the model was org/model, now other");
+        assert_eq!(difference(|m| m.windows = 7), "the number of windows was 40, now 7");
+        assert!(difference(|m| m.fingerprint.push('0')).contains("text of heldout.txt has changed"));
+        assert!(difference(|m| m.protocol = "strided".to_owned()).contains("protocol"));
+        assert!(difference(|m| m.seq_len = 1).contains("window length"));
+        assert!(difference(|m| m.tokens = 1).contains("tokens scored"));
     }
 }

@@ -131,12 +131,12 @@ impl TextTokenizer {
             return Some("has another vocabulary or other merges than the base's".to_owned());
         }
         if self.added_bos() != base.added_bos() {
-            let told =
+            let describe =
                 |bos: Option<u32>| bos.map_or_else(|| "none".to_owned(), |id| id.to_string());
             return Some(format!(
                 "begins texts with BOS {}, the base's with {} (see tokenizer_config.json)",
-                told(self.added_bos()),
-                told(base.added_bos())
+                describe(self.added_bos()),
+                describe(base.added_bos())
             ));
         }
         let ids =

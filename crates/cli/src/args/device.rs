@@ -12,7 +12,7 @@ use super::values::parse_bytes;
 use crate::hint::advised;
 use crate::launch::{Launched, launched};
 use crate::printer::Printer;
-use crate::team::Team;
+use crate::local_ranks::LocalRanks;
 
 /// Where to compute.
 #[derive(Debug, Args)]
@@ -65,9 +65,9 @@ impl DeviceArgs {
 
     /// Opens the devices, says which they are, and gives each its budget. Where a launcher has
     /// started several processes, waits for the others.
-    pub(crate) fn open(&self, printer: &Printer) -> Result<Team> {
+    pub(crate) fn open(&self, printer: &Printer) -> Result<LocalRanks> {
         let launched = launched()?;
-        let seats = match &launched {
+        let handles = match &launched {
             Some(Launched { launch, .. }) => {
                 printer.note(&format!(
                     "rank {} of {}, meeting the others at {}",
@@ -75,11 +75,11 @@ impl DeviceArgs {
                     launch.size,
                     launch.meeting_place()
                 ));
-                let seat = RankHandle::join_saying(launch, &|said| printer.warn(said))?;
-                if let Some(strangers) = seat.strangers() {
+                let handle = RankHandle::join_announcing(launch, &|warning| printer.warn(warning))?;
+                if let Some(strangers) = handle.strangers() {
                     printer.warn(strangers);
                 }
-                Some(vec![seat])
+                Some(vec![handle])
             }
             None => None,
         };
@@ -96,14 +96,14 @@ impl DeviceArgs {
                 return Err(advised(message, Library::Nccl.hint()));
             }
         }
-        let seats = seats.unwrap_or_else(|| match devices.len() {
+        let handles = handles.unwrap_or_else(|| match devices.len() {
             1 => vec![RankHandle::alone()],
             count => RankHandle::threads(count),
         });
-        let team = Team::new(devices, seats);
-        printer.note(&format!("device: {}", team.name()));
-        team.note_unequal_memory(printer)?;
-        Ok(team)
+        let local_ranks = LocalRanks::new(devices, handles);
+        printer.note(&format!("device: {}", local_ranks.name()));
+        local_ranks.note_unequal_memory(printer)?;
+        Ok(local_ranks)
     }
 
     /// Opens the device of a command that uses one; `advice` says what to do instead.

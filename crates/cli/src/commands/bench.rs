@@ -53,17 +53,17 @@ struct Output {
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
-    let team = args.device.open(printer)?;
-    let products = match team.device() {
+    let local_ranks = args.device.open(printer)?;
+    let products = match local_ranks.device() {
         Device::Cpu => bench_products(args.width, args.seq_len)?,
         Device::Cuda(_) => Vec::new(),
     };
     let mut spec = QuantSpec::new(4, Some(128), true, args.recipe.damp(), args.recipe);
     spec.set(&args.set)?;
-    let device = team.name();
+    let device = local_ranks.name();
     let work = (args.windows, args.seq_len);
     let block =
-        team.run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
+        local_ranks.run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
     let Some(block) = block else { return Ok(()) };
     let choices = spec.choices.to_string();
     let peak_host_bytes = host_memory::peak();

@@ -94,7 +94,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         let writable = folder.is_none_or(Path::is_dir) && !file.is_dir();
         ensure!(writable, "Cannot write `{}`: no such folder, or a folder itself", file.display());
     }
-    let team = args.device.open(printer)?;
+    let local_ranks = args.device.open(printer)?;
     let checkpoint = open_checkpoint(&args.model, printer)?;
     let base = match args.base.as_deref() {
         Some(name) => Some((name, open_checkpoint(name, printer)?)),
@@ -131,8 +131,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         text.dataset,
         text.protocol()
     ));
-    let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
-    let measured = team.run(|device, ranks| {
+    let (device, device_name, ranks) = (local_ranks.device().clone(), local_ranks.name(), local_ranks.ranks());
+    let measured = local_ranks.run(|device, ranks| {
         let base = base.as_ref().map(|(_, base)| base);
         ranks.agree(|| agreement::perplexity(&checkpoint, base, &text))?;
         evaluate((&checkpoint, base), (device, ranks), &text, printer)

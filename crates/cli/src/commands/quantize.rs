@@ -146,11 +146,11 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         open_checkpoint(&args.model, printer)?
     };
     warn_of(&source, args.strict, printer)?;
-    let team = args.device.open(printer)?;
+    let local_ranks = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
-    let (device, device_name, ranks) = (team.device().clone(), team.name(), team.ranks());
-    let outcome = team.run(|device, ranks| {
+    let (device, device_name, ranks) = (local_ranks.device().clone(), local_ranks.name(), local_ranks.ranks());
+    let outcome = local_ranks.run(|device, ranks| {
         let job = QuantizeJob {
             source: &source,
             model: model_name(&args.model),

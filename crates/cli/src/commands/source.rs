@@ -17,7 +17,7 @@ pub(super) fn open_checkpoint(model: &str, printer: &Printer) -> Result<Checkpoi
     let checkpoint = or_download(model, opened, Part::All, printer, Checkpoint::open)?;
     if let Some(quantize) = checkpoint.quantize_config() {
         let warnings = checkpoint.packed_notes().warnings(quantize);
-        warnings.iter().for_each(|said| printer.warn(&format!("`{model}`: {said}")));
+        warnings.iter().for_each(|warning| printer.warn(&format!("`{model}`: {warning}")));
     }
     Ok(checkpoint)
 }

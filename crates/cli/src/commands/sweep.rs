@@ -333,16 +333,16 @@ mod tests {
     #[test]
     fn branches_that_saw_the_text_are_named() {
         let mut report = report();
-        let said = |report: &SweepReport| {
+        let warning = |report: &SweepReport| {
             let text = text(report, "f32");
             text.lines().find(|line| line.contains("optimistic")).map(str::to_owned)
         };
-        assert_eq!(said(&report), None);
+        assert_eq!(warning(&report), None);
         report.rows[1].contaminated = true;
         let one = "b was calibrated on this split: perplexity and KL are optimistic.";
-        assert_eq!(said(&report).as_deref(), Some(one));
+        assert_eq!(warning(&report).as_deref(), Some(one));
         report.rows[0].contaminated = true;
         let all = "The branches were calibrated on this split: perplexity and KL are optimistic.";
-        assert_eq!(said(&report).as_deref(), Some(all));
+        assert_eq!(warning(&report).as_deref(), Some(all));
     }
 }

@@ -122,10 +122,10 @@ fn difference(all: &[Agreement], name: &str) -> Option<String> {
     // By the first rank that has a value.
     let mut held: Vec<(Option<&str>, Vec<usize>)> = held.into_iter().collect();
     held.sort_by_key(|(_, ranks)| ranks[0]);
-    let said =
+    let values =
         held.iter().take(3).map(|(value, ranks)| format!("{}: {}", who(ranks), shown(*value)));
-    let said: Vec<String> = said.collect();
-    Some(format!("{} ({})", plain(name), said.join(", ")))
+    let values: Vec<String> = values.collect();
+    Some(format!("{} ({})", plain(name), values.join(", ")))
 }
 
 /// Words come from other processes, too; apostrophes do no harm.

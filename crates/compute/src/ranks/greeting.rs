@@ -81,7 +81,7 @@ impl Greeting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The caller is one of the ranks; the others are waited for.
-    Seated,
+    Admitted,
     /// All ranks are there.
     Begin,
     /// The caller belongs to another run.
@@ -96,7 +96,7 @@ pub enum Verdict {
 
 impl Verdict {
     const ALL: [Self; 6] = [
-        Self::Seated,
+        Self::Admitted,
         Self::Begin,
         Self::OtherRun,
         Self::OtherVersion,

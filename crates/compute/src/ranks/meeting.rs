@@ -21,7 +21,7 @@ const GREETING_TIME: Duration = Duration::from_secs(5);
 const MOST_CALLERS: usize = 1024;
 const AT_ONCE: usize = 64;
 /// Strangers of whom a message tells.
-const MOST_SAID: usize = 4;
+const MOST_REASONS: usize = 4;
 /// Ranks that a message names.
 const MOST_NAMED: usize = 8;
 /// How long rank 0 waits before it says for whom.
@@ -34,10 +34,10 @@ pub(super) struct Met {
 }
 
 /// Rank 0: waits for all others. `say` is told once for whom, when it takes a while.
-pub(super) fn listen(launch: &Launch, say: &dyn Fn(&str)) -> Result<Met> {
+pub(super) fn listen(launch: &Launch, announce: &dyn Fn(&str)) -> Result<Met> {
     let start = Instant::now();
     let end = start + launch.patience;
-    let mut said = false;
+    let mut announced = false;
     let listeners = bind(launch)?;
     // Given up before the port is, which is what makes its place this run's own.
     let mut drawn = None;
@@ -51,13 +51,13 @@ pub(super) fn listen(launch: &Launch, say: &dyn Fn(&str)) -> Result<Met> {
             reception.admit(listener);
         }
         reception.hear();
-        reception.look_at_seats();
+        reception.look_at_admitted();
         if Instant::now() > end {
             return Err(Error::ranks(reception.missing(launch)));
         }
-        if !said && start.elapsed() > QUIET {
-            said = true;
-            say(&reception.waiting(launch));
+        if !announced && start.elapsed() > QUIET {
+            announced = true;
+            announce(&reception.waiting(launch));
         }
         std::thread::sleep(TICK / 10);
     }
@@ -141,15 +141,15 @@ struct Reception {
     streams: BTreeMap<usize, TcpStream>,
     callers: Vec<Caller>,
     turned_away: usize,
-    said: Vec<String>,
+    reasons: Vec<String>,
     /// Why connections could not be taken.
     trouble: Option<io::Error>,
 }
 
 impl Reception {
     fn new(size: usize, run: RunDigest) -> Self {
-        let (streams, callers, said) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { run, size, streams, callers, turned_away: 0, said, trouble: None }
+        let (streams, callers, reasons) = (BTreeMap::new(), Vec::new(), Vec::new());
+        Self { run, size, streams, callers, turned_away: 0, reasons, trouble: None }
     }
 
     fn is_complete(&self) -> bool {
@@ -205,7 +205,7 @@ impl Reception {
                 _ if rank >= self.size => Verdict::NoSuchRank,
                 0 => Verdict::Taken,
                 _ if self.streams.contains_key(&rank) => Verdict::Taken,
-                _ => Verdict::Seated,
+                _ => Verdict::Admitted,
             }
         };
         let Caller { mut stream, from, .. } = caller;
@@ -213,7 +213,7 @@ impl Reception {
         // later.
         let _ = stream.write(&self.answer(verdict));
         let what = match verdict {
-            Verdict::Seated | Verdict::Begin => {
+            Verdict::Admitted | Verdict::Begin => {
                 self.streams.insert(rank, stream);
                 return;
             }
@@ -235,7 +235,7 @@ impl Reception {
     }
 
     /// Gives up the seats of ranks that have left again. A seated rank has nothing to say yet.
-    fn look_at_seats(&mut self) {
+    fn look_at_admitted(&mut self) {
         let left = self.streams.extract_if(.., |_, stream| {
             !matches!(
                 stream.peek(&mut [0]),
@@ -244,27 +244,27 @@ impl Reception {
         });
         for (rank, _) in left.collect::<Vec<_>>() {
             self.turned_away += 1;
-            self.say(format!("rank {rank} left before all were there"));
+            self.announce(format!("rank {rank} left before all were there"));
         }
     }
 
     fn turn_away(&mut self, from: SocketAddr, what: &str) {
         self.turned_away += 1;
-        self.say(format!("{from} {what}"));
+        self.announce(format!("{from} {what}"));
     }
 
-    fn say(&mut self, what: String) {
-        if self.said.len() < MOST_SAID {
-            self.said.push(what);
+    fn announce(&mut self, what: String) {
+        if self.reasons.len() < MOST_REASONS {
+            self.reasons.push(what);
         }
     }
 
     fn strangers(&self) -> Option<String> {
         let count = self.turned_away;
-        let more = count - self.said.len();
+        let more = count - self.reasons.len();
         let more = if more > 0 { format!("; {more} more") } else { String::new() };
         let calls = if count == 1 { "1 call".to_owned() } else { format!("{count} calls") };
-        (count > 0).then(|| format!("rank 0 turned away {calls}: {}{more}", self.said.join("; ")))
+        (count > 0).then(|| format!("rank 0 turned away {calls}: {}{more}", self.reasons.join("; ")))
     }
 
     /// The ranks that are not there.
@@ -293,7 +293,7 @@ impl Reception {
              they reach this host?",
             launch.patience.as_secs(),
         );
-        let strangers = self.strangers().map(|said| format!(" Meanwhile {said}."));
+        let strangers = self.strangers().map(|strangers| format!(" Meanwhile {strangers}."));
         let trouble =
             self.trouble.as_ref().map(|e| format!(" A connection could not be taken: {e}."));
         text.extend(strangers.into_iter().chain(trouble));
@@ -304,12 +304,12 @@ impl Reception {
     fn begin(self, launch: &Launch) -> Result<Met> {
         let begin = self.answer(Verdict::Begin);
         for (&rank, mut stream) in &self.streams {
-            let told = stream
+            let sent = stream
                 .set_nonblocking(false)
                 .and_then(|()| stream.set_nodelay(true))
                 .and_then(|()| stream.set_write_timeout(Some(GREETING_TIME)))
                 .and_then(|()| stream.write_all(&begin));
-            told.map_err(|e| launch.trouble(rank, &e))?;
+            sent.map_err(|e| launch.trouble(rank, &e))?;
         }
         let strangers = self.strangers();
         Ok(Met { streams: self.streams, strangers })
@@ -375,7 +375,7 @@ pub(super) fn call(launch: &Launch) -> Result<Met> {
         match attempt(launch, place.as_ref()) {
             Ok(stream) => break stream,
             Err(Refusal::Final(error)) => return Err(error),
-            Err(Refusal::Again(why)) if !reasons.contains(&why) && reasons.len() < MOST_SAID => {
+            Err(Refusal::Again(why)) if !reasons.contains(&why) && reasons.len() < MOST_REASONS => {
                 reasons.push(why);
             }
             Err(Refusal::Again(_)) => {}
@@ -422,7 +422,7 @@ fn attempt(launch: &Launch, place: Option<&Place>) -> std::result::Result<TcpStr
     };
     let refused = |what: String| Err(Refusal::Final(Error::ranks(what)));
     match verdict {
-        Verdict::Seated => {}
+        Verdict::Admitted => {}
         Verdict::Begin | Verdict::OtherRun => {
             let why = "what listens there is rank 0 of another run";
             return Err(Refusal::Again(why.to_owned()));

@@ -78,7 +78,7 @@ fn a_seat_is_one_process_and_free_when_that_is_gone() {
     std::thread::scope(|scope| {
         let first = scope.spawn(|| RankHandle::join(&launches[0]));
         let (stale, verdict) = greet(&launches[0], &of_run(1));
-        assert_eq!(verdict, Verdict::Seated);
+        assert_eq!(verdict, Verdict::Admitted);
         assert_eq!(greet(&launches[0], &of_run(1)).1, Verdict::Taken);
         drop(stale);
         let second = scope.spawn(|| RankHandle::join(&launches[1]));
@@ -119,7 +119,7 @@ fn a_frame_that_claims_more_than_the_work_needs_loses_its_rank() {
     std::thread::scope(|scope| {
         let first = scope.spawn(|| RankHandle::join(&launches[0]));
         let (mut stream, verdict) = greet(&launches[0], &of_run(1));
-        assert_eq!(verdict, Verdict::Seated);
+        assert_eq!(verdict, Verdict::Admitted);
         let handle = first.join().unwrap().unwrap();
         // One part of 2^33 words: 17 bytes that ask for 34 GB.
         let mut claim = Vec::new();

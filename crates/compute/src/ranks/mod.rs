@@ -140,7 +140,7 @@ impl RankHandle {
     /// # Errors
     /// [`Error::Ranks`] when they do not find each other within the launch's patience.
     pub fn join(launch: &Launch) -> Result<Self> {
-        Self::join_saying(launch, &|_| {})
+        Self::join_announcing(launch, &|_| {})
     }
 
     /// As [`Self::join`]; rank 0 says once for whom it waits, when that takes more than a few
@@ -148,8 +148,8 @@ impl RankHandle {
     ///
     /// # Errors
     /// As [`Self::join`].
-    pub fn join_saying(launch: &Launch, say: &dyn Fn(&str)) -> Result<Self> {
-        sockets::join(launch, say)
+    pub fn join_announcing(launch: &Launch, announce: &dyn Fn(&str)) -> Result<Self> {
+        sockets::join(launch, announce)
     }
 
     /// Number of this rank.

@@ -79,22 +79,22 @@ impl Place {
 
     /// The id that rank 0 has left here; or why there is none, which may change.
     pub(super) fn find(&self) -> std::result::Result<String, String> {
-        let said = |what: &dyn std::fmt::Display| {
+        let unusable = |what: &dyn std::fmt::Display| {
             format!("no id of a run in `{}`: {what}", self.path.display())
         };
         // Neither a link nor a pipe that somebody else has laid there is opened or waited for.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = rustix::fs::open(&self.path, flags, Mode::empty());
-        let file = File::from(file.map_err(|e| said(&io::Error::from(e)))?);
-        let meta = file.metadata().map_err(|e| said(&e))?;
+        let file = File::from(file.map_err(|e| unusable(&io::Error::from(e)))?);
+        let meta = file.metadata().map_err(|e| unusable(&e))?;
         if !meta.is_file() || meta.uid() != self.owner || meta.mode() & 0o077 != 0 {
-            return Err(said(&"it is not a private file of this user"));
+            return Err(unusable(&"it is not a private file of this user"));
         }
         let mut id = String::new();
-        file.take(LETTERS as u64 + 1).read_to_string(&mut id).map_err(|e| said(&e))?;
+        file.take(LETTERS as u64 + 1).read_to_string(&mut id).map_err(|e| unusable(&e))?;
         match id.len() == LETTERS {
             true => Ok(id),
-            false => Err(said(&"it was written by something else")),
+            false => Err(unusable(&"it was written by something else")),
         }
     }
 }

@@ -41,7 +41,7 @@ impl Drop for Pumps {
 }
 
 /// Connects to rank 0, or as rank 0 to all others; `say` is told when that takes a while.
-pub(super) fn join(launch: &Launch, say: &dyn Fn(&str)) -> Result<RankHandle> {
+pub(super) fn join(launch: &Launch, announce: &dyn Fn(&str)) -> Result<RankHandle> {
     let Launch { rank, size, .. } = *launch;
     if rank >= size {
         return Err(Error::ranks(format!("Rank {rank} is not one of {size} ranks")));
@@ -53,7 +53,7 @@ pub(super) fn join(launch: &Launch, say: &dyn Fn(&str)) -> Result<RankHandle> {
     if size == 1 {
         return Ok(RankHandle::alone());
     }
-    let met = if rank == 0 { meeting::listen(launch, say)? } else { meeting::call(launch)? };
+    let met = if rank == 0 { meeting::listen(launch, announce)? } else { meeting::call(launch)? };
     let Met { streams, strangers } = met;
     let limit = Arc::<Limit>::default();
     let abort = Arc::<Abort>::default();
@@ -90,15 +90,15 @@ fn write_frames(
     (abort, closing): (&Abort, &AtomicBool),
 ) {
     let mut written = Instant::now();
-    let mut told = false;
+    let mut announced = false;
     loop {
         let sent = match messages.recv_timeout(TICK) {
             Ok(message) => Frame::Data(message).write(&mut stream),
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) if closing.load(Ordering::Relaxed) => break,
             Err(RecvTimeoutError::Timeout) => match abort.lost() {
-                Some(rank) if !told => {
-                    told = true;
+                Some(rank) if !announced => {
+                    announced = true;
                     Frame::Lost(rank as u64).write(&mut stream)
                 }
                 _ if written.elapsed() > BEAT => Frame::Alive.write(&mut stream),
@@ -112,7 +112,7 @@ fn write_frames(
         written = Instant::now();
     }
     let last = match abort.lost() {
-        Some(rank) if !told => Frame::Lost(rank as u64).write(&mut stream),
+        Some(rank) if !announced => Frame::Lost(rank as u64).write(&mut stream),
         Some(_) => Ok(()),
         None => Frame::Farewell.write(&mut stream),
     };

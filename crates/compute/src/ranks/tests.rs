@@ -138,12 +138,12 @@ fn announced_ranks_take_no_room() {
     launch.size = Launch::MOST_RANKS;
     let alone = RankHandle::join(&launch).err().unwrap().to_string();
     assert!(alone.contains("rank 1, 2, 3, 4, 5, 6, 7, 8 and 4087 others of 4096"), "{alone}");
-    for (rank, size, said) in
+    for (rank, size, named) in
         [(0, usize::MAX, "at most 4096"), (0, 0, "not one"), (1, 1, "not one")]
     {
         let wrong = Launch { rank, size, ..launch.clone() };
         let error = RankHandle::join(&wrong).err().unwrap().to_string();
-        assert!(error.contains(said), "{error}");
+        assert!(error.contains(named), "{error}");
     }
 }
 

@@ -39,8 +39,8 @@ pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut F
 /// Keys that make another model of the same tensors, with both values.
 fn differences(mine: &ModelConfig, theirs: &ModelConfig) -> Vec<(&'static str, String, String)> {
     let mut differ = Vec::new();
-    for (key, told) in KEYS {
-        let (mine, theirs) = (told(mine), told(theirs));
+    for (key, value) in KEYS {
+        let (mine, theirs) = (value(mine), value(theirs));
         if mine != theirs {
             differ.push((key, mine, theirs));
         }

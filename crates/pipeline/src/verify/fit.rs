@@ -180,7 +180,7 @@ impl Fit {
         let mut add = |place: String, what: String| findings.add(Check::Weights, place, what);
         let far = self.nearest.filter(|column| !moved && column.mean_square() > MAX_NEAREST);
         if let Some(column) = far {
-            add(name.to_owned(), column.told());
+            add(name.to_owned(), column.describe());
             // The other measures would say the same again, and less clearly.
             return;
         }
@@ -336,7 +336,7 @@ impl Column {
     }
 
     /// What is wrong where this is the nearest column.
-    fn told(&self) -> String {
+    fn describe(&self) -> String {
         let mean = self.sum / self.count;
         let about_mean = self.mean_square() - mean * mean;
         if about_mean < MAX_NEAREST && mean.abs() > 0.5 {

@@ -146,19 +146,19 @@ fn rotation(
     let blocks = model.config().num_hidden_layers;
     let mut nearest = (f64::INFINITY, Rotate::None);
     for index in 0..blocks {
-        let mut told = true;
+        let mut all_known = true;
         nearest.0 = f64::INFINITY;
         let mut rotations = [Rotate::None, Rotate::Heads, Rotate::Full];
         rotations.sort_by_key(|&rotate| Some(rotate) != recorded);
         for rotate in rotations {
             let distance = distance(checkpoint, model, (index, rotate))?;
-            told &= distance.is_some();
+            all_known &= distance.is_some();
             let distance = distance.unwrap_or(0.0);
             if distance < nearest.0 {
                 nearest = (distance, rotate);
             }
         }
-        if told {
+        if all_known {
             break;
         }
     }

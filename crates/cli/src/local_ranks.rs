@@ -17,17 +17,17 @@ const GRACE: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(500);
 
 /// This process's devices and their places among all ranks.
-pub(crate) struct Team {
+pub(crate) struct LocalRanks {
     devices: Vec<Device>,
-    seats: Vec<RankHandle>,
+    handles: Vec<RankHandle>,
 }
 
 type Outcome<R> = (usize, Result<R>);
 
-impl Team {
+impl LocalRanks {
     /// A device for each seat.
-    pub(crate) fn new(devices: Vec<Device>, seats: Vec<RankHandle>) -> Self {
-        Self { devices, seats }
+    pub(crate) fn new(devices: Vec<Device>, handles: Vec<RankHandle>) -> Self {
+        Self { devices, handles }
     }
 
     /// The first device of this process.
@@ -37,7 +37,7 @@ impl Team {
 
     /// Number of ranks, those of other processes included.
     pub(crate) fn ranks(&self) -> usize {
-        self.seats.first().map_or(1, RankHandle::size)
+        self.handles.first().map_or(1, RankHandle::size)
     }
 
     /// All devices' name for reports.
@@ -78,20 +78,20 @@ impl Team {
         self,
         part: impl Fn(&Device, &Ranks) -> Result<R> + Sync,
     ) -> Result<Option<R>> {
-        let Self { devices, mut seats } = self;
-        if let ([device], Some(seat)) = (devices.as_slice(), seats.pop_if(|seat| seat.size() == 1))
+        let Self { devices, mut handles } = self;
+        if let ([device], Some(handle)) = (devices.as_slice(), handles.pop_if(|handle| handle.size() == 1))
         {
-            return seat.run(device, |ranks| part(device, ranks)).map(Some);
+            return handle.run(device, |ranks| part(device, ranks)).map(Some);
         }
-        let Some(watch) = seats.first().map(RankHandle::watch) else { return Ok(None) };
+        let Some(watch) = handles.first().map(RankHandle::watch) else { return Ok(None) };
         std::thread::scope(|scope| {
             let (done, outcomes) = channel();
-            for (seat, device) in seats.into_iter().zip(&devices) {
+            for (handle, device) in handles.into_iter().zip(&devices) {
                 let (done, part) = (done.clone(), &part);
                 scope.spawn(move || {
-                    let rank = seat.rank();
+                    let rank = handle.rank();
                     // The other end waits for every rank.
-                    let _ = done.send((rank, seat.run(device, |ranks| part(device, ranks))));
+                    let _ = done.send((rank, handle.run(device, |ranks| part(device, ranks))));
                 });
             }
             drop(done);
