@@ -43,7 +43,7 @@ __device__ __forceinline__ unsigned unit_value(const unsigned (&words)[BITS], in
 }
 
 template <int BITS>
-__device__ __forceinline__ void dequantise(const unsigned* qweight, const unsigned* qzeros,
+__device__ __forceinline__ void dequantize(const unsigned* qweight, const unsigned* qzeros,
                                            const half_t* scales, const int* g_idx, half_t* weight,
                                            int rows, int n) {
     __shared__ __align__(16) half_t tile[kRows][kColumns + 4];
@@ -84,7 +84,7 @@ __device__ __forceinline__ void dequantise(const unsigned* qweight, const unsign
     extern "C" __global__ void __launch_bounds__(256)                                              \
     dequant_##bits(const unsigned* qweight, const unsigned* qzeros, const half_t* scales,          \
                    const int* g_idx, half_t* weight, int rows, int n) {                            \
-        dequantise<bits>(qweight, qzeros, scales, g_idx, weight, rows, n);                         \
+        dequantize<bits>(qweight, qzeros, scales, g_idx, weight, rows, n);                         \
     }
 DEQUANT(2)
 DEQUANT(3)

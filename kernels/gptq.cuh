@@ -24,7 +24,7 @@ struct Solved {
     float code, error;
 };
 
-__device__ __forceinline__ Solved quantise(float w, float scale, float pivot, const Grid& grid) {
+__device__ __forceinline__ Solved quantize(float w, float scale, float pivot, const Grid& grid) {
     const float rounded = __fadd_rn(rintf(__fdiv_rn(w, scale)), grid.zero);
     const float code = fminf(fmaxf(rounded, 0.0f), grid.max_code);
     float value = __fmul_rn(scale, __fsub_rn(code, grid.zero));

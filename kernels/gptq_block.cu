@@ -88,7 +88,7 @@ __device__ __forceinline__ void solve(float* w, const float* u, const float* sca
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
             const float wi = __shfl_sync(0xffffffffu, x[0][i % 4], i / 4, kLanes);
-            const Solved s = quantise(wi, scale.step(), uc[i * kWidth + i], grid);
+            const Solved s = quantize(wi, scale.step(), uc[i * kWidth + i], grid);
             loss = fmaf(s.error, s.error, loss);
             if (lane == i / 4) code4[i % 4] = s.code, err4[i % 4] = s.error;
             spread_error(x, uc, i, left, s.error, lane);

@@ -34,7 +34,7 @@ __device__ __forceinline__ float attempt(float (&x)[kChunks][4], float (&su)[2][
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
             const float wi = __shfl_sync(0xffffffffu, x[0][i % 4], i / 4, kLanes);
-            const Solved s = quantise(wi, scale, uc[i * kWidth + i], grid);
+            const Solved s = quantize(wi, scale, uc[i * kWidth + i], grid);
             // Beyond the width w is 0, and so is its error.
             loss = fmaf(s.error, s.error, loss);
             spread_error(x, uc, i, left, s.error, lane);

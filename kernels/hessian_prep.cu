@@ -2,7 +2,7 @@
 //
 // With J the reversal of indices, the solver's U (upper, U^T U = H^-1) is J L^-1 J where L is the
 // lower Cholesky factor of J H J. So H is written reversed, in solve order, and only the half that
-// the factorisation reads:
+// the factorization reads:
 //
 //   out[a, b] = scale * gram[order[n-1-a], order[n-1-b]]   for b <= a
 //   on the diagonal: 1 for dead columns, then + damp

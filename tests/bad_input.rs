@@ -16,7 +16,7 @@ use util::needs::Need;
 use util::runs::{CALIBRATION, leaves_nothing, perplexity, ppl, quantize, with_model, workdir};
 use util::{TinyLlama, Workdir, listing, words};
 
-/// Quantising and measuring both refuse the model and name the culprit.
+/// Quantizing and measuring both refuse the model and name the culprit.
 #[track_caller]
 fn both_refuse(dir: &Workdir, names: &[&str]) {
     quantize(dir, &[]).refused(names);
@@ -165,7 +165,7 @@ fn what_headers_show_is_refused_before_any_block() {
 }
 
 #[test]
-fn what_changes_nothing_is_said_or_refused() {
+fn what_changes_nothing_is_warned_of_or_refused() {
     let dir = with_model(&TinyLlama::new());
     let rtn = ["--recipe", "rtn"];
     quantize(&dir, &[&rtn[..], &["--strict"]].concat()).refused(&["rtn", "--strict"]);
@@ -354,7 +354,7 @@ fn an_output_that_holds_something_else_is_left_as_it_was() {
 }
 
 #[test]
-fn a_source_is_never_overwritten_nor_quantised_twice() {
+fn a_source_is_never_overwritten_nor_quantized_twice() {
     let dir = with_model(&TinyLlama::new());
     let before = fs::read(dir.path("model/model.safetensors")).unwrap();
     dir.gptq(&[&["quantize", "model", "--out", "model"], &CALIBRATION[..]].concat())

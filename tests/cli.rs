@@ -74,12 +74,12 @@ fn help_lists_the_commands() {
     assert_snapshot!(run(&["--help"]).snapshot(), @r"
     exit code 0
     --- stdout
-    Quantise Llama models with GPTQ and prove the result
+    Quantize Llama models with GPTQ and prove the result
 
     Usage: gptq [OPTIONS] <COMMAND>
 
     Commands:
-      quantize  Make one quantised checkpoint
+      quantize  Make one quantized checkpoint
       ppl       Measure the perplexity of a dense model or a GPTQ checkpoint
       plan      Predict sizes, memory and work of every branch from config.json alone
       inspect   Show what a checkpoint holds
@@ -190,7 +190,7 @@ fn the_demo_model_is_inspected() {
     head        the embedding
     weights     8923.5 kB (8923544 bytes)
     tensors     47 (47 F16)
-    quantised   no
+    quantized   no
     ");
     let json = dir.gptq(&["inspect", "demo", "--json"]).json();
     assert_eq!(json["quantization"], Value::Null);
@@ -199,7 +199,7 @@ fn the_demo_model_is_inspected() {
 }
 
 #[test]
-fn a_run_is_summarised() {
+fn a_run_is_summarized() {
     let dir = tiny();
     let calibration = ["--calib-dataset", "text.txt", "--windows", "4", "--seq-len", "32"];
     let fixed = ["quantize", "model", "--out", "out", "--device", "cpu", "--bits", "3"];
@@ -219,7 +219,7 @@ fn a_run_is_summarised() {
     head        a tensor of its own
     weights     52.6 kB (52608 bytes)
     tensors     63 (21 F16, 42 I32)
-    quantised   3 bits, group size 128, act-order yes, damp 0.03
+    quantized   3 bits, group size 128, act-order yes, damp 0.03
     linears     14 in 29.0 kB, 3.777 bits a weight
     ");
     let measure = ["ppl", "out", "--device", "cpu", "--dataset", "text.txt", "--seq-len", "32"];
@@ -250,7 +250,7 @@ fn a_run_without_calibration_prints_this() {
     device: cpu
     block 1/2  [N] s
     block 2/2  [N] s
-    quantise: 2 blocks in [N] s
+    quantize: 2 blocks in [N] s
     ");
 }
 

@@ -2,9 +2,9 @@
 //! `sweep` and read back from their files.
 //!
 //! Expected perplexities are not the program's own word. Each branch that this test's configuration
-//! writes was dequantised by an independent Python reader and evaluated by transformers on the same
+//! writes was dequantized by an independent Python reader and evaluated by transformers on the same
 //! windows; it agreed with `gptq` to all four decimals printed (0.0003 %), and the values below are
-//! its. Another CPU rounds differently, which may move a code to the neighbouring one: hence the
+//! its. Another CPU rounds differently, which may move a code to the neighboring one: hence the
 //! tolerance of 0.5 %.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
@@ -34,7 +34,7 @@ const DENSE: f64 = 20.5133;
 /// Relative.
 const TOLERANCE: f64 = 0.005;
 
-/// Half of the demo's calibration and a fifth of its evaluation: a minute without optimisation.
+/// Half of the demo's calibration and a fifth of its evaluation: a minute without optimization.
 fn configuration() -> String {
     let root = repository();
     let at = |file: &str| root.join(file).display().to_string();

@@ -41,7 +41,7 @@ fn fixture(name: &str) -> PathBuf {
     repository().join("tests/fixtures/families").join(name)
 }
 
-/// Puts a family's folder together, with a tokeniser.
+/// Puts a family's folder together, with a tokenizer.
 fn assemble(dir: &Workdir, (name, weights): (&str, &str)) -> PathBuf {
     let folder = dir.path(name);
     fs::create_dir_all(&folder).unwrap();
@@ -147,10 +147,10 @@ fn measured(dir: &Workdir, model: &str, base: &str) -> (f64, f64) {
     (report["perplexity"].as_f64().unwrap(), report["base"]["kl"].as_f64().unwrap())
 }
 
-/// Quantised by the command to 8 bits, read back, and as near the dense model as only a right forward
-/// is; what is not quantised is carried.
+/// Quantized by the command to 8 bits, read back, and as near the dense model as only a right forward
+/// is; what is not quantized is carried.
 #[test]
-fn quantised_families_stay_near_the_dense_model() {
+fn quantized_families_stay_near_the_dense_model() {
     let dir = Workdir::new();
     dir.write("text.txt", &words(1700));
     dir.write("held.txt", &words(2200).split_inclusive(' ').skip(1700).collect::<String>());

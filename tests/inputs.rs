@@ -36,7 +36,7 @@ fn peak(result: &Value) -> u64 {
     result["peak_memory_bytes"].as_u64().unwrap()
 }
 
-/// Tokens are drawn from anywhere in the text, so all of it is encoded; a tokeniser that is given
+/// Tokens are drawn from anywhere in the text, so all of it is encoded; a tokenizer that is given
 /// it in one piece takes 100 bytes for each of its own.
 #[test]
 fn memory_is_that_of_a_few_copies_of_the_text() {
@@ -69,7 +69,7 @@ fn the_first_windows_of_a_long_text_are_those_of_its_beginning() {
 }
 
 #[test]
-fn rows_without_anything_between_are_told_of() {
+fn rows_without_anything_between_are_warned_of() {
     let dir = tiny();
     let rows: String = (0..400).map(|i| format!("{{\"text\": \"w{}\"}}\n", 2 + i % 60)).collect();
     dir.write("rows.jsonl", &rows);
@@ -90,7 +90,7 @@ fn rows_without_anything_between_are_told_of() {
     assert!(dir.gptq(&["quantize", "--help"]).ok().contains("--calib-join <JOIN>"));
 }
 
-/// llama.cpp replaces the first token of a window only where the tokeniser adds a BOS.
+/// llama.cpp replaces the first token of a window only where the tokenizer adds a BOS.
 #[test]
 fn llama_cpp_windows_say_whether_they_begin_with_bos() {
     let dir = tiny();

@@ -26,7 +26,7 @@ const KILLS: usize = 12;
 const FACTS: &str = "name = \"Tiny\"\nrepository = \"org/tiny-GPTQ\"\nauthor = \"nobody\"\n\
     license = \"mit\"\nlanguages = [\"en\"]\ndescription = \"Says nothing.\"\n";
 
-/// A tiny model with a licence in a folder of its own, and two branches with cards.
+/// A tiny model with a license in a folder of its own, and two branches with cards.
 fn prepared(damp: f32) -> Workdir {
     let dir = Workdir::new();
     TinyLlama::new().write(&dir.path("model"));
@@ -102,7 +102,7 @@ fn phase(out: &Path) -> &'static str {
         None => "between branches",
         Some(p) if p.join("gptq_manifest.json").exists() => "measuring, listed",
         Some(p) if p.join("config.json").exists() => "measuring, not listed",
-        Some(_) => "quantising",
+        Some(_) => "quantizing",
     }
 }
 

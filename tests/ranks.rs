@@ -35,7 +35,7 @@ fn model() -> Workdir {
     dir
 }
 
-fn quantise<'a>(out: &'a str, recipe: &'a str) -> Vec<&'a str> {
+fn quantize<'a>(out: &'a str, recipe: &'a str) -> Vec<&'a str> {
     let mut args = vec!["quantize", "model", "--out", out, "--recipe", recipe, "--device", "cpu"];
     args.extend(["--group-size", "32", "--calib-dataset", "text.txt", "--windows", "5"]);
     args.extend(["--seq-len", "64", "--json"]);
@@ -116,7 +116,7 @@ fn ranks_make_the_file_that_one_makes() {
 #[test]
 fn threads_make_the_file_that_processes_make() {
     let dir = model();
-    ranks(&dir, 2, &quantise("processes", "best"))[0].ok();
+    ranks(&dir, 2, &quantize("processes", "best"))[0].ok();
 
     let source = Checkpoint::open(&dir.path("model")).unwrap();
     let overrides = CalibrationOverrides {
@@ -217,17 +217,17 @@ fn a_lost_rank_ends_the_run_and_leaves_nothing() {
         env.push(("GPTQ_RUN_ID".to_owned(), "7".to_owned()));
         let outcome = std::thread::scope(|scope| {
             scope.spawn(|| impostor(&port, "7", last_words));
-            run(&dir, &quantise("out", "autogptq"), &env)
+            run(&dir, &quantize("out", "autogptq"), &env)
         });
         outcome.refused(&["Rank 1 was lost"]);
         assert!(!dir.path("out").exists());
     }
-    dir.gptq(&quantise("out", "autogptq")).ok();
+    dir.gptq(&quantize("out", "autogptq")).ok();
 }
 
 /// Who calls without the run's id is turned away, and the run goes on with its own rank 1.
 #[test]
-fn a_stranger_is_turned_away_and_told_of() {
+fn a_stranger_is_turned_away_and_reported() {
     let dir = model();
     let port = free_port();
     let args = perplexity("model");
@@ -257,7 +257,7 @@ fn ranks_that_differ_name_what_differs_and_write_nothing() {
     other.tensor("model.layers.1.mlp.up_proj.weight").values[77] += 0.25;
     other.write(&dir.path("other"));
     dir.write("other.txt", &words(4001));
-    let job = quantise("out", "autogptq");
+    let job = quantize("out", "autogptq");
     let with = |more: &[&'static str]| [&job[..], more].concat();
     // The last of two options counts nowhere: replaced where it is given already.
     let instead = |from: &str, to: &'static str| -> Vec<&str> {
@@ -302,7 +302,7 @@ fn ranks_that_differ_name_what_differs_and_write_nothing() {
 fn ranks_that_read_one_file_in_two_ways_do_not_measure_it() {
     let dir = model();
     for name in ["ra", "rb"] {
-        let mut args = quantise(name, "rtn");
+        let mut args = quantize(name, "rtn");
         args.truncate(8);
         dir.gptq(&args).ok();
         let edit = |file: &str, change: &dyn Fn(&mut serde_json::Value)| {
@@ -346,7 +346,7 @@ fn ranks_of_two_builds_do_not_work_together() {
     std::fs::write(&other, program).unwrap();
     std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o755)).unwrap();
     let port = free_port();
-    let args = quantise("out", "autogptq");
+    let args = quantize("out", "autogptq");
     let second = std::process::Command::new(&other)
         .args(&args)
         .current_dir(dir.path("."))
@@ -369,7 +369,7 @@ fn ranks_of_two_builds_do_not_work_together() {
 
 /// The second job's rank 0 finds the port taken, and its rank 1 is no rank of the first job.
 #[test]
-fn two_jobs_at_one_port_are_told_apart() {
+fn two_jobs_at_one_port_are_distinguished() {
     let dir = model();
     let port = free_port();
     let of_job = |rank: usize, job: &str| {
@@ -416,7 +416,7 @@ fn ranks_meet_at_every_name_of_this_host() {
 #[test]
 fn the_number_of_ranks_is_recorded() {
     let dir = model();
-    let outcome = ranks(&dir, 2, &quantise("two", "autogptq")).swap_remove(0);
+    let outcome = ranks(&dir, 2, &quantize("two", "autogptq")).swap_remove(0);
     assert_eq!(outcome.json()["ranks"], 2);
     let read = |file: &str| -> serde_json::Value {
         serde_json::from_slice(&std::fs::read(dir.path(file)).unwrap()).unwrap()

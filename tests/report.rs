@@ -437,7 +437,7 @@ fn what_is_no_regular_file_is_not_read() {
     }
 }
 
-/// The base's perplexity on the tokens of another tokeniser would say nothing.
+/// The base's perplexity on the tokens of another tokenizer would say nothing.
 #[test]
 fn a_base_with_another_tokenizer_is_not_compared_with() {
     let dir = Workdir::new();

@@ -36,7 +36,7 @@ fn configuration(seq_len: usize) -> String {
     text
 }
 
-/// A tiny model with licences and a configuration of four branches.
+/// A tiny model with licenses and a configuration of four branches.
 fn prepared() -> Workdir {
     let dir = Workdir::new();
     TinyLlama::new().write(&dir.path("model"));
@@ -187,7 +187,10 @@ fn what_has_changed_starts_over_and_says_why() {
 
     // The calibration concerns all but the branch that does without.
     let stderr = run(&dir, &["--seed", "1"]);
-    assert_eq!(stderr.matches("starts over: calibration was `4 × 32 tokens of text.txt").count(), 3);
+    assert_eq!(
+        stderr.matches("starts over: calibration was `4 × 32 tokens of text.txt").count(),
+        3
+    );
     assert!(stderr.contains("d: finished, reused"), "{stderr}");
 }
 
@@ -226,7 +229,7 @@ fn another_evaluation_measures_again_and_makes_nothing() {
     dir.write("sweep.toml", &configuration(24));
     let stderr = run(&dir, &["--only", "a"]);
     assert!(stderr.contains("a: finished, but measured on something else"), "{stderr}");
-    assert!(!stderr.contains("quantise:"), "{stderr}");
+    assert!(!stderr.contains("quantize:"), "{stderr}");
     assert_eq!(inode(&dir, "out/a/model.safetensors"), node);
     assert_eq!(read_json(&dir, "out/a/gptq_report.json")["evaluations"][0]["seq_len"], 24);
     // An edited report is not believed, whatever it says.
@@ -238,7 +241,7 @@ fn another_evaluation_measures_again_and_makes_nothing() {
     });
     assert!(contents(&dir.path("out/a")) != before, "the edit did nothing");
     let stderr = run(&dir, &["--only", "a"]);
-    assert!(!stderr.contains("quantise:"), "{stderr}");
+    assert!(!stderr.contains("quantize:"), "{stderr}");
     assert!(contents(&dir.path("out/a")) == before);
 }
 
@@ -267,7 +270,10 @@ fn left_overs_of_every_step_are_gone_on_with() {
     dir.write("out/a.partial/.gptq_report.json.new", "{\"half");
     dir.write("out/a.partial/.gptq_manifest.json.new", "{\"half");
     let stderr = whole_again(&dir, &whole);
-    assert!(stderr.contains("a: made, to be measured") && !stderr.contains("quantise:"), "{stderr}");
+    assert!(
+        stderr.contains("a: made, to be measured") && !stderr.contains("quantize:"),
+        "{stderr}"
+    );
     // The report has evaluations that the manifest does not know of.
     marker("a");
     fs::rename(&named, &working).unwrap();
@@ -281,12 +287,12 @@ fn left_overs_of_every_step_are_gone_on_with() {
         marker("a");
         fs::rename(&named, &working).unwrap();
         edit(&dir, &format!("out/a.partial/{damage}"), |bytes| bytes.truncate(bytes.len() / 2));
-        assert!(whole_again(&dir, &whole).contains("quantise:"), "{damage}");
+        assert!(whole_again(&dir, &whole).contains("quantize:"), "{damage}");
     }
     // A working folder whose marker was not yet made.
     fs::remove_dir_all(&named).unwrap();
     fs::create_dir(&working).unwrap();
-    assert!(whole_again(&dir, &whole).contains("quantise:"));
+    assert!(whole_again(&dir, &whole).contains("quantize:"));
 }
 
 #[test]
@@ -320,7 +326,10 @@ fn a_branch_moved_away_behind_a_link_is_reused_and_made_anew_beside_it() {
     assert!(run(&dir, &["--only", "a"]).contains("a: finished, reused"));
     dir.write("sweep.toml", &configuration(32).replacen("bits = 4", "bits = 8", 1));
     let stderr = run(&dir, &["--only", "a"]);
-    assert!(stderr.contains("a starts over") && stderr.contains("what it led to stays"), "{stderr}");
+    assert!(
+        stderr.contains("a starts over") && stderr.contains("what it led to stays"),
+        "{stderr}"
+    );
     assert!(fs::symlink_metadata(dir.path("out/a")).unwrap().is_dir());
     assert_eq!(read_json(&dir, "out/a/quantize_config.json")["bits"], 8);
     assert!(contents(&dir.path("moved")) == moved);
@@ -381,7 +390,7 @@ fn jobs_share_a_folder_and_make_every_branch_once() {
 }
 
 #[test]
-fn only_branches_that_saw_the_text_are_said_to_have() {
+fn only_branches_that_saw_the_text_are_reported_to_have() {
     let dir = prepared();
     dir.write("sweep.toml", &configuration(32).replace("held-out.txt", "text.txt"));
     let sweep = |only: &[&str]| dir.gptq(&[&RUN[..], only].concat()).ok().to_owned();

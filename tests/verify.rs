@@ -22,8 +22,8 @@ fn demo() -> String {
     repository().join("tests/fixtures/demo-llama").display().to_string()
 }
 
-/// Quantises the embedded model on a few short windows.
-fn quantise(dir: &Workdir, name: &str, settings: &[&str]) {
+/// Quantizes the embedded model on a few short windows.
+fn quantize(dir: &Workdir, name: &str, settings: &[&str]) {
     let calibration = repository().join("calib/demo.toml").display().to_string();
     let (demo, mut args) = (demo(), vec!["quantize"]);
     args.extend([demo.as_str(), "--out", name, "--device", "cpu", "-q"]);
@@ -67,7 +67,7 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
         ("bare", "full", &["--bits", "4", "--recipe", "best", "--layout", "card"]),
         ("heads", "heads", &["--recipe", "best", "--set", "rotate=heads", "--set", "head=0"]),
     ] {
-        quantise(&dir, name, settings);
+        quantize(&dir, name, settings);
         let report = dir.gptq(&["verify", name, "--base", &demo(), "-q", "--json"]).json();
         assert_eq!(report["passed"], true, "{name}: {}", report["findings"]);
         assert_eq!(report["weights"]["rotation"], rotation, "{name}");
@@ -87,7 +87,7 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
 #[test]
 fn outputs_are_measured_and_held_to_limits() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--bits", "3", "--recipe", "best"]);
+    quantize(&dir, "q", &["--bits", "3", "--recipe", "best"]);
     let text = repository().join("calib/demo/heldout.txt").display().to_string();
     let (base, demo) = (["--base"], demo());
     let mut args = vec!["verify", "q", base[0], &demo, "--dataset", &text];
@@ -156,7 +156,7 @@ fn single_words_are_found_against_the_base() {
         ("b4", &["--bits", "4", "--recipe", "best", "--group-size", "none"]),
         ("b3", &["--bits", "3", "--recipe", "best"]),
     ] {
-        quantise(&dir, name, settings);
+        quantize(&dir, name, settings);
         let mut noise = Noise::new(11);
         for linear in ["mlp.up_proj", "self_attn.v_proj", "mlp.down_proj"] {
             let tensor = format!("model.layers.3.{linear}.qweight");
@@ -183,7 +183,7 @@ fn single_words_are_found_against_the_base() {
 #[test]
 fn a_single_bit_and_a_single_digit_are_found_by_recorded_sums() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--recipe", "rtn"]);
+    quantize(&dir, "q", &["--recipe", "rtn"]);
     let sum = |name: &str| {
         let digest = Sha256::digest(fs::read(dir.path("q").join(name)).unwrap());
         digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
@@ -231,7 +231,7 @@ fn a_single_bit_and_a_single_digit_are_found_by_recorded_sums() {
 #[test]
 fn a_manifest_names_files_of_its_folder_only() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--recipe", "rtn"]);
+    quantize(&dir, "q", &["--recipe", "rtn"]);
     dir.write("secret", "x");
     for name in ["/dev/zero", "../secret"] {
         let files = json!({name: {"bytes": 0, "sha256": "0".repeat(64)}});
@@ -244,11 +244,11 @@ fn a_manifest_names_files_of_its_folder_only() {
     }
 }
 
-/// A name may set a terminal's clipboard, title and colours; shown in full it does nothing.
+/// A name may set a terminal's clipboard, title and colors; shown in full it does nothing.
 #[test]
 fn names_from_files_do_not_command_the_terminal() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--recipe", "rtn"]);
+    quantize(&dir, "q", &["--recipe", "rtn"]);
     dir.write("text.txt", &words(400));
     // In JSON, as a header has it, and as it is shown. Both commands name what they do not know.
     let (stored, shown) = ("\\u001b]52;c;\\u0007", "\\u{1b}]52;c;\\u{7}");
@@ -272,7 +272,7 @@ fn names_from_files_do_not_command_the_terminal() {
 #[test]
 fn wrong_values_are_found_without_a_base() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--bits", "4", "--recipe", "autogptq", "--group-size", "64"]);
+    quantize(&dir, "q", &["--bits", "4", "--recipe", "autogptq", "--group-size", "64"]);
     let look = |damage: &dyn Fn(&mut File), names: &[&str]| {
         with_damage(&dir, "q", damage, || finds(&dir.gptq(&["verify", "q"]), names));
     };
@@ -405,7 +405,7 @@ fn an_architectures_own_biases_and_head_norms_are_looked_at() {
 #[test]
 fn a_bias_where_the_model_has_none_is_a_finding_with_and_without_a_base() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--bits", "4", "--recipe", "rtn", "--layout", "card"]);
+    quantize(&dir, "q", &["--bits", "4", "--recipe", "rtn", "--layout", "card"]);
     let bias = format!("{BLOCK_1_UP}.bias");
     let one = |file: &mut File| file.tensor(&bias)[7] = 0x3C;
     with_damage(&dir, "q", one, || {
@@ -422,7 +422,7 @@ fn swapped_scale_rows_are_found_against_the_base() {
         ("a", ["--bits", "4", "--recipe", "autogptq", "--group-size", "64"].as_slice()),
         ("b", &["--bits", "3", "--recipe", "best", "--group-size", "128"]),
     ] {
-        quantise(&dir, name, settings);
+        quantize(&dir, name, settings);
         let tensor = format!("{BLOCK_1_UP}.scales");
         let swap = |file: &mut File| {
             let [_, outputs] = file.shape(&tensor);
@@ -442,7 +442,7 @@ fn swapped_scale_rows_are_found_against_the_base() {
 #[test]
 fn truncated_files_and_wrong_configurations_are_found() {
     let dir = Workdir::new();
-    quantise(
+    quantize(
         &dir,
         "q",
         &["--bits", "4", "--recipe", "rtn", "--group-size", "64", "--act-order=false"],
@@ -510,7 +510,7 @@ fn with_edit(dir: &Workdir, file: &str, change: impl FnOnce(&mut Value), look: i
 #[test]
 fn a_configuration_of_another_model_is_found_against_the_base() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--recipe", "rtn"]);
+    quantize(&dir, "q", &["--recipe", "rtn"]);
     let scaling = json!({"rope_type": "linear", "factor": 4.0});
     for (keys, found) in [
         (json!({"rms_norm_eps": 0.1}), ["rms_norm_eps 0.1", "1e-5"]),
@@ -589,7 +589,7 @@ fn checkpoints_of_every_family_have_their_bases_configuration() {
 #[test]
 fn a_tokenizer_that_is_not_the_bases_is_found() {
     let dir = Workdir::new();
-    quantise(&dir, "q", &["--recipe", "rtn"]);
+    quantize(&dir, "q", &["--recipe", "rtn"]);
     let find = |file: &str, change: &dyn Fn(&mut Value), names: &[&str]| {
         with_edit(&dir, file, change, || finds(&against_base(&dir, "q"), names));
     };
@@ -639,9 +639,9 @@ const HEAD_SIZES: [usize; 2] = [2048, 256];
 #[test]
 fn a_head_that_is_not_the_bases_is_found_fitted_or_not() {
     let dir = Workdir::new();
-    quantise(&dir, "fitted", &["--bits", "3", "--recipe", "best"]);
-    quantise(&dir, "kept", &["--bits", "4", "--recipe", "rtn"]);
-    quantise(&dir, "foreign", &["--bits", "4", "--recipe", "autogptq"]);
+    quantize(&dir, "fitted", &["--bits", "3", "--recipe", "best"]);
+    quantize(&dir, "kept", &["--bits", "4", "--recipe", "rtn"]);
+    quantize(&dir, "foreign", &["--bits", "4", "--recipe", "autogptq"]);
     forget_recipe(&dir, "foreign");
     let head = "lm_head.weight";
     let [rows, width] = HEAD_SIZES;
@@ -682,7 +682,7 @@ fn steps_and_scales_of_o_and_down_are_found_where_no_recipe_moved_them() {
         ("foreign3", 3, ["--bits", "3", "--recipe", "autogptq", "--group-size", "64"], false),
         ("best", 4, ["--bits", "4", "--recipe", "best", "--group-size", "64"], true),
     ] {
-        quantise(&dir, name, &settings);
+        quantize(&dir, name, &settings);
         if !moved {
             forget_recipe(&dir, name);
         }

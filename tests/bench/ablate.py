@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What each choice of a recipe is worth: quantise with and without it, measure from the file.
+"""What each choice of a recipe is worth: quantize with and without it, measure from the file.
 
     ablate.py --gptq target/release/gptq --model DIR --variants FILE [--only NAME ...]
               [--settings 4-128-act ...] [--seeds 0 1 2] [--texts DATASET ...] [--jobs 6] --out FILE.jsonl
 
 A variants file holds one variant a line: a name, then options of `gptq quantize`; `#` begins a
-comment. A setting is BITS-GROUP[-act]. Every (variant, setting, seed) is quantised into a temporary
+comment. A setting is BITS-GROUP[-act]. Every (variant, setting, seed) is quantized into a temporary
 folder and measured on every text with `gptq ppl --base`; a line of JSON each is appended to --out,
 and combinations that it holds already are not run again. The table is printed at the end, mean over
 seeds (and half the spread between the lowest and the highest).
@@ -29,7 +29,7 @@ def run_json(command):
 
 
 def one(args, job):
-    """Quantises and measures one combination."""
+    """Quantizes and measures one combination."""
     name, extra, setting, seed = job
     folder = tempfile.mkdtemp(prefix="ablate-", dir=args.scratch)
     try:

@@ -5,7 +5,7 @@
 
 Needs torch and safetensors, and 3.4 GB of memory and twice that of disk a block. OUT/bin holds the
 `.bin` shards in the model's order with its index and the rotary frequencies that such files carry,
-OUT/safetensors the same values as safetensors. Quantising either must give the same bytes.
+OUT/safetensors the same values as safetensors. Quantizing either must give the same bytes.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 
     synthetic_checkpoint.py OUT --blocks 4 --tokenizer tests/fixtures/demo-llama
 
-Needs torch and safetensors. One shard a block, as large models are stored; the tokeniser is copied
+Needs torch and safetensors. One shard a block, as large models are stored; the tokenizer is copied
 from a small model, whose ids all lie inside the vocabulary.
 """
 
@@ -51,7 +51,7 @@ def outside(device, dtype=torch.float16):
 
 
 def write_small_files(out, blocks, dtype, tokenizer):
-    """The configuration, and the tokeniser of another model."""
+    """The configuration, and the tokenizer of another model."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS,

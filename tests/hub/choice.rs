@@ -1,6 +1,6 @@
 //! Which files of a repository are fetched, and when.
 
-use super::sharing::quantised;
+use super::sharing::quantized;
 use super::*;
 
 #[test]
@@ -92,12 +92,12 @@ fn shards_are_those_of_the_index_whatever_their_names() {
     assert!(!snapshot.join("model-00001-of-00001.safetensors").exists());
     setting.gptq_env(&["inspect", "org/name", "--checksum"], &[OFFLINE]).ok();
     // One after the other as well.
-    quantised(&setting, "streamed", &["--recipe", "rtn", "--discard-shards"]);
+    quantized(&setting, "streamed", &["--recipe", "rtn", "--discard-shards"]);
 
     // An early checkpoint, as AutoGPTQ named them.
     setting.gptq(&["fetch", "org/name"]).ok();
     let sharded = ["--recipe", "rtn", "--max-shard-size", "20000B"];
-    quantised(&setting, "early", &sharded);
+    quantized(&setting, "early", &sharded);
     let early = setting.dir.path("early");
     let stem = "gptq_model-4bit-32g";
     let shard = |i| format!("{stem}-{i}.safetensors");

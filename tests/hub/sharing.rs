@@ -3,7 +3,7 @@
 use super::*;
 
 /// The bytes of a branch made of `org/name`, all files of it.
-pub(crate) fn quantised(setting: &Setting, out: &str, more: &[&str]) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn quantized(setting: &Setting, out: &str, more: &[&str]) -> BTreeMap<String, Vec<u8>> {
     fs::write(setting.dir.path("text.txt"), words(2000)).unwrap();
     let mut args = vec!["quantize", "org/name", "--out", out, "--calib-dataset", "text.txt"];
     args.extend(["--windows", "4", "--seq-len", "32", "--group-size", "32"]);
@@ -49,7 +49,7 @@ fn discarded_shards_give_the_same_branch_and_are_gone() {
         setting.publish_files(&files);
         let recipes = ["best", "rtn"];
         for recipe in recipes {
-            quantised(&setting, recipe, &["--recipe", recipe, "--discard-shards"]);
+            quantized(&setting, recipe, &["--recipe", recipe, "--discard-shards"]);
             let left = snapshot(&setting);
             assert!(!left.iter().any(|name| name.ends_with(extension)), "{left:?}");
             // One blob for each small file.
@@ -58,7 +58,7 @@ fn discarded_shards_give_the_same_branch_and_are_gone() {
         }
         for recipe in recipes {
             // From the cache, which the command fills again.
-            let whole = quantised(&setting, "whole", &["--recipe", recipe]);
+            let whole = quantized(&setting, "whole", &["--recipe", recipe]);
             let streamed = super::files(&setting.dir.path(recipe));
             let differ: Vec<_> =
                 whole.iter().filter(|(name, bytes)| streamed.get(*name) != Some(*bytes)).collect();
@@ -76,7 +76,7 @@ fn shards_that_were_there_before_stay() {
     setting.gptq(&["fetch", "org/name"]).ok();
     let before = setting.blobs();
     setting.hub.forget_requests();
-    quantised(&setting, "out", &DISCARD);
+    quantized(&setting, "out", &DISCARD);
     assert_eq!(setting.hub.count("GET", "safetensors"), setting.hub.count("GET", "index.json"));
     assert_eq!(setting.blobs(), before);
     setting.gptq_env(&["fetch", "org/name", "--verify"], &[OFFLINE]).ok();
@@ -84,7 +84,7 @@ fn shards_that_were_there_before_stay() {
     let mut changed = files.clone();
     changed.insert("README.md".to_owned(), b"# Another\n".to_vec());
     setting.publish_files(&changed);
-    quantised(&setting, "other", &DISCARD);
+    quantized(&setting, "other", &DISCARD);
     let snapshots = setting.repository("models--org--name/snapshots");
     for commit in listing(&snapshots) {
         for name in listing(&snapshots.join(&commit)) {
@@ -106,7 +106,7 @@ fn a_store_that_repositories_share_is_left_alone() {
         fs::rename(&blob, store.join(name)).unwrap();
         std::os::unix::fs::symlink(store.join(name), &blob).unwrap();
     }
-    quantised(&setting, "out", &DISCARD);
+    quantized(&setting, "out", &DISCARD);
     assert_eq!(listing(&store).len(), 5);
     setting.gptq_env(&["fetch", "org/name", "--verify"], &[OFFLINE]).ok();
 }
@@ -122,7 +122,7 @@ fn a_killed_run_leaves_its_shards_to_the_next() {
     fs::write(place.join(format!("{part}.incomplete")), &files[part][..100]).unwrap();
     let other = setting.repository("models--org--name/discarding-0ther-0");
     fs::create_dir_all(&other).unwrap();
-    quantised(&setting, "out", &DISCARD);
+    quantized(&setting, "out", &DISCARD);
     assert_eq!(setting.hub.count("GET", whole), 0);
     let state = setting.hub.state();
     assert!(state.log.iter().any(|r| r.path.contains(part) && r.from == Some(100)));
@@ -139,9 +139,9 @@ fn runs_beside_each_other_lose_nothing() {
         let cache = setting.repository("");
         let _ = fs::remove_dir_all(&cache);
         let fetched = std::thread::scope(|scope| {
-            let quantise =
-                |out: &'static str| scope.spawn(move || quantised(setting, out, &DISCARD));
-            let (one, two) = (quantise("one"), quantise("two"));
+            let quantize =
+                |out: &'static str| scope.spawn(move || quantized(setting, out, &DISCARD));
+            let (one, two) = (quantize("one"), quantize("two"));
             let fetch = scope.spawn(|| setting.gptq(&["fetch", "org/name"]));
             let (one, two) = (one.join().unwrap(), two.join().unwrap());
             assert!(one == two, "round {round}");

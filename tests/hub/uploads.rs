@@ -29,12 +29,12 @@ fn branches(setting: &Setting) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     branches
 }
 
-const PUSH: [&str; 6] = ["push", "branches", "--repo", "me/quantised", "--retries", "0"];
+const PUSH: [&str; 6] = ["push", "branches", "--repo", "me/quantized", "--retries", "0"];
 
 /// What the Hub holds, without the file that it makes itself.
 fn uploaded(setting: &Setting) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     let state = setting.hub.state();
-    let Some(repository) = state.repositories.get("models/me/quantised") else {
+    let Some(repository) = state.repositories.get("models/me/quantized") else {
         return BTreeMap::new();
     };
     let files = |branch: &String| {
@@ -50,7 +50,7 @@ fn uploaded(setting: &Setting) -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
 fn a_dry_run_lists_what_would_go_where() {
     let setting = Setting::new();
     branches(&setting);
-    let dry = ["push", "branches", "--repo", "me/quantised", "--dry-run"];
+    let dry = ["push", "branches", "--repo", "me/quantized", "--dry-run"];
     assert_snapshot!(setting.gptq(&dry).snapshot(), @r"
     exit code 0
     --- stdout
@@ -65,7 +65,7 @@ fn a_dry_run_lists_what_would_go_where() {
     main       LICENSE/LICENSE.txt     196 B
     main       README.md                 9 B
     main       config.json              18 B
-    10 files on 3 branches of me/quantised, 600.7 kB
+    10 files on 3 branches of me/quantized, 600.7 kB
     ");
     let json = setting.gptq(&[&dry[..], &["--json", "--branch", "main"]].concat()).json();
     assert_eq!(json["files"], 4);
@@ -96,7 +96,7 @@ fn a_sweep_becomes_a_branch_a_folder() {
     assert_eq!(setting.hub.count("POST", ""), 0);
 
     // A branch that comes later inherits nothing from main, and a lone checkpoint is a branch, too.
-    setting.gptq(&["push", "branches/3bit-128g", "--repo", "me/quantised", "--branch", "new"]).ok();
+    setting.gptq(&["push", "branches/3bit-128g", "--repo", "me/quantized", "--branch", "new"]).ok();
     assert_eq!(uploaded(&setting)["new"], expected["3bit-128g"]);
     // What the folder lacks stays and is told of.
     fs::remove_file(setting.dir.path("branches/main/README.md")).unwrap();
@@ -143,27 +143,27 @@ fn uploads_that_may_not_happen_do_not() {
     branches(&setting);
     setting.gptq(&PUSH).refused(&["HF_TOKEN", "write"]);
     setting.token = Some("hf_wrong");
-    setting.gptq(&PUSH).refused(&["refused the token of HF_TOKEN", "`me/quantised`"]);
+    setting.gptq(&PUSH).refused(&["refused the token of HF_TOKEN", "`me/quantized`"]);
     setting.token = Some(TOKEN);
     setting.hub.fail("POST", "/repos/create", Fault::Status(403), 1);
-    setting.gptq(&PUSH).refused(&["forbids writing", "`me/quantised`", "write role"]);
+    setting.gptq(&PUSH).refused(&["forbids writing", "`me/quantized`", "write role"]);
     setting.gptq_env(&PUSH, &[("HF_HUB_OFFLINE", "1")]).refused(&["HF_HUB_OFFLINE"]);
     setting
-        .gptq(&["push", "branches", "--repo", "quantised"])
-        .refused(&["`quantised`", "ORG/NAME"]);
-    for repo in ["quantised", "no org", "me/x/y"] {
+        .gptq(&["push", "branches", "--repo", "quantized"])
+        .refused(&["`quantized`", "ORG/NAME"]);
+    for repo in ["quantized", "no org", "me/x/y"] {
         let dry = setting.gptq(&["push", "branches", "--repo", repo, "--dry-run"]);
         dry.refused(&[&format!("`{repo}`"), "ORG/NAME"]);
     }
     setting.gptq(&["push", "nowhere", "--repo", "me/x"]).refused(&["`nowhere`"]);
     assert!(uploaded(&setting).is_empty());
 
-    setting.hub.publish("models/me/quantised", &[(".gitattributes", b"")]);
+    setting.hub.publish("models/me/quantized", &[(".gitattributes", b"")]);
     let private = [&PUSH[..], &["--private"]].concat();
-    setting.gptq(&private).refused(&["`me/quantised`", "public", "--private"]);
+    setting.gptq(&private).refused(&["`me/quantized`", "public", "--private"]);
     setting.hub.state().repositories.clear();
     setting.gptq(&private).ok();
-    assert!(setting.hub.state().repositories["models/me/quantised"].private);
+    assert!(setting.hub.state().repositories["models/me/quantized"].private);
     // A token in a file is as good.
     setting.token = None;
     setting.dir.write("token", &format!("{TOKEN}\n"));
@@ -279,7 +279,7 @@ fn weights_are_never_put_into_git_itself() {
 }
 
 #[test]
-fn success_is_told_after_a_look_at_the_branch() {
+fn success_is_reported_after_a_look_at_the_branch() {
     let setting = uploader();
     checkpoint(&setting, 1000);
     setting.hub.state().loses = Some("model.safetensors".to_owned());
@@ -302,14 +302,14 @@ fn the_token_goes_to_no_other_server() {
     // The pages of listings and of the history name another host.
     setting.hub.state().links_to = behind.address.clone();
     let attributes: [(&str, &[u8]); 1] = [(".gitattributes", b"")];
-    let first = setting.hub.publish("models/me/quantised", &attributes);
+    let first = setting.hub.publish("models/me/quantized", &attributes);
     for _ in 0..5 {
-        setting.hub.publish("models/me/quantised", &[(".gitattributes", b""), ("x", b"x")]);
+        setting.hub.publish("models/me/quantized", &[(".gitattributes", b""), ("x", b"x")]);
     }
     setting.gptq(&PUSH).ok();
     assert_eq!(behind.count("GET", ""), 0);
     let state = setting.hub.state();
-    let repository = &state.repositories["models/me/quantised"];
+    let repository = &state.repositories["models/me/quantized"];
     assert!(!repository.files("4bit-32g").unwrap().contains_key("x"), "not from {first}");
     drop(state);
 

@@ -6,7 +6,7 @@
 
 `check` writes each model as a folder that both read for themselves, config.json in the older and the
 newer form of rotary settings. It compares the loss of every token (`gptq ppl --per-token`); then it
-quantises the model with the recipes `autogptq` and `best` in both layouts, dequantises the files with
+quantizes the model with the recipes `autogptq` and `best` in both layouts, dequantizes the files with
 the few lines of numpy below, lets transformers run the result as an ordinary model, and compares the
 losses again. Norm gains and biases are random too, so that none can be left out unnoticed.
 
@@ -123,7 +123,7 @@ def write_tokenizer(folder):
 def load(folder, tensors=None):
     """The model of a folder as transformers understands its config.json."""
     config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
-    # Dequantised weights are an ordinary model's.
+    # Dequantized weights are an ordinary model's.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -204,7 +204,7 @@ def losses_of_transformers(model, ids, seq_len):
     return np.concatenate(losses)
 
 
-def dequantised(folder):
+def dequantized(folder):
     """A GPTQ folder's tensors as those of a dense model, by the format's definition."""
     settings = json.loads((folder / "quantize_config.json").read_text())
     bits = settings["bits"]
@@ -288,7 +288,7 @@ def check_family(gptq, name, folder, dense, seed):
             "--group-size", 32, "--device", "cpu", "--calib-dataset", train, "--windows", 32,
             "--seq-len", SEQ_LEN, "--seed", 0)
         ours, _ = losses_of_gptq(gptq, out, text, SEQ_LEN)
-        tensors = without_zero_biases(dequantised(out), dense)
+        tensors = without_zero_biases(dequantized(out), dense)
         theirs = losses_of_transformers(load(out, tensors), ids, SEQ_LEN)
         made = compare(f"{name}, {recipe}, {layout}", ours, theirs)
         assert abs(np.log(made / base)) < 0.1, f"{name}, {recipe}: perplexity {made} from {base}"

@@ -3,14 +3,14 @@
     python interop.py --gptq ../../target/release/gptq --work /tmp/interop --record records/DATE
         [--autogptq PYTHON] [--vllm PYTHON...]
 
-Ours: every setting of MATRIX is quantised and measured by `gptq ppl --per-token`, then read by
+Ours: every setting of MATRIX is quantized and measured by `gptq ppl --per-token`, then read by
 three readers (readers.py). `dense` unpacks the file with code of its own and runs plain
 transformers: its losses, token by token, have to be ours. Its logits then stand for ours, and those
 of GPTQModel's Torch kernel and of transformers' GPTQ integration are compared with them. AutoGPTQ
 and vLLM run in the Python environments that the options name (outside.py); their losses are compared.
 Each has to take the file or refuse it as the loader table of `gptq verify` says.
 
-Theirs: GPTQModel quantises the model, and `gptq` has to give GPTQModel's own losses.
+Theirs: GPTQModel quantizes the model, and `gptq` has to give GPTQModel's own losses.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class Ours:
     def __init__(self, options):
         self.gptq, self.options = options.gptq, options
 
-    def quantise(self, model, out, bits, group, act, layout, recipe):
+    def quantize(self, model, out, bits, group, act, layout, recipe):
         if out.exists():
             return
         run([self.gptq, "quantize", model, "--out", out, "--bits", bits, "--group-size", group,
@@ -103,7 +103,7 @@ class Ours:
 
 
 def windows_of(folder, options):
-    """The text as transformers' tokeniser cuts it."""
+    """The text as transformers' tokenizer cuts it."""
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text()).input_ids
@@ -287,7 +287,7 @@ def main():
         bits, group, act, layout, recipe = case
         name = f"{bits}bit-{group}{'-act' if act else ''}-{layout}-{recipe}"
         if wanted(name):
-            make = partial(ours.quantise, options.model, options.work / name, *case)
+            make = partial(ours.quantize, options.model, options.work / name, *case)
             ours_made[name] = (bits, make)
             # Its error comes up again, and is recorded, where the case is.
             with suppress(subprocess.CalledProcessError):

@@ -4,7 +4,7 @@
 
 WINDOWS is a JSON list of lists of token ids. Prints a JSON object for each folder, on a line of its own
 that begins with "outside: ": the versions of the packages, and either the kernels that hold the
-quantised linears and the loss in nats of every window's tokens but the first, or the error by which the
+quantized linears and the loss in nats of every window's tokens but the first, or the error by which the
 reader refused the folder.
 """
 
@@ -89,7 +89,7 @@ def cpu_gemm_wna16(input, q_weight, scales, zeros, bias, pack_factor, isa_hint, 
 
 
 def kernels_of_worker(worker):
-    """Names of the kernels that vLLM chose for the quantised linears."""
+    """Names of the kernels that vLLM chose for the quantized linears."""
     methods = [getattr(m, "quant_method", None) for m in worker.get_model().modules()]
     return {type(m.kernel).__name__ for m in methods if hasattr(m, "kernel")}
 

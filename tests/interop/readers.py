@@ -31,7 +31,7 @@ def bit_stream(words, bits, count):
     return torch.stack(rows)
 
 
-def dequantised(qweight, qzeros, scales, g_idx, bits, minus_one):
+def dequantized(qweight, qzeros, scales, g_idx, bits, minus_one):
     """The weight [out, in] that the four tensors mean, in f32."""
     columns, outputs = g_idx.numel(), scales.shape[1]
     codes = bit_stream(qweight, bits, columns)
@@ -52,7 +52,7 @@ def tensors(folder):
 
 
 def dense_weights(folder):
-    """The state of an ordinary model: quantised linears dequantised, the rest in f32."""
+    """The state of an ordinary model: quantized linears dequantized, the rest in f32."""
     settings = json.loads((Path(folder) / "quantize_config.json").read_text())
     minus_one = settings.get("checkpoint_format", "gptq") == "gptq"
     found, state = tensors(folder), {}
@@ -60,7 +60,7 @@ def dense_weights(folder):
         prefix, leaf = name.rsplit(".", 1)
         if leaf == "qweight":
             parts = [found[f"{prefix}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
-            state[f"{prefix}.weight"] = dequantised(*parts, settings["bits"], minus_one)
+            state[f"{prefix}.weight"] = dequantized(*parts, settings["bits"], minus_one)
         elif leaf == "bias":
             assert not tensor.any(), f"{name} is not zero"
         elif leaf not in ("qzeros", "scales", "g_idx", "inv_freq"):
@@ -105,7 +105,7 @@ def transformers(folder):
         str(folder), device_map="cpu", dtype=torch.float16, **options
     )
     kernels = {type(m).__name__ for m in model.modules() if hasattr(m, "qweight")}
-    assert kernels, "no linear was loaded as quantised"
+    assert kernels, "no linear was loaded as quantized"
     return model.eval()
 
 

@@ -22,7 +22,7 @@ use tempfile::TempDir;
 
 use torch_file::TorchFile;
 
-/// Words of the tiny tokeniser, `<unk>` and `<s>` included.
+/// Words of the tiny tokenizer, `<unk>` and `<s>` included.
 const VOCABULARY: usize = 64;
 
 /// The root of the repository.

@@ -1,4 +1,4 @@
-//! Quantising and measuring a tiny model: what suites of odd and damaged sources share.
+//! Quantizing and measuring a tiny model: what suites of odd and damaged sources share.
 
 use std::path::Path;
 

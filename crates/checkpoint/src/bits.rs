@@ -142,7 +142,7 @@ pub(crate) fn column_values(bits: Bits, words: &[u32], rows: usize, cols: usize)
 fn check_values(bits: Bits, values: &[u8], rows: usize, cols: usize) -> Result<()> {
     check_len("values", values.len(), rows, cols, cols)?;
     let max = bits.max_code();
-    // The common case is one vectorised pass; only a failure looks for the place.
+    // The common case is one vectorized pass; only a failure looks for the place.
     if values.iter().fold(0, |top, &v| top.max(v)) > max {
         let index = values.iter().position(|&v| v > max).unwrap_or_default();
         let value = u32::from(values[index]);
@@ -320,7 +320,7 @@ mod tests {
         ));
     }
 
-    /// The largest linear of a 70B model. The bound is loose: this also runs without optimisation,
+    /// The largest linear of a 70B model. The bound is loose: this also runs without optimization,
     /// on busy machines.
     #[test]
     #[ignore = "takes 240 MB; run with --release to time packing"]

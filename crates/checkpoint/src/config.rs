@@ -2,7 +2,7 @@
 //! from it.
 //!
 //! Only what the engine computes with becomes a field. The rest is kept as it was read, in order,
-//! because a quantised checkpoint carries the source's config on. What tells the families apart is
+//! because a quantized checkpoint carries the source's config on. What tells the families apart is
 //! a table in `family`; what would need another forward pass is refused by name.
 
 use std::io::ErrorKind;

@@ -1,4 +1,4 @@
-//! Which tensors a quantised checkpoint holds, where they lie, and so how large its files are.
+//! Which tensors a quantized checkpoint holds, where they lie, and so how large its files are.
 //!
 //! Everything follows from the configuration alone, so a checkpoint can be planned to the byte, and
 //! its headers written before the first weight is solved.
@@ -65,7 +65,7 @@ pub struct FilePlan {
     pub total_bytes: u64,
 }
 
-/// Every tensor of a quantised checkpoint in the order of a single safetensors file: wider types
+/// Every tensor of a quantized checkpoint in the order of a single safetensors file: wider types
 /// first (F32, I32, F16), then by name, byte for byte.
 #[must_use]
 pub fn tensor_specs(
@@ -265,7 +265,7 @@ impl QuantizeConfig {
             return Err(invalid("checkpoint_format", "is `gptq_v2`, but only `gptq` is written"));
         }
         if self.modules_in_block.is_some() {
-            return Err(invalid("modules_in_block_to_quantize", "is set, but all are quantised"));
+            return Err(invalid("modules_in_block_to_quantize", "is set, but all are quantized"));
         }
         if self.group_size == Some(0) {
             return Err(invalid("group_size", "is 0, expected -1 or positive"));

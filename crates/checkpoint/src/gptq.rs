@@ -1,4 +1,4 @@
-//! One quantised linear in the form that AutoGPTQ files hold.
+//! One quantized linear in the form that AutoGPTQ files hold.
 //!
 //! | field | stored as | shape | packing |
 //! | --- | --- | --- | --- |

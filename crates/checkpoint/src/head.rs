@@ -12,7 +12,7 @@
 //!
 //! In the last case transformers 5 takes the head from the file, too; before, it took the embedding,
 //! and so does vLLM. [`Head::warning`] says so. What is written never depends on any of this: every
-//! quantised checkpoint holds both tables and says that they are not tied, the one form that all
+//! quantized checkpoint holds both tables and says that they are not tied, the one form that all
 //! loaders read (AutoGPTQ 0.7 computes NaN from a tied file without `lm_head.weight`).
 
 /// Where a checkpoint's head comes from.

@@ -2,7 +2,7 @@
 //!
 //! `HF_HUB_CACHE`, else `HF_HOME/hub`, else `~/.cache/huggingface/hub` holds
 //! `models--ORG--NAME/refs/REVISION`, a file with a commit, and `snapshots/COMMIT/`, the files.
-//! Nothing is downloaded here, so `HF_HUB_OFFLINE` is honoured by construction. The variables are
+//! Nothing is downloaded here, so `HF_HUB_OFFLINE` is honored by construction. The variables are
 //! read as the Hub's own client reads them: `~` and `$NAME` in them are expanded, and an older name
 //! of one counts where the newer is not set.
 

@@ -1,4 +1,4 @@
-//! The two forms in which a quantised checkpoint is written.
+//! The two forms in which a quantized checkpoint is written.
 
 use std::str::FromStr;
 

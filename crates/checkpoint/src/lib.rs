@@ -7,10 +7,10 @@
 //! - Reading: [`Checkpoint::open`] maps the weight files, safetensors or PyTorch's, and hands out
 //!   [`TensorRef`] views, or a whole quantized linear as a [`GptqLinear`].
 //!   [`Checkpoint::open_arriving`] takes shards as they come, and deletes them when they are read.
-//! - Writing: [`plan_files`] says to the byte what a quantised checkpoint will be, and
+//! - Writing: [`plan_files`] says to the byte what a quantized checkpoint will be, and
 //!   [`CheckpointWriter`] fills it in any order and publishes it by one rename.
 //! - Finding: [`resolve_model`] and [`resolve_dataset`] look a Hub id up in the local cache.
-//! - Judging: [`loaders`] says which programs load a quantised checkpoint, and why the others do not.
+//! - Judging: [`loaders`] says which programs load a quantized checkpoint, and why the others do not.
 
 #[cfg(test)]
 #[path = "../../../tests/util/needs.rs"]

@@ -25,7 +25,7 @@ pub const LEAVES: [&str; 4] = [QWEIGHT, QZEROS, SCALES, G_IDX];
 pub const CONFIG_FILE: &str = "config.json";
 /// The tokenizer.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
-/// The quantisation settings.
+/// The quantization settings.
 pub const QUANTIZE_CONFIG_FILE: &str = "quantize_config.json";
 /// How a branch was made.
 pub const REPORT_FILE: &str = "gptq_report.json";

@@ -113,7 +113,7 @@ impl PackedNotes {
 }
 
 impl Checkpoint {
-    /// Reads and checks a quantised linear. `prefix` is its full name, such as
+    /// Reads and checks a quantized linear. `prefix` is its full name, such as
     /// `model.layers.0.self_attn.q_proj`. What the module's head says is brought to the usual form:
     /// zeros minus one, a group for every column.
     ///
@@ -140,7 +140,7 @@ impl Checkpoint {
         Ok(linear)
     }
 
-    /// Reads a quantised linear without looking at its values: zeros as they are stored, group
+    /// Reads a quantized linear without looking at its values: zeros as they are stored, group
     /// indices and scales as they come. An absent `g_idx` is filled in where the order is known.
     ///
     /// # Errors

@@ -6,7 +6,7 @@
 //! have the name; the lock tells a left-over from another run that is still at work. The system
 //! takes a dead process's locks away, so there is no such thing as a stale one.
 //!
-//! A run may be killed between any two of the steps here: whatever is left is recognised by the
+//! A run may be killed between any two of the steps here: whatever is left is recognized by the
 //! next one. That is why the marker is the first thing made and the last one removed.
 
 mod output;

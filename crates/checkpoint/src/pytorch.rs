@@ -144,7 +144,7 @@ pub(crate) fn gather(bytes: &[u8], size: usize, shape: &[usize], strides: &[usiz
 
 fn gather_into(bytes: &[u8], size: usize, shape: &[usize], strides: &[usize], to: &mut Vec<u8>) {
     match (shape, strides) {
-        // A run of neighbours.
+        // A run of neighbors.
         (&[len], &[1]) => to.extend_from_slice(&bytes[..len * size]),
         (&[len, ref shape @ ..], &[stride, ref strides @ ..]) => {
             for i in 0..len {

@@ -25,7 +25,7 @@ pub enum CheckpointFormat {
     GptqV2,
 }
 
-/// How a checkpoint is quantised.
+/// How a checkpoint is quantized.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizeConfig {
     /// Code width.
@@ -38,13 +38,13 @@ pub struct QuantizeConfig {
     pub desc_act: bool,
     /// Symmetric grid.
     pub sym: bool,
-    /// Each linear was solved with the linears before it quantised.
+    /// Each linear was solved with the linears before it quantized.
     pub true_sequential: bool,
     /// Name of the weight file without `.safetensors`; `None` means AutoGPTQ's own scheme.
     pub model_file_base_name: Option<String>,
     /// How zeros are stored.
     pub checkpoint_format: CheckpointFormat,
-    /// The linears of a block that are quantised, such as `self_attn.q_proj`; `None` for all.
+    /// The linears of a block that are quantized, such as `self_attn.q_proj`; `None` for all.
     pub modules_in_block: Option<Vec<String>>,
 }
 
@@ -142,7 +142,7 @@ impl QuantizeConfig {
         Sources { keys, agreeing }.settings().map(Some)
     }
 
-    /// Whether a linear of a block, such as `self_attn.q_proj`, is quantised.
+    /// Whether a linear of a block, such as `self_attn.q_proj`, is quantized.
     #[must_use]
     pub fn quantizes(&self, linear: &str) -> bool {
         self.modules_in_block.as_ref().is_none_or(|names| names.iter().any(|name| name == linear))
@@ -457,7 +457,7 @@ mod tests {
 
     #[test]
     fn config_json_has_the_published_length() {
-        // The published base is 629 bytes without its newline, and its quantised form 888.
+        // The published base is 629 bytes without its newline, and its quantized form 888.
         let base: Map<String, Value> =
             serde_json::from_str(r#"{"z": 1, "rms_norm_eps": 1e-05}"#).unwrap();
         let before = json::indented(&base).unwrap();

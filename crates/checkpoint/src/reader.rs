@@ -36,7 +36,7 @@ impl Checkpoint {
     /// Opens a folder: its configuration, and the headers of its weight files.
     ///
     /// Weights are `model.safetensors`, the shards of `model.safetensors.index.json`, or for a GPTQ
-    /// folder also the file that its quantisation config names, or its only safetensors file. Where
+    /// folder also the file that its quantization config names, or its only safetensors file. Where
     /// there is none of these, they are `pytorch_model.bin` or the shards of its index: pickles, of
     /// which nothing is executed.
     ///
@@ -109,7 +109,7 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// How the checkpoint is quantised; `None` for a dense one.
+    /// How the checkpoint is quantized; `None` for a dense one.
     #[must_use]
     pub fn quantize_config(&self) -> Option<&QuantizeConfig> {
         self.quantize.as_ref()
@@ -240,7 +240,7 @@ impl Checkpoint {
     }
 
     /// Checks that every tensor that the configuration implies is there, in a float type and the
-    /// right shape; of a quantised checkpoint those that are not quantised. Checks, too, that blocks
+    /// right shape; of a quantized checkpoint those that are not quantized. Checks, too, that blocks
     /// hold no other weights. Reads headers only: what is wrong with a shard that is still to come
     /// shows when it comes.
     ///
@@ -275,7 +275,7 @@ impl Checkpoint {
     }
 
     /// Files beside the weights that are carried over to every checkpoint made from this one:
-    /// tokeniser, generation settings, licences. Relative to the folder, in a fixed order.
+    /// tokenizer, generation settings, licenses. Relative to the folder, in a fixed order.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -283,7 +283,7 @@ impl Checkpoint {
         side_files::names(&self.dir)
     }
 
-    /// The bias of a linear, dense or quantised; `None` where the model has none. `prefix` is as for
+    /// The bias of a linear, dense or quantized; `None` where the model has none. `prefix` is as for
     /// [`Checkpoint::gptq_linear`].
     ///
     /// # Errors
@@ -337,7 +337,7 @@ impl Checkpoint {
         if elsewhere { other } else { name }
     }
 
-    /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantised.
+    /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantized.
     #[must_use]
     pub fn has_gptq_linear(&self, prefix: &str) -> bool {
         self.quantize_config().is_some() && self.contains(&format!("{prefix}.{QWEIGHT}"))

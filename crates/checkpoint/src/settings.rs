@@ -1,4 +1,4 @@
-//! Which quantisation settings hold for the weights of a folder.
+//! Which quantization settings hold for the weights of a folder.
 //!
 //! What config.json and quantize_config.json say, and what the weights are, may contradict each
 //! other.
@@ -47,7 +47,7 @@ pub(crate) fn that_hold(
 }
 
 /// Whether every linear is there as a floating-point weight, and nothing beside it says how it would
-/// be quantised. Of weights that are still to come, only names are known.
+/// be quantized. Of weights that are still to come, only names are known.
 fn is_dense(config: &ModelConfig, weights: &Weights) -> bool {
     let quantized = |name: &str| {
         let leaf = name.rsplit('.').next().unwrap_or_default();

@@ -1,8 +1,8 @@
-//! The small files of a source that belong to every checkpoint made from it: tokeniser,
-//! generation settings, chat template, licences.
+//! The small files of a source that belong to every checkpoint made from it: tokenizer,
+//! generation settings, chat template, licenses.
 //!
 //! What is carried is decided by what is not: weights in any format, configs that the writer makes
-//! itself, the source's own README, hidden files, and what training left behind. A licence may lie in
+//! itself, the source's own README, hidden files, and what training left behind. A license may lie in
 //! a folder of its own, so one level of folders is looked into.
 
 use std::fs;
@@ -185,8 +185,8 @@ mod tests {
             ".DS_Store",
             ".cache/x",
             "original/consolidated.00.pth",
-            "quantised/config.json",
-            "quantised/tokenizer.json",
+            "quantized/config.json",
+            "quantized/tokenizer.json",
             "a/b/too_deep.txt",
             "adapter_config.json",
             "trainer_state.json",

@@ -58,7 +58,7 @@ impl WeightFile {
     }
 }
 
-/// Gives back the pages of a range. One touch may have mapped a neighbour's as well, so they go too.
+/// Gives back the pages of a range. One touch may have mapped a neighbor's as well, so they go too.
 fn release(map: &Mmap, range: Range<usize>) {
     let start = range.start / FOLIO * FOLIO;
     let end = range.end.next_multiple_of(FOLIO).min(map.len());

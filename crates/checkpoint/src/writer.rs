@@ -1,4 +1,4 @@
-//! Writing a quantised checkpoint as a stream.
+//! Writing a quantized checkpoint as a stream.
 //!
 //! All shapes follow from the configuration, so headers are written first and each tensor goes to
 //! its final place as soon as it is solved, in any order; the files are sparse until then. The
@@ -71,7 +71,7 @@ pub struct Written {
 }
 
 impl CheckpointWriter {
-    /// Prepares `out`: makes the working folder, checks the disk, copies the tokeniser and the other
+    /// Prepares `out`: makes the working folder, checks the disk, copies the tokenizer and the other
     /// small files of `source`, whose shape the model has, and writes all headers.
     ///
     /// # Errors
@@ -125,7 +125,7 @@ impl CheckpointWriter {
         missing.map(|(name, _)| name.clone()).collect()
     }
 
-    /// Writes the tensors of a quantised linear, and in the `card` layout a zero bias if the model
+    /// Writes the tensors of a quantized linear, and in the `card` layout a zero bias if the model
     /// has none there; its own is a dense tensor. `prefix` is the full name, such as
     /// `model.layers.0.self_attn.q_proj`.
     ///

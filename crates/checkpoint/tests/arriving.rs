@@ -144,7 +144,7 @@ fn each_shard_comes_once_and_goes_with_its_last_linear() {
 }
 
 #[test]
-fn what_is_wrong_with_a_shard_is_said_when_it_comes() {
+fn what_is_wrong_with_a_shard_is_reported_when_it_comes() {
     let setting = Setting::new();
     let (first, second) = (&setting.shards[0][0], &setting.shards[1][0]);
     fs::remove_file(setting.store.path().join(shard(0))).unwrap();

@@ -23,7 +23,7 @@ const CONFIG: &str = r#"{"_name_or_path": "x", "model_type": "llama", "hidden_si
     "num_key_value_heads": 2, "vocab_size": 40, "rms_norm_eps": 1e-05, "tie_word_embeddings": TIED,
     "torch_dtype": "float32"}"#;
 
-/// A dense source folder with F32 weights and a tokeniser.
+/// A dense source folder with F32 weights and a tokenizer.
 fn source(tied: bool) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let text = CONFIG.replace("TIED", &tied.to_string());

@@ -500,7 +500,7 @@ proptest! {
         let shifted = |v: usize| (v as i64 + by).max(0) as usize;
         let mut values = end;
         match what {
-            // Out of range, or overlapping the neighbour.
+            // Out of range, or overlapping the neighbor.
             0 => tensors[i].1 = tensors[i].1.map(shifted),
             1 => tensors[i].1[1] = shifted(tensors[i].1[1]),
             2 => tensors.push(tensors[i].clone()),

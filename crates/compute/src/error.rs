@@ -38,7 +38,7 @@ pub enum Error {
     NotPositiveDefinite {
         /// Order of the matrix.
         n: usize,
-        /// Index of the failing pivot, in the order of factorisation.
+        /// Index of the failing pivot, in the order of factorization.
         pivot: usize,
         /// Value found where a positive one is needed.
         value: f64,

@@ -1,7 +1,7 @@
 //! Devices, and the dozen matrix operations that a Llama block and GPTQ need.
 //!
 //! [`Device`] says where matrices live and who multiplies them; [`Tensor`] is a row-major matrix on
-//! one device. The CPU path computes in f32 with f64 factorisations: it is the oracle for every
+//! one device. The CPU path computes in f32 with f64 factorizations: it is the oracle for every
 //! kernel and the fallback of every command. This crate knows nothing of files, models or recipes,
 //! and it is the only one that may hold `unsafe` code besides the readers' mmap.
 

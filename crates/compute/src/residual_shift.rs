@@ -1,6 +1,6 @@
 //! Moving a linear's target: the least-squares step that makes up for errors upstream.
 //!
-//! A quantised model gives a linear inputs X that differ from the unquantised model's. What its
+//! A quantized model gives a linear inputs X that differ from the unquantized model's. What its
 //! outputs lack, L `[tokens, out]`, is regained best by the weights W + LᵀX H⁻¹ with H = XᵀX. (Arai
 //! and Ichikawa's QEP, arXiv 2504.09629, and Li et al.'s GPTAQ, arXiv 2504.02692, take the drift of
 //! the linear's own inputs, L = (X_fp − X) Wᵀ.) The pieces: differences, products summed over

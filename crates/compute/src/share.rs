@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// The part of `total` rows, windows or the like that falls to `rank` of `size`: neighbouring ones
+/// The part of `total` rows, windows or the like that falls to `rank` of `size`: neighboring ones
 /// in whole units, the first ranks having one unit more where they do not divide evenly.
 pub fn share(total: usize, unit: usize, rank: usize, size: usize) -> Range<usize> {
     let units = total.div_ceil(unit.max(1));

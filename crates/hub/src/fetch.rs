@@ -24,7 +24,7 @@ const CONNECTIONS: usize = 4;
 /// What to download.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// Weights, configuration, tokeniser and licences of the model `ORG/NAME`.
+    /// Weights, configuration, tokenizer and licenses of the model `ORG/NAME`.
     Model(String),
     /// The configuration of the model `ORG/NAME` alone.
     Config(String),

@@ -8,7 +8,7 @@
 //!
 //! Large files are uploaded by git-lfs's batch protocol, which the Hub takes besides its Xet protocol
 //! (its Python client speaks it where hf-xet is not installed) and other servers take alone. Chunks
-//! that are there already are sent again, which Xet would save; quantised weights share few. No other
+//! that are there already are sent again, which Xet would save; quantized weights share few. No other
 //! library for the Hub is used: hf-hub 1.0 checks no hash of a download, starts a broken file again,
 //! and puts weights into git itself where a server has no Xet.
 //!

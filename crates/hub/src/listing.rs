@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_and_a_folder_of_one_name_are_told_apart() {
+    fn a_file_and_a_folder_of_one_name_are_distinguished() {
         let files = |paths: &[&str]| -> Vec<RemoteFile> {
             let oid = "a".repeat(40);
             paths.iter().flat_map(|path| parse(path, &oid).unwrap().files).collect()

@@ -85,10 +85,10 @@ pub(crate) fn shards(what: &str, index: &[u8], listing: &[RemoteFile]) -> Result
     names.into_iter().map(find).collect()
 }
 
-/// Settings, tokenisers and licences; a licence may lie in a folder of its own.
+/// Settings, tokenizers and licenses; a license may lie in a folder of its own.
 fn is_small(file: &RemoteFile) -> bool {
     let path = file.path.to_lowercase();
-    let licence = ["licen", "notice", "use_policy"].iter().any(|word| path.contains(word));
+    let license = ["licen", "notice", "use_policy"].iter().any(|word| path.contains(word));
     let known =
         path.rsplit_once('.').is_some_and(|(_, extension)| SMALL_EXTENSIONS.contains(&extension));
     let of_weights = path.ends_with(INDEX_END);
@@ -96,7 +96,7 @@ fn is_small(file: &RemoteFile) -> bool {
     file.bytes <= SMALL_BYTES
         && !path.starts_with('.')
         && !of_weights
-        && ((depth == 0 && (known || licence)) || (depth == 1 && licence))
+        && ((depth == 0 && (known || license)) || (depth == 1 && license))
 }
 
 /// The parquet files of a split: those of the folder `config`, or of `data` for the configuration

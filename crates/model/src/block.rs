@@ -124,7 +124,7 @@ impl Block {
         format!("{prefix}.{}", ModelConfig::LINEARS[id as usize])
     }
 
-    /// Replaces a linear's weights, by what its quantised form dequantises to.
+    /// Replaces a linear's weights, by what its quantized form dequantizes to.
     pub fn set_linear(&mut self, id: LinearId, weight: Tensor) {
         self.parts.linears[id as usize] = weight;
     }

@@ -152,7 +152,7 @@ impl<'a> Model<'a> {
         Ok(self.device.gather_rows(table, ids)?)
     }
 
-    /// Loads one block; quantised linears are dequantised to what their file means.
+    /// Loads one block; quantized linears are dequantized to what their file means.
     ///
     /// # Errors
     /// Missing tensors, wrong shapes, and NaN or infinities in the weights.
@@ -294,7 +294,7 @@ fn overflow(tensor: impl FnOnce() -> String, source: gptq_compute::Error) -> Err
     }
 }
 
-/// What a quantised linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.
+/// What a quantized linear means, `[out, in]`: f32 on the CPU, fp16 on a GPU.
 fn dequantized(device: &Device, linear: &GptqLinear) -> Result<Tensor> {
     let (rows, cols) = (linear.out_features, linear.in_features);
     match device {

@@ -349,7 +349,7 @@ fn synthetic_states(
 }
 
 /// Least seconds of two ways after a warm-up, run in turns so that a machine's moods meet both:
-/// [`RUNS`] of each at least, more of what is over in milliseconds. Not the median: a neighbour that
+/// [`RUNS`] of each at least, more of what is over in milliseconds. Not the median: a neighbor that
 /// takes one of two cores away halves what both threads do, and leaves one thread alone.
 fn in_turns(mut ways: [&mut dyn FnMut() -> Result<()>; 2]) -> Result<[f64; 2]> {
     let mut least = [f64::INFINITY; 2];
@@ -368,7 +368,7 @@ fn in_turns(mut ways: [&mut dyn FnMut() -> Result<()>; 2]) -> Result<[f64; 2]> {
     Ok(least)
 }
 
-/// Reproducible bits (the finaliser of SplitMix64).
+/// Reproducible bits (the finalizer of SplitMix64).
 fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -5,7 +5,7 @@
 //! with one, and the same mathematics.
 //!
 //! A recipe may have o and down, which write to the residual stream, make up for what the stream
-//! lacks: the unquantised model's states then go through the block as it was before, and what they
+//! lacks: the unquantized model's states then go through the block as it was before, and what they
 //! differ by becomes a shift of the weights before they are solved (see [`Device::over_hessian`]).
 //! Shifting the other linears by the drift of their inputs as well was tried: a percent of KL for
 //! seven of time (tests/bench).
@@ -45,7 +45,7 @@ pub(crate) enum Work {
     Gram,
     /// Codes on their way to the file.
     Pack,
-    /// The unquantised model's states.
+    /// The unquantized model's states.
     Reference,
     /// Moving the weights of o and down.
     Shift,
@@ -104,10 +104,10 @@ pub(crate) struct Calibrated {
     pub(crate) stages: StageSeconds,
 }
 
-/// Receives each quantised linear, by name; on rank 0 alone.
+/// Receives each quantized linear, by name; on rank 0 alone.
 pub(crate) type Sink<'s> = dyn FnMut(&str, RowShards) -> Result<()> + 's;
 
-/// The states that a block moves: of the model being quantised, and of the unquantised one where
+/// The states that a block moves: of the model being quantized, and of the unquantized one where
 /// targets are shifted.
 pub(crate) struct Streams {
     pub(crate) quantized: States,
@@ -115,7 +115,7 @@ pub(crate) struct Streams {
 }
 
 impl Calibrator<'_> {
-    /// Quantises every linear of `block` and moves `streams` past it.
+    /// Quantizes every linear of `block` and moves `streams` past it.
     pub(crate) fn block(
         &self,
         block: &mut Block,
@@ -146,7 +146,7 @@ impl Calibrator<'_> {
     }
 }
 
-/// States on their way through the block that is being quantised.
+/// States on their way through the block that is being quantized.
 struct Stream<'s> {
     states: &'s mut States,
     /// Inputs of o, then of down, from the stage that sees them to the one that needs their product.
@@ -216,7 +216,7 @@ impl Stream<'_> {
 }
 
 impl States {
-    /// One chunk of the unquantised model's states with the products of o or down added, for the
+    /// One chunk of the unquantized model's states with the products of o or down added, for the
     /// caller to put back. Nothing here waits for a solve, so nothing is kept.
     fn past(
         &mut self,
@@ -240,7 +240,7 @@ struct BlockRun<'r, 's, 'a> {
     linears: Vec<LinearRecord>,
     sink: &'r mut Sink<'s>,
     stream: Stream<'r>,
-    /// The unquantised block and its states.
+    /// The unquantized block and its states.
     reference: Option<(&'r Block, &'r mut States)>,
     /// In host memory, the weights that the block's are a rounding of, until they are solved.
     exact: [Option<Tensor>; 7],
@@ -250,7 +250,7 @@ impl BlockRun<'_, '_, '_> {
     /// One stage: every chunk's inputs into the statistics, then its linears solved.
     fn stage(&mut self, block: &mut Block, stage: Stage) -> Result<()> {
         let device = self.all.device;
-        // Nothing is quantised yet before the first block's first stage.
+        // Nothing is quantized yet before the first block's first stage.
         let shared = self.all.shared.filter(|_| block.index() == 0 && stage == Stage::Qkv);
         let gram = match shared {
             Some(grams) => {
@@ -294,7 +294,7 @@ impl BlockRun<'_, '_, '_> {
             self.timer.mark(Work::Forward)?;
             device.gram_add(&mut gram, &input)?;
             self.timer.mark(Work::Gram)?;
-            // The products of o and down are added one stage later, with the quantised weights.
+            // The products of o and down are added one stage later, with the quantized weights.
             if matches!(stage, Stage::Output | Stage::Down) {
                 self.stream.kept(self.all).put(chunk, input)?;
             }
@@ -305,11 +305,11 @@ impl BlockRun<'_, '_, '_> {
     }
 
     /// What this rank's rows of o or down should move by to give the residual stream all that it
-    /// lacks, `[rows, in]`, over the Hessian's scale s; moves the unquantised model's states past the
+    /// lacks, `[rows, in]`, over the Hessian's scale s; moves the unquantized model's states past the
     /// stage.
     ///
-    /// With the unquantised W the stream would lack L = D − X Wᵀ, D being the distance of the
-    /// unquantised model's states behind the linear from those before it, and from its bias. H = s XᵀX + λ, so
+    /// With the unquantized W the stream would lack L = D − X Wᵀ, D being the distance of the
+    /// unquantized model's states behind the linear from those before it, and from its bias. H = s XᵀX + λ, so
     /// s LᵀX H⁻¹ = (s DᵀX + λ W) H⁻¹ − W: the products X Wᵀ need not be made.
     fn shift(&mut self, stage: Stage, factored: &Factored, scale: f32) -> Result<Option<Tensor>> {
         let all = self.all;

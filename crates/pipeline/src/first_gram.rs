@@ -9,7 +9,7 @@
 //! - The source's weights in fp16. At 70B they would fill 138 GB of host memory; the files are
 //!   mapped, so what the system's cache holds is read from it, and blocks are read and converted on
 //!   a thread of their own behind the work on the block before (see `read_ahead`).
-//! - The unquantised model's states that `best` compares with: 17 GB for each of 80 blocks.
+//! - The unquantized model's states that `best` compares with: 17 GB for each of 80 blocks.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

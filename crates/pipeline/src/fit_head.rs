@@ -1,8 +1,8 @@
 //! The head, fitted to the states that reach it.
 //!
-//! The head stays fp16, so it can make up for part of what the quantised blocks have lost: with X the
-//! normed last states and X_fp the unquantised model's, W + share · W (X_fp − X)ᵀX H⁻¹ brings the
-//! logits closest to the unquantised ones in the least-squares sense.
+//! The head stays fp16, so it can make up for part of what the quantized blocks have lost: with X the
+//! normed last states and X_fp the unquantized model's, W + share · W (X_fp − X)ᵀX H⁻¹ brings the
+//! logits closest to the unquantized ones in the least-squares sense.
 
 use gptq_checkpoint::HEAD;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};

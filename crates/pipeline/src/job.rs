@@ -20,7 +20,7 @@ pub struct QuantizeJob<'a> {
     pub model: String,
     /// What reports call the result: nothing that depends on where it lies.
     pub branch: String,
-    /// What is quantised of its weights.
+    /// What is quantized of its weights.
     pub source_dtype: SourceDtype,
     /// Where to compute.
     pub device: Device,

@@ -85,7 +85,7 @@ pub struct Workload {
     pub tokens: usize,
     /// Tokens of the longest window.
     pub seq_len: usize,
-    /// The unquantised model's states are walked too, for the asymmetric term.
+    /// The unquantized model's states are walked too, for the asymmetric term.
     pub reference: bool,
     /// Weights are solved from values wider than those that a GPU's forward uses.
     pub exact: bool,
@@ -219,7 +219,7 @@ impl GpuBytes {
         let solving = (9 * square + solve).max(4 * square + solve + 3 * shift);
         Self {
             fixed: blocks + gathering.max(solving) + work.shared_bytes(block),
-            // The unquantised model's are used at once.
+            // The unquantized model's are used at once.
             inputs: 2 * tokens * block.widest,
             hidden: 4 * tokens * block.hidden * streams,
             moving: 3 * chunk * (2 * block.widest + 4 * block.hidden),
@@ -256,7 +256,7 @@ impl GpuBytes {
 pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
     let Workload { tokens, seq_len, reference, .. } = work;
     let streams = work.streams();
-    // The tokeniser, the program and the text take some tens of megabytes.
+    // The tokenizer, the program and the text take some tens of megabytes.
     let fixed = (128 << 20) + work.shared_bytes(block);
     let states = states_of(block, work);
     // One chunk's gate and up; with a reference states of both streams and their difference.

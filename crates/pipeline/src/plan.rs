@@ -36,7 +36,7 @@ pub struct Work {
     pub factor: f64,
     /// The solver's updates.
     pub solve: f64,
-    /// Shifted weights: the unquantised model's forward, and the products that compare with it.
+    /// Shifted weights: the unquantized model's forward, and the products that compare with it.
     pub shift: f64,
 }
 

@@ -47,7 +47,7 @@ pub trait Progress: Sync {
     fn begin(&self, phase: &str, steps: usize);
     /// One step of the phase is done.
     fn step(&self);
-    /// A block was quantised: also a step.
+    /// A block was quantized: also a step.
     fn block(&self, report: &BlockReport);
     /// The phase is over.
     fn end(&self);

@@ -1,4 +1,4 @@
-//! The main job: every block calibrated, quantised and written, in one walk over the model.
+//! The main job: every block calibrated, quantized and written, in one walk over the model.
 //!
 //! Three threads share it: one reads the next block ahead, this one computes, one packs and writes
 //! behind. Channels are bounded, so memory stays at two blocks of weights and a few linears.
@@ -163,7 +163,7 @@ fn walk(
     progress: &dyn Progress,
 ) -> Result<(Vec<BlockReport>, Option<Streams>)> {
     let blocks = model.config().num_hidden_layers;
-    progress.begin("quantise", blocks);
+    progress.begin("quantize", blocks);
     let calibrates = job.spec.recipe.calibrates();
     let mut calibration = calibrates.then(|| calibrator(model, job)).transpose()?;
     let mut reports = Vec::with_capacity(blocks);

@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_retry_is_said_and_refused() {
+    fn every_retry_is_warned_of_and_refused() {
         let linear = |damp, damp_retries, f64_retries| LinearRecord {
             name: "q_proj".to_owned(),
             relative_error: None,

@@ -1,5 +1,5 @@
 //! The file of a branch: its settings and provenance, linears packed and written behind the walk,
-//! and what is copied because it is not quantised.
+//! and what is copied because it is not quantized.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -19,7 +19,7 @@ use crate::job::QuantizeJob;
 use crate::rotate::{FusedRotations, dense_head};
 use crate::row_shards::RowShards;
 
-/// Quantised linears that may wait for the writer.
+/// Quantized linears that may wait for the writer.
 const WRITE_BEHIND: usize = 4;
 
 /// The writer of a branch, its working folder made.
@@ -88,7 +88,7 @@ fn provenance(
     map
 }
 
-/// Copies what is not quantised, before the first block is: what fp16 cannot hold, or is not finite,
+/// Copies what is not quantized, before the first block is: what fp16 cannot hold, or is not finite,
 /// shows now and not after the last. A head that will be fitted is only tried. Of shards that are
 /// still to come nothing can be known.
 pub(crate) fn copy_ahead(
@@ -119,7 +119,7 @@ pub(crate) fn copy_ahead(
     Ok(())
 }
 
-/// Copies what is not quantised and not written yet, as fp16, rotated as the linears are.
+/// Copies what is not quantized and not written yet, as fp16, rotated as the linears are.
 pub(crate) fn copy_dense(
     source: &Checkpoint,
     rotations: Option<&FusedRotations>,

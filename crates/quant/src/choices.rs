@@ -28,7 +28,7 @@ pub enum ScalePrecision {
 pub enum Clip {
     /// The largest weight fits: AutoGPTQ's absmax.
     None,
-    /// The scale, among fractions of the absmax one, that minimises Σ diag(H) (w − ŵ)².
+    /// The scale, among fractions of the absmax one, that minimizes Σ diag(H) (w − ŵ)².
     Search,
     /// Among the same, the scale under which solving the group's columns leaves the least error: for
     /// groups of at most 128 columns with fresh weights, which are solved on their own; others as
@@ -36,7 +36,7 @@ pub enum Clip {
     Solve,
 }
 
-/// Orthogonal matrices folded into the weights before they are quantised.
+/// Orthogonal matrices folded into the weights before they are quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rotate {
     /// None.
@@ -57,7 +57,7 @@ pub struct Choices {
     /// Search for scales.
     pub clip: Clip,
     /// Share of what the residual stream lacks that o and down make up for: 0 aims at their weights
-    /// as they are. This share and the next need a walk of the unquantised model beside the quantised
+    /// as they are. This share and the next need a walk of the unquantized model beside the quantized
     /// one.
     pub residual: f32,
     /// Share of the last states' drift that the head, which stays fp16, makes up for.
@@ -86,7 +86,7 @@ impl Choices {
         rotate: Rotate::Full,
     };
 
-    /// True when the unquantised model is walked beside the quantised one.
+    /// True when the unquantized model is walked beside the quantized one.
     pub fn needs_reference(&self) -> bool {
         self.residual > 0.0 || self.head > 0.0
     }

@@ -1,4 +1,4 @@
-//! What can go wrong while a linear is quantised.
+//! What can go wrong while a linear is quantized.
 
 use std::borrow::Cow;
 

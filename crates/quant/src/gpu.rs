@@ -11,7 +11,7 @@ use crate::hessian::Factored;
 use crate::solved::{Codes, Quantized, Stored, group_index, stored_scales};
 use crate::spec::QuantSpec;
 
-/// Quantises `weight` `[out, in]` in device memory; see [`crate::solve`].
+/// Quantizes `weight` `[out, in]` in device memory; see [`crate::solve`].
 pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     let choices = &spec.choices;
     let ratios = clip_ratios();

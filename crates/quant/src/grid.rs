@@ -36,7 +36,7 @@ pub(crate) const CLIP_STEPS: usize = 34;
 /// call.
 pub(crate) const ROUND: f32 = 12_582_912.0;
 
-/// The scale among `ratios` · 2 · absmax / max_code that minimises Σ importance (w − ŵ)², the first
+/// The scale among `ratios` · 2 · absmax / max_code that minimizes Σ importance (w − ŵ)², the first
 /// of equals; `half` rounds each candidate to fp16 before it is judged.
 pub(crate) fn searched_scale(
     row: &[f32],

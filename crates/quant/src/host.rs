@@ -29,14 +29,14 @@ const ROWS_PER_TASK: usize = 64;
 struct Band {
     weight: Array2<f32>,
     codes: Array2<u8>,
-    /// Dequantised values.
+    /// Dequantized values.
     values: Array2<f32>,
     /// One vector of scales a row.
     scales: Vec<Vec<f32>>,
     loss: f64,
 }
 
-/// Quantises `weight` `[out, in]` in host memory; see [`crate::solve`].
+/// Quantizes `weight` `[out, in]` in host memory; see [`crate::solve`].
 pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     let w = weight.as_host();
     let (out_features, in_features) = w.dim();
@@ -68,7 +68,7 @@ pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> R
 }
 
 /// Puts a band's columns back into the weights' order. Scales that the file holds exactly give the
-/// values that it dequantises to; values of f32 scales are rounded to fp16, the type in which
+/// values that it dequantizes to; values of f32 scales are rounded to fp16, the type in which
 /// AutoGPTQ keeps the layer while it calibrates the next ones.
 fn unpermute(band: &Band, order: &[u32], choices: &Choices, codes: &mut [u8], values: &mut [f32]) {
     let n = order.len();

@@ -11,7 +11,7 @@ use crate::solved::{Quantized, Stored};
 use crate::spec::QuantSpec;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 
-/// Quantises `weight` `[out, in]` with the AutoGPTQ scale of each group and the nearest code on the
+/// Quantizes `weight` `[out, in]` with the AutoGPTQ scale of each group and the nearest code on the
 /// grid that the file will hold (fp16 scales).
 pub fn round_to_nearest(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     spec.validate()?;

@@ -15,7 +15,7 @@ pub enum Codes {
     Packed(Vec<u32>),
 }
 
-/// What a file holds of a quantised linear, columns in the weights' own order.
+/// What a file holds of a quantized linear, columns in the weights' own order.
 #[derive(Clone, Debug)]
 pub struct Stored {
     /// Rows of the weight.
@@ -56,7 +56,7 @@ impl Stored {
     }
 }
 
-/// A quantised linear.
+/// A quantized linear.
 #[derive(Clone, Debug)]
 pub struct Quantized {
     /// What goes into the file.

@@ -1,4 +1,4 @@
-//! Quantising one linear along a factored Hessian, on the device that holds its weights.
+//! Quantizing one linear along a factored Hessian, on the device that holds its weights.
 
 use gptq_compute::Tensor;
 
@@ -8,7 +8,7 @@ use crate::solved::Quantized;
 use crate::spec::QuantSpec;
 use crate::{gpu, host};
 
-/// Quantises `weight` `[out, in]` given the factored Hessian of its inputs.
+/// Quantizes `weight` `[out, in]` given the factored Hessian of its inputs.
 ///
 /// # Errors
 /// [`Error::NotFinite`](crate::Error::NotFinite) for NaN or infinite weights,

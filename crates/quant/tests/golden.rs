@@ -41,8 +41,8 @@ fn matrix(file: &SafeTensors<'_>, name: &str) -> Array2<f32> {
 }
 
 /// tr((W − Ŵ) H (W − Ŵ)ᵀ) in f64.
-fn loss(w: &Array2<f32>, quantised: &[f32], h: &Array2<f32>) -> f64 {
-    let q = Array2::from_shape_vec(w.dim(), quantised.to_vec()).unwrap();
+fn loss(w: &Array2<f32>, quantized: &[f32], h: &Array2<f32>) -> f64 {
+    let q = Array2::from_shape_vec(w.dim(), quantized.to_vec()).unwrap();
     let delta = (w - &q).mapv(f64::from);
     (delta.dot(&h.mapv(f64::from)) * &delta).sum()
 }

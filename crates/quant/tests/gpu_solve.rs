@@ -479,7 +479,7 @@ fn time_factor(device: &Device, cuda: &Arc<Cuda>, n: usize, predicted: f64) -> T
     upper.0
 }
 
-/// A permutation that scatters neighbours: n has no factor in common with the step.
+/// A permutation that scatters neighbors: n has no factor in common with the step.
 fn scattered(n: usize) -> Vec<u32> {
     (0..n).map(|i| (i * 4099 % n) as u32).collect()
 }

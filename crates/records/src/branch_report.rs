@@ -41,7 +41,7 @@ pub struct BranchReport {
     pub recipe: String,
     /// Its choices, as `KEY=VALUE` parted by spaces; `null` for recipes without calibration.
     pub choices: Option<String>,
-    /// What was quantised of the source's weights.
+    /// What was quantized of the source's weights.
     pub source_dtype: SourceDtype,
     /// Layout of the weight files.
     pub layout: String,
@@ -93,7 +93,7 @@ pub struct CalibrationRecord {
     pub sha256: String,
 }
 
-/// A quantised block.
+/// A quantized block.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockRecord {
     /// Position in the model.
@@ -102,7 +102,7 @@ pub struct BlockRecord {
     pub linears: Vec<LinearRecord>,
 }
 
-/// A quantised linear in a report.
+/// A quantized linear in a report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinearRecord {
     /// Prefix in the checkpoint.

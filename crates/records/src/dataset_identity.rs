@@ -22,7 +22,7 @@ pub struct HubSplit {
     pub split: String,
 }
 
-/// What a dataset is called and what it holds. Kept in reports and beside quantised checkpoints.
+/// What a dataset is called and what it holds. Kept in reports and beside quantized checkpoints.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DatasetIdentity {
     /// The dataset as named by the user.
@@ -59,7 +59,7 @@ impl DatasetIdentity {
 
 /// Whether an evaluation on `evaluation` scores text that `calibration` drew its windows from.
 ///
-/// Overlap is judged per split: a local file with part of a split is not recognised.
+/// Overlap is judged per split: a local file with part of a split is not recognized.
 #[must_use]
 pub fn contaminated(calibration: &DatasetIdentity, evaluation: &DatasetIdentity) -> bool {
     let same_split = match (&calibration.hub, &evaluation.hub) {
@@ -76,7 +76,7 @@ fn articles(hub: &HubSplit) -> (String, String, &str) {
     if repo != "salesforce/wikitext" && repo != "wikitext" {
         return (repo, hub.config.clone(), &hub.split);
     }
-    // `-raw` differs in tokenisation only (`<unk>`, ` @-@ `). WikiText-2 and WikiText-103 share
+    // `-raw` differs in tokenization only (`<unk>`, ` @-@ `). WikiText-2 and WikiText-103 share
     // their validation and test articles and differ in the size of train (Merity et al. 2016, §4).
     let size = match hub.split.as_str() {
         "validation" | "test" => String::new(),

@@ -1,4 +1,4 @@
-//! What a branch's folder holds and what it was made from, so that a finished branch is recognised
+//! What a branch's folder holds and what it was made from, so that a finished branch is recognized
 //! by its content.
 //!
 //! The manifest is the last file written. It lists every other file with its SHA-256 (the sums that
@@ -225,7 +225,7 @@ impl Manifest {
             .iter()
             .filter(|(name, value)| {
                 let old = self.made_from.get(*name);
-                !old.is_some_and(|old| old == *value || is_less_said(old, value))
+                !old.is_some_and(|old| old == *value || says_less(old, value))
             })
             .map(|(name, value)| match self.made_from.get(name) {
                 Some(old) if readable(old) && readable(value) => {
@@ -243,7 +243,7 @@ impl Manifest {
 /// Whether the one value is the other without the instructions of a CPU, as earlier versions wrote it:
 /// `cpu (x86_64)` of `cpu (x86_64, fma)`. Such a branch was made on a processor that may have been
 /// this one; making all of them again would cost more than the last bits are worth.
-fn is_less_said(old: &str, value: &str) -> bool {
+fn says_less(old: &str, value: &str) -> bool {
     let kind = old.strip_suffix(')').filter(|kind| kind.starts_with("cpu ("));
     kind.and_then(|kind| value.strip_prefix(kind)).is_some_and(|rest| rest.starts_with(", "))
 }
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_told_in_words_unless_they_are_digests() {
+    fn changes_are_described_in_words_unless_they_are_digests() {
         let made_from = |settings: &str, source: char| {
             let source = String::from(source).repeat(64);
             MadeFrom::from([

@@ -1,4 +1,4 @@
-//! What is quantised of a source whose weights are wider than fp16.
+//! What is quantized of a source whose weights are wider than fp16.
 
 use std::str::FromStr;
 

@@ -23,7 +23,7 @@ pub(crate) struct Axis {
     end: f64,
 }
 
-/// A labelled place on an axis.
+/// A labeled place on an axis.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Tick {
     /// Pixels.

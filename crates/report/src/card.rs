@@ -1,6 +1,6 @@
 //! The model card: README.md of every checkpoint folder.
 //!
-//! What only a person knows of a model (its author, licence, prompt) comes from a TOML file; sizes,
+//! What only a person knows of a model (its author, license, prompt) comes from a TOML file; sizes,
 //! perplexities and calibration come from the reports in the folders, so that a card cannot claim
 //! what was not measured. All branches get the same card with their own name in its commands.
 

@@ -1,4 +1,4 @@
-//! What only a person knows of a model: its author, licence, prompt. A TOML file says it.
+//! What only a person knows of a model: its author, license, prompt. A TOML file says it.
 
 use std::path::Path;
 
@@ -6,21 +6,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// What a card says of the model that was quantised.
+/// What a card says of the model that was quantized.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CardFacts {
     /// The model's name, without its author.
     pub name: String,
-    /// Hub repository of the quantised branches, as `ORG/NAME`.
+    /// Hub repository of the quantized branches, as `ORG/NAME`.
     pub repository: String,
-    /// Hub id of the model that was quantised, if it is there.
+    /// Hub id of the model that was quantized, if it is there.
     pub base_model: Option<String>,
     /// Who made the model.
     pub author: String,
     /// Their page.
     pub author_link: Option<String>,
-    /// The Hub's identifier of the licence.
+    /// The Hub's identifier of the license.
     pub license: String,
     /// What else is to be said of it.
     pub license_note: Option<String>,

@@ -8,7 +8,7 @@
 //! Tolerances are relative and do not come from the standard error. That one says how far a
 //! perplexity would move on *other* text, and here the text is the same to the token, so sampling is
 //! no excuse. What remains is arithmetic. On one kind of device a run gives the same bytes every
-//! time; another kind adds in another order, a code falls to its neighbour where a weight lies on a
+//! time; another kind adds in another order, a code falls to its neighbor where a weight lies on a
 //! rounding tie, and the rest of its row follows. Between CPU and GPU that moved perplexities by at
 //! most 0.5 % at 4 bits, and by up to 5.7 % at 3 bits where calibration was scant
 //! (`tests/bench/2026-11-23-h100.md`): such branches get a tolerance of their own.
@@ -97,7 +97,7 @@ pub struct Settings {
     pub act_order: bool,
     /// Solver recipe.
     pub recipe: String,
-    /// What was quantised of the source's weights.
+    /// What was quantized of the source's weights.
     pub source_dtype: SourceDtype,
 }
 

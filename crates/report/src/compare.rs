@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_told_by_name_and_only_for_the_same_measurement() {
+    fn changes_are_named_and_only_for_the_same_measurement() {
         let before = report([
             branch("a", 4, Some(32), 20.0, 0.02),
             branch("b", 4, Some(64), 20.0, 0.02),

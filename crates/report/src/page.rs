@@ -381,7 +381,7 @@ fn row_view<'a>(row: &Row<'a>, title: &str, unit: Unit, longest: f64) -> RowView
 
 /// Relative changes; the tooltip has them in full.
 fn change_views(change: Change) -> Vec<ChangeView> {
-    // By the text, so that what rounds to nothing has no colour.
+    // By the text, so that what rounds to nothing has no color.
     let tone = |text: &str| match text.chars().next() {
         Some('−') => "better",
         Some('+') => "worse",

@@ -59,7 +59,7 @@ pub struct CalibrationOverrides {
     pub seed: Option<u64>,
 }
 
-/// The windows of a recipe, as tokens of one tokeniser.
+/// The windows of a recipe, as tokens of one tokenizer.
 #[derive(Debug, Clone)]
 pub struct Calibration {
     /// `[windows][seq_len]` tokens, in the order drawn.
@@ -294,7 +294,7 @@ mod tests {
         assert_eq!(error.hint().unwrap(), "use a longer text or a smaller seq_len");
     }
 
-    /// The published branches' windows, cut from the real text by the real tokeniser.
+    /// The published branches' windows, cut from the real text by the real tokenizer.
     #[test]
     fn card_recipe_reproduces_the_published_windows() {
         let Some(shared) = crate::needs::shared() else { return };

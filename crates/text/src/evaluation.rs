@@ -38,7 +38,7 @@ pub struct EvalText {
     pub tokens_in_text: Option<usize>,
     /// Tokens of a window.
     pub seq_len: usize,
-    /// Whether the first token of each window is BOS, put there because the tokeniser adds one;
+    /// Whether the first token of each window is BOS, put there because the tokenizer adds one;
     /// `null` under protocols that put none.
     #[serde(default)]
     pub window_bos: Option<bool>,
@@ -78,11 +78,11 @@ impl EvalText {
     }
 }
 
-/// Reads, encodes and cuts the text with the checkpoint's own tokeniser. What the model was calibrated
+/// Reads, encodes and cuts the text with the checkpoint's own tokenizer. What the model was calibrated
 /// on is `calibration`, or else what the report in the checkpoint's folder says.
 ///
 /// # Errors
-/// A tokeniser or text that cannot be read, and a text too short for a window.
+/// A tokenizer or text that cannot be read, and a text too short for a window.
 pub fn evaluation_text(
     checkpoint: &Checkpoint,
     spec: &EvaluationSpec,

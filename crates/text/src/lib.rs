@@ -5,7 +5,7 @@
 //! perplexity is defined on, and [`evaluation`] does all of it for a checkpoint. [`home`] is where `~`
 //! is.
 //!
-//! This crate knows checkpoints by their tokenisers and the records of what a branch has seen, and
+//! This crate knows checkpoints by their tokenizers and the records of what a branch has seen, and
 //! nothing of weights or devices.
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Long texts, encoded in pieces whose tokens are those of the whole.
 //!
-//! A tokeniser takes a hundred bytes of memory for each byte of the text that it is given, so a long
+//! A tokenizer takes a hundred bytes of memory for each byte of the text that it is given, so a long
 //! text is given to it in pieces. Each piece begins within the one before it, and they are joined
 //! where both give the same tokens at the same places for a stretch.
 //!
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     /// Words of a text, with the number of a word's letters as its id.
-    #[expect(clippy::unnecessary_wraps, reason = "the form of a tokeniser")]
+    #[expect(clippy::unnecessary_wraps, reason = "the form of a tokenizer")]
     fn words(text: &str) -> Result<Vec<Placed>, ()> {
         let mut tokens = Vec::new();
         let mut start = 0;

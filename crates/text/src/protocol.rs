@@ -1,6 +1,6 @@
 //! Perplexity protocols: which tokens are shown to the model, and which of them are scored.
 //!
-//! Published perplexities of one model on one text differ by more than quantisation costs, because
+//! Published perplexities of one model on one text differ by more than quantization costs, because
 //! papers, llama.cpp and the Hugging Face guide cut the text differently. A protocol fixes all of
 //! it: how rows become one text, the windows, and the scored targets. Every protocol reduces the
 //! same way: perplexity = exp(mean of −log p over all scored tokens). For `paper` and `llama-cpp`
@@ -27,7 +27,7 @@ pub enum Protocol {
     /// target of a window but its first token scored.
     Paper,
     /// llama.cpp's and AutoGPTQ's (`perplexity_utils.py`): the card join, non-overlapping windows,
-    /// the first token of each replaced by BOS where the tokeniser adds one, and the second half
+    /// the first token of each replaced by BOS where the tokenizer adds one, and the second half
     /// scored. AutoGPTQ scores from
     /// target 513 on when windows exceed 1024 tokens; this follows llama.cpp there.
     LlamaCpp,
@@ -106,7 +106,7 @@ impl Protocol {
         steps.saturating_add(seq_len)
     }
 
-    /// Whether the windows of a text begin with BOS where the tokeniser adds one.
+    /// Whether the windows of a text begin with BOS where the tokenizer adds one.
     #[must_use]
     pub fn takes_bos(self) -> bool {
         self == Self::LlamaCpp
@@ -116,7 +116,7 @@ impl Protocol {
     ///
     /// `ids` is the text, encoded once, at least the [tokens](Self::tokens_of) of `max_windows`
     /// windows or all that it has; `seq_len` the window length in tokens; `bos` the BOS that the
-    /// tokeniser adds, which `llama-cpp` puts at the start of each window (None leaves the text's
+    /// tokenizer adds, which `llama-cpp` puts at the start of each window (None leaves the text's
     /// own token there) and the others ignore; `max_windows` keeps only the first so many.
     ///
     /// # Errors

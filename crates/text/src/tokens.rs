@@ -1,8 +1,8 @@
-//! From text to tokens, with the tokeniser that lies beside a checkpoint.
+//! From text to tokens, with the tokenizer that lies beside a checkpoint.
 //!
 //! A corpus is encoded as one string, as the reference scripts do: row by row there would be a BOS
 //! before each and other tokens at the seams, which moves every window. A long one is given to the
-//! tokeniser in overlapping pieces that are joined to the same tokens (see [`crate::pieces`]).
+//! tokenizer in overlapping pieces that are joined to the same tokens (see [`crate::pieces`]).
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::pieces::{Cut, Placed, encode_in_pieces};
 use crate::text_files::without_mark;
 
-/// A checkpoint's tokeniser, tied to the vocabulary of the model that will read its tokens.
+/// A checkpoint's tokenizer, tied to the vocabulary of the model that will read its tokens.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
     folder: PathBuf,
@@ -25,7 +25,7 @@ pub struct TextTokenizer {
     asked_for_bos: Option<bool>,
 }
 
-/// Texts that tokenisers with other normalisers, splits or special tokens take apart otherwise: cases,
+/// Texts that tokenizers with other normalizers, splits or special tokens take apart otherwise: cases,
 /// digits, spaces and line ends, marks, scripts, composed and decomposed letters.
 const PROBES: [&str; 6] = [
     "Hello",
@@ -36,7 +36,7 @@ const PROBES: [&str; 6] = [
     "\u{4f60}\u{597d} \u{41f}\u{440}\u{438} \u{645}\u{631} \u{1f642}\u{200d}\u{a0}",
 ];
 
-/// The special tokens that a tokeniser puts around every text.
+/// The special tokens that a tokenizer puts around every text.
 #[derive(Debug, PartialEq, Eq)]
 struct Frame {
     before: Vec<u32>,
@@ -59,7 +59,7 @@ impl TextTokenizer {
     ///
     /// # Errors
     /// When `tokenizer.json` is absent or invalid, or when the configuration files beside it are
-    /// invalid or name a BOS token that the tokeniser does not know.
+    /// invalid or name a BOS token that the tokenizer does not know.
     pub fn open(folder: &Path, vocab_size: usize) -> Result<Self> {
         let path = folder.join(TOKENIZER_FILE);
         let Some(bytes) = read_if_present(&path)? else {
@@ -70,7 +70,7 @@ impl TextTokenizer {
             reason: error.to_string(),
         };
         let mut tokenizer = Tokenizer::from_bytes(without_mark(&bytes)).map_err(invalid)?;
-        // Some checkpoints ship a tokeniser set up for training batches; a corpus must neither be
+        // Some checkpoints ship a tokenizer set up for training batches; a corpus must neither be
         // cut to their length nor filled up to it.
         tokenizer.with_truncation(None).map_err(invalid)?;
         tokenizer.with_padding(None);
@@ -81,13 +81,13 @@ impl TextTokenizer {
     }
 
     /// The BOS token of the model, if it has one. That encoding a text begins with it is not
-    /// implied: some tokenisers know a BOS and add none.
+    /// implied: some tokenizers know a BOS and add none.
     #[must_use]
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
 
-    /// The BOS token, if texts are to begin with it: `add_bos_token` of the tokeniser's
+    /// The BOS token, if texts are to begin with it: `add_bos_token` of the tokenizer's
     /// configuration says so, or without a word of it encoding puts one there. What llama.cpp goes
     /// by; SmolLM2 names a BOS and adds none.
     #[must_use]
@@ -108,8 +108,8 @@ impl TextTokenizer {
             && written(self).is_some_and(|mine| written(other) == Some(mine))
     }
 
-    /// How the tokens that it makes of a text differ from another tokeniser's, in words; `None` where
-    /// they do not. Files of one tokeniser differ by the program that wrote them, so vocabularies and
+    /// How the tokens that it makes of a text differ from another tokenizer's, in words; `None` where
+    /// they do not. Files of one tokenizer differ by the program that wrote them, so vocabularies and
     /// merges are compared as they are understood, and all else by what becomes of a text that has
     /// something of everything. Tokens added to those of `base` change no text without them.
     #[must_use]
@@ -145,10 +145,10 @@ impl TextTokenizer {
         Some(format!("makes other tokens of {text:?} than the base's"))
     }
 
-    /// Encodes a text, with the special tokens the tokeniser adds by itself.
+    /// Encodes a text, with the special tokens the tokenizer adds by itself.
     ///
     /// # Errors
-    /// When the tokeniser fails, or gives a token that the model has no embedding for.
+    /// When the tokenizer fails, or gives a token that the model has no embedding for.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.encode_at_least(text, usize::MAX)?.ids)
     }
@@ -204,7 +204,7 @@ impl TextTokenizer {
 }
 
 impl Frame {
-    /// Read off a letter's encoding; `None` where the tokeniser does something else than to put
+    /// Read off a letter's encoding; `None` where the tokenizer does something else than to put
     /// tokens around it.
     fn of(tokenizer: &Tokenizer) -> Option<Self> {
         let encode = |special| {
@@ -237,7 +237,7 @@ fn adds_bos(folder: &Path) -> Result<Option<bool>> {
 /// The BOS of `tokenizer_config.json` by its text, or else of `config.json` by its number.
 ///
 /// An explicit null in the former is an answer: several models list a BOS number in `config.json`
-/// that their tokeniser never uses.
+/// that their tokenizer never uses.
 fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>> {
     let path = folder.join("tokenizer_config.json");
     if let Some(token) = read_field(&path, "bos_token")? {
@@ -395,7 +395,7 @@ mod tests {
             ((x ^ (x >> 31)) % most as u64) as usize
         }
 
-        /// What texts are made of, and what tokenisers stumble over.
+        /// What texts are made of, and what tokenizers stumble over.
         fn text(&mut self, length: usize) -> String {
             const PARTS: [&str; 22] = [
                 " ", " ", " ", "\n", "\n\n", "  ", "\t", "\r\n", ".", ", ", "'s", "the", "and",

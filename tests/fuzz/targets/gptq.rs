@@ -1,4 +1,4 @@
-//! A quantised linear: settings from the input's first bytes, tensors from the rest.
+//! A quantized linear: settings from the input's first bytes, tensors from the rest.
 #![no_main]
 
 mod folder;
@@ -50,7 +50,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     fs::write(dir.join("model.safetensors"), file).expect("the input's file");
 
     let Ok(checkpoint) = Checkpoint::open(dir) else { panic!("a sound file was refused") };
-    let config = checkpoint.quantize_config().expect("a quantised folder");
+    let config = checkpoint.quantize_config().expect("a quantized folder");
     assert_eq!(config.bits, Bits::new(bits).expect("a width of the format"));
     let shape: LinearShape = checkpoint.config().block_linears()[0];
     if let Ok(linear) = checkpoint.gptq_linear(PREFIX, &shape) {

@@ -22,7 +22,7 @@ pub struct LoaderFacts {
     pub gptqmodel_stamp: bool,
     /// The group indices that the file holds.
     pub group_index: GroupIndex,
-    /// A linear of the first block that is not quantised.
+    /// A linear of the first block that is not quantized.
     pub dense_linear: Option<&'static str>,
     /// The head is the embedding, and the file does not hold it under its own name.
     pub head_only_tied: bool,
@@ -30,7 +30,7 @@ pub struct LoaderFacts {
     pub bfloat16: bool,
     /// q, k and v, and gate and up, have one group index each.
     pub shared_order: bool,
-    /// Biases of quantised linears that the architecture does not have.
+    /// Biases of quantized linears that the architecture does not have.
     pub bias: Bias,
     /// Rotary frequencies are stored.
     pub frequencies: bool,
@@ -42,7 +42,7 @@ pub struct LoaderFacts {
     pub pt_metadata: bool,
     /// Keys of quantize_config.json, where there is one.
     pub quantize_config: Option<Vec<String>>,
-    /// config.json says how the checkpoint is quantised.
+    /// config.json says how the checkpoint is quantized.
     pub quantization_config: bool,
 }
 
@@ -89,7 +89,7 @@ pub fn asks_for_bfloat16(config: &ModelConfig) -> bool {
         .any(|key| config.raw().get(*key).is_some_and(|value| value == "bfloat16"))
 }
 
-/// Biases that AutoGPTQ adds to the quantised linears of a checkpoint.
+/// Biases that AutoGPTQ adds to the quantized linears of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bias {
     /// None.

@@ -52,7 +52,7 @@ pub(super) enum Need {
     StoredIndex,
     /// A group index that is there is read as it is.
     NoPlaceholder,
-    /// Every linear of a block is quantised.
+    /// Every linear of a block is quantized.
     EveryLinear,
     /// The head is stored under its own name, tied or not.
     StoredHead,
@@ -262,7 +262,7 @@ impl Need {
             }),
             Self::AnyConfig => {
                 unless(facts.quantization_config || facts.quantize_config.is_some(), || {
-                    "no file says how it is quantised".to_owned()
+                    "no file says how it is quantized".to_owned()
                 })
             }
             Self::ModelFile => unless(named(), || {
@@ -272,7 +272,7 @@ impl Need {
                 .dense_linear
                 .map(|linear| format!("{linear} is dense: it takes every linear for packed")),
             Self::StoredHead => unless(!facts.head_only_tied, || {
-                "tied head without lm_head.weight: it leaves both uninitialised".to_owned()
+                "tied head without lm_head.weight: it leaves both uninitialized".to_owned()
             }),
             Self::OneFile => unless(!facts.sharded, || "the weights are sharded".to_owned()),
             Self::PtMetadata => {

@@ -17,7 +17,7 @@ pub(crate) use calibration::CalibrationArgs;
 pub(crate) use device::DeviceArgs;
 pub(crate) use typed::typed;
 
-/// Quantise Llama models with GPTQ and prove the result.
+/// Quantize Llama models with GPTQ and prove the result.
 #[derive(Debug, Parser)]
 #[command(name = "gptq", version, propagate_version = true)]
 pub(crate) struct Cli {

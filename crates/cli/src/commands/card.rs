@@ -13,7 +13,7 @@ use crate::printer::Printer;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Sizes, perplexities and settings come from the folders' reports; the facts are what only a
-person knows: author, licence, prompt. A README.md that is there is replaced.
+person knows: author, license, prompt. A README.md that is there is replaced.
 
 Example:
   gptq card branches --facts configs/cards/stablebeluga2.toml --repo my-org/StableBeluga2-70B-GPTQ"

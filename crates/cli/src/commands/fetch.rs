@@ -15,7 +15,7 @@ use crate::args::values::RETRIES;
   gptq fetch HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext:wikitext-2-raw-v1:test
   gptq fetch stabilityai/StableBeluga2 --revision main --json")]
 pub(crate) struct Args {
-    /// Model on the Hub: weights (safetensors, else PyTorch), configuration, tokeniser, licences
+    /// Model on the Hub: weights (safetensors, else PyTorch), configuration, tokenizer, licenses
     #[arg(value_name = "ORG/NAME", required_unless_present = "dataset")]
     model: Option<String>,
     /// Branch, tag or commit of the model [default: main]

@@ -140,7 +140,7 @@ fn checksum(checkpoint: &Checkpoint) -> Result<Checksum> {
     Ok(Checksum { sha256, bytes, seconds: start.elapsed().as_secs_f64() })
 }
 
-/// Reads every quantised linear, so that a wrong shape or group index is found here.
+/// Reads every quantized linear, so that a wrong shape or group index is found here.
 fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
     let Some(quantized) = checkpoint.quantize_config() else { return Ok(None) };
     let config = checkpoint.config();
@@ -189,12 +189,12 @@ fn text(output: &Output) -> String {
         rows.push(line("", format!("and {more} more, see --json")));
     }
     match &output.quantization {
-        None => rows.push(line("quantised", "no".to_owned())),
+        None => rows.push(line("quantized", "no".to_owned())),
         Some(q) => {
             let group = super::table::group(q.group_size);
             let act = super::table::yes_no(q.act_order);
             rows.push(line(
-                "quantised",
+                "quantized",
                 format!("{} bits, group size {group}, act-order {act}, damp {}", q.bits, q.damp),
             ));
             rows.push(line(

@@ -167,8 +167,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     saved
 }
 
-/// The base reads the model's tokens: to one whose tokeniser makes others of the text they are another
-/// text, and its perplexity and the KL say nothing. A base without a tokeniser takes what it is given.
+/// The base reads the model's tokens: to one whose tokenizer makes others of the text they are another
+/// text, and its perplexity and the KL say nothing. A base without a tokenizer takes what it is given.
 fn same_tokens(
     checkpoint: &Checkpoint,
     (name, base): (&str, &Checkpoint),

@@ -29,7 +29,7 @@ fn set_help() -> String {
     format!("Change one choice of the recipe: {}; may be repeated", gptq_quant::Choices::help())
 }
 
-/// Make one quantised checkpoint
+/// Make one quantized checkpoint
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   gptq quantize ./SmolLM2-135M --out ./SmolLM2-135M-4bit-128g --bits 4 --group-size 128
@@ -57,13 +57,13 @@ pub(crate) struct Args {
     recipe: Option<Recipe>,
     #[arg(long, value_name = "KEY=VALUE", help = set_help())]
     set: Vec<String>,
-    /// Type in which the source's weights are quantised: fp16 (rounded first, as the published
+    /// Type in which the source's weights are quantized: fp16 (rounded first, as the published
     /// branches were) or fp32 (as stored) [default: fp16]
     #[arg(long, value_name = "TYPE")]
     source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     calibration: CalibrationArgs,
-    /// Tensors beside the quantised ones: modern, or card as published in 2023 [default: modern]
+    /// Tensors beside the quantized ones: modern, or card as published in 2023 [default: modern]
     #[arg(long)]
     layout: Option<Layout>,
     /// Take the settings of this branch of --config; options given here win
@@ -251,7 +251,7 @@ fn settings(args: &Args) -> Result<Settings> {
     Ok(settings)
 }
 
-/// Draws the calibration windows with the model's own tokeniser.
+/// Draws the calibration windows with the model's own tokenizer.
 pub(super) fn sample(
     source: &gptq_checkpoint::Checkpoint,
     recipe: &CalibrationRecipe,

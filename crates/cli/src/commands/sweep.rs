@@ -50,7 +50,7 @@ pub(crate) struct Args {
     /// Dense model instead of the configuration's
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
-    /// Type in which its weights are quantised, fp16 or fp32, instead of the configuration's
+    /// Type in which its weights are quantized, fp16 or fp32, instead of the configuration's
     #[arg(long, value_name = "TYPE")]
     source_dtype: Option<SourceDtype>,
     #[command(flatten)]

@@ -1,7 +1,7 @@
 //! Cholesky and triangular inverse in f64, blocked so that the bulk is matrix products.
 //!
 //! GPTQ needs U, the upper factor with UᵀU = H⁻¹. With J the reversal of indices and L the lower
-//! Cholesky factor of J H J, U = J L⁻¹ J: one factorisation and one triangular inverse, where the
+//! Cholesky factor of J H J, U = J L⁻¹ J: one factorization and one triangular inverse, where the
 //! textbook way (factor, invert, factor again) needs three passes and loses digits twice.
 
 use ndarray::linalg::general_mat_mul;
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::tiles::tiles_mut;
 use crate::error::{Error, Result};
 
-/// Columns of a panel: its unblocked factorisation is n·PANEL² of the n³/3 operations.
+/// Columns of a panel: its unblocked factorization is n·PANEL² of the n³/3 operations.
 const PANEL: usize = 64;
 /// Side of a tile of a trailing product.
 const TILE: usize = 256;

@@ -1,4 +1,4 @@
-//! The host backend: f32 data, f64 factorisations, ndarray over matrixmultiply, rayon over tiles.
+//! The host backend: f32 data, f64 factorizations, ndarray over matrixmultiply, rayon over tiles.
 //!
 //! Work is always cut into tiles of fixed size and each tile is summed in a fixed order, so results
 //! do not depend on the number of threads.

@@ -39,7 +39,7 @@ pub(super) trait Real: DeviceRepr + Copy + Into<f64> {
         size: &mut c_int,
     ) -> dn::cusolverStatus_t;
 
-    /// Queues the factorisation of the row-major lower triangle of `a` in place.
+    /// Queues the factorization of the row-major lower triangle of `a` in place.
     ///
     /// # Safety
     /// As for [`Real::potrf_size`]; `work` holds `size` values, `info` one, all on the device.
@@ -297,7 +297,7 @@ pub(super) unsafe fn multiply_batch<T: Real>(
 /// for it; what is above the diagonal is arbitrary afterwards.
 ///
 /// # Errors
-/// [`Error::NotPositiveDefinite`] with the pivot in the order of factorisation.
+/// [`Error::NotPositiveDefinite`] with the pivot in the order of factorization.
 pub(super) fn cholesky<T: Real>(cuda: &Cuda, a: &mut CudaSlice<T>, n: usize) -> Result<()> {
     let block = Block::of_mut(cuda, a, n);
     let room = cholesky_room(cuda, block, n)?;
@@ -314,7 +314,7 @@ pub(super) fn cholesky<T: Real>(cuda: &Cuda, a: &mut CudaSlice<T>, n: usize) -> 
     }
 }
 
-const CHOLESKY: &str = "the Cholesky factorisation";
+const CHOLESKY: &str = "the Cholesky factorization";
 
 /// Values of workspace that [`queue_cholesky`] needs for a block of order `n`.
 pub(super) fn cholesky_room<T: Real>(cuda: &Cuda, a: Block<T>, n: usize) -> Result<usize> {
@@ -328,7 +328,7 @@ pub(super) fn cholesky_room<T: Real>(cuda: &Cuda, a: Block<T>, n: usize) -> Resu
     Ok(usize::try_from(size).unwrap_or(0))
 }
 
-/// Queues the factorisation of the block of order `n` at `a`; `info` becomes 0, or one more than the
+/// Queues the factorization of the block of order `n` at `a`; `info` becomes 0, or one more than the
 /// pivot that is not positive.
 ///
 /// # Safety

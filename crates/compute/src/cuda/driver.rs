@@ -158,7 +158,7 @@ fn architecture(name: &str, (major, minor): (i32, i32)) -> Result<String> {
     Ok(format!("sm_{major}{minor}{suffix}"))
 }
 
-/// Keeps freed memory in the driver's pool: by default each synchronisation gives it back.
+/// Keeps freed memory in the driver's pool: by default each synchronization gives it back.
 fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<()> {
     if !context.has_async_alloc() {
         let reason = "its driver has no memory pools".to_owned();

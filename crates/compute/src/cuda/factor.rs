@@ -38,7 +38,7 @@ const MAX_BLOCKS: usize = 1 << 16;
 
 /// U `[n, n]` in f32 with `UᵀU = H⁻¹`, H being made from the upper triangle of `gram` as `prep` says.
 ///
-/// When f32 meets a pivot that is not positive, the factorisation is repeated in f64.
+/// When f32 meets a pivot that is not positive, the factorization is repeated in f64.
 ///
 /// # Errors
 /// [`Error::NotPositiveDefinite`] when f64 fails too, with the pivot in solve order and the value
@@ -166,7 +166,7 @@ fn invert_lower<T: Real>(
     Ok(())
 }
 
-/// One level of the inversion: neighbouring inverted blocks of `half` are joined.
+/// One level of the inversion: neighboring inverted blocks of `half` are joined.
 #[derive(Debug, PartialEq, Eq)]
 struct Level {
     half: usize,

@@ -11,7 +11,7 @@ pub enum Fault {
     /// The matrix product library.
     #[error("cuBLAS reports {0:?}")]
     Cublas(#[from] cublas::result::CublasError),
-    /// The factorisation library.
+    /// The factorization library.
     #[error("cuSOLVER reports {0:?}")]
     Cusolver(#[from] cusolver::result::CusolverError),
     /// The kernel compiler.

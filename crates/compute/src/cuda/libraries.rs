@@ -26,7 +26,7 @@ pub enum Library {
     CublasLt,
     /// libcublas, matrix products.
     Cublas,
-    /// libcusolver, factorisations.
+    /// libcusolver, factorizations.
     Cusolver,
     /// libnccl, several GPUs.
     Nccl,
@@ -84,7 +84,7 @@ impl Library {
     }
 
     fn opens(self) -> bool {
-        // SAFETY: opening a library runs its initialisers; NVIDIA's have no preconditions.
+        // SAFETY: opening a library runs its initializers; NVIDIA's have no preconditions.
         unsafe {
             match self {
                 Self::Driver => driver::sys::is_culib_present(),

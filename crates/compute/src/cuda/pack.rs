@@ -42,7 +42,7 @@ pub struct PackedLinear<'a> {
 /// Tensors that do not fit each other, a `g_idx` beyond the groups, or sides that are no multiples
 /// of 32.
 pub fn dequantize(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor> {
-    const STAGE: &str = "dequantising";
+    const STAGE: &str = "dequantizing";
     check(packed)?;
     let (rows, cols) = (packed.rows, packed.cols);
     let qweight = cuda.copied(STAGE, packed.qweight)?;
@@ -67,7 +67,7 @@ pub fn dequantize(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor>
 }
 
 fn check(packed: &PackedLinear<'_>) -> Result<()> {
-    const OP: &str = "dequantise";
+    const OP: &str = "dequantize";
     let (rows, cols, bits) = (packed.rows, packed.cols, usize::from(packed.bits));
     supported(OP, (rows, cols), packed.bits)?;
     if !rows.is_multiple_of(UNIT) {

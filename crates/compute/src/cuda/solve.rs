@@ -56,13 +56,13 @@ pub struct SolveOptions<'a> {
     /// AutoGPTQ does; for one group a row, from the weights before dead columns were zeroed.
     pub fresh: bool,
     /// Scales are rounded to fp16 before codes are chosen, and a code's value before its error is
-    /// computed: the weights that the file dequantises to on a card, which keeps them in fp16.
+    /// computed: the weights that the file dequantizes to on a card, which keeps them in fp16.
     pub half_scales: bool,
     /// AutoGPTQ's absmax scales when `None`.
     pub search: Option<ClipSearch<'a>>,
 }
 
-/// A quantised linear on the device, columns in the weights' own order.
+/// A quantized linear on the device, columns in the weights' own order.
 #[derive(Debug)]
 pub struct Solved {
     cuda: Arc<Cuda>,
@@ -94,7 +94,7 @@ impl Solved {
     }
 }
 
-/// Quantises `weight` `[rows, n]` (fp16 or f32) along U `[n, n]`, which is in solve order.
+/// Quantizes `weight` `[rows, n]` (fp16 or f32) along U `[n, n]`, which is in solve order.
 ///
 /// # Errors
 /// Shapes that do not fit, an `order` that is no permutation, or a failure of the device. A weight

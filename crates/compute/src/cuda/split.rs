@@ -28,7 +28,7 @@ pub(super) const LEAST_HALF: usize = 4096;
 /// Side of the diagonal blocks that every card factors.
 const SIDE: usize = 2048;
 
-const STAGE: &str = "the shared Cholesky factorisation";
+const STAGE: &str = "the shared Cholesky factorization";
 
 /// The card that keeps a block of rows up to date: 0 1 1 0 0 1 1 … for two.
 fn owner(block: usize, cards: usize) -> usize {
@@ -74,7 +74,7 @@ pub(super) fn cholesky(
     }
 }
 
-/// What the steps of a factorisation share. The matrix and the panel outlive the queued steps.
+/// What the steps of a factorization share. The matrix and the panel outlive the queued steps.
 struct Steps<'a> {
     cuda: &'a Cuda,
     card: &'a Communicator,

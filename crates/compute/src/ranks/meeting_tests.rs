@@ -133,7 +133,7 @@ fn a_frame_that_claims_more_than_the_work_needs_loses_its_rank() {
 }
 
 #[test]
-fn a_rank_of_another_run_or_version_is_told_so() {
+fn a_rank_of_another_run_or_version_is_warned() {
     let mut launches = launches(2, Duration::from_millis(700));
     launches[1].run_id = Some("another run".to_owned());
     std::thread::scope(|scope| {

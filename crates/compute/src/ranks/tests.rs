@@ -148,7 +148,7 @@ fn announced_ranks_take_no_room() {
 }
 
 #[test]
-fn what_ranks_do_not_have_alike_is_told_by_all_of_them() {
+fn what_ranks_do_not_have_alike_is_reported_by_all_of_them() {
     for differing in [0, 2] {
         let outcomes = on_threads(sockets(3), |ranks| {
             let seed = if ranks.rank() == differing { 7 } else { 0 };

@@ -87,7 +87,7 @@ pub struct SweepConfig {
     pub calibration: CalibrationRecipe,
     /// File layout of every branch.
     pub layout: Layout,
-    /// What is quantised of the source's weights.
+    /// What is quantized of the source's weights.
     pub source_dtype: SourceDtype,
     /// What to measure each branch on.
     pub evaluation: Option<EvaluationSpec>,

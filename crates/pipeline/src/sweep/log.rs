@@ -37,7 +37,7 @@ pub struct SweepRow {
     pub dir: PathBuf,
     /// Bytes of the weight files.
     pub file_bytes: u64,
-    /// Seconds to quantise and write; `null` when an earlier run did and its table is gone.
+    /// Seconds to quantize and write; `null` when an earlier run did and its table is gone.
     #[serde(alias = "quantise_seconds")]
     pub quantize_seconds: Option<f64>,
     /// Seconds to measure, as above.
@@ -86,7 +86,7 @@ impl SweepRow {
 pub struct SweepReport {
     /// Source model.
     pub model: String,
-    /// What was quantised of its weights.
+    /// What was quantized of its weights.
     pub source_dtype: SourceDtype,
     /// The dense model, its weights of that type, on the evaluation text.
     pub baseline: Option<Perplexity>,

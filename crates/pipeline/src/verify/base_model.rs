@@ -1,4 +1,4 @@
-//! What the weights are computed with, against the base's: config.json and the tokeniser.
+//! What the weights are computed with, against the base's: config.json and the tokenizer.
 //!
 //! A checkpoint carries both on from its base. A changed key leaves every tensor as it was and makes
 //! another model of them. What is compared is what the files mean, not how they are spelt: absent keys
@@ -11,7 +11,7 @@ use gptq_text::tokens::TextTokenizer;
 
 use super::findings::{Check, Findings};
 
-/// Compares the configuration and the tokeniser with the base's.
+/// Compares the configuration and the tokenizer with the base's.
 pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut Findings) {
     findings.examine(Check::Model, 1);
     for (key, mine, theirs) in differences(checkpoint.config(), base.config()) {

@@ -1,4 +1,4 @@
-//! Values that have a rule of their own: zeros, group indices, scales, and all that is not quantised.
+//! Values that have a rule of their own: zeros, group indices, scales, and all that is not quantized.
 
 use std::collections::BTreeSet;
 
@@ -27,7 +27,7 @@ pub(super) struct Values {
     placeholder_index: bool,
     /// Linears that are fused have one group index.
     pub(super) shared_order: bool,
-    /// Quantised linears have bias tensors that their architecture does not.
+    /// Quantized linears have bias tensors that their architecture does not.
     pub(super) biases: bool,
     /// Some of them are not zero.
     pub(super) bias_values: bool,
@@ -259,7 +259,7 @@ fn check_bias(checkpoint: &Checkpoint, name: &str, findings: &mut Findings, valu
     }
 }
 
-/// All that is not part of a quantised linear, and the biases that the architecture itself has.
+/// All that is not part of a quantized linear, and the biases that the architecture itself has.
 fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings, values: &mut Values) {
     let linears = checkpoint.config().linears();
     let added = linears.filter(|(_, shape)| !shape.bias).map(|(name, _)| format!("{name}.bias"));

@@ -1,4 +1,4 @@
-//! What is not quantised against the base's, in the same coordinates.
+//! What is not quantized against the base's, in the same coordinates.
 
 use gptq_checkpoint::{Checkpoint, HEAD, Head, LEAVES, Layout, QuantizeConfig, tensor_specs};
 use half::f16;

@@ -29,11 +29,11 @@ pub enum Check {
     Scales,
     /// Norms, embeddings, head and the architecture's biases are finite, biases that AutoGPTQ adds zero.
     Dense,
-    /// config.json and the tokeniser make the base's model of the tensors.
+    /// config.json and the tokenizer make the base's model of the tensors.
     Model,
-    /// Every linear is a quantisation of the base's.
+    /// Every linear is a quantization of the base's.
     Weights,
-    /// Tensors that are not quantised are the base's.
+    /// Tensors that are not quantized are the base's.
     DenseWeights,
     /// Output errors, perplexity and KL divergence are within their limits.
     Limits,

@@ -1,4 +1,4 @@
-//! How a quantised linear sits on the weights that it should stand for, without calibration data.
+//! How a quantized linear sits on the weights that it should stand for, without calibration data.
 //!
 //! What makes this hard is that a sound file may be far from its base. GPTQ solves the columns one
 //! after another and makes the later ones pay for the rounding of the earlier ones, at the rate at
@@ -74,7 +74,7 @@ const MIN_SWAP: f64 = 2.0;
 /// Scatter of a group's gains below which its scales are right.
 const MAX_SCATTER: f64 = 0.05;
 
-/// How a quantised linear sits on its weights.
+/// How a quantized linear sits on its weights.
 pub(super) struct Fit {
     /// Energy of the difference, and of the weights.
     pub(super) error: f64,

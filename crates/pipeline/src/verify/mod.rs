@@ -4,7 +4,7 @@
 //! and against the tensors ([`structure`]), and every value that has a rule ([`contents`]). With the
 //! dense model that it was made from: what the weights are computed with ([`base_model`]), every linear in the
 //! same coordinates ([`weights`]), which shows single words that were changed, and all that is not
-//! quantised ([`dense`]). With a text: output
+//! quantized ([`dense`]). With a text: output
 //! errors on the checkpoint's own activations, perplexity and KL divergence ([`outputs`]).
 //!
 //! Any 32-bit word is a valid run of codes, so codes are in range by construction; a damaged one is
@@ -39,7 +39,7 @@ pub use job::{Limits, VerifyJob};
 pub use outputs::Outputs;
 pub use weights::{LinearError, Weights};
 
-/// How the checkpoint is quantised, as its tensors have it.
+/// How the checkpoint is quantized, as its tensors have it.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Settings {
     /// Width of a code.

@@ -15,7 +15,7 @@ use super::contents::Values;
 use super::findings::{Check, Findings};
 use crate::error::Result;
 
-/// The two places that say how a checkpoint is quantised.
+/// The two places that say how a checkpoint is quantized.
 pub(super) struct ConfigFiles {
     /// The keys of each, by the name of its file; absent where the file or the key is.
     found: BTreeMap<&'static str, std::result::Result<Map<String, Value>, String>>,
@@ -209,7 +209,7 @@ fn check_agreement(one: &QuantizeConfig, other: &QuantizeConfig, findings: &mut 
     }
 }
 
-/// The linears that are quantised.
+/// The linears that are quantized.
 fn modules(config: &QuantizeConfig) -> String {
     let Some(mut names) = config.modules_in_block.clone() else { return "all".to_owned() };
     names.sort();
@@ -312,7 +312,7 @@ fn missing(checkpoint: &Checkpoint, stored: &QuantizeConfig, name: &str) -> Opti
     })
 }
 
-/// Loaders cast what is not quantised; the tensors of a linear have one type each.
+/// Loaders cast what is not quantized; the tensors of a linear have one type each.
 fn takes(spec: &TensorSpec, found: DType) -> bool {
     let cast = matches!(spec.dtype, DType::F16 | DType::F32) && !spec.name.ends_with(".scales");
     found == spec.dtype || (cast && found != DType::I32)
