@@ -6,6 +6,7 @@ pub(crate) mod gpus;
 #[allow(dead_code, reason = "tests that need more than a computer use it")]
 pub(crate) mod needs;
 pub(crate) mod runs;
+mod split_mix;
 pub(crate) mod torch_file;
 #[allow(dead_code, reason = "tests of the verifier use it")]
 pub(crate) mod weight_file;
@@ -149,12 +150,7 @@ impl Noise {
     }
 
     pub(crate) fn next(&mut self) -> f32 {
-        // splitmix64: passes statistical tests, and is five lines.
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
+        (split_mix::split_mix(&mut self.0) >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 }
 

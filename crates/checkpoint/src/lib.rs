@@ -41,6 +41,7 @@ mod partial;
 mod pickle;
 mod pytorch;
 mod quantize_config;
+mod quantize_keys;
 mod reader;
 mod rope;
 mod settings;

@@ -79,7 +79,8 @@ impl LocalRanks {
         part: impl Fn(&Device, &Ranks) -> Result<R> + Sync,
     ) -> Result<Option<R>> {
         let Self { devices, mut handles } = self;
-        if let ([device], Some(handle)) = (devices.as_slice(), handles.pop_if(|handle| handle.size() == 1))
+        if let ([device], Some(handle)) =
+            (devices.as_slice(), handles.pop_if(|handle| handle.size() == 1))
         {
             return handle.run(device, |ranks| part(device, ranks)).map(Some);
         }

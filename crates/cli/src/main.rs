@@ -14,9 +14,9 @@ mod hub;
 #[path = "hub_on/mod.rs"]
 mod hub;
 mod launch;
+mod local_ranks;
 mod plain;
 mod printer;
-mod local_ranks;
 
 use std::process::ExitCode;
 

@@ -1,4 +1,6 @@
 //! Digests as text.
+//!
+//! `records` and `hub` have their own such line: this crate knows nothing of theirs, nor they of it.
 
 /// Bytes in hexadecimal, two small letters or digits each.
 pub(crate) fn hex(bytes: &[u8]) -> String {

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use gptq_checkpoint::{CONFIG_FILE, read_small};
 
@@ -11,6 +11,7 @@ use crate::api::{Api, Kind};
 use crate::cache::RepoCache;
 use crate::download::Download;
 use crate::listing::{Listing, RemoteFile, clash};
+use crate::lock::lock;
 use crate::needed::{Needed, available_splits, model_files, shards, split_files};
 use crate::progress::Meter;
 use crate::revision::check_revision;
@@ -243,7 +244,7 @@ pub(crate) fn side_by_side<T: Sync>(
     work: impl Fn(&T) -> Result<()> + Sync,
 ) -> Result<()> {
     let queue = Mutex::new(items.iter());
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let next = || lock(&queue).next();
     let work = || -> Result<()> {
         while let Some(item) = next() {
             if let Err(error) = work(item) {

@@ -163,7 +163,8 @@ impl Refusal {
         let mut message = self.header(hub, "x-error-message");
         if message.is_empty() {
             let body: serde_json::Value = serde_json::from_slice(&self.body).unwrap_or_default();
-            message = hub.redacted(body["error"].as_str().or(body["message"].as_str()).unwrap_or(""));
+            message =
+                hub.redacted(body["error"].as_str().or(body["message"].as_str()).unwrap_or(""));
         }
         if message.is_empty() { message } else { format!(": {}", words(&message)) }
     }

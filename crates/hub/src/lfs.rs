@@ -20,6 +20,7 @@ use crate::api::Api;
 use crate::fetch::side_by_side;
 use crate::http::same_server;
 use crate::listing::on_endpoint;
+use crate::lock::lock;
 use crate::progress::Meter;
 use crate::retry::{Failure, Patience};
 use crate::send::{Answer, Outgoing, Payload, Sender};
@@ -271,7 +272,9 @@ impl Storage<'_> {
             return Err(Error::Changed { path: object.path.clone() });
         }
         match verify {
-            Some(url) => self.confirm(object, url, &json!({"oid": object.oid, "size": object.bytes})),
+            Some(url) => {
+                self.confirm(object, url, &json!({"oid": object.oid, "size": object.bytes}))
+            }
             None => Ok(()),
         }
     }
@@ -286,7 +289,7 @@ impl Storage<'_> {
         let done = side_by_side(&numbered, &stop, doing, |&(number, piece)| {
             let etag = self.piece(piece, &stop)?;
             sent.fetch_add(piece.length, Ordering::Relaxed);
-            etags.lock().unwrap_or_else(PoisonError::into_inner)[number] = etag;
+            lock(&etags)[number] = etag;
             Ok(())
         });
         if done.is_err() {
@@ -299,7 +302,7 @@ impl Storage<'_> {
 
     fn piece(&self, piece: &Piece<'_>, stop: &Stop) -> Result<Option<String>> {
         let Piece { object, start, length, .. } = *piece;
-        let idle = || self.senders.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = || lock(self.senders);
         let sender = match idle().pop() {
             Some(sender) => sender,
             None => Sender::new(self.api.hub(), &object.name)?,

@@ -29,6 +29,7 @@ mod http;
 mod hub;
 mod lfs;
 mod listing;
+mod lock;
 mod needed;
 mod offline;
 mod plan;

@@ -1,6 +1,8 @@
 //! What a transfer tells while it runs.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::lock::lock;
 
 /// Listens to a transfer; called from several threads.
 pub trait Progress: Sync {
@@ -58,7 +60,7 @@ impl<'a> Meter<'a> {
     }
 
     fn bytes(&self) -> MutexGuard<'_, Bytes> {
-        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.bytes)
     }
 
     pub(crate) fn progress(&self) -> &'a dyn Progress {

@@ -98,7 +98,8 @@ impl<'a> Sender<'a> {
         let mut url = request.url.clone();
         for _ in 0..REDIRECTS {
             let sent = Arc::new(AtomicU64::new(0));
-            let answer = self.watched(self.request(request, &url, &sent).send(), &sent, on_progress);
+            let answer =
+                self.watched(self.request(request, &url, &sent).send(), &sent, on_progress);
             let response = answer.await?;
             if matches!(response.status().as_u16(), 307 | 308) {
                 url = self.followed(&url, response.headers(), purpose)?;
@@ -144,7 +145,8 @@ impl<'a> Sender<'a> {
 
     /// Where a request is sent on to. What is for the Hub goes nowhere else.
     fn followed(&self, from: &Url, headers: &HeaderMap, purpose: Purpose<'_>) -> Result<Url> {
-        let location = headers.get(LOCATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let location =
+            headers.get(LOCATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let next = from.join(location).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
         let unusable = |reason: String| Error::Answer { what: purpose.what.to_owned(), reason };
         let next = next.ok_or_else(|| unusable("it is sent on to no address".to_owned()))?;

@@ -3,6 +3,8 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::lock::lock;
+
 /// Set once, when what is under way is of no use any more.
 pub(crate) struct Stop {
     set: Mutex<bool>,
@@ -30,6 +32,6 @@ impl Stop {
     }
 
     fn lock(&self) -> MutexGuard<'_, bool> {
-        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.set)
     }
 }

@@ -15,6 +15,7 @@ use crate::cache::RepoCache;
 use crate::download::Download;
 use crate::fetch::{Bring, choose, listed};
 use crate::listing::RemoteFile;
+use crate::lock::lock;
 use crate::progress::Meter;
 use crate::revision::check_revision;
 use crate::stop::Stop;
@@ -174,7 +175,7 @@ impl Drop for Stream {
 
 impl Shared {
     fn places(&self) -> MutexGuard<'_, Vec<Place>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.places)
     }
 
     /// Downloads shards as there is room for them, until none is left or one fails.

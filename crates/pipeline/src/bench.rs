@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use gptq_checkpoint::{Rope, RopeScaling};
 use gptq_compute::{Agreement, Device, FloatType, HostMatrix, Ranks, RopeTable};
 use gptq_model::{Block, BlockParts, LinearId};
-use gptq_quant::QuantSpec;
+use gptq_quant::{QuantSpec, split_mix};
 use gptq_text::calibration::MOST_TOKENS;
 use half::f16;
 use ndarray::Array2;
@@ -341,8 +341,9 @@ fn synthetic_states(
     for chunk in 0..chunks {
         let first = windows.start + chunk * most;
         let tokens = most.min(windows.end - first) * seq_len;
-        let ids: Vec<u32> =
-            (0..tokens).map(|t| (mix((first * seq_len + t) as u64) % ROWS as u64) as u32).collect();
+        let ids: Vec<u32> = (0..tokens)
+            .map(|t| (split_mix(&mut ((first * seq_len + t) as u64)) % ROWS as u64) as u32)
+            .collect();
         hidden.put(chunk, device.gather_rows(table, &ids)?)?;
     }
     Ok(States { hidden, seq_lens: vec![seq_len; chunks] })
@@ -368,17 +369,9 @@ fn in_turns(mut ways: [&mut dyn FnMut() -> Result<()>; 2]) -> Result<[f64; 2]> {
     Ok(least)
 }
 
-/// Reproducible bits (the finalizer of SplitMix64).
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
-}
-
 /// A reproducible value in −1..1.
-fn noise(index: u64) -> f32 {
-    (mix(index) >> 40) as f32 / (1 << 23) as f32 - 1.0
+fn noise(mut index: u64) -> f32 {
+    (split_mix(&mut index) >> 40) as f32 / (1 << 23) as f32 - 1.0
 }
 
 fn uniform(rows: usize, cols: usize, seed: u64) -> Array2<f32> {

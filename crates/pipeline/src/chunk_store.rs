@@ -91,7 +91,9 @@ impl ChunkStore {
     fn send_for(&mut self, chunk: usize) -> Result<()> {
         let Some(slot) = self.slots.get_mut(chunk) else { return Ok(()) };
         *slot = match std::mem::replace(slot, Slot::Empty) {
-            Slot::Offloaded(mut offloaded) => Slot::Prefetched(self.device.prefetch(&mut offloaded)?, offloaded),
+            Slot::Offloaded(mut offloaded) => {
+                Slot::Prefetched(self.device.prefetch(&mut offloaded)?, offloaded)
+            }
             other => other,
         };
         Ok(())
@@ -108,7 +110,8 @@ mod tests {
             let store = ChunkStore::new(&Device::Cpu, 32, share);
             let offloaded: Vec<usize> = (0..32).filter(|&c| store.offloads(c)).collect();
             assert!(
-                offloaded.len() as f64 >= 32.0 * share && offloaded.len() as f64 <= 32.0 * share + 1.0
+                offloaded.len() as f64 >= 32.0 * share
+                    && offloaded.len() as f64 <= 32.0 * share + 1.0
             );
             let gaps = offloaded.windows(2).map(|w| w[1] - w[0]);
             assert!(share == 0.0 || gaps.max().unwrap_or(0) as f64 <= (1.0 / share).ceil());

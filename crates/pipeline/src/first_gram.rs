@@ -11,7 +11,7 @@
 //!   a thread of their own behind the work on the block before (see `read_ahead`).
 //! - The unquantized model's states that `best` compares with: 17 GB for each of 80 blocks.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gptq_compute::Gram;
 use gptq_quant::Rotate;
@@ -23,9 +23,14 @@ use crate::error::Result;
 pub struct FirstGrams(Mutex<Vec<(Rotate, Arc<Gram>)>>);
 
 impl FirstGrams {
+    /// Nothing that panics leaves a half-made entry.
+    fn made(&self) -> MutexGuard<'_, Vec<(Rotate, Arc<Gram>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// How many there will be when one more rotation is asked for.
     pub(crate) fn after_one_more(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).len() + 1
+        self.made().len() + 1
     }
 
     /// The Gram of a source turned by `rotate`; `make` is called for the first branch only.
@@ -34,8 +39,7 @@ impl FirstGrams {
         rotate: Rotate,
         make: impl FnOnce() -> Result<Gram>,
     ) -> Result<Arc<Gram>> {
-        // Nothing that panics leaves a half-made entry.
-        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut made = self.made();
         if let Some((_, gram)) = made.iter().find(|(of, _)| *of == rotate) {
             return Ok(Arc::clone(gram));
         }

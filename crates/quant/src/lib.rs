@@ -21,7 +21,7 @@ mod trial;
 pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision};
 pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
-pub use rotation::Rotation;
+pub use rotation::{Rotation, split_mix};
 pub use rtn::round_to_nearest;
 pub use solved::{Codes, Quantized, Stored};
 pub use solver::solve;

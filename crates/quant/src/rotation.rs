@@ -107,8 +107,9 @@ fn walsh_hadamard(x: &mut [f32]) {
     }
 }
 
-/// SplitMix64 (Steele et al. 2014): a fixed stream, so that a seed means the same signs for ever.
-fn split_mix(state: &mut u64) -> u64 {
+/// The next number of SplitMix64 (Steele et al. 2014): a fixed stream, so that a seed means the same
+/// signs for ever.
+pub fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -41,7 +41,10 @@ fn values_beyond_their_tolerance_fail_and_those_within_do_not() {
     let perplexity = |value: f64| after(|b| b.evaluations[0].perplexity = value);
     assert!(perplexity(19.09).passed, "0.47 %");
     let worse = perplexity(19.1);
-    assert_eq!((worse.passed, verdicts(&worse)), (false, vec!["4bit-32g perplexity WORSE".to_owned()]));
+    assert_eq!(
+        (worse.passed, verdicts(&worse)),
+        (false, vec!["4bit-32g perplexity WORSE".to_owned()])
+    );
     let kl = |value: f64| after(|b| b.evaluations[0].kl = Some(value));
     assert!(kl(0.010_49).passed);
     let worse = kl(0.010_51);
@@ -108,7 +111,10 @@ fn branches_may_be_added_but_not_lost() {
 #[test]
 fn a_kl_that_is_no_longer_measured_is_missing() {
     let outcome = after(|b| b.evaluations[0].kl = None);
-    assert_eq!((outcome.passed, verdicts(&outcome)), (false, vec!["4bit-32g kl MISSING".to_owned()]));
+    assert_eq!(
+        (outcome.passed, verdicts(&outcome)),
+        (false, vec!["4bit-32g kl MISSING".to_owned()])
+    );
 }
 
 #[test]

@@ -353,9 +353,14 @@ mod tests {
             change(&mut now);
             one.difference(&now).unwrap()
         };
-        assert_eq!(difference(|m| m.model = "other".to_owned()), "the model was org/model, now other");
+        assert_eq!(
+            difference(|m| m.model = "other".to_owned()),
+            "the model was org/model, now other"
+        );
         assert_eq!(difference(|m| m.windows = 7), "the number of windows was 40, now 7");
-        assert!(difference(|m| m.fingerprint.push('0')).contains("text of heldout.txt has changed"));
+        assert!(
+            difference(|m| m.fingerprint.push('0')).contains("text of heldout.txt has changed")
+        );
         assert!(difference(|m| m.protocol = "strided".to_owned()).contains("protocol"));
         assert!(difference(|m| m.seq_len = 1).contains("window length"));
         assert!(difference(|m| m.tokens = 1).contains("tokens scored"));

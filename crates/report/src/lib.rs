@@ -23,7 +23,8 @@ pub mod page;
 mod samples;
 mod scatter;
 mod summary;
-mod units;
+pub mod units;
+mod verdict;
 
 pub use collect::Report;
 pub use error::{Error, Result};

@@ -79,12 +79,14 @@ pub(crate) fn count(value: usize) -> String {
 }
 
 /// `128`, or `none`.
-pub(crate) fn group(group_size: Option<usize>) -> String {
+#[must_use]
+pub fn group(group_size: Option<usize>) -> String {
     gptq_checkpoint::GroupSize(group_size).to_string()
 }
 
 /// `yes` or `no`.
-pub(crate) fn yes_no(value: bool) -> &'static str {
+#[must_use]
+pub fn yes_no(value: bool) -> &'static str {
     if value { "yes" } else { "no" }
 }
 

@@ -11,6 +11,9 @@
 #[cfg(test)]
 #[path = "../../../tests/util/needs.rs"]
 mod needs;
+#[cfg(test)]
+#[path = "../../../tests/util/split_mix.rs"]
+mod split_mix;
 
 pub mod calibration;
 pub mod dataset;

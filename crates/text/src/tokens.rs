@@ -389,10 +389,7 @@ mod tests {
 
     impl Random {
         fn below(&mut self, most: usize) -> usize {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            ((x ^ (x >> 31)) % most as u64) as usize
+            (crate::split_mix::split_mix(&mut self.0) % most as u64) as usize
         }
 
         /// What texts are made of, and what tokenizers stumble over.

@@ -11,8 +11,8 @@ use gptq_pipeline::progress::Progress;
 use super::values::parse_bytes;
 use crate::hint::advised;
 use crate::launch::{Launched, launched};
-use crate::printer::Printer;
 use crate::local_ranks::LocalRanks;
+use crate::printer::Printer;
 
 /// Where to compute.
 #[derive(Debug, Args)]

@@ -62,8 +62,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     spec.set(&args.set)?;
     let device = local_ranks.name();
     let work = (args.windows, args.seq_len);
-    let block =
-        local_ranks.run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
+    let block = local_ranks
+        .run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
     let Some(block) = block else { return Ok(()) };
     let choices = spec.choices.to_string();
     let peak_host_bytes = host_memory::peak();

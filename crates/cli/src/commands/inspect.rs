@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use gptq_checkpoint::{Checkpoint, RopeScaling, Strays};
+use gptq_records::digest::hex;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -136,7 +137,7 @@ fn checksum(checkpoint: &Checkpoint) -> Result<Checksum> {
         bytes += tensor.bytes.len() as u64;
         checkpoint.release(name);
     }
-    let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    let sha256 = hex(&hash.finalize());
     Ok(Checksum { sha256, bytes, seconds: start.elapsed().as_secs_f64() })
 }
 

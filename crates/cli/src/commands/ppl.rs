@@ -131,7 +131,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         text.dataset,
         text.protocol()
     ));
-    let (device, device_name, ranks) = (local_ranks.device().clone(), local_ranks.name(), local_ranks.ranks());
+    let (device, device_name, ranks) =
+        (local_ranks.device().clone(), local_ranks.name(), local_ranks.ranks());
     let measured = local_ranks.run(|device, ranks| {
         let base = base.as_ref().map(|(_, base)| base);
         ranks.agree(|| agreement::perplexity(&checkpoint, base, &text))?;

@@ -149,7 +149,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let local_ranks = args.device.open(printer)?;
     let calibration =
         if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
-    let (device, device_name, ranks) = (local_ranks.device().clone(), local_ranks.name(), local_ranks.ranks());
+    let (device, device_name, ranks) =
+        (local_ranks.device().clone(), local_ranks.name(), local_ranks.ranks());
     let outcome = local_ranks.run(|device, ranks| {
         let job = QuantizeJob {
             source: &source,

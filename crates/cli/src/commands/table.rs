@@ -6,6 +6,8 @@ use gptq_text::evaluation::EvalText;
 
 use crate::plain::plain_word;
 
+pub(crate) use gptq_report::units::group;
+
 /// A borderless table; `left` names the number of leading columns that hold text.
 pub(crate) fn table(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
     let mut table = Table::new();
@@ -60,12 +62,7 @@ pub(crate) fn perplexity(result: &Perplexity, text: &EvalText, dtype: &str) -> S
     )
 }
 
-/// `none` or the number of columns.
-pub(crate) fn group(group_size: Option<usize>) -> String {
-    gptq_checkpoint::GroupSize(group_size).to_string()
-}
-
 /// `yes` or `no`.
 pub(crate) fn yes_no(value: bool) -> String {
-    if value { "yes" } else { "no" }.to_owned()
+    gptq_report::units::yes_no(value).to_owned()
 }

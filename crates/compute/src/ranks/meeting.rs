@@ -264,7 +264,8 @@ impl Reception {
         let more = count - self.reasons.len();
         let more = if more > 0 { format!("; {more} more") } else { String::new() };
         let calls = if count == 1 { "1 call".to_owned() } else { format!("{count} calls") };
-        (count > 0).then(|| format!("rank 0 turned away {calls}: {}{more}", self.reasons.join("; ")))
+        (count > 0)
+            .then(|| format!("rank 0 turned away {calls}: {}{more}", self.reasons.join("; ")))
     }
 
     /// The ranks that are not there.

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Result};
+use crate::hex::hex;
 
 /// Letters of a drawn id.
 const LETTERS: usize = 64;
@@ -131,7 +132,7 @@ fn owner(dir: &Path) -> io::Result<u32> {
 fn draw() -> io::Result<String> {
     let mut bytes = [0; LETTERS / 2];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&bytes))
 }
 
 #[cfg(test)]

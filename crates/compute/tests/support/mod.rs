@@ -3,6 +3,9 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
 
+#[path = "../../../../tests/util/split_mix.rs"]
+mod split_mix;
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use gptq_compute::{FloatType, Tensor};
@@ -21,11 +24,7 @@ impl Random {
     }
 
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        split_mix::split_mix(&mut self.0)
     }
 
     pub fn below(&mut self, bound: usize) -> usize {

@@ -9,6 +9,7 @@ use gptq_checkpoint::{
     Bits, CONFIG_FILE, Checkpoint, DType, Head, Layout, LinearShape, ModelConfig,
     QUANTIZE_CONFIG_FILE, QuantizeConfig, TensorSpec, json_text, tensor_specs,
 };
+use gptq_report::units::group;
 use serde_json::{Map, Value};
 
 use super::contents::Values;
@@ -214,11 +215,6 @@ fn modules(config: &QuantizeConfig) -> String {
     let Some(mut names) = config.modules_in_block.clone() else { return "all".to_owned() };
     names.sort();
     names.join(", ")
-}
-
-/// `none`, or the columns of a group.
-pub(super) fn group(size: Option<usize>) -> String {
-    gptq_checkpoint::GroupSize(size).to_string()
 }
 
 /// What the headers of the weight files say beside their tensors.

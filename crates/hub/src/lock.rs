@@ -1,0 +1,9 @@
+//! Locking where a panic under the lock leaves nothing half-done. `compute` has the same few lines, of
+//! which this crate is not to know.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Takes the lock, whatever became of its last owner.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
