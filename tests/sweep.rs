@@ -247,7 +247,7 @@ fn another_evaluation_measures_again_and_makes_nothing() {
 
 /// Everything that a run which was killed between two steps can leave, by hand.
 #[test]
-fn left_overs_of_every_step_are_gone_on_with() {
+fn left_overs_of_every_step_are_resumed() {
     let dir = prepared();
     run(&dir, &["--only", "a"]);
     let whole = contents(&dir.path("out/a"));

@@ -40,7 +40,7 @@ struct Shard {
     name: String,
     tensors: Vec<String>,
     arrived: OnceLock<Arrived>,
-    /// Held by whoever fetches the shard.
+    /// Held while the shard is fetched.
     coming: Mutex<()>,
 }
 

@@ -2,7 +2,7 @@
 //! from it.
 //!
 //! Only what the engine computes with becomes a field. The rest is kept as it was read, in order,
-//! because a quantized checkpoint carries the source's config on. What tells the families apart is
+//! because a quantized checkpoint carries the source's config on. What distinguishes the families is
 //! a table in `family`; what would need another forward pass is refused by name.
 
 use std::io::ErrorKind;
@@ -95,7 +95,7 @@ impl ModelConfig {
         let kv_heads = kv_heads(&fields, family, heads)?;
         let head_dim = head_dim(&fields, family, hidden_size, heads)?;
         let layers = fields.size("num_hidden_layers", None, MAX_BLOCKS)?;
-        // Whoever needs it reads it himself; what is no token shows now.
+        // It is read again where it is needed; what is no token shows now.
         fields.token("bos_token_id")?;
         let context = fields.size("max_position_embeddings", Some(family.context), MAX_CONTEXT)?;
         let sliding_window = family.sliding_window(&fields, layers)?;

@@ -29,7 +29,7 @@ pub enum Head {
 }
 
 impl Head {
-    /// What to tell who uses such a checkpoint.
+    /// The warning for users of such a checkpoint.
     #[must_use]
     pub fn warning(self) -> Option<&'static str> {
         (self == Self::Untied).then_some(

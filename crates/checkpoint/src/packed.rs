@@ -1,4 +1,4 @@
-//! Quantized linears as files in the wild hold them: one opinion for whoever reads, shows or
+//! Quantized linears as files in the wild hold them: one opinion for all code that reads, shows or
 //! verifies.
 //!
 //! Programs disagree about the format, and some of what they write contradicts its own settings.
@@ -25,7 +25,7 @@ use crate::{
 /// How the stored zeros of a linear relate to its settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoredZeros {
-    /// As the settings say; zeros of an asymmetric grid cannot tell otherwise.
+    /// As the settings say; zeros of an asymmetric grid cannot show otherwise.
     AsDeclared,
     /// All are the middle of the grid in the other format: not minus one under `gptq`, or minus one
     /// under `gptq_v2`.
@@ -166,7 +166,7 @@ impl Checkpoint {
 
     /// How the zeros and the group indices of all packed linears relate to the settings, and in what
     /// types they and the scales are stored. Reads these tensors of each; what cannot be read is left
-    /// to whoever needs it.
+    /// to the code that needs it.
     #[must_use]
     pub fn packed_notes(&self) -> PackedNotes {
         let mut notes = PackedNotes::default();
@@ -278,7 +278,7 @@ impl GptqLinear {
 }
 
 impl QuantizeConfig {
-    /// Whether only `g_idx` tells which group a column of such a linear belongs to.
+    /// Whether only `g_idx` shows which group a column of such a linear belongs to.
     #[must_use]
     pub fn order_is_stored(&self, in_features: usize) -> bool {
         self.desc_act && self.groups(in_features) > 1

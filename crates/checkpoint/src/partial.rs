@@ -1,13 +1,12 @@
 //! The working folder of a checkpoint in the making.
 //!
 //! A checkpoint grows in `NAME.partial` beside `NAME` and appears under its name by one rename, so
-//! nothing half-made is ever found there. The folder holds a locked marker file: the marker tells
-//! a left-over of ours, which the next run may delete or go on with, from a folder that happens to
-//! have the name; the lock tells a left-over from another run that is still at work. The system
-//! takes a dead process's locks away, so there is no such thing as a stale one.
+//! nothing half-made is ever found there. The folder holds a marker file: without it, a folder that
+//! happens to have the name is not ours, and is left alone. The run at work holds a lock on the
+//! marker; a folder whose marker is free was left by a killed run, and the next one may delete or
+//! resume it. The system releases a dead process's locks, so there is no such thing as a stale one.
 //!
-//! A run may be killed between any two of the steps here: whatever is left is recognized by the
-//! next one. That is why the marker is the first thing made and the last one removed.
+//! A run may be killed between any two of the steps here, and the next one recognizes what is left. That is why the marker is the first thing made and the last one removed.
 
 mod output;
 

@@ -340,7 +340,7 @@ impl<'a> Machine<'a> {
         };
         match (function, arguments.as_slice()) {
             (Global::OrderedDict, []) => self.new_dict(),
-            // A parameter is its tensor, for whoever reads it.
+            // A parameter is its tensor, for every reader.
             (
                 Global::RebuildParameter,
                 &[tensor @ Value::Tensor(_), Value::Bool, Value::Dict(_)],

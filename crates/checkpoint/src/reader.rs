@@ -49,7 +49,7 @@ impl Checkpoint {
     }
 
     /// As [`Checkpoint::open`], but quantize_config.json holds where config.json contradicts it. For
-    /// whoever looks for all that is wrong.
+    /// a search for all that is wrong.
     ///
     /// # Errors
     /// As [`Checkpoint::open`], without [`Error::ContradictingConfig`].
@@ -161,8 +161,8 @@ impl Checkpoint {
         Stored { config: &self.config, packed: &packed }.strays(self.names())
     }
 
-    /// What whoever reads the checkpoint should know: a sentence each. Of
-    /// [`Checkpoint::open_arriving`], what names can tell: [`Checkpoint::head`] waits for shards.
+    /// What a reader of the checkpoint should know: a sentence each. Of
+    /// [`Checkpoint::open_arriving`], what names can show: [`Checkpoint::head`] waits for shards.
     ///
     /// # Errors
     /// As [`Checkpoint::head`].

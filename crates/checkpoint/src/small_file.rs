@@ -1,7 +1,7 @@
 //! Small files, read whole: configurations, indices, tokenizers.
 //!
 //! A folder may come from anywhere, so a name in it may lead to a pipe, which nobody writes to, or to
-//! a device, which has no end. Whoever reads a file whole reads it here.
+//! a device, which has no end. Every file that is read whole is read here.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};

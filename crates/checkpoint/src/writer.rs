@@ -131,7 +131,7 @@ impl CheckpointWriter {
     ///
     /// # Errors
     /// A linear that disagrees with itself or with the plan, [`Error::WrittenTwice`], and
-    /// [`Error::Io`]. Unless it is the last, nothing was written.
+    /// [`Error::Io`]. After any other error than that, nothing of this linear was written.
     pub fn write_linear(&mut self, prefix: &str, linear: &GptqLinear) -> Result<()> {
         linear.check(prefix)?;
         let (words, groups) = (linear.bits.words(linear.in_features), linear.groups);

@@ -1,5 +1,5 @@
 //! What a launcher says of the processes that it has started: torchrun, srun and mpirun set
-//! variables, and whoever starts processes by hand can set the same.
+//! variables, and a person who starts processes by hand can set the same.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub(crate) struct Launched {
 struct Launcher {
     /// Rank, number of ranks, rank on the host.
     place: [&'static str; 3],
-    /// What tells one run from another: the first list whose first variable is set.
+    /// What distinguishes runs: the first list whose first variable is set.
     run: &'static [&'static [&'static str]],
 }
 

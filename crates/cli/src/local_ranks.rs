@@ -11,8 +11,8 @@ use crate::commands::gigabytes;
 use crate::exit;
 use crate::printer::Printer;
 
-/// How long ranks have to end after one of them has failed. Whoever is stuck in a library by then
-/// ends with the process.
+/// How long ranks have to end after one of them has failed. A rank that is stuck in a library by
+/// then ends with the process.
 const GRACE: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(500);
 

@@ -196,7 +196,7 @@ fn what_is_not_positive_definite_is_so_on_every_card() {
     let outcomes = on_cards(&devices, |device, ranks| {
         let mut sum = gram(device, n);
         sum.sum_over(ranks)?;
-        // Of rank 3000 or less, and shifted down.
+        // The Gram matrix has rank 3000 at most, and the negative damping shifts it below zero.
         let prep = HessianPrep { scale: 1.0, order: &order, dead: &dead, damp: -1.0 };
         Ok(sum.upper_factor(&prep).map(|_| ()).unwrap_err().to_string())
     });

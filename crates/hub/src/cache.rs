@@ -210,7 +210,7 @@ impl RepoCache {
                     }
                     stop.wait(Duration::from_millis(500));
                 }
-                // Two downloads at once may damage a file there, which its hash tells.
+                // Two downloads at once may damage a file there, which its hash shows.
                 Err(TryLockError::Error(e)) if has_no_locks(&e) => {
                     return Ok(Some(Held { _lock: None }));
                 }
@@ -267,7 +267,7 @@ impl RepoCache {
         Ok(snapshot)
     }
 
-    /// Makes a revision stand for a commit, at once: whoever reads meanwhile, or after a kill,
+    /// Makes a revision stand for a commit, at once: a reader meanwhile, or after a kill,
     /// finds the old commit or the new one.
     fn refer(&self, revision: &str, commit: &str) -> Result<()> {
         let reference = self.folder().join("refs").join(revision);
@@ -284,7 +284,7 @@ impl RepoCache {
         is_hub_name(&text).then_some(text)
     }
 
-    /// Writes a small file at once: whoever reads it finds the old one or the new one.
+    /// Writes a small file at once: a reader finds the old one or the new one.
     pub(crate) fn replace(&self, path: &Path, contents: &[u8]) -> Result<()> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         make_folder(path.parent().unwrap_or(path))?;
@@ -437,7 +437,7 @@ mod tests {
         two.remove_private(std::slice::from_ref(&file));
         assert!(two.snapshot("").exists(), "it was not read");
 
-        // The next run goes on with what a killed one left, but not with another commit's.
+        // The next run resumes what a killed one left, but nothing of another commit's.
         let left = two.snapshot("").to_owned();
         drop(two);
         let next = [cache.private("c0ffee").unwrap(), cache.private("c0ffee").unwrap()];

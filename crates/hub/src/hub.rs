@@ -28,7 +28,7 @@ pub struct Hub {
     pub(crate) limit: Duration,
     /// `NO_PROXY` excepts every host.
     pub(crate) no_proxy: bool,
-    /// It has answered once: whoever cannot be reached after that may be reached again.
+    /// It has answered once: a Hub that cannot be reached after that may be reached again.
     pub(crate) answered: AtomicBool,
     /// The variable that forbids the network.
     offline: Option<&'static str>,

@@ -50,7 +50,7 @@ pub(crate) fn fetched(
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));
     files.dedup_by(|a, b| a.path == b.path);
-    // A split tells by its files' names how many there are.
+    // The names of a split's files show how many there are.
     let expected = files.iter().find_map(|file| announced(&file.path));
     if let (false, Source::Dataset { .. }, Some(count)) = (is_known, source, expected)
         && files.len() != count

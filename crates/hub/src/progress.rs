@@ -1,4 +1,4 @@
-//! What a transfer tells while it runs.
+//! What a transfer reports while it runs.
 
 use std::sync::{Mutex, MutexGuard};
 

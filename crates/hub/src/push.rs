@@ -2,7 +2,7 @@
 //!
 //! What is on the branch already is left alone, so a repeated upload sends what is missing. Large
 //! files go to the storage first, where they stay if the rest fails. Commits come after that, weights
-//! before the small files: whoever looks at an unfinished branch finds no config.json that promises a
+//! before the small files: a look at an unfinished branch finds no config.json that promises a
 //! model. In the end the branch is listed again and compared with what was sent.
 
 use std::fs::File;

@@ -79,7 +79,7 @@ impl<'a> Sender<'a> {
         Ok(Self { hub, client, runtime })
     }
 
-    /// Sends a request and tells how much of it has gone; gives a good answer.
+    /// Sends a request and reports how much of it has gone; gives a good answer.
     pub(crate) fn send(
         &self,
         request: &Outgoing,

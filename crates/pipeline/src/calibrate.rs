@@ -309,8 +309,8 @@ impl BlockRun<'_, '_, '_> {
     /// stage.
     ///
     /// With the unquantized W the stream would lack L = D − X Wᵀ, D being the distance of the
-    /// unquantized model's states behind the linear from those before it, and from its bias. H = s XᵀX + λ, so
-    /// s LᵀX H⁻¹ = (s DᵀX + λ W) H⁻¹ − W: the products X Wᵀ need not be made.
+    /// unquantized model's states behind the linear from those before it, and from its bias.
+    /// H = s XᵀX + λ, so s LᵀX H⁻¹ = (s DᵀX + λ W) H⁻¹ − W: the products X Wᵀ need not be made.
     fn shift(&mut self, stage: Stage, factored: &Factored, scale: f32) -> Result<Option<Tensor>> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };

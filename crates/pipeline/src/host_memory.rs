@@ -1,28 +1,28 @@
-//! Host memory, as far as the system tells: how much there is, was held, and may still be taken.
+//! Host memory, as far as the system shows it: how much there is, was held, and may still be taken.
 //!
-//! What may be taken is the least of what the machine has free, what each control group above the process leaves it (a
-//! container's limit is one), and what its address space may grow by. Linux kills a process that
-//! takes more, or refuses and the allocator aborts; either way no error can be told then, so what is
-//! large is checked before.
+//! What may be taken is the least of what the machine has free, what each control group above the
+//! process leaves it (a container's limit is one), and what its address space may grow by. Linux
+//! kills a process that takes more, or refuses and the allocator aborts; either way it is too late
+//! for an error message, so what is large is checked before.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Bytes of the machine's memory; `None` where the system does not tell.
+/// Bytes of the machine's memory; `None` where the system does not show it.
 #[must_use]
 pub fn total() -> Option<u64> {
     field(Path::new("/proc/meminfo"), "MemTotal:", 1024)
 }
 
-/// The most bytes that this process has held at once; `None` where the system does not tell.
+/// The most bytes that this process has held at once; `None` where the system does not show it.
 #[must_use]
 pub fn peak() -> Option<u64> {
     field(Path::new("/proc/self/status"), "VmHWM:", 1024)
 }
 
-/// Bytes that may still be taken; `None` where the system does not tell.
+/// Bytes that may still be taken; `None` where the system does not show it.
 #[must_use]
 pub fn available() -> Option<u64> {
     available_under(Path::new("/"))

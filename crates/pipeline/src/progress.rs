@@ -1,4 +1,4 @@
-//! How a run tells its caller what it is doing; drawing belongs to the caller.
+//! How a run reports to its caller what it is doing; drawing belongs to the caller.
 
 use gptq_records::branch_report::LinearRecord;
 use serde::Serialize;

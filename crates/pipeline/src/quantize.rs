@@ -232,7 +232,7 @@ fn check_head(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<()> {
     Ok(())
 }
 
-/// What Hessians needed beside the damping asked for is said, or refused.
+/// Warns of Hessians that needed more than the damping asked for; refuses them under `--strict`.
 fn check_retries(
     job: &QuantizeJob<'_>,
     linears: &[LinearRecord],

@@ -44,7 +44,7 @@ fn load(
         discard(model, index)?;
         return Ok(block);
     }
-    // Turned on the host, beside the work of a GPU.
+    // The host rotates the block while a GPU works on the one before it.
     let mut block = model.load_block_on(&Device::Cpu, index)?;
     discard(model, index)?;
     // The file holds biases and gains in fp16, so calibration walks them as such: biases before they

@@ -2,10 +2,10 @@
 //!
 //! With R orthogonal and norms without gains, norm(x R) = norm(x) R, so the residual stream may be
 //! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
-//! gains move into the linears that follow; the final norm's moves into the head. A second rotation turns the outputs of every head's v and the inputs
-//! of o. Biases turn with the outputs that they are added to; norms of query and key heads stay, as
-//! nothing before or after them is turned. Large features are spread over all others, and every linear becomes easier to quantize
-//! (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
+//! gains move into the linears that follow; the final norm's moves into the head. A second rotation
+//! turns the outputs of every head's v and the inputs of o. Biases turn with the outputs that they
+//! are added to; norms of query and key heads stay, as nothing before or after them is turned. Large
+//! features are spread over all others, and every linear becomes easier to quantize (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
 use gptq_checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef};
 use gptq_compute::Device;

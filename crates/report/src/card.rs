@@ -59,8 +59,8 @@ pub fn write_cards(dir: &Path, facts: &CardFacts) -> Result<Vec<PathBuf>> {
     write(&found, facts, replace)
 }
 
-/// Writes the cards of a sweep in `out`: of the branches of these names, those that are finished. Of several processes
-/// of one sweep, the last to come here sees them all.
+/// Writes the cards of a sweep in `out`: of the branches of these names, those that are finished. Of
+/// several processes of one sweep, the last to come here sees them all.
 ///
 /// # Errors
 /// As [`write_cards`].
@@ -189,7 +189,7 @@ fn card_row<'a>(branch: &'a BranchReport, main: &Comparison<'_>, unit: Unit) -> 
     }
 }
 
-/// What a branch is for, as far as its numbers tell.
+/// What a branch is for, as far as its numbers show.
 fn notes(branch: &BranchReport, main: &Comparison<'_>) -> String {
     let is = |row: Option<&Row<'_>>| row.is_some_and(|row| row.branch.branch == branch.branch);
     let mut notes = Vec::new();

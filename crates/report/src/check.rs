@@ -128,7 +128,7 @@ impl Baseline {
         Ok(baseline)
     }
 
-    /// Values that would accept everything are mistakes of whoever edited the file.
+    /// Values that would accept everything are mistakes of the person who edited the file.
     fn check_values(&self) -> std::result::Result<(), String> {
         if self.branches.is_empty() {
             return Err("it accepts no branch, so nothing would be compared".to_owned());

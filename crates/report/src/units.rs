@@ -90,7 +90,7 @@ pub fn yes_no(value: bool) -> &'static str {
     if value { "yes" } else { "no" }
 }
 
-/// What a branch is called beside a mark whose color tells its bits and whose shape its act-order:
+/// What a branch is called beside a mark whose color shows its bits and whose shape its act-order:
 /// its group size, with the recipe where recipes differ.
 pub(crate) fn short_label(branch: &BranchReport, with_recipe: bool) -> String {
     let group = branch.group_size.map_or_else(|| "no groups".to_owned(), |n| format!("{n}g"));

@@ -21,7 +21,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         let read = Frame::read(&mut written.as_slice(), &limit);
         assert_eq!(read.expect("a frame as written"), frame);
         if let Frame::Data(message) = frame {
-            // Nothing is larger than what has come.
+            // Nothing is larger than what arrived.
             assert!(4 * message.iter().map(Vec::len).sum::<usize>() <= data.len());
         }
     }

@@ -120,7 +120,7 @@ fn the_modern_layout_of_an_early_llama_also_loads_in_gptq_for_llama() {
     refuses("GPTQ-for-LLaMa", &later, "rope_theta 500000: it takes it for 10000");
 }
 
-/// A checkpoint of another family, in the modern layout, as its own configuration tells.
+/// A checkpoint of another family, in the modern layout, as its own configuration says.
 fn family(config: &str) -> LoaderFacts {
     let sizes = r#""hidden_size":4096,"intermediate_size":12288,"num_attention_heads":32,
         "num_key_value_heads":32,"num_hidden_layers":2,"vocab_size":32000"#;

@@ -151,7 +151,7 @@ fn copied_back<T: DeviceRepr>(
         }
         let from = host.memory.as_slice().stage(STAGE)?;
         // SAFETY: the buffer holds as many bytes as were offloaded; the stream waits for the copy
-        // that filled the host memory, and whoever writes that next waits for this copy.
+        // that filled the host memory, and the next writer of that waits for this copy.
         unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.stage(STAGE)?;
     }
     Ok(buffer)

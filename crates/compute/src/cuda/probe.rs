@@ -29,7 +29,7 @@ pub struct LibraryFacts {
     pub library: Library,
     /// True when it can be opened.
     pub present: bool,
-    /// Its version, where it tells one.
+    /// Its version, where it has one to ask for.
     pub version: Option<String>,
 }
 

@@ -4,7 +4,7 @@
 //! Host values go through two halves of a pinned buffer: while one half is being copied by the
 //! card, the next piece is being written to the other by all cores. Uploads run on the copy stream
 //! and the stream of all work waits for their end on the device, so the weights of the next block
-//! arrive while the current one computes. Whoever uploads a tensor holds its buffer until the last
+//! arrive while the current one computes. The uploader of a tensor holds its buffer until the last
 //! piece was read, page faults of a mapped file included; norm gains, biases and orders, which the
 //! computing thread needs meanwhile, have a buffer of their own, and wait at most for the halves that
 //! are on their way to the card.

@@ -22,7 +22,7 @@ struct State {
 }
 
 impl Abort {
-    /// Says that `rank` is lost. Whatever this process's cards wait for is given up.
+    /// Says that `rank` is lost. What this process's cards wait for is given up.
     pub(super) fn raise(&self, rank: usize) {
         {
             let mut state = lock(&self.state);

@@ -4,7 +4,7 @@
 //! A rank solves its share of every linear from sums of all ranks' inputs. Were one started with
 //! another setting, model or text, all would go well, and the result would be of no use. So the
 //! ranks compare everything that their parts depend on first. This crate knows nothing of models and
-//! texts: whoever does gives names and values.
+//! texts: the code that does gives names and values.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -2,7 +2,7 @@
 //!
 //! Both are of one length, whatever they hold, so that rank 0 knows when a greeting is whole and
 //! how much of a stranger's talk to listen to. Their layout is to stay as it is from one version to
-//! the next: that is how versions tell each other apart.
+//! the next: that is how versions recognize each other.
 
 use sha2::{Digest, Sha256};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::error::Error;
 
-/// What a launcher tells each of the processes that it starts.
+/// What each process learns from the launcher that started it.
 #[derive(Clone, Debug)]
 pub struct Launch {
     /// Number of this process.

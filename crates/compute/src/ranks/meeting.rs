@@ -1,6 +1,6 @@
 //! How the processes of a run find each other: rank 0 listens, the others call.
 //!
-//! Rank 0's port may be open to a network, so whoever calls is a stranger until its greeting says
+//! Rank 0's port may be open to a network, so every caller is a stranger until its greeting says
 //! otherwise. Strangers are turned away and counted; none of them ends the run, holds up another, or
 //! takes a seat. A rank that is turned away, or reaches something else, tries again: what listens at
 //! the port may be the end of an earlier run.
@@ -20,7 +20,7 @@ const GREETING_TIME: Duration = Duration::from_secs(5);
 /// Callers that are listened to at once, and taken in one look at the port.
 const MOST_CALLERS: usize = 1024;
 const AT_ONCE: usize = 64;
-/// Strangers of whom a message tells.
+/// Strangers whom a message names.
 const MOST_REASONS: usize = 4;
 /// Ranks that a message names.
 const MOST_NAMED: usize = 8;

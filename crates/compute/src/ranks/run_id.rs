@@ -1,4 +1,4 @@
-//! The id that tells one run from another at the same port.
+//! The id by which runs at one port are distinguished.
 //!
 //! A launcher that gives its job an id gives it to all ranks. Without one, rank 0 draws a random id
 //! and leaves it in a file that only the same user of the same host can read, while it waits for the

@@ -223,7 +223,7 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
     if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
         return Err("the name may hold letters, digits, `-`, `_` and `.` only".to_owned());
     }
-    // Whatever the case: not every file system tells `Sweep.json` from `sweep.json`.
+    // Whatever the case: not every file system distinguishes `Sweep.json` from `sweep.json`.
     let lower = name.to_ascii_lowercase();
     if ["sweep.json", "readme.md"].contains(&lower.as_str()) || lower.ends_with(PARTIAL_END) {
         return Err("a sweep has files and working folders of that name".to_owned());
@@ -235,7 +235,7 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
         return Err(match other.name == name {
             true => "the name is used twice".to_owned(),
             false => {
-                format!("`{}` differs in case only, which not every file system tells", other.name)
+                format!("`{}` differs in case only, which not every file system distinguishes", other.name)
             }
         });
     }

@@ -290,7 +290,7 @@ impl<'a> Run<'a> {
         Ok(Self { job, progress, measured_on, baseline, shared, earlier, report })
     }
 
-    /// Makes a branch, goes on with it, or takes it as it is.
+    /// Makes a branch, resumes it, or takes it as it is.
     fn branch(&mut self, branch: &Branch, surveyed: Surveyed) -> Result<()> {
         let dir = self.job.dir(branch);
         let Surveyed { made_from, state } = surveyed;

@@ -4,7 +4,7 @@
 //! another model of them. What is compared is what the files mean, not how they are spelt: absent keys
 //! are their defaults, both forms of rotary settings are one. Keys that are compared elsewhere or
 //! change nothing that is computed are left out: sizes ([`super::base::check_base`]), the activation
-//! (there is one), whether the head is tied (the values of the head tell), the context, types.
+//! (there is one), whether the head is tied (the values of the head show it), the context, types.
 
 use gptq_checkpoint::{CONFIG_FILE, Checkpoint, ModelConfig, RopeScaling, TOKENIZER_FILE};
 use gptq_text::tokens::TextTokenizer;
@@ -23,7 +23,7 @@ pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut F
         return;
     }
     let open = |of: &Checkpoint| TextTokenizer::open(of.dir(), of.config().vocab_size);
-    // Whoever uses the base finds what is wrong with the base's own.
+    // What is wrong with the base's own shows where the base is used.
     let Ok(theirs) = open(base) else { return };
     findings.examine(Check::Model, 1);
     match open(checkpoint) {

@@ -175,7 +175,7 @@ impl Fit {
         }
     }
 
-    /// Adds what is wrong; `moved` tells of a linear whose weights were not meant to be the base's.
+    /// Adds what is wrong; `moved` marks a linear whose weights were not meant to be the base's.
     pub(super) fn report(&self, name: &str, moved: bool, findings: &mut Findings) {
         let mut add = |place: String, what: String| findings.add(Check::Weights, place, what);
         let far = self.nearest.filter(|column| !moved && column.mean_square() > MAX_NEAREST);
@@ -324,7 +324,7 @@ impl<'a> Grid<'a> {
 const SMALLEST_HALF: f32 = 5.960_464_5e-8;
 
 impl Place {
-    /// How far the code is off, in steps; nothing where the scale cannot tell.
+    /// How far the code is off, in steps; nothing where the scale is too coarse.
     fn deviation(&self) -> f32 {
         if self.exact { self.steps - self.code } else { 0.0 }
     }

@@ -51,7 +51,7 @@ impl ConfigFiles {
     }
 }
 
-/// Bits and groups as the tensors have them; what the configuration says where they do not tell.
+/// Bits and groups as the tensors have them; what the configuration says where they do not show it.
 pub(super) fn stored_settings(checkpoint: &Checkpoint) -> QuantizeConfig {
     let mut settings = checkpoint.quantize_config().cloned().unwrap_or_else(|| {
         // A dense checkpoint never comes here; these settings describe none of its tensors.
@@ -73,7 +73,7 @@ pub(super) fn stored_settings(checkpoint: &Checkpoint) -> QuantizeConfig {
         // The first group is never the ragged one, so its columns are a whole group's.
         let widest = linears.iter().max_by_key(|l| l.groups);
         let counted = widest.and_then(|l| first_group(checkpoint, &l.name, l.shape.0));
-        // Where the index does not tell, groups of one size do.
+        // Where the index does not show them, groups of one size do.
         let even = widest.and_then(|l| Some(l.shape.0.div_ceil(l.groups?.max(1))));
         let candidates = [None, counted, even];
         if let Some(size) = candidates.into_iter().find(|&size| fits(size)) {

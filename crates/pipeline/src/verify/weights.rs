@@ -2,7 +2,7 @@
 //!
 //! A recipe may have turned the model ([`crate::rotate`]), so the base is turned the same way before
 //! weights are compared; which way is found by trying ([`rotation`]). How a linear then sits on its
-//! weights, and what tells damage from quantization, is [`Fit`]'s matter.
+//! weights, and what distinguishes damage from quantization, is [`Fit`]'s matter.
 
 use gptq_checkpoint::{Checkpoint, ModelConfig, QuantizeConfig};
 use gptq_compute::Device;
