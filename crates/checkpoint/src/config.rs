@@ -25,7 +25,7 @@ const MAX_CONTEXT: u64 = 1 << 40;
 /// The shape of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// `model_type`: `llama`, `mistral`, `qwen2` or `qwen3`.
+    /// `model_type`: one of `FAMILIES`.
     pub family: &'static str,
     /// Width of the residual stream.
     pub hidden_size: usize,

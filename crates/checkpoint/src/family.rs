@@ -1,6 +1,8 @@
 //! The families of models that share Llama's block, as data: what their config.json leaves unsaid,
 //! and which optional parts their linears and heads have.
 
+use std::sync::LazyLock;
+
 use serde_json::Value;
 
 use crate::fields::Fields;
@@ -137,8 +139,12 @@ impl Family {
             return Err(fields.invalid("model_type", "is missing".to_owned()));
         };
         FAMILIES.iter().find(|f| model_type == f.name).ok_or_else(|| {
-            let supported = "one of `llama`, `mistral`, `qwen2` and `qwen3`";
-            fields.unsupported("model_type", model_type, supported)
+            static NAMES: LazyLock<String> = LazyLock::new(|| {
+                let [others @ .., last] =
+                    FAMILIES.each_ref().map(|family| format!("`{}`", family.name));
+                format!("one of {} and {last}", others.join(", "))
+            });
+            fields.unsupported("model_type", model_type, &NAMES)
         })
     }
 

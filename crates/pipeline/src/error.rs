@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
+use gptq_quant::{Choices, Rotate};
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -185,8 +187,10 @@ impl Error {
             Self::Model(error) => return error.hint(),
             Self::Compute(error) => return error.hint(),
             Self::Spec(error) => return error.hint(),
-            Self::Rotated { .. } => "use --set rotate=heads".into(),
-            Self::Fitted { .. } => "use --set head=0".into(),
+            Self::Rotated { .. } => {
+                format!("use --set {}={}", Rotate::KEY, Rotate::Heads.name()).into()
+            }
+            Self::Fitted { .. } => format!("use --set {}=0", Choices::HEAD).into(),
             Self::HostMemory { advice, .. } => (*advice).into(),
             Self::TooManyTokens { .. } => "use fewer windows, or shorter ones".into(),
             Self::Strict { .. } | Self::StrictPrecision { .. } => {

@@ -86,6 +86,9 @@ impl Choices {
         rotate: Rotate::Full,
     };
 
+    /// Name of the choice of the head's share, for messages about it.
+    pub const HEAD: &str = "head";
+
     /// True when the unquantized model is walked beside the quantized one.
     pub fn needs_reference(&self) -> bool {
         self.residual > 0.0 || self.head > 0.0
@@ -163,13 +166,13 @@ const TABLE: [Choice; 6] = [
         set: |choices, text| share(text).map(|v| choices.residual = v),
     },
     Choice {
-        key: "head",
+        key: Choices::HEAD,
         names: None,
         value: |choices| choices.head.to_string(),
         set: |choices, text| share(text).map(|v| choices.head = v),
     },
     Choice {
-        key: "rotate",
+        key: Rotate::KEY,
         names: Some(names::<Rotate>),
         value: |choices| choices.rotate.name().to_owned(),
         set: |choices, text| Rotate::named(text).map(|v| choices.rotate = v),
@@ -216,6 +219,9 @@ named!(Clip: None = "none", Search = "search", Solve = "solve");
 named!(Rotate: None = "none", Heads = "heads", Full = "full");
 
 impl Rotate {
+    /// Name of the choice, for messages about it.
+    pub const KEY: &str = "rotate";
+
     /// Its name in settings and reports.
     pub fn name(self) -> &'static str {
         Named::name(self)

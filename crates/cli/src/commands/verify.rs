@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use gptq_checkpoint::loaders::Seen;
 use gptq_compute::Device;
 use gptq_pipeline::verify::{Check, Limits, VerifyJob, VerifyReport, verify};
+use gptq_quant::Rotate;
 use gptq_text::dataset::DatasetSpec;
 use gptq_text::evaluation::EvaluationSpec;
 use gptq_text::protocol::Protocol;
@@ -211,7 +212,9 @@ fn errors(report: &VerifyReport) -> Option<String> {
     }
     let how = match weights.rotation {
         "none" => "error energy over the base's".to_owned(),
-        rotation => format!("error energy over the base's, in coordinates rotate={rotation}"),
+        rotation => {
+            format!("error energy over the base's, in coordinates {}={rotation}", Rotate::KEY)
+        }
     };
     Some(format!("{}{how}\n", table(&header, 1, &rows)))
 }

@@ -235,7 +235,10 @@ fn check_name(name: &str, before: &[Branch]) -> std::result::Result<(), String> 
         return Err(match other.name == name {
             true => "the name is used twice".to_owned(),
             false => {
-                format!("`{}` differs in case only, which not every file system distinguishes", other.name)
+                format!(
+                    "`{}` differs in case only, which not every file system distinguishes",
+                    other.name
+                )
             }
         });
     }

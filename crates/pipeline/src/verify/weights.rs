@@ -67,7 +67,8 @@ pub(super) fn compare(
     let rotate = rotation(checkpoint, &model, recorded.map(|choices| choices.rotate))?;
     if let Some(choices) = recorded.filter(|choices| choices.rotate != rotate) {
         let message = format!(
-            "records rotate={}, but the weights have {}",
+            "records {}={}, but the weights have {}",
+            Rotate::KEY,
             choices.rotate.name(),
             rotate.name()
         );
