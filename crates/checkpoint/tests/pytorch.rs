@@ -175,7 +175,7 @@ fn other_files_are_distinguished_from_damaged_ones() {
     refused(&legacy, &["before 1.6"]);
     refused(b"", &["no ZIP archive"]);
     refused(b"<!doctype html>", &["no ZIP archive"]);
-    refused(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", &["git lfs pull"]);
+    refused(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", &["Git LFS pointer"]);
 }
 
 #[test]
