@@ -64,7 +64,7 @@ pub fn quantize(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option
             if job.ranks.size() > 1 {
                 made_from.insert("the number of ranks".to_owned(), job.ranks.size().to_string());
             }
-            Manifest::list(&sealed.folder, &made_from, &report)?;
+            Manifest::list(&sealed.folder, &sealed.files, &made_from, &report)?;
             let BranchReport { damp_retries, f64_retries, .. } = report;
             Some(QuantizeOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
         }

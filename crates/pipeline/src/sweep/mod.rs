@@ -331,7 +331,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Makes a branch; its files are listed while it is measured.
+    /// Makes a branch and measures it.
     fn make(&mut self, branch: &Branch, made_from: &MadeFrom) -> Result<(BranchReport, Seconds)> {
         let job = self.job;
         let start = Instant::now();
@@ -358,12 +358,9 @@ impl<'a> Run<'a> {
         let mut folder = sealed.folder;
         let quantize = Some(start.elapsed().as_secs_f64());
         let start = Instant::now();
-        let (manifest, record) = std::thread::scope(|scope| {
-            let listing = scope.spawn(|| Manifest::list(&folder, made_from, &report));
-            let record = self.measure(branch, folder.path());
-            let manifest = listing.join().map_err(|_| Error::Thread("listing"))?;
-            Ok::<_, Error>((manifest?, record))
-        })?;
+        // Listed first: a run that is killed while it measures only has to measure again.
+        let manifest = Manifest::list(&folder, &sealed.files, made_from, &report)?;
+        let record = self.measure(branch, folder.path());
         // Whatever was wrong with the measurement, the next run need not make the branch again.
         folder.keep_on_drop();
         let report = publish(folder, manifest, report, record?, self.measured_on.as_deref())?;
