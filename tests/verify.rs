@@ -251,7 +251,8 @@ fn weight_files_are_summed_by_tensor() {
     let (demo, half) = (demo(), ["--max-shard-size", "2500000B"]);
     let settings = ["--recipe", "rtn", "--layout", "card", "--device", "cpu", "-q"];
     dir.gptq(&[&["quantize", &demo, "--out", "q"], &half[..], &settings].concat()).ok();
-    let manifest: Value = serde_json::from_slice(&fs::read(dir.path("q/gptq_manifest.json")).unwrap()).unwrap();
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(dir.path("q/gptq_manifest.json")).unwrap()).unwrap();
     let listed = manifest["files"].as_object().unwrap();
     let weights: Vec<&String> = listed.keys().filter(|n| n.ends_with(".safetensors")).collect();
     assert!(weights.len() > 1, "{weights:?}");
