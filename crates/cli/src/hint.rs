@@ -55,25 +55,8 @@ pub(crate) fn hints(error: &anyhow::Error) -> Vec<Cow<'_, str>> {
 
 /// What one link of the chain says to do.
 fn of<'a>(cause: &'a (dyn Error + 'static)) -> Option<Cow<'a, str>> {
-    macro_rules! of_library {
-        ($($library:ident),*) => {
-            $(if let Some(error) = cause.downcast_ref::<$library::Error>() {
-                return error.hint();
-            })*
-        };
-    }
-    of_library!(
-        gptq_checkpoint,
-        gptq_compute,
-        gptq_model,
-        gptq_pipeline,
-        gptq_quant,
-        gptq_records,
-        gptq_report,
-        gptq_text
-    );
-    if let Some(error) = cause.downcast_ref::<gptq_text::home::HomeError>() {
-        return Some(error.hint().into());
+    if let Some(hint) = gptq_pipeline::hint_of(cause) {
+        return Some(hint);
     }
     match cause.downcast_ref::<Advised>() {
         Some(error) => error.hint.as_deref().map(Into::into),

@@ -25,7 +25,7 @@ pub(crate) struct LocalRanks {
 type Outcome<R> = (usize, Result<R>);
 
 impl LocalRanks {
-    /// A device for each seat.
+    /// A device for each handle.
     pub(crate) fn new(devices: Vec<Device>, handles: Vec<RankHandle>) -> Self {
         Self { devices, handles }
     }
@@ -49,7 +49,7 @@ impl LocalRanks {
         }
     }
 
-    /// Says what cards of unequal memory mean for a run: each parks what it cannot hold.
+    /// Says what cards of unequal memory mean for a run: each offloads what it cannot hold.
     pub(crate) fn note_unequal_memory(&self, printer: &Printer) -> Result<()> {
         let mut sizes = Vec::new();
         for device in &self.devices {

@@ -60,6 +60,24 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// Branches of a sweep that could not be made or measured, each of which was reported on its way.
+    #[error("{failed} of {of} branches failed: {names}")]
+    Branches {
+        /// How many failed.
+        failed: usize,
+        /// Of how many.
+        of: usize,
+        /// Their names.
+        names: String,
+    },
+    /// Devices whose results differ in the last bits.
+    #[error("A sweep's devices have to be of one kind, and these are {one} and {other}")]
+    DeviceKinds {
+        /// The first one's.
+        one: String,
+        /// Another's.
+        other: String,
+    },
     /// What would not fit in host memory.
     #[error(
         "{what} would take {} of host memory, and {} are free",
@@ -206,6 +224,41 @@ impl Error {
     }
 }
 
+/// What one link of a chain says to do, whichever of the libraries it comes from.
+#[must_use]
+pub fn hint_of<'a>(link: &'a (dyn std::error::Error + 'static)) -> Option<Cow<'a, str>> {
+    macro_rules! of_library {
+        ($($error:ty),*) => {
+            $(if let Some(error) = link.downcast_ref::<$error>() {
+                return error.hint();
+            })*
+        };
+    }
+    of_library!(
+        Error,
+        gptq_checkpoint::Error,
+        gptq_compute::Error,
+        gptq_model::Error,
+        gptq_quant::Error,
+        gptq_records::Error,
+        gptq_report::Error,
+        gptq_text::Error
+    );
+    Some(link.downcast_ref::<gptq_text::home::HomeError>()?.hint().into())
+}
+
+/// What an error and its causes say to do, each once, the outermost first.
+pub(crate) fn hints(error: &Error) -> Vec<Cow<'_, str>> {
+    let first: &(dyn std::error::Error + 'static) = error;
+    let mut hints = Vec::new();
+    for hint in std::iter::successors(Some(first), |link| link.source()).filter_map(hint_of) {
+        if !hints.contains(&hint) {
+            hints.push(hint);
+        }
+    }
+    hints
+}
+
 /// An error and its causes in one line, for warnings and findings.
 pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
@@ -229,5 +282,10 @@ mod tests {
         let below = gptq_quant::Error::Bits { bits: 5 };
         assert_eq!(Error::Spec(below).hint().unwrap(), "use 2, 3, 4 or 8");
         assert_eq!(Error::Thread("reading").hint(), None);
+        // A cause's own, which the error that names the linear does not have.
+        let source = gptq_quant::Error::Bits { bits: 5 };
+        let error = Error::Solve { linear: "q_proj".to_owned(), source };
+        assert_eq!(error.hint(), None);
+        assert_eq!(hints(&error), ["use 2, 3, 4 or 8"]);
     }
 }

@@ -22,6 +22,7 @@ pub mod host_memory;
 pub mod job;
 pub mod memory;
 mod memory_evaluation;
+mod one_reading;
 pub mod perplexity;
 pub mod plan;
 pub mod progress;
@@ -35,4 +36,4 @@ pub mod sweep;
 pub mod verify;
 pub mod write;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, hint_of};

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_parks_what_it_cannot_hold() {
+    fn a_gpu_offloads_what_it_cannot_hold() {
         let alone = sizes(2048, Beside::default());
         let room = Room::on_gpu(alone, 4 << 30, Some(64 << 30));
         assert_eq!(room.offloaded(1000), 0.0);

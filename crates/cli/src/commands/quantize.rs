@@ -166,6 +166,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             max_shard_bytes: args.max_shard_size,
             strict: args.strict,
             shared: None,
+            beside: None,
         };
         Ok(quantize(&job, printer)?)
     })?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use gptq_checkpoint::free_space;
+use gptq_compute::Device;
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::sweep::config::{Branch, SweepConfig};
 use gptq_pipeline::sweep::jobs::Share;
@@ -20,6 +21,7 @@ use super::quantize::sample;
 use super::source::{open_checkpoint, provide_text, warn_of};
 use super::table::{group, operations, size, table, yes_no};
 use super::{print_json, print_result};
+use crate::args::values::parse_count;
 use crate::args::{CalibrationArgs, DeviceArgs};
 use crate::printer::Printer;
 
@@ -44,6 +46,9 @@ pub(crate) struct Args {
     /// Only the branches of job I of N; the jobs together make all, each once
     #[arg(long, value_name = "I/N")]
     jobs: Option<Share>,
+    /// Branches that each device makes at the same time, from one reading of the model
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_count)]
+    together: usize,
     /// Print what would be made and what is reused, with sizes and work; change nothing
     #[arg(long)]
     dry_run: bool,
@@ -66,9 +71,9 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Branches are independent, so a process for each device is faster than one for all.
-const ADVICE: &str =
-    "split the sweep: --jobs 1/2 --device cuda:0 beside --jobs 2/2 --device cuda:1";
+/// For processes that a launcher has started.
+const ADVICE: &str = "start it without a launcher and use --device cuda:all, or on several hosts \
+                      give each a part: --jobs 1/2, --jobs 2/2";
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let mut config = SweepConfig::open(&args.config)?;
@@ -87,14 +92,16 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     if let Some(evaluation) = &config.evaluation {
         provide_text(&evaluation.dataset, printer)?;
     }
-    let device = args.device.open_one(printer, ADVICE)?;
+    let devices = args.device.open_each(printer, ADVICE)?;
+    let dtype = devices.first().map_or("f32", Device::dtype);
     let calibration = sample(&source, &config.calibration, printer)?;
     let mut job = SweepJob {
         config: &config,
         branches: &branches,
         source: &source,
         calibration: &calibration,
-        device: &device,
+        devices: &devices,
+        together: args.together,
         out: &args.out,
         strict: args.strict,
     };
@@ -110,7 +117,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     }
     let report = sweep(&job, printer)?;
     // First: hours of work are not to end without their table because of a card.
-    if args.json { print_json(&report) } else { print_result(&text(&report, device.dtype())) }?;
+    if args.json { print_json(&report) } else { print_result(&text(&report, dtype)) }?;
     if let Some(facts) = &config.card
         && !report.rows.is_empty()
     {
@@ -153,7 +160,8 @@ struct PreviewRow {
 
 fn dry_run(job: &SweepJob<'_>, json: bool, printer: &Printer) -> Result<()> {
     let survey = Survey::new(job, printer)?;
-    let gpu_memory = job.device.memory()?.map_or(0, |m| m.budget as u64);
+    let device = job.devices.first().unwrap_or(&Device::Cpu);
+    let gpu_memory = device.memory()?.map_or(0, |m| m.budget as u64);
     let mut preview = Preview {
         branches: Vec::new(),
         bytes_to_write: 0,
