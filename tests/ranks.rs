@@ -145,6 +145,7 @@ fn threads_make_the_file_that_processes_make() {
                 max_shard_bytes: None,
                 strict: false,
                 shared: None,
+                beside: None,
             };
             quantize_branch(&job, &Silent)
         })

@@ -10,6 +10,12 @@ mod util;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
+use gptq_checkpoint::Checkpoint;
+use gptq_compute::Device;
+use gptq_pipeline::progress::Silent;
+use gptq_pipeline::sweep::config::SweepConfig;
+use gptq_pipeline::sweep::{SweepJob, sweep};
+use gptq_text::tokens::TextTokenizer;
 use serde_json::{Value, json};
 use util::{TinyLlama, Workdir, contents, words};
 
@@ -100,7 +106,7 @@ fn every_folder_is_complete_and_equals_the_branch_made_alone() {
         let calibration = ["--calib", "calibration.toml"];
         dir.gptq(&[&fixed[..], &calibration, &["--branch", name, "--out", &alone]].concat()).ok();
         let mut alone = contents(&dir.path(&alone));
-        // The manifest lists what there is, as sha256sum would.
+        // The manifest lists what there is.
         let manifest: Value =
             serde_json::from_slice(&swept.remove("gptq_manifest.json").unwrap()).unwrap();
         let listed = manifest["files"].as_object().unwrap();
@@ -128,6 +134,87 @@ fn every_folder_is_complete_and_equals_the_branch_made_alone() {
     }
     // What is rounded to nearest is its own baseline.
     assert_eq!(table["rows"][3]["result"], table["rows"][3]["rtn"]);
+}
+
+#[test]
+fn branches_made_together_are_those_made_alone() {
+    let (alone, together) = (prepared(), prepared());
+    run(&alone, &[]);
+    let said = run(&together, &["--together", "3"]);
+    assert!(said.contains("quantise 3 branches: 6 blocks"), "{said}");
+    for (name, ..) in BRANCHES {
+        let made = |dir: &Workdir| contents(&dir.path("out").join(name));
+        assert!(made(&alone) == made(&together), "{name}");
+        assert_eq!(said.contains(&format!("{name}: block 2/2")), name != "d", "{said}");
+    }
+}
+
+/// What `--device cuda:all` does, with two CPUs for two cards.
+#[test]
+fn several_devices_make_and_measure_what_one_does() {
+    let dir = prepared();
+    // Of windows that are a chunk each, both devices have some.
+    dir.write("held-out.txt", &words(4000));
+    dir.write("sweep.toml", &configuration(128));
+    run(&dir, &[]);
+    let mut text = configuration(128);
+    for file in ["\"model\"", "\"held-out.txt\"", "\"calibration.toml\""] {
+        text = text.replace(file, &format!("{:?}", dir.path(file.trim_matches('"'))));
+    }
+    dir.write("absolute.toml", &text);
+    let calibration = fs::read_to_string(dir.path("calibration.toml")).unwrap();
+    let data = format!("{:?}", dir.path("text.txt"));
+    dir.write("calibration.toml", &calibration.replace("\"text.txt\"", &data));
+    let config = SweepConfig::open(dir.path("absolute.toml").to_str().unwrap()).unwrap();
+    let source = Checkpoint::open(&dir.path("model")).unwrap();
+    let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
+    let job = SweepJob {
+        config: &config,
+        branches: &config.branches,
+        source: &source,
+        calibration: &config.calibration.sample(&tokenizer).unwrap(),
+        devices: &[Device::Cpu, Device::Cpu],
+        together: 1,
+        out: &dir.path("two"),
+        strict: false,
+    };
+    let report = sweep(&job, &Silent).unwrap();
+    let one = read_json(&dir, "out/sweep.json");
+    for (row, expected) in report.rows.iter().zip(one["rows"].as_array().unwrap()) {
+        assert_eq!(json!(row.branch), expected["branch"]);
+        assert_eq!(serde_json::to_value(row.result).unwrap(), expected["result"]);
+        assert_eq!(serde_json::to_value(row.rtn).unwrap(), expected["rtn"]);
+        let weights = |out| fs::read(dir.path(out).join(&row.branch).join("model.safetensors"));
+        assert!(weights("out").unwrap() == weights("two").unwrap(), "{}", row.branch);
+    }
+    assert_eq!(serde_json::to_value(report.baseline).unwrap(), one["baseline"]);
+}
+
+#[test]
+fn a_branch_that_fails_takes_no_other_down() {
+    for together in ["1", "4"] {
+        let dir = prepared();
+        dir.write("out/b.partial/thesis.txt", "years of work");
+        let more = ["--together", together];
+        let outcome = dir.gptq(&[&RUN[..], &more].concat());
+        assert_eq!(outcome.code, 1, "{}", outcome.stderr);
+        for part in ["warning: b failed: ", "b.partial", "error: 1 of 4 branches failed: b"] {
+            assert!(outcome.stderr.contains(part), "no `{part}` in {}", outcome.stderr);
+        }
+        for name in ["a", "c", "d"] {
+            dir.gptq(&["verify", &format!("out/{name}"), "--base", "model"]).ok();
+        }
+        let rows = |dir: &Workdir| {
+            let table = read_json(dir, "out/sweep.json");
+            let rows = table["rows"].as_array().unwrap().iter();
+            rows.map(|row| row["branch"].as_str().unwrap().to_owned()).collect::<String>()
+        };
+        assert_eq!(rows(&dir), "acd");
+        fs::remove_dir_all(dir.path("out/b.partial")).unwrap();
+        let said = run(&dir, &more);
+        assert!(said.contains("a: finished, reused") && said.contains("quantise: 2"), "{said}");
+        assert_eq!(rows(&dir), "abcd");
+    }
 }
 
 #[test]

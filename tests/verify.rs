@@ -220,11 +220,67 @@ fn a_single_bit_and_a_single_digit_are_found_by_recorded_sums() {
 
     for (manifest, why) in [
         (r#"{"format": 2}"#, "is not a manifest of files: missing field"),
-        (&manifest.to_string().replace("\"format\":1", "\"format\":2"), "its format is 2"),
+        (&manifest.to_string().replace("\"format\":1", "\"format\":3"), "its format is 3"),
     ] {
         dir.write("q/gptq_manifest.json", manifest);
         finds(&dir.gptq(&["verify", "q"]), &["gptq_manifest.json", why]);
     }
+}
+
+/// The sum of a weight file by its definition: the SHA-256 of the SHA-256 of the header and of each
+/// tensor, in the order of the file.
+fn sum_of_tensors(file: &[u8]) -> String {
+    let header = 8 + u64::from_le_bytes(*file.first_chunk::<8>().unwrap()) as usize;
+    let tensors: serde_json::Map<String, Value> = serde_json::from_slice(&file[8..header]).unwrap();
+    let mut ranges: Vec<[usize; 2]> = tensors
+        .iter()
+        .filter(|(name, _)| *name != "__metadata__")
+        .map(|(_, of)| serde_json::from_value(of["data_offsets"].clone()).unwrap())
+        .collect();
+    ranges.sort_unstable();
+    let mut sums = Sha256::digest(&file[..header]).to_vec();
+    for [from, to] in ranges {
+        sums.extend(Sha256::digest(&file[header + from..header + to]));
+    }
+    Sha256::digest(sums).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn weight_files_are_summed_by_tensor() {
+    let dir = Workdir::new();
+    let (demo, half) = (demo(), ["--max-shard-size", "2500000B"]);
+    let settings = ["--recipe", "rtn", "--layout", "card", "--device", "cpu", "-q"];
+    dir.gptq(&[&["quantize", &demo, "--out", "q"], &half[..], &settings].concat()).ok();
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(dir.path("q/gptq_manifest.json")).unwrap()).unwrap();
+    let listed = manifest["files"].as_object().unwrap();
+    let weights: Vec<&String> = listed.keys().filter(|n| n.ends_with(".safetensors")).collect();
+    assert!(weights.len() > 1, "{weights:?}");
+    for name in &weights {
+        let file = fs::read(dir.path("q").join(name)).unwrap();
+        let expected = json!({"bytes": file.len(), "tensors_sha256": sum_of_tensors(&file)});
+        assert_eq!(listed[*name], expected, "{name}");
+    }
+    dir.gptq(&["verify", "q"]).ok();
+
+    let path = format!("q/{}", weights[0]);
+    let whole = fs::read(dir.path(&path)).unwrap();
+    let changed = format!("{} has another content than when it was written", weights[0]);
+    // The last byte of all, and the first letter of a tensor's name.
+    for at in [whole.len() - 1, 8 + whole[8..].windows(5).position(|w| w == b"model").unwrap()] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1;
+        fs::write(dir.path(&path), damaged).unwrap();
+        finds(&dir.gptq(&["verify", "q"]), &[&changed]);
+    }
+    // A header that says nothing.
+    let mut damaged = whole;
+    damaged[8] = b'x';
+    fs::write(dir.path(&path), damaged).unwrap();
+    let outcome = dir.gptq(&["verify", "q"]);
+    assert_eq!(outcome.code, 1);
+    let said = format!("{}{}", outcome.stdout, outcome.stderr);
+    assert!(said.contains("its header is malformed"), "{said}");
 }
 
 /// A manifest comes with a checkpoint from the Hub: it is no list of what to read on this machine.

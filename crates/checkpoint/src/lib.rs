@@ -48,6 +48,7 @@ mod small_file;
 mod strays;
 mod tensor;
 mod weight_files;
+mod weight_sum;
 mod weights;
 mod writer;
 mod zip;
@@ -79,6 +80,7 @@ pub use small_file::{open_regular, read_small, read_small_text};
 pub use strays::Strays;
 pub use tensor::TensorRef;
 pub use weight_files::WeightFile;
+pub use weight_sum::{Sum, WeightSum, sum_of_pieces, weight_pieces};
 pub use writer::{CheckpointWriter, Sealed, Written};
 
 // Tensors move between memory and files by reinterpreting bytes, and safetensors is little-endian.

@@ -11,15 +11,18 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::names::{
     BLOCKS, CONFIG_FILE, G_IDX, INDEX_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, SAFETENSORS_END,
     SCALES,
 };
 use crate::partial::{Partial, check_space};
+use crate::weight_sum::{Sum, WeightSum, sum_of_pieces};
 use crate::{
     Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig,
-    QuantizeConfig, Result, TensorRef, TensorSpec, json as python_json, plan_files, side_files,
+    QuantizeConfig, Result, ShardPlan, TensorRef, TensorSpec, json as python_json, plan_files,
+    side_files,
 };
 
 /// Values of a dense tensor converted at a time, so that an embedding never doubles in memory.
@@ -45,7 +48,8 @@ struct Slot {
     file: usize,
     offset: u64,
     spec: TensorSpec,
-    written: bool,
+    /// The sum of what was written; `None` before.
+    sum: Option<Sum>,
 }
 
 /// A complete checkpoint that has no name yet.
@@ -53,8 +57,8 @@ struct Slot {
 pub struct Sealed {
     /// The working folder; [`Partial::publish`] names it.
     pub folder: Partial,
-    /// Names of the weight files.
-    pub files: Vec<String>,
+    /// The weight files, with sums of the bytes that were handed to the disk.
+    pub files: Vec<WeightSum>,
     /// Bytes of the weight files.
     pub bytes: u64,
 }
@@ -121,7 +125,7 @@ impl CheckpointWriter {
                 || name.ends_with("norm.weight")
                 || name.strip_suffix(".bias").is_some_and(|linear| self.has_bias(linear))
         };
-        let missing = self.slots.iter().filter(|(name, slot)| !slot.written && dense(name));
+        let missing = self.slots.iter().filter(|(name, slot)| slot.sum.is_none() && dense(name));
         missing.map(|(name, _)| name.clone()).collect()
     }
 
@@ -182,13 +186,15 @@ impl CheckpointWriter {
         let slot = self.slot(name, DType::F16, Some(tensor.shape))?;
         let (file, offset) = (slot.file, slot.offset);
         let mut values = vec![f16::ZERO; COPY_VALUES.min(tensor.len())];
+        let mut sum = Sha256::new();
         for start in (0..tensor.len()).step_by(COPY_VALUES) {
             let count = COPY_VALUES.min(tensor.len() - start);
             let values = &mut values[..count];
             tensor.read_f16(start, values)?;
             self.write_at(file, offset + 2 * start as u64, bytes(values))?;
+            sum.update(bytes(values));
         }
-        self.mark(name);
+        self.mark(name, sum.finalize().into());
         Ok(())
     }
 
@@ -220,9 +226,20 @@ impl CheckpointWriter {
             let name = format!("{}{SAFETENSORS_END}{INDEX_END}", self.quantize.file_stem());
             self.partial.write(Path::new(&name), self.index_text()?.as_bytes())?;
         }
+        let files = self.plan.shards.iter().map(|shard| self.sum(shard)).collect();
         let Self { partial: folder, plan, .. } = self;
-        let files = plan.shards.into_iter().map(|shard| shard.file_name).collect();
         Ok(Sealed { folder, files, bytes: plan.total_bytes })
+    }
+
+    /// A file's sum, all of whose tensors are written.
+    fn sum(&self, shard: &ShardPlan) -> WeightSum {
+        let header = Sha256::digest(&shard.header).into();
+        let tensors = shard.tensors.iter().filter_map(|t| self.slots.get(&t.spec.name)?.sum);
+        WeightSum {
+            file_name: shard.file_name.clone(),
+            bytes: shard.size,
+            sum: sum_of_pieces(std::iter::once(header).chain(tensors)),
+        }
     }
 
     fn write_headers(&mut self) -> Result<()> {
@@ -234,7 +251,7 @@ impl CheckpointWriter {
             self.files.push(handle);
             for tensor in &shard.tensors {
                 let (offset, spec) = (tensor.offset, tensor.spec.clone());
-                self.slots.insert(spec.name.clone(), Slot { file, offset, spec, written: false });
+                self.slots.insert(spec.name.clone(), Slot { file, offset, spec, sum: None });
             }
         }
         Ok(())
@@ -271,7 +288,7 @@ impl CheckpointWriter {
         let Some(slot) = self.slots.get(name) else {
             return Err(Error::UnplannedTensor { tensor });
         };
-        if slot.written {
+        if slot.sum.is_some() {
             return Err(Error::WrittenTwice { tensor });
         }
         if slot.spec.dtype != dtype {
@@ -293,13 +310,14 @@ impl CheckpointWriter {
             return Err(Error::UnplannedTensor { tensor: name.to_owned() });
         };
         self.write_at(slot.file, slot.offset, bytes)?;
-        self.mark(name);
+        self.mark(name, Sha256::digest(bytes).into());
         Ok(())
     }
 
-    fn mark(&mut self, name: &str) {
+    /// Remembers that a tensor is written.
+    fn mark(&mut self, name: &str, sum: Sum) {
         if let Some(slot) = self.slots.get_mut(name) {
-            slot.written = true;
+            slot.sum = Some(sum);
         }
     }
 
@@ -323,8 +341,12 @@ impl CheckpointWriter {
     }
 
     fn check_complete(&self) -> Result<()> {
-        let missing: Vec<&str> =
-            self.slots.iter().filter(|(_, s)| !s.written).map(|(name, _)| name.as_str()).collect();
+        let missing: Vec<&str> = self
+            .slots
+            .iter()
+            .filter(|(_, s)| s.sum.is_none())
+            .map(|(name, _)| name.as_str())
+            .collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -359,6 +381,7 @@ impl Sealed {
     /// [`Error::Io`]; the working folder is kept.
     pub fn publish(self) -> Result<Written> {
         let Self { folder, files, bytes } = self;
+        let files = files.into_iter().map(|file| file.file_name).collect();
         Ok(Written { dir: folder.publish()?, files, bytes })
     }
 }

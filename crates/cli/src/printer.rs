@@ -1,5 +1,6 @@
 //! Everything that is not a result: progress bars, block lines, warnings. All on stderr.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,7 +25,12 @@ struct Phase {
     last_line: Instant,
     done: usize,
     steps: usize,
+    /// Blocks done of each of several branches.
+    branches: BTreeMap<String, usize>,
 }
+
+/// How a bar looks.
+const TEMPLATE: &str = "{prefix:>12} {wide_bar} block {pos}/{len}  {elapsed} elapsed, {eta} left";
 
 /// Between two lines about steps that have nothing to say of themselves.
 const QUIET_TIME: Duration = Duration::from_secs(5);
@@ -33,6 +39,18 @@ impl Phase {
     fn count(&mut self) {
         self.done += 1;
         self.bar.inc(1);
+    }
+
+    /// Shows how far each of several branches is, on a line of its own.
+    fn show(&mut self, branch: &str, block: usize) {
+        if self.branches.is_empty()
+            && let Ok(style) = ProgressStyle::with_template(&format!("{TEMPLATE}\n{{wide_msg}}"))
+        {
+            self.bar.set_style(style);
+        }
+        self.branches.insert(branch.to_owned(), block);
+        let each = self.branches.iter().map(|(branch, block)| format!("{branch} {block}"));
+        self.bar.set_message(plain(&each.collect::<Vec<_>>().join("  ")).into_owned());
     }
 
     /// Counts a step; without bars, now and then a line says how far it is.
@@ -93,8 +111,7 @@ impl Progress for Printer {
         let target =
             if self.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(steps as u64), target);
-        let template = "{prefix:>12} {wide_bar} block {pos}/{len}  {elapsed} elapsed, {eta} left";
-        if let Ok(style) = ProgressStyle::with_template(template) {
+        if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
             bar.set_style(style);
         }
         bar.set_prefix(phase.to_owned());
@@ -102,7 +119,9 @@ impl Progress for Printer {
             bar.enable_steady_tick(Duration::from_millis(200));
         }
         let (name, start) = (phase.to_owned(), Instant::now());
-        *self.phase() = Some(Phase { name, bar, start, last_line: start, done: 0, steps });
+        let branches = BTreeMap::new();
+        *self.phase() =
+            Some(Phase { name, bar, start, last_line: start, done: 0, steps, branches });
     }
 
     fn step(&self) {
@@ -121,15 +140,17 @@ impl Progress for Printer {
             return;
         }
         let steps = self.phase().as_ref().map_or(0, |p| p.steps);
-        let error = match report.mean_error() {
-            Some(error) => format!("  relative error {error:.3e}"),
-            // Its linears were calibrated, but none has outputs to be relative to.
-            None if report.linears.iter().any(|l| l.damp.is_some()) => {
-                "  relative error –".to_owned()
-            }
-            None => String::new(),
-        };
-        self.note(&format!("block {}/{steps}{error}  {:.2} s", report.block + 1, report.seconds));
+        self.note(&block_line(report, steps));
+    }
+
+    fn block_of(&self, branch: &str, report: &BlockReport, blocks: usize) {
+        if let Some(phase) = self.phase().as_mut() {
+            phase.count();
+            phase.show(branch, report.block + 1);
+        }
+        if !self.bars {
+            self.note(&format!("{branch}: {}", block_line(report, blocks)));
+        }
     }
 
     fn end(&self) {
@@ -150,6 +171,17 @@ impl Progress for Printer {
     fn warn(&self, message: &str) {
         self.line(&format!("warning: {message}"));
     }
+}
+
+/// What is printed of a block of so many.
+fn block_line(report: &BlockReport, blocks: usize) -> String {
+    let error = match report.mean_error() {
+        Some(error) => format!("  relative error {error:.3e}"),
+        // Its linears were calibrated, but none has outputs to be relative to.
+        None if report.linears.iter().any(|l| l.damp.is_some()) => "  relative error –".to_owned(),
+        None => String::new(),
+    };
+    format!("block {}/{blocks}{error}  {:.2} s", report.block + 1, report.seconds)
 }
 
 #[cfg(test)]

@@ -199,7 +199,7 @@ pub fn bench_block(
     let own = ranks.share(windows, 1);
     let tokens = own.len() * seq_len;
     let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
-    let parking = parking(device, sizes, work)?;
+    let parking = parking(device, sizes, &[work])?;
     let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
     let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
     let calibrator =

@@ -57,6 +57,24 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// Branches of a sweep that could not be made or measured, each of which was said on its way.
+    #[error("{failed} of {of} branches failed: {names}")]
+    Branches {
+        /// How many failed.
+        failed: usize,
+        /// Of how many.
+        of: usize,
+        /// Their names.
+        names: String,
+    },
+    /// Devices whose results differ in the last bits.
+    #[error("A sweep's devices have to be of one kind, and these are {one} and {other}")]
+    DeviceKinds {
+        /// The first one's.
+        one: String,
+        /// Another's.
+        other: String,
+    },
     /// What would not fit in host memory.
     #[error(
         "{what} would take {} of host memory, and {} are free; {advice}",

@@ -1,6 +1,7 @@
 //! What a run is asked for: one branch, and everything that it is made with.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Ranks};
@@ -10,6 +11,8 @@ use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::Calibration;
 
 use crate::first_gram::FirstGrams;
+use crate::memory::{Parking, Workload};
+use crate::one_reading::Reader;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
@@ -40,12 +43,43 @@ pub struct QuantizeJob<'a> {
     pub strict: bool,
     /// What is shared with other branches of the same source and calibration.
     pub shared: Option<&'a FirstGrams>,
+    /// What it has to do with branches that are made at the same time.
+    pub beside: Option<Beside<'a>>,
+}
+
+/// A branch's place among those that are made at the same time from one reading of the source.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside<'a> {
+    /// Its part in the reading.
+    pub(crate) reader: &'a Reader<'a>,
+    /// Held by the branch that computes: a device does one thing at a time.
+    pub(crate) turn: &'a Mutex<()>,
+    /// What all branches of a device keep in host memory.
+    pub(crate) parking: Parking,
 }
 
 impl QuantizeJob<'_> {
     /// Calibration windows, of one length; none where nothing calibrates.
     pub(crate) fn windows(&self) -> &[Vec<u32>] {
         self.calibration.map_or(&[], |calibration| &calibration.windows)
+    }
+
+    /// Waits until the branch may use the device; nobody else does until the answer is dropped.
+    pub(crate) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        // It guards no data that a panic could have left half-changed.
+        self.beside.map(|beside| beside.turn.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What it holds of a walk.
+    pub(crate) fn workload(&self) -> Workload {
+        let own = &self.windows()[self.ranks.share(self.windows().len(), 1)];
+        Workload {
+            tokens: own.iter().map(Vec::len).sum(),
+            seq_len: self.seq_len(),
+            reference: self.spec.choices.needs_reference(),
+            exact: self.source_dtype == SourceDtype::Fp32,
+            shared_grams: self.shared.map_or(0, FirstGrams::after_one_more),
+        }
     }
 
     /// Tokens of a window, for a model that is walked whether there are any or not.

@@ -22,6 +22,7 @@ pub mod host_memory;
 pub mod job;
 pub mod memory;
 mod memory_evaluation;
+mod one_reading;
 pub mod perplexity;
 pub mod plan;
 pub mod progress;

@@ -136,11 +136,11 @@ impl Workload {
     }
 }
 
-/// Plans a calibrated run on a GPU of `budget` bytes. Where nothing fits, the smallest plan is
-/// tried: its out-of-memory error says what to lower.
-pub fn plan_gpu(block: BlockSizes, work: Workload, tables: Tables, budget: u64) -> MemoryPlan {
+/// Plans calibrated runs that take turns on a GPU of `budget` bytes, one of which is the usual number.
+/// Where nothing fits, the smallest plan is tried: its out-of-memory error says what to lower.
+pub fn plan_gpu(block: BlockSizes, works: &[Workload], tables: Tables, budget: u64) -> MemoryPlan {
     let usable = (budget as f64 * USABLE) as usize;
-    let need = GpuBytes::new(block, work);
+    let need = GpuBytes::together(block, works);
     let over = (need.fixed + need.inputs + need.hidden).saturating_sub(usable);
     if over == 0 {
         return need.plan(Parking::default(), tables);
@@ -153,20 +153,21 @@ pub fn plan_gpu(block: BlockSizes, work: Workload, tables: Tables, budget: u64) 
     need.plan(Parking { inputs, hidden }, tables)
 }
 
-/// What a calibrated run on this device should park: nothing on the CPU.
+/// What calibrated runs that take turns on this device should park, all alike: nothing on the CPU.
 ///
 /// # Errors
 /// Windows whose states and inputs host memory cannot hold.
-pub fn parking(device: &Device, block: BlockSizes, work: Workload) -> Result<Parking> {
+pub fn parking(device: &Device, block: BlockSizes, works: &[Workload]) -> Result<Parking> {
     let (parking, in_host) = match device_budget(device)? {
-        None => (Parking::default(), 4 * states_of(block, work)),
+        None => (Parking::default(), works.iter().map(|&work| 4 * states_of(block, work)).sum()),
         Some(budget) => {
-            let need = GpuBytes::new(block, work);
-            let parking = plan_gpu(block, work, Tables::default(), budget).parking;
+            let need = GpuBytes::together(block, works);
+            let parking = plan_gpu(block, works, Tables::default(), budget).parking;
             (parking, need.parked(parking))
         }
     };
-    let what = format!("Hidden states and inputs of {} tokens", work.tokens);
+    let tokens: usize = works.iter().map(|work| work.tokens).sum();
+    let what = format!("Hidden states and inputs of {tokens} tokens");
     ensure(&what, in_host as u64, "calibrate on fewer or shorter windows")?;
     Ok(parking)
 }
@@ -227,6 +228,22 @@ impl GpuBytes {
             // rotations are folded is turned in f32, and one more waits to be solved from it.
             host: (2 + 4 + if exact { 4 } else { 0 }) * block.weights + STAGING,
         }
+    }
+
+    /// Of runs one of which computes at a time: that one has what cannot be parked and its inputs,
+    /// each has its states, and the others a block they wait with and one read ahead.
+    fn together(block: BlockSizes, works: &[Workload]) -> Self {
+        let none = Self { fixed: 0, inputs: 0, hidden: 0, moving: 0, host: 0 };
+        let all = works.iter().map(|&work| Self::new(block, work)).reduce(|a, b| Self {
+            fixed: a.fixed.max(b.fixed),
+            inputs: a.inputs.max(b.inputs),
+            hidden: a.hidden + b.hidden,
+            moving: a.moving.max(b.moving),
+            host: a.host + b.host - STAGING,
+        });
+        let mut all = all.unwrap_or(none);
+        all.fixed += 2 * 2 * block.weights * works.len().saturating_sub(1);
+        all
     }
 
     /// What waits in host memory.
@@ -295,7 +312,7 @@ mod tests {
             exact: false,
             shared_grams: 0,
         };
-        let plan_gpu = |block, work, budget| plan_gpu(block, work, Tables::default(), budget);
+        let plan_gpu = |block, work, budget| plan_gpu(block, &[work], Tables::default(), budget);
         let plan = |gib: u64| plan_gpu(block, work(false), gib << 30);
         assert_eq!(plan(79).parking, Parking::default());
         let some = plan(48).parking;
@@ -348,9 +365,9 @@ mod tests {
         assert!(cpu(0, best) > cpu(0, Tables::default()) + table as u64);
         let many = 1 << 20;
         assert_eq!(cpu(many, best), cpu(many, Tables::default()) + table as u64);
-        let gpu = |grams| plan_gpu(block, work(many, grams), best, 80 << 30);
+        let gpu = |grams| plan_gpu(block, &[work(many, grams)], best, 80 << 30);
         assert_eq!(gpu(2).device_bytes - gpu(0).device_bytes, 2 * 4 * 4096 * 4096);
-        let without = plan_gpu(block, work(many, 0), Tables::default(), 80 << 30);
+        let without = plan_gpu(block, &[work(many, 0)], Tables::default(), 80 << 30);
         assert!(gpu(0).host_bytes >= without.host_bytes + table as u64);
     }
 
@@ -362,7 +379,7 @@ mod tests {
         let (reference, exact, shared_grams) = (false, false, 0);
         let work = |seq_len| Workload { tokens, seq_len, reference, exact, shared_grams };
         let tables = Tables::default();
-        let device = |seq_len| plan_gpu(block, work(seq_len), tables, 1 << 40).device_bytes;
+        let device = |seq_len| plan_gpu(block, &[work(seq_len)], tables, 1 << 40).device_bytes;
         let host = |seq_len| plan_cpu(block, work(seq_len), tables);
         assert_eq!(device(16_384), device(4096));
         assert_eq!(host(4096), host(512));

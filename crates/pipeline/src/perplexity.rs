@@ -77,7 +77,7 @@ fn walk(
     let blocks = model.config().num_hidden_layers;
     progress.begin(&batch.label("perplexity"), blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, model, None, exact);
+        let ahead = read_ahead(scope, model, None, exact, None);
         for _ in 0..blocks {
             let mut block = next_block(&ahead)?;
             prepare(&mut block)?;
@@ -172,6 +172,15 @@ impl Tally {
     pub fn compare(&mut self, scored: &Scored, base: &Scored, model: &Model<'_>) -> Result<()> {
         self.divergences.extend(scored.divergences(base, model)?);
         Ok(())
+    }
+
+    /// The values of parts of the windows, in their order.
+    pub(crate) fn of_parts(parts: Vec<Self>) -> Self {
+        parts.into_iter().fold(Self::default(), |mut all, part| {
+            all.losses.extend(part.losses);
+            all.divergences.extend(part.divergences);
+            all
+        })
     }
 
     /// The values of every rank's windows, in the windows' order.

@@ -57,6 +57,8 @@ pub struct Setting {
     /// First Grams that its sweep keeps
     /// ([`SweepConfig::shared_grams`](crate::sweep::config::SweepConfig::shared_grams)).
     pub shared_grams: usize,
+    /// Branches that a device makes at the same time, as this one; the memory is that of all.
+    pub together: usize,
     /// Bytes of the card.
     pub gpu_memory: u64,
 }
@@ -71,7 +73,7 @@ pub fn plan_branch(
     metadata: &BTreeMap<String, String>,
     setting: Setting,
 ) -> Result<BranchPlan> {
-    let Setting { windows, seq_len, shared_grams, gpu_memory } = setting;
+    let Setting { windows, seq_len, shared_grams, together, gpu_memory } = setting;
     let files = plan_files(model, &quantize_config(spec)?, layout, metadata, None)?;
     let calibrates = spec.recipe.calibrates();
     let block = BlockSizes::of(model);
@@ -83,8 +85,8 @@ pub fn plan_branch(
     let tables = Tables::of(model, spec, stored(model), !exact);
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
-        cpu_bytes: plan_cpu(block, held, tables),
-        gpu: plan_gpu(block, held, tables, gpu_memory),
+        cpu_bytes: plan_cpu(block, held, tables) * together.max(1) as u64,
+        gpu: plan_gpu(block, &vec![held; together], tables, gpu_memory),
         work: match calibrates {
             true => work(model, (windows, seq_len), held.reference),
             false => Work::default(),

@@ -36,6 +36,7 @@ impl Progress for Silent {
     fn begin(&self, _phase: &str, _steps: usize) {}
     fn step(&self) {}
     fn block(&self, _report: &BlockReport) {}
+    fn block_of(&self, _branch: &str, _report: &BlockReport, _blocks: usize) {}
     fn end(&self) {}
     fn note(&self, _message: &str) {}
     fn warn(&self, _message: &str) {}
@@ -49,6 +50,8 @@ pub trait Progress: Sync {
     fn step(&self);
     /// A block was quantised: also a step.
     fn block(&self, report: &BlockReport);
+    /// A block of one of several branches, of so many blocks each, was quantised: also a step.
+    fn block_of(&self, branch: &str, report: &BlockReport, blocks: usize);
     /// The phase is over.
     fn end(&self);
     /// What is done next, or need not be done.

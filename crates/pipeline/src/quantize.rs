@@ -18,10 +18,9 @@ use half::f16;
 use crate::agreement;
 use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::error::{Error, Result};
-use crate::first_gram::FirstGrams;
 use crate::fit_head;
 use crate::job::{QuantizeJob, precision};
-use crate::memory::{BlockSizes, Workload, parking};
+use crate::memory::{BlockSizes, parking};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
 use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
@@ -64,7 +63,7 @@ pub fn quantize(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option
             if job.ranks.size() > 1 {
                 made_from.insert("the number of ranks".to_owned(), job.ranks.size().to_string());
             }
-            Manifest::list(&sealed.folder, &made_from, &report)?;
+            Manifest::list(&sealed.folder, &sealed.files, &made_from, &report)?;
             let BranchReport { damp_retries, f64_retries, .. } = report;
             Some(QuantizeOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
         }
@@ -99,7 +98,9 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
 
     let (walked, writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
-        let ahead = read_ahead(scope, &model, rotations, job.source_dtype == SourceDtype::Fp32);
+        let reader = job.beside.map(|beside| beside.reader);
+        let exact = job.source_dtype == SourceDtype::Fp32;
+        let ahead = read_ahead(scope, &model, rotations, exact, reader);
         let walked = walk(&ahead, &model, job, &sender, progress);
         // A reader that waits to hand its block over learns here that nobody takes it.
         drop(ahead);
@@ -111,6 +112,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     let (blocks, mut streams) = walked;
     let (head, head_report) = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
+            let _turn = job.turn();
             let (head, report) =
                 fit_head::fitted(&model, rotations, &job.spec, job.windows().len(), streams)?;
             check_retries(job, std::slice::from_ref(&report), progress)?;
@@ -170,6 +172,7 @@ fn walk(
     for index in 0..blocks {
         let start = Instant::now();
         let mut block = next_block(ahead)?;
+        let turn = job.turn();
         let done = match &mut calibration {
             Some((calibrator, streams)) => {
                 calibrator
@@ -177,6 +180,7 @@ fn walk(
             }
             None => rounded(model, &mut block, job, writer)?,
         };
+        drop(turn);
         check_retries(job, &done.linears, progress)?;
         let report = BlockReport {
             block: index,
@@ -197,15 +201,13 @@ fn calibrator<'a>(
     job: &'a QuantizeJob<'a>,
 ) -> Result<(Calibrator<'a>, Streams)> {
     let (windows, seq_len) = (job.windows(), job.seq_len());
-    let own = &windows[job.ranks.share(windows.len(), 1)];
-    let work = Workload {
-        tokens: own.iter().map(Vec::len).sum(),
-        seq_len,
-        reference: job.spec.choices.needs_reference(),
-        exact: job.source_dtype == SourceDtype::Fp32,
-        shared_grams: job.shared.map_or(0, FirstGrams::after_one_more),
+    let work = job.workload();
+    let parking = match job.beside {
+        Some(beside) => beside.parking,
+        None => parking(model.device(), BlockSizes::of(model.config()), &[work])?,
     };
-    let parking = parking(model.device(), BlockSizes::of(model.config()), work)?;
+    let _turn = job.turn();
+    let own = &windows[job.ranks.share(windows.len(), 1)];
     let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
     let states = || embed(model, &own, parking.hidden);
     let reference = work.reference.then(states).transpose()?;

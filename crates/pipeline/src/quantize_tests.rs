@@ -21,6 +21,7 @@ impl Progress for Quiet {
     fn begin(&self, _: &str, _: usize) {}
     fn step(&self) {}
     fn block(&self, _: &BlockReport) {}
+    fn block_of(&self, _: &str, _: &BlockReport, _: usize) {}
     fn end(&self) {}
     fn note(&self, _: &str) {}
     fn warn(&self, message: &str) {
@@ -61,6 +62,7 @@ fn job<'a>(
         max_shard_bytes: None,
         strict: true,
         shared: None,
+        beside: None,
     }
 }
 

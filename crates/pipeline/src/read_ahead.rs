@@ -8,21 +8,24 @@ use gptq_compute::Device;
 use gptq_model::{Block, Model};
 
 use crate::error::{Error, Result};
+use crate::one_reading::Reader;
 use crate::rotate::FusedRotations;
 
 /// Reads blocks one ahead of their use, and folds rotations into them, on a thread of its own.
-/// With `exact`, blocks on a GPU keep their weights unrounded as well.
+/// With `exact`, blocks on a GPU keep their weights unrounded as well. With a `reader`, other walks
+/// read the model at the same time.
 pub(crate) fn read_ahead<'scope, 'env>(
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<'env>,
     rotations: Option<&'env FusedRotations>,
     exact: bool,
+    reader: Option<&'env Reader<'env>>,
 ) -> Receiver<Result<Block>> {
     // A rendezvous: the block that waits here is the only one beside the one in use.
     let (sender, receiver) = sync_channel(0);
     scope.spawn(move || {
         for index in 0..model.config().num_hidden_layers {
-            let block = load(model, index, rotations, exact);
+            let block = load(model, index, rotations, exact, reader);
             let failed = block.is_err();
             // A closed channel means that the walk has failed elsewhere.
             if sender.send(block).is_err() || failed {
@@ -38,15 +41,25 @@ fn load(
     index: usize,
     rotations: Option<&FusedRotations>,
     exact: bool,
+    reader: Option<&Reader<'_>>,
 ) -> Result<Block> {
-    if rotations.is_none() && !exact {
-        let block = model.load_block(index)?;
-        discard(model, index)?;
+    // Turned on the host, beside the work of a GPU.
+    let on_host = rotations.is_some() || exact;
+    let read = || match on_host {
+        true => Ok(model.load_block_on(&Device::Cpu, index)?),
+        false => Ok(model.load_block(index)?),
+    };
+    let mut block = match reader {
+        Some(reader) => reader.block(index, read, |block| discard(model, block))?,
+        None => {
+            let block = read()?;
+            discard(model, index)?;
+            block
+        }
+    };
+    if !on_host {
         return Ok(block);
     }
-    // Turned on the host, beside the work of a GPU.
-    let mut block = model.load_block_on(&Device::Cpu, index)?;
-    discard(model, index)?;
     // The file holds biases and gains in fp16, so calibration walks them as such: biases before they
     // are turned, gains unless they are folded.
     if exact {

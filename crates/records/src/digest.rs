@@ -1,10 +1,17 @@
 //! SHA-256 sums, as hexadecimal text.
 
+use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use gptq_checkpoint::open_regular;
+use gptq_checkpoint::{Sum, open_regular, sum_of_pieces, weight_pieces};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
+
+/// Bytes that are read at a time.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// Lower-case hexadecimal.
 #[must_use]
@@ -22,7 +29,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 pub(crate) fn of_file(path: &Path) -> io::Result<(u64, String)> {
     let mut file = open_regular(path)?;
     let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; PIECE_BYTES];
     let mut bytes = 0;
     loop {
         let count = file.read(&mut buffer)?;
@@ -32,4 +39,27 @@ pub(crate) fn of_file(path: &Path) -> io::Result<(u64, String)> {
         hash.update(&buffer[..count]);
         bytes += count as u64;
     }
+}
+
+/// Bytes and sum of a safetensors file, whose pieces are read side by side; what is wrong with it, in
+/// words, where it has none.
+pub(crate) fn of_weights(path: &Path) -> Result<(u64, String), String> {
+    let pieces = weight_pieces(path).map_err(|e| e.to_string())?;
+    let file = open_regular(path).map_err(|e| e.to_string())?;
+    let sums = pieces.par_iter().map(|piece| of_piece(&file, piece));
+    let sums: Vec<Sum> = sums.collect::<io::Result<_>>().map_err(|e| e.to_string())?;
+    Ok((pieces.last().map_or(0, |last| last.end), hex(&sum_of_pieces(sums))))
+}
+
+fn of_piece(file: &File, piece: &Range<u64>) -> io::Result<Sum> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; PIECE_BYTES.min((piece.end - piece.start) as usize)];
+    let mut at = piece.start;
+    while at < piece.end {
+        let count = buffer.len().min((piece.end - at) as usize);
+        file.read_exact_at(&mut buffer[..count], at)?;
+        hash.update(&buffer[..count]);
+        at += count as u64;
+    }
+    Ok(hash.finalize().into())
 }

@@ -1,27 +1,31 @@
 //! What a branch's folder holds and what it was made from, so that a finished branch is recognised
 //! by its content.
 //!
-//! The manifest is the last file written. It lists every other file with its SHA-256 (the sums that
-//! `sha256sum` prints), and all that the bytes depend on in words, so that a run that finds other
-//! words can say what has changed.
+//! The manifest is the last file written. It lists every other file with its SHA-256, and all that the
+//! bytes depend on in words, so that a run that finds other words can say what has changed. Sums of
+//! small files are those that `sha256sum` prints; those of weight files are made of their tensors'
+//! ([`gptq_checkpoint::sum_of_pieces`]), since tensors are written in another order than they lie.
 //!
 //! A manifest that came with a checkpoint from elsewhere is data: it may name files of its own folder
 //! and nothing else.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Component, Path};
 
-use gptq_checkpoint::{CARD_FILE, MANIFEST_FILE, Partial, REPORT_FILE};
+use gptq_checkpoint::{CARD_FILE, MANIFEST_FILE, Partial, REPORT_FILE, WeightSum};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::branch_report::BranchReport;
-use crate::digest::{of_file, sha256};
+use crate::digest::{hex, of_file, of_weights, sha256};
 use crate::error::{Error, Result};
 
-const FORMAT: u32 = 1;
+/// What is written. Format 1, which is read as well, had no sums of tensors.
+const FORMAT: u32 = 2;
 
 /// Everything that a branch's bytes depend on, by name.
 pub type MadeFrom = BTreeMap<String, String>;
@@ -45,32 +49,49 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct FileSum {
     bytes: u64,
-    sha256: String,
+    #[serde(flatten)]
+    sum: ContentSum,
+}
+
+/// What is known of a file's content, as hexadecimal text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ContentSum {
+    /// SHA-256 of the file.
+    Sha256(String),
+    /// SHA-256 of its header's and its tensors' SHA-256.
+    TensorsSha256(String),
 }
 
 /// How a file of the recorded size differs from its sum.
 const OTHER_CONTENT: &str = "has another content than when it was written";
 
-fn unreadable(error: &io::Error) -> String {
+fn unreadable(error: &dyn fmt::Display) -> String {
     format!("cannot be read: {error}")
 }
 
 impl FileSum {
+    /// Of a file that is listed as a whole.
     fn of(path: &Path) -> io::Result<Self> {
-        let (bytes, sha256) = of_file(path)?;
-        Ok(Self { bytes, sha256 })
+        let (bytes, sum) = of_file(path)?;
+        Ok(Self { bytes, sum: ContentSum::Sha256(sum) })
     }
 
     /// How a file differs from the sum. Only a regular file of the right size is read at all: from a
     /// device or a pipe there might come bytes for ever.
     fn fault(&self, path: &Path) -> Option<String> {
-        match self.size_fault(path) {
-            Some(fault) => Some(fault),
-            None => match FileSum::of(path) {
-                Ok(found) if found == *self => None,
-                Ok(_) => Some(OTHER_CONTENT.to_owned()),
-                Err(error) => Some(unreadable(&error)),
-            },
+        if let Some(fault) = self.size_fault(path) {
+            return Some(fault);
+        }
+        let (found, sum) = match &self.sum {
+            ContentSum::Sha256(sum) => (of_file(path).map_err(|e| unreadable(&e)), sum),
+            // A header that cannot be read is a changed one.
+            ContentSum::TensorsSha256(sum) => (of_weights(path), sum),
+        };
+        match found {
+            Ok((bytes, found)) if bytes == self.bytes && found == *sum => None,
+            Ok(_) => Some(OTHER_CONTENT.to_owned()),
+            Err(fault) => Some(fault),
         }
     }
 
@@ -88,29 +109,35 @@ impl FileSum {
 }
 
 impl Manifest {
-    /// Describes a folder whose weights were just made and whose report has no evaluations.
-    pub fn of(dir: &Path, made_from: &MadeFrom, report: &BranchReport) -> Result<Self> {
-        let files = names(dir)?.into_iter().filter(|name| !is_extra(name));
-        let files: Vec<String> = files.collect();
-        let sums = files.into_par_iter().map(|name| {
-            let path = dir.join(&name);
-            let sum = FileSum::of(&path).map_err(Error::io("read", &path))?;
-            Ok((name, sum))
-        });
+    /// Writes the manifest of a working folder whose files are complete but for a measurement.
+    /// `weights` are the sums of what the writer wrote; the other files, all small, are read.
+    pub fn list(
+        folder: &Partial,
+        weights: &[WeightSum],
+        made_from: &MadeFrom,
+        report: &BranchReport,
+    ) -> Result<Self> {
+        let dir = folder.path();
+        let mut files = BTreeMap::new();
+        for WeightSum { file_name, bytes, sum } in weights {
+            let sum = ContentSum::TensorsSha256(hex(sum));
+            files.insert(file_name.clone(), FileSum { bytes: *bytes, sum });
+        }
+        for name in names(dir)?.into_iter().filter(|name| !is_extra(name)) {
+            if let Entry::Vacant(new) = files.entry(name) {
+                let path = dir.join(new.key());
+                new.insert(FileSum::of(&path).map_err(Error::io("read", &path))?);
+            }
+        }
         let report = sha256(&report.to_bytes()?);
-        Ok(Self {
+        let manifest = Self {
             format: FORMAT,
             made_from: made_from.clone(),
             measured_on: None,
-            files: sums.collect::<Result<_>>()?,
+            files,
             made_report: report.clone(),
             report,
-        })
-    }
-
-    /// Writes the manifest of a working folder whose files are complete but for a measurement.
-    pub fn list(folder: &Partial, made_from: &MadeFrom, report: &BranchReport) -> Result<Self> {
-        let manifest = Self::of(folder.path(), made_from, report)?;
+        };
         folder.replace(MANIFEST_FILE, &manifest.to_bytes()?)?;
         Ok(manifest)
     }
@@ -144,9 +171,9 @@ impl Manifest {
     /// Another format, and names of files outside of the folder.
     pub fn parse(text: &[u8]) -> std::result::Result<Self, String> {
         let manifest: Self = serde_json::from_slice(text).map_err(|e| e.to_string())?;
-        if manifest.format != FORMAT {
+        if !(1..=FORMAT).contains(&manifest.format) {
             return Err(format!(
-                "its format is {}, and this program reads {FORMAT}",
+                "its format is {}, and this program reads those up to {FORMAT}",
                 manifest.format
             ));
         }
@@ -384,7 +411,7 @@ mod tests {
         let sum = FileSum::of(&dir.path().join("folder/b")).unwrap();
         // printf abc | sha256sum
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!((sum.bytes, sum.sha256.as_str()), (3, expected));
+        assert_eq!(sum, FileSum { bytes: 3, sum: ContentSum::Sha256(expected.to_owned()) });
         let manifest = Manifest {
             format: FORMAT,
             made_from: MadeFrom::new(),

@@ -104,6 +104,24 @@ impl DeviceArgs {
         Ok(team)
     }
 
+    /// Opens every device of a command that gives each work of its own; `advice` says what to do
+    /// instead where a launcher has started several processes.
+    pub(crate) fn open_each(&self, printer: &Printer, advice: &str) -> Result<Vec<Device>> {
+        if launched()?.is_some_and(|launched| launched.launch.size > 1) {
+            bail!("this command is one process, also for several devices; {advice}");
+        }
+        let devices = self.all()?;
+        devices.iter().try_for_each(|device| self.limit(device))?;
+        let names: Vec<String> = devices.iter().map(Device::name).collect();
+        printer.note(&match names.as_slice() {
+            [first, others @ ..] if !others.is_empty() && others.iter().all(|o| o == first) => {
+                format!("devices: {} × {first}", names.len())
+            }
+            names => format!("device: {}", names.join(", ")),
+        });
+        Ok(devices)
+    }
+
     /// Opens the device of a command that uses one; `advice` says what to do instead.
     pub(crate) fn open_one(&self, printer: &Printer, advice: &str) -> Result<Device> {
         self.check_one(advice)?;

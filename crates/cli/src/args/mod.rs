@@ -265,6 +265,9 @@ pub(crate) struct SweepArgs {
     /// Only the branches of job I of N; the jobs together make all, each once
     #[arg(long, value_name = "I/N")]
     pub(crate) jobs: Option<Share>,
+    /// Branches that each device makes at the same time, from one reading of the model
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = values::parse_count)]
+    pub(crate) together: usize,
     /// Print what would be made and what is reused, with sizes and work; change nothing
     #[arg(long)]
     pub(crate) dry_run: bool,

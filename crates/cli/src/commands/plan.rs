@@ -32,6 +32,7 @@ pub(crate) fn run(args: &PlanArgs, printer: &Printer) -> Result<()> {
         windows: config.calibration.windows,
         seq_len: config.calibration.seq_len,
         shared_grams: config.shared_grams(),
+        together: 1,
         gpu_memory: args.gpu_memory,
     };
     let mut rows = Vec::new();

@@ -97,6 +97,7 @@ pub(crate) fn run(args: &QuantizeArgs, printer: &Printer) -> Result<()> {
             max_shard_bytes: args.max_shard_size,
             strict: args.strict,
             shared: None,
+            beside: None,
         };
         Ok(quantize(&job, printer)?)
     })?;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_checkpoint::free_space;
+use gptq_compute::Device;
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::sweep::config::{Branch, SweepConfig};
 use gptq_pipeline::sweep::log::{SWEEP_FILE, SweepReport, SweepRow};
@@ -21,9 +22,9 @@ use super::{print_json, print_result};
 use crate::args::SweepArgs;
 use crate::printer::Printer;
 
-/// Branches are independent, so a process for each device is faster than one for all.
-const ADVICE: &str =
-    "split the sweep: --jobs 1/2 --device cuda:0 beside --jobs 2/2 --device cuda:1";
+/// For processes that a launcher has started.
+const ADVICE: &str = "start it without a launcher and use --device cuda:all, or on several hosts give each a part: \
+                      --jobs 1/2, --jobs 2/2";
 
 pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     let mut config = SweepConfig::open(&args.config)?;
@@ -42,14 +43,16 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     if let Some(evaluation) = &config.evaluation {
         provide_text(&evaluation.dataset, printer)?;
     }
-    let device = args.device.open_one(printer, ADVICE)?;
+    let devices = args.device.open_each(printer, ADVICE)?;
+    let dtype = devices.first().map_or("f32", Device::dtype);
     let calibration = sample(&source, &config.calibration, printer)?;
     let mut job = SweepJob {
         config: &config,
         branches: &branches,
         source: &source,
         calibration: &calibration,
-        device: &device,
+        devices: &devices,
+        together: args.together,
         out: &args.out,
         strict: args.strict,
     };
@@ -65,7 +68,7 @@ pub(crate) fn run(args: &SweepArgs, printer: &Printer) -> Result<()> {
     }
     let report = sweep(&job, printer)?;
     // First: hours of work are not to end without their table because of a card.
-    if args.json { print_json(&report) } else { print_result(&text(&report, device.dtype())) }?;
+    if args.json { print_json(&report) } else { print_result(&text(&report, dtype)) }?;
     if let Some(facts) = &config.card
         && !report.rows.is_empty()
     {
@@ -108,7 +111,8 @@ struct PreviewRow {
 
 fn dry_run(job: &SweepJob<'_>, json: bool, printer: &Printer) -> Result<()> {
     let survey = Survey::new(job, printer)?;
-    let gpu_memory = job.device.memory()?.map_or(0, |m| m.budget as u64);
+    let device = job.devices.first().unwrap_or(&Device::Cpu);
+    let gpu_memory = device.memory()?.map_or(0, |m| m.budget as u64);
     let mut preview = Preview {
         branches: Vec::new(),
         bytes_to_write: 0,

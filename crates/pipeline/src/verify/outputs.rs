@@ -112,8 +112,8 @@ impl Run<'_> {
         let blocks = dense.config().num_hidden_layers;
         progress.begin(&batch.label("output errors"), blocks);
         std::thread::scope(|scope| {
-            let ahead = read_ahead(scope, model, None, false);
-            let ahead_of_base = read_ahead(scope, dense, self.rotations.as_ref(), false);
+            let ahead = read_ahead(scope, model, None, false, None);
+            let ahead_of_base = read_ahead(scope, dense, self.rotations.as_ref(), false, None);
             for index in 0..blocks {
                 let (block, wanted) = (next_block(&ahead)?, next_block(&ahead_of_base)?);
                 let grams = forward(model, &block, &mut states)?;

@@ -84,7 +84,7 @@ pub(super) fn compare(
     let blocks = base.config().num_hidden_layers;
     progress.begin("compare", blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, &model, rotations.as_ref(), false);
+        let ahead = read_ahead(scope, &model, rotations.as_ref(), false, None);
         for _ in 0..blocks {
             let block = next_block(&ahead)?;
             for (id, shape) in LinearId::ALL.into_iter().zip(base.config().block_linears()) {
