@@ -86,6 +86,9 @@ fn walk(
             let mut block = next_block(&ahead)?;
             prepare(&mut block)?;
             forward(model, &block, &mut states)?;
+            // Nothing here waits for a GPU: without this, blocks are read ahead until its memory is
+            // full of them, and a step is said before it is done.
+            model.device().synchronize("a block")?;
             progress.step();
         }
         Ok::<_, Error>(())
