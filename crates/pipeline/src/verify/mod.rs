@@ -16,6 +16,7 @@ mod contents;
 mod dense;
 mod findings;
 mod fit;
+mod gains;
 mod job;
 mod odd_words;
 mod outputs;
