@@ -69,13 +69,8 @@ group_scales(const float* w, float* scales, int rows, int ld, int columns, int g
     const int row = row_of_warp();
     if (row >= rows) return;
     const int start = blockIdx.y * group_size;
-    Range r = range_of(w + (long long)row * ld + start, min(group_size, columns - start));
-    if (r.low < 0.0f) {
-        r.high = fmaxf(r.high, -r.low);
-        r.low = -r.high;
-    }
-    if (r.low == 0.0f && r.high == 0.0f) r = {-1.0f, 1.0f};
-    const float scale = __fdiv_rn(__fsub_rn(r.high, r.low), max_code);
+    const Range r = range_of(w + (long long)row * ld + start, min(group_size, columns - start));
+    const float scale = absmax_scale(r.low, r.high, max_code);
     if (threadIdx.x % 32 == 0) {
         scales[(long long)blockIdx.y * rows + row] = file_scale(scale, max_code, half_scales != 0);
     }

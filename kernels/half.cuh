@@ -44,3 +44,14 @@ static __device__ __forceinline__ float file_scale(float scale, float max_code, 
     const float most = __fdiv_rn(65504.0f, 0.5f * (max_code + 1.0f));
     return fminf(half_scales ? rounded : scale, most);
 }
+
+// AutoGPTQ's scale of a group whose values reach from low to high, both widened by zero: symmetric only
+// where a value is negative, -1..1 where all are zero.
+static __device__ __forceinline__ float absmax_scale(float low, float high, float max_code) {
+    if (low < 0.0f) {
+        high = fmaxf(high, -low);
+        low = -high;
+    }
+    if (low == 0.0f && high == 0.0f) low = -1.0f, high = 1.0f;
+    return __fdiv_rn(__fsub_rn(high, low), max_code);
+}

@@ -405,6 +405,7 @@ fn scales_and_indices_of_other_types_are_read_with_a_warning() {
         let outcome = dir.gptq(&["verify", "g"]);
         assert_eq!(outcome.code, 1);
         assert!(outcome.stdout.contains("expected F16"), "{}", outcome.stdout);
+        assert!(outcome.stdout.contains("not checked with scales stored as"), "{}", outcome.stdout);
     }
     // A third has no end in binary.
     let mut file = Packed::new(FOUR, &[]);
@@ -430,7 +431,15 @@ fn scales_and_indices_of_other_types_are_read_with_a_warning() {
     file.write(&dir);
     let messages = reads_as_twin(&dir);
     assert!(messages.contains("14 of 14 packed linears store their `g_idx` as I64"), "{messages}");
-    assert_eq!(dir.gptq(&["verify", "g"]).code, 1);
+    let verified = dir.gptq(&["verify", "g"]);
+    assert_eq!(verified.code, 1);
+    assert!(
+        verified.stdout.contains("not checked with g_idx stored as I64"),
+        "{}",
+        verified.stdout
+    );
+    // They have a sum, as all that is there.
+    dir.gptq(&["inspect", "g", "--checksum"]).ok();
     // The low half of what is no group at all is one.
     file.each("layers.1.mlp.up_proj.g_idx", |(_, _, bytes)| bytes[4] = 1);
     file.write(&dir);

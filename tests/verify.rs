@@ -719,12 +719,41 @@ fn a_head_that_is_not_the_bases_is_found_fitted_or_not() {
         // Every row is the one after it.
         find(&|at, _| value((at + width) % (rows * width)));
         find(&|at, _| value(at / width * width + (width - 1 - at % width)));
+        // One row of another token, ten that are a little larger, ten with some of the row after them.
+        find(&|at, v| if at / width == 1000 { value(at + width) } else { v });
+        let few = |at: usize| at / width % (rows / 10) == 7;
+        find(&|at, v| if few(at) { 1.1 * v } else { v });
+        find(&|at, v| if few(at) { v + 0.3 * value((at + width) % (rows * width)) } else { v });
     }
     // What no recipe fitted is the base's to the last bit or so.
     for name in ["kept", "foreign"] {
         let damage = |file: &mut File| file.change_halves(head, |_, v| 1.01 * v);
         with_damage(&dir, name, damage, || {
             finds(&against_base(&dir, name), &[head, "differs from the base's by 1.0"]);
+        });
+    }
+}
+
+/// The card layout has no metadata, and who publishes a file may leave out the report: what a recipe
+/// fitted is known by its values then.
+#[test]
+fn a_fitted_head_is_known_where_nothing_says_how_the_file_was_made() {
+    let dir = Workdir::new();
+    let plain = ["--recipe", "best", "--set", "rotate=none", "--layout", "card"];
+    for (name, settings) in [
+        ("best", ["--bits", "3"].as_slice()),
+        // At 8 bits the head is changed by less than rounding of turned values may.
+        ("moved", &["--bits", "8", "--group-size", "none", "--set", "residual=1"]),
+    ] {
+        quantise(&dir, name, &[&plain, settings].concat());
+        fs::remove_file(dir.path(name).join("gptq_report.json")).unwrap();
+        against_base(&dir, name).ok();
+        let [_, width] = HEAD_SIZES;
+        let damage = |file: &mut File| {
+            file.change_halves("lm_head.weight", |at, v| if at / width == 9 { 2.0 * v } else { v });
+        };
+        with_damage(&dir, name, damage, || {
+            finds(&against_base(&dir, name), &["lm_head.weight", "differs from the base's by"]);
         });
     }
 }

@@ -102,11 +102,28 @@ fn what_was_just_made_is_sound() {
 /// What a finding may say of codes that are other weights'.
 const FOREIGN: &[&str] = &["has no column near the base's", "other weights"];
 
+const SCALES: &[&str] = &["has no column near the base's", "other weights", "are not the weights'"];
+const ONE_SCALE: &[&str] = &["hold at group 1, output 7 what is not its weights'"];
+
+/// Changes the scales of some groups of 64 columns.
+fn scale_some(file: &mut File, linear: &str, groups: std::ops::Range<usize>, factor: f32) {
+    let name = format!("{linear}.scales");
+    let [_, outputs] = file.shape(&name);
+    let hit = |at: usize| groups.contains(&(at / outputs));
+    file.change_halves(&name, |at, scale| if hit(at) { factor * scale } else { scale });
+}
+
+fn scale_one(file: &mut File, linear: &str, factor: f32) {
+    let name = format!("{linear}.scales");
+    let [_, outputs] = file.shape(&name);
+    file.change_halves(&name, |at, scale| if at == outputs + 7 { factor * scale } else { scale });
+}
+
 /// Damages a linear of so many bits.
 type Damage = fn(&mut File, &str, usize);
 
 /// Faults of a whole linear or of parts of it, and what a finding says.
-const FAULTS: [(&str, Damage, &[&str]); 8] = [
+const FAULTS: [(&str, Damage, &[&str]); 13] = [
     (
         "codes off by one",
         |file, linear, bits| {
@@ -126,6 +143,19 @@ const FAULTS: [(&str, Damage, &[&str]); 8] = [
     ),
     ("doubled scales", |file, linear, _| file.scale_scales(linear, true), FOREIGN),
     ("halved scales", |file, linear, _| file.scale_scales(linear, false), FOREIGN),
+    ("scales of a group, smaller", |file, linear, _| scale_some(file, linear, 0..1, 0.85), FOREIGN),
+    (
+        "scales of a group, larger",
+        |file, linear, bits| scale_some(file, linear, 1..2, if bits == 3 { 1.3 } else { 1.15 }),
+        FOREIGN,
+    ),
+    (
+        "all scales, larger",
+        |file, linear, bits| scale_some(file, linear, 0..4, if bits == 3 { 1.3 } else { 1.1 }),
+        SCALES,
+    ),
+    ("one of the scales, doubled", |file, linear, _| scale_one(file, linear, 2.0), ONE_SCALE),
+    ("one of the scales, halved", |file, linear, _| scale_one(file, linear, 0.5), ONE_SCALE),
     (
         "columns reversed",
         |file, linear, bits| file.change_codes(linear, bits, |codes| codes.reverse()),
@@ -185,8 +215,10 @@ fn what_is_planted_is_found() {
         against_base().ok();
         for linear in ["model.layers.1.mlp.up_proj", "model.layers.3.self_attn.q_proj"] {
             for (what, damage, named) in FAULTS {
-                // Three steps do not tell one scale from another.
-                if bits == 2 && what.contains("scales") {
+                // Three steps do not tell one scale from another, nor do seven where a search has cut
+                // the largest weights off.
+                let untold = bits == 3 && what == "one of the scales, doubled";
+                if untold || bits == 2 && what.contains("scales") {
                     continue;
                 }
                 with_damage(

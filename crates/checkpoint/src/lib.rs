@@ -76,7 +76,7 @@ pub use names::{
 pub use packed::{PackedNotes, StoredZeros};
 pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
-pub use reader::Checkpoint;
+pub use reader::{Checkpoint, StoredTensor};
 pub use rope::{Rope, RopeScaling};
 pub use small_file::{open_regular, read_small, read_small_text};
 pub use strays::Strays;

@@ -32,6 +32,17 @@ pub struct Checkpoint {
     head: OnceLock<Head>,
 }
 
+/// A tensor as it is stored.
+#[derive(Clone, Debug)]
+pub struct StoredTensor<'a> {
+    /// Its type, which may be one that nothing is computed with.
+    pub dtype: safetensors::Dtype,
+    /// Its sides.
+    pub shape: &'a [usize],
+    /// Its values, row by row.
+    pub bytes: Cow<'a, [u8]>,
+}
+
 impl Checkpoint {
     /// Opens a folder: its configuration, and the headers of its weight files.
     ///
@@ -209,17 +220,31 @@ impl Checkpoint {
     /// [`Error::MissingTensor`] and [`Error::UnsupportedDType`]; of [`Checkpoint::open_arriving`]
     /// also [`Error::Discarded`], and whatever is wrong with the shard.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
+        let (name, stored) = self.named(name)?;
+        let dtype = DType::from_safetensors(stored.dtype, name)?;
+        Ok(TensorRef { name, dtype, shape: stored.shape, bytes: stored.bytes })
+    }
+
+    /// A tensor by name, of any type: what is computed with comes from [`Checkpoint::tensor`].
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`], but for its type.
+    pub fn stored(&self, name: &str) -> Result<StoredTensor<'_>> {
+        Ok(self.named(name)?.1)
+    }
+
+    fn named(&self, name: &str) -> Result<(&str, StoredTensor<'_>)> {
         let Some(View { name, entry, bytes }) = self.weights.view(self.stored_name(name))? else {
             return Err(self.missing(name));
         };
-        let dtype = DType::from_safetensors(entry.dtype, name)?;
         let bytes = match &entry.strides {
             None => bytes,
             Some(strides) => {
-                Cow::Owned(pytorch::gather(&bytes, dtype.size(), &entry.shape, strides))
+                let size = entry.dtype.bitsize() / 8;
+                Cow::Owned(pytorch::gather(&bytes, size, &entry.shape, strides))
             }
         };
-        Ok(TensorRef { name, dtype, shape: &entry.shape, bytes })
+        Ok((name, StoredTensor { dtype: entry.dtype, shape: &entry.shape, bytes }))
     }
 
     /// The type a tensor of a mapped file is stored in, whether or not it is one that can be read;

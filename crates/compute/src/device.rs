@@ -347,6 +347,26 @@ impl Device {
         }
     }
 
+    /// A weight `[rows, cols]` on a GPU with every value rounded to nearest on the grid of its row's
+    /// group of `group` columns: AutoGPTQ's symmetric scale in fp16, codes from 0 to `max_code`, `zero`
+    /// meaning 0. The host's is `gptq_quant::round_to_nearest`, which makes the codes as well.
+    ///
+    /// # Errors
+    /// [`Error::DeviceMismatch`] for a tensor in host memory, and those of the launch.
+    pub fn round_groups(
+        &self,
+        weight: &Tensor,
+        group: usize,
+        (zero, max_code): (f32, f32),
+    ) -> Result<Tensor> {
+        match (self, &weight.0) {
+            (Self::Cuda(_), Storage::Cuda(m)) => Ok(Tensor(Storage::Cuda(
+                cuda::elementwise::round_groups(m, group, zero, max_code)?,
+            ))),
+            _ => Err(Error::DeviceMismatch { op: "round_groups" }),
+        }
+    }
+
     /// True when every value is finite.
     pub fn all_finite(&self, x: &Tensor) -> Result<bool> {
         match &x.0 {

@@ -3,7 +3,7 @@
 
 use gptq_compute::Tensor;
 use gptq_model::{Block, Head, LinearId, Model, SourcePrecision};
-use gptq_quant::{QuantSpec, round_to_nearest};
+use gptq_quant::{QuantSpec, round_to_nearest, rounded_weight};
 use gptq_text::protocol::EvalWindow;
 use serde::{Deserialize, Serialize};
 
@@ -54,10 +54,14 @@ pub fn score_rounded(
     walk(model, batch, exact, progress, |block| {
         let exact = block.take_exact();
         for id in LinearId::ALL {
-            let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
-            let rounded = round_to_nearest(model.device(), weight, spec)
-                .map_err(|source| Error::Solve { linear: block.linear_name(id), source })?;
-            block.set_linear(id, rounded.weight);
+            let rounded = match exact.get(id as usize) {
+                // Wider than the device's: in host memory.
+                Some(weight) => round_to_nearest(model.device(), weight, spec).map(|q| q.weight),
+                None => rounded_weight(model.device(), block.linear(id), spec),
+            };
+            let rounded =
+                rounded.map_err(|source| Error::Solve { linear: block.linear_name(id), source })?;
+            block.set_linear(id, rounded);
         }
         Ok(())
     })
@@ -82,6 +86,9 @@ fn walk(
             let mut block = next_block(&ahead)?;
             prepare(&mut block)?;
             forward(model, &block, &mut states)?;
+            // Nothing here waits for a GPU: without this, blocks are read ahead until its memory is
+            // full of them, and a step is said before it is done.
+            model.device().synchronize("a block")?;
             progress.step();
         }
         Ok::<_, Error>(())

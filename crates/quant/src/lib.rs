@@ -22,7 +22,7 @@ pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision};
 pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
 pub use rotation::{Rotation, split_mix};
-pub use rtn::round_to_nearest;
+pub use rtn::{round_to_nearest, rounded_weight};
 pub use solved::{Codes, Quantized, Stored};
 pub use solver::solve;
 pub use spec::{QuantSpec, Recipe};

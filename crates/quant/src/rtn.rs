@@ -1,6 +1,7 @@
 //! Round to nearest: every weight on its own, the baseline that calibration must beat.
 //!
-//! Always computed on the host: it is one pass over the weights.
+//! Codes are computed on the host: it is one pass over the weights. A measurement that only wants
+//! the rounded weights, block after block, has them where they are.
 
 use ndarray::Array2;
 use rayon::prelude::*;
@@ -10,6 +11,23 @@ use crate::grid::{absmax_scale, code, file_scale};
 use crate::solved::{Quantized, Stored};
 use crate::spec::QuantSpec;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
+
+/// The weights of [`round_to_nearest`] alone, `[out, in]`, on the weight's device.
+///
+/// # Errors
+/// As [`round_to_nearest`]; a GPU does not look for weights that no grid holds, which only values that
+/// are not finite are.
+pub fn rounded_weight(device: &Device, weight: &Tensor, spec: &QuantSpec) -> Result<Tensor> {
+    spec.validate()?;
+    match device {
+        Device::Cpu => Ok(round_to_nearest(device, weight, spec)?.weight),
+        Device::Cuda(_) => {
+            let group = spec.group_columns(weight.cols());
+            let grid = (f32::from(spec.zero()), spec.max_code());
+            Ok(device.round_groups(weight, group, grid)?)
+        }
+    }
+}
 
 /// Quantizes `weight` `[out, in]` with the AutoGPTQ scale of each group and the nearest code on the
 /// grid that the file will hold (fp16 scales).

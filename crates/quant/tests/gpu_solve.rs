@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use gptq_checkpoint::{Bits, GptqLinear};
 use gptq_compute::cuda::{self, ClipSearch, Cuda, PackedLinear, SolveOptions, Solved, Timer};
-use gptq_compute::{Device, Error, HessianPrep, Precision, Tensor, linalg};
-use gptq_quant::{QuantSpec, Recipe};
+use gptq_compute::{Device, Error, FloatType, HessianPrep, HostMatrix, Precision, Tensor, linalg};
+use gptq_quant::{QuantSpec, Recipe, rounded_weight};
 use half::f16;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
@@ -303,6 +303,40 @@ fn scales_fit_both_ends_of_fp16() {
     let solved =
         cuda::solve(&beyond, &on_card, &plan.order, &plan.dead, &options(4, None)).unwrap();
     assert!(solved.scales.iter().all(|&s| s > 65504.0), "{:?}", solved.scales);
+}
+
+/// The host's weights, to the bit: ragged groups, rows of zeros, of one sign, and at fp16's ends.
+#[test]
+fn weights_are_rounded_as_the_host_rounds_them() {
+    let Some((device, _)) = card() else { return };
+    for (rows, cols, group) in
+        [(1, 1, None), (7, 33, Some(32)), (61, 500, Some(128)), (130, 4097, None), (8, 64, Some(7))]
+    {
+        let value = |(i, j)| noise(rows * cols, i * cols + j);
+        let mut values = Array2::from_shape_fn((rows, cols), value);
+        let ends = [0.0, 6e-8, 65504.0, 1e-6];
+        for (row, end) in (0..rows).zip(ends.iter().cycle()) {
+            match row % 7 {
+                // Of one sign; and larger or smaller than any other.
+                1 => values.row_mut(row).mapv_inplace(f32::abs),
+                3 => values.row_mut(row).mapv_inplace(|v| v * end),
+                5 => values.row_mut(row).mapv_inplace(|v| -v.abs()),
+                _ => {}
+            }
+        }
+        let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+        let bytes = bytemuck::cast_slice(&halves);
+        let matrix = HostMatrix::new(bytes, FloatType::F16, rows, cols);
+        let (host, there) = (Device::Cpu.upload(matrix).unwrap(), device.upload(matrix).unwrap());
+        for bits in [2, 3, 4, 8] {
+            let spec = QuantSpec::new(bits, group, false, 0.01, Recipe::Rtn);
+            let want = rounded_weight(&Device::Cpu, &host, &spec).unwrap().to_host().unwrap();
+            let want = want.mapv(|v| f16::from_f32(v).to_f32());
+            let found = rounded_weight(&device, &there, &spec).unwrap().to_host().unwrap();
+            let differs = found.iter().zip(&want).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{rows}×{cols}, {group:?}, {bits} bits");
+        }
+    }
 }
 
 #[test]

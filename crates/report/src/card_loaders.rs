@@ -74,6 +74,7 @@ pub(crate) fn verdicts_of(
         // One order for q, k and v, and one for gate and up.
         shared_order: true,
         bias: if layout == Layout::Card { Bias::Zero } else { Bias::Absent },
+        other_types: Vec::new(),
         frequencies: layout == Layout::Card,
         file_stem: quantize.file_stem(),
         sharded: checkpoint.weight_files().len() > 1,

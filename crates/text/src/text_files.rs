@@ -3,11 +3,15 @@
 //! Nothing here repairs what it reads. A row that is absent, null or not UTF-8 is an error that
 //! names it, because a dataset that is silently shorter shifts every calibration window. The one
 //! thing left out is a byte order mark at the start of a file, which is no part of its text.
+//!
+//! Texts may be as large as they are, but they have an end: pipes, which nobody may write to, and
+//! devices are refused.
 
-use std::fs;
-use std::io::{BufRead, BufReader};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
+use gptq_checkpoint::open_regular;
 use parquet::basic::Type as PhysicalType;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -32,8 +36,10 @@ pub(crate) fn without_mark(bytes: &[u8]) -> &[u8] {
 /// # Errors
 /// When the file cannot be read or is not UTF-8.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
-    let mut bytes =
-        fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let failed = |source| Error::Read { path: path.to_owned(), source };
+    let mut file = open_regular(path).map_err(failed)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(failed)?;
     if bytes.starts_with(BYTE_ORDER_MARK) {
         bytes.drain(..BYTE_ORDER_MARK.len());
     }
@@ -47,7 +53,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
 /// When the file cannot be read, or a line is not UTF-8 or has no such string (named by number).
 pub(crate) fn read_jsonl(path: &Path, field: &str) -> Result<Vec<String>> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
-    let mut file = BufReader::new(fs::File::open(path).map_err(failed)?);
+    let mut file = BufReader::new(open_regular(path).map_err(failed)?);
     let (mut rows, mut bytes) = (Vec::new(), Vec::new());
     for number in 1.. {
         bytes.clear();
@@ -97,7 +103,7 @@ fn damaged(path: &Path) -> impl Fn(ParquetError) -> Error {
 /// not UTF-8.
 pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>> {
     let file =
-        fs::File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        open_regular(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let damaged =
         |error: ParquetError| Error::Parquet { path: path.to_owned(), reason: error.to_string() };
     let reader = SerializedFileReader::new(file).map_err(&damaged)?;
@@ -160,11 +166,7 @@ fn read_column(
 }
 
 /// The index of the top-level, unrepeated byte-array column named `column`.
-fn text_column(
-    reader: &SerializedFileReader<fs::File>,
-    path: &Path,
-    column: &str,
-) -> Result<usize> {
+fn text_column(reader: &SerializedFileReader<File>, path: &Path, column: &str) -> Result<usize> {
     let columns = reader.metadata().file_metadata().schema_descr().columns();
     columns
         .iter()
@@ -176,7 +178,7 @@ fn text_column(
         .ok_or_else(|| column_not_found(reader, path, column))
 }
 
-fn column_not_found(reader: &SerializedFileReader<fs::File>, path: &Path, column: &str) -> Error {
+fn column_not_found(reader: &SerializedFileReader<File>, path: &Path, column: &str) -> Error {
     let columns = reader.metadata().file_metadata().schema_descr().columns();
     let available: Vec<String> = columns
         .iter()
@@ -191,6 +193,7 @@ fn column_not_found(reader: &SerializedFileReader<fs::File>, path: &Path, column
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
     use std::sync::Arc;
 
@@ -361,5 +364,25 @@ mod tests {
         fs::write(&path, [0x61, 0xff]).unwrap();
         assert!(matches!(read_text(&path), Err(Error::NotUtf8 { .. })));
         assert!(matches!(read_text(&folder.path().join("b.txt")), Err(Error::Read { .. })));
+    }
+
+    #[test]
+    fn what_has_no_end_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+        assert!(made.success());
+        let zero = folder.path().join("zero");
+        std::os::unix::fs::symlink("/dev/zero", &zero).unwrap();
+        for path in [&fifo, &zero] {
+            for read in [
+                read_text(path).map(drop),
+                read_jsonl(path, "text").map(drop),
+                read_parquet(path, "text").map(drop),
+            ] {
+                let Err(Error::Read { path: named, source }) = read else { panic!("{read:?}") };
+                assert_eq!((&named, source.to_string().as_str()), (path, "it is no regular file"));
+            }
+        }
     }
 }

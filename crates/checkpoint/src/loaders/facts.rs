@@ -32,6 +32,9 @@ pub struct LoaderFacts {
     pub shared_order: bool,
     /// Biases of quantized linears that the architecture does not have.
     pub bias: Bias,
+    /// Kinds of tensors of quantised linears that are stored in another type than loaders are known to
+    /// read, each with its type: `scales stored as F32`.
+    pub other_types: Vec<String>,
     /// Rotary frequencies are stored.
     pub frequencies: bool,
     /// Name of the weight file without `.safetensors`.

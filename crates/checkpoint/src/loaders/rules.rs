@@ -69,7 +69,9 @@ impl Loader {
             return LoaderVerdict { loader, loads: false, reasons, release, seen };
         }
         let remarks = self.remarks.iter().filter(|(when, _)| when.holds(facts));
-        let reasons = remarks.map(|&(_, remark)| remark.to_owned()).collect();
+        let remarks = remarks.map(|&(_, remark)| remark.to_owned());
+        let unknown = facts.other_types.iter().map(|of| format!("not checked with {of}"));
+        let reasons = remarks.chain(unknown).collect();
         LoaderVerdict { loader, loads: true, reasons, release, seen: self.seen }
     }
 }

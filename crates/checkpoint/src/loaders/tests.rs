@@ -44,6 +44,7 @@ fn published(bits: u8, group_size: Option<usize>, act_order: bool) -> LoaderFact
         bfloat16: false,
         shared_order: true,
         bias: Bias::Zero,
+        other_types: Vec::new(),
         frequencies: true,
         file_stem: "model".to_owned(),
         sharded: false,
@@ -303,4 +304,18 @@ fn every_rule_has_its_reason() {
     refuses("transformers", &named, "gptq_model-4bit-128g.safetensors");
     refuses("transformers", &with(&|f| f.pt_metadata = false), "format = pt");
     refuses("AutoGPTQ 0.4", &with(&|f| f.sharded = true), "sharded");
+}
+
+/// What no program was seen to do is not said of it.
+#[test]
+fn types_that_nobody_was_seen_to_read_are_told() {
+    let mut facts = published(4, Some(128), false);
+    let taken = verdicts(&facts);
+    facts.other_types = vec!["scales stored as F32".to_owned(), "g_idx stored as I64".to_owned()];
+    for (before, now) in taken.iter().zip(verdicts(&facts)) {
+        assert_eq!(now.loads, before.loads);
+        let told =
+            now.reasons.iter().filter(|reason| reason.starts_with("not checked with")).count();
+        assert_eq!(told, if now.loads { 2 } else { 0 }, "{now:?}");
+    }
 }

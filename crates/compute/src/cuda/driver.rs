@@ -116,8 +116,9 @@ impl Driver {
     /// Memory of the card and of this device.
     pub(super) fn memory_info(&self) -> Result<MemoryInfo> {
         let (free, total) = self.context.mem_get_info().stage("reading memory")?;
+        let kept = self.kept_by_pool().stage("reading memory")?;
         Ok(MemoryInfo {
-            free,
+            free: free + kept,
             total,
             held: self.memory.held(),
             peak: self.memory.peak(),
@@ -135,6 +136,25 @@ impl Driver {
             held: self.memory.held(),
             free: free.min(budget.saturating_sub(self.memory.held())),
         }
+    }
+
+    /// Bytes that were freed, but that the driver's pool keeps for the next tensors.
+    fn kept_by_pool(&self) -> std::result::Result<usize, DriverError> {
+        let attributes = [
+            CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+            CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+        ];
+        // SAFETY: the pool is the device's own, and both attributes are 64-bit integers.
+        let [reserved, used] = unsafe {
+            let pool = result::device::get_default_mem_pool(self.context.cu_device())?;
+            let mut values = [0_u64; 2];
+            for (attribute, value) in attributes.into_iter().zip(&mut values) {
+                let value: *mut u64 = value;
+                result::mem_pool::get_attribute(pool, attribute, value.cast())?;
+            }
+            values
+        };
+        Ok(reserved.saturating_sub(used) as usize)
     }
 
     /// Gives the memory that the driver's pool keeps back to the card.

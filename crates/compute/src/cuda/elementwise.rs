@@ -7,6 +7,7 @@ use half::f16;
 
 use super::buffer::{Buffer, Values};
 use super::context::Cuda;
+use super::dense::int;
 use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use super::rope_table::DeviceTable;
@@ -148,6 +149,33 @@ pub(crate) fn all_finite(x: &Matrix) -> Result<bool> {
     // SAFETY: the arguments are the kernel's, and x holds n values.
     unsafe { launch.launch(cuda.spread(count)) }.stage(OP)?;
     Ok(cuda.read(OP, bad.slice(), 1)? == [0])
+}
+
+/// Every value of x on the grid of its row's group of `group` columns, whose codes reach from 0 to
+/// `max_code`, `zero` meaning 0.
+pub(crate) fn round_groups(x: &Matrix, group: usize, zero: f32, max_code: f32) -> Result<Matrix> {
+    const OP: &str = "round_groups";
+    const ROWS: usize = 8;
+    let cuda = x.cuda();
+    let mut out = Matrix::uninit_f16(cuda, OP, x.shape())?;
+    let groups = x.cols().div_ceil(group.max(1));
+    if x.rows() == 0 || groups == 0 {
+        return Ok(out);
+    }
+    let (rows, cols, group) = (int(x.rows())?, int(x.cols())?, int(group)?);
+    let config = LaunchConfig {
+        grid_dim: (x.rows().div_ceil(ROWS) as u32, groups as u32, 1),
+        block_dim: (256, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    let function = cuda.kernel("round_groups.cu", "round_groups")?;
+    let mut launch = cuda.stream().launch_builder(&function);
+    launch.arg(x.f16(OP)?).arg(out.f16_mut(OP)?).arg(&rows).arg(&cols).arg(&group);
+    launch.arg(&zero).arg(&max_code);
+    // SAFETY: the arguments are the kernel's; x and out hold rows × cols values, and the kernel cuts
+    // the last group at cols.
+    unsafe { launch.launch(config) }.stage(OP)?;
+    Ok(out)
 }
 
 /// Rows `ids` of x, in that order and in x's type; the caller has checked the range.

@@ -44,6 +44,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "reverse.cu",
     "rms_norm.cu",
     "rope.cu",
+    "round_groups.cu",
     "select_rows.cu",
     "silu_mul.cu",
     "tri_inverse.cu",

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Device memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryInfo {
-    /// Free on the card, for all processes.
+    /// Free on the card for all processes, and what the driver keeps of memory that this one has freed.
     pub free: usize,
     /// On the card.
     pub total: usize,

@@ -57,7 +57,7 @@ const KEYS: [(&str, Told); 7] = [
     ("rope_theta", |c| format!("{:?}", c.rope.theta)),
     ("rope_scaling", |c| scaling(c.rope.scaling)),
     ("sliding_window", |c| c.sliding_window.map_or_else(|| "none".to_owned(), |w| w.to_string())),
-    ("that attention slides in", |c| list(c.sliding_blocks.iter().map(|b| format!("block {b}")))),
+    ("that attention slides in", |c| blocks(&c.sliding_blocks)),
     ("that there are biases of", |c| {
         let biased = c.block_linears().into_iter().filter(|linear| linear.bias);
         list(biased.map(|linear| linear.name.to_owned()))
@@ -81,6 +81,26 @@ fn scaling(scaling: RopeScaling) -> String {
                  original context {original_context}"
             )
         }
+    }
+}
+
+/// `blocks 0, 28-79`: what follows one another as its ends. Ascending.
+fn blocks(of: &[usize]) -> String {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for &block in of {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == block => *last = block,
+            _ => runs.push((block, block)),
+        }
+    }
+    let run = |(first, last): (usize, usize)| match last - first {
+        0 => first.to_string(),
+        _ => format!("{first}-{last}"),
+    };
+    let word = if of.len() == 1 { "block" } else { "blocks" };
+    match list(runs.into_iter().map(run)) {
+        none if of.is_empty() => none,
+        some => format!("{word} {some}"),
     }
 }
 
@@ -133,6 +153,18 @@ mod tests {
         let qwen = r#","model_type":"qwen2","use_sliding_window":true,"max_window_layers":"#;
         let (first, second) = (format!("{qwen}0"), format!("{qwen}1"));
         assert_eq!(keys(&first, &second), ["that attention slides in"]);
+    }
+
+    #[test]
+    fn blocks_are_told_as_ranges() {
+        for (of, told) in [
+            ([].as_slice(), "none"),
+            (&[3], "block 3"),
+            (&[3, 4], "blocks 3-4"),
+            (&[0, 2, 28, 29, 30], "blocks 0, 2, 28-30"),
+        ] {
+            assert_eq!(blocks(of), told);
+        }
     }
 
     #[test]

@@ -16,16 +16,17 @@
 //!   projected on the nearest ones, come out as 1 times them, within what the scatter over the rows
 //!   allows. Codes that belong to other weights come out as 0. Where noise has driven the codes to the
 //!   ends of the grid they also come out low, but then they are much larger than the weights ask for,
-//!   and nothing can be told; wrong codes are about as large as right ones. An output by itself is
-//!   judged alike, on those columns that are near in the other outputs.
+//!   and nothing can be told; wrong codes are about as large as right ones. The less noise there is, the
+//!   less a gain may differ from 1 ([`gains`](super::gains)). An output by itself, and one group of it,
+//!   are judged alike.
 //! - *scales of its own*. The gains of the rows say what scales would fit; those of another group do
 //!   when rows of scales were swapped.
 //! - *no odd word*. The deviations under each 32-bit word, in steps, over what is usual in their
 //!   columns and their row. A word that was changed stands out among the others of its linear; one
 //!   whose new codes are close to the old does not, and takes a recorded sum to be found.
 //!
-//! o and down of a recipe that shifts its targets were not meant to be the base's, so only their
-//! groups' gains, scales and words are judged.
+//! o and down of a recipe that shifts its targets were not meant to be the base's, so no column of them
+//! has to be near, and their gains have more room.
 //!
 //! Limits were set on the files that every recipe makes at 2, 3, 4 and 8 bits of 24 small random models
 //! and 9 variants of the embedded one (outlier, constant and dead channels, linears of zeros, heavy,
@@ -37,6 +38,7 @@ use ndarray::Array2;
 use rayon::prelude::*;
 
 use super::findings::{Check, Findings};
+use super::gains::{Gain, Limits, Sums};
 use super::odd_words::{Word, odd_words};
 
 /// Rows that a task sums: a fixed number, so that sums do not depend on the number of threads.
@@ -47,28 +49,6 @@ const BAND: usize = 64;
 const MAX_NEAREST: f64 = 0.32;
 /// Columns whose mean squared deviation is below this are near.
 const NEAR: f64 = 0.3;
-/// Gains outside of this are of other weights. Sound ones are 0.7 to 1.25, at 2 bits 0.58 or more;
-/// other weights' are within 0.1 of 0, those under doubled scales 1.7 to 1.9.
-const GAINS: std::ops::Range<f64> = 0.35..1.4;
-/// The largest gain of a whole linear, over all its groups and rows: so much rests on it that a factor
-/// common to all scales is seen. Sound ones have up to 1.017; scales that are 1.3 times too large leave
-/// 1.25 or more, 1.2 times too large 1.10 to 1.2 (3 bits).
-const LARGEST_WHOLE: f64 = 1.12;
-/// The smallest, without noise. Sound ones of 3 bits or more have 0.95 or more, and where noise drives
-/// codes to the ends of the grid less: 0.91 where it is 0.24 of the weights, 0.89 at 0.37. Scales of
-/// 0.75 of their size leave 0.75 to 0.8. Not judged at 2 bits, where three steps do not tell: sound
-/// linears of ternary weights have 0.81, an outlier channel after 16 tokens 0.45.
-const SMALLEST_WHOLE: f64 = 0.88;
-/// How much smaller it may be for each energy of the weights that the noise has.
-const NOISE_LOWERS: f64 = 0.4;
-/// By how many standard errors they must differ from 1.
-const SURE: f64 = 6.0;
-/// Rows, or columns of one output, that a gain must rest on.
-const ENOUGH: f64 = 12.0;
-/// Energy of what a gain leaves of the codes, over that of the nearest ones, above which it is noise
-/// that may hide any gain. Other weights leave 1.0 to 1.3, random codes 1.9; noise that brings a sound
-/// gain below the limit leaves 4 and more.
-const NOISE: f64 = 2.2;
 /// Another group's scales fit a group this much better when they are its own.
 const MIN_SWAP: f64 = 2.0;
 /// Scatter of a group's gains below which its scales are right.
@@ -81,12 +61,11 @@ pub(super) struct Fit {
     pub(super) energy: f64,
     /// The nearest column; `None` where no column can be judged.
     nearest: Option<Column>,
-    /// The gain of the whole linear, where all its codes are those of larger or smaller weights.
-    foreign_whole: Option<f64>,
-    /// A group that has other weights' codes, and its gain.
-    foreign_group: Option<(usize, f64)>,
-    /// Outputs that have.
-    foreign_outputs: Vec<usize>,
+    /// Over all its groups and rows.
+    whole: Sums,
+    /// Of every group, over the rows.
+    groups: Vec<Sums>,
+    outputs: Vec<Output>,
     /// A group and the one whose scales fit it better than its own.
     swapped: Option<(usize, usize)>,
     bits: Bits,
@@ -104,14 +83,15 @@ struct Column {
     used: u32,
 }
 
-/// Sums over some weights, in steps: of x², y² and x·y, with x the nearest codes and y the codes.
-#[derive(Clone, Copy, Debug, Default)]
-struct Gain {
-    wanted: f64,
-    given: f64,
-    product: f64,
-    /// And of w·y, with w the weights however far beyond the grid.
-    unbounded: f64,
+/// What is known of an output's gains.
+struct Output {
+    groups: Vec<Gain>,
+    /// Over all columns.
+    all: Sums,
+    /// Over the columns that are near in the other outputs.
+    near: Sums,
+    /// The groups whose scale is that of larger or smaller weights, with their gains.
+    other_scales: Vec<(usize, f64)>,
 }
 
 /// One weight on its grid, in steps from the zero.
@@ -148,14 +128,9 @@ impl Fit {
     pub(super) fn new(linear: &GptqLinear, weight: &Array2<f32>) -> Self {
         let grid = Grid::new(linear, weight);
         let (columns, error, energy) = grid.columns();
-        let gains = grid.rows(|row| grid.gains(row, &columns));
-        let of_group = |group: usize| gains.iter().map(move |row| &row.0[group]);
-        let foreign_group = (0..linear.groups)
-            .into_par_iter()
-            .find_map_first(|g| Some((g, Gain::foreign(of_group(g))?)));
-        let foreign_outputs = gains.par_iter().enumerate();
-        let foreign_outputs =
-            foreign_outputs.filter_map(|(row, gains)| Gain::foreign(gains.1.iter()).map(|_| row));
+        let outputs = grid.rows(|row| grid.output(row, &columns));
+        let of_group = |group: usize| outputs.iter().map(move |output| &output.groups[group]);
+        let groups = (0..linear.groups).into_par_iter().map(|g| Sums::of(of_group(g))).collect();
         let judged = columns.iter().filter(|column| column.used > 0 && column.count > 0.0);
         let usual: Vec<f64> = columns.iter().map(Column::mean_square).collect();
         let deviations = grid.rows(|row| {
@@ -166,10 +141,10 @@ impl Fit {
             error,
             energy,
             nearest: judged.min_by(|a, b| a.mean_square().total_cmp(&b.mean_square())).copied(),
-            foreign_whole: Gain::foreign_whole(gains.iter().flat_map(|row| &row.0), linear.bits),
-            foreign_group,
-            foreign_outputs: foreign_outputs.collect(),
-            swapped: swapped(&gains, linear),
+            whole: Sums::of(outputs.iter().flat_map(|output| &output.groups)),
+            groups,
+            swapped: swapped(&outputs, linear),
+            outputs,
             bits: linear.bits,
             odd: odd_words(linear.bits, &deviations, &usual),
         }
@@ -184,7 +159,9 @@ impl Fit {
             // The other measures would say the same again, and less clearly.
             return;
         }
-        if let Some((group, gain)) = self.foreign_group {
+        let limits = Limits { bits: self.bits, moved };
+        let foreign = |(group, sums): (usize, &Sums)| Some((group, limits.of_group(sums)?));
+        if let Some((group, gain)) = self.groups.iter().enumerate().find_map(foreign) {
             add(
                 name.to_owned(),
                 format!(
@@ -193,18 +170,30 @@ impl Fit {
             );
             return;
         }
-        if let Some(gain) = self.foreign_whole {
+        if let Some(gain) = limits.of_whole(&self.whole) {
             add(
                 format!("{name}.scales"),
                 format!("are not the weights': the codes are {gain:.2} times what they ask for"),
             );
             return;
         }
-        // What a row was moved by may be more than it was; and where codes have three steps, what one
-        // column passes on may move a whole row by one.
-        let judged = !moved && self.bits != Bits::Two;
-        for &output in self.foreign_outputs.iter().filter(|_| judged) {
-            add(name.to_owned(), format!("gives output {output} other weights than the base's"));
+        let mut other_scales = Vec::new();
+        for (row, output) in self.outputs.iter().enumerate() {
+            if limits.is_other_output(&output.all, &output.near) {
+                add(name.to_owned(), format!("gives output {row} other weights than the base's"));
+            } else {
+                other_scales.extend(output.other_scales.iter().map(|&(g, gain)| (row, g, gain)));
+            }
+        }
+        if let Some((row, group, gain)) = other_scales.first() {
+            add(
+                format!("{name}.scales"),
+                format!(
+                    "hold at group {group}, output {row} what is not its weights': the codes there are \
+                     {gain:.2} times what they ask for ({} such)",
+                    other_scales.len()
+                ),
+            );
         }
         if let Some((group, other)) = self.swapped {
             add(
@@ -294,29 +283,27 @@ impl<'a> Grid<'a> {
         all
     }
 
-    /// Gains of a row's groups, and those of its near columns alone, one by one.
-    fn gains(&self, row: usize, columns: &[Column]) -> (Vec<Gain>, Vec<Gain>) {
-        let mut groups = vec![Gain::default(); self.linear.groups];
-        let mut near = Vec::new();
+    /// Gains of a row's groups, of all of it, and of its near columns alone.
+    fn output(&self, row: usize, columns: &[Column]) -> Output {
+        let mut groups = vec![Sums::default(); self.linear.groups];
+        let (mut all, mut near) = (Sums::default(), Sums::default());
         for (column, known) in columns.iter().enumerate() {
             let place = self.at(row, column);
             // A column of zeros is what no token used.
             if known.used == 0 || !place.exact {
                 continue;
             }
-            let (x, y) = (f64::from(place.nearest), f64::from(place.code));
-            let gain = Gain {
-                wanted: x * x,
-                given: y * y,
-                product: x * y,
-                unbounded: f64::from(place.unbounded) * y,
-            };
+            let gain = place.gain();
             groups[self.linear.g_idx[column] as usize].add(&gain);
-            if known.mean_square() < NEAR && gain.wanted > 0.0 {
-                near.push(gain);
+            all.add(&gain);
+            if known.mean_square() < NEAR {
+                near.add(&gain);
             }
         }
-        (groups, near)
+        let limits = Limits { bits: self.linear.bits, moved: false };
+        let cells = groups.iter().enumerate();
+        let other_scales = cells.filter_map(|(g, sums)| Some((g, limits.of_cell(sums)?))).collect();
+        Output { groups: groups.iter().map(Sums::gain).collect(), all, near, other_scales }
     }
 }
 
@@ -327,6 +314,12 @@ impl Place {
     /// How far the code is off, in steps; nothing where the scale is too coarse.
     fn deviation(&self) -> f32 {
         if self.exact { self.steps - self.code } else { 0.0 }
+    }
+
+    fn gain(&self) -> Gain {
+        let (x, y) = (f64::from(self.nearest), f64::from(self.code));
+        let unbounded = f64::from(self.unbounded) * y;
+        Gain { wanted: x * x, given: y * y, product: x * y, unbounded }
     }
 }
 
@@ -350,54 +343,12 @@ impl Column {
     }
 }
 
-impl Gain {
-    fn add(&mut self, other: &Self) {
-        self.wanted += other.wanted;
-        self.given += other.given;
-        self.product += other.product;
-        self.unbounded += other.unbounded;
-    }
-
-    /// The gain over all of `parts`, where it is surely that of other weights.
-    fn foreign<'a>(parts: impl Iterator<Item = &'a Self> + Clone) -> Option<f64> {
-        Self::sure(parts).filter(|(gain, _)| !GAINS.contains(gain)).map(|(gain, _)| gain)
-    }
-
-    /// As [`foreign`](Self::foreign), over all parts of a linear.
-    fn foreign_whole<'a>(parts: impl Iterator<Item = &'a Self> + Clone, bits: Bits) -> Option<f64> {
-        let (gain, noise) = Self::sure(parts)?;
-        let smallest = match bits {
-            Bits::Two => 0.0,
-            _ => SMALLEST_WHOLE - NOISE_LOWERS * noise,
-        };
-        (gain < smallest || gain > LARGEST_WHOLE).then_some(gain)
-    }
-
-    /// The gain over all of `parts`, where it is surely not 1, and the noise about it.
-    fn sure<'a>(parts: impl Iterator<Item = &'a Self> + Clone) -> Option<(f64, f64)> {
-        let mut all = Self::default();
-        parts.clone().for_each(|part| all.add(part));
-        let squares: f64 = parts.clone().map(|part| part.wanted * part.wanted).sum();
-        let enough = all.wanted * all.wanted > ENOUGH * squares;
-        let gain = all.product / all.wanted;
-        let noise = all.given / all.wanted - gain * gain;
-        if !enough || noise > NOISE {
-            return None;
-        }
-        // The parts scatter about the gain; their sum is as sure as that allows.
-        let scatter = |part: &Self| (part.product - gain * part.wanted).powi(2);
-        let error = parts.map(scatter).sum::<f64>().sqrt() / all.wanted;
-        let sure = (gain - 1.0).abs() > SURE * error;
-        sure.then_some((gain, noise))
-    }
-}
-
 /// A group whose weights ask for the scales that another group has, and that group.
-fn swapped(gains: &[(Vec<Gain>, Vec<Gain>)], linear: &GptqLinear) -> Option<(usize, usize)> {
+fn swapped(of: &[Output], linear: &GptqLinear) -> Option<(usize, usize)> {
     let (groups, outputs) = (linear.groups, linear.out_features);
     let scale = |group: usize, row: usize| f64::from(linear.scales[group * outputs + row].to_f32());
     let usable = |&(row, group): &(usize, usize)| {
-        let gain = gains[row].0[group];
+        let gain = of[row].groups[group];
         gain.unbounded > 0.0 && gain.given > 0.0
     };
     // Scatter over the rows of the logarithm of the scale that would fit `group` over that of `other`.
@@ -406,7 +357,7 @@ fn swapped(gains: &[(Vec<Gain>, Vec<Gain>)], linear: &GptqLinear) -> Option<(usi
             .map(|row| (row, group))
             .filter(usable)
             .map(|(row, _)| {
-                let gain = gains[row].0[group];
+                let gain = of[row].groups[group];
                 (scale(group, row) * gain.unbounded / gain.given / scale(other, row)).ln()
             })
             .collect();

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use gptq_checkpoint::loaders::{Architecture, Bias, LoaderFacts, asks_for_bfloat16};
 use gptq_checkpoint::{
-    Bits, CONFIG_FILE, Checkpoint, DType, Head, Layout, LinearShape, ModelConfig,
-    QUANTIZE_CONFIG_FILE, QuantizeConfig, TensorSpec, json_text, tensor_specs,
+    Bits, CONFIG_FILE, Checkpoint, DType, G_IDX, Head, Layout, LinearShape, ModelConfig,
+    QUANTIZE_CONFIG_FILE, QuantizeConfig, SCALES, TensorSpec, json_text, tensor_specs,
 };
 use gptq_report::units::group;
 use serde_json::{Map, Value};
@@ -388,6 +388,7 @@ pub(super) fn loader_facts(
             (true, false) => Bias::Zero,
             (false, false) => Bias::Absent,
         },
+        other_types: other_types(checkpoint),
         frequencies: checkpoint.names().any(|name| name.ends_with(".inv_freq")),
         file_stem: sharded.clone().unwrap_or_else(|| stem.to_string_lossy().into_owned()),
         sharded: sharded.is_some(),
@@ -399,6 +400,20 @@ pub(super) fn loader_facts(
             .keys(CONFIG_FILE)
             .is_some_and(|keys| keys.get("quant_method").is_some_and(|m| m == "gptq")),
     }
+}
+
+/// Scales and group indices that are not of the format's types.
+fn other_types(checkpoint: &Checkpoint) -> Vec<String> {
+    let stored = |leaf: &str, usual: DType| {
+        let linears = checkpoint.config().linears();
+        let types: BTreeSet<String> = linears
+            .filter_map(|(name, _)| checkpoint.stored_type(&format!("{name}.{leaf}")))
+            .map(|dtype| dtype.to_string())
+            .filter(|dtype| dtype != usual.name())
+            .collect();
+        types.into_iter().map(move |dtype| format!("{leaf} stored as {dtype}")).collect::<Vec<_>>()
+    };
+    [stored(SCALES, DType::F16), stored(G_IDX, DType::I32)].concat()
 }
 
 /// Whether GPTQModel 0.9 or later made the file, by its stamp: `gptqmodel:1.4.5`, or a list of such.

@@ -15,6 +15,7 @@ use super::base::{check_base, relative};
 use super::dense;
 use super::findings::{Check, Findings};
 use super::fit::{Fit, energies};
+use super::head::HeadChange;
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::read_ahead::{next_block, read_ahead};
@@ -75,11 +76,13 @@ pub(super) fn compare(
         findings.add(Check::Weights, "metadata", message);
     }
     let rotations = FusedRotations::new(base.config(), rotate);
-    // Nobody else rotates: a file that says nothing of how it was made was made by this program's
-    // default recipe, or aims at the base's weights as every other program does.
+    let head = HeadChange::new(checkpoint, base, rotations.as_ref())?;
+    // Nobody else rotates, and nobody else fits the head: a file that says nothing of how it was made
+    // was made by this program's default recipe, or aims at the base's weights as every other program
+    // does.
     let choices = recorded.unwrap_or(match rotate {
-        Rotate::None => Choices::AUTOGPTQ,
-        Rotate::Heads | Rotate::Full => Choices::BEST,
+        Rotate::None if !head.shows_fitting() => Choices::AUTOGPTQ,
+        rotate => Choices { rotate, ..Choices::BEST },
     });
     let mut linears = Vec::new();
     let blocks = base.config().num_hidden_layers;
@@ -112,8 +115,8 @@ pub(super) fn compare(
     })?;
     progress.end();
     dense::check(checkpoint, base, (stored, rotations.as_ref()), findings)?;
-    let fitted = choices.head > 0.0;
-    let head_change = dense::head_change(checkpoint, base, (rotations.as_ref(), fitted), findings)?;
+    head.report(choices.head > 0.0, findings);
+    let head_change = head.relative();
     Ok(Weights { rotation: rotate.name(), head_change, linears, rotate })
 }
 
