@@ -745,7 +745,7 @@ fn a_fitted_head_is_known_where_nothing_says_how_the_file_was_made() {
         // At 8 bits the head is changed by less than rounding of turned values may.
         ("moved", &["--bits", "8", "--group-size", "none", "--set", "residual=1"]),
     ] {
-        quantise(&dir, name, &[&plain, settings].concat());
+        quantize(&dir, name, &[&plain, settings].concat());
         fs::remove_file(dir.path(name).join("gptq_report.json")).unwrap();
         against_base(&dir, name).ok();
         let [_, width] = HEAD_SIZES;
