@@ -383,7 +383,8 @@ fn refusals_say_what_to_do() {
     assert_snapshot!(offline.snapshot(), @r"
     exit code 1
     --- stderr
-    error: HF_HUB_OFFLINE is set, and `org/other@main` is not all there: [DIR]/home/.cache/huggingface/hub lacks it; unset it to download what is missing
+    error: HF_HUB_OFFLINE is set, and `org/other@main` is not all there: [DIR]/home/.cache/huggingface/hub lacks it
+    hint: unset HF_HUB_OFFLINE to download what is missing
     ");
     let nowhere = setting.gptq_env(
         &["fetch", "org/name", "--retries", "0"],

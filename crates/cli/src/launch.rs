@@ -150,6 +150,7 @@ fn run_id(launcher: &Launcher, get: &dyn Fn(&str) -> Option<String>) -> Option<S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hint::hints;
 
     fn from(variables: &[(&str, &str)]) -> Result<Option<Launched>> {
         let variables: Vec<(String, String)> =
@@ -258,8 +259,10 @@ mod tests {
                 "GPTQ_JOIN_TIMEOUT=0",
             ),
         ] {
-            let error = format!("{:#}", from(&variables).unwrap_err());
-            assert!(error.contains(named), "{error}");
+            let error = from(&variables).unwrap_err();
+            // What is missing is named where it is asked for.
+            let text = format!("{error:#} {}", hints(&error).join(" "));
+            assert!(text.contains(named), "{text}");
         }
     }
 }

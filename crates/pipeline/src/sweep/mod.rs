@@ -3,7 +3,7 @@
 //! What branches share is done once: the calibration windows, the first Gram (see
 //! [`crate::first_gram`]), the dense model's perplexity and its final hidden states (for KL), and the
 //! rounded baseline of each grid. Branches that are made side by side read the source together (see
-//! [`group`]). Finished branches are found and reused (see [`crate::sweep::resume`]).
+//! `group`). Finished branches are found and reused (see [`crate::sweep::resume`]).
 
 pub mod config;
 mod dense_measure;

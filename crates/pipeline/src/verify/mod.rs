@@ -1,11 +1,11 @@
 //! Everything that can be checked of a GPTQ checkpoint, all findings at once.
 //!
 //! Without a base: the files against their recorded sums, the configuration files against each other
-//! and against the tensors ([`structure`]), and every value that has a rule ([`contents`]). With the
-//! dense model that it was made from: what the weights are computed with ([`base_model`]), every
-//! linear in the same coordinates ([`weights`]), which shows single words that were changed, and all
-//! that is not quantized ([`dense`]). With a text: output errors on the checkpoint's own activations,
-//! perplexity and KL divergence ([`outputs`]).
+//! and against the tensors (`structure`), and every value that has a rule (`contents`). With the
+//! dense model that it was made from: what the weights are computed with (`base_model`), every
+//! linear in the same coordinates (`weights`), which shows single words that were changed, and all
+//! that is not quantized (`dense`). With a text: output errors on the checkpoint's own activations,
+//! perplexity and KL divergence (`outputs`).
 //!
 //! Any 32-bit word is a valid run of codes, so codes are in range by construction; a damaged one is
 //! seen by its sum or by its distance from the base.
