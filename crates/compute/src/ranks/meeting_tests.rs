@@ -188,8 +188,9 @@ fn a_host_without_the_runs_id_says_what_to_do() {
     launch.run_id = None;
     // An address kept for documentation: no host has it.
     launch.host = "192.0.2.1".to_owned();
-    let error = RankHandle::join(&launch).err().unwrap().to_string();
-    assert!(error.contains("another host") && error.contains("GPTQ_RUN_ID"), "{error}");
+    let error = RankHandle::join(&launch).err().unwrap();
+    assert!(error.to_string().contains("another host"), "{error}");
+    assert!(error.hint().unwrap().contains("GPTQ_RUN_ID"), "{error}");
 }
 
 #[test]

@@ -316,7 +316,7 @@ mod tests {
         let cased = branch("Ab", 4, "32") + &branch("aB", 3, "32");
         assert!(parse(&cased).contains("branch `aB`: `Ab` differs in case only"));
         let long = parse(&branch(&"a".repeat(248), 4, "32"));
-        assert!(long.contains("has 248 letters; use at most 247"), "{long}");
+        assert!(long.contains("has 248 letters, more than 247"), "{long}");
         assert!(parse(&format!("typo = 1\n{}", branch("a", 4, "32"))).contains("typo"));
     }
 }
