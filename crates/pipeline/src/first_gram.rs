@@ -11,12 +11,13 @@
 //!   a thread of their own behind the work on the block before (see `read_ahead`).
 //! - The unquantized model's states that `best` compares with: 17 GB for each of 80 blocks.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use gptq_compute::Gram;
 use gptq_quant::Rotate;
 
 use crate::error::Result;
+use crate::lock::lock;
 
 /// Grams by rotation, of one source, calibration and device.
 #[derive(Debug, Default)]
@@ -25,7 +26,7 @@ pub struct FirstGrams(Mutex<Vec<(Rotate, Arc<Gram>)>>);
 impl FirstGrams {
     /// Nothing that panics leaves a half-made entry.
     fn made(&self) -> MutexGuard<'_, Vec<(Rotate, Arc<Gram>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// How many there will be when one more rotation is asked for.

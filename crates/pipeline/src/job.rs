@@ -1,7 +1,7 @@
 //! What a run is asked for: one branch, and everything that it is made with.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Ranks};
@@ -11,6 +11,7 @@ use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::Calibration;
 
 use crate::first_gram::FirstGrams;
+use crate::lock::lock;
 use crate::memory::{Offload, Workload};
 use crate::one_reading::Reader;
 
@@ -67,7 +68,7 @@ impl QuantizeJob<'_> {
     /// Waits until the branch may use the device; nobody else does until the answer is dropped.
     pub(crate) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
         // It guards no data that a panic could have left half-changed.
-        self.beside.map(|beside| beside.turn.lock().unwrap_or_else(PoisonError::into_inner))
+        self.beside.map(|beside| lock(beside.turn))
     }
 
     /// What it holds of a walk.

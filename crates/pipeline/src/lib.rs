@@ -20,6 +20,7 @@ pub mod first_gram;
 mod fit_head;
 pub mod host_memory;
 pub mod job;
+mod lock;
 pub mod memory;
 mod memory_evaluation;
 mod one_reading;

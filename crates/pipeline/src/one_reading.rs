@@ -7,6 +7,8 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::lock::lock;
+
 /// Walks over one model that read it together.
 #[derive(Debug)]
 pub(crate) struct OneReading {
@@ -50,7 +52,7 @@ impl OneReading {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // Counts are changed in one step each: a panic leaves none half-changed.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -6,7 +6,7 @@
 //! bytes are those that it has when it is made alone.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use gptq_checkpoint::Partial;
@@ -19,6 +19,7 @@ use super::config::Branch;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::job::{Beside, QuantizeJob};
+use crate::lock::lock;
 use crate::memory::{BlockSizes, Offload, offload};
 use crate::one_reading::OneReading;
 use crate::progress::{BlockReport, Progress};
@@ -46,7 +47,7 @@ pub(super) fn make_together(
     progress: &dyn Progress,
 ) -> Result<Vec<Result<MadeBranch>>> {
     let of_device = |member: usize| member % job.devices.len().max(1);
-    let mut jobs: Vec<QuantizeJob<'_>> = members
+    let jobs: Vec<QuantizeJob<'_>> = members
         .iter()
         .enumerate()
         .map(|(member, (branch, _))| quantize_job(job, branch, of_device(member), shared))
@@ -62,7 +63,7 @@ pub(super) fn make_together(
     let made = std::thread::scope(|scope| {
         let mut threads = Vec::with_capacity(members.len());
         for (member, ((job, reader), (branch, made_from))) in
-            jobs.iter_mut().zip(readers).zip(members).enumerate()
+            jobs.iter().zip(readers).zip(members).enumerate()
         {
             let device = of_device(member);
             let (turn, offload) = (&turns[device], offload[device]);
@@ -74,11 +75,9 @@ pub(super) fn make_together(
                 make_one(&QuantizeJob { beside, ..job.clone() }, made_from, &progress)
             }));
         }
-        let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join();
         threads
             .into_iter()
-            .map(joined)
-            .map(|of| of.unwrap_or(Err(Error::Thread("branch"))))
+            .map(|thread| thread.join().unwrap_or(Err(Error::Thread("branch"))))
             .collect()
     });
     progress.end();
@@ -163,7 +162,7 @@ impl<'a> Shared<'a> {
     }
 
     fn end(&self) {
-        if !self.steps.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+        if !lock(&self.steps).is_empty() {
             self.inner.end();
         }
     }
@@ -172,7 +171,7 @@ impl<'a> Shared<'a> {
 impl Progress for OfBranch<'_> {
     fn begin(&self, phase: &str, steps: usize) {
         let Shared { inner, branches, steps: begun } = self.all;
-        let mut begun = begun.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut begun = lock(begun);
         if begun.is_empty() {
             inner.begin(&format!("{phase} {branches} branches"), steps * branches);
         }
@@ -184,7 +183,7 @@ impl Progress for OfBranch<'_> {
     }
 
     fn block(&self, report: &BlockReport) {
-        let begun = self.all.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = lock(&self.all.steps);
         let steps = begun.get(self.branch).copied().unwrap_or(0);
         self.all.inner.block_of(self.branch, report, steps);
     }

@@ -31,7 +31,8 @@ const GAINS: std::ops::Range<f64> = 0.7..1.08;
 pub(super) struct HeadChange {
     rows: Vec<Row>,
     all: Row,
-    /// What one matrix leaves over of every row; `None` where nothing was changed or nothing tells.
+    /// What one matrix leaves over of every row; `None` where nothing was changed, nothing tells, or
+    /// nobody has fitted it.
     left_over: Option<Vec<f64>>,
     /// It has the base's shape.
     whole: bool,
@@ -40,10 +41,13 @@ pub(super) struct HeadChange {
 }
 
 impl HeadChange {
+    /// `may_be_fitted` unless it is known that nobody has fitted it: only then is one matrix looked for,
+    /// which takes tens of passes over the head.
     pub(super) fn new(
         checkpoint: &Checkpoint,
         base: &Checkpoint,
         rotations: Option<&FusedRotations>,
+        may_be_fitted: bool,
     ) -> Result<Self> {
         let expected = dense_head(base, rotations)?;
         let found = checkpoint.tensor(HEAD)?.to_f32();
@@ -58,7 +62,9 @@ impl HeadChange {
         let own = matches!(base.head()?, Head::Own | Head::Untied);
         Ok(Self {
             rows,
-            left_over: (all.change > 0.0).then(|| left_over(&found, &expected, width)).flatten(),
+            left_over: (may_be_fitted && all.change > 0.0)
+                .then(|| left_over(&found, &expected, width))
+                .flatten(),
             all,
             whole: found.len() == expected.len(),
             lost: checkpoint.head()? == Head::Tied && own,

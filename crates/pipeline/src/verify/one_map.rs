@@ -6,6 +6,7 @@
 //! Rows are weighted to be alike, which makes what is left over relative to the row; conjugate gradients,
 //! begun at x = v, are there after some 20 passes over B.
 
+use gptq_quant::split_mix;
 use half::f16;
 use ndarray::{Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
@@ -69,9 +70,10 @@ impl<'a> Rows<'a> {
         }
         // Columns are alike in v, so that none hides the others.
         let size = |square: f64| if square > 0.0 { (rows as f64 / square).sqrt() } else { 1.0 };
-        let vectors = Array2::from_shape_fn((width, VECTORS), |(column, k)| {
+        let mut coins = 0;
+        let vectors = Array2::from_shape_fn((width, VECTORS), |(column, _)| {
             let size = size(squares[column]);
-            if sign(column * VECTORS + k) { size } else { -size }
+            if split_mix(&mut coins) >> 63 == 1 { size } else { -size }
         });
         let of_row: Vec<f64> = found
             .par_chunks(width)
@@ -114,16 +116,7 @@ impl<'a> Rows<'a> {
 
     /// Moves x until nothing is lacking, or no less can be.
     fn reduce(&mut self) {
-        let kept = |left_out: &[bool], lacking: &Array2<f64>| {
-            let mut kept = lacking.clone();
-            for (mut row, &out) in kept.rows_mut().into_iter().zip(left_out) {
-                if out {
-                    row.fill(0.0);
-                }
-            }
-            kept
-        };
-        let start = kept(&self.left_out, &self.lacking);
+        let start = without(&self.lacking, &self.left_out);
         let mut gradient =
             self.sum((self.width, VECTORS), |rows, band| band.t().dot(&start.slice(s![rows, ..])));
         let mut direction = gradient.clone();
@@ -160,12 +153,7 @@ impl<'a> Rows<'a> {
     fn along(&self, direction: &Array2<f64>) -> (Array2<f64>, Array2<f64>) {
         let bands = self.bands(|rows, band| {
             let along = band.dot(direction);
-            let mut kept = along.clone();
-            for (mut row, &out) in kept.rows_mut().into_iter().zip(&self.left_out[rows]) {
-                if out {
-                    row.fill(0.0);
-                }
-            }
+            let kept = without(&along, &self.left_out[rows]);
             (along, band.t().dot(&kept))
         });
         let mut all = Array2::zeros(self.lacking.raw_dim());
@@ -223,11 +211,15 @@ fn median(values: &[f64]) -> f64 {
     *values.select_nth_unstable_by(middle, f64::total_cmp).1
 }
 
-/// A coin, the same in every run.
-fn sign(at: usize) -> bool {
-    let mut bits = (at as u64).wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    bits = (bits ^ bits >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    (bits ^ bits >> 27).wrapping_mul(0x94D0_49BB_1331_11EB) >> 63 == 1
+/// The same rows with zeros for those that are left out.
+fn without(rows: &Array2<f64>, left_out: &[bool]) -> Array2<f64> {
+    let mut kept = rows.clone();
+    for (mut row, &out) in kept.rows_mut().into_iter().zip(left_out) {
+        if out {
+            row.fill(0.0);
+        }
+    }
+    kept
 }
 
 #[cfg(test)]

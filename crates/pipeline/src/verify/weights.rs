@@ -76,7 +76,8 @@ pub(super) fn compare(
         findings.add(Check::Weights, "metadata", message);
     }
     let rotations = FusedRotations::new(base.config(), rotate);
-    let head = HeadChange::new(checkpoint, base, rotations.as_ref())?;
+    let may_be_fitted = recorded.as_ref().is_none_or(|choices| choices.head > 0.0);
+    let head = HeadChange::new(checkpoint, base, rotations.as_ref(), may_be_fitted)?;
     // Nobody else rotates, and nobody else fits the head: a file that says nothing of how it was made
     // was made by this program's default recipe, or aims at the base's weights as every other program
     // does.
