@@ -96,7 +96,7 @@ impl QuantSpec {
     /// Sets choices given as `KEY=VALUE`.
     ///
     /// # Errors
-    /// [`Error::Choice`] for one that does not exist, or for any with round to nearest, which makes
+    /// [`Error::UnknownChoice`], and [`Error::NoChoice`] for any with round to nearest, which makes
     /// none.
     pub fn set(&mut self, settings: &[String]) -> Result<()> {
         for setting in settings {

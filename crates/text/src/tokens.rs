@@ -2,7 +2,7 @@
 //!
 //! A corpus is encoded as one string, as the reference scripts do: row by row there would be a BOS
 //! before each and other tokens at the seams, which moves every window. A long one is given to the
-//! tokenizer in overlapping pieces that are joined to the same tokens (see [`crate::pieces`]).
+//! tokenizer in overlapping pieces that are joined to the same tokens (see `pieces.rs`).
 
 use std::path::{Path, PathBuf};
 
