@@ -77,7 +77,7 @@ impl Batches {
     /// All windows in one batch, for a walk that is one of several in a reading; `offloaded` is the
     /// share of its states that waits in host memory beside a GPU.
     pub(crate) fn whole(windows: &[EvalWindow], offloaded: f64) -> Self {
-        Self { ranges: vec![0..windows.len()], offloaded }
+        Self { ranges: std::iter::once(0..windows.len()).collect(), offloaded }
     }
 
     /// Batches of as many chunks as `room` tokens hold, and of one at least.

@@ -255,9 +255,7 @@ impl Error {
             Self::OneBatch { .. } => {
                 "set max_windows in the configuration, or leave out --discard-shards".into()
             }
-            Self::UnreadSource(_) => {
-                "leave out --discard-shards, or choose another --out".into()
-            }
+            Self::UnreadSource(_) => "leave out --discard-shards, or choose another --out".into(),
             _ => return None,
         })
     }

@@ -58,8 +58,7 @@ impl SourceDigest {
             part(&mut hash, name.to_string_lossy().as_bytes());
             part(&mut hash, sum.as_bytes());
         }
-        let names: Vec<_> =
-            source.names().map(|name| (name, self.tensors.remove(name))).collect();
+        let names: Vec<_> = source.names().map(|name| (name, self.tensors.remove(name))).collect();
         let digests = names.into_par_iter().map(|(name, known)| match known {
             Some(digest) => Ok(digest),
             None => tensor_digest(source, name),

@@ -80,7 +80,8 @@ impl Evaluation {
             let of = job.devices[device].clone();
             let precision = precision(job.config.source_dtype);
             let model = Model::new(job.source, of, precision, self.text.seq_len)?;
-            let offloaded = if matches!(job.devices[device], Device::Cpu) { 0.0 } else { offloaded };
+            let offloaded =
+                if matches!(job.devices[device], Device::Cpu) { 0.0 } else { offloaded };
             let batches = Batches::whole(&self.text.windows[windows.clone()], offloaded);
             Ok(Part { device, model, windows, batches })
         };
@@ -92,8 +93,26 @@ impl Evaluation {
         1 + usize::from(!self.grids.is_empty())
     }
 
-    /// Begins the walks of a part, which are those of the reading from `first` on.
+    /// Begins the walks of all parts, which are those of the reading from `first` on; the first part
+    /// shows its progress, which the others' is like.
     pub(super) fn spawn<'scope, 'env>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        parts: &'env [Part<'_>],
+        (reading, first): (&'env OneReading, usize),
+        turns: &'env [Mutex<()>],
+        progress: &'env dyn Progress,
+    ) -> Vec<Walking<'scope>> {
+        let begin = |(number, part)| {
+            let from = (reading, first + number * self.walks());
+            let progress = if number == 0 { progress } else { &Silent };
+            self.spawn_part(scope, part, from, turns, progress)
+        };
+        parts.iter().enumerate().map(begin).collect()
+    }
+
+    /// Begins the walks of one part.
+    fn spawn_part<'scope, 'env>(
         &'env self,
         scope: &'scope Scope<'scope, 'env>,
         part: &'env Part<'_>,

@@ -151,21 +151,20 @@ impl<'a> DenseMeasure<'a> {
         }
         let windows = text.windows.len();
         let perplexity = Tally::of_parts(tallies).perplexity(windows)?;
-        let mut rounded = BTreeMap::new();
-        for (spec, tallies) in grids.iter().zip(of_grids) {
-            let of_grid = match &of_all {
-                Some(error) if warn_missing(error, spec, progress) => None,
-                Some(_) => break,
-                None => {
-                    let tallies = tallies.map(Tally::of_parts);
-                    unless_missing(tallies.and_then(|t| measured(&t, windows)), spec, progress)?
-                }
+        if let Some(error) = of_all {
+            let missing = |spec| warn_missing(&error, spec, progress).then(|| (grid(spec), None));
+            let rounded = grids.iter().map_while(missing).collect();
+            return if is_missing(&error) {
+                Ok(Self { text, parts, perplexity, rounded })
+            } else {
+                Err(error)
             };
-            rounded.insert(grid(spec), of_grid);
         }
-        if let Some(error) = of_all.filter(|error| !is_missing(error)) {
-            return Err(error);
-        }
+        let measured = |(spec, tallies): (&QuantSpec, Result<Vec<Tally>>)| {
+            let measured = tallies.and_then(|of| measured(&Tally::of_parts(of), windows));
+            Ok((grid(spec), unless_missing(measured, spec, progress)?))
+        };
+        let rounded = grids.iter().zip(of_grids).map(measured).collect::<Result<_>>()?;
         Ok(Self { text, parts, perplexity, rounded })
     }
 
@@ -238,9 +237,8 @@ impl<'a> DenseMeasure<'a> {
 /// Each device's share of the windows, by its number; cut between chunks. Some may have none.
 pub(super) fn shares(text: &EvalText, devices: &[Device]) -> Vec<(usize, Range<usize>)> {
     let chunk = devices.first().map_or(1, Device::chunk_tokens) / text.seq_len.max(1);
-    let of_device = |device| {
-        (device, share(text.windows.len(), chunk.max(1), device, devices.len()))
-    };
+    let of_device =
+        |device| (device, share(text.windows.len(), chunk.max(1), device, devices.len()));
     (0..devices.len()).map(of_device).filter(|(_, windows)| !windows.is_empty()).collect()
 }
 

@@ -33,7 +33,7 @@ use gptq_records::locks::{STATE_DIR, SharedFile};
 use gptq_records::manifest::{MadeFrom, Manifest};
 use gptq_records::source_digest::{SourceDigest, source_digest};
 
-use super::dense_along::Evaluation;
+use super::dense_along::{Evaluation, Walking};
 use super::dense_measure::DenseMeasure;
 use super::group::{Group, MadeBranch, Member, Shared, join};
 use super::{Survey, SweepJob};
@@ -152,41 +152,35 @@ pub(super) fn read_once<'a>(
     let group = Group::new(job, members, shared, &along, digest)?;
     // Beside branches all of its states wait in host memory, which their plan leaves room for.
     let offloaded = 1.0;
-    let parts = evaluation.as_ref().map(|e| e.parts(job, offloaded)).transpose()?.unwrap_or_default();
-    let walks_of_part = evaluation.as_ref().map_or(0, Evaluation::walks);
-    let evaluating = parts.len() * walks_of_part;
+    let parts = evaluation.as_ref().map(|e| e.parts(job, offloaded)).transpose()?;
+    let parts = parts.unwrap_or_default();
+    let evaluating = evaluation.as_ref().map_or(0, |e| e.walks() * parts.len());
     let unread = !digest.is_known();
     let reading = OneReading::new(members.len() + evaluating + usize::from(unread));
     let shown = Shared::new(progress, members.len());
     let evaluates: &dyn Progress = if members.is_empty() { progress } else { &Silent };
-    let (made, walked) = std::thread::scope(|scope| {
+    let read = std::thread::scope(|scope| {
         let branches = group.spawn(scope, &reading, &shown);
-        let walking: Vec<_> = evaluation
-            .iter()
-            .flat_map(|evaluation| parts.iter().map(move |part| (evaluation, part)))
-            .enumerate()
-            .map(|(number, (evaluation, part))| {
-                let first = members.len() + number * walks_of_part;
-                let progress = if number == 0 { evaluates } else { &Silent };
-                evaluation.spawn(scope, part, (&reading, first), &group.turns, progress)
-            })
-            .collect();
+        let from = (&reading, members.len());
+        let walking = evaluation
+            .as_ref()
+            .map_or_else(Vec::new, |e| e.spawn(scope, &parts, from, &group.turns, evaluates));
         let digesting = unread.then(|| {
             let reader = reading.reader(members.len() + evaluating);
             scope.spawn(move || find_digest(job, reader, digest))
         });
-        let (made, walked) = (join(branches), walking.into_iter().map(|w| w.join()));
-        let walked: Vec<_> = walked.collect();
+        let made = join(branches);
+        let walked: Vec<_> = walking.into_iter().map(Walking::join).collect();
         if let Some(digesting) = digesting {
             // First: a shard that does not come fails every walk, and this says why.
             digesting.join().unwrap_or(Err(Error::Thread("reading")))?;
         }
         Ok::<_, Error>((made, walked))
-    })?;
+    });
     shown.end();
+    let (made, walked) = read?;
     let walked = walked.into_iter().collect::<Result<Vec<_>>>()?;
-    let measure =
-        |e| DenseMeasure::of_walks(e, parts.into_iter().zip(walked).collect(), progress);
+    let measure = |e| DenseMeasure::of_walks(e, parts.into_iter().zip(walked).collect(), progress);
     Ok(Read { made, dense: evaluation.map(measure).transpose()? })
 }
 
@@ -222,10 +216,8 @@ fn remember(out: &Path, origin: &str, digest: &str) -> Result<()> {
     let mut all = remembered(out);
     all.insert(origin.to_owned(), digest.to_owned());
     let path = out.join(STATE_DIR).join(SOURCES_FILE);
-    let text = serde_json::to_string_pretty(&all).map_err(|e| gptq_records::Error::Report {
-        path: path.clone(),
-        message: e.to_string(),
-    })?;
+    let text = serde_json::to_string_pretty(&all)
+        .map_err(|e| gptq_records::Error::Report { path: path.clone(), message: e.to_string() })?;
     Ok(file.replace(&path, (text + "\n").as_bytes())?)
 }
 
