@@ -172,6 +172,7 @@ fn several_devices_make_and_measure_what_one_does() {
         config: &config,
         branches: &config.branches,
         source: &source,
+        origin: None,
         calibration: &config.calibration.sample(&tokenizer).unwrap(),
         devices: &[Device::Cpu, Device::Cpu],
         together: 1,

@@ -9,6 +9,7 @@ mod choice;
 mod hostile;
 #[path = "../hub_support/mod.rs"]
 mod hub_support;
+mod one_download;
 mod sharing;
 mod uploads;
 #[allow(dead_code, reason = "each test binary uses a part of it")]

@@ -24,14 +24,14 @@ fn sharded() -> (Setting, BTreeMap<String, Vec<u8>>) {
 }
 
 /// Whether a run left a folder of its own behind.
-fn is_left_over(setting: &Setting) -> bool {
+pub(crate) fn is_left_over(setting: &Setting) -> bool {
     let entries = fs::read_dir(setting.repository("models--org--name")).unwrap();
     let is_own = |name: std::ffi::OsString| name.to_str().unwrap().starts_with("discarding-");
     entries.into_iter().any(|entry| is_own(entry.unwrap().file_name()))
 }
 
 /// The files of the only snapshot.
-fn snapshot(setting: &Setting) -> Vec<String> {
+pub(crate) fn snapshot(setting: &Setting) -> Vec<String> {
     let snapshots = setting.repository("models--org--name/snapshots");
     listing(&snapshots.join(&listing(&snapshots)[0]))
 }

@@ -9,9 +9,10 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File};
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::header::Entry;
 use crate::small_file::open_regular;
@@ -21,6 +22,19 @@ use crate::{Error, ModelConfig, Result};
 /// Waits until the shard of this name lies in the folder.
 pub type Bring = dyn Fn(&str) -> std::result::Result<(), Failure> + Send + Sync;
 type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a shard did not come: one cause for all who wait for it.
+#[derive(Clone, Debug)]
+pub struct Cause(Arc<dyn std::error::Error + Send + Sync>);
+
+// No error itself, so that the cause is the next link of a chain.
+impl Deref for Cause {
+    type Target = dyn std::error::Error + Send + Sync;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
 
 /// The shards of an index.
 pub(crate) struct Arriving {
@@ -40,8 +54,9 @@ struct Shard {
     name: String,
     tensors: Vec<String>,
     arrived: OnceLock<Arrived>,
-    /// Held while the shard is fetched.
-    coming: Mutex<()>,
+    /// Held while the shard is fetched; why that failed, if it did. It is not tried again: each of
+    /// several readers would wait as long as the first.
+    coming: Mutex<Option<Cause>>,
 }
 
 struct Arrived {
@@ -73,7 +88,7 @@ impl Arriving {
         let (mut shards, mut tensors) = (Vec::new(), BTreeMap::new());
         for (name, names) in read_index(&index)? {
             tensors.extend(names.iter().map(|tensor| (tensor.clone(), shards.len())));
-            let (arrived, coming) = (OnceLock::new(), Mutex::new(()));
+            let (arrived, coming) = (OnceLock::new(), Mutex::new(None));
             shards.push(Shard { name, tensors: names, arrived, coming });
         }
         Ok(Self { dir: dir.to_owned(), index, linears, needed, shards, tensors, bring })
@@ -118,12 +133,16 @@ impl Arriving {
 
     /// The shard's tensors, once it is there.
     fn arrived<'a>(&self, shard: &'a Shard) -> Result<&'a Arrived> {
-        let _coming = lock(&shard.coming);
+        let mut coming = lock(&shard.coming);
         if let Some(arrived) = shard.arrived.get() {
             return Ok(arrived);
         }
-        (self.bring)(&shard.name)
-            .map_err(|source| Error::Bring { shard: shard.name.clone(), source })?;
+        if coming.is_none() {
+            *coming = (self.bring)(&shard.name).err().map(|failure| Cause(failure.into()));
+        }
+        if let Some(source) = coming.clone() {
+            return Err(Error::Bring { shard: shard.name.clone(), source });
+        }
         let arrived = self.open_shard(shard)?;
         self.delete_if_read(shard, &mut lock(&arrived.rest))?;
         Ok(shard.arrived.get_or_init(|| arrived))

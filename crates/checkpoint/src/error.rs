@@ -7,6 +7,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::arriving::Cause;
+
 /// The result of this crate's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -109,7 +111,7 @@ pub enum Error {
         /// The shard's name.
         shard: String,
         /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Cause,
     },
     /// A weight is read again although its shard may be gone.
     #[error("`{tensor}` was read and discarded; shards that are discarded can be read once")]

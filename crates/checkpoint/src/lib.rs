@@ -55,7 +55,7 @@ mod weights;
 mod writer;
 mod zip;
 
-pub use arriving::Bring;
+pub use arriving::{Bring, Cause};
 pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows};
 pub use config::ModelConfig;
 pub use dtype::DType;

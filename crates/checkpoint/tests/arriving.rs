@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::BTreeMap;
+use std::error::Error as _;
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -153,6 +154,11 @@ fn what_is_wrong_with_a_shard_is_reported_when_it_comes() {
     let missing = arriving.tensor(first).unwrap_err();
     assert!(missing.to_string().contains(&shard(0)), "{missing}");
     assert!(matches!(missing, Error::Bring { .. }), "{missing}");
+    // Others that wait for it are told the same, without another try.
+    let again = arriving.tensor(first).unwrap_err();
+    let cause = |error: &Error| error.source().unwrap().downcast_ref::<std::io::Error>().is_some();
+    assert!(cause(&missing) && cause(&again), "{again:?}");
+    assert_eq!(setting.asked.lock().unwrap().len(), 1);
     let wrong = arriving.tensor(second).unwrap_err();
     assert!(matches!(wrong, Error::IndexMismatch { .. }), "{wrong}");
     assert!(wrong.to_string().contains(&shard(1)), "{wrong}");

@@ -37,6 +37,6 @@ pub(crate) fn text(_: &DatasetSpec, _: &Printer) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn arriving(_: &str, _: &Printer) -> Result<Checkpoint> {
+pub(crate) fn arriving(_: &str, _: &Printer) -> Result<(Checkpoint, String)> {
     Err(no_hub())
 }

@@ -104,10 +104,11 @@ impl RepoCache {
         }
     }
 
-    /// Removes the private folder, unless files of `shards` are left in it.
+    /// Removes the private folder, unless files of `shards`, or parts of them, are left in it.
     pub(crate) fn remove_private(&self, shards: &[RemoteFile]) {
         let Some((folder, _)) = &self.own else { return };
-        if !shards.iter().any(|shard| self.blob(shard).exists()) {
+        let is_left = |s: &RemoteFile| self.blob(s).exists() || self.incomplete(s).exists();
+        if !shards.iter().any(is_left) {
             let _ = fs::remove_dir_all(folder);
         }
     }

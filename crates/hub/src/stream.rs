@@ -5,10 +5,13 @@
 //! wait for it. Shards lie in a folder of this run's own within the repository's cache, so that a
 //! deletion takes nothing from anybody: those that the cache held before are there by a second name.
 //! A run that was cut short leaves the folder to the next, which finds what had not been read.
+//!
+//! Nothing comes before the first shard is waited for, so that a caller may still find that it has
+//! nothing to read.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 
 use crate::api::{Api, Kind};
 use crate::cache::RepoCache;
@@ -28,6 +31,7 @@ const AHEAD: usize = 2;
 pub struct Stream {
     shared: Arc<Shared>,
     folder: PathBuf,
+    begun: Once,
 }
 
 struct Shared {
@@ -56,8 +60,7 @@ enum Place {
 }
 
 impl Stream {
-    /// Downloads everything but the weights of the model `id` at `revision` into `cache`, and begins
-    /// with the first shards.
+    /// Downloads everything but the weights of the model `id` at `revision` into `cache`.
     ///
     /// # Errors
     /// As [`crate::fetch`]; [`Error::NotSharded`] for a model in one file, or without an index by
@@ -113,12 +116,13 @@ impl Stream {
             progress,
             hub,
         });
-        for _ in 0..AHEAD {
-            let shared = Arc::clone(&shared);
-            // Not waited for: one that waits for the network ends with the process.
-            std::thread::spawn(move || shared.work());
-        }
-        Ok(Self { shared, folder })
+        Ok(Self { shared, folder, begun: Once::new() })
+    }
+
+    /// What the shards are of: other contents have another name.
+    #[must_use]
+    pub fn origin(&self) -> String {
+        format!("{}@{}", self.shared.id, self.shared.commit)
     }
 
     /// A folder with the model's files, where shards appear.
@@ -134,6 +138,7 @@ impl Stream {
     /// [`Error::NotFound`] for a name that the repository does not have, and as [`crate::fetch`].
     pub fn wait(&self, shard: &str) -> Result<()> {
         let shared = &*self.shared;
+        self.begun.call_once(|| self.begin());
         let Some(index) = shared.shards.iter().position(|file| file.path == shard) else {
             return Err(Error::NotFound { what: format!("shard `{shard}` in `{}`", shared.id) });
         };
@@ -161,13 +166,23 @@ impl Stream {
     }
 }
 
+impl Stream {
+    fn begin(&self) {
+        for _ in 0..AHEAD {
+            let shared = Arc::clone(&self.shared);
+            // Not waited for: one that waits for the network ends with the process.
+            std::thread::spawn(move || shared.work());
+        }
+    }
+}
+
 impl Drop for Stream {
     fn drop(&mut self) {
         // Under the lock, so that nobody misses it between looking and waiting.
         let places = self.shared.places();
         self.shared.stop.set();
         self.shared.changed.notify_all();
-        if places.iter().all(|&place| place == Place::Taken) {
+        if !self.begun.is_completed() || places.iter().all(|&place| place == Place::Taken) {
             self.shared.own.remove_private(&self.shared.shards);
         }
     }
@@ -280,7 +295,11 @@ mod tests {
             stop: Stop::new(),
             progress: Arc::new(Silent),
         });
-        let stream = Stream { shared: Arc::clone(&shared), folder: root.path().to_owned() };
+        let begun = Once::new();
+        // This test is the one that works.
+        begun.call_once(|| {});
+        let folder = root.path().to_owned();
+        let stream = Stream { shared: Arc::clone(&shared), folder, begun };
         let arrive = |shard: usize| {
             drop(Arrival { shared: &shared, shard, place: Place::Here });
         };

@@ -74,6 +74,12 @@ impl Batches {
         Ok(batches)
     }
 
+    /// All windows in one batch, for a walk that is one of several in a reading; `offloaded` is the
+    /// share of its states that waits in host memory beside a GPU.
+    pub(crate) fn whole(windows: &[EvalWindow], offloaded: f64) -> Self {
+        Self { ranges: std::iter::once(0..windows.len()).collect(), offloaded }
+    }
+
     /// Batches of as many chunks as `room` tokens hold, and of one at least.
     fn cut(model: &Model<'_>, windows: &[EvalWindow], room: usize) -> Self {
         let own = model.ranks().share(windows.len(), 1);
@@ -113,6 +119,11 @@ impl Batches {
             number: i + 1,
             of,
         })
+    }
+
+    /// The windows, where there is one batch.
+    pub(crate) fn only<'w>(&self, windows: &'w [EvalWindow]) -> Option<Batch<'w>> {
+        self.iter(windows).next().filter(|_| self.count() == 1)
     }
 
     /// Number of batches.

@@ -169,6 +169,36 @@ pub enum Error {
         /// The file.
         file: String,
     },
+    /// A source that can be read once, and more branches than are made at a time.
+    #[error(
+        "Shards that are discarded are read once, for {branches} branches here, and {made} are made \
+         at the same time"
+    )]
+    Together {
+        /// Branches that are to be made.
+        branches: usize,
+        /// Branches that are made at the same time.
+        made: usize,
+        /// Branches of each device that would do.
+        together: usize,
+    },
+    /// A source that can be read once, and an evaluation that would read it more often.
+    #[error(
+        "Shards that are discarded are read once, so an evaluation has to be of one batch: memory \
+         holds the states of {room} tokens beside the models, and the windows have {tokens}"
+    )]
+    OneBatch {
+        /// Tokens of the windows.
+        tokens: usize,
+        /// Tokens that memory holds.
+        room: usize,
+    },
+    /// A branch made from a source of which nothing is known before it is read.
+    #[error(
+        "Whether `{}` was made from this source is not known before its shards are read",
+        .0.display()
+    )]
+    UnreadSource(PathBuf),
     /// A branch that a configuration does not have.
     #[error("No branch `{branch}` in `{file}`; it has {known}")]
     UnknownBranch {
@@ -219,6 +249,13 @@ impl Error {
             Self::Config { advice, .. } => advice.as_deref()?.into(),
             Self::ForeignBranch(_) => "move it away or choose another --out".into(),
             Self::StrayFile { .. } => "move it away".into(),
+            Self::Together { together, .. } => {
+                format!("use --together {together}, or leave out --discard-shards").into()
+            }
+            Self::OneBatch { .. } => {
+                "set max_windows in the configuration, or leave out --discard-shards".into()
+            }
+            Self::UnreadSource(_) => "leave out --discard-shards, or choose another --out".into(),
             _ => return None,
         })
     }

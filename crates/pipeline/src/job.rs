@@ -1,7 +1,7 @@
 //! What a run is asked for: one branch, and everything that it is made with.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::MutexGuard;
 
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Ranks};
@@ -11,9 +11,8 @@ use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::Calibration;
 
 use crate::first_gram::FirstGrams;
-use crate::lock::lock;
 use crate::memory::{Offload, Workload};
-use crate::one_reading::Reader;
+use crate::one_reading::Seat;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
@@ -51,10 +50,7 @@ pub struct QuantizeJob<'a> {
 /// A branch's place among those that are made at the same time from one reading of the source.
 #[derive(Clone, Copy, Debug)]
 pub struct Beside<'a> {
-    /// Its part in the reading.
-    pub(crate) reader: &'a Reader<'a>,
-    /// Held by the branch that computes: a device does one thing at a time.
-    pub(crate) turn: &'a Mutex<()>,
+    pub(crate) seat: Seat<'a>,
     /// What all branches of a device keep in host memory.
     pub(crate) offload: Offload,
 }
@@ -67,8 +63,7 @@ impl QuantizeJob<'_> {
 
     /// Waits until the branch may use the device; nobody else does until the answer is dropped.
     pub(crate) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
-        // It guards no data that a panic could have left half-changed.
-        self.beside.map(|beside| lock(beside.turn))
+        self.beside.map(|beside| beside.seat.turn())
     }
 
     /// What it holds of a walk.

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::host_memory::ensure;
+use crate::memory_evaluation::Along;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -158,17 +159,32 @@ pub fn plan_gpu(block: BlockSizes, works: &[Workload], tables: Tables, budget: u
 /// # Errors
 /// Windows whose states and inputs host memory cannot hold.
 pub fn offload(device: &Device, block: BlockSizes, works: &[Workload]) -> Result<Offload> {
+    offload_beside(device, block, works, Along::default())
+}
+
+/// As [`offload`], for runs beside an evaluation.
+pub(crate) fn offload_beside(
+    device: &Device,
+    block: BlockSizes,
+    works: &[Workload],
+    along: Along,
+) -> Result<Offload> {
     let (offload, in_host) = match device_budget(device)? {
         None => (Offload::default(), works.iter().map(|&work| 4 * states_of(block, work)).sum()),
         Some(budget) => {
             let need = GpuBytes::together(block, works);
+            let budget = budget.saturating_sub(along.device as u64);
             let offload = plan_gpu(block, works, Tables::default(), budget).offload;
             (offload, need.offloaded(offload))
         }
     };
     let tokens: usize = works.iter().map(|work| work.tokens).sum();
-    let what = format!("Hidden states and inputs of {tokens} tokens");
-    ensure(&what, in_host as u64, "calibrate on fewer or shorter windows")?;
+    let what = match along.host {
+        0 => format!("Hidden states and inputs of {tokens} tokens"),
+        _ => format!("Hidden states and inputs of {tokens} tokens, and an evaluation beside them,"),
+    };
+    let needed = in_host.saturating_add(along.host) as u64;
+    ensure(&what, needed, "calibrate on fewer or shorter windows")?;
     Ok(offload)
 }
 

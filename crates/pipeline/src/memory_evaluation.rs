@@ -38,6 +38,15 @@ pub(crate) struct EvaluationSizes {
     grams: usize,
 }
 
+/// Bytes that an evaluation holds beside branches that are made from the same reading.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Along {
+    /// Of a GPU.
+    pub(crate) device: usize,
+    /// Of the host.
+    pub(crate) host: usize,
+}
+
 /// Room for the states of an evaluation, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Room {
@@ -58,6 +67,29 @@ impl EvaluationSizes {
         let grams = if beside.grams { 4 * (3 * h * h + widest * widest) } else { 0 };
         let models = 1 + usize::from(beside.base);
         Self { block, vocab: model.vocab_size, longest, models, grams }
+    }
+
+    /// What two walks hold, of the dense model and of so many grids of its weights: beside a GPU all of
+    /// their states wait in host memory. With `exact`, weights are rounded from wider ones.
+    pub(crate) fn along(self, device: &Device, tokens: usize, grids: usize, exact: bool) -> Along {
+        let Self { block, longest, .. } = self;
+        let states = tokens.saturating_mul(4 * block.hidden * (1 + grids));
+        // The block in use and the one read ahead, of each walk, and one that is rounded.
+        let blocks = 5 * block.weights;
+        match device {
+            Device::Cpu => Along { device: 0, host: states.saturating_add(4 * blocks) },
+            Device::Cuda(_) => {
+                let chunk = Device::GPU_CHUNK_TOKENS.max(longest);
+                let flight = chunk * (3 * 2 * block.intermediate + 3 * 4 * block.hidden);
+                let rounding = 12 * block.largest + 4 * 1024 * block.rows;
+                let moving = 3 * chunk * 4 * block.hidden;
+                let staging = 4 * block.weights * if exact { 4 } else { 2 };
+                Along {
+                    device: 2 * blocks + flight + rounding + moving,
+                    host: states.saturating_add(staging),
+                }
+            }
+        }
     }
 
     /// Bytes on the CPU that do not depend on how many windows there are.

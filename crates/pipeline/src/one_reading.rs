@@ -31,6 +31,23 @@ impl State {
     }
 }
 
+/// A walk's place among those that are made at the same time from one reading.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seat<'a> {
+    /// Its part in the reading.
+    pub(crate) reader: &'a Reader<'a>,
+    /// Held by the walk that computes: a device does one thing at a time.
+    pub(crate) turn: &'a Mutex<()>,
+}
+
+impl<'a> Seat<'a> {
+    /// Waits until the walk may use its device; nobody else does until the answer is dropped.
+    pub(crate) fn turn(self) -> MutexGuard<'a, ()> {
+        // It guards no data that a panic could have left half-changed.
+        lock(self.turn)
+    }
+}
+
 /// A walk's part in a reading. Dropped, it keeps nobody waiting.
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::batches::Batch;
 use crate::error::{Error, Result};
+use crate::one_reading::Seat;
 use crate::progress::{Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
 use crate::states::{States, chunk_ranges, embed, forward};
@@ -40,7 +41,9 @@ pub struct Perplexity {
 
 /// Runs the model as it is stored over the windows of a batch.
 pub fn score(model: &Model<'_>, batch: Batch<'_>, progress: &dyn Progress) -> Result<Scored> {
-    walk(model, batch, false, progress, |_| Ok(()))
+    let mut states = begin(model, batch)?;
+    each_block(model, batch, false, None, progress, |block| forward(model, block, &mut states))?;
+    Scored::of(model, batch, states)
 }
 
 /// Runs the model with every linear rounded to nearest on the way: the baseline without a file.
@@ -50,42 +53,56 @@ pub fn score_rounded(
     batch: Batch<'_>,
     progress: &dyn Progress,
 ) -> Result<Scored> {
+    let mut states = begin(model, batch)?;
     let exact = model.precision() == SourcePrecision::Stored;
-    walk(model, batch, exact, progress, |block| {
+    each_block(model, batch, exact, None, progress, |block| {
         let exact = block.take_exact();
-        for id in LinearId::ALL {
-            let rounded = match exact.get(id as usize) {
-                // Wider than the device's: in host memory.
-                Some(weight) => round_to_nearest(model.device(), weight, spec).map(|q| q.weight),
-                None => rounded_weight(model.device(), block.linear(id), spec),
-            };
-            let rounded =
-                rounded.map_err(|source| Error::Solve { linear: block.linear_name(id), source })?;
-            block.set_linear(id, rounded);
-        }
-        Ok(())
-    })
+        round(model, block, &exact, spec)?;
+        forward(model, block, &mut states)
+    })?;
+    Scored::of(model, batch, states)
 }
 
-/// One pass over the blocks; `prepare` may change a block's weights before it runs, and with `exact`
-/// finds those that a GPU's are a rounding of.
-fn walk(
+/// Rounds every linear of a block to nearest; `exact` is what its weights are a rounding of, where
+/// they are one.
+pub(crate) fn round(
+    model: &Model<'_>,
+    block: &mut Block,
+    exact: &[Tensor],
+    spec: &QuantSpec,
+) -> Result<()> {
+    for id in LinearId::ALL {
+        let rounded = match exact.get(id as usize) {
+            // Wider than the device's: in host memory.
+            Some(weight) => round_to_nearest(model.device(), weight, spec).map(|q| q.weight),
+            None => rounded_weight(model.device(), block.linear(id), spec),
+        };
+        let rounded =
+            rounded.map_err(|source| Error::Solve { linear: block.linear_name(id), source })?;
+        block.set_linear(id, rounded);
+    }
+    Ok(())
+}
+
+/// One pass over the blocks, each of which `compute` runs; with `exact` it finds, too, what a GPU's
+/// weights are a rounding of. With a `seat`, other walks read the model at the same time.
+pub(crate) fn each_block(
     model: &Model<'_>,
     batch: Batch<'_>,
     exact: bool,
+    seat: Option<Seat<'_>>,
     progress: &dyn Progress,
-    prepare: impl Fn(&mut Block) -> Result<()>,
-) -> Result<Scored> {
+    mut compute: impl FnMut(&mut Block) -> Result<()>,
+) -> Result<()> {
     let progress = if model.ranks().is_first() { progress } else { &Silent };
-    let mut states = begin(model, batch)?;
     let blocks = model.config().num_hidden_layers;
     progress.begin(&batch.label("perplexity"), blocks);
     std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, model, None, exact, None);
+        let ahead = read_ahead(scope, model, None, exact, seat.map(|seat| seat.reader));
         for _ in 0..blocks {
             let mut block = next_block(&ahead)?;
-            prepare(&mut block)?;
-            forward(model, &block, &mut states)?;
+            let _turn = seat.map(Seat::turn);
+            compute(&mut block)?;
             // Nothing here waits for a GPU: without this, blocks are read ahead until its memory is
             // full of them, and a step is said before it is done.
             model.device().synchronize("a block")?;
@@ -94,7 +111,7 @@ fn walk(
         Ok::<_, Error>(())
     })?;
     progress.end();
-    Scored::of(model, batch, states)
+    Ok(())
 }
 
 /// The states of a batch before the first block.

@@ -98,7 +98,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
 
     let (walked, writer) = std::thread::scope(|scope| {
         let (sender, writing) = write_behind(scope, writer, &job.spec);
-        let reader = job.beside.map(|beside| beside.reader);
+        let reader = job.beside.map(|beside| beside.seat.reader);
         let exact = job.source_dtype == SourceDtype::Fp32;
         let ahead = read_ahead(scope, &model, rotations, exact, reader);
         let walked = walk(&ahead, &model, job, &sender, progress);

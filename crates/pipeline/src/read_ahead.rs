@@ -3,7 +3,7 @@
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::Scope;
 
-use gptq_checkpoint::ModelConfig;
+use gptq_checkpoint::{Checkpoint, ModelConfig};
 use gptq_compute::Device;
 use gptq_model::{Block, Model};
 
@@ -50,10 +50,10 @@ fn load(
         false => Ok(model.load_block(index)?),
     };
     let mut block = match reader {
-        Some(reader) => reader.block(index, read, |block| discard(model, block))?,
+        Some(reader) => reader.block(index, read, |block| discard(model.checkpoint(), block))?,
         None => {
             let block = read()?;
-            discard(model, index)?;
+            discard(model.checkpoint(), index)?;
             block
         }
     };
@@ -75,12 +75,18 @@ fn load(
 }
 
 /// No walk reads a block's linears twice: where shards arrive and go, these may go.
-fn discard(model: &Model<'_>, index: usize) -> Result<()> {
-    let prefix = ModelConfig::block_prefix(index);
-    for shape in model.config().block_linears() {
-        model.checkpoint().discard(&format!("{prefix}.{}.weight", shape.name))?;
+pub(crate) fn discard(source: &Checkpoint, index: usize) -> Result<()> {
+    for name in linears(source, index) {
+        source.discard(&name)?;
     }
     Ok(())
+}
+
+/// Names of the weights of a block's linears.
+pub(crate) fn linears(source: &Checkpoint, index: usize) -> impl Iterator<Item = String> {
+    let prefix = ModelConfig::block_prefix(index);
+    let shapes = source.config().block_linears().into_iter();
+    shapes.map(move |shape| format!("{prefix}.{}.weight", shape.name))
 }
 
 /// The next block, or why it could not be read.

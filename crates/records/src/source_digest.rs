@@ -1,5 +1,7 @@
 //! Which model a branch was made from: a digest that another copy of it has too.
 
+use std::collections::BTreeMap;
+
 use gptq_checkpoint::{CONFIG_FILE, Checkpoint};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -23,32 +25,62 @@ const PIECE: usize = 4096;
 /// # Errors
 /// Files that cannot be read.
 pub fn source_digest(source: &Checkpoint) -> Result<String> {
-    let mut hash = Sha256::new();
-    let mut files = source.side_files()?;
-    files.push(CONFIG_FILE.into());
-    for name in files {
-        let path = source.dir().join(&name);
-        let (_, sum) = of_file(&path).map_err(Error::io("read", &path))?;
-        part(&mut hash, name.to_string_lossy().as_bytes());
-        part(&mut hash, sum.as_bytes());
-    }
-    let names: Vec<&str> = source.names().collect();
-    let digests = names.par_iter().map(|name| tensor_digest(source, name));
-    for digest in digests.collect::<Result<Vec<_>>>()? {
-        part(&mut hash, &digest);
-    }
-    Ok(hex(&hash.finalize()))
+    SourceDigest::default().finish(source)
 }
 
-fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Vec<u8>> {
+/// A [`source_digest`] on its way, of a source whose tensors are there one after the other.
+#[derive(Debug, Default)]
+pub struct SourceDigest {
+    tensors: BTreeMap<String, Option<Vec<u8>>>,
+}
+
+impl SourceDigest {
+    /// Looks at a tensor while it is there.
+    ///
+    /// # Errors
+    /// As [`source_digest`].
+    pub fn look(&mut self, source: &Checkpoint, name: &str) -> Result<()> {
+        self.tensors.insert(name.to_owned(), tensor_digest(source, name)?);
+        Ok(())
+    }
+
+    /// Looks at the tensors that were not looked at, and at everything else.
+    ///
+    /// # Errors
+    /// As [`source_digest`].
+    pub fn finish(mut self, source: &Checkpoint) -> Result<String> {
+        let mut hash = Sha256::new();
+        let mut files = source.side_files()?;
+        files.push(CONFIG_FILE.into());
+        for name in files {
+            let path = source.dir().join(&name);
+            let (_, sum) = of_file(&path).map_err(Error::io("read", &path))?;
+            part(&mut hash, name.to_string_lossy().as_bytes());
+            part(&mut hash, sum.as_bytes());
+        }
+        let names: Vec<_> = source.names().map(|name| (name, self.tensors.remove(name))).collect();
+        let digests = names.into_par_iter().map(|(name, known)| match known {
+            Some(digest) => Ok(digest),
+            None => tensor_digest(source, name),
+        });
+        for digest in digests.collect::<Result<Vec<_>>>()?.into_iter().flatten() {
+            part(&mut hash, &digest);
+        }
+        Ok(hex(&hash.finalize()))
+    }
+}
+
+/// `None` for a name that only an index has, which is no tensor of a whole folder either.
+fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Option<Vec<u8>>> {
     let mut hash = Sha256::new();
     part(&mut hash, name.as_bytes());
     let tensor = match source.tensor(name) {
         Ok(tensor) => tensor,
         // Nothing here reads such a tensor.
         Err(gptq_checkpoint::Error::UnsupportedDType { .. }) => {
-            return Ok(hash.finalize().to_vec());
+            return Ok(Some(hash.finalize().to_vec()));
         }
+        Err(gptq_checkpoint::Error::IndexMismatch { .. }) => return Ok(None),
         Err(other) => return Err(other.into()),
     };
     part(&mut hash, format!("{} {:?}", tensor.dtype.name(), tensor.shape).as_bytes());
@@ -56,7 +88,7 @@ fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Vec<u8>> {
         part(&mut hash, piece);
     }
     source.release(name);
-    Ok(hash.finalize().to_vec())
+    Ok(Some(hash.finalize().to_vec()))
 }
 
 /// What is looked at of a tensor: all of a small one, its ends and what lies evenly between them of

@@ -141,7 +141,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     }
     let source = if args.discard_shards {
         args.device.check_one("--discard-shards lets each shard be read once")?;
-        open_arriving(&args.model, printer)?
+        open_arriving(&args.model, printer)?.0
     } else {
         open_checkpoint(&args.model, printer)?
     };

@@ -32,8 +32,8 @@ pub(super) fn warn_of(checkpoint: &Checkpoint, strict: bool, printer: &Printer) 
 }
 
 /// Opens a model on the Hub whose shards are downloaded as they are needed and deleted when they are
-/// read.
-pub(super) fn open_arriving(model: &str, printer: &Printer) -> Result<Checkpoint> {
+/// read; says, too, of which commit it is.
+pub(super) fn open_arriving(model: &str, printer: &Printer) -> Result<(Checkpoint, String)> {
     if Path::new(model).exists() {
         return Err(advised(
             format!("`{model}` is a local path"),

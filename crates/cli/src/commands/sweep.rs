@@ -18,7 +18,7 @@ use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
 use super::quantize::sample;
-use super::source::{open_checkpoint, provide_text, warn_of};
+use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
 use super::table::{group, operations, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_count;
@@ -49,6 +49,11 @@ pub(crate) struct Args {
     /// Branches that each device makes at the same time, from one reading of the model
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_count)]
     together: usize,
+    /// Download the model's shards as they are needed and delete them when all branches have read
+    /// them, for a disk smaller than the model: all branches are made at the same time (--together).
+    /// Shards that the Hub's cache holds already stay
+    #[arg(long)]
+    discard_shards: bool,
     /// Print what would be made and what is reused, with sizes and work; change nothing
     #[arg(long)]
     dry_run: bool,
@@ -87,7 +92,10 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     config.calibration = config.calibration.clone().with(args.calibration.overrides())?;
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     let branches = selected(&config, &args.only)?;
-    let source = open_checkpoint(&config.model, printer)?;
+    let (source, origin) = match args.discard_shards {
+        true => open_arriving(&config.model, printer).map(|(source, of)| (source, Some(of)))?,
+        false => (open_checkpoint(&config.model, printer)?, None),
+    };
     warn_of(&source, args.strict, printer)?;
     if let Some(evaluation) = &config.evaluation {
         provide_text(&evaluation.dataset, printer)?;
@@ -99,6 +107,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         config: &config,
         branches: &branches,
         source: &source,
+        origin: origin.as_deref(),
         calibration: &calibration,
         devices: &devices,
         together: args.together,

@@ -61,15 +61,16 @@ pub(crate) fn text(dataset: &DatasetSpec, printer: &Printer) -> Result<()> {
     }
 }
 
-/// Opens a model that arrives while it is read.
-pub(crate) fn arriving(model: &str, printer: &Printer) -> Result<Checkpoint> {
+/// Opens a model that arrives while it is read; says, too, of which commit it is.
+pub(crate) fn arriving(model: &str, printer: &Printer) -> Result<(Checkpoint, String)> {
     let (id, revision) = split_revision(model);
     let hub = Hub::from_env(RETRIES, gptq_checkpoint::hub_token_file())?;
     let cache = cache_root()?;
     let progress = Arc::new(Transfer::new(printer.clone()));
     let stream = Stream::start(hub, id, revision.unwrap_or("main"), &cache, progress)?;
-    let folder = stream.folder().to_owned();
-    Ok(Checkpoint::open_arriving(&folder, Box::new(move |shard| Ok(stream.wait(shard)?)))?)
+    let (folder, origin) = (stream.folder().to_owned(), stream.origin());
+    let bring = Box::new(move |shard: &str| Ok(stream.wait(shard)?));
+    Ok((Checkpoint::open_arriving(&folder, bring)?, origin))
 }
 
 /// `None` where there is no network or no cache to use.

@@ -16,21 +16,27 @@ use gptq_records::branch_report::{BranchReport, EvaluationRecord, Measured};
 use gptq_records::source_dtype::SourceDtype;
 use gptq_text::evaluation::EvalText;
 
+use super::dense_along::{self as along, Evaluation, Walked};
 use crate::batches::{Batch, Batches, Beside};
 use crate::error::{Error, Result, with_causes};
 use crate::job::precision;
 use crate::perplexity::{Perplexity, Scored, Tally, score, score_rounded};
 use crate::progress::{Progress, Silent};
+use crate::states::States;
 
 /// The dense model on the evaluation text, each device with some of the windows.
 pub(crate) struct DenseMeasure<'a> {
     text: EvalText,
     parts: Vec<Part<'a>>,
     pub(crate) perplexity: Perplexity,
-    /// Rounded grids by bits and group size: the order of columns does not matter to them. `None`
-    /// where there is nothing to measure.
-    rounded: BTreeMap<(u8, Option<usize>), Option<Measured>>,
+    pub(super) rounded: Rounded,
 }
+
+/// Rounded grids, by all that they depend on; `None` where there is nothing to measure.
+pub(super) type Rounded = BTreeMap<Grid, Option<Measured>>;
+
+/// Bits and group size: the order of columns does not matter to a grid.
+pub(super) type Grid = (u8, Option<usize>);
 
 /// A device's windows.
 struct Part<'a> {
@@ -63,6 +69,15 @@ impl<'a> Part<'a> {
         Ok((Self { model, windows, batches, kept }, tally))
     }
 
+    /// Of a walk that ended. Branches are measured in as few batches as memory allows for then.
+    fn of_walk(part: along::Part<'a>, kept: Scored, text: &EvalText) -> Result<Self> {
+        let beside = Beside { base: true, ..Beside::default() };
+        let own = &text.windows[part.windows.clone()];
+        let found = Batches::new(&part.model, own, beside, &Silent)?;
+        let batches = if found.count() == 1 { found } else { part.batches };
+        Ok(Self { model: part.model, windows: part.windows, batches, kept: Some(kept) })
+    }
+
     /// What another walk of the windows gives, beside the dense model.
     fn compare(
         &self,
@@ -93,13 +108,10 @@ impl<'a> DenseMeasure<'a> {
         devices: &[Device],
         progress: &dyn Progress,
     ) -> Result<Self> {
-        let chunk = devices.first().map_or(1, Device::chunk_tokens) / text.seq_len.max(1);
-        let shares = (0..devices.len())
-            .map(|part| share(text.windows.len(), chunk.max(1), part, devices.len()))
-            .zip(devices)
-            .filter(|(windows, _)| !windows.is_empty());
-        let measured = side_by_side(shares.collect(), progress, |(windows, device), progress| {
-            let model = Model::new(source, device.clone(), precision(dtype), text.seq_len)?;
+        let measured = side_by_side(shares(&text, devices), progress, |share, progress| {
+            let (device, windows) = share;
+            let device = devices[device].clone();
+            let model = Model::new(source, device, precision(dtype), text.seq_len)?;
             Part::measure(model, windows, &text, progress)
         })?;
         let (parts, tallies): (Vec<_>, Vec<_>) = measured.into_iter().unzip();
@@ -107,11 +119,53 @@ impl<'a> DenseMeasure<'a> {
         Ok(Self { text, parts, perplexity, rounded: BTreeMap::new() })
     }
 
-    /// Takes the rounded grid of a branch that was compared with the same model on the same text.
-    pub(crate) fn remember(&mut self, report: &BranchReport) {
-        for rtn in report.evaluations.iter().filter_map(|e| e.rtn) {
-            self.rounded.insert((report.bits, report.group_size), Some(rtn));
+    /// Of walks that ended, over the parts' windows.
+    pub(super) fn of_walks(
+        evaluation: Evaluation,
+        walked: Vec<(along::Part<'a>, Walked)>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let Evaluation { text, grids } = evaluation;
+        let (mut parts, mut tallies) = (Vec::new(), Vec::new());
+        let mut of_grids: Vec<Result<Vec<Tally>>> = grids.iter().map(|_| Ok(Vec::new())).collect();
+        // Of a weight that no grid can be rounded from.
+        let mut of_all = None;
+        for (part, Walked { dense, grids: states }) in walked {
+            let batch = part.batch(&text)?;
+            let kept = Scored::of(&part.model, batch, dense)?;
+            let mut tally = Tally::default();
+            tally.add(&kept, &part.model)?;
+            tallies.push(tally);
+            let states = states.unwrap_or_else(|error| {
+                of_all = Some(error);
+                Vec::new()
+            });
+            for (of_grid, states) in of_grids.iter_mut().zip(states) {
+                let Ok(done) = of_grid else { continue };
+                match states.and_then(|states| compared(&part, batch, states, &kept)) {
+                    Ok(tally) => done.push(tally),
+                    Err(error) => *of_grid = Err(error),
+                }
+            }
+            parts.push(Part::of_walk(part, kept, &text)?);
         }
+        let windows = text.windows.len();
+        let perplexity = Tally::of_parts(tallies).perplexity(windows)?;
+        if let Some(error) = of_all {
+            let missing = |spec| warn_missing(&error, spec, progress).then(|| (grid(spec), None));
+            let rounded = grids.iter().map_while(missing).collect();
+            return if is_missing(&error) {
+                Ok(Self { text, parts, perplexity, rounded })
+            } else {
+                Err(error)
+            };
+        }
+        let measured = |(spec, tallies): (&QuantSpec, Result<Vec<Tally>>)| {
+            let measured = tallies.and_then(|of| measured(&Tally::of_parts(of), windows));
+            Ok((grid(spec), unless_missing(measured, spec, progress)?))
+        };
+        let rounded = grids.iter().zip(of_grids).map(measured).collect::<Result<_>>()?;
+        Ok(Self { text, parts, perplexity, rounded })
     }
 
     /// A branch, from its file, and its grid without calibration.
@@ -122,12 +176,13 @@ impl<'a> DenseMeasure<'a> {
         progress: &dyn Progress,
     ) -> Result<EvaluationRecord> {
         let checkpoint = Checkpoint::open(dir)?;
-        let (result, kl) = self.compare(progress, |part, progress| {
+        let tally = self.compare(progress, |part, progress| {
             let device = part.model.device().clone();
             let stored = SourcePrecision::Stored;
             let model = Model::new(&checkpoint, device, stored, self.text.seq_len)?;
             part.compare(&self.text, progress, &model, |batch| score(&model, batch, progress))
         })?;
+        let result = tally.perplexity(self.text.windows.len())?;
         let dtype = self.parts.first().map_or("f32", |part| part.model.device().dtype()).to_owned();
         let rtn = self.round(spec, progress)?;
         Ok(EvaluationRecord {
@@ -142,59 +197,116 @@ impl<'a> DenseMeasure<'a> {
             contaminated: self.text.contaminated == Some(true) && spec.recipe.calibrates(),
             perplexity: result.perplexity,
             standard_error: result.standard_error,
-            kl: Some(kl),
+            kl: Some(tally.kl()?),
             base_perplexity: Some(self.perplexity.perplexity),
             rtn,
         })
     }
 
-    /// The grid of a branch, rounded to nearest. A branch that was made is worth more than what it is
-    /// compared with: weights that cannot be rounded, or compute nothing once they are, cost a number
-    /// of the table and a warning, not the branch.
+    /// The grid of a branch, rounded to nearest.
     fn round(&mut self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Option<Measured>> {
-        let key = (spec.bits, spec.group_size);
+        let key = grid(spec);
         if let Some(measured) = self.rounded.get(&key) {
             return Ok(*measured);
         }
-        let measured = match self.measure_rounded(spec, progress) {
-            Ok(measured) => Some(measured),
-            Err(
-                error @ (Error::Solve { .. }
-                | Error::Activations { .. }
-                | Error::Model(gptq_model::Error::Overflow { .. })),
-            ) => {
-                progress.warn(&format!(
-                    "the baseline rounded to nearest is missing at {} bits: {}",
-                    spec.bits,
-                    with_causes(&error)
-                ));
-                None
-            }
-            Err(error) => return Err(error),
-        };
+        let measured = unless_missing(self.measure_rounded(spec, progress), spec, progress)?;
         self.rounded.insert(key, measured);
         Ok(measured)
     }
 
     fn measure_rounded(&self, spec: &QuantSpec, progress: &dyn Progress) -> Result<Measured> {
         let spec = QuantSpec { recipe: Recipe::Rtn, ..spec.clone() };
-        let (result, kl) = self.compare(progress, |part, progress| {
+        let tally = self.compare(progress, |part, progress| {
             let round = |batch: Batch<'_>| score_rounded(&part.model, &spec, batch, progress);
             part.compare(&self.text, progress, &part.model, round)
         })?;
-        Ok(Measured { perplexity: result.perplexity, kl })
+        measured(&tally, self.text.windows.len())
     }
 
-    /// Perplexity of a model, and its KL divergence from the dense one, over all parts' windows.
+    /// What a model gives beside the dense one, over all parts' windows.
     fn compare(
         &self,
         progress: &dyn Progress,
         part: impl Fn(&Part<'a>, &dyn Progress) -> Result<Tally> + Sync,
-    ) -> Result<(Perplexity, f64)> {
+    ) -> Result<Tally> {
         let parts = self.parts.iter().collect();
-        let tally = Tally::of_parts(side_by_side(parts, progress, part)?);
-        Ok((tally.perplexity(self.text.windows.len())?, tally.kl()?))
+        Ok(Tally::of_parts(side_by_side(parts, progress, part)?))
     }
+}
+
+/// Each device's share of the windows, by its number; cut between chunks. Some may have none.
+pub(super) fn shares(text: &EvalText, devices: &[Device]) -> Vec<(usize, Range<usize>)> {
+    let chunk = devices.first().map_or(1, Device::chunk_tokens) / text.seq_len.max(1);
+    let of_device =
+        |device| (device, share(text.windows.len(), chunk.max(1), device, devices.len()));
+    (0..devices.len()).map(of_device).filter(|(_, windows)| !windows.is_empty()).collect()
+}
+
+/// The grid of a branch.
+pub(super) fn grid(spec: &QuantSpec) -> Grid {
+    (spec.bits, spec.group_size)
+}
+
+/// Takes the rounded grid of a branch that was compared with the same model on the same text.
+pub(super) fn rounded_of(report: &BranchReport, rounded: &mut Rounded) {
+    for rtn in report.evaluations.iter().filter_map(|e| e.rtn) {
+        rounded.insert((report.bits, report.group_size), Some(rtn));
+    }
+}
+
+fn measured(tally: &Tally, windows: usize) -> Result<Measured> {
+    Ok(Measured { perplexity: tally.perplexity(windows)?.perplexity, kl: tally.kl()? })
+}
+
+/// What a grid's walk gives beside the dense model's.
+fn compared(
+    part: &along::Part<'_>,
+    batch: Batch<'_>,
+    states: States,
+    base: &Scored,
+) -> Result<Tally> {
+    let scored = Scored::of(&part.model, batch, states)?;
+    let mut tally = Tally::default();
+    tally.add(&scored, &part.model)?;
+    tally.compare(&scored, base, &part.model)?;
+    Ok(tally)
+}
+
+/// A rounded grid, or `None` and a warning for one that cannot be. A branch that was made is worth
+/// more than what it is compared with: weights that cannot be rounded, or compute nothing once they
+/// are, cost a number of the table, not the branch.
+fn unless_missing(
+    measured: Result<Measured>,
+    spec: &QuantSpec,
+    progress: &dyn Progress,
+) -> Result<Option<Measured>> {
+    match measured {
+        Ok(measured) => Ok(Some(measured)),
+        Err(error) if warn_missing(&error, spec, progress) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether an error is of weights that cannot be rounded, or compute nothing once they are.
+fn is_missing(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Solve { .. }
+            | Error::Activations { .. }
+            | Error::Model(gptq_model::Error::Overflow { .. })
+    )
+}
+
+/// Warns of a grid that is missing for such an error; whether it is one.
+fn warn_missing(error: &Error, spec: &QuantSpec, progress: &dyn Progress) -> bool {
+    if is_missing(error) {
+        progress.warn(&format!(
+            "the baseline rounded to nearest is missing at {} bits: {}",
+            spec.bits,
+            with_causes(error)
+        ));
+    }
+    is_missing(error)
 }
 
 /// One call for each item, each on a thread of its own, unless there is one; the first shows its

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
 use gptq_checkpoint::Partial;
@@ -16,12 +17,14 @@ use gptq_records::manifest::{MadeFrom, Manifest};
 
 use super::SweepJob;
 use super::config::Branch;
+use super::one_source::Digest;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::job::{Beside, QuantizeJob};
 use crate::lock::lock;
-use crate::memory::{BlockSizes, Offload, offload};
-use crate::one_reading::OneReading;
+use crate::memory::{BlockSizes, Offload, offload_beside};
+use crate::memory_evaluation::Along;
+use crate::one_reading::{OneReading, Seat};
 use crate::progress::{BlockReport, Progress};
 use crate::quantize::{Made, make};
 
@@ -39,49 +42,91 @@ pub(super) struct MadeBranch {
 }
 
 /// Makes all members, the first on the first device and so on; `shared` is what each device's branches
-/// have in common. The answers come in the members' order.
+/// have in common, `digest` the source's. The answers come in the members' order.
 pub(super) fn make_together(
     job: &SweepJob<'_>,
     members: &[Member<'_>],
     shared: &[FirstGrams],
+    digest: &Digest,
     progress: &dyn Progress,
 ) -> Result<Vec<Result<MadeBranch>>> {
-    let of_device = |member: usize| member % job.devices.len().max(1);
-    let jobs: Vec<QuantizeJob<'_>> = members
-        .iter()
-        .enumerate()
-        .map(|(member, (branch, _))| quantize_job(job, branch, of_device(member), shared))
-        .collect();
-    if let [(_, made_from)] = members {
-        return Ok(jobs.iter().map(|job| make_one(job, made_from, progress)).collect());
+    if let &[(branch, made_from)] = members {
+        let job = quantize_job(job, branch, 0, shared);
+        return Ok(vec![make_one(&job, made_from, digest, progress)]);
     }
+    let alone = vec![Along::default(); job.devices.len()];
+    let group = Group::new(job, members, shared, &alone, digest)?;
     let reading = OneReading::new(members.len());
-    let turns: Vec<Mutex<()>> = job.devices.iter().map(|_| Mutex::new(())).collect();
-    let offload = offload_of_devices(job, &jobs)?;
     let progress = Shared::new(progress, members.len());
-    let readers: Vec<_> = (0..members.len()).map(|member| reading.reader(member)).collect();
-    let made = std::thread::scope(|scope| {
-        let mut threads = Vec::with_capacity(members.len());
-        for (member, ((job, reader), (branch, made_from))) in
-            jobs.iter().zip(readers).zip(members).enumerate()
-        {
-            let device = of_device(member);
-            let (turn, offload) = (&turns[device], offload[device]);
-            let progress = progress.of(&branch.name);
-            threads.push(scope.spawn(move || {
-                // Dropped with this thread, however it ends: the others wait for it no more.
-                let reader = reader;
-                let beside = Some(Beside { reader: &reader, turn, offload });
-                make_one(&QuantizeJob { beside, ..job.clone() }, made_from, &progress)
-            }));
-        }
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or(Err(Error::Thread("branch"))))
-            .collect()
-    });
+    let made = std::thread::scope(|scope| join(group.spawn(scope, &reading, &progress)));
     progress.end();
     Ok(made)
+}
+
+/// Branches that are to be made side by side, and what those of a device share.
+pub(super) struct Group<'a> {
+    jobs: Vec<QuantizeJob<'a>>,
+    members: &'a [Member<'a>],
+    digest: &'a Digest,
+    /// Of each device.
+    pub(super) turns: Vec<Mutex<()>>,
+    offload: Vec<Offload>,
+}
+
+type Making<'scope> = ScopedJoinHandle<'scope, Result<MadeBranch>>;
+
+impl<'a> Group<'a> {
+    /// Plans memory for all members, `along` whatever else each device holds.
+    pub(super) fn new(
+        job: &SweepJob<'a>,
+        members: &'a [Member<'a>],
+        shared: &'a [FirstGrams],
+        along: &[Along],
+        digest: &'a Digest,
+    ) -> Result<Self> {
+        let jobs: Vec<_> = members
+            .iter()
+            .enumerate()
+            .map(|(member, (branch, _))| quantize_job(job, branch, of_device(job, member), shared))
+            .collect();
+        let turns = job.devices.iter().map(|_| Mutex::new(())).collect();
+        let offload = offload_of_devices(job, &jobs, along)?;
+        Ok(Self { jobs, members, digest, turns, offload })
+    }
+
+    /// Begins with all members, which are the first walks of the reading.
+    pub(super) fn spawn<'scope, 'env>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        reading: &'env OneReading,
+        progress: &'env Shared<'_>,
+    ) -> Vec<Making<'scope>> {
+        let devices = self.turns.len().max(1);
+        let begin = |(member, job): (usize, &'env QuantizeJob<'a>)| {
+            let (branch, made_from) = self.members[member];
+            let (turn, offload) = (&self.turns[member % devices], self.offload[member % devices]);
+            let (reader, progress) = (reading.reader(member), progress.of(&branch.name));
+            scope.spawn(move || {
+                // Dropped with this thread, however it ends: the others wait for it no more.
+                let reader = reader;
+                let beside = Some(Beside { seat: Seat { reader: &reader, turn }, offload });
+                let job = QuantizeJob { beside, ..job.clone() };
+                make_one(&job, made_from, self.digest, &progress)
+            })
+        };
+        self.jobs.iter().enumerate().map(begin).collect()
+    }
+}
+
+/// What became of all members, in their order.
+pub(super) fn join(threads: Vec<Making<'_>>) -> Vec<Result<MadeBranch>> {
+    let joined = threads.into_iter().map(ScopedJoinHandle::join);
+    joined.map(|thread| thread.unwrap_or(Err(Error::Thread("branch")))).collect()
+}
+
+/// The device that a member is made on.
+fn of_device(job: &SweepJob<'_>, member: usize) -> usize {
+    member % job.devices.len().max(1)
 }
 
 fn quantize_job<'a>(
@@ -109,14 +154,18 @@ fn quantize_job<'a>(
 }
 
 /// What the branches of each device keep in host memory.
-fn offload_of_devices(job: &SweepJob<'_>, jobs: &[QuantizeJob<'_>]) -> Result<Vec<Offload>> {
+fn offload_of_devices(
+    job: &SweepJob<'_>,
+    jobs: &[QuantizeJob<'_>],
+    along: &[Along],
+) -> Result<Vec<Offload>> {
     let block = BlockSizes::of(job.source.config());
-    let of_device = |(number, device)| {
+    let of_device = |((number, device), &along)| {
         let own = jobs.iter().skip(number).step_by(job.devices.len());
         let works: Vec<_> = own.map(QuantizeJob::workload).collect();
-        offload(device, block, &works)
+        offload_beside(device, block, &works, along)
     };
-    job.devices.iter().enumerate().map(of_device).collect()
+    job.devices.iter().enumerate().zip(along).map(of_device).collect()
 }
 
 /// Makes a branch and lists its files, so that a run that is killed while it is measured only has to
@@ -124,6 +173,7 @@ fn offload_of_devices(job: &SweepJob<'_>, jobs: &[QuantizeJob<'_>]) -> Result<Ve
 fn make_one(
     job: &QuantizeJob<'_>,
     made_from: &MadeFrom,
+    digest: &Digest,
     progress: &dyn Progress,
 ) -> Result<MadeBranch> {
     let start = Instant::now();
@@ -133,13 +183,14 @@ fn make_one(
         return Err(gptq_records::Error::io("make", &job.out)(source).into());
     };
     let mut folder = sealed.folder;
-    let manifest = Manifest::list(&folder, &sealed.files, made_from, &report)?;
+    let made_from = digest.complete(made_from)?;
+    let manifest = Manifest::list(&folder, &sealed.files, &made_from, &report)?;
     folder.keep_on_drop();
     Ok(MadeBranch { folder, manifest, report, seconds: start.elapsed().as_secs_f64() })
 }
 
 /// One drawing of the progress of several branches.
-struct Shared<'a> {
+pub(super) struct Shared<'a> {
     inner: &'a dyn Progress,
     branches: usize,
     /// Blocks that each branch has, once the first has reported it.
@@ -153,7 +204,7 @@ struct OfBranch<'a> {
 }
 
 impl<'a> Shared<'a> {
-    fn new(inner: &'a dyn Progress, branches: usize) -> Self {
+    pub(super) fn new(inner: &'a dyn Progress, branches: usize) -> Self {
         Self { inner, branches, steps: Mutex::default() }
     }
 
@@ -161,7 +212,7 @@ impl<'a> Shared<'a> {
         OfBranch { all: self, branch }
     }
 
-    fn end(&self) {
+    pub(super) fn end(&self) {
         if !lock(&self.steps).is_empty() {
             self.inner.end();
         }
@@ -173,7 +224,10 @@ impl Progress for OfBranch<'_> {
         let Shared { inner, branches, steps: begun } = self.all;
         let mut begun = lock(begun);
         if begun.is_empty() {
-            inner.begin(&format!("{phase} {branches} branches"), steps * branches);
+            match branches {
+                1 => inner.begin(phase, steps),
+                _ => inner.begin(&format!("{phase} {branches} branches"), steps * branches),
+            }
         }
         begun.insert(self.branch.to_owned(), steps);
     }

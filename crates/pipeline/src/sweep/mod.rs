@@ -3,13 +3,16 @@
 //! What branches share is done once: the calibration windows, the first Gram (see
 //! [`crate::first_gram`]), the dense model's perplexity and its final hidden states (for KL), and the
 //! rounded baseline of each grid. Branches that are made side by side read the source together (see
-//! `group`). Finished branches are found and reused (see [`crate::sweep::resume`]).
+//! `group`); a source that is deleted while it is read is read once for all (see `one_source`).
+//! Finished branches are found and reused (see [`crate::sweep::resume`]).
 
 pub mod config;
+mod dense_along;
 mod dense_measure;
 mod group;
 pub mod jobs;
 pub mod log;
+mod one_source;
 pub mod resume;
 mod run;
 
@@ -20,7 +23,6 @@ use gptq_compute::Device;
 use gptq_records::branch_report::{TOOL, model_name};
 use gptq_records::locks::Lock;
 use gptq_records::manifest::MadeFrom;
-use gptq_records::source_digest::source_digest;
 use gptq_text::calibration::Calibration;
 use gptq_text::evaluation::{EvalText, evaluation_text};
 use rayon::prelude::*;
@@ -44,6 +46,8 @@ pub struct SweepJob<'a> {
     pub branches: &'a [Branch],
     /// The dense model.
     pub source: &'a Checkpoint,
+    /// Of a source whose shards come and go, what they are of: other contents have another name.
+    pub origin: Option<&'a str>,
     /// Windows that all branches are calibrated on.
     pub calibration: &'a Calibration,
     /// Where to compute, all of one kind: each makes branches of its own.
@@ -61,8 +65,8 @@ pub struct SweepJob<'a> {
 pub struct Survey {
     text: Option<EvalText>,
     measured_on: Option<String>,
-    /// Digest of the source.
-    source: String,
+    /// Digest of the source, unless it has to be read first.
+    source: Option<String>,
     branches: Vec<Surveyed>,
 }
 
@@ -83,9 +87,10 @@ impl Survey {
     /// in full, several at a time.
     ///
     /// # Errors
-    /// A source, text or folder that cannot be read, and folders that a sweep must not replace.
+    /// A source, text or folder that cannot be read, and folders that a sweep must not replace; of a
+    /// source that can be read once, also a sweep that would read it again.
     pub fn new(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<Self> {
-        let source = source_digest(job.source)?;
+        let source = one_source::known_digest(job)?;
         let text = match &job.config.evaluation {
             Some(spec) => Some(evaluation_text(job.source, spec, Some(&job.calibration.dataset))?),
             None => None,
@@ -93,11 +98,16 @@ impl Survey {
         let measured_on = text.as_ref().map(describe);
         progress.note("checking what there is");
         let branches = job.branches.par_iter().map(|branch| {
-            let made_from = job.made_from(branch, &source);
+            let made_from = job.made_from(branch, source.as_deref());
+            if source.is_none() {
+                one_source::check_unread(&job.dir(branch))?;
+            }
             let state = look(&job.dir(branch), &made_from, measured_on.as_deref())?;
             Ok(Surveyed { made_from, state })
         });
-        Ok(Self { branches: branches.collect::<Result<_>>()?, measured_on, source, text })
+        let survey = Self { branches: branches.collect::<Result<_>>()?, measured_on, source, text };
+        one_source::check(job, &survey)?;
+        Ok(survey)
     }
 
     /// What is reused must pass what is made now.
@@ -208,8 +218,8 @@ impl SweepJob<'_> {
         self.out.join(&branch.name)
     }
 
-    /// Everything that the bytes of a branch depend on.
-    fn made_from(&self, branch: &Branch, source: &str) -> MadeFrom {
+    /// Everything that the bytes of a branch depend on, the source as far as it is known.
+    fn made_from(&self, branch: &Branch, source: Option<&str>) -> MadeFrom {
         let spec = &branch.spec;
         let group = gptq_checkpoint::GroupSize(spec.group_size).to_string();
         let mut settings = format!(
@@ -237,14 +247,15 @@ impl SweepJob<'_> {
             ("the program", TOOL.to_owned()),
             ("the branch", branch.name.clone()),
             ("the model", model_name(&self.config.model)),
-            ("the source", source.to_owned()),
             ("settings", settings),
             ("source dtype", self.config.source_dtype.name().to_owned()),
             ("layout", self.config.layout.name().to_owned()),
             ("calibration", calibration),
             ("the device", self.device().kind()),
         ]
+        .into_iter()
+        .chain(source.map(|digest| (one_source::SOURCE, digest.to_owned())))
         .map(|(name, value)| (name.to_owned(), value))
-        .into()
+        .collect()
     }
 }

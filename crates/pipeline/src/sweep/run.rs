@@ -1,17 +1,21 @@
 //! A sweep on its way: groups of branches made, each then measured, and what an earlier run left.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use gptq_checkpoint::{MANIFEST_FILE, Partial, REPORT_FILE, finish_rename};
+use gptq_quant::QuantSpec;
 use gptq_records::branch_report::{BranchReport, EvaluationRecord, TOOL};
 use gptq_records::digest::sha256;
 use gptq_records::manifest::{MadeFrom, Manifest};
+use gptq_text::evaluation::EvalText;
 
 use super::config::Branch;
-use super::dense_measure::DenseMeasure;
-use super::group::{MadeBranch, make_together};
+use super::dense_along::Evaluation;
+use super::dense_measure::{DenseMeasure, grid, rounded_of};
+use super::group::{MadeBranch, Member, make_together};
 use super::log::{Seconds, SweepLog, SweepReport, SweepRow};
+use super::one_source::{Digest, read_once};
 use super::resume::{Left, State, unlink_moved};
 use super::{Survey, Surveyed, SweepJob};
 use crate::error::{Error, Result, hints, with_causes};
@@ -25,6 +29,9 @@ pub(super) struct Run<'a> {
     measured_on: Option<String>,
     /// Not needed where every branch is finished.
     baseline: Option<DenseMeasure<'a>>,
+    /// The text, while the baseline is to be measured along with branches.
+    to_come: Option<EvalText>,
+    digest: Digest,
     /// Of each device.
     shared: Vec<FirstGrams>,
     /// The table of an earlier run, for its timings.
@@ -48,11 +55,8 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let Survey { text, measured_on, source, branches } = survey;
         let dtype = job.config.source_dtype;
-        let baseline_key = measured_on.as_ref().map(|on| {
-            let of = format!("{TOOL}\n{source}\n{}\n{on}\n{}", dtype.name(), job.device().kind());
-            sha256(of.as_bytes())
-        });
-        let known = earlier.as_ref().filter(|e| e.baseline_key == baseline_key);
+        let baseline_key = baseline_key(job, source.as_deref(), measured_on.as_deref());
+        let known = earlier.as_ref().filter(|e| source.is_some() && e.baseline_key == baseline_key);
         let mut report = SweepReport {
             model: job.config.model.clone(),
             source_dtype: dtype,
@@ -64,12 +68,14 @@ impl<'a> Run<'a> {
         report.judge_text();
         let finished = branches.iter().all(|b| matches!(b.state, State::Finished(_)));
         let idle = branches.is_empty() || (finished && report.baseline.is_some());
-        let mut baseline = None;
-        if let Some(text) = text.clone().filter(|_| !idle) {
+        let (mut baseline, mut to_come) = (None, text.clone().filter(|_| !idle));
+        if !job.source.is_arriving()
+            && let Some(text) = to_come.take()
+        {
             let mut made = DenseMeasure::measure((job.source, dtype), text, job.devices, progress)?;
             for surveyed in branches {
                 if let State::Finished(report) = &surveyed.state {
-                    made.remember(report);
+                    rounded_of(report, &mut made.rounded);
                 }
             }
             report.baseline = Some(made.perplexity);
@@ -80,6 +86,8 @@ impl<'a> Run<'a> {
             progress,
             measured_on: measured_on.clone(),
             baseline,
+            to_come,
+            digest: Digest::new(source.clone()),
             shared: job.devices.iter().map(|_| FirstGrams::default()).collect(),
             earlier: earlier.map_or_else(Vec::new, |e| e.rows),
             report,
@@ -95,6 +103,9 @@ impl<'a> Run<'a> {
         log: &SweepLog<'_>,
     ) -> Result<SweepReport> {
         let mut waiting: VecDeque<Waiting<'a>> = self.job.branches.iter().zip(surveyed).collect();
+        if self.job.source.is_arriving() {
+            self.read_once(&mut waiting, log)?;
+        }
         while let Some(next) = waiting.pop_front() {
             if !next.1.is_to_be_made() {
                 let (branch, surveyed) = next;
@@ -103,27 +114,83 @@ impl<'a> Run<'a> {
                 self.finish(branch, key, done, log)?;
                 continue;
             }
-            let mut group = Vec::new();
-            for (branch, surveyed) in self.group(next, &mut waiting) {
-                match self.clear_place(branch) {
-                    Ok(()) => group.push((branch, surveyed)),
-                    Err(error) => {
-                        self.finish(branch, self.key(&surveyed.made_from), Err(error), log)?;
-                    }
-                }
-            }
-            let members: Vec<_> = group.iter().map(|(b, s)| (*b, &s.made_from)).collect();
-            let made = make_together(self.job, &members, &self.shared, self.progress)?;
-            for ((branch, surveyed), made) in group.iter().zip(made) {
-                let done = made.and_then(|made| self.measure_made(branch, made));
-                self.finish(branch, self.key(&surveyed.made_from), done, log)?;
-            }
+            let group = self.group(next, &mut waiting);
+            let group = self.with_places(group, log)?;
+            let (job, shared) = (self.job, &self.shared);
+            let made = make_together(job, &members(&group), shared, &self.digest, self.progress)?;
+            self.measure_all(&group, made, log)?;
         }
         if self.failed.is_empty() {
             return Ok(self.report);
         }
         let (failed, of) = (std::mem::take(&mut self.failed), self.job.branches.len());
         Err(Error::Branches { failed: failed.len(), of, names: failed.join(", ") })
+    }
+
+    /// Makes all branches that are to be made, and measures the dense model where something is to be
+    /// compared with it, from one reading of the source.
+    fn read_once(&mut self, waiting: &mut VecDeque<Waiting<'a>>, log: &SweepLog<'_>) -> Result<()> {
+        let (group, others): (Vec<_>, Vec<_>) =
+            waiting.drain(..).partition(|(_, surveyed)| surveyed.is_to_be_made());
+        *waiting = others.into();
+        let evaluation = self.to_come.take();
+        if group.is_empty() && evaluation.is_none() {
+            return Ok(());
+        }
+        let mut finished = BTreeMap::new();
+        let mut grids: BTreeMap<_, QuantSpec> = BTreeMap::new();
+        for (branch, surveyed) in group.iter().chain(waiting.iter()) {
+            match &surveyed.state {
+                State::Finished(report) => rounded_of(report, &mut finished),
+                _ => drop(grids.entry(grid(&branch.spec)).or_insert_with(|| branch.spec.clone())),
+            }
+        }
+        grids.retain(|grid, _| !finished.contains_key(grid));
+        let grids = grids.into_values().collect();
+        let evaluation = evaluation.map(|text| Evaluation { text, grids });
+        let group = self.with_places(group, log)?;
+        let (job, shared) = (self.job, &self.shared);
+        let members = members(&group);
+        let read = read_once(job, &members, shared, evaluation, &self.digest, self.progress)?;
+        if let Some(mut dense) = read.dense {
+            dense.rounded.extend(finished);
+            self.report.baseline = Some(dense.perplexity);
+            self.baseline = Some(dense);
+        }
+        let source = self.digest.wait()?;
+        self.report.baseline_key = baseline_key(job, Some(source), self.measured_on.as_deref());
+        self.measure_all(&group, read.made, log)
+    }
+
+    /// The branches that there is a place for; of the others it is said why not.
+    fn with_places(
+        &mut self,
+        group: Vec<Waiting<'a>>,
+        log: &SweepLog<'_>,
+    ) -> Result<Vec<Waiting<'a>>> {
+        let mut placed = Vec::with_capacity(group.len());
+        for (branch, surveyed) in group {
+            match self.clear_place(branch) {
+                Ok(()) => placed.push((branch, surveyed)),
+                Err(error) => self.finish(branch, String::new(), Err(error), log)?,
+            }
+        }
+        Ok(placed)
+    }
+
+    /// Measures and finishes the branches of a group.
+    fn measure_all(
+        &mut self,
+        group: &[Waiting<'a>],
+        made: Vec<Result<MadeBranch>>,
+        log: &SweepLog<'_>,
+    ) -> Result<()> {
+        for ((branch, surveyed), made) in group.iter().zip(made) {
+            let key = self.key(&self.digest.complete(&surveyed.made_from)?);
+            let done = made.and_then(|made| self.measure_made(branch, made));
+            self.finish(branch, key, done, log)?;
+        }
+        Ok(())
     }
 
     /// A branch and those after it that are made beside it: as many as the devices take.
@@ -249,6 +316,22 @@ impl<'a> Run<'a> {
         let report = publish(folder, manifest, report, record, self.measured_on.as_deref())?;
         Ok((report, Seconds { measure: Some(start.elapsed().as_secs_f64()), ..known }))
     }
+}
+
+/// The branches of a group, as they are made.
+fn members<'g>(group: &'g [Waiting<'_>]) -> Vec<Member<'g>> {
+    group.iter().map(|(branch, surveyed)| (*branch, &surveyed.made_from)).collect()
+}
+
+/// Digest of what the dense model is measured on and with.
+fn baseline_key(
+    job: &SweepJob<'_>,
+    source: Option<&str>,
+    measured_on: Option<&str>,
+) -> Option<String> {
+    let dtype = job.config.source_dtype.name();
+    let of = format!("{TOOL}\n{}\n{dtype}\n{}\n{}", source?, measured_on?, job.device().kind());
+    Some(sha256(of.as_bytes()))
 }
 
 /// Writes what was measured, and the manifest as the last file, and gives the branch its name.
