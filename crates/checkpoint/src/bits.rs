@@ -9,6 +9,8 @@
 //! round in memory (`[out, in]`), hence the two orientations: [`pack_rows`] and
 //! [`pack_transposed`].
 
+use std::ops::Range;
+
 use crate::{Error, Result};
 
 /// Values per chunk: the least number that fills whole words at every width.
@@ -131,11 +133,24 @@ pub fn pack_transposed(bits: Bits, values: &[u8], rows: usize, cols: usize) -> R
 /// Inverse of [`pack_transposed`]: words `[cols * bits / 32, rows]` to values `[rows, cols]`. Panics
 /// where the lengths do not fit.
 pub(crate) fn column_values(bits: Bits, words: &[u32], rows: usize, cols: usize) -> Vec<u8> {
+    let mut values = vec![0; rows * cols];
+    some_column_values(bits, words, (rows, cols), 0..rows, &mut values);
+    values
+}
+
+/// The rows `of` the values that [`column_values`] gives, into `values` `[of.len(), cols]`.
+pub(crate) fn some_column_values(
+    bits: Bits,
+    words: &[u32],
+    sides: (usize, usize),
+    of: Range<usize>,
+    values: &mut [u8],
+) {
     match bits {
-        Bits::Two => from_columns::<2>(words, rows, cols),
-        Bits::Three => from_columns::<3>(words, rows, cols),
-        Bits::Four => from_columns::<4>(words, rows, cols),
-        Bits::Eight => from_columns::<8>(words, rows, cols),
+        Bits::Two => from_columns::<2>(words, sides, of, values),
+        Bits::Three => from_columns::<3>(words, sides, of, values),
+        Bits::Four => from_columns::<4>(words, sides, of, values),
+        Bits::Eight => from_columns::<8>(words, sides, of, values),
     }
 }
 
@@ -183,14 +198,16 @@ fn pack_chunk<const B: usize>(values: &[u8; CHUNK]) -> [u32; B] {
 #[inline(always)]
 fn unpack_chunk<const B: usize>(words: &[u32; B]) -> [u8; CHUNK] {
     let mask = (1u32 << B) - 1;
-    std::array::from_fn(|j| {
+    let mut values = [0; CHUNK];
+    for (j, to) in values.iter_mut().enumerate() {
         let (word, shift) = (j * B / 32, j * B % 32);
         let mut value = words[word] >> shift;
         if shift + B > 32 {
             value |= words[word + 1] << (32 - shift);
         }
-        (value & mask) as u8
-    })
+        *to = (value & mask) as u8;
+    }
+    values
 }
 
 fn rows_to_words<const B: usize>(values: &[u8]) -> Vec<u32> {
@@ -220,19 +237,25 @@ fn to_columns<const B: usize>(values: &[u8], rows: usize, cols: usize) -> Vec<u3
     words
 }
 
-fn from_columns<const B: usize>(words: &[u32], rows: usize, cols: usize) -> Vec<u8> {
-    let mut values = vec![0; rows * cols];
-    for first in (0..rows).step_by(TILE) {
-        let tile = first..rows.min(first + TILE);
+fn from_columns<const B: usize>(
+    words: &[u32],
+    (rows, cols): (usize, usize),
+    of: Range<usize>,
+    values: &mut [u8],
+) {
+    for first in of.clone().step_by(TILE) {
+        let tile = first..of.end.min(first + TILE);
         for chunk in 0..cols / CHUNK {
             for row in tile.clone() {
-                let source = std::array::from_fn(|w| words[(chunk * B + w) * rows + row]);
-                let start = row * cols + chunk * CHUNK;
+                let mut source = [0; B];
+                for (w, word) in source.iter_mut().enumerate() {
+                    *word = words[(chunk * B + w) * rows + row];
+                }
+                let start = (row - of.start) * cols + chunk * CHUNK;
                 values[start..start + CHUNK].copy_from_slice(&unpack_chunk::<B>(&source));
             }
         }
     }
-    values
 }
 
 #[cfg(test)]

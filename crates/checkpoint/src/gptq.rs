@@ -11,9 +11,11 @@
 //!
 //! A weight is `scale * (code - zero)` with the scale and zero of its column's group.
 
+use std::ops::Range;
+
 use half::f16;
 
-use crate::bits::{column_values, pack_rows, pack_transposed, row_values};
+use crate::bits::{column_values, pack_rows, pack_transposed, row_values, some_column_values};
 use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};
 use crate::{Bits, Error, Result};
 
@@ -118,16 +120,7 @@ impl GptqLinear {
         len(QZEROS, self.qzeros.len(), groups * bits.words(out_features))?;
         len(SCALES, self.scales.len(), groups * out_features)?;
         len(G_IDX, self.g_idx.len(), in_features)?;
-        if let Some(index) = self.g_idx.iter().position(|&g| g as usize >= groups) {
-            // Files hold signed words; a negative one should read as such in the message.
-            let (tensor, group) = (format!("{prefix}.g_idx"), i64::from(self.g_idx[index] as i32));
-            return Err(Error::GroupIndex { tensor, index, group, groups });
-        }
-        if let Some(index) = self.scales.iter().position(|s| !s.is_finite()) {
-            let (tensor, value) = (format!("{prefix}.scales"), self.scales[index].to_f32());
-            return Err(Error::NonFinite { tensor, index, value });
-        }
-        Ok(())
+        check_values(prefix, groups, &self.g_idx, &self.scales)
     }
 
     /// The codes, `[out_features, in_features]`.
@@ -137,6 +130,16 @@ impl GptqLinear {
     #[must_use]
     pub fn unpack_codes(&self) -> Vec<u8> {
         column_values(self.bits, &self.qweight, self.out_features, self.in_features)
+    }
+
+    /// The codes of some outputs into `codes` `[outputs.len(), in_features]`, for readers that need
+    /// not hold all of them.
+    ///
+    /// # Panics
+    /// As [`GptqLinear::unpack_codes`], and where `codes` has another length.
+    pub fn unpack_codes_of(&self, outputs: Range<usize>, codes: &mut [u8]) {
+        let sides = (self.out_features, self.in_features);
+        some_column_values(self.bits, &self.qweight, sides, outputs, codes);
     }
 
     /// The zeros, `[groups, out_features]`: stored value plus one, modulo `2^bits`.
@@ -190,6 +193,25 @@ pub(crate) fn check_sides(linear: &str, in_features: usize, out_features: usize)
         return Ok(());
     }
     Err(Error::LinearSize { linear: linear.to_owned(), in_features, out_features })
+}
+
+/// Checks that groups exist and that scales are finite, with tensors named under `prefix`.
+pub(crate) fn check_values(
+    prefix: &str,
+    groups: usize,
+    g_idx: &[u32],
+    scales: &[f16],
+) -> Result<()> {
+    if let Some(index) = g_idx.iter().position(|&g| g as usize >= groups) {
+        // Files hold signed words; a negative one should read as such in the message.
+        let (tensor, group) = (format!("{prefix}.g_idx"), i64::from(g_idx[index] as i32));
+        return Err(Error::GroupIndex { tensor, index, group, groups });
+    }
+    if let Some(index) = scales.iter().position(|s| !s.is_finite()) {
+        let (tensor, value) = (format!("{prefix}.scales"), scales[index].to_f32());
+        return Err(Error::NonFinite { tensor, index, value });
+    }
+    Ok(())
 }
 
 fn check_len(what: &str, found: usize, expected: usize) -> Result<()> {
@@ -254,6 +276,9 @@ mod tests {
             let linear = p.pack().unwrap();
             prop_assert_eq!(&linear.unpack_codes(), &p.codes);
             prop_assert_eq!(&linear.unpack_zeros(), &p.zeros);
+            let mut some = vec![0; (p.out_features - 7) * p.in_features];
+            linear.unpack_codes_of(7..p.out_features, &mut some);
+            prop_assert_eq!(&some[..], &p.codes[7 * p.in_features..]);
             let weight = linear.dequantize();
             for out in 0..p.out_features {
                 for column in 0..p.in_features {

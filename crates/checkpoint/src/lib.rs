@@ -73,7 +73,7 @@ pub use names::{
     PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,
     is_hub_name, weight_file_names,
 };
-pub use packed::{PackedNotes, StoredZeros};
+pub use packed::{PackedGrid, PackedNotes, StoredZeros};
 pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};
 pub use reader::{Checkpoint, StoredTensor};

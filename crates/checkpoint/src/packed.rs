@@ -15,11 +15,11 @@
 use half::f16;
 use safetensors::Dtype;
 
-use crate::gptq::check_sides;
+use crate::gptq::{check_sides, check_values};
 use crate::names::{G_IDX, QWEIGHT, QZEROS, SCALES};
 use crate::{
-    Checkpoint, CheckpointFormat, DType, Error, GptqLinear, LinearShape, QuantizeConfig, Result,
-    TensorRef, pack_rows,
+    Bits, Checkpoint, CheckpointFormat, DType, Error, GptqLinear, LinearShape, QuantizeConfig,
+    Result, TensorRef, pack_rows,
 };
 
 /// How the stored zeros of a linear relate to its settings.
@@ -122,42 +122,66 @@ impl Checkpoint {
     /// configuration, [`Error::GroupIndex`], [`Error::LostOrder`], scales that are not finite, and a
     /// bias as [`Checkpoint::linear_bias`] refuses it.
     pub fn gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
-        let quantize = self.settings()?;
-        let mut linear = self.gptq_linear_as_stored(prefix, shape)?;
-        if linear.has_placeholder_index() {
-            linear.g_idx = self.in_order(prefix, shape.in_features, "holds only zeros")?;
-        }
-        linear.check(prefix)?;
-        self.linear_bias(prefix, shape)?;
-        let stored = quantize.stored_zeros(&linear.qzeros, shape.out_features)?;
-        let format = match stored {
-            StoredZeros::OtherFormat => quantize.checkpoint_format.other(),
-            _ => quantize.checkpoint_format,
-        };
+        let (grid, format) = self.sound_grid(prefix, shape)?;
+        let PackedGrid { bits, in_features, out_features, groups, qzeros, scales, g_idx } = grid;
+        let qweight = self.qweight(prefix, shape)?.to_words();
+        let mut linear =
+            GptqLinear { bits, in_features, out_features, groups, qweight, qzeros, scales, g_idx };
         if format == CheckpointFormat::GptqV2 {
             linear.shift_v2_zeros()?;
         }
         Ok(linear)
     }
 
-    /// Reads a quantized linear without looking at its values: zeros as they are stored, group
-    /// indices and scales as they come. An absent `g_idx` is filled in where the order is known.
+    /// Checks a quantized linear without reading its codes, any of which are valid; gives the bytes of
+    /// its fields.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::gptq_linear`].
+    pub fn check_gptq_linear(&self, prefix: &str, shape: &LinearShape) -> Result<u64> {
+        let (grid, _) = self.sound_grid(prefix, shape)?;
+        let codes = grid.bits.words(grid.in_features) * grid.out_features;
+        let words = codes + grid.qzeros.len() + grid.g_idx.len();
+        Ok(4 * words as u64 + 2 * grid.scales.len() as u64)
+    }
+
+    /// A linear's grid, checked and with a group for every column, and how its zeros are stored.
+    fn sound_grid(
+        &self,
+        prefix: &str,
+        shape: &LinearShape,
+    ) -> Result<(PackedGrid, CheckpointFormat)> {
+        let quantize = self.settings()?;
+        let mut grid = self.packed_grid(prefix, shape)?;
+        if grid.has_placeholder_index() {
+            grid.g_idx = self.in_order(prefix, shape.in_features, "holds only zeros")?;
+        }
+        check_values(prefix, grid.groups, &grid.g_idx, &grid.scales)?;
+        self.linear_bias(prefix, shape)?;
+        let stored = quantize.stored_zeros(&grid.qzeros, shape.out_features)?;
+        let format = match stored {
+            StoredZeros::OtherFormat => quantize.checkpoint_format.other(),
+            _ => quantize.checkpoint_format,
+        };
+        Ok((grid, format))
+    }
+
+    /// Reads a quantized linear but its codes, without looking at values: zeros as they are stored,
+    /// group indices and scales as they come. An absent `g_idx` is filled in where the order is known.
     ///
     /// # Errors
     /// As [`Checkpoint::gptq_linear`], without those about values.
-    pub fn gptq_linear_as_stored(&self, prefix: &str, shape: &LinearShape) -> Result<GptqLinear> {
+    pub fn packed_grid(&self, prefix: &str, shape: &LinearShape) -> Result<PackedGrid> {
         let quantize = self.settings()?;
         let &LinearShape { in_features, out_features, .. } = shape;
         check_sides(prefix, in_features, out_features)?;
-        let (bits, groups) = (quantize.bits, quantize.groups(in_features));
         let scales = self.scales(prefix, shape)?;
-        let qweight = [bits.words(in_features), out_features];
-        Ok(GptqLinear {
-            bits,
+        self.qweight(prefix, shape)?;
+        Ok(PackedGrid {
+            bits: quantize.bits,
             in_features,
             out_features,
-            groups,
-            qweight: self.words(&format!("{prefix}.{QWEIGHT}"), &qweight)?,
+            groups: quantize.groups(in_features),
             qzeros: self.qzeros(prefix, shape)?,
             scales: f16_scales(&scales)?.0,
             g_idx: self.g_idx(prefix, in_features)?,
@@ -203,6 +227,11 @@ impl Checkpoint {
     fn settings(&self) -> Result<&QuantizeConfig> {
         let missing = || Error::NotQuantized { dir: self.dir().to_owned() };
         self.quantize_config().ok_or_else(missing)
+    }
+
+    fn qweight(&self, prefix: &str, shape: &LinearShape) -> Result<TensorRef<'_>> {
+        let rows = self.settings()?.bits.words(shape.in_features);
+        self.exact(&format!("{prefix}.{QWEIGHT}"), DType::I32, &[rows, shape.out_features])
     }
 
     fn words(&self, name: &str, shape: &[usize]) -> Result<Vec<u32>> {
@@ -269,7 +298,26 @@ fn f16_scales(stored: &TensorRef<'_>) -> Result<(Vec<f16>, bool)> {
 /// Most that rounding to a normal number of fp16 changes, relative to the number.
 const HALF_STEP: f32 = 1.0 / 2048.0;
 
-impl GptqLinear {
+/// A quantized linear without its codes; fields as those of [`GptqLinear`], but as they are stored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedGrid {
+    /// Code width.
+    pub bits: Bits,
+    /// Input width.
+    pub in_features: usize,
+    /// Output width.
+    pub out_features: usize,
+    /// How many groups share `in_features`.
+    pub groups: usize,
+    /// Packed zeros as they are stored, `[groups, out_features / 32 * bits]`.
+    pub qzeros: Vec<u32>,
+    /// Scales, `[groups, out_features]`.
+    pub scales: Vec<f16>,
+    /// The group of each column, `[in_features]`.
+    pub g_idx: Vec<u32>,
+}
+
+impl PackedGrid {
     /// Whether its group index is a placeholder: only zeros, although there are groups.
     #[must_use]
     pub fn has_placeholder_index(&self) -> bool {

@@ -4,6 +4,7 @@
 //! and memory stays at the tensors in use ([`Checkpoint::release`] gives pages back).
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -335,6 +336,21 @@ impl Checkpoint {
     pub fn release(&self, name: &str) {
         if let Weights::Mapped(mapped) = &self.weights {
             mapped.release(self.stored_name(name));
+        }
+    }
+
+    /// As [`Checkpoint::release`], of some bytes of the tensor.
+    pub fn release_part(&self, name: &str, part: Range<usize>) {
+        if let Weights::Mapped(mapped) = &self.weights {
+            mapped.release_part(self.stored_name(name), part);
+        }
+    }
+
+    /// Tells the system that a tensor is read soon, so that it comes from its disk meanwhile. Advice
+    /// only, as with [`Checkpoint::release`].
+    pub fn announce(&self, name: &str) {
+        if let Weights::Mapped(mapped) = &self.weights {
+            mapped.announce(self.stored_name(name));
         }
     }
 

@@ -44,9 +44,7 @@ impl TensorRef<'_> {
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.len()];
-        for (index, batch) in values.chunks_mut(BATCH).enumerate() {
-            self.read_f32(index * BATCH, batch);
-        }
+        self.read_f32(0, &mut values);
         values
     }
 
@@ -65,15 +63,17 @@ impl TensorRef<'_> {
     /// # Errors
     /// [`Error::NonFinite`] naming the tensor and the flat index of the first offender.
     pub fn check_finite(&self) -> Result<()> {
-        // An exponent of all ones is an infinity or a NaN.
-        let found = match self.dtype {
-            DType::F32 => self.words().position(|w| w & 0x7F80_0000 == 0x7F80_0000),
-            DType::F16 => self.halves().position(|h| h & 0x7C00 == 0x7C00),
-            DType::BF16 => self.halves().position(|h| h & 0x7F80 == 0x7F80),
-            DType::I32 => None,
+        // Whole batches are looked at without a branch a value; only a bad one is searched.
+        let bytes = BATCH * self.dtype.size();
+        let Some(batch) = self.bytes.chunks(bytes).position(|batch| !self.view(batch).is_finite())
+        else {
+            return Ok(());
         };
-        let Some(index) = found else { return Ok(()) };
         let mut value = [0.0];
+        let first = batch * BATCH;
+        let size = self.dtype.size();
+        let finite = |index: &usize| self.view(&self.bytes[index * size..][..size]).is_finite();
+        let index = (first..self.len()).find(|index| !finite(index)).unwrap_or(first);
         self.read_f32(index, &mut value);
         Err(Error::NonFinite { tensor: self.name.to_owned(), index, value: value[0] })
     }
@@ -101,8 +101,12 @@ impl TensorRef<'_> {
         self.words().collect()
     }
 
-    /// Values `start..` as fp16 into `values`, for callers that convert piecewise.
-    pub(crate) fn read_f16(&self, start: usize, values: &mut [f16]) -> Result<()> {
+    /// Values `start..` as fp16 into `values`, as [`TensorRef::to_f16`] has them, for callers that
+    /// convert piecewise.
+    ///
+    /// # Errors
+    /// As [`TensorRef::to_f16`].
+    pub fn read_f16(&self, start: usize, values: &mut [f16]) -> Result<()> {
         if self.dtype == DType::F16 {
             let source = self.from(start);
             values.iter_mut().zip(source.halves()).for_each(|(to, h)| *to = f16::from_bits(h));
@@ -123,8 +127,15 @@ impl TensorRef<'_> {
         Ok(())
     }
 
+    /// Values `start..` as f32 into `values`, as [`TensorRef::to_f32`] has them.
+    pub fn read_f32(&self, start: usize, values: &mut [f32]) {
+        for (index, batch) in values.chunks_mut(BATCH).enumerate() {
+            self.read_batch(start + index * BATCH, batch);
+        }
+    }
+
     /// Values `start..` as f32 into at most [`BATCH`] `values`.
-    fn read_f32(&self, start: usize, values: &mut [f32]) {
+    fn read_batch(&self, start: usize, values: &mut [f32]) {
         let source = self.from(start);
         match self.dtype {
             DType::F32 => fill(values, source.words().map(f32::from_bits)),
@@ -141,8 +152,24 @@ impl TensorRef<'_> {
     }
 
     fn from(&self, start: usize) -> TensorRef<'_> {
-        let bytes = Cow::Borrowed(&self.bytes[start * self.dtype.size()..]);
-        TensorRef { bytes, ..*self }
+        self.view(&self.bytes[start * self.dtype.size()..])
+    }
+
+    /// Some of the values.
+    fn view<'a>(&'a self, bytes: &'a [u8]) -> TensorRef<'a> {
+        TensorRef { bytes: Cow::Borrowed(bytes), ..*self }
+    }
+
+    /// Whether no value is NaN or infinite: their exponents are all ones.
+    fn is_finite(&self) -> bool {
+        match self.dtype {
+            DType::F32 => {
+                !self.words().fold(false, |bad, w| bad | (w & 0x7F80_0000 == 0x7F80_0000))
+            }
+            DType::F16 => !self.halves().fold(false, |bad, h| bad | (h & 0x7C00 == 0x7C00)),
+            DType::BF16 => !self.halves().fold(false, |bad, h| bad | (h & 0x7F80 == 0x7F80)),
+            DType::I32 => true,
+        }
     }
 
     fn words(&self) -> impl Iterator<Item = u32> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 use serde_json::{Map, Value};
 
 use crate::header::{self, Entry};
@@ -50,6 +50,12 @@ impl WeightFile {
     /// The bytes of a range of the file.
     pub(crate) fn bytes_of(&self, range: Range<usize>) -> &[u8] {
         &self.map[range]
+    }
+
+    /// Has the system read a range from its disk before it is touched.
+    pub(crate) fn announce(&self, range: Range<usize>) {
+        // Refused advice costs time, not correctness.
+        drop(self.map.advise_range(Advice::WillNeed, range.start, range.len()));
     }
 
     /// Gives back the pages of a range.

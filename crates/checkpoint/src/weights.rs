@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::arriving::Arriving;
@@ -101,6 +102,17 @@ impl Mapped {
     pub(crate) fn release(&self, name: &str) {
         let Some((file, entry)) = self.tensors.get(name) else { return };
         self.files[*file].release(entry.range.clone());
+    }
+
+    pub(crate) fn release_part(&self, name: &str, part: Range<usize>) {
+        let Some((file, entry)) = self.tensors.get(name) else { return };
+        let (start, end) = (entry.range.start, entry.range.end);
+        self.files[*file].release((start + part.start).min(end)..(start + part.end).min(end));
+    }
+
+    pub(crate) fn announce(&self, name: &str) {
+        let Some((file, entry)) = self.tensors.get(name) else { return };
+        self.files[*file].announce(entry.range.clone());
     }
 }
 

@@ -162,15 +162,24 @@ impl<'a> Model<'a> {
 
     /// As [`Self::load_block`], to another device than the one that runs the model.
     pub fn load_block_on(&self, device: &Device, index: usize) -> Result<Block> {
+        let prefix = ModelConfig::block_prefix(index);
+        let load = |shape: &LinearShape| {
+            self.load_linear(device, &format!("{prefix}.{}", shape.name), shape)
+        };
+        let linears = self.config().block_linears().iter().map(load).collect::<Result<_>>()?;
+        Ok(Block::new(BlockParts { linears, ..self.load_frame(index)? }))
+    }
+
+    /// Loads a block without its linears' weights: none are in it.
+    ///
+    /// # Errors
+    /// As [`Self::load_block`].
+    pub fn load_frame(&self, index: usize) -> Result<BlockParts> {
         let config = self.config();
         let prefix = ModelConfig::block_prefix(index);
-        let shapes = config.block_linears();
-        let mut linears = Vec::with_capacity(shapes.len());
         let mut biases = [const { None }; 7];
-        for (shape, bias) in shapes.iter().zip(&mut biases) {
-            let name = format!("{prefix}.{}", shape.name);
-            linears.push(self.load_linear(device, &name, shape)?);
-            *bias = self.load_bias(&name, shape)?;
+        for (shape, bias) in config.block_linears().iter().zip(&mut biases) {
+            *bias = self.load_bias(&format!("{prefix}.{}", shape.name), shape)?;
         }
         let norm = |name: &str, size| self.vector(&format!("{prefix}.{name}.weight"), size);
         let head_norm = |name| norm(name, config.head_dim);
@@ -178,9 +187,9 @@ impl<'a> Model<'a> {
             true => Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
             false => None,
         };
-        Ok(Block::new(BlockParts {
+        Ok(BlockParts {
             index,
-            linears,
+            linears: Vec::new(),
             biases,
             head_norms,
             input_norm: norm("input_layernorm", config.hidden_size)?,
@@ -189,7 +198,7 @@ impl<'a> Model<'a> {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
-        }))
+        })
     }
 
     /// Brings a block in host memory to the device: as it is on the CPU, its weights rounded to fp16

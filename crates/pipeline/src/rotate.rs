@@ -78,30 +78,45 @@ impl FusedRotations {
             if let (Some(rotation), Some(bias)) = (self.of_outputs(id), block.bias_mut(id)) {
                 turn_bias(rotation, bias);
             }
-            let reads = match id {
-                LinearId::Q | LinearId::K | LinearId::V => Some(0),
-                LinearId::Gate | LinearId::Up => Some(1),
-                LinearId::O | LinearId::Down => None,
-            };
-            let heads = matches!(id, LinearId::V | LinearId::O);
-            if self.stream.is_none() && !heads {
+            if !self.turns(id) {
                 continue;
             }
             let mut weight = block.linear(id).to_host()?;
-            if let (Some(stream), Some(gains)) = (&self.stream, &gains) {
-                match reads {
-                    Some(norm) => turn_inputs(stream, &mut weight, Some(&gains[norm])),
-                    None => stream.apply_outputs(&mut weight),
-                }
-            }
-            match id {
-                LinearId::V => self.head.apply_outputs(&mut weight),
-                LinearId::O => turn_inputs(&self.head, &mut weight, None),
-                _ => {}
-            }
+            self.weight(id, &mut weight, gains.as_ref());
             block.set_linear(id, Device::Cpu.upload_f32(weight)?);
         }
         Ok(())
+    }
+
+    /// Whether the weights of a linear are others than the source's.
+    pub(crate) fn turns(&self, id: LinearId) -> bool {
+        self.stream.is_some() || matches!(id, LinearId::V | LinearId::O)
+    }
+
+    /// Turns a linear's weights; `gains` are those of the block's two norms, folded into what follows
+    /// them where the residual stream is turned.
+    pub(crate) fn weight(
+        &self,
+        id: LinearId,
+        weight: &mut Array2<f32>,
+        gains: Option<&[Vec<f32>; 2]>,
+    ) {
+        let reads = match id {
+            LinearId::Q | LinearId::K | LinearId::V => Some(0),
+            LinearId::Gate | LinearId::Up => Some(1),
+            LinearId::O | LinearId::Down => None,
+        };
+        if let (Some(stream), Some(gains)) = (&self.stream, gains) {
+            match reads {
+                Some(norm) => turn_inputs(stream, weight, Some(&gains[norm])),
+                None => stream.apply_outputs(weight),
+            }
+        }
+        match id {
+            LinearId::V => self.head.apply_outputs(weight),
+            LinearId::O => turn_inputs(&self.head, weight, None),
+            _ => {}
+        }
     }
 
     /// What the outputs of a linear are turned by.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use gptq_checkpoint::{Sum, open_regular, sum_of_pieces, weight_pieces};
+use gptq_checkpoint::{Checkpoint, Sum, open_regular, sum_of_pieces, weight_pieces};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -49,6 +49,38 @@ pub(crate) fn of_weights(path: &Path) -> Result<(u64, String), String> {
     let sums = pieces.par_iter().map(|piece| of_piece(&file, piece));
     let sums: Vec<Sum> = sums.collect::<io::Result<_>>().map_err(|e| e.to_string())?;
     Ok((pieces.last().map_or(0, |last| last.end), hex(&sum_of_pieces(sums))))
+}
+
+/// Bytes of a tensor that are hashed before their pages are given back: of large ones only a few are in
+/// memory.
+const HASHED_AT_ONCE: usize = 16 << 20;
+
+/// Bytes of all tensors, and their sum, whatever files hold them: as [`sum_of_pieces`] has it from the
+/// tensors' own, sorted by name. Each of those is of the name, type and shape on a line, then the
+/// values.
+///
+/// # Errors
+/// As [`Checkpoint::stored`].
+pub fn of_tensors(checkpoint: &Checkpoint) -> gptq_checkpoint::Result<(u64, String)> {
+    let names: Vec<&str> = checkpoint.names().collect();
+    let sums: Vec<_> = names.par_iter().map(|name| of_tensor(checkpoint, name)).collect();
+    let sums: Vec<(u64, Sum)> = sums.into_iter().collect::<gptq_checkpoint::Result<_>>()?;
+    let bytes = sums.iter().map(|(bytes, _)| bytes).sum();
+    Ok((bytes, hex(&sum_of_pieces(sums.into_iter().map(|(_, sum)| sum)))))
+}
+
+fn of_tensor(checkpoint: &Checkpoint, name: &str) -> gptq_checkpoint::Result<(u64, Sum)> {
+    // Also of types that nothing is computed with, as group indices of 64 bits.
+    let tensor = checkpoint.stored(name)?;
+    let mut hash = Sha256::new();
+    hash.update(format!("{name} {} {:?}\n", tensor.dtype, tensor.shape));
+    for (index, bytes) in tensor.bytes.chunks(HASHED_AT_ONCE).enumerate() {
+        hash.update(bytes);
+        let at = index * HASHED_AT_ONCE;
+        checkpoint.release_part(name, at..at + bytes.len());
+    }
+    checkpoint.release(name);
+    Ok((tensor.bytes.len() as u64, hash.finalize().into()))
 }
 
 fn of_piece(file: &File, piece: &Range<u64>) -> io::Result<Sum> {

@@ -5,9 +5,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use gptq_checkpoint::{Checkpoint, RopeScaling, Strays};
-use gptq_records::digest::hex;
+use gptq_records::digest::of_tensors;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use super::source::{open_checkpoint, warn_of};
 use super::table::{gigabytes, size, table};
@@ -125,24 +124,14 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     })
 }
 
-/// SHA-256 of each tensor's name, type and shape on a line, then its values, sorted by name.
+/// Reads every value.
 fn checksum(checkpoint: &Checkpoint) -> Result<Checksum> {
     let start = Instant::now();
-    let mut hash = Sha256::new();
-    let mut bytes = 0;
-    for name in checkpoint.names() {
-        // Also of types that nothing is computed with, as group indices of 64 bits.
-        let tensor = checkpoint.stored(name)?;
-        hash.update(format!("{name} {} {:?}\n", tensor.dtype, tensor.shape));
-        hash.update(&tensor.bytes);
-        bytes += tensor.bytes.len() as u64;
-        checkpoint.release(name);
-    }
-    let sha256 = hex(&hash.finalize());
+    let (bytes, sha256) = of_tensors(checkpoint)?;
     Ok(Checksum { sha256, bytes, seconds: start.elapsed().as_secs_f64() })
 }
 
-/// Reads every quantized linear, so that a wrong shape or group index is found here.
+/// Checks every quantized linear, so that a wrong shape or group index is found here.
 fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
     let Some(quantized) = checkpoint.quantize_config() else { return Ok(None) };
     let config = checkpoint.config();
@@ -152,9 +141,7 @@ fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
             dense_linears += 1;
             continue;
         }
-        let linear = checkpoint.gptq_linear(&name, &shape)?;
-        let words = linear.qweight.len() + linear.qzeros.len() + linear.g_idx.len();
-        bytes += 4 * words as u64 + 2 * linear.scales.len() as u64;
+        bytes += checkpoint.check_gptq_linear(&name, &shape)?;
         weights += (shape.in_features * shape.out_features) as u64;
         linears += 1;
     }

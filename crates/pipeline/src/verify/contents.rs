@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use gptq_checkpoint::loaders::GroupIndex;
 use gptq_checkpoint::{
-    Checkpoint, CheckpointFormat, GptqLinear, LEAVES, LinearShape, ModelConfig, QuantizeConfig,
+    Checkpoint, CheckpointFormat, LEAVES, LinearShape, ModelConfig, PackedGrid, QuantizeConfig,
     StoredZeros, unpack_rows,
 };
 use gptq_model::Stage;
@@ -72,8 +72,8 @@ pub(super) fn check(
             values.absent_index |= !checkpoint.contains(&format!("{}.g_idx", name(shape)));
         }
         // Misshapen linears are findings already.
-        let read = |shape| checkpoint.gptq_linear_as_stored(&name(shape), shape).ok();
-        let linears: Vec<Option<GptqLinear>> = shapes.par_iter().map(read).collect();
+        let read = |shape| checkpoint.packed_grid(&name(shape), shape).ok();
+        let linears: Vec<Option<PackedGrid>> = shapes.par_iter().map(read).collect();
         let faults = shapes.par_iter().zip(&linears).filter_map(|(shape, linear)| {
             Some(linear_faults(&name(shape), linear.as_ref()?, stored))
         });
@@ -104,7 +104,7 @@ pub(super) fn check(
     values
 }
 
-fn linear_faults(name: &str, linear: &GptqLinear, stored: &QuantizeConfig) -> LinearFaults {
+fn linear_faults(name: &str, linear: &PackedGrid, stored: &QuantizeConfig) -> LinearFaults {
     let placeholder_index = linear.has_placeholder_index();
     let mut faults = LinearFaults {
         zeros_of_zero: !stored.sym && has_zero_of_zero(linear, stored.checkpoint_format),
@@ -119,7 +119,7 @@ fn linear_faults(name: &str, linear: &GptqLinear, stored: &QuantizeConfig) -> Li
 }
 
 /// Whether some zero is 0, which a symmetric grid has not.
-fn has_zero_of_zero(linear: &GptqLinear, format: CheckpointFormat) -> bool {
+fn has_zero_of_zero(linear: &PackedGrid, format: CheckpointFormat) -> bool {
     let found = unpack_rows(linear.bits, &linear.qzeros, linear.groups, linear.out_features);
     let zero_of_zero = match format {
         CheckpointFormat::Gptq => linear.bits.max_code(),
@@ -129,7 +129,7 @@ fn has_zero_of_zero(linear: &GptqLinear, format: CheckpointFormat) -> bool {
 }
 
 /// A symmetric grid has one zero, stored as the settings say: the same words in every row.
-fn zeros(name: &str, linear: &GptqLinear, stored: &QuantizeConfig, faults: &mut LinearFaults) {
+fn zeros(name: &str, linear: &PackedGrid, stored: &QuantizeConfig, faults: &mut LinearFaults) {
     let (bits, format) = (linear.bits, stored.checkpoint_format);
     let kept = format.stored_middle(bits);
     let place = format!("{name}.qzeros");
@@ -165,7 +165,7 @@ fn zeros(name: &str, linear: &GptqLinear, stored: &QuantizeConfig, faults: &mut 
 /// unless act-order is declared.
 fn group_index(
     name: &str,
-    linear: &GptqLinear,
+    linear: &PackedGrid,
     stored: &QuantizeConfig,
     faults: &mut LinearFaults,
 ) {
@@ -205,7 +205,7 @@ fn group_index(
     }
 }
 
-fn scales(name: &str, linear: &GptqLinear, faults: &mut LinearFaults) {
+fn scales(name: &str, linear: &PackedGrid, faults: &mut LinearFaults) {
     let wrong = |scale: &half::f16| !(scale.is_finite() && scale.to_f32() > 0.0);
     let Some(first) = linear.scales.iter().position(wrong) else { return };
     faults.unreadable |= linear.scales.iter().any(|scale| !scale.is_finite());
@@ -222,7 +222,7 @@ fn scales(name: &str, linear: &GptqLinear, faults: &mut LinearFaults) {
 fn fused_orders(
     prefix: &str,
     shapes: &[LinearShape],
-    linears: &[Option<GptqLinear>],
+    linears: &[Option<PackedGrid>],
     findings: &mut Findings,
 ) -> bool {
     let mut shared = true;

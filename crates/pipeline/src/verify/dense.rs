@@ -1,11 +1,16 @@
 //! What is not quantized against the base's, in the same coordinates.
 
 use gptq_checkpoint::{Checkpoint, HEAD, LEAVES, Layout, QuantizeConfig, tensor_specs};
-use ndarray::Array2;
+use half::f16;
+use rayon::prelude::*;
 
+use super::base_weight::BaseWeight;
 use super::findings::{Check, Findings};
 use crate::error::Result;
 use crate::rotate::FusedRotations;
+
+/// Values that a task compares.
+const BATCH: usize = 1 << 16;
 
 /// Embeddings, norms and the architecture's own biases: everything but the head, which a recipe may
 /// have fitted.
@@ -34,9 +39,13 @@ pub(super) fn check(
         let near = |found: f32, wanted: f32| {
             (found - wanted).abs() <= if exact { 0.0 } else { wanted.abs() / 256.0 + 1e-3 }
         };
-        let found = found.to_f32();
-        let pairs = found.iter().zip(&expected);
-        let wrong = pairs.filter(|&(&a, b)| !near(a, b.to_f32())).count();
+        let wrong = |(batch, expected): (usize, &[f16])| {
+            let mut given =
+                vec![0.0; expected.len().min(found.len().saturating_sub(batch * BATCH))];
+            found.read_f32(batch * BATCH, &mut given);
+            given.iter().zip(expected).filter(|(a, b)| !near(**a, b.to_f32())).count()
+        };
+        let wrong: usize = expected.par_chunks(BATCH).enumerate().map(wrong).sum();
         if wrong > 0 || found.len() != expected.len() {
             let message = format!("has {wrong} values of {} that the base does not", found.len());
             findings.add(Check::DenseWeights, name, message);
@@ -49,13 +58,19 @@ pub(super) fn check(
 pub(super) fn energies(
     checkpoint: &Checkpoint,
     name: &str,
-    base: &Array2<f32>,
+    base: &BaseWeight<'_>,
 ) -> Result<(f64, f64)> {
-    let found = checkpoint.tensor(&format!("{name}.weight"))?.to_f32();
+    let found = checkpoint.tensor(&format!("{name}.weight"))?;
+    let width = found.shape.last().copied().unwrap_or(1).max(1);
+    let (mut halves, mut given, mut wanted) = (Vec::new(), vec![0.0; width], vec![0.0; width]);
     let (mut error, mut energy) = (0.0, 0.0);
-    for (found, &base) in found.iter().zip(base) {
-        error += f64::from(found - base).powi(2);
-        energy += f64::from(base).powi(2);
+    for row in 0..found.len() / width {
+        found.read_f32(row * width, &mut given);
+        base.row(row, &mut halves, &mut wanted)?;
+        for (found, &base) in given.iter().zip(&wanted) {
+            error += f64::from(found - base).powi(2);
+            energy += f64::from(base).powi(2);
+        }
     }
     Ok((error, energy))
 }

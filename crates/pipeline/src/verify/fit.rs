@@ -34,26 +34,21 @@
 //! some of them; beside each limit stands what was seen on both of its sides.
 
 use gptq_checkpoint::{Bits, GptqLinear};
-use ndarray::Array2;
 use rayon::prelude::*;
 
-use super::findings::{Check, Findings};
-use super::gains::{Gain, Limits, Sums};
-use super::odd_words::{Word, odd_words};
+use super::base_weight::BaseWeight;
+use super::columns::{Column, Columns};
+use super::gains::{Limits, Sums};
+use super::grid::Grid;
+use super::odd_words::Word;
+use super::rows::{Output, outputs};
+use super::swapped::swapped;
+use crate::error::Result;
 
-/// Rows that a task sums: a fixed number, so that sums do not depend on the number of threads.
-const BAND: usize = 64;
 /// Mean squared deviation in steps of the nearest column. Rounding leaves 1/12, AutoGPTQ's scales of
 /// rows without a negative weight 0.155; codes that are off by one leave 0.8 to 1.1, and more than 0.5
 /// at 2 bits, where half of them stay at the end of the grid.
 const MAX_NEAREST: f64 = 0.32;
-/// Columns whose mean squared deviation is below this are near.
-const NEAR: f64 = 0.3;
-/// Another group's scales fit a group this much better when they are its own.
-const MIN_SWAP: f64 = 2.0;
-/// Scatter of a group's gains below which its scales are right.
-const MAX_SCATTER: f64 = 0.05;
-
 /// How a quantized linear sits on its weights.
 pub(super) struct Fit {
     /// Energy of the difference, and of the weights.
@@ -72,72 +67,22 @@ pub(super) struct Fit {
     odd: Vec<Word>,
 }
 
-/// Deviations of a column over the rows, in steps.
-#[derive(Clone, Copy, Debug, Default)]
-struct Column {
-    sum: f64,
-    squares: f64,
-    /// Rows that were summed.
-    count: f64,
-    /// Rows whose code is not the zero.
-    used: u32,
-}
-
-/// What is known of an output's gains.
-struct Output {
-    groups: Vec<Gain>,
-    /// Over all columns.
-    all: Sums,
-    /// Over the columns that are near in the other outputs.
-    near: Sums,
-    /// The groups whose scale is that of larger or smaller weights, with their gains.
-    other_scales: Vec<(usize, f64)>,
-}
-
-/// One weight on its grid, in steps from the zero.
-struct Place {
-    /// The weight.
-    unbounded: f32,
-    /// The weight; one beyond the grid is as near as it can be with the last code.
-    steps: f32,
-    /// The nearest code.
-    nearest: f32,
-    /// The code in the file.
-    code: f32,
-    scale: f32,
-    /// The scale has digits enough to tell one code from the next.
-    exact: bool,
-}
-
-/// A linear's codes with their grid.
-pub(super) struct Grid<'a> {
-    linear: &'a GptqLinear,
-    weight: &'a Array2<f32>,
-    codes: Vec<u8>,
-    zeros: Vec<u8>,
-}
-
-/// Energy of the difference of `linear` from `weight`, and of the weights.
-pub(super) fn energies(linear: &GptqLinear, weight: &Array2<f32>) -> (f64, f64) {
-    let (_, error, energy) = Grid::new(linear, weight).columns();
-    (error, energy)
+/// Energy of the difference of `linear` from the base's weights, and of those.
+pub(super) fn energies(linear: &GptqLinear, base: &BaseWeight<'_>) -> Result<(f64, f64)> {
+    let columns = Columns::of(&Grid::new(linear, base))?;
+    Ok((columns.error, columns.energy))
 }
 
 impl Fit {
-    /// Of `linear`, with zeros in v1 form, to `weight` `[out, in]`.
-    pub(super) fn new(linear: &GptqLinear, weight: &Array2<f32>) -> Self {
-        let grid = Grid::new(linear, weight);
-        let (columns, error, energy) = grid.columns();
-        let outputs = grid.rows(|row| grid.output(row, &columns));
+    /// Of `linear`, with zeros in v1 form, to the base's weights.
+    pub(super) fn new(linear: &GptqLinear, base: &BaseWeight<'_>) -> Result<Self> {
+        let grid = Grid::new(linear, base);
+        let Columns { list: columns, error, energy } = Columns::of(&grid)?;
+        let (outputs, odd) = outputs(&grid, &columns)?;
         let of_group = |group: usize| outputs.iter().map(move |output| &output.groups[group]);
         let groups = (0..linear.groups).into_par_iter().map(|g| Sums::of(of_group(g))).collect();
-        let judged = columns.iter().filter(|column| column.used > 0 && column.count > 0.0);
-        let usual: Vec<f64> = columns.iter().map(Column::mean_square).collect();
-        let deviations = grid.rows(|row| {
-            let deviation = |column| grid.at(row, column).deviation();
-            (0..linear.in_features).map(deviation).collect()
-        });
-        Self {
+        let judged = columns.iter().filter(|column| column.used && column.count > 0.0);
+        Ok(Self {
             error,
             energy,
             nearest: judged.min_by(|a, b| a.mean_square().total_cmp(&b.mean_square())).copied(),
@@ -146,13 +91,19 @@ impl Fit {
             swapped: swapped(&outputs, linear),
             outputs,
             bits: linear.bits,
-            odd: odd_words(linear.bits, &deviations, &usual),
-        }
+            odd,
+        })
     }
 
-    /// Adds what is wrong; `moved` marks a linear whose weights were not meant to be the base's.
-    pub(super) fn report(&self, name: &str, moved: bool, findings: &mut Findings) {
-        let mut add = |place: String, what: String| findings.add(Check::Weights, place, what);
+    /// What is wrong, each with its place; `moved` marks a linear whose weights were not meant to be
+    /// the base's.
+    pub(super) fn faults(&self, name: &str, moved: bool) -> Vec<(String, String)> {
+        let mut faults = Vec::new();
+        self.look(name, moved, |place, what| faults.push((place, what)));
+        faults
+    }
+
+    fn look(&self, name: &str, moved: bool, mut add: impl FnMut(String, String)) {
         let far = self.nearest.filter(|column| !moved && column.mean_square() > MAX_NEAREST);
         if let Some(column) = far {
             add(name.to_owned(), column.describe());
@@ -215,119 +166,7 @@ impl Fit {
     }
 }
 
-impl<'a> Grid<'a> {
-    fn new(linear: &'a GptqLinear, weight: &'a Array2<f32>) -> Self {
-        Self { linear, weight, codes: linear.unpack_codes(), zeros: linear.unpack_zeros() }
-    }
-
-    fn at(&self, row: usize, column: usize) -> Place {
-        let linear = self.linear;
-        let at = linear.g_idx[column] as usize * linear.out_features + row;
-        let (scale, zero) = (linear.scales[at].to_f32(), f32::from(self.zeros[at]));
-        let max = f32::from(linear.bits.max_code());
-        let steps = self.weight[[row, column]] / scale + zero;
-        // What rounding of a scale near fp16's end makes of the last code, in steps.
-        let slack = max * f32::max(SMALLEST_HALF / scale, 1.0 / 1024.0) / 2.0;
-        Place {
-            unbounded: steps - zero,
-            steps: steps.clamp(-0.5, max + 0.5) - zero,
-            nearest: steps.round_ties_even().clamp(0.0, max) - zero,
-            code: f32::from(self.codes[row * linear.in_features + column]) - zero,
-            scale,
-            exact: slack < 0.2,
-        }
-    }
-
-    /// One value for each row, in order; rows are visited in parallel.
-    fn rows<T: Send>(&self, of: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
-        (0..self.linear.out_features).into_par_iter().map(of).collect()
-    }
-
-    /// Deviations of every column, and the energies of the difference and of the weights.
-    fn columns(&self) -> (Vec<Column>, f64, f64) {
-        let (outputs, columns) = (self.linear.out_features, self.linear.in_features);
-        let band = |start: usize| {
-            let mut sums = vec![Column::default(); columns];
-            let (mut error, mut energy) = (0.0, 0.0);
-            for row in start..(start + BAND).min(outputs) {
-                for (column, sum) in sums.iter_mut().enumerate() {
-                    let place = self.at(row, column);
-                    let wanted = f64::from(self.weight[[row, column]]);
-                    error += (wanted - f64::from(place.scale * place.code)).powi(2);
-                    energy += wanted * wanted;
-                    sum.used += u32::from(place.code != 0.0);
-                    if place.exact {
-                        let deviation = f64::from(place.deviation());
-                        sum.sum += deviation;
-                        sum.squares += deviation * deviation;
-                        sum.count += 1.0;
-                    }
-                }
-            }
-            (sums, error, energy)
-        };
-        let starts: Vec<usize> = (0..outputs).step_by(BAND).collect();
-        let shards: Vec<_> = starts.into_par_iter().map(band).collect();
-        let mut all = (vec![Column::default(); columns], 0.0, 0.0);
-        // In order, so that sums do not depend on the number of threads.
-        for (sums, error, energy) in shards {
-            for (sum, part) in all.0.iter_mut().zip(sums) {
-                sum.sum += part.sum;
-                sum.squares += part.squares;
-                sum.count += part.count;
-                sum.used += part.used;
-            }
-            all.1 += error;
-            all.2 += energy;
-        }
-        all
-    }
-
-    /// Gains of a row's groups, of all of it, and of its near columns alone.
-    fn output(&self, row: usize, columns: &[Column]) -> Output {
-        let mut groups = vec![Sums::default(); self.linear.groups];
-        let (mut all, mut near) = (Sums::default(), Sums::default());
-        for (column, known) in columns.iter().enumerate() {
-            let place = self.at(row, column);
-            // A column of zeros is what no token used.
-            if known.used == 0 || !place.exact {
-                continue;
-            }
-            let gain = place.gain();
-            groups[self.linear.g_idx[column] as usize].add(&gain);
-            all.add(&gain);
-            if known.mean_square() < NEAR {
-                near.add(&gain);
-            }
-        }
-        let limits = Limits { bits: self.linear.bits, moved: false };
-        let cells = groups.iter().enumerate();
-        let other_scales = cells.filter_map(|(g, sums)| Some((g, limits.of_cell(sums)?))).collect();
-        Output { groups: groups.iter().map(Sums::gain).collect(), all, near, other_scales }
-    }
-}
-
-/// The smallest number of fp16.
-const SMALLEST_HALF: f32 = 5.960_464_5e-8;
-
-impl Place {
-    /// How far the code is off, in steps; nothing where the scale is too coarse.
-    fn deviation(&self) -> f32 {
-        if self.exact { self.steps - self.code } else { 0.0 }
-    }
-
-    fn gain(&self) -> Gain {
-        let (x, y) = (f64::from(self.nearest), f64::from(self.code));
-        let unbounded = f64::from(self.unbounded) * y;
-        Gain { wanted: x * x, given: y * y, product: x * y, unbounded }
-    }
-}
-
 impl Column {
-    fn mean_square(&self) -> f64 {
-        self.squares / self.count
-    }
-
     /// What is wrong where this is the nearest column.
     fn describe(&self) -> String {
         let mean = self.sum / self.count;
@@ -341,38 +180,4 @@ impl Column {
             self.mean_square().sqrt()
         )
     }
-}
-
-/// A group whose weights ask for the scales that another group has, and that group.
-fn swapped(of: &[Output], linear: &GptqLinear) -> Option<(usize, usize)> {
-    let (groups, outputs) = (linear.groups, linear.out_features);
-    let scale = |group: usize, row: usize| f64::from(linear.scales[group * outputs + row].to_f32());
-    let usable = |&(row, group): &(usize, usize)| {
-        let gain = of[row].groups[group];
-        gain.unbounded > 0.0 && gain.given > 0.0
-    };
-    // Scatter over the rows of the logarithm of the scale that would fit `group` over that of `other`.
-    let scatter = |group: usize, other: usize| {
-        let ratios: Vec<f64> = (0..outputs)
-            .map(|row| (row, group))
-            .filter(usable)
-            .map(|(row, _)| {
-                let gain = of[row].groups[group];
-                (scale(group, row) * gain.unbounded / gain.given / scale(other, row)).ln()
-            })
-            .collect();
-        let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
-        let squares: f64 = ratios.iter().map(|r| (r - mean).powi(2)).sum();
-        (squares / ratios.len() as f64).sqrt()
-    };
-    (0..groups).into_par_iter().find_map_first(|group| {
-        let own = scatter(group, group);
-        if own < MAX_SCATTER {
-            return None;
-        }
-        let others = (0..groups).filter(|&other| other != group);
-        let fits = others.map(|other| (other, scatter(group, other)));
-        let (other, best) = fits.min_by(|a, b| a.1.total_cmp(&b.1))?;
-        (best * MIN_SWAP < own).then_some((group, other))
-    })
 }

@@ -82,6 +82,47 @@ impl Sums {
         self.all
     }
 
+    /// Over weights, given by their nearest codes, their codes and themselves, all in steps.
+    ///
+    /// Codes are small integers, so but for `unbounded` every sum is exact in whatever order.
+    pub(super) fn over(nearest: &[f32], code: &[f32], unbounded: &[f32]) -> Self {
+        const LANES: usize = 4;
+        let (x, x_rest) = nearest.as_chunks::<LANES>();
+        let (y, y_rest) = code.as_chunks::<LANES>();
+        let (u, u_rest) = unbounded.as_chunks::<LANES>();
+        let mut lanes = [[0.0; LANES]; 7];
+        for ((x, y), u) in x.iter().zip(y).zip(u) {
+            for lane in 0..LANES {
+                let (x, y, u) = (f64::from(x[lane]), f64::from(y[lane]), f64::from(u[lane]));
+                let (wanted, product) = (x * x, x * y);
+                lanes[0][lane] += wanted;
+                lanes[1][lane] += y * y;
+                lanes[2][lane] += product;
+                lanes[3][lane] += u * y;
+                lanes[4][lane] += wanted * wanted;
+                lanes[5][lane] += wanted * product;
+                lanes[6][lane] += product * product;
+            }
+        }
+        let [wanted, given, product, unbounded, squares, mixed, products] =
+            lanes.map(|lanes| lanes.iter().sum());
+        let all = Gain { wanted, given, product, unbounded };
+        let mut sums = Self { all, wanted: squares, mixed, product: products };
+        for ((x, y), u) in x_rest.iter().zip(y_rest).zip(u_rest) {
+            let [x, y, u] = [x, y, u].map(|&of| f64::from(of));
+            sums.add(&Gain { wanted: x * x, given: y * y, product: x * y, unbounded: u * y });
+        }
+        sums
+    }
+
+    /// Adds the sums over other weights.
+    pub(super) fn merge(&mut self, other: &Self) {
+        self.all.add(&other.all);
+        self.wanted += other.wanted;
+        self.mixed += other.mixed;
+        self.product += other.product;
+    }
+
     /// The gain, where it rests on `enough` parts, surely is not 1, and noise does not hide it.
     fn other(&self, enough: f64) -> Option<Other> {
         let Gain { wanted, given, product, unbounded } = self.all;

@@ -2,6 +2,7 @@
 
 use gptq_checkpoint::{Checkpoint, HEAD, Head};
 use half::f16;
+use rayon::prelude::*;
 
 use super::base::relative;
 use super::findings::{Check, Findings};
@@ -50,20 +51,23 @@ impl HeadChange {
         may_be_fitted: bool,
     ) -> Result<Self> {
         let expected = dense_head(base, rotations)?;
-        let found = checkpoint.tensor(HEAD)?.to_f32();
+        let found = checkpoint.tensor(HEAD)?;
         let width = base.config().hidden_size;
-        let rows: Vec<Row> = found
-            .chunks(width)
-            .zip(expected.chunks(width))
-            .map(|(found, expected)| Row::new(found, expected))
-            .collect();
+        let of_row = |given: &mut Vec<f32>, (row, expected): (usize, &[f16])| {
+            given.resize(width.min(found.len() - row * width), 0.0);
+            found.read_f32(row * width, given);
+            Row::new(given, expected)
+        };
+        let count = found.len().div_ceil(width);
+        let expected_rows = expected.par_chunks(width).take(count).enumerate();
+        let rows: Vec<Row> = expected_rows.map_init(Vec::new, of_row).collect();
         let mut all = Row::default();
         rows.iter().for_each(|row| all.add(row));
         let own = matches!(base.head()?, Head::Own | Head::Untied);
         Ok(Self {
             rows,
             left_over: (may_be_fitted && all.change > 0.0)
-                .then(|| left_over(&found, &expected, width))
+                .then(|| left_over(&found.to_f32(), &expected, width))
                 .flatten(),
             all,
             whole: found.len() == expected.len(),

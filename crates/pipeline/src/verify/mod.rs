@@ -12,18 +12,24 @@
 
 mod base;
 mod base_model;
+mod base_weight;
+mod columns;
 mod contents;
 mod dense;
 mod findings;
 mod fit;
 mod gains;
+mod grid;
 mod head;
 mod job;
 mod odd_words;
 mod one_map;
 mod outputs;
+mod pairs;
+mod rows;
 mod structure;
 mod sums;
+mod swapped;
 mod weights;
 
 use std::path::{Path, PathBuf};

@@ -16,9 +16,9 @@ use super::dense;
 use super::findings::{Check, Findings};
 use super::fit::{Fit, energies};
 use super::head::HeadChange;
+use super::pairs::{Pair, Pairs};
 use crate::error::Result;
 use crate::progress::Progress;
-use crate::read_ahead::{next_block, read_ahead};
 use crate::rotate::FusedRotations;
 
 /// Comparison with the base.
@@ -85,40 +85,52 @@ pub(super) fn compare(
         Rotate::None if !head.shows_fitting() => Choices::AUTOGPTQ,
         rotate => Choices { rotate, ..Choices::BEST },
     });
-    let mut linears = Vec::new();
-    let blocks = base.config().num_hidden_layers;
-    progress.begin("compare", blocks);
-    std::thread::scope(|scope| {
-        let ahead = read_ahead(scope, &model, rotations.as_ref(), false, None);
-        for _ in 0..blocks {
-            let block = next_block(&ahead)?;
-            for (id, shape) in LinearId::ALL.into_iter().zip(base.config().block_linears()) {
-                let name = block.linear_name(id);
-                let weight = block.linear(id).to_host()?;
-                if !checkpoint.has_gptq_linear(&name) {
-                    // That its values are the base's is checked with all else that is dense.
-                    let (error, energy) = dense::energies(checkpoint, &name, &weight)?;
-                    let weight_error = relative(error, energy);
-                    linears.push(LinearError { name, weight_error, output_error: None });
-                    continue;
-                }
-                let linear = checkpoint.gptq_linear(&name, &shape)?;
-                findings.examine(Check::Weights, 1);
-                let fit = Fit::new(&linear, &weight);
-                let moved = matches!(id, LinearId::O | LinearId::Down) && choices.residual > 0.0;
-                fit.report(&name, moved, findings);
-                let weight_error = relative(fit.error, fit.energy);
-                linears.push(LinearError { name, weight_error, output_error: None });
-            }
-            progress.step();
-        }
-        Ok::<_, crate::Error>(())
-    })?;
+    progress.begin("compare", base.config().num_hidden_layers);
+    let pairs = Pairs { checkpoint, model: &model, rotations: rotations.as_ref() };
+    let judged = pairs.each(|pair| Judged::new(pair, checkpoint, &choices), progress)?;
+    let linears = judged.into_iter().map(|judged| judged.report(findings)).collect();
     progress.end();
     dense::check(checkpoint, base, (stored, rotations.as_ref()), findings)?;
     head.report(choices.head > 0.0, findings);
     let head_change = head.relative();
     Ok(Weights { rotation: rotate.name(), head_change, linears, rotate })
+}
+
+/// What was found of a linear, which is little beside the linear.
+struct Judged {
+    linear: LinearError,
+    /// What is wrong, with its place; `None` of one that was left dense: that its values are the base's
+    /// is checked with all else that is dense.
+    faults: Option<Vec<(String, String)>>,
+}
+
+impl Judged {
+    fn new(pair: &Pair<'_>, checkpoint: &Checkpoint, choices: &Choices) -> Result<Self> {
+        let (faults, error, energy) = match &pair.packed {
+            None => {
+                let (error, energy) = dense::energies(checkpoint, &pair.name, &pair.base)?;
+                (None, error, energy)
+            }
+            Some(packed) => {
+                let fit = Fit::new(packed, &pair.base)?;
+                let moves = matches!(pair.id, LinearId::O | LinearId::Down);
+                let faults = fit.faults(&pair.name, moves && choices.residual > 0.0);
+                (Some(faults), fit.error, fit.energy)
+            }
+        };
+        let (name, weight_error) = (pair.name.clone(), relative(error, energy));
+        Ok(Self { linear: LinearError { name, weight_error, output_error: None }, faults })
+    }
+
+    fn report(self, findings: &mut Findings) -> LinearError {
+        if let Some(faults) = self.faults {
+            findings.examine(Check::Weights, 1);
+            for (place, what) in faults {
+                findings.add(Check::Weights, place, what);
+            }
+        }
+        self.linear
+    }
 }
 
 /// Choices that the metadata records, or else the report: the card layout has no metadata.
@@ -178,17 +190,16 @@ fn distance(
     (index, rotate): (usize, Rotate),
 ) -> Result<Option<f64>> {
     const UNRELATED: f64 = 2.0;
-    let mut block = model.load_block_on(&Device::Cpu, index)?;
-    if let Some(rotations) = FusedRotations::new(model.config(), rotate) {
-        rotations.block(&mut block)?;
-    }
+    let rotations = FusedRotations::new(model.config(), rotate);
+    let pairs = Pairs { checkpoint, model, rotations: rotations.as_ref() };
+    let frame = model.load_frame(index)?;
+    let gains = [frame.input_norm, frame.post_attention_norm];
     let mut sum = Some(0.0);
     for id in [LinearId::V, LinearId::Q, LinearId::O] {
-        let shape = model.config().block_linears()[id as usize];
-        let (name, weight) = (block.linear_name(id), block.linear(id).to_host()?);
-        let (error, energy) = match checkpoint.has_gptq_linear(&name) {
-            true => energies(&checkpoint.gptq_linear(&name, &shape)?, &weight),
-            false => dense::energies(checkpoint, &name, &weight)?,
+        let pair = pairs.read((index, id), &gains)?;
+        let (error, energy) = match &pair.packed {
+            Some(packed) => energies(packed, &pair.base)?,
+            None => dense::energies(checkpoint, &pair.name, &pair.base)?,
         };
         let error = relative(error, energy).map(|error| error.min(UNRELATED));
         sum = match (sum, error) {
