@@ -81,7 +81,7 @@ fn help_lists_the_commands() {
     Commands:
       quantize  Make one quantized checkpoint
       ppl       Measure the perplexity of a dense model or a GPTQ checkpoint
-      plan      Predict sizes, memory and work of every branch from config.json alone
+      plan      Predict sizes, memory, work and time of every branch from config.json alone
       inspect   Show what a checkpoint holds
       verify    Check a GPTQ checkpoint in every respect, and say who loads it
       sweep     Make and measure every branch of a configuration
@@ -172,6 +172,39 @@ fn the_repositorys_configuration_plans_the_same() {
     let file = repository().join("configs/stablebeluga2.toml").display().to_string();
     let from_file = dir.gptq(&["plan", "StableBeluga2", "--config", &file, "--json"]).json();
     assert_eq!(from_file, dir.gptq(&["plan", "StableBeluga2", "--json"]).json());
+}
+
+/// Eighty blocks as the card was measured, and some seconds around them.
+#[test]
+fn plans_say_how_long_a_card_takes() {
+    let dir = Workdir::new();
+    dir.write("StableBeluga2/config.json", STABLEBELUGA2);
+    let plan = |more: &[&str]| dir.gptq(&[&["plan", "StableBeluga2"], more].concat());
+    for (card, least, most, from) in [
+        ("H100", 270.0, 285.0, "table"),
+        ("h200", 270.0, 285.0, "table"),
+        ("A100", 850.0, 900.0, "data-sheet"),
+    ] {
+        let args = ["--card", card, "--gpu-memory", "80GB", "--json"];
+        for row in plan(&args).json().as_array().unwrap() {
+            let seconds = row["seconds"].as_f64().unwrap();
+            assert!(seconds > least && seconds < most, "{card}: {seconds}");
+            assert_eq!(row["seconds_from"], from, "{card}");
+        }
+    }
+    let text = plan(&["--card", "H100"]).ok().to_owned();
+    assert_eq!(text.matches(" PFLOP  275 s\n").count(), PUBLISHED.len(), "{text}");
+    assert!(
+        text.ends_with("Time: of gptq quantize on H100, as such cards were measured.\n"),
+        "{text}"
+    );
+    // Less memory than the model takes at full speed, by the card's own.
+    let text = plan(&["--card", "rtx4090"]).ok().to_owned();
+    assert!(text.contains("on a card of 24.00 GB") && text.contains("  ~27 min\n"), "{text}");
+    let from = "Time: of gptq quantize on RTX4090, estimated from an H100's by data sheets.\n";
+    assert!(text.ends_with(from), "{text}");
+    plan(&["--card", "abacus"]).refused(&["--card", "H100, H200, A100, L40S, RTX4090, RTX3090"]);
+    assert!(plan(&["--help"]).ok().contains("RTX4090"));
 }
 
 #[test]

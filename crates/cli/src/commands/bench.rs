@@ -4,6 +4,8 @@ use anyhow::Result;
 use gptq_compute::Device;
 use gptq_pipeline::bench::{BlockBench, Measurement, Width, bench_block, bench_products};
 use gptq_pipeline::host_memory;
+use gptq_pipeline::progress::Progress;
+use gptq_pipeline::rates::keep;
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
@@ -60,11 +62,17 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     };
     let mut spec = QuantSpec::new(4, Some(128), true, args.recipe.damp(), args.recipe);
     spec.set(&args.set)?;
-    let device = local_ranks.name();
+    let (device, opened) = (local_ranks.name(), local_ranks.device().clone());
     let work = (args.windows, args.seq_len);
     let block = local_ranks
         .run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
     let Some(block) = block else { return Ok(()) };
+    // Predictions would be better for it, and nothing else depends on it.
+    match keep(&opened, &spec, &block) {
+        Ok(Some(path)) => printer.note(&format!("rates for predictions: {}", path.display())),
+        Ok(None) => {}
+        Err(error) => printer.warn(&format!("{:#}", anyhow::Error::new(error))),
+    }
     let choices = spec.choices.to_string();
     let peak_host_bytes = host_memory::peak();
     let output = Output { device, choices, block, products, peak_host_bytes };

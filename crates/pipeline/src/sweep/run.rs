@@ -13,10 +13,11 @@ use super::dense_measure::DenseMeasure;
 use super::group::{MadeBranch, make_together};
 use super::log::{Seconds, SweepLog, SweepReport, SweepRow};
 use super::resume::{Left, State, unlink_moved};
-use super::{Survey, Surveyed, SweepJob};
+use super::{Survey, Surveyed, SweepJob, predict};
 use crate::error::{Error, Result, hints, with_causes};
 use crate::first_gram::FirstGrams;
 use crate::progress::Progress;
+use crate::rates::Prediction;
 
 /// A sweep on its way.
 pub(super) struct Run<'a> {
@@ -113,9 +114,12 @@ impl<'a> Run<'a> {
                 }
             }
             let members: Vec<_> = group.iter().map(|(b, s)| (*b, &s.made_from)).collect();
+            let branches: Vec<_> = group.iter().map(|(branch, _)| *branch).collect();
+            // What is wrong with a branch shows when it is made, and takes no other down.
+            let predicted = predict::group(self.job, &branches).ok().flatten();
             let made = make_together(self.job, &members, &self.shared, self.progress)?;
             for ((branch, surveyed), made) in group.iter().zip(made) {
-                let done = made.and_then(|made| self.measure_made(branch, made));
+                let done = made.and_then(|made| self.measure_made(branch, made, predicted));
                 self.finish(branch, self.key(&surveyed.made_from), done, log)?;
             }
         }
@@ -128,7 +132,7 @@ impl<'a> Run<'a> {
 
     /// A branch and those after it that are made beside it: as many as the devices take.
     fn group(&self, first: Waiting<'a>, waiting: &mut VecDeque<Waiting<'a>>) -> Vec<Waiting<'a>> {
-        let most = self.job.devices.len().max(1) * self.job.together.max(1);
+        let most = self.job.at_once();
         let mut group = vec![first];
         let mut later = VecDeque::new();
         for next in waiting.drain(..) {
@@ -198,9 +202,10 @@ impl<'a> Run<'a> {
         &mut self,
         branch: &Branch,
         made: MadeBranch,
+        predicted: Option<Prediction>,
     ) -> Result<(BranchReport, Seconds)> {
         let MadeBranch { folder, manifest, report, seconds } = made;
-        let known = Seconds { quantize: Some(seconds), measure: None };
+        let known = Seconds { quantize: Some(seconds), measure: None, predicted };
         self.measure(branch, folder, Left { manifest, report }, known)
     }
 
@@ -214,7 +219,8 @@ impl<'a> Run<'a> {
         let dir = self.job.dir(branch);
         let known =
             self.earlier.iter().find(|row| row.key == key).map_or_else(Seconds::default, |row| {
-                Seconds { quantize: row.quantize_seconds, measure: row.measure_seconds }
+                let (quantize, measure) = (row.quantize_seconds, row.measure_seconds);
+                Seconds { quantize, measure, predicted: row.predicted() }
             });
         match surveyed.state {
             State::Finished(report) => {
