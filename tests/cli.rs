@@ -5,6 +5,9 @@
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
 
+use std::fs;
+use std::path::Path;
+
 use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
@@ -371,6 +374,38 @@ fn what_bench_prints_adds_up() {
     let weights = 256.0 * (256.0 + 128.0 + 128.0 + 256.0 + 3.0 * 768.0);
     let forward = stages.iter().find(|stage| stage["operation"] == "forward").unwrap();
     assert!(number(&forward["operations"]) >= 2.0 * 64.0 * weights, "{forward}");
+    assert_eq!(made["disk"], Value::Array(Vec::new()));
+}
+
+#[test]
+fn bench_reads_writes_and_sums_a_block_beside_the_least_that_takes() {
+    let dir = Workdir::new();
+    fs::create_dir(dir.path("disk")).unwrap();
+    let bench = |more: &[&str]| {
+        let fixed = ["bench", "--width", "tiny", "--windows", "1", "--seq-len", "64"];
+        dir.gptq(&[&fixed[..], &["--device", "cpu", "--recipe", "autogptq"], more].concat())
+    };
+    let made = bench(&["--blocks=disk", "--json"]).json();
+    let names: Vec<&Value> =
+        made["disk"].as_array().unwrap().iter().map(|t| &t["operation"]).collect();
+    assert_eq!(names, ["read", "write", "hash"]);
+    for transfer in made["disk"].as_array().unwrap() {
+        let number = |key: &str| transfer[key].as_f64().unwrap();
+        assert!(number("rate") > 0.0 && number("floor_rate") > 0.0, "{transfer}");
+        let fraction = number("rate") / number("floor_rate");
+        assert!((number("fraction") / fraction - 1.0).abs() < 1e-6, "{transfer}");
+    }
+    // Two bytes a weight are read, and half of one is written, both with a little beside.
+    let weights = 256 * (256 + 128 + 128 + 256 + 3 * 768);
+    let bytes = |at: usize| made["disk"][at]["bytes"].as_u64().unwrap();
+    assert!((2 * weights..3 * weights).contains(&bytes(0)), "{made}");
+    assert!((weights / 2..weights).contains(&bytes(1)) && bytes(1) == bytes(2), "{made}");
+    let text = bench(&["--blocks"]).ok().to_owned();
+    assert!(text.contains("floor, GB/s") && text.contains("\nhash "), "{text}");
+    // Nothing is left of either.
+    let left = |dir: &Path| fs::read_dir(dir).unwrap().count();
+    assert_eq!((left(&dir.path("disk")), left(&dir.path("."))), (0, 1));
+    bench(&["--blocks=/proc/nowhere"]).refused(&["/proc/nowhere"]);
 }
 
 #[test]

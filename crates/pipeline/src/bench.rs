@@ -76,6 +76,16 @@ impl Width {
         LinearId::ALL.map(|id| self.linear(id))
     }
 
+    /// A model of one such block, and of next to no words: its config.json.
+    pub(crate) fn config_text(self) -> String {
+        let Self { hidden, intermediate, heads, kv_heads, .. } = self;
+        format!(
+            r#"{{"model_type":"llama","hidden_size":{hidden},"intermediate_size":{intermediate},
+            "num_hidden_layers":1,"num_attention_heads":{heads},"num_key_value_heads":{kv_heads},
+            "vocab_size":32,"max_position_embeddings":2048,"torch_dtype":"float16"}}"#
+        )
+    }
+
     fn head_dim(self) -> usize {
         self.hidden / self.heads
     }
@@ -370,7 +380,7 @@ fn uniform(rows: usize, cols: usize, seed: u64) -> Array2<f32> {
 }
 
 /// fp16 values in −scale..scale, row-major.
-fn halves(rows: usize, cols: usize, seed: u64, scale: f32) -> Vec<f16> {
+pub(crate) fn halves(rows: usize, cols: usize, seed: u64, scale: f32) -> Vec<f16> {
     (0..rows * cols)
         .into_par_iter()
         .map(|i| f16::from_f32(noise((seed << 40) + i as u64) * scale))
