@@ -5,6 +5,9 @@
 #[allow(dead_code, reason = "each test binary uses a part of it")]
 mod util;
 
+use std::fs;
+use std::path::Path;
+
 use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
@@ -81,7 +84,7 @@ fn help_lists_the_commands() {
     Commands:
       quantize  Make one quantized checkpoint
       ppl       Measure the perplexity of a dense model or a GPTQ checkpoint
-      plan      Predict sizes, memory and work of every branch from config.json alone
+      plan      Predict sizes, memory, work and time of every branch from config.json alone
       inspect   Show what a checkpoint holds
       verify    Check a GPTQ checkpoint in every respect, and say who loads it
       sweep     Make and measure every branch of a configuration
@@ -172,6 +175,39 @@ fn the_repositorys_configuration_plans_the_same() {
     let file = repository().join("configs/stablebeluga2.toml").display().to_string();
     let from_file = dir.gptq(&["plan", "StableBeluga2", "--config", &file, "--json"]).json();
     assert_eq!(from_file, dir.gptq(&["plan", "StableBeluga2", "--json"]).json());
+}
+
+/// Eighty blocks as the card was measured, and some seconds around them.
+#[test]
+fn plans_say_how_long_a_card_takes() {
+    let dir = Workdir::new();
+    dir.write("StableBeluga2/config.json", STABLEBELUGA2);
+    let plan = |more: &[&str]| dir.gptq(&[&["plan", "StableBeluga2"], more].concat());
+    for (card, least, most, from) in [
+        ("H100", 270.0, 285.0, "table"),
+        ("h200", 270.0, 285.0, "table"),
+        ("A100", 850.0, 900.0, "data-sheet"),
+    ] {
+        let args = ["--card", card, "--gpu-memory", "80GB", "--json"];
+        for row in plan(&args).json().as_array().unwrap() {
+            let seconds = row["seconds"].as_f64().unwrap();
+            assert!(seconds > least && seconds < most, "{card}: {seconds}");
+            assert_eq!(row["seconds_from"], from, "{card}");
+        }
+    }
+    let text = plan(&["--card", "H100"]).ok().to_owned();
+    assert_eq!(text.matches(" PFLOP  275 s\n").count(), PUBLISHED.len(), "{text}");
+    assert!(
+        text.ends_with("Time: of gptq quantize on H100, as such cards were measured.\n"),
+        "{text}"
+    );
+    // Less memory than the model takes at full speed, by the card's own.
+    let text = plan(&["--card", "rtx4090"]).ok().to_owned();
+    assert!(text.contains("on a card of 24.00 GB") && text.contains("  ~27 min\n"), "{text}");
+    let from = "Time: of gptq quantize on RTX4090, estimated from an H100's by data sheets.\n";
+    assert!(text.ends_with(from), "{text}");
+    plan(&["--card", "abacus"]).refused(&["--card", "H100, H200, A100, L40S, RTX4090, RTX3090"]);
+    assert!(plan(&["--help"]).ok().contains("RTX4090"));
 }
 
 #[test]
@@ -338,6 +374,38 @@ fn what_bench_prints_adds_up() {
     let weights = 256.0 * (256.0 + 128.0 + 128.0 + 256.0 + 3.0 * 768.0);
     let forward = stages.iter().find(|stage| stage["operation"] == "forward").unwrap();
     assert!(number(&forward["operations"]) >= 2.0 * 64.0 * weights, "{forward}");
+    assert_eq!(made["disk"], Value::Array(Vec::new()));
+}
+
+#[test]
+fn bench_reads_writes_and_sums_a_block_beside_the_least_that_takes() {
+    let dir = Workdir::new();
+    fs::create_dir(dir.path("disk")).unwrap();
+    let bench = |more: &[&str]| {
+        let fixed = ["bench", "--width", "tiny", "--windows", "1", "--seq-len", "64"];
+        dir.gptq(&[&fixed[..], &["--device", "cpu", "--recipe", "autogptq"], more].concat())
+    };
+    let made = bench(&["--blocks=disk", "--json"]).json();
+    let names: Vec<&Value> =
+        made["disk"].as_array().unwrap().iter().map(|t| &t["operation"]).collect();
+    assert_eq!(names, ["read", "write", "hash"]);
+    for transfer in made["disk"].as_array().unwrap() {
+        let number = |key: &str| transfer[key].as_f64().unwrap();
+        assert!(number("rate") > 0.0 && number("floor_rate") > 0.0, "{transfer}");
+        let fraction = number("rate") / number("floor_rate");
+        assert!((number("fraction") / fraction - 1.0).abs() < 1e-6, "{transfer}");
+    }
+    // Two bytes a weight are read, and half of one is written, both with a little beside.
+    let weights = 256 * (256 + 128 + 128 + 256 + 3 * 768);
+    let bytes = |at: usize| made["disk"][at]["bytes"].as_u64().unwrap();
+    assert!((2 * weights..3 * weights).contains(&bytes(0)), "{made}");
+    assert!((weights / 2..weights).contains(&bytes(1)) && bytes(1) == bytes(2), "{made}");
+    let text = bench(&["--blocks"]).ok().to_owned();
+    assert!(text.contains("floor, GB/s") && text.contains("\nhash "), "{text}");
+    // Nothing is left of either.
+    let left = |dir: &Path| fs::read_dir(dir).unwrap().count();
+    assert_eq!((left(&dir.path("disk")), left(&dir.path("."))), (0, 1));
+    bench(&["--blocks=/proc/nowhere"]).refused(&["/proc/nowhere"]);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 use gptq_pipeline::progress::Silent;
+use gptq_pipeline::rates::KnownRates;
 use gptq_pipeline::sweep::config::SweepConfig;
 use gptq_pipeline::sweep::{SweepJob, sweep};
 use gptq_text::tokens::TextTokenizer;
@@ -178,6 +179,7 @@ fn several_devices_make_and_measure_what_one_does() {
         together: 1,
         out: &dir.path("two"),
         strict: false,
+        rates: &KnownRates::default(),
     };
     let report = sweep(&job, &Silent).unwrap();
     let one = read_json(&dir, "out/sweep.json");

@@ -35,7 +35,10 @@ pub struct Partial {
 impl Partial {
     /// Makes an empty working folder for `out`, over a left-over of an interrupted run. What would
     /// keep it from getting its name is found now, not when the work is done.
-    pub(crate) fn create(out: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`] and [`Error::Io`].
+    pub fn create(out: &Path) -> Result<Self> {
         let out = output::resolved(out)?;
         let path = partial_path(&out)?;
         remove_left_over(&path)?;

@@ -26,6 +26,7 @@ mod testing;
 
 pub use attention_shape::AttentionShape;
 pub use cpu::linalg;
+pub use cuda::cache_folder;
 pub use device::{Device, OffloadedTensor, PrefetchedTensor};
 pub use error::{Error, Result};
 pub use gram::Gram;

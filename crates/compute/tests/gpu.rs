@@ -363,9 +363,10 @@ fn running_out_of_memory_says_what_to_lower() {
     own.set_memory_budget(1 << 20);
     let budgeted = Device::Cuda(own.clone());
     let kept = budgeted.gram(256).unwrap();
-    let error = budgeted.gram(512).unwrap_err().to_string();
-    assert!(error.contains("Out of GPU memory during gram"), "{error}");
-    assert!(error.contains("fewer or shorter windows"), "{error}");
+    let error = budgeted.gram(512).unwrap_err();
+    assert!(error.to_string().contains("Out of GPU memory during gram"), "{error}");
+    let hint = error.hint().unwrap();
+    assert!(hint.contains("fewer or shorter windows"), "{hint}");
     assert_eq!(own.memory().unwrap().held, 256 << 10);
     drop(kept);
     assert_eq!(own.memory().unwrap().held, 0);

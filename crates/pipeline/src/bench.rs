@@ -23,6 +23,7 @@ use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::memory::{BlockSizes, Offload, Workload, offload};
+use crate::operations::Operations;
 use crate::row_shards::largest;
 use crate::states::States;
 
@@ -62,6 +63,29 @@ impl std::str::FromStr for Width {
 }
 
 impl Width {
+    /// The one that cards are compared on.
+    pub(crate) const LARGEST: Self = WIDTHS[WIDTHS.len() - 1];
+
+    /// Width of the residual stream.
+    pub(crate) fn hidden(self) -> usize {
+        self.hidden
+    }
+
+    /// Rows and columns of the linears, in the order of [`LinearId::ALL`].
+    pub(crate) fn linears(self) -> [(usize, usize); 7] {
+        LinearId::ALL.map(|id| self.linear(id))
+    }
+
+    /// A model of one such block, and of next to no words: its config.json.
+    pub(crate) fn config_text(self) -> String {
+        let Self { hidden, intermediate, heads, kv_heads, .. } = self;
+        format!(
+            r#"{{"model_type":"llama","hidden_size":{hidden},"intermediate_size":{intermediate},
+            "num_hidden_layers":1,"num_attention_heads":{heads},"num_key_value_heads":{kv_heads},
+            "vocab_size":32,"max_position_embeddings":2048,"torch_dtype":"float16"}}"#
+        )
+    }
+
     fn head_dim(self) -> usize {
         self.hidden / self.heads
     }
@@ -184,7 +208,7 @@ pub fn bench_block(
 ) -> Result<BlockBench> {
     check_tokens(windows, seq_len)?;
     let reference = spec.choices.needs_reference();
-    let linears = LinearId::ALL.map(|id| width.linear(id));
+    let linears = width.linears();
     ranks.agree(|| {
         Ok::<_, Error>(
             Agreement::new(words_of_block(width.hidden, &linears))
@@ -227,10 +251,11 @@ pub fn bench_block(
     let (seconds, stages) = runs.swap_remove(RUNS / 2);
     let cards = ranks.size() as f64;
     let gpu = matches!(device, Device::Cuda(_));
+    let counted = Operations::of_block(&linears, (windows, seq_len), reference);
     let stages = stages
         .into_iter()
         .map(|(work, seconds)| {
-            let operations = stage_operations(work, width, windows, seq_len);
+            let operations = counted.of(work);
             let floor = if gpu { floor_rate(work).map(|r| r * cards) } else { None };
             Measurement::new(work.name(), String::new(), seconds, operations, floor)
         })
@@ -262,30 +287,6 @@ fn slowest(ranks: &Ranks, seconds: f64, stages: StageSeconds) -> Result<(f64, St
     let most = largest(ranks, std::iter::once(seconds).chain(Work::ALL.map(of)).collect())?;
     let stages = Work::ALL.into_iter().zip(most[1..].iter().copied());
     Ok((most[0], stages.filter(|&(_, seconds)| seconds > 0.0).collect()))
-}
-
-/// Operations of a stage over a block.
-fn stage_operations(work: Work, width: Width, windows: usize, seq_len: usize) -> f64 {
-    let tokens = (windows * seq_len) as f64;
-    let inputs = [width.hidden, width.hidden, width.hidden, width.intermediate].map(|n| n as f64);
-    let all = LinearId::ALL.map(|id| width.linear(id));
-    match work {
-        // Causal attention: half of the scores' square, and as much again for the contexts.
-        Work::Forward | Work::Reference => {
-            let attention = 2.0 * tokens * seq_len as f64 * width.hidden as f64;
-            attention + all.iter().map(|(r, c)| 2.0 * tokens * (r * c) as f64).sum::<f64>()
-        }
-        Work::Gram => inputs.iter().map(|n| tokens * n * n).sum(),
-        Work::Factor => inputs.iter().map(|n| 2.0 / 3.0 * n * n * n).sum(),
-        // The drift times the inputs, taken over the Hessian as triangles.
-        Work::Shift => [LinearId::O, LinearId::Down]
-            .map(|id| width.linear(id))
-            .iter()
-            .map(|&(rows, n)| (rows * n) as f64 * (2.0 * tokens + 2.0 * n as f64))
-            .sum(),
-        Work::Solve => all.iter().map(|(r, c)| (r * c * c) as f64).sum(),
-        Work::Exchange | Work::Pack => 0.0,
-    }
 }
 
 /// Operations a second that one H100 80GB (SXM, CUDA 13.0) was measured to reach: cuBLAS fp16
@@ -379,7 +380,7 @@ fn uniform(rows: usize, cols: usize, seed: u64) -> Array2<f32> {
 }
 
 /// fp16 values in −scale..scale, row-major.
-fn halves(rows: usize, cols: usize, seed: u64, scale: f32) -> Vec<f16> {
+pub(crate) fn halves(rows: usize, cols: usize, seed: u64, scale: f32) -> Vec<f16> {
     (0..rows * cols)
         .into_par_iter()
         .map(|i| f16::from_f32(noise((seed << 40) + i as u64) * scale))

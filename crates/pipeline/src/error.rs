@@ -78,6 +78,14 @@ pub enum Error {
         /// Another's.
         other: String,
     },
+    /// What `gptq bench` kept of its measurements, and cannot be read or written.
+    #[error("`{}` is no file of measured rates: {message}", path.display())]
+    Rates {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
     /// What would not fit in host memory.
     #[error(
         "{what} would take {} of host memory, and {} are free",
@@ -247,6 +255,7 @@ impl Error {
             Self::AlreadyQuantized(_) => "quantize the dense model that it was made from".into(),
             Self::QuantizedBase(_) => "give --base the dense model that was quantized".into(),
             Self::Config { advice, .. } => advice.as_deref()?.into(),
+            Self::Rates { .. } => "delete it, and run gptq bench again".into(),
             Self::ForeignBranch(_) => "move it away or choose another --out".into(),
             Self::StrayFile { .. } => "move it away".into(),
             Self::Together { together, .. } => {

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
+use crate::operations::Operations;
 use crate::write::quantize_config;
 
 /// Cost of one branch.
@@ -22,29 +23,7 @@ pub struct BranchPlan {
     /// Memory of a run on a GPU of the given size.
     pub gpu: MemoryPlan,
     /// Arithmetic of the run.
-    pub work: Work,
-}
-
-/// Floating-point operations of a calibrated run, one multiply-add being two.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Work {
-    /// One forward of every block over every window.
-    pub forward: f64,
-    /// Gram matrices, upper triangles only.
-    pub gram: f64,
-    /// Cholesky factors and triangular inverses.
-    pub factor: f64,
-    /// The solver's updates.
-    pub solve: f64,
-    /// Shifted weights: the unquantized model's forward, and the products that compare with it.
-    pub shift: f64,
-}
-
-impl Work {
-    /// The sum.
-    pub fn total(&self) -> f64 {
-        self.forward + self.gram + self.factor + self.solve + self.shift
-    }
+    pub work: Operations,
 }
 
 /// What a branch is made with and on.
@@ -88,8 +67,8 @@ pub fn plan_branch(
         cpu_bytes: plan_cpu(block, held, tables) * together.max(1) as u64,
         gpu: plan_gpu(block, &vec![held; together], tables, gpu_memory),
         work: match calibrates {
-            true => work(model, (windows, seq_len), held.reference),
-            false => Work::default(),
+            true => Operations::of_model(model, (windows, seq_len), reference),
+            false => Operations::default(),
         },
     })
 }
@@ -103,37 +82,5 @@ fn stored(model: &ModelConfig) -> FloatType {
         Some("float16") => FloatType::F16,
         Some("bfloat16") => FloatType::BF16,
         _ => FloatType::F32,
-    }
-}
-
-/// Operations of a run over `windows` windows of `seq_len` tokens.
-fn work(model: &ModelConfig, (windows, seq_len): (usize, usize), reference: bool) -> Work {
-    let tokens = (windows * seq_len) as f64;
-    let mut work = Work::default();
-    // Causal attention: scores and contexts, half of the square each.
-    let width = (model.num_attention_heads * model.head_dim) as f64;
-    work.forward = 2.0 * tokens * seq_len as f64 * width;
-    for (i, linear) in model.block_linears().iter().enumerate() {
-        let (n, rows) = (linear.in_features as f64, linear.out_features as f64);
-        work.forward += 2.0 * tokens * n * rows;
-        work.solve += rows * n * n;
-        // k and v share q's inputs, and up shares gate's.
-        if !matches!(i, 1 | 2 | 5) {
-            work.gram += tokens * n * n;
-            work.factor += 2.0 / 3.0 * n * n * n;
-        }
-        // o and down: the drift times the inputs, taken over the Hessian.
-        if matches!(i, 3 | 6) {
-            work.shift += rows * n * (2.0 * tokens + 2.0 * n);
-        }
-    }
-    work.shift += work.forward;
-    let blocks = model.num_hidden_layers as f64;
-    Work {
-        forward: work.forward * blocks,
-        gram: work.gram * blocks,
-        factor: work.factor * blocks,
-        solve: work.solve * blocks,
-        shift: if reference { work.shift * blocks } else { 0.0 },
     }
 }

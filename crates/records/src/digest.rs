@@ -43,7 +43,10 @@ pub(crate) fn of_file(path: &Path) -> io::Result<(u64, String)> {
 
 /// Bytes and sum of a safetensors file, whose pieces are read side by side; what is wrong with it, in
 /// words, where it has none.
-pub(crate) fn of_weights(path: &Path) -> Result<(u64, String), String> {
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn of_weights(path: &Path) -> Result<(u64, String), String> {
     let pieces = weight_pieces(path).map_err(|e| e.to_string())?;
     let file = open_regular(path).map_err(|e| e.to_string())?;
     let sums = pieces.par_iter().map(|piece| of_piece(&file, piece));

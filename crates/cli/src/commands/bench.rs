@@ -1,9 +1,14 @@
 //! `gptq bench`: what this machine reaches on a block's operations.
 
-use anyhow::Result;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
 use gptq_compute::Device;
 use gptq_pipeline::bench::{BlockBench, Measurement, Width, bench_block, bench_products};
+use gptq_pipeline::bench_disk::{Transfer, bench_disk};
 use gptq_pipeline::host_memory;
+use gptq_pipeline::progress::Progress;
+use gptq_pipeline::rates::keep;
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
@@ -17,7 +22,8 @@ use crate::printer::Printer;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   gptq bench
-  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda --recipe autogptq")]
+  gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda --recipe autogptq
+  gptq bench --width 7b --blocks=/data")]
 pub(crate) struct Args {
     /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b
     #[arg(long, default_value = "smollm2")]
@@ -34,6 +40,10 @@ pub(crate) struct Args {
     /// Change one choice of the recipe, as for gptq quantize; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Also read such a block from a disk, write it quantized and sum what was written: in this
+    /// folder, or the current one without a name; the files are gone afterwards
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = ".")]
+    blocks: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print the result as JSON
@@ -49,10 +59,15 @@ struct Output {
     block: BlockBench,
     /// Matrix products alone; on the CPU only.
     products: Vec<Measurement>,
+    /// Of the disk, with --blocks.
+    disk: Vec<Transfer>,
     peak_host_bytes: Option<u64>,
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
+    if let Some(dir) = &args.blocks {
+        ensure!(dir.is_dir(), "`{}` is no folder", dir.display());
+    }
     let local_ranks = args.device.open(printer)?;
     let products = match local_ranks.device() {
         Device::Cpu => bench_products(args.width, args.seq_len)?,
@@ -60,14 +75,24 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     };
     let mut spec = QuantSpec::new(4, Some(128), true, args.recipe.damp(), args.recipe);
     spec.set(&args.set)?;
-    let device = local_ranks.name();
+    let (device, opened) = (local_ranks.name(), local_ranks.device().clone());
     let work = (args.windows, args.seq_len);
     let block = local_ranks
         .run(|device, ranks| Ok(bench_block(device, ranks, args.width, work, &spec)?))?;
     let Some(block) = block else { return Ok(()) };
+    // Predictions would be better for it, and nothing else depends on it.
+    match keep(&opened, &spec, &block) {
+        Ok(Some(path)) => printer.note(&format!("rates for predictions: {}", path.display())),
+        Ok(None) => {}
+        Err(error) => printer.warn(&format!("{:#}", anyhow::Error::new(error))),
+    }
+    let disk = match &args.blocks {
+        Some(dir) => bench_disk(&opened, args.width, &spec, dir)?.to_vec(),
+        None => Vec::new(),
+    };
     let choices = spec.choices.to_string();
     let peak_host_bytes = host_memory::peak();
-    let output = Output { device, choices, block, products, peak_host_bytes };
+    let output = Output { device, choices, block, products, disk, peak_host_bytes };
     if args.json { print_json(&output) } else { print_result(&text(&output)) }
 }
 
@@ -111,7 +136,27 @@ fn text(output: &Output) -> String {
         text.push('\n');
         text.push_str(&table(&header, 2, &rows));
     }
+    if !output.disk.is_empty() {
+        let header = ["disk", "GB", "seconds", "GB/s", "floor, GB/s", "of the floor"];
+        let rows: Vec<Vec<String>> = output.disk.iter().map(transfer).collect();
+        text.push('\n');
+        text.push_str(&table(&header, 1, &rows));
+        text.push_str(
+            "floors: one plain read or write of the same bytes in the same folder, a hash of memory on all cores\n",
+        );
+    }
     text
+}
+
+fn transfer(t: &Transfer) -> Vec<String> {
+    vec![
+        t.operation.to_owned(),
+        format!("{:.3}", t.bytes as f64 / 1e9),
+        format!("{:.4}", t.seconds),
+        format!("{:.3}", t.rate / 1e9),
+        format!("{:.3}", t.floor_rate / 1e9),
+        percent(Some(t.fraction)),
+    ]
 }
 
 fn product(m: &Measurement) -> Vec<String> {

@@ -1,34 +1,47 @@
 //! `gptq plan`: what every branch will cost.
 
 use anyhow::Result;
+use gptq_pipeline::cards::Card;
 use gptq_pipeline::plan::{BranchPlan, Setting, plan_branch};
+use gptq_pipeline::rates::{KnownRates, Prediction, Source};
 use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
 use gptq_pipeline::write::planned_metadata;
 use serde::Serialize;
 
 use super::source::open_config;
-use super::table::{gigabytes, group, operations, size, table, yes_no};
+use super::table::{gigabytes, group, operations, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_bytes;
 use crate::printer::Printer;
 
-/// Predict sizes, memory and work of every branch from config.json alone
+/// Predict sizes, memory, work and time of every branch from config.json alone
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:
-  gptq plan stabilityai/StableBeluga2 --config configs/stablebeluga2.toml")]
+#[command(after_help = "Examples:
+  gptq plan stabilityai/StableBeluga2 --config configs/stablebeluga2.toml
+  gptq plan stabilityai/StableBeluga2 --card H100
+
+Without --card, the time is that of the first GPU, or of the CPU without one, by what gptq bench
+measured on it.")]
 pub(crate) struct Args {
     /// Folder that holds config.json, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     model: String,
     /// Sweep configuration
     #[arg(long, value_name = "FILE", default_value = BUILT_IN)]
     config: String,
-    /// GPU memory to plan for
-    #[arg(long, value_name = "SIZE", default_value = "80GB", value_parser = parse_bytes)]
-    gpu_memory: u64,
+    /// GPU memory to plan for [default: the card's, or 80GB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    gpu_memory: Option<u64>,
+    /// Predict the time on this card instead of this machine's device: H100 or H200, as measured, or
+    /// A100, L40S, RTX4090 or RTX3090, as estimated
+    #[arg(long, value_name = "NAME")]
+    card: Option<Card>,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
 }
+
+/// Bytes of the card that is planned for where none is named.
+const DEFAULT_MEMORY: u64 = 80_000_000_000;
 
 /// What `--json` prints for a branch.
 #[derive(Serialize)]
@@ -39,6 +52,9 @@ struct Row {
     act_order: bool,
     #[serde(flatten)]
     plan: BranchPlan,
+    /// Of `gptq quantize`; `null` where nothing is known of the device.
+    seconds: Option<f64>,
+    seconds_from: Option<Source>,
     /// Whether the card has the memory.
     fits: bool,
 }
@@ -46,12 +62,18 @@ struct Row {
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let config = SweepConfig::open(&args.config)?;
     let model = open_config(&args.model, printer)?;
+    let rates = match &args.card {
+        Some(card) => KnownRates::of_card(card),
+        None => KnownRates::of_this_machine(printer),
+    };
+    let of_card = args.card.map_or(DEFAULT_MEMORY, |card| card.memory);
+    let gpu_memory = args.gpu_memory.unwrap_or(of_card);
     let setting = Setting {
         windows: config.calibration.windows,
         seq_len: config.calibration.seq_len,
         shared_grams: config.shared_grams(),
         together: 1,
-        gpu_memory: args.gpu_memory,
+        gpu_memory,
     };
     let mut rows = Vec::new();
     for branch in &config.branches {
@@ -63,29 +85,60 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             &planned_metadata(&branch.spec, config.source_dtype, &config.calibration),
             setting,
         )?;
+        let predicted = rates.run(&model, &branch.spec, &plan);
         rows.push(Row {
             branch: branch.name.clone(),
             bits: branch.spec.bits,
             group_size: branch.spec.group_size,
             act_order: branch.spec.act_order,
-            fits: plan.gpu.device_bytes <= args.gpu_memory,
+            seconds: predicted.map(|p| p.seconds),
+            seconds_from: predicted.map(|p| p.from),
+            fits: plan.gpu.device_bytes <= gpu_memory,
             plan,
         });
     }
     if args.json {
         return print_json(&rows);
     }
-    let header =
-        ["branch", "bits", "group", "act-order", "bytes", "size", "GPU", "host", "CPU run", "work"];
+    let header = [
+        "branch",
+        "bits",
+        "group",
+        "act-order",
+        "bytes",
+        "size",
+        "GPU",
+        "host",
+        "CPU run",
+        "work",
+        "time",
+    ];
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
     print_result(&format!(
-        "{}\n{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one.\n",
+        "{}\n{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one.\n{}\n",
         table(&header, 1, &cells),
         setting.windows,
         setting.seq_len,
         config.calibration.dataset,
-        gigabytes(args.gpu_memory),
+        gigabytes(gpu_memory),
+        explained(args.card.as_ref(), &rows),
     ))
+}
+
+/// What the times are of, and where they come from.
+fn explained(card: Option<&Card>, rows: &[Row]) -> String {
+    let device = card.map_or("this machine's device", |card| card.name);
+    let from = times_from(rows.iter().map(Row::predicted));
+    let advice =
+        if rows.iter().all(|row| row.seconds.is_none()) { ", or give a --card" } else { "" };
+    format!("Time: of gptq quantize on {device}, {from}{advice}.")
+}
+
+impl Row {
+    fn predicted(&self) -> Option<Prediction> {
+        let (seconds, from) = self.seconds.zip(self.seconds_from)?;
+        Some(Prediction { seconds, from })
+    }
 }
 
 /// Gigabytes, as cards and model cards give them, unless there is none.
@@ -105,5 +158,6 @@ fn cells(row: &Row) -> Vec<String> {
         amount(row.plan.gpu.host_bytes),
         amount(row.plan.cpu_bytes),
         operations(row.plan.work.total()),
+        time(row.predicted()),
     ]
 }

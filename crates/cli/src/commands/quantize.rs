@@ -4,12 +4,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use gptq_checkpoint::{GroupSize, Layout};
+use gptq_checkpoint::{Checkpoint, GroupSize, Layout};
+use gptq_compute::Device;
 use gptq_pipeline::host_memory;
 use gptq_pipeline::job::QuantizeJob;
+use gptq_pipeline::plan::{Setting, plan_branch};
 use gptq_pipeline::progress::{BlockReport, Progress};
 use gptq_pipeline::quantize::quantize;
+use gptq_pipeline::rates::{KnownRates, Prediction, Source, compared};
 use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
+use gptq_pipeline::write::planned_metadata;
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::model_name;
 use gptq_records::source_dtype::SourceDtype;
@@ -104,6 +108,10 @@ struct Output<'a> {
     calibration: Option<CalibrationOutput<'a>>,
     file_bytes: u64,
     seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted_seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted_from: Option<Source>,
     device: String,
     ranks: usize,
     peak_memory_bytes: Option<u64>,
@@ -131,7 +139,8 @@ struct Settings {
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let start = Instant::now();
-    let Settings { spec, source_dtype, layout, calibration } = settings(args)?;
+    let settings = settings(args)?;
+    let spec = &settings.spec;
     spec.validate()?;
     if !spec.recipe.calibrates() && args.calibration.is_given() {
         let unused =
@@ -145,12 +154,22 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     } else {
         open_checkpoint(&args.model, printer)?
     };
+    // What was downloaded is nobody's prediction.
+    let opened = Instant::now();
     warn_of(&source, args.strict, printer)?;
     let local_ranks = args.device.open(printer)?;
-    let calibration =
-        if spec.recipe.calibrates() { Some(sample(&source, &calibration, printer)?) } else { None };
+    let calibration = if spec.recipe.calibrates() {
+        Some(sample(&source, &settings.calibration, printer)?)
+    } else {
+        None
+    };
     let (device, device_name, ranks) =
         (local_ranks.device().clone(), local_ranks.name(), local_ranks.ranks());
+    let predicted = match args.discard_shards {
+        true => None,
+        false => predict(&source, &device, ranks, &settings, calibration.as_ref(), printer)?,
+    };
+    let Settings { spec, source_dtype, layout, .. } = settings;
     let outcome = local_ranks.run(|device, ranks| {
         let job = QuantizeJob {
             source: &source,
@@ -171,6 +190,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         Ok(quantize(&job, printer)?)
     })?;
     let Some(outcome) = outcome.flatten() else { return Ok(()) };
+    let took = opened.elapsed().as_secs_f64();
     let output = Output {
         out: &outcome.written.dir,
         recipe: spec.recipe.name(),
@@ -188,6 +208,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         }),
         file_bytes: outcome.written.bytes,
         seconds: start.elapsed().as_secs_f64(),
+        predicted_seconds: predicted.map(|p| p.seconds),
+        predicted_from: predicted.map(|p| p.from),
         device: device_name,
         ranks,
         peak_memory_bytes: host_memory::peak(),
@@ -196,7 +218,31 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         f64_retries: outcome.f64_retries,
         blocks: &outcome.blocks,
     };
-    if args.json { print_json(&output) } else { print_result(&summary(&output)) }
+    if args.json { print_json(&output) } else { print_result(&summary(&output, took)) }
+}
+
+/// Seconds from the opened source to the finished folder, where enough is known of the device.
+fn predict(
+    source: &Checkpoint,
+    device: &Device,
+    ranks: usize,
+    settings: &Settings,
+    calibration: Option<&Calibration>,
+    printer: &Printer,
+) -> Result<Option<Prediction>> {
+    let Some(calibration) = calibration else { return Ok(None) };
+    let Settings { spec, source_dtype, layout, calibration: recipe } = settings;
+    let setting = Setting {
+        windows: calibration.windows.len(),
+        seq_len: calibration.windows.first().map_or(0, Vec::len),
+        shared_grams: 0,
+        together: 1,
+        gpu_memory: device.memory()?.map_or(0, |memory| memory.budget as u64),
+    };
+    let metadata = planned_metadata(spec, *source_dtype, recipe);
+    let plan = plan_branch(source.config(), spec, *source_dtype, *layout, &metadata, setting)?;
+    let rates = KnownRates::of_device(device, ranks, printer);
+    Ok(rates.run(source.config(), spec, &plan))
 }
 
 /// The name that published branches of these settings have; the folder's own would make its bytes
@@ -278,7 +324,7 @@ pub(super) fn sample(
     Ok(calibration)
 }
 
-fn summary(output: &Output<'_>) -> String {
+fn summary(output: &Output<'_>, took: f64) -> String {
     let dir = output.out.display();
     let mut text = format!(
         "{dir}: {} bits, group size {}, {}, {} in {:.1} s",
@@ -293,6 +339,9 @@ fn summary(output: &Output<'_>) -> String {
     }
     if let Some(peak) = output.peak_device_bytes {
         text.push_str(&format!(" of host and {} of device", size(peak as u64)));
+    }
+    if let Some((seconds, from)) = output.predicted_seconds.zip(output.predicted_from) {
+        text.push_str(&format!("\n{}", compared(Prediction { seconds, from }, took)));
     }
     if output.damp_retries > 0 {
         text.push_str(&format!("\ndamping was raised for {} linears", output.damp_retries));

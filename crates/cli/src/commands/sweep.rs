@@ -6,9 +6,11 @@ use anyhow::Result;
 use gptq_checkpoint::free_space;
 use gptq_compute::Device;
 use gptq_pipeline::plan::BranchPlan;
+use gptq_pipeline::rates::{KnownRates, Prediction, Source, compared};
 use gptq_pipeline::sweep::config::{Branch, SweepConfig};
 use gptq_pipeline::sweep::jobs::Share;
 use gptq_pipeline::sweep::log::{SWEEP_FILE, SweepReport, SweepRow};
+use gptq_pipeline::sweep::predict::SweepPrediction;
 use gptq_pipeline::sweep::resume::State;
 use gptq_pipeline::sweep::{Survey, SweepJob, sweep};
 use gptq_records::atomic_file::refuse_inputs;
@@ -19,7 +21,7 @@ use serde::Serialize;
 
 use super::quantize::sample;
 use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
-use super::table::{group, operations, size, table, yes_no};
+use super::table::{group, operations, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_count;
 use crate::args::{CalibrationArgs, DeviceArgs};
@@ -54,7 +56,7 @@ pub(crate) struct Args {
     /// Shards that the Hub's cache holds already stay
     #[arg(long)]
     discard_shards: bool,
-    /// Print what would be made and what is reused, with sizes and work; change nothing
+    /// Print what would be made and what is reused, with sizes, work and time; change nothing
     #[arg(long)]
     dry_run: bool,
     /// Dense model instead of the configuration's
@@ -103,6 +105,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let devices = args.device.open_each(printer, ADVICE)?;
     let dtype = devices.first().map_or("f32", Device::dtype);
     let calibration = sample(&source, &config.calibration, printer)?;
+    let rates = KnownRates::of_device(devices.first().unwrap_or(&Device::Cpu), 1, printer);
     let mut job = SweepJob {
         config: &config,
         branches: &branches,
@@ -113,6 +116,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         together: args.together,
         out: &args.out,
         strict: args.strict,
+        rates: &rates,
     };
     let shared;
     if let Some(share) = args.jobs {
@@ -152,6 +156,9 @@ struct Preview {
     /// Of the branches that are to be made.
     bytes_to_write: u64,
     bytes_free: u64,
+    /// Of the whole sweep; `null` where a part is not known.
+    seconds: Option<f64>,
+    seconds_from: Option<Source>,
 }
 
 #[derive(Serialize)]
@@ -165,18 +172,25 @@ struct PreviewRow {
     reason: Option<String>,
     #[serde(flatten)]
     plan: BranchPlan,
+    /// Until all that are made beside it are made, too.
+    seconds: Option<f64>,
+    seconds_from: Option<Source>,
 }
 
 fn dry_run(job: &SweepJob<'_>, json: bool, printer: &Printer) -> Result<()> {
     let survey = Survey::new(job, printer)?;
     let device = job.devices.first().unwrap_or(&Device::Cpu);
     let gpu_memory = device.memory()?.map_or(0, |m| m.budget as u64);
+    let predicted = SweepPrediction::new(job, &survey)?;
     let mut preview = Preview {
         branches: Vec::new(),
         bytes_to_write: 0,
         bytes_free: free_space(existing(job.out))?,
+        seconds: predicted.sweep.map(|p| p.seconds),
+        seconds_from: predicted.sweep.map(|p| p.from),
     };
-    for (branch, state) in job.branches.iter().zip(survey.states()) {
+    let states = job.branches.iter().zip(survey.states()).zip(predicted.branches);
+    for ((branch, state), predicted) in states {
         let plan = job.plan(branch, gpu_memory)?;
         let (action, reason) = match state {
             State::New => ("make", None),
@@ -196,6 +210,8 @@ fn dry_run(job: &SweepJob<'_>, json: bool, printer: &Printer) -> Result<()> {
             action,
             reason,
             plan,
+            seconds: predicted.map(|p| p.seconds),
+            seconds_from: predicted.map(|p| p.from),
         });
     }
     let on_gpu = gpu_memory > 0;
@@ -209,7 +225,8 @@ fn existing(out: &Path) -> &Path {
 }
 
 fn preview_text(preview: &Preview, on_gpu: bool) -> String {
-    let header = ["branch", "action", "bits", "group", "act-order", "size", "memory", "work"];
+    let header =
+        ["branch", "action", "bits", "group", "act-order", "size", "memory", "work", "time"];
     let memory = |plan: &BranchPlan| if on_gpu { plan.gpu.device_bytes } else { plan.cpu_bytes };
     let cells = |row: &PreviewRow| {
         vec![
@@ -221,6 +238,7 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
             size(row.plan.file_bytes),
             size(memory(&row.plan)),
             operations(row.plan.work.total()),
+            time(prediction(row.seconds, row.seconds_from)),
         ]
     };
     let rows: Vec<Vec<String>> = preview.branches.iter().map(cells).collect();
@@ -231,12 +249,26 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
         size(preview.bytes_free),
         if on_gpu { "GPU" } else { "host" }
     ));
+    if let Some(whole) = prediction(preview.seconds, preview.seconds_from) {
+        text.push_str(&format!("{} for the whole sweep. ", time(Some(whole))));
+    }
+    let to_make = || preview.branches.iter().filter(|row| row.action.starts_with("make"));
+    if to_make().next().is_some() {
+        let from = times_from(to_make().map(|row| prediction(row.seconds, row.seconds_from)));
+        text.push_str(&format!(
+            "Time: until all branches that are made at the same time are made, {from}.\n"
+        ));
+    }
     for row in &preview.branches {
         if let Some(reason) = &row.reason {
             text.push_str(&format!("{} would start over: {reason}\n", row.branch));
         }
     }
     text
+}
+
+fn prediction(seconds: Option<f64>, from: Option<Source>) -> Option<Prediction> {
+    seconds.zip(from).map(|(seconds, from)| Prediction { seconds, from })
 }
 
 /// The table; `dtype` is the arithmetic of what was measured.
@@ -273,10 +305,24 @@ fn text(report: &SweepReport, dtype: &str) -> String {
             report.source_dtype.name()
         ));
     }
+    if let Some(compared) = foreseen(&report.rows) {
+        text.push_str(&format!("{compared}\n"));
+    }
     if let Some(warning) = contamination(&report.rows) {
         text.push_str(&format!("{warning}\n"));
     }
     text
+}
+
+/// How far predictions were off, of all branches that had one.
+fn foreseen(rows: &[SweepRow]) -> Option<String> {
+    let both = rows.iter().filter_map(|row| row.predicted().zip(row.quantize_seconds));
+    let (predicted, took): (Vec<Prediction>, Vec<f64>) = both.unzip();
+    let from = predicted.iter().map(|predicted| predicted.from).max()?;
+    let branches = took.len() as f64;
+    let seconds = predicted.iter().map(|predicted| predicted.seconds).sum::<f64>() / branches;
+    let compared = compared(Prediction { seconds, from }, took.iter().sum::<f64>() / branches);
+    Some(if took.len() > 1 { format!("a branch: {compared}") } else { compared })
 }
 
 /// Which branches were calibrated on the text that they were measured on; a recipe that rounds looks

@@ -1,7 +1,10 @@
 //! Tables for people, and the few number formats that they use.
 
+use std::collections::BTreeSet;
+
 use comfy_table::{CellAlignment, Table};
 use gptq_pipeline::perplexity::Perplexity;
+use gptq_pipeline::rates::Prediction;
 use gptq_text::evaluation::EvalText;
 
 use crate::plain::plain_word;
@@ -46,6 +49,27 @@ pub(crate) fn operations(count: f64) -> String {
         1e12..1e15 => format!("{:.1} TFLOP", count / 1e12),
         _ => format!("{:.1} PFLOP", count / 1e15),
     }
+}
+
+/// A time that is known beforehand, in a unit that keeps two digits or so; `~` marks an estimate.
+pub(crate) fn time(prediction: Option<Prediction>) -> String {
+    let Some(Prediction { seconds, from }) = prediction else { return "–".to_owned() };
+    let mark = if from.is_estimate() { "~" } else { "" };
+    match seconds {
+        0.0..10.0 => format!("{mark}{seconds:.1} s"),
+        10.0..600.0 => format!("{mark}{seconds:.0} s"),
+        600.0..7200.0 => format!("{mark}{:.0} min", seconds / 60.0),
+        _ => format!("{mark}{:.1} h", seconds / 3600.0),
+    }
+}
+
+/// Where times come from, each way once; what to do where nothing is known.
+pub(crate) fn times_from(all: impl IntoIterator<Item = Option<Prediction>>) -> String {
+    let from: BTreeSet<_> = all.into_iter().flatten().map(|predicted| predicted.from).collect();
+    if from.is_empty() {
+        return "not known; run gptq bench with the branches' --recipe".to_owned();
+    }
+    from.iter().map(|from| from.name()).collect::<Vec<_>>().join("; or ")
 }
 
 /// A perplexity with its standard error, and what was measured.

@@ -14,11 +14,17 @@ use crate::hex::hex;
 
 const DIGEST_BYTES: usize = 32;
 
-/// `$XDG_CACHE_HOME/gptq/cubin`, or the same under `~/.cache`; none without a home.
-pub(super) fn folder() -> Option<PathBuf> {
+/// What this program keeps between runs to save time: `$XDG_CACHE_HOME/gptq`, or the same under
+/// `~/.cache`; none without a home.
+pub fn cache_folder() -> Option<PathBuf> {
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
     let base = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-    Some(base.join("gptq").join("cubin"))
+    Some(base.join("gptq"))
+}
+
+/// Where kernels are.
+pub(super) fn folder() -> Option<PathBuf> {
+    Some(cache_folder()?.join("cubin"))
 }
 
 /// Name of the entry for these parts: their sha256, each part preceded by its length.

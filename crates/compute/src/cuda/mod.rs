@@ -48,6 +48,7 @@ pub(crate) mod token_loss;
 mod transfer;
 pub(crate) mod upload;
 
+pub use cache::cache_folder;
 pub use context::Cuda;
 pub(crate) use factor::shared_upper_factor;
 pub use factor::upper_factor;

@@ -48,6 +48,14 @@ pub struct Card {
     pub supported: bool,
 }
 
+impl Card {
+    /// What [`Device::kind`](crate::Device::kind) says of it once it is opened.
+    pub fn kind(&self) -> String {
+        let (major, minor) = self.capability;
+        format!("cuda ({}, sm_{major}{minor})", self.name)
+    }
+}
+
 /// Looks for the driver, the libraries and the cards.
 pub fn probe() -> Probe {
     let libraries = Library::ALL

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::perplexity::Perplexity;
+use crate::rates::{Prediction, Source};
 
 /// Name of the table in the sweep's folder.
 pub const SWEEP_FILE: &str = "sweep.json";
@@ -40,6 +41,12 @@ pub struct SweepRow {
     /// Seconds to quantize and write; `null` when an earlier run did and its table is gone.
     #[serde(alias = "quantise_seconds")]
     pub quantize_seconds: Option<f64>,
+    /// What [`Self::quantize_seconds`] were predicted to be; left out where nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_seconds: Option<f64>,
+    /// What that rested on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_from: Option<Source>,
     /// Seconds to measure, as above.
     pub measure_seconds: Option<f64>,
     /// Linears whose damping had to be raised.
@@ -56,6 +63,13 @@ pub struct SweepRow {
 }
 
 impl SweepRow {
+    /// What [`Self::quantize_seconds`] were predicted to be.
+    #[must_use]
+    pub fn predicted(&self) -> Option<Prediction> {
+        let (seconds, from) = self.predicted_seconds.zip(self.predicted_from)?;
+        Some(Prediction { seconds, from })
+    }
+
     /// The row of a branch that is made, and measured if it was to be.
     pub(crate) fn new(report: &BranchReport, dir: PathBuf, key: String, seconds: Seconds) -> Self {
         let evaluation = report.evaluations.first();
@@ -71,6 +85,8 @@ impl SweepRow {
             dir,
             file_bytes: report.file_bytes,
             quantize_seconds: seconds.quantize,
+            predicted_seconds: seconds.predicted.map(|p| p.seconds),
+            predicted_from: seconds.predicted.map(|p| p.from),
             measure_seconds: seconds.measure,
             damp_retries: report.damp_retries,
             result: evaluation.and_then(measured),
@@ -114,6 +130,7 @@ impl SweepReport {
 pub(crate) struct Seconds {
     pub(crate) quantize: Option<f64>,
     pub(crate) measure: Option<f64>,
+    pub(crate) predicted: Option<Prediction>,
 }
 
 /// The table of the sweep in a folder.

@@ -13,6 +13,7 @@ mod group;
 pub mod jobs;
 pub mod log;
 mod one_source;
+pub mod predict;
 pub mod resume;
 mod run;
 
@@ -30,6 +31,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::plan::{BranchPlan, Setting, plan_branch};
 use crate::progress::Progress;
+use crate::rates::KnownRates;
 use crate::recording::refuse_retries;
 use crate::write::metadata;
 use config::{Branch, SweepConfig};
@@ -58,6 +60,8 @@ pub struct SweepJob<'a> {
     pub out: &'a Path,
     /// Treat a Hessian that needed f64 or more damping as an error.
     pub strict: bool,
+    /// What is known of a device, for predictions.
+    pub rates: &'a KnownRates,
 }
 
 /// What a sweep would do, before anything is done.
@@ -198,6 +202,11 @@ impl SweepJob<'_> {
                 gpu_memory,
             },
         )
+    }
+
+    /// Branches that are made at the same time, on all devices.
+    fn at_once(&self) -> usize {
+        self.devices.len().max(1) * self.together.max(1)
     }
 
     /// The first device, of whose kind all are.

@@ -17,10 +17,11 @@ use super::group::{MadeBranch, Member, make_together};
 use super::log::{Seconds, SweepLog, SweepReport, SweepRow};
 use super::one_source::{Digest, read_once};
 use super::resume::{Left, State, unlink_moved};
-use super::{Survey, Surveyed, SweepJob};
+use super::{Survey, Surveyed, SweepJob, predict};
 use crate::error::{Error, Result, hints, with_causes};
 use crate::first_gram::FirstGrams;
 use crate::progress::Progress;
+use crate::rates::Prediction;
 
 /// A sweep on its way.
 pub(super) struct Run<'a> {
@@ -116,9 +117,12 @@ impl<'a> Run<'a> {
             }
             let group = self.group(next, &mut waiting);
             let group = self.with_places(group, log)?;
+            let branches: Vec<_> = group.iter().map(|(branch, _)| *branch).collect();
+            // What is wrong with a branch shows when it is made, and takes no other down.
+            let predicted = predict::group(self.job, &branches).ok().flatten();
             let (job, shared) = (self.job, &self.shared);
             let made = make_together(job, &members(&group), shared, &self.digest, self.progress)?;
-            self.measure_all(&group, made, log)?;
+            self.measure_all(&group, made, predicted, log)?;
         }
         if self.failed.is_empty() {
             return Ok(self.report);
@@ -159,7 +163,8 @@ impl<'a> Run<'a> {
         }
         let source = self.digest.wait()?;
         self.report.baseline_key = baseline_key(job, Some(source), self.measured_on.as_deref());
-        self.measure_all(&group, read.made, log)
+        // A walk that downloads takes as long as the line lets it.
+        self.measure_all(&group, read.made, None, log)
     }
 
     /// The branches that there is a place for; of the others it is said why not.
@@ -183,11 +188,12 @@ impl<'a> Run<'a> {
         &mut self,
         group: &[Waiting<'a>],
         made: Vec<Result<MadeBranch>>,
+        predicted: Option<Prediction>,
         log: &SweepLog<'_>,
     ) -> Result<()> {
         for ((branch, surveyed), made) in group.iter().zip(made) {
             let key = self.key(&self.digest.complete(&surveyed.made_from)?);
-            let done = made.and_then(|made| self.measure_made(branch, made));
+            let done = made.and_then(|made| self.measure_made(branch, made, predicted));
             self.finish(branch, key, done, log)?;
         }
         Ok(())
@@ -195,7 +201,7 @@ impl<'a> Run<'a> {
 
     /// A branch and those after it that are made beside it: as many as the devices take.
     fn group(&self, first: Waiting<'a>, waiting: &mut VecDeque<Waiting<'a>>) -> Vec<Waiting<'a>> {
-        let most = self.job.devices.len().max(1) * self.job.together.max(1);
+        let most = self.job.at_once();
         let mut group = vec![first];
         let mut later = VecDeque::new();
         for next in waiting.drain(..) {
@@ -265,9 +271,10 @@ impl<'a> Run<'a> {
         &mut self,
         branch: &Branch,
         made: MadeBranch,
+        predicted: Option<Prediction>,
     ) -> Result<(BranchReport, Seconds)> {
         let MadeBranch { folder, manifest, report, seconds } = made;
-        let known = Seconds { quantize: Some(seconds), measure: None };
+        let known = Seconds { quantize: Some(seconds), measure: None, predicted };
         self.measure(branch, folder, Left { manifest, report }, known)
     }
 
@@ -281,7 +288,8 @@ impl<'a> Run<'a> {
         let dir = self.job.dir(branch);
         let known =
             self.earlier.iter().find(|row| row.key == key).map_or_else(Seconds::default, |row| {
-                Seconds { quantize: row.quantize_seconds, measure: row.measure_seconds }
+                let (quantize, measure) = (row.quantize_seconds, row.measure_seconds);
+                Seconds { quantize, measure, predicted: row.predicted() }
             });
         match surveyed.state {
             State::Finished(report) => {

@@ -1,0 +1,229 @@
+//! Floating-point operations of calibrated blocks, by stage: what `plan` adds up, `bench` divides by
+//! seconds, and predictions divide by rates. They are counted here alone.
+
+use gptq_checkpoint::ModelConfig;
+use gptq_model::LinearId;
+use serde::Serialize;
+
+use crate::calibrate::Work;
+
+/// Operations, one multiply-add being two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Operations {
+    /// A forward over every window.
+    pub forward: f64,
+    /// Gram matrices, upper triangles only.
+    pub gram: f64,
+    /// Cholesky factors and triangular inverses.
+    pub factor: f64,
+    /// The solver's updates.
+    pub solve: f64,
+    /// The unquantized model's forward, where a recipe walks it.
+    pub reference: f64,
+    /// Shifted weights: the products that compare the two models.
+    pub shift: f64,
+}
+
+impl Operations {
+    /// Of a block with these linears, rows and columns each in the order of [`LinearId::ALL`], over
+    /// `windows` windows of `seq_len` tokens. With `reference`, the unquantized model is walked too.
+    pub(crate) fn of_block(
+        linears: &[(usize, usize); 7],
+        (windows, seq_len): (usize, usize),
+        reference: bool,
+    ) -> Self {
+        let tokens = windows as f64 * seq_len as f64;
+        let linear = |id: LinearId| linears[id as usize];
+        // Causal attention: half of the scores' square, and as much again for the contexts.
+        let (width, _) = linear(LinearId::Q);
+        let mut sum =
+            Self { forward: 2.0 * tokens * seq_len as f64 * width as f64, ..Self::default() };
+        for id in LinearId::ALL {
+            let (rows, n) = linear(id);
+            let (rows, n) = (rows as f64, n as f64);
+            sum.forward += 2.0 * tokens * n * rows;
+            sum.solve += rows * n * n;
+            // k and v share q's inputs, and up shares gate's.
+            if !matches!(id, LinearId::K | LinearId::V | LinearId::Up) {
+                sum.gram += tokens * n * n;
+                sum.factor += 2.0 / 3.0 * n * n * n;
+            }
+            // The drift times the inputs, taken over the Hessian as triangles.
+            if reference && matches!(id, LinearId::O | LinearId::Down) {
+                sum.shift += rows * n * (2.0 * tokens + 2.0 * n);
+            }
+        }
+        sum.reference = if reference { sum.forward } else { 0.0 };
+        sum
+    }
+
+    /// Of all blocks of a model.
+    pub(crate) fn of_model(model: &ModelConfig, tokens: (usize, usize), reference: bool) -> Self {
+        let linears = model.block_linears().map(|l| (l.out_features, l.in_features));
+        Self::of_block(&linears, tokens, reference).times(model.num_hidden_layers as f64)
+    }
+
+    /// Of so many.
+    fn times(self, blocks: f64) -> Self {
+        Self {
+            forward: self.forward * blocks,
+            gram: self.gram * blocks,
+            factor: self.factor * blocks,
+            solve: self.solve * blocks,
+            reference: self.reference * blocks,
+            shift: self.shift * blocks,
+        }
+    }
+
+    /// Those of a stage; what moves data has none.
+    pub(crate) fn of(&self, work: Work) -> f64 {
+        match work {
+            Work::Forward => self.forward,
+            Work::Gram => self.gram,
+            Work::Factor => self.factor,
+            Work::Solve => self.solve,
+            Work::Reference => self.reference,
+            Work::Shift => self.shift,
+            Work::Exchange | Work::Pack => 0.0,
+        }
+    }
+
+    /// The sum.
+    pub fn total(&self) -> f64 {
+        self.forward + self.gram + self.factor + self.solve + self.reference + self.shift
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::bench::Width;
+
+    /// A Llama of 70B parameters.
+    pub(crate) fn llama_70b() -> ModelConfig {
+        model(
+            r#"{"model_type":"llama","hidden_size":8192,"intermediate_size":28672,
+            "num_hidden_layers":80,"num_attention_heads":64,"num_key_value_heads":8,
+            "vocab_size":32000,"max_position_embeddings":4096}"#,
+        )
+    }
+
+    fn model(text: &str) -> ModelConfig {
+        ModelConfig::parse(text, Path::new("config.json")).unwrap()
+    }
+
+    /// Numbers of the two counts that `plan` and `bench` each had of their own.
+    #[test]
+    fn a_models_operations_are_those_that_plan_counted() {
+        let qwen3 = model(
+            r#"{"model_type":"qwen3","hidden_size":1024,"intermediate_size":3072,"head_dim":128,
+            "num_hidden_layers":28,"num_attention_heads":16,"num_key_value_heads":8,
+            "vocab_size":151936,"max_position_embeddings":40960}"#,
+        );
+        let smollm2 = model(
+            r#"{"model_type":"llama","hidden_size":576,"intermediate_size":1536,
+            "num_hidden_layers":30,"num_attention_heads":9,"num_key_value_heads":3,
+            "vocab_size":49152,"max_position_embeddings":2048}"#,
+        );
+        // Forward, Gram, factor, solve, and shift with the reference's forward in it.
+        let counted: [(_, _, [f64; 5]); 3] = [
+            (
+                llama_70b(),
+                (128, 4096),
+                [
+                    7.459086882832384e16,
+                    4.292493394837504e16,
+                    1345069224645973.3,
+                    945579999887360.0,
+                    1.0108909905772544e17,
+                ],
+            ),
+            (
+                qwen3,
+                (96, 2048),
+                [
+                    219352569741312.0,
+                    86586540687360.0,
+                    741597686442.6667,
+                    691489734656.0,
+                    277858614247424.0,
+                ],
+            ),
+            (
+                smollm2,
+                (3, 77),
+                [49664482560.0, 23247544320.0, 83943751680.0, 86633349120.0, 159528787200.0],
+            ),
+        ];
+        for (model, tokens, [forward, gram, factor, solve, shift]) in counted {
+            let all = Operations::of_model(&model, tokens, true);
+            let with_reference = all.shift + all.reference;
+            assert_eq!(
+                (all.forward, all.gram, all.factor, all.solve, with_reference),
+                (forward, gram, factor, solve, shift)
+            );
+            assert_eq!(all.reference, forward);
+            assert_eq!(all.total(), forward + gram + factor + solve + with_reference);
+            let alone = Operations { reference: 0.0, shift: 0.0, ..all };
+            assert_eq!(Operations::of_model(&model, tokens, false), alone);
+        }
+    }
+
+    #[test]
+    fn a_blocks_operations_are_those_that_bench_divided_by_seconds() {
+        // Forward, Gram, factor, solve, reference, shift.
+        let counted: [(&str, (usize, usize), [f64; 6]); 4] = [
+            (
+                "tiny",
+                (3, 77),
+                [372438528.0, 181665792.0, 335544320.0, 301989888.0, 372438528.0, 456654848.0],
+            ),
+            (
+                "smollm2",
+                (128, 4096),
+                [
+                    6184752906240.0,
+                    1758789107712.0,
+                    2798125056.0,
+                    2887778304.0,
+                    6184752906240.0,
+                    1278705401856.0,
+                ],
+            ),
+            (
+                "13b",
+                (128, 4096),
+                [
+                    354592499957760.0,
+                    141424683122688.0,
+                    2029640482816.0,
+                    2240093880320.0,
+                    354592499957760.0,
+                    103930155499520.0,
+                ],
+            ),
+            (
+                "70b",
+                (128, 4096),
+                [
+                    932385860354048.0,
+                    536561674354688.0,
+                    16813365308074.666,
+                    11819749998592.0,
+                    932385860354048.0,
+                    331227877867520.0,
+                ],
+            ),
+        ];
+        let stages =
+            [Work::Forward, Work::Gram, Work::Factor, Work::Solve, Work::Reference, Work::Shift];
+        for (width, tokens, expected) in counted {
+            let linears = width.parse::<Width>().unwrap().linears();
+            let block = Operations::of_block(&linears, tokens, true);
+            assert_eq!(stages.map(|stage| block.of(stage)), expected, "{width}");
+            assert_eq!((block.of(Work::Exchange), block.of(Work::Pack)), (0.0, 0.0));
+        }
+    }
+}

@@ -1,0 +1,130 @@
+use gptq_checkpoint::Layout;
+use gptq_quant::Recipe;
+use gptq_records::source_dtype::SourceDtype;
+
+use super::*;
+use crate::cards::MEASURED_WITH;
+use crate::operations::tests::llama_70b;
+use crate::plan::{Setting, plan_branch};
+
+fn spec(recipe: Recipe) -> QuantSpec {
+    QuantSpec::new(4, Some(128), true, recipe.damp(), recipe)
+}
+
+fn planned(model: &ModelConfig, spec: &QuantSpec, gpu_memory: u64) -> BranchPlan {
+    let (windows, seq_len) = MEASURED_WITH;
+    let setting = Setting { windows, seq_len, shared_grams: 0, together: 1, gpu_memory };
+    let (dtype, layout) = (SourceDtype::Fp16, Layout::Card);
+    plan_branch(model, spec, dtype, layout, &BTreeMap::new(), setting).unwrap()
+}
+
+fn predicted(rates: &KnownRates, recipe: Recipe, gpu_memory: u64) -> Option<Prediction> {
+    let (model, spec) = (llama_70b(), spec(recipe));
+    rates.run(&model, &spec, &planned(&model, &spec, gpu_memory))
+}
+
+fn of_card(name: &str, recipe: Recipe) -> Prediction {
+    let card: Card = name.parse().unwrap();
+    predicted(&KnownRates::of_card(&card), recipe, 80 << 30).unwrap()
+}
+
+/// Eighty blocks as the card was measured, and what is outside of them.
+#[test]
+fn the_tables_cards_take_what_they_were_measured_to_take() {
+    for (name, block) in [("H100", 3.37), ("h200", 3.41)] {
+        let run = of_card(name, Recipe::AutoGptq);
+        let outside = START_UP_GPU + 4.0 * 32000.0 * 8192.0 / TABLES_RATE;
+        assert!((run.seconds - 80.0 * block - outside).abs() < 0.01, "{name}: {run:?}");
+        assert_eq!(run.from, Source::Table);
+        // 6.22 s a block.
+        let best = of_card(name, Recipe::Best);
+        let of_blocks = (best.seconds - outside) / 80.0;
+        assert!((of_blocks / 6.22 - 1.0).abs() < 0.02, "{name}: {best:?}");
+    }
+    let (h100, a100) = (of_card("H100", Recipe::AutoGptq), of_card("A100", Recipe::AutoGptq));
+    assert_eq!(a100.from, Source::DataSheet);
+    assert!((a100.seconds / h100.seconds - 989.0 / 312.0).abs() < 0.1, "{a100:?}");
+    assert!("H1000".parse::<Card>().unwrap_err().contains("H100, H200, A100"));
+    assert!(Card::of_device("NVIDIA GeForce RTX 3090 Ti").is_none());
+    assert!(Card::of_device("NVIDIA H100 80GB HBM3 MIG 1g.10gb").is_none());
+}
+
+#[test]
+fn what_is_unlike_the_measured_is_an_estimate() {
+    let card: Card = "H100".parse().unwrap();
+    let known = KnownRates::of_card(&card);
+    // Activations wait in host memory.
+    let offloaded = predicted(&known, Recipe::AutoGptq, 24 << 30).unwrap();
+    assert_eq!(offloaded.from, Source::Offloaded);
+    let two = KnownRates { ranks: 2, ..known.clone() };
+    let shared = predicted(&two, Recipe::AutoGptq, 80 << 30).unwrap();
+    assert_eq!(shared.from, Source::OneDevice);
+    let one = predicted(&known, Recipe::AutoGptq, 80 << 30).unwrap();
+    assert!(shared.seconds < 0.6 * one.seconds, "{shared:?}");
+    let mut small = llama_70b();
+    (small.hidden_size, small.intermediate_size) = (576, 1536);
+    let spec = spec(Recipe::AutoGptq);
+    let plan = planned(&small, &spec, 80 << 30);
+    assert_eq!(known.run(&small, &spec, &plan).unwrap().from, Source::OtherWidth);
+    // Rounding is not counted.
+    assert_eq!(predicted(&known, Recipe::Rtn, 80 << 30), None);
+    assert_eq!(predicted(&KnownRates::default(), Recipe::AutoGptq, 80 << 30), None);
+}
+
+#[test]
+fn benchmarks_come_first_where_they_are_of_about_the_width() {
+    let mut known = KnownRates::of_card(&"H100".parse().unwrap());
+    let twice = |hidden: usize, ranks: usize| Entry {
+        hidden,
+        ranks,
+        rates: known.entries[0].rates.iter().map(|(&stage, rate)| (stage, rate * 2.0)).collect(),
+        from: Source::Bench,
+    };
+    let (far, several, near) = (twice(256, 1), twice(8192, 2), twice(5120, 1));
+    let table = predicted(&known, Recipe::AutoGptq, 80 << 30).unwrap();
+    known.entries.extend([far, several]);
+    assert_eq!(predicted(&known, Recipe::AutoGptq, 80 << 30), Some(table));
+    known.entries.push(near);
+    let bench = predicted(&known, Recipe::AutoGptq, 80 << 30).unwrap();
+    assert_eq!(bench.from, Source::Bench);
+    assert!((bench.seconds - (table.seconds - 80.0 * 3.37 / 2.0)).abs() < 0.01, "{bench:?}");
+    // Trials for scales were not measured: the table knows them.
+    known.entries.iter_mut().for_each(|entry| {
+        if entry.from == Source::Bench {
+            entry.rates.remove(&Stage::SolveTrial);
+        }
+    });
+    let best = predicted(&known, Recipe::Best, 80 << 30).unwrap();
+    assert_eq!(best.from, Source::Table);
+}
+
+/// What is kept of a benchmark gives back its seconds.
+#[test]
+fn a_benchmark_predicts_itself() {
+    let spec = spec(Recipe::Best);
+    let (width, tokens) = ("tiny".parse().unwrap(), (2, 512));
+    let device = Device::Cpu;
+    let bench =
+        crate::bench::bench_block(&device, &gptq_compute::Ranks::alone(), width, tokens, &spec);
+    let bench = bench.unwrap();
+    let record = measured(device_key(&device), &spec, &bench);
+    assert!(record.device.contains("threads") && record.width == "tiny", "{record:?}");
+    let counted = Operations::of_block(&width.linears(), tokens, true);
+    let seconds: f64 =
+        by_stage(&counted, &spec).iter().map(|(stage, count)| count / record.rates[stage]).sum();
+    assert!((seconds / bench.seconds - 1.0).abs() < 1e-6, "{seconds} {}", bench.seconds);
+}
+
+#[test]
+fn the_error_of_a_prediction_is_said() {
+    let predicted = |seconds, from| Prediction { seconds, from };
+    assert_eq!(
+        compared(predicted(285.2, Source::Table), 291.0),
+        "predicted 285 s, as such cards were measured; took 291 s (+2 %)"
+    );
+    assert_eq!(
+        compared(predicted(4.0, Source::Bench), 3.0),
+        "predicted 4.0 s, by what gptq bench measured on it; took 3.0 s (-25 %)"
+    );
+    assert!(Source::DataSheet.is_estimate() && !Source::Table.is_estimate());
+}
