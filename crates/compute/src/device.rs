@@ -127,7 +127,7 @@ impl Device {
     /// The device's name for reports.
     pub fn name(&self) -> String {
         match self {
-            Self::Cuda(cuda) => format!("cuda ({}, {})", cuda.name(), cuda.arch()),
+            Self::Cuda(cuda) => cuda.kind(),
             Self::Cpu => format!("cpu ({} threads)", rayon::current_num_threads()),
         }
     }

@@ -11,7 +11,7 @@ use cudarc::driver::{
 };
 
 use super::buffer::Buffer;
-use super::driver::{Driver, OPENING};
+use super::driver::{Driver, OPENING, kind_of};
 use super::error::StageContext;
 use super::kernels::Kernels;
 use super::libraries::Library;
@@ -59,6 +59,11 @@ impl Cuda {
     /// Name of the card.
     pub fn name(&self) -> &str {
         self.driver.name()
+    }
+
+    /// What it is called in reports, and what results on it may depend on.
+    pub(crate) fn kind(&self) -> String {
+        kind_of(self.name(), self.arch())
     }
 
     /// Architecture that the kernels were compiled for, such as `sm_90a`.

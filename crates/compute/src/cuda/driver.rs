@@ -174,8 +174,18 @@ fn architecture(name: &str, (major, minor): (i32, i32)) -> Result<String> {
         let found = format!("{major}.{minor}");
         return Err(Error::UnsupportedDevice { name: name.to_owned(), found });
     }
+    Ok(architecture_of((major, minor)))
+}
+
+/// The same of any card, supported or not.
+pub(super) fn architecture_of((major, minor): (i32, i32)) -> String {
     let suffix = if major >= 9 { "a" } else { "" };
-    Ok(format!("sm_{major}{minor}{suffix}"))
+    format!("sm_{major}{minor}{suffix}")
+}
+
+/// A card for reports, and what results on it may depend on.
+pub(super) fn kind_of(name: &str, architecture: &str) -> String {
+    format!("cuda ({name}, {architecture})")
 }
 
 /// Keeps freed memory in the driver's pool: by default each synchronization gives it back.

@@ -6,6 +6,7 @@ use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, result};
 use cudarc::{cublaslt, cusolver, driver};
 
+use super::driver::{architecture_of, kind_of};
 use super::libraries::Library;
 use super::{cache, nccl, nvrtc};
 
@@ -51,8 +52,7 @@ pub struct Card {
 impl Card {
     /// What [`Device::kind`](crate::Device::kind) says of it once it is opened.
     pub fn kind(&self) -> String {
-        let (major, minor) = self.capability;
-        format!("cuda ({}, sm_{major}{minor})", self.name)
+        kind_of(&self.name, &architecture_of(self.capability))
     }
 }
 
@@ -150,4 +150,20 @@ fn card(ordinal: usize) -> Option<Card> {
         memory: unsafe { result::device::total_mem(device) }.ok()?,
         supported: major >= 8,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By it a card's benchmarks are found again without opening the card.
+    #[test]
+    fn a_card_has_one_name_opened_or_not() {
+        let kind = |name: &str, capability| {
+            let name = name.to_owned();
+            Card { ordinal: 0, name, capability, memory: 0, supported: true }.kind()
+        };
+        assert_eq!(kind("NVIDIA H200", (9, 0)), "cuda (NVIDIA H200, sm_90a)");
+        assert_eq!(kind("NVIDIA A100-PCIE-40GB", (8, 0)), "cuda (NVIDIA A100-PCIE-40GB, sm_80)");
+    }
 }
