@@ -164,9 +164,7 @@ impl Stream {
             }
         }
     }
-}
 
-impl Stream {
     fn begin(&self) {
         for _ in 0..AHEAD {
             let shared = Arc::clone(&self.shared);

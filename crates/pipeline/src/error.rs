@@ -294,7 +294,7 @@ pub fn hint_of<'a>(link: &'a (dyn std::error::Error + 'static)) -> Option<Cow<'a
 }
 
 /// What an error and its causes say to do, each once, the outermost first.
-pub(crate) fn hints(error: &Error) -> Vec<Cow<'_, str>> {
+fn hints(error: &Error) -> Vec<Cow<'_, str>> {
     let first: &(dyn std::error::Error + 'static) = error;
     let mut hints = Vec::new();
     for hint in std::iter::successors(Some(first), |link| link.source()).filter_map(hint_of) {
@@ -309,6 +309,14 @@ pub(crate) fn hints(error: &Error) -> Vec<Cow<'_, str>> {
 pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
+}
+
+/// `text` about an error, with what to do about it on lines of its own.
+pub(crate) fn with_hints(mut text: String, error: &Error) -> String {
+    for hint in hints(error) {
+        text.push_str(&format!("\nhint: {hint}"));
+    }
+    text
 }
 
 /// Decimal gigabytes, for messages.

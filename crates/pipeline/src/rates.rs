@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::bench::BlockBench;
 use crate::calibrate::Work;
 use crate::cards::Card;
-use crate::error::{Result, hints, with_causes};
+use crate::error::{Result, with_causes, with_hints};
 use crate::memory::Offload;
 use crate::operations::Operations;
 use crate::plan::BranchPlan;
@@ -127,6 +127,15 @@ pub struct Prediction {
     pub seconds: f64,
     /// What it rests on.
     pub from: Source,
+}
+
+impl Prediction {
+    /// From the two fields that results hold it in.
+    #[must_use]
+    pub fn of(seconds: Option<f64>, from: Option<Source>) -> Option<Self> {
+        let (seconds, from) = seconds.zip(from)?;
+        Some(Self { seconds, from })
+    }
 }
 
 /// Rates of a device, as measured on one width.
@@ -271,11 +280,8 @@ fn entries(key: &str, card: Option<&Card>, progress: &dyn Progress) -> Vec<Entry
     let records = match rates_file::path().map(|path| rates_file::read(&path)) {
         Some(Ok(records)) => records,
         Some(Err(error)) => {
-            let mut warning = format!("{}; it is ignored", with_causes(&error));
-            for hint in hints(&error) {
-                warning.push_str(&format!("\nhint: {hint}"));
-            }
-            progress.warn(&warning);
+            let warning = format!("{}; it is ignored", with_causes(&error));
+            progress.warn(&with_hints(warning, &error));
             Vec::new()
         }
         None => Vec::new(),

@@ -136,8 +136,7 @@ fn explained(card: Option<&Card>, rows: &[Row]) -> String {
 
 impl Row {
     fn predicted(&self) -> Option<Prediction> {
-        let (seconds, from) = self.seconds.zip(self.seconds_from)?;
-        Some(Prediction { seconds, from })
+        Prediction::of(self.seconds, self.seconds_from)
     }
 }
 

@@ -340,8 +340,8 @@ fn summary(output: &Output<'_>, took: f64) -> String {
     if let Some(peak) = output.peak_device_bytes {
         text.push_str(&format!(" of host and {} of device", size(peak as u64)));
     }
-    if let Some((seconds, from)) = output.predicted_seconds.zip(output.predicted_from) {
-        text.push_str(&format!("\n{}", compared(Prediction { seconds, from }, took)));
+    if let Some(predicted) = Prediction::of(output.predicted_seconds, output.predicted_from) {
+        text.push_str(&format!("\n{}", compared(predicted, took)));
     }
     if output.damp_retries > 0 {
         text.push_str(&format!("\ndamping was raised for {} linears", output.damp_retries));

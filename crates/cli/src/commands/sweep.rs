@@ -238,7 +238,7 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
             size(row.plan.file_bytes),
             size(memory(&row.plan)),
             operations(row.plan.work.total()),
-            time(prediction(row.seconds, row.seconds_from)),
+            time(Prediction::of(row.seconds, row.seconds_from)),
         ]
     };
     let rows: Vec<Vec<String>> = preview.branches.iter().map(cells).collect();
@@ -249,12 +249,12 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
         size(preview.bytes_free),
         if on_gpu { "GPU" } else { "host" }
     ));
-    if let Some(whole) = prediction(preview.seconds, preview.seconds_from) {
+    if let Some(whole) = Prediction::of(preview.seconds, preview.seconds_from) {
         text.push_str(&format!("{} for the whole sweep. ", time(Some(whole))));
     }
     let to_make = || preview.branches.iter().filter(|row| row.action.starts_with("make"));
     if to_make().next().is_some() {
-        let from = times_from(to_make().map(|row| prediction(row.seconds, row.seconds_from)));
+        let from = times_from(to_make().map(|row| Prediction::of(row.seconds, row.seconds_from)));
         text.push_str(&format!(
             "Time: until all branches that are made at the same time are made, {from}.\n"
         ));
@@ -265,10 +265,6 @@ fn preview_text(preview: &Preview, on_gpu: bool) -> String {
         }
     }
     text
-}
-
-fn prediction(seconds: Option<f64>, from: Option<Source>) -> Option<Prediction> {
-    seconds.zip(from).map(|(seconds, from)| Prediction { seconds, from })
 }
 
 /// The table; `dtype` is the arithmetic of what was measured.

@@ -152,13 +152,12 @@ impl<'a> DenseMeasure<'a> {
         let windows = text.windows.len();
         let perplexity = Tally::of_parts(tallies).perplexity(windows)?;
         if let Some(error) = of_all {
-            let missing = |spec| warn_missing(&error, spec, progress).then(|| (grid(spec), None));
-            let rounded = grids.iter().map_while(missing).collect();
-            return if is_missing(&error) {
-                Ok(Self { text, parts, perplexity, rounded })
-            } else {
-                Err(error)
-            };
+            if !is_missing(&error) {
+                return Err(error);
+            }
+            grids.iter().for_each(|spec| warn_missing(&error, spec, progress));
+            let rounded = grids.iter().map(|spec| (grid(spec), None)).collect();
+            return Ok(Self { text, parts, perplexity, rounded });
         }
         let measured = |(spec, tallies): (&QuantSpec, Result<Vec<Tally>>)| {
             let measured = tallies.and_then(|of| measured(&Tally::of_parts(of), windows));
@@ -281,9 +280,11 @@ fn unless_missing(
     progress: &dyn Progress,
 ) -> Result<Option<Measured>> {
     match measured {
-        Ok(measured) => Ok(Some(measured)),
-        Err(error) if warn_missing(&error, spec, progress) => Ok(None),
-        Err(error) => Err(error),
+        Err(error) if is_missing(&error) => {
+            warn_missing(&error, spec, progress);
+            Ok(None)
+        }
+        measured => measured.map(Some),
     }
 }
 
@@ -297,16 +298,13 @@ fn is_missing(error: &Error) -> bool {
     )
 }
 
-/// Warns of a grid that is missing for such an error; whether it is one.
-fn warn_missing(error: &Error, spec: &QuantSpec, progress: &dyn Progress) -> bool {
-    if is_missing(error) {
-        progress.warn(&format!(
-            "the baseline rounded to nearest is missing at {} bits: {}",
-            spec.bits,
-            with_causes(error)
-        ));
-    }
-    is_missing(error)
+/// Warns of a grid that is missing for such an error.
+fn warn_missing(error: &Error, spec: &QuantSpec, progress: &dyn Progress) {
+    progress.warn(&format!(
+        "the baseline rounded to nearest is missing at {} bits: {}",
+        spec.bits,
+        with_causes(error)
+    ));
 }
 
 /// One call for each item, each on a thread of its own, unless there is one; the first shows its

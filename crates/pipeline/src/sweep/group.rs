@@ -87,7 +87,9 @@ impl<'a> Group<'a> {
         let jobs: Vec<_> = members
             .iter()
             .enumerate()
-            .map(|(member, (branch, _))| quantize_job(job, branch, of_device(job, member), shared))
+            .map(|(member, (branch, _))| {
+                quantize_job(job, branch, device_of(member, job.devices.len()), shared)
+            })
             .collect();
         let turns = job.devices.iter().map(|_| Mutex::new(())).collect();
         let offload = offload_of_devices(job, &jobs, along)?;
@@ -101,10 +103,10 @@ impl<'a> Group<'a> {
         reading: &'env OneReading,
         progress: &'env Shared<'_>,
     ) -> Vec<Making<'scope>> {
-        let devices = self.turns.len().max(1);
         let begin = |(member, job): (usize, &'env QuantizeJob<'a>)| {
             let (branch, made_from) = self.members[member];
-            let (turn, offload) = (&self.turns[member % devices], self.offload[member % devices]);
+            let device = device_of(member, self.turns.len());
+            let (turn, offload) = (&self.turns[device], self.offload[device]);
             let (reader, progress) = (reading.reader(member), progress.of(&branch.name));
             scope.spawn(move || {
                 // Dropped with this thread, however it ends: the others wait for it no more.
@@ -124,9 +126,9 @@ pub(super) fn join(threads: Vec<Making<'_>>) -> Vec<Result<MadeBranch>> {
     joined.map(|thread| thread.unwrap_or(Err(Error::Thread("branch")))).collect()
 }
 
-/// The device that a member is made on.
-fn of_device(job: &SweepJob<'_>, member: usize) -> usize {
-    member % job.devices.len().max(1)
+/// The device, of so many, that a member is made on.
+pub(super) fn device_of(member: usize, devices: usize) -> usize {
+    member % devices.max(1)
 }
 
 fn quantize_job<'a>(

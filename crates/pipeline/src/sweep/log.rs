@@ -66,8 +66,7 @@ impl SweepRow {
     /// What [`Self::quantize_seconds`] were predicted to be.
     #[must_use]
     pub fn predicted(&self) -> Option<Prediction> {
-        let (seconds, from) = self.predicted_seconds.zip(self.predicted_from)?;
-        Some(Prediction { seconds, from })
+        Prediction::of(self.predicted_seconds, self.predicted_from)
     }
 
     /// The row of a branch that is made, and measured if it was to be.

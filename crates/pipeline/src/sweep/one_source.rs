@@ -104,10 +104,9 @@ pub(super) fn check(job: &SweepJob<'_>, survey: &Survey) -> Result<()> {
         return Ok(());
     }
     let branches = survey.branches.iter().filter(|b| b.is_to_be_made()).count();
-    let devices = job.devices.len().max(1);
-    let made = devices * job.together.max(1);
+    let made = job.at_once();
     if branches > made {
-        let together = branches.div_ceil(devices);
+        let together = branches.div_ceil(job.devices.len().max(1));
         return Err(Error::Together { branches, made, together });
     }
     Ok(())

@@ -8,6 +8,8 @@
 use std::collections::BTreeSet;
 
 use super::config::Branch;
+use super::dense_measure::grid;
+use super::group::device_of;
 use super::{Survey, SweepJob};
 use crate::error::Result;
 use crate::operations::Operations;
@@ -49,15 +51,14 @@ impl SweepPrediction {
 /// What branches that are made side by side take, all of them.
 pub(super) fn group(job: &SweepJob<'_>, members: &[&Branch]) -> Result<Option<Prediction>> {
     let budget = job.device().memory()?.map_or(0, |memory| memory.budget as u64);
-    let devices = job.devices.len().max(1);
-    let mut busy = vec![0.0_f64; devices];
+    let mut busy = vec![0.0_f64; job.devices.len().max(1)];
     let mut from = Source::Bench;
     for (member, branch) in members.iter().enumerate() {
         let plan = job.plan(branch, budget)?;
         let Some(predicted) = job.rates.branch(job.source.config(), &branch.spec, &plan) else {
             return Ok(None);
         };
-        busy[member % devices] += predicted.seconds;
+        busy[device_of(member, job.devices.len())] += predicted.seconds;
         from = from.max(predicted.from);
     }
     Ok(Some(Prediction { seconds: busy.into_iter().fold(0.0, f64::max), from }))
@@ -73,7 +74,7 @@ fn measuring(job: &SweepJob<'_>, survey: &Survey) -> Option<Prediction> {
     if left.is_empty() {
         return nothing;
     }
-    let grids: BTreeSet<_> = left.iter().map(|b| (b.spec.bits, b.spec.group_size)).collect();
+    let grids: BTreeSet<_> = left.iter().map(|branch| grid(&branch.spec)).collect();
     let walks = 1 + left.len() + grids.len();
     let model = job.source.config();
     let tokens = (text.windows.len(), text.seq_len);

@@ -18,7 +18,7 @@ use super::log::{Seconds, SweepLog, SweepReport, SweepRow};
 use super::one_source::{Digest, read_once};
 use super::resume::{Left, State, unlink_moved};
 use super::{Survey, Surveyed, SweepJob, predict};
-use crate::error::{Error, Result, hints, with_causes};
+use crate::error::{Error, Result, with_causes, with_hints};
 use crate::first_gram::FirstGrams;
 use crate::progress::Progress;
 use crate::rates::Prediction;
@@ -234,11 +234,8 @@ impl<'a> Run<'a> {
             // A sweep of one branch needs no list.
             Err(error) if self.job.branches.len() == 1 => Err(error),
             Err(error) => {
-                let mut warning = format!("{} failed: {}", branch.name, with_causes(&error));
-                for hint in hints(&error) {
-                    warning.push_str(&format!("\nhint: {hint}"));
-                }
-                self.progress.warn(&warning);
+                let warning = format!("{} failed: {}", branch.name, with_causes(&error));
+                self.progress.warn(&with_hints(warning, &error));
                 self.failed.push(branch.name.clone());
                 Ok(())
             }

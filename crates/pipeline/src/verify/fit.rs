@@ -49,6 +49,7 @@ use crate::error::Result;
 /// rows without a negative weight 0.155; codes that are off by one leave 0.8 to 1.1, and more than 0.5
 /// at 2 bits, where half of them stay at the end of the grid.
 const MAX_NEAREST: f64 = 0.32;
+
 /// How a quantized linear sits on its weights.
 pub(super) struct Fit {
     /// Energy of the difference, and of the weights.
