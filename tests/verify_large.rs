@@ -14,9 +14,9 @@ use std::time::Duration;
 use safetensors::Dtype;
 use util::{Noise, TinyLlama, Weights, Workdir, words};
 
-const HIDDEN: usize = 768;
-const MLP: usize = 2048;
-const BLOCKS: usize = 6;
+const HIDDEN: usize = 1024;
+const MLP: usize = 4096;
+const BLOCKS: usize = 4;
 /// A block in f32.
 const BLOCK: u64 = 4 * (3 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP) as u64;
 

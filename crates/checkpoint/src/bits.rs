@@ -197,17 +197,32 @@ fn pack_chunk<const B: usize>(values: &[u8; CHUNK]) -> [u32; B] {
 
 #[inline(always)]
 fn unpack_chunk<const B: usize>(words: &[u32; B]) -> [u8; CHUNK] {
-    let mask = (1u32 << B) - 1;
     let mut values = [0; CHUNK];
-    for (j, to) in values.iter_mut().enumerate() {
-        let (word, shift) = (j * B / 32, j * B % 32);
-        let mut value = words[word] >> shift;
-        if shift + B > 32 {
-            value |= words[word + 1] << (32 - shift);
+    for (k, eight) in values.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let (word, shift) = (k * 8 * B / 32, k * 8 * B % 32);
+        let mut bits = u64::from(words[word]) >> shift;
+        if shift + 8 * B > 32 {
+            bits |= u64::from(words[word + 1]) << (32 - shift);
         }
-        *to = (value & mask) as u8;
+        *eight = spread::<B>(bits).to_le_bytes();
     }
     values
+}
+
+/// The eight lowest values of `B` bits, a byte each: they are parted in halves three times.
+#[inline(always)]
+fn spread<const B: usize>(bits: u64) -> u64 {
+    // `B` ones in every byte, twice as many in every two, and so on.
+    let lanes = |width: usize, ones: usize| low(ones) * (u64::MAX / low(width));
+    let mut bits = bits & low(8 * B);
+    bits = (bits | bits << (32 - 4 * B)) & lanes(32, 4 * B);
+    bits = (bits | bits << (16 - 2 * B)) & lanes(16, 2 * B);
+    (bits | bits << (8 - B)) & lanes(8, B)
+}
+
+/// So many ones.
+const fn low(ones: usize) -> u64 {
+    u64::MAX >> (64 - ones)
 }
 
 fn rows_to_words<const B: usize>(values: &[u8]) -> Vec<u32> {

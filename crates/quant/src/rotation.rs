@@ -95,15 +95,49 @@ impl Rotation {
 
 /// The unscaled transform, in place; the length is a power of two.
 fn walsh_hadamard(x: &mut [f32]) {
-    let mut half = 1;
+    const LANES: usize = 8;
+    // Within a few values the steps are done in registers; between them, on as many at a time.
+    let few = x.len().min(LANES);
+    for values in x.chunks_exact_mut(few) {
+        match values.first_chunk_mut::<LANES>() {
+            Some(values) => walsh_hadamard_of(values),
+            None => walsh_hadamard_of_few(values),
+        }
+    }
+    let mut half = LANES;
     while half < x.len() {
         for pair in x.chunks_exact_mut(2 * half) {
             let (low, high) = pair.split_at_mut(half);
+            let (low, high) = (low.as_chunks_mut::<LANES>().0, high.as_chunks_mut::<LANES>().0);
             for (a, b) in low.iter_mut().zip(high) {
-                (*a, *b) = (*a + *b, *a - *b);
+                for i in 0..LANES {
+                    (a[i], b[i]) = (a[i] + b[i], a[i] - b[i]);
+                }
             }
         }
         half *= 2;
+    }
+}
+
+#[inline(always)]
+fn walsh_hadamard_of<const N: usize>(x: &mut [f32; N]) {
+    let mut half = 1;
+    while half < N {
+        for i in 0..N {
+            if i & half == 0 {
+                (x[i], x[i + half]) = (x[i] + x[i + half], x[i] - x[i + half]);
+            }
+        }
+        half *= 2;
+    }
+}
+
+/// Of one, two or four values.
+fn walsh_hadamard_of_few(x: &mut [f32]) {
+    if let Some(x) = x.first_chunk_mut::<4>() {
+        walsh_hadamard_of(x);
+    } else if let Some(x) = x.first_chunk_mut::<2>() {
+        walsh_hadamard_of(x);
     }
 }
 

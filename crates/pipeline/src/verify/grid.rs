@@ -28,6 +28,9 @@ pub(super) struct Grid<'a> {
     base: &'a BaseWeight<'a>,
     zeros: Vec<u8>,
     max: f32,
+    /// Groups and how many columns of each follow one another; empty where they do not lie together,
+    /// as after act-order.
+    runs: Vec<(u32, usize)>,
 }
 
 /// Scale and zero of one group of one row.
@@ -84,7 +87,12 @@ impl<'a> Grid<'a> {
     /// Of `linear`, with zeros in v1 form, and the weights it stands for.
     pub(super) fn new(linear: &'a GptqLinear, base: &'a BaseWeight<'a>) -> Self {
         let max = f32::from(linear.bits.max_code());
-        Self { linear, base, zeros: linear.unpack_zeros(), max }
+        let runs = linear.g_idx.chunk_by(|a, b| a == b).map(|run| (run[0], run.len()));
+        let mut runs: Vec<_> = runs.collect();
+        if runs.len() * LANES > linear.in_features {
+            runs.clear();
+        }
+        Self { linear, base, zeros: linear.unpack_zeros(), max, runs }
     }
 
     /// What `of` makes of every band of rows, in order; it gets each row in turn, between `begin` and
@@ -143,11 +151,7 @@ impl<'a> Grid<'a> {
         let count = codes.len();
         to.resize(count);
         self.base.row(row, &mut to.halves, &mut to.weight)?;
-        let group_of = &self.linear.g_idx[..count];
-        for ((scale, zero), &group) in to.scale.iter_mut().zip(&mut to.zero).zip(group_of) {
-            let cell = &cells[group as usize];
-            (*scale, *zero) = (cell.scale, cell.zero);
-        }
+        self.widen(cells, to);
         let weights = to.weight.as_chunks().0.iter().zip(to.scale.as_chunks().0);
         let weights = weights.zip(to.zero.as_chunks().0).zip(codes.as_chunks().0);
         let places = to.code.as_chunks_mut().0.iter_mut().zip(to.unbounded.as_chunks_mut().0);
@@ -161,11 +165,32 @@ impl<'a> Grid<'a> {
             (*nearest, *deviation) = (placed.nearest, placed.deviation);
         }
         if !Cells(cells).all_exact() {
-            for (deviation, &group) in to.deviation.iter_mut().zip(group_of) {
+            for (deviation, &group) in to.deviation.iter_mut().zip(&self.linear.g_idx) {
                 *deviation = if cells[group as usize].exact { *deviation } else { 0.0 };
             }
         }
         Ok(())
+    }
+}
+
+impl Grid<'_> {
+    /// Gives every column of a row the scale and the zero of its group.
+    fn widen(&self, cells: &[Cell], to: &mut Row) {
+        if self.runs.is_empty() {
+            let columns = to.scale.iter_mut().zip(&mut to.zero);
+            for ((scale, zero), &group) in columns.zip(&self.linear.g_idx) {
+                let cell = &cells[group as usize];
+                (*scale, *zero) = (cell.scale, cell.zero);
+            }
+            return;
+        }
+        let mut at = 0;
+        for &(group, columns) in &self.runs {
+            let cell = &cells[group as usize];
+            to.scale[at..at + columns].fill(cell.scale);
+            to.zero[at..at + columns].fill(cell.zero);
+            at += columns;
+        }
     }
 }
 
@@ -196,11 +221,18 @@ impl Placed {
             to.code[i] = f32::from(codes[i]) - zero[i];
             to.unbounded[i] = steps - zero[i];
             // What is no number stays none, and is of a scale that is not exact.
-            to.nearest[i] = (steps.clamp(0.0, max) + ROUNDS) - ROUNDS - zero[i];
-            to.deviation[i] = steps.clamp(-0.5, max + 0.5) - zero[i] - to.code[i];
+            to.nearest[i] = (within(steps, 0.0, max) + ROUNDS) - ROUNDS - zero[i];
+            to.deviation[i] = within(steps, -0.5, max + 0.5) - zero[i] - to.code[i];
         }
         to
     }
+}
+
+/// As [`f32::clamp`], which first looks at its limits, for every value anew.
+#[inline(always)]
+fn within(value: f32, least: f32, most: f32) -> f32 {
+    let value = if value < least { least } else { value };
+    if value > most { most } else { value }
 }
 
 impl Row {

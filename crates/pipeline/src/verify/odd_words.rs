@@ -64,9 +64,13 @@ impl<'a> OddWords<'a> {
 
     /// Looks at an output's words.
     pub(super) fn add(&mut self, output: usize, deviations: &[f32]) {
-        let weigh = |(&d, reciprocal): (&f32, &f64)| f64::from(d) * f64::from(d) * reciprocal;
-        self.squares.clear();
-        self.squares.extend(deviations.iter().zip(self.reciprocals).map(weigh));
+        let columns = deviations.len();
+        self.squares.resize(columns, 0.0);
+        let (squares, reciprocals) = (&mut self.squares[..columns], &self.reciprocals[..columns]);
+        for i in 0..columns {
+            let deviation = f64::from(deviations[i]);
+            squares[i] = deviation * deviation * reciprocals[i];
+        }
         self.own.clear();
         let whole = match self.bits {
             Bits::Two => sums_of::<16>(&self.squares, &mut self.own),
@@ -139,8 +143,20 @@ impl<'a> OddWords<'a> {
 
 /// Sums of `N` values each, and of all.
 fn sums_of<const N: usize>(values: &[f64], sums: &mut Vec<f64>) -> f64 {
-    sums.extend(values.as_chunks::<N>().0.iter().map(|word| word.iter().sum::<f64>()));
-    sums.iter().sum()
+    let words = values.as_chunks::<N>().0;
+    sums.resize(words.len(), 0.0);
+    let mut all = 0.0;
+    for (sum, word) in sums.iter_mut().zip(words) {
+        // In two lanes.
+        let mut own = [0.0; 2];
+        for pair in word.as_chunks::<2>().0 {
+            own[0] += pair[0];
+            own[1] += pair[1];
+        }
+        *sum = own[0] + own[1];
+        all += *sum;
+    }
+    all
 }
 
 /// The columns that have bits in a row of qweight.
