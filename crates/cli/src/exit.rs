@@ -44,18 +44,19 @@ fn code(error: &anyhow::Error) -> u8 {
     if is_internal(error) { INTERNAL } else { USER }
 }
 
-/// Shapes are checked where files are read, so a mismatch inside a device operation is our fault.
 fn is_internal(error: &anyhow::Error) -> bool {
-    hub::is_internal(error)
-        || error.chain().any(|cause| {
-            matches!(
-                cause.downcast_ref::<gptq_compute::Error>(),
-                Some(
-                    gptq_compute::Error::ShapeMismatch { .. }
-                        | gptq_compute::Error::RowOutOfRange { .. }
-                )
-            )
-        })
+    hub::is_internal(error) || error.chain().any(is_internal_link)
+}
+
+/// One link of a chain. An error that only hands on another is one link with it, which is asked for
+/// both.
+fn is_internal_link(link: &(dyn std::error::Error + 'static)) -> bool {
+    macro_rules! any_of {
+        ($($library:ident),*) => {
+            $(link.downcast_ref::<$library::Error>().is_some_and($library::Error::is_internal))||*
+        };
+    }
+    any_of!(gptq_compute, gptq_model, gptq_quant, gptq_pipeline)
 }
 
 #[cfg(test)]
@@ -89,6 +90,18 @@ mod tests {
         for error in [ours().into(), Err::<(), _>(ours()).context("Cannot go on").unwrap_err()] {
             assert_eq!(code(&error), INTERNAL, "{error:#}");
         }
+        // Through errors that only hand on another, and as one of a sweep's branches.
+        let model = || gptq_model::Error::from(ours());
+        let names = String::new();
+        for error in [
+            gptq_pipeline::Error::from(ours()),
+            model().into(),
+            gptq_pipeline::Error::Spec(ours().into()),
+            gptq_pipeline::Error::Branches { failed: 1, of: 2, names, internal: true },
+        ] {
+            assert_eq!(code(&error.into()), INTERNAL);
+        }
+        assert_eq!(code(&model().into()), INTERNAL);
         let theirs = Error::NoSuchDevice { ordinal: 9, count: 0 };
         for error in [theirs.into(), anyhow::anyhow!("no such file")] {
             assert_eq!(code(&error), USER, "{error:#}");

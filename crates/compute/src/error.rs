@@ -172,6 +172,13 @@ impl Error {
             _ => return None,
         })
     }
+
+    /// True for a fault of the caller's program: shapes are checked where files are read, so no input
+    /// should come as far as a mismatch inside an operation.
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        matches!(self, Self::ShapeMismatch { .. } | Self::RowOutOfRange { .. })
+    }
 }
 
 /// Checks that two shapes are as an operation needs them.

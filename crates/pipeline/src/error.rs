@@ -69,6 +69,8 @@ pub enum Error {
         of: usize,
         /// Their names.
         names: String,
+        /// True if one failed by a fault of this program.
+        internal: bool,
     },
     /// Devices whose results differ in the last bits.
     #[error("A sweep's devices have to be of one kind, and these are {one} and {other}")]
@@ -267,6 +269,18 @@ impl Error {
             Self::UnreadSource(_) => "leave out --discard-shards, or choose another --out".into(),
             _ => return None,
         })
+    }
+
+    /// True for a fault of this program, which no input should cause.
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        match self {
+            Self::Compute(error) => error.is_internal(),
+            Self::Model(error) => error.is_internal(),
+            Self::Spec(error) | Self::Solve { source: error, .. } => error.is_internal(),
+            Self::Branches { internal, .. } => *internal,
+            _ => false,
+        }
     }
 }
 

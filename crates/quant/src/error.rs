@@ -78,6 +78,12 @@ impl Error {
             _ => None,
         }
     }
+
+    /// True for a fault of this program, see [`gptq_compute::Error::is_internal`].
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        matches!(self, Self::Compute(error) if error.is_internal())
+    }
 }
 
 #[cfg(test)]

@@ -40,6 +40,8 @@ pub(super) struct Run<'a> {
     report: SweepReport,
     /// Names of the branches that could not be made or measured.
     failed: Vec<String>,
+    /// Whether one of them failed by a fault of this program.
+    internal: bool,
 }
 
 /// A branch and what there is of it.
@@ -93,6 +95,7 @@ impl<'a> Run<'a> {
             earlier: earlier.map_or_else(Vec::new, |e| e.rows),
             report,
             failed: Vec::new(),
+            internal: false,
         })
     }
 
@@ -128,7 +131,8 @@ impl<'a> Run<'a> {
             return Ok(self.report);
         }
         let (failed, of) = (std::mem::take(&mut self.failed), self.job.branches.len());
-        Err(Error::Branches { failed: failed.len(), of, names: failed.join(", ") })
+        let (names, internal) = (failed.join(", "), self.internal);
+        Err(Error::Branches { failed: failed.len(), of, names, internal })
     }
 
     /// Makes all branches that are to be made, and measures the dense model where something is to be
@@ -237,6 +241,7 @@ impl<'a> Run<'a> {
                 let warning = format!("{} failed: {}", branch.name, with_causes(&error));
                 self.progress.warn(&with_hints(warning, &error));
                 self.failed.push(branch.name.clone());
+                self.internal |= error.is_internal();
                 Ok(())
             }
         }
