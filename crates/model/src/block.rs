@@ -1,7 +1,7 @@
 //! One decoder block: its weights, and its forward pass cut between the linears.
 
 use gptq_checkpoint::ModelConfig;
-use gptq_compute::{AttentionShape, Device, RopeTable, Tensor};
+use gptq_compute::{AttentionShape, Device, KvCache, Resident, RopeTable, Span, Tensor};
 use half::f16;
 
 use crate::error::Result;
@@ -64,21 +64,64 @@ fn round(values: &mut [f32]) {
     values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32());
 }
 
+/// A weight `[out, in]` in a form that tokens can be multiplied with.
+pub trait Weight {
+    /// x · wᵀ: `[tokens, in] → [tokens, out]`.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn multiply(&self, device: &Device, x: &Tensor) -> Result<Tensor>;
+
+    /// residual += x · wᵀ.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn multiply_add(&self, device: &Device, x: &Tensor, residual: &mut Tensor) -> Result<()>;
+}
+
+impl Weight for Tensor {
+    fn multiply(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
+        Ok(device.linear(x, self)?)
+    }
+
+    fn multiply_add(&self, device: &Device, x: &Tensor, residual: &mut Tensor) -> Result<()> {
+        Ok(device.linear_add(x, self, residual)?)
+    }
+}
+
+impl Weight for Resident {
+    fn multiply(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
+        Ok(device.resident_linear(x, self)?)
+    }
+
+    fn multiply_add(&self, device: &Device, x: &Tensor, residual: &mut Tensor) -> Result<()> {
+        Ok(device.resident_linear_add(x, self, residual)?)
+    }
+}
+
+/// What the rows of a pass are, and what each of them attends to: itself and what is before it.
+enum Rows<'a> {
+    /// Whole windows of so many tokens.
+    Windows(&'a RopeTable, usize),
+    /// Ends of sequences whose beginnings are in a cache.
+    Spans(&'a RopeTable, &'a [Span], &'a mut KvCache),
+}
+
 /// A decoder block on a device.
 #[derive(Clone, Debug)]
-pub struct Block {
-    parts: BlockParts,
+pub struct Block<W = Tensor> {
+    parts: BlockParts<W>,
     /// Weights in host memory, of which those on the device are a rounding; empty or all seven.
     exact: Vec<Tensor>,
 }
 
 /// What a block is made of.
 #[derive(Clone, Debug)]
-pub struct BlockParts {
+pub struct BlockParts<W = Tensor> {
     /// Position in the model, from 0.
     pub index: usize,
     /// The seven weights `[out_features, in_features]`, in the order of [`LinearId::ALL`].
-    pub linears: Vec<Tensor>,
+    pub linears: Vec<W>,
     /// Their biases, of `out_features` values where there is one.
     pub biases: [Option<Vec<f32>>; 7],
     /// Gains of the norms of every query head and of every key head, where there are such norms.
@@ -97,16 +140,37 @@ pub struct BlockParts {
     pub head_dim: usize,
 }
 
-impl Block {
+impl<W> BlockParts<W> {
+    /// The same with other weights.
+    #[must_use]
+    pub fn with_linears<V>(self, linears: Vec<V>) -> BlockParts<V> {
+        BlockParts {
+            index: self.index,
+            linears,
+            biases: self.biases,
+            head_norms: self.head_norms,
+            input_norm: self.input_norm,
+            post_attention_norm: self.post_attention_norm,
+            norm_eps: self.norm_eps,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+        }
+    }
+}
+
+impl<W> Block<W> {
     /// A block of these parts.
     ///
     /// # Panics
     /// When there are not seven linears.
-    pub fn new(parts: BlockParts) -> Self {
+    pub fn new(parts: BlockParts<W>) -> Self {
         assert_eq!(parts.linears.len(), LinearId::ALL.len(), "linears of a block");
         Self { parts, exact: Vec::new() }
     }
+}
 
+impl Block {
     /// Position in the model, from 0.
     pub fn index(&self) -> usize {
         self.parts.index
@@ -183,46 +247,6 @@ impl Block {
         norms.chain(head_norms.iter_mut().flatten()).for_each(|gain| round(gain));
     }
 
-    /// Outputs of a linear with its bias.
-    fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
-        let mut output = device.linear(input, self.linear(id))?;
-        if let Some(bias) = self.bias(id) {
-            device.add_bias(&mut output, bias)?;
-        }
-        Ok(output)
-    }
-
-    /// Input of o from the inputs of q, k, v: projections, norms of heads, rotary embedding, causal
-    /// attention.
-    fn attention(
-        &self,
-        device: &Device,
-        input: &Tensor,
-        rope: &RopeTable,
-        seq_len: usize,
-    ) -> Result<Tensor> {
-        let mut q = self.project(device, input, LinearId::Q)?;
-        let mut k = self.project(device, input, LinearId::K)?;
-        let v = self.project(device, input, LinearId::V)?;
-        if let Some([q_gain, k_gain]) = &self.parts.head_norms {
-            q = device.rms_norm(&q, q_gain, self.parts.norm_eps)?;
-            k = device.rms_norm(&k, k_gain, self.parts.norm_eps)?;
-        }
-        device.rope(&mut q, rope, seq_len)?;
-        device.rope(&mut k, rope, seq_len)?;
-        let (heads, kv_heads, head_dim) =
-            (self.parts.heads, self.parts.kv_heads, self.parts.head_dim);
-        let shape = AttentionShape { heads, kv_heads, head_dim, seq_len };
-        Ok(device.attention(&q, &k, &v, shape)?)
-    }
-
-    /// Input of down: silu(gate(input)) · up(input), `[tokens, intermediate]`.
-    fn activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
-        let gate = self.project(device, input, LinearId::Gate)?;
-        let up = self.project(device, input, LinearId::Up)?;
-        Ok(device.silu_mul(gate, &up)?)
-    }
-
     /// Inputs of a stage's linears, `[tokens, in_features]`, from the hidden states that the stages
     /// before have left, over whole windows of `seq_len` tokens.
     ///
@@ -236,24 +260,73 @@ impl Block {
         rope: &RopeTable,
         seq_len: usize,
     ) -> Result<Tensor> {
-        self.next_input(device, stage, hidden, None, (rope, seq_len))
+        self.next_input(device, stage, hidden, None, &mut Rows::Windows(rope, seq_len))
+    }
+}
+
+impl<W: Weight> Block<W> {
+    /// The weights, in the order of [`LinearId::ALL`].
+    pub(crate) fn linears(&self) -> &[W] {
+        &self.parts.linears
     }
 
-    /// As [`Self::stage_input`], from the inputs of the stage before where they are at hand.
+    /// Outputs of a linear with its bias.
+    fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
+        let mut output = self.parts.linears[id as usize].multiply(device, input)?;
+        if let Some(bias) = &self.parts.biases[id as usize] {
+            device.add_bias(&mut output, bias)?;
+        }
+        Ok(output)
+    }
+
+    /// Input of o from the inputs of q, k, v: projections, norms of heads, rotary embedding, causal
+    /// attention.
+    fn attention(&self, device: &Device, input: &Tensor, rows: &mut Rows<'_>) -> Result<Tensor> {
+        let mut q = self.project(device, input, LinearId::Q)?;
+        let mut k = self.project(device, input, LinearId::K)?;
+        let v = self.project(device, input, LinearId::V)?;
+        if let Some([q_gain, k_gain]) = &self.parts.head_norms {
+            q = device.rms_norm(&q, q_gain, self.parts.norm_eps)?;
+            k = device.rms_norm(&k, k_gain, self.parts.norm_eps)?;
+        }
+        match rows {
+            Rows::Windows(rope, seq_len) => {
+                device.rope(&mut q, rope, *seq_len)?;
+                device.rope(&mut k, rope, *seq_len)?;
+                let BlockParts { heads, kv_heads, head_dim, .. } = self.parts;
+                let shape = AttentionShape { heads, kv_heads, head_dim, seq_len: *seq_len };
+                Ok(device.attention(&q, &k, &v, shape)?)
+            }
+            Rows::Spans(rope, spans, cache) => {
+                device.rope_spans(&mut q, rope, spans)?;
+                device.rope_spans(&mut k, rope, spans)?;
+                Ok(device.cached_attention(&q, &k, &v, cache, spans)?)
+            }
+        }
+    }
+
+    /// Input of down: silu(gate(input)) · up(input), `[tokens, intermediate]`.
+    fn activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
+        let gate = self.project(device, input, LinearId::Gate)?;
+        let up = self.project(device, input, LinearId::Up)?;
+        Ok(device.silu_mul(gate, &up)?)
+    }
+
+    /// As [`Block::stage_input`], of any rows, from the inputs of the stage before where they are at hand.
     fn next_input(
         &self,
         device: &Device,
         stage: Stage,
         hidden: &Tensor,
         before: Option<&Tensor>,
-        (rope, seq_len): (&RopeTable, usize),
+        rows: &mut Rows<'_>,
     ) -> Result<Tensor> {
         let BlockParts { input_norm, post_attention_norm, norm_eps, .. } = &self.parts;
         let normed = |gain: &[f32]| Ok(device.rms_norm(hidden, gain, *norm_eps)?);
         match (stage, before) {
             (Stage::Qkv, _) => normed(input_norm),
-            (Stage::Output, Some(input)) => self.attention(device, input, rope, seq_len),
-            (Stage::Output, None) => self.attention(device, &normed(input_norm)?, rope, seq_len),
+            (Stage::Output, Some(input)) => self.attention(device, input, rows),
+            (Stage::Output, None) => self.attention(device, &normed(input_norm)?, rows),
             (Stage::GateUp, _) => normed(post_attention_norm),
             (Stage::Down, Some(input)) => self.activation(device, input),
             (Stage::Down, None) => self.activation(device, &normed(post_attention_norm)?),
@@ -274,8 +347,8 @@ impl Block {
             Stage::Output => LinearId::O,
             Stage::Down => LinearId::Down,
         };
-        device.linear_add(input, self.linear(id), hidden)?;
-        if let Some(bias) = self.bias(id) {
+        self.parts.linears[id as usize].multiply_add(device, input, hidden)?;
+        if let Some(bias) = &self.parts.biases[id as usize] {
             device.add_bias(hidden, bias)?;
         }
         Ok(())
@@ -299,11 +372,38 @@ impl Block {
         hidden: &mut Tensor,
         rope: &RopeTable,
         seq_len: usize,
+        look: impl FnMut(Stage, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        self.pass(device, hidden, Rows::Windows(rope, seq_len), look)
+    }
+
+    /// The whole block over the ends of sequences, in place of their hidden states; their keys and
+    /// values go into `cache`.
+    ///
+    /// # Errors
+    /// Those of the device, spans beyond the cache among them.
+    pub fn forward_spans(
+        &self,
+        device: &Device,
+        hidden: &mut Tensor,
+        rope: &RopeTable,
+        spans: &[Span],
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        self.pass(device, hidden, Rows::Spans(rope, spans, cache), |_, _| Ok(()))
+    }
+
+    /// The stages in order.
+    fn pass(
+        &self,
+        device: &Device,
+        hidden: &mut Tensor,
+        mut rows: Rows<'_>,
         mut look: impl FnMut(Stage, &Tensor) -> Result<()>,
     ) -> Result<()> {
         let mut before = None;
         for stage in Stage::ALL {
-            let input = self.next_input(device, stage, hidden, before.as_ref(), (rope, seq_len))?;
+            let input = self.next_input(device, stage, hidden, before.as_ref(), &mut rows)?;
             look(stage, &input)?;
             self.stage_output(device, stage, &input, hidden)?;
             before = Some(input);

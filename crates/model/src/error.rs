@@ -34,6 +34,22 @@ pub enum Error {
         /// The model's sliding window.
         window: usize,
     },
+    /// A sequence would outgrow its cache.
+    #[error("The context of {capacity} tokens is full")]
+    ContextFull {
+        /// Tokens that a sequence may have.
+        capacity: usize,
+    },
+    /// A context longer than the model can be read with.
+    #[error("A context of {context} tokens is more than the {most} that {why}")]
+    ContextTooLong {
+        /// Tokens asked for.
+        context: usize,
+        /// The most there can be.
+        most: usize,
+        /// What says so.
+        why: &'static str,
+    },
     /// A weight holds integers.
     #[error("Tensor `{tensor}` holds I32 values where a floating-point weight is needed")]
     IntegerWeight {
@@ -59,6 +75,9 @@ impl Error {
             Self::Compute(error) => error.hint(),
             Self::ContextExceeded { max: most, .. } | Self::SlidingWindow { window: most, .. } => {
                 Some(format!("use --seq-len {most} or less").into())
+            }
+            Self::ContextTooLong { most, .. } => {
+                Some(format!("use --context {most} or less").into())
             }
             _ => None,
         }

@@ -4,14 +4,18 @@
 //! block shares, [`Model::load_block`] brings one block's weights to the device, and [`Block`]
 //! offers what lies between two linears as separate stages ([`Block::stage_input`],
 //! [`Block::stage_output`]), so that calibration can look at (and replace) each linear's weights on
-//! the way. [`Block::forward`] is nothing but the stages in order.
+//! the way. [`Block::forward`] is nothing but the stages in order. A [`Decoder`] is the exception: it
+//! holds every block, its weights as the file has them, and takes the same stages over the ends of
+//! sequences that grow.
 
 mod block;
+mod decoder;
 mod error;
 mod model;
 mod values;
 
-pub use block::{Block, BlockParts, LinearId, Stage};
+pub use block::{Block, BlockParts, LinearId, Stage, Weight};
+pub use decoder::{Cache, Decoder, context_limit};
 pub use error::{Error, Result};
 pub use model::{Head, Model};
 pub use values::SourcePrecision;

@@ -28,20 +28,20 @@ pub struct Model<'a> {
 
 /// Final norm and language-model head on a device.
 #[derive(Debug)]
-pub struct Head {
-    norm: Vec<f32>,
-    eps: f32,
-    weight: Tensor,
+pub struct Head<W = Tensor> {
+    pub(crate) norm: Vec<f32>,
+    pub(crate) eps: f32,
+    pub(crate) weight: W,
 }
 
-impl Head {
+impl<W> Head<W> {
     /// Final norm of hidden states `[tokens, hidden]`.
     pub fn norm(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
         Ok(device.rms_norm(hidden, &self.norm, self.eps)?)
     }
 
     /// The head's weights `[vocab, hidden]`.
-    pub fn weight(&self) -> &Tensor {
+    pub fn weight(&self) -> &W {
         &self.weight
     }
 }
@@ -167,7 +167,7 @@ impl<'a> Model<'a> {
             self.load_linear(device, &format!("{prefix}.{}", shape.name), shape)
         };
         let linears = self.config().block_linears().iter().map(load).collect::<Result<_>>()?;
-        Ok(Block::new(BlockParts { linears, ..self.load_frame(index)? }))
+        Ok(Block::new(self.load_frame(index)?.with_linears(linears)))
     }
 
     /// Loads a block without its linears' weights: none are in it.
@@ -279,7 +279,7 @@ impl<'a> Model<'a> {
         Ok(Some(bias).filter(|bias| bias.iter().any(|&v| v != 0.0)))
     }
 
-    fn vector(&self, name: &str, size: usize) -> Result<Vec<f32>> {
+    pub(crate) fn vector(&self, name: &str, size: usize) -> Result<Vec<f32>> {
         let tensor = self.checkpoint.tensor_shaped(name, &[size])?;
         tensor.check_finite()?;
         let values = self.values(&tensor)?;

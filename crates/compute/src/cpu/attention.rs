@@ -38,25 +38,28 @@ pub(crate) fn causal(
     out
 }
 
-/// Attention of one head over one window; all operands `[seq_len, head_dim]`.
-fn one_head(
+/// Attention of one head over one window or its end: keys and values `[seq_len, head_dim]`, queries the
+/// last so many tokens'.
+pub(crate) fn one_head(
     q: ArrayView2<'_, f32>,
     k: ArrayView2<'_, f32>,
     v: ArrayView2<'_, f32>,
     mut out: ArrayViewMut2<'_, f32>,
 ) {
-    let seq_len = q.nrows();
+    let seq_len = k.nrows();
+    let before = seq_len - q.nrows();
     let scale = 1.0 / (q.ncols() as f32).sqrt();
-    let mut scratch = vec![0.0_f32; BAND.min(seq_len) * seq_len];
-    for start in (0..seq_len).step_by(BAND) {
-        let end = (start + BAND).min(seq_len);
-        let rows = end - start;
+    let mut scratch = vec![0.0_f32; BAND.min(q.nrows()) * seq_len];
+    for first in (0..q.nrows()).step_by(BAND) {
+        let rows = BAND.min(q.nrows() - first);
+        // Positions of the band's queries.
+        let (start, end) = (before + first, before + first + rows);
         let band = &mut scratch[..rows * end];
         #[expect(clippy::expect_used, reason = "the band was cut to this shape just above")]
         let mut scores = ArrayViewMut2::from_shape((rows, end), band).expect("rows × end scores");
         general_mat_mul(
             scale,
-            &q.slice(s![start..end, ..]),
+            &q.slice(s![first..first + rows, ..]),
             &k.slice(s![..end, ..]).t(),
             0.0,
             &mut scores,
@@ -67,7 +70,7 @@ fn one_head(
             sums[i] = simd::exp_sum(seen, simd::max(seen));
             future.fill(0.0);
         }
-        let mut context = out.slice_mut(s![start..end, ..]);
+        let mut context = out.slice_mut(s![first..first + rows, ..]);
         general_mat_mul(1.0, &scores, &v.slice(s![..end, ..]), 0.0, &mut context);
         for (mut row, sum) in context.rows_mut().into_iter().zip(sums) {
             row.mapv_inplace(|x| x / sum);

@@ -41,10 +41,19 @@ pub(crate) fn add_bias(x: &mut Array2<f32>, bias: &[f32]) {
 
 /// Rotates (x_i, x_{i+half}) of every head by the angle of the row's position in its window.
 pub(crate) fn rope(x: &mut Array2<f32>, table: &RopeTable, seq_len: usize) {
+    rotate(x, table, |row| row % seq_len);
+}
+
+/// As [`rope`], with the position of every row.
+pub(crate) fn rope_at(x: &mut Array2<f32>, table: &RopeTable, positions: &[usize]) {
+    rotate(x, table, |row| positions[row]);
+}
+
+fn rotate(x: &mut Array2<f32>, table: &RopeTable, position: impl Fn(usize) -> usize + Sync) {
     let half = table.half;
     let mut rows: Vec<_> = x.axis_iter_mut(Axis(0)).collect();
     rows.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(i, row)| {
-        let at = (i % seq_len) * half;
+        let at = position(i) * half;
         let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
         for head in slice_mut(row).chunks_exact_mut(2 * half) {
             let (low, high) = head.split_at_mut(half);

@@ -4,10 +4,13 @@
 //! do not depend on the number of threads.
 
 pub(crate) mod attention;
+pub(crate) mod cached_attention;
+mod dots;
 pub(crate) mod elementwise;
 pub(crate) mod gram;
 pub mod linalg;
 pub(crate) mod matmul;
+pub(crate) mod resident;
 pub(crate) mod rows;
 mod simd;
 mod tiles;

@@ -25,6 +25,8 @@ macro_rules! dispatch {
     };
 }
 
+pub(crate) use dispatch;
+
 dispatch!(
     /// Replaces each value v by exp(v − shift) and returns the sum.
     exp_sum(values: &mut [f32], shift: f32) -> f32, exp_sum_body);
@@ -34,6 +36,9 @@ dispatch!(
 dispatch!(
     /// gate = silu(gate) · up.
     silu_mul(gate: &mut [f32], up: &[f32]), silu_mul_body);
+dispatch!(
+    /// Σ wᵢ · rowᵢ, of rows as long as `out`.
+    weighted_sum(weights: &[f32], rows: &[f32], out: &mut [f32]), weighted_sum_body);
 dispatch!(
     /// Σ exp(p − p_norm) · ((p − p_norm) − (q − q_norm)): KL of one row of logits.
     kl(p: &[f32], p_norm: f32, q: &[f32], q_norm: f32) -> f64, kl_body);
@@ -97,6 +102,16 @@ fn max_body(values: &[f32]) -> f32 {
         }
     }
     lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |a, &v| a.max(v))
+}
+
+#[inline(always)]
+fn weighted_sum_body(weights: &[f32], rows: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    for (row, w) in rows.chunks_exact(out.len()).zip(weights) {
+        for (o, v) in out.iter_mut().zip(row) {
+            *o += w * v;
+        }
+    }
 }
 
 #[inline(always)]

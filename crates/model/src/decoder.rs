@@ -1,0 +1,264 @@
+//! A model that stays on its device whole, and sequences that it goes on with token by token.
+//!
+//! The forward pass is that of [`crate::Block`]; what differs is where attention finds the tokens
+//! before, and that weights are kept as their file has them.
+
+use gptq_checkpoint::{
+    Checkpoint, FINAL_NORM, HEAD, LEAVES, LinearShape, ModelConfig, RopeScaling,
+};
+use gptq_compute::{CacheShape, CodedMatrix, Device, KvCache, Resident, RopeTable, Span, Tensor};
+use ndarray::{Array2, Axis};
+
+use crate::block::Block;
+use crate::error::{Error, Result};
+use crate::model::{Head, Model};
+use crate::values::{SourcePrecision, Values};
+
+/// Tokens of a prompt that go through the model at a time: what they take besides the weights is a few
+/// activations of so many rows.
+const PASS_TOKENS: usize = 512;
+
+/// The most tokens that a sequence of this model can have, and what says so.
+#[must_use]
+pub fn context_limit(config: &ModelConfig) -> (usize, &'static str) {
+    let positions = match config.rope.scaling {
+        // Beyond, every new token would turn the keys that are there.
+        RopeScaling::Dynamic { .. } => (
+            config.max_position_embeddings,
+            "a cache can hold of a model with `dynamic` rope_scaling",
+        ),
+        _ => (config.positions(), "the model was made for (max_position_embeddings)"),
+    };
+    match config.sliding_window {
+        Some(window) if window < positions.0 => {
+            (window, "attention reaches (sliding_window); beyond is not available here")
+        }
+        _ => positions,
+    }
+}
+
+/// A model whose blocks all stay on the device.
+#[derive(Debug)]
+pub struct Decoder<'a> {
+    model: Model<'a>,
+    blocks: Vec<Block<Resident>>,
+    head: Head<Resident>,
+    context: usize,
+}
+
+/// Keys and values of every block, for some sequences at a time.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    blocks: Vec<KvCache>,
+    /// Tokens of each sequence.
+    lengths: Vec<usize>,
+    capacity: usize,
+}
+
+impl Cache {
+    /// Tokens of a sequence so far.
+    #[must_use]
+    pub fn len(&self, slot: usize) -> usize {
+        self.lengths[slot]
+    }
+
+    /// True for a sequence that has not begun.
+    #[must_use]
+    pub fn is_empty(&self, slot: usize) -> bool {
+        self.len(slot) == 0
+    }
+
+    /// Tokens that a sequence can have.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Sequences that there is room for.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Forgets a sequence but for its first tokens.
+    pub fn truncate(&mut self, slot: usize, len: usize) {
+        self.lengths[slot] = self.lengths[slot].min(len);
+    }
+
+    /// Where so many more tokens of a sequence go.
+    fn span(&self, slot: usize, len: usize) -> Result<Span> {
+        let start = self.lengths[slot];
+        if start + len > self.capacity {
+            return Err(Error::ContextFull { capacity: self.capacity });
+        }
+        Ok(Span { slot, start, len })
+    }
+}
+
+impl<'a> Decoder<'a> {
+    /// Loads every block; `progress` hears of each. Sequences have up to `context` tokens.
+    ///
+    /// # Errors
+    /// [`Error::ContextTooLong`], and as [`Model::new`] and [`Model::load_block`].
+    pub fn load(
+        checkpoint: &'a Checkpoint,
+        device: Device,
+        context: usize,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Self> {
+        let (most, why) = context_limit(checkpoint.config());
+        if context > most {
+            return Err(Error::ContextTooLong { context, most, why });
+        }
+        let model = Model::new(checkpoint, device, SourcePrecision::Stored, context)?;
+        let config = model.config();
+        let head = Head {
+            norm: model.vector(FINAL_NORM, config.hidden_size)?,
+            eps: config.rms_norm_eps,
+            weight: keep(&model, HEAD, config.vocab_size, config.hidden_size)?,
+        };
+        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+        for index in 0..config.num_hidden_layers {
+            let prefix = ModelConfig::block_prefix(index);
+            let load = |shape: &LinearShape| {
+                keep_linear(&model, &format!("{prefix}.{}", shape.name), shape)
+            };
+            let linears = config.block_linears().iter().map(load).collect::<Result<_>>()?;
+            blocks.push(Block::new(model.load_frame(index)?.with_linears(linears)));
+            progress(index);
+        }
+        Ok(Self { model, blocks, head, context })
+    }
+
+    /// Tokens that a sequence may have.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// The model's shape.
+    #[must_use]
+    pub fn config(&self) -> &'a ModelConfig {
+        self.model.config()
+    }
+
+    /// The device that runs the model.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        self.model.device()
+    }
+
+    /// Bytes of weights that one step reads.
+    #[must_use]
+    pub fn step_bytes(&self) -> usize {
+        let blocks = self.blocks.iter().flat_map(Block::linears);
+        blocks.map(Resident::bytes).sum::<usize>() + self.head.weight.bytes()
+    }
+
+    /// An empty cache for `slots` sequences of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`Error::ContextTooLong`] for more than the decoder was loaded for, and those of the device.
+    pub fn cache(&self, slots: usize, capacity: usize) -> Result<Cache> {
+        if capacity > self.context {
+            let why = "the model was loaded for";
+            return Err(Error::ContextTooLong { context: capacity, most: self.context, why });
+        }
+        let shape = cache_shape(self.config(), slots, capacity);
+        let blocks = self.blocks.iter().map(|_| Ok(self.device().kv_cache(shape)?));
+        let blocks = blocks.collect::<Result<_>>()?;
+        Ok(Cache { blocks, lengths: vec![0; slots], capacity })
+    }
+
+    /// Goes on with a sequence by some tokens; their final hidden states `[ids.len(), hidden]`, normed.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`], with nothing taken, and those of the device.
+    pub fn feed(&self, cache: &mut Cache, slot: usize, ids: &[u32]) -> Result<Tensor> {
+        cache.span(slot, ids.len())?;
+        let mut hidden = Array2::zeros((ids.len(), self.config().hidden_size));
+        for (part, mut rows) in
+            ids.chunks(PASS_TOKENS).zip(hidden.axis_chunks_iter_mut(Axis(0), PASS_TOKENS))
+        {
+            let span = cache.span(slot, part.len())?;
+            rows.assign(&self.pass(cache, part, &[span])?.to_host()?);
+        }
+        Ok(self.device().upload_f32(hidden)?)
+    }
+
+    /// Goes on with some sequences by a token each: their final hidden states, a row each.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`], with nothing taken, and those of the device.
+    pub fn step(&self, cache: &mut Cache, next: &[(usize, u32)]) -> Result<Tensor> {
+        let spans =
+            next.iter().map(|&(slot, _)| cache.span(slot, 1)).collect::<Result<Vec<_>>>()?;
+        let ids: Vec<_> = next.iter().map(|&(_, id)| id).collect();
+        self.pass(cache, &ids, &spans)
+    }
+
+    /// Logits `[rows, vocab]` of final hidden states.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Array2<f32>> {
+        Ok(self.device().resident_linear(hidden, &self.head.weight)?.to_host()?)
+    }
+
+    /// All blocks over `ids`, the rows of `spans`.
+    fn pass(&self, cache: &mut Cache, ids: &[u32], spans: &[Span]) -> Result<Tensor> {
+        let device = self.device();
+        let mut hidden = self.model.embed(ids)?;
+        let rope: &RopeTable = self.model.rope(self.context);
+        for (block, kept) in self.blocks.iter().zip(&mut cache.blocks) {
+            block.forward_spans(device, &mut hidden, rope, spans, kept)?;
+        }
+        for span in spans {
+            cache.lengths[span.slot] = span.start + span.len;
+        }
+        self.head.norm(device, &hidden)
+    }
+}
+
+/// Sizes of every block's cache.
+fn cache_shape(config: &ModelConfig, slots: usize, capacity: usize) -> CacheShape {
+    CacheShape {
+        slots,
+        capacity,
+        heads: config.num_attention_heads,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+    }
+}
+
+/// Keeps a linear, dense or quantized, as it is stored.
+fn keep_linear(model: &Model<'_>, name: &str, shape: &LinearShape) -> Result<Resident> {
+    let checkpoint = model.checkpoint();
+    let (rows, cols) = (shape.out_features, shape.in_features);
+    if !checkpoint.has_gptq_linear(name) {
+        return keep(model, &format!("{name}.weight"), rows, cols);
+    }
+    let linear = checkpoint.gptq_linear(name, shape)?;
+    for leaf in LEAVES {
+        checkpoint.release(&format!("{name}.{leaf}"));
+    }
+    Ok(model.device().keep_coded(CodedMatrix {
+        bits: linear.bits.get(),
+        rows,
+        cols,
+        codes: &linear.unpack_codes(),
+        zeros: &linear.unpack_zeros(),
+        scales: &linear.scales,
+        group_of: &linear.g_idx,
+    })?)
+}
+
+/// Keeps a dense weight as it is stored.
+fn keep(model: &Model<'_>, name: &str, rows: usize, cols: usize) -> Result<Resident> {
+    let tensor = model.checkpoint().tensor_shaped(name, &[rows, cols])?;
+    tensor.check_finite()?;
+    let values = Values::read(tensor, SourcePrecision::Stored)?;
+    let kept = model.device().keep(values.matrix(rows, cols))?;
+    model.checkpoint().release(name);
+    Ok(kept)
+}

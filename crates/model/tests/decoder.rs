@@ -1,0 +1,95 @@
+//! Sequences that grow in a cache have the hidden states of whole windows.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::path::Path;
+
+use gptq_checkpoint::Checkpoint;
+use gptq_compute::Device;
+use gptq_model::{Decoder, Error, Model, SourcePrecision};
+use ndarray::{Array2, Axis};
+
+const TOKENS: usize = 90;
+
+fn demo() -> Checkpoint {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/demo-llama");
+    Checkpoint::open(&folder).unwrap()
+}
+
+fn ids(seed: u32, vocab: usize) -> Vec<u32> {
+    (0..TOKENS as u32).map(|i| (i * 7919 + seed * 104_729) % vocab as u32).collect()
+}
+
+/// Final hidden states of a whole window, by the walk that measures perplexities.
+fn whole(checkpoint: &Checkpoint, ids: &[u32]) -> Array2<f32> {
+    let model = Model::new(checkpoint, Device::Cpu, SourcePrecision::Stored, ids.len()).unwrap();
+    let mut hidden = model.embed(ids).unwrap();
+    for index in 0..model.config().num_hidden_layers {
+        let block = model.load_block(index).unwrap();
+        block.forward(model.device(), &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
+    }
+    model.load_head().unwrap().norm(model.device(), &hidden).unwrap().into_host()
+}
+
+fn close(found: &Array2<f32>, wanted: &Array2<f32>) {
+    let worst = (found - wanted).iter().fold(0.0_f32, |worst, v| worst.max(v.abs()));
+    let largest = wanted.iter().fold(0.0_f32, |largest, v| largest.max(v.abs()));
+    assert!(worst < 1e-5 * largest, "worst {worst:e} of {largest}");
+}
+
+#[test]
+fn sequences_that_grow_have_what_whole_windows_have() {
+    let checkpoint = demo();
+    let decoder = Decoder::load(&checkpoint, Device::Cpu, 128, |_| ()).unwrap();
+    let texts = [ids(1, decoder.config().vocab_size), ids(2, decoder.config().vocab_size)];
+    let wanted = texts.each_ref().map(|ids| whole(&checkpoint, ids));
+
+    // One in a prompt of many tokens, the other in one of few, then both together.
+    let mut cache = decoder.cache(2, 100).unwrap();
+    let prompts = [40, 3];
+    let mut found = [0, 1].map(|slot| {
+        let hidden = decoder.feed(&mut cache, slot, &texts[slot][..prompts[slot]]).unwrap();
+        vec![hidden.into_host()]
+    });
+    for i in 0..TOKENS {
+        let next: Vec<_> = (0..2)
+            .filter(|&slot| prompts[slot] + i < TOKENS)
+            .map(|slot| (slot, texts[slot][prompts[slot] + i]))
+            .collect();
+        if next.is_empty() {
+            break;
+        }
+        let hidden = decoder.step(&mut cache, &next).unwrap().into_host();
+        for (row, (slot, _)) in hidden.axis_chunks_iter(Axis(0), 1).zip(next) {
+            found[slot].push(row.to_owned());
+        }
+    }
+    for (found, wanted) in found.iter().zip(&wanted) {
+        let views: Vec<_> = found.iter().map(|part| part.view()).collect();
+        close(&ndarray::concatenate(Axis(0), &views).unwrap(), wanted);
+    }
+
+    // Taken back to some length, a sequence goes on as if the rest had not been.
+    cache.truncate(0, 17);
+    decoder.feed(&mut cache, 0, &texts[1][..5]).unwrap();
+    cache.truncate(0, 17);
+    let again = decoder.feed(&mut cache, 0, &texts[0][17..30]).unwrap().into_host();
+    close(&again, &wanted[0].slice(ndarray::s![17..30, ..]).to_owned());
+}
+
+#[test]
+fn contexts_have_an_end() {
+    let checkpoint = demo();
+    let most = checkpoint.config().positions();
+    let error = Decoder::load(&checkpoint, Device::Cpu, most + 1, |_| ()).unwrap_err();
+    assert!(matches!(error, Error::ContextTooLong { .. }), "{error}");
+    let decoder = Decoder::load(&checkpoint, Device::Cpu, 16, |_| ()).unwrap();
+    assert!(decoder.cache(1, 17).is_err());
+    let mut cache = decoder.cache(1, 8).unwrap();
+    let error = decoder.feed(&mut cache, 0, &[1; 9]).unwrap_err();
+    assert!(matches!(error, Error::ContextFull { capacity: 8 }), "{error}");
+    assert_eq!(cache.len(0), 0);
+    decoder.feed(&mut cache, 0, &[1; 8]).unwrap();
+    let error = decoder.step(&mut cache, &[(0, 1)]).unwrap_err();
+    assert_eq!(error.to_string(), "The context of 8 tokens is full");
+}
