@@ -13,6 +13,7 @@ mod hub;
 #[cfg(feature = "hub")]
 #[path = "hub_on/mod.rs"]
 mod hub;
+mod interrupt;
 mod launch;
 mod local_ranks;
 mod plain;

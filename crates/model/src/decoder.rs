@@ -197,6 +197,15 @@ impl<'a> Decoder<'a> {
         self.pass(cache, &ids, &spans)
     }
 
+    /// The last row of hidden states: what the token after a prompt is chosen by.
+    ///
+    /// # Errors
+    /// Those of the device; there must be a row.
+    pub fn last_row(&self, hidden: &Tensor) -> Result<Tensor> {
+        let last = u32::try_from(hidden.rows()).unwrap_or(u32::MAX).wrapping_sub(1);
+        Ok(self.device().select_rows(hidden, &[last])?)
+    }
+
     /// Logits `[rows, vocab]` of final hidden states.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 mod calibration;
 mod device;
+mod sampling;
 mod typed;
 pub(crate) mod values;
 
@@ -15,6 +16,7 @@ use crate::commands::Command;
 
 pub(crate) use calibration::CalibrationArgs;
 pub(crate) use device::DeviceArgs;
+pub(crate) use sampling::SamplingArgs;
 pub(crate) use typed::typed;
 
 /// Quantize Llama models with GPTQ and prove the result.

@@ -4,9 +4,11 @@
 
 mod bench;
 mod card;
+mod chat;
 mod check;
 mod doctor;
 mod fetch;
+mod generate;
 mod inspect;
 mod plan;
 mod ppl;
@@ -16,6 +18,7 @@ mod report;
 pub(crate) mod source;
 mod sweep;
 pub(crate) mod table;
+mod text_model;
 mod verify;
 
 use std::io::Write;
@@ -50,6 +53,8 @@ macro_rules! commands {
 commands! {
     Quantize: quantize,
     Ppl: ppl,
+    Generate: generate,
+    Chat: chat,
     Plan: plan,
     Inspect: inspect,
     Verify: verify,
@@ -66,6 +71,15 @@ commands! {
 /// Writes a result for people to stdout.
 pub(crate) fn print_result(text: &str) -> Result<()> {
     print_as_it_is(&plain(text))
+}
+
+/// Writes a part of a result for people to stdout, at once and without a line's end.
+pub(crate) fn print_part(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(plain(text).as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => Ok(other?),
+    }
 }
 
 /// Writes to stdout. That nobody reads on is the reader's choice and changes nothing else: not what is

@@ -1,0 +1,115 @@
+//! `gptq chat`: a conversation, a line at a time.
+
+use std::io::{BufRead, IsTerminal, Write};
+
+use anyhow::{Context, Result};
+use gptq_generate::{Engine, Finish, Message, Request};
+use gptq_pipeline::progress::Progress;
+
+use super::text_model::{TextModel, check_length};
+use super::{print_part, print_result};
+use crate::args::{DeviceArgs, SamplingArgs};
+use crate::interrupt::Interrupt;
+use crate::printer::Printer;
+
+/// Tokens of a conversation where nobody says how many and the model could hold more.
+const CONTEXT: usize = 4096;
+
+/// Talk with a dense model or a GPTQ checkpoint
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Lines of standard input are what you say; /reset begins anew, /exit or Ctrl-D ends.
+Ctrl-C ends an answer.
+
+Examples:
+  gptq chat ./SmolLM2-135M-4bit-128g
+  gptq chat ./StableBeluga2-4bit-128g --template facts.toml --system 'Answer in one sentence.'
+  echo 'What is a quaternion?' | gptq chat ./model --temperature 0 -q"
+)]
+pub(crate) struct Args {
+    /// Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
+    model: String,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
+    let options = &args.sampling;
+    let device = args.device.open_one(printer, "use --device with one")?;
+    let model = TextModel::open(&args.model, options, usize::MAX, printer)?;
+    let template = model.template(options.template.as_deref())?;
+    let context = options.context.unwrap_or(CONTEXT.min(model.limit()));
+    let interrupt = Interrupt::listen()?;
+    let decoder = model.decoder(&device, context, printer)?;
+    let mut engine = Engine::new(&decoder, &model.tokenizer, 1, context)?;
+    let begin = || -> Vec<Message> {
+        options.system.iter().map(|system| Message::new("system", system)).collect()
+    };
+    let mut messages = begin();
+    let asks = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        if asks {
+            let mut out = std::io::stdout().lock();
+            write!(out, "> ")?;
+            out.flush()?;
+        }
+        let Some(line) = lines.next() else { break };
+        let line = line.context("Could not read standard input")?;
+        match line.trim() {
+            "" => continue,
+            "/exit" => break,
+            "/reset" => {
+                messages = begin();
+                continue;
+            }
+            _ => messages.push(Message::new("user", line)),
+        }
+        let prompt = model.encode_chat(&template, &messages)?;
+        if let Err(error) = check_length(&prompt, context) {
+            messages.pop();
+            if messages.last().is_none_or(|message| message.role == "system") {
+                return Err(error.into());
+            }
+            printer.warn("this does not fit the context any more; /reset begins anew");
+            continue;
+        }
+        let answer = answer(&mut engine, model.request(prompt, options), &interrupt, printer)?;
+        messages.push(Message::new("assistant", answer));
+    }
+    Ok(())
+}
+
+/// Makes an answer and prints it as it comes.
+fn answer(
+    engine: &mut Engine<'_>,
+    request: Request,
+    interrupt: &Interrupt,
+    printer: &Printer,
+) -> Result<String> {
+    interrupt.begin();
+    let mut text = String::new();
+    let mut step = engine.start(request)?;
+    let finish = loop {
+        print_part(&step.text)?;
+        text.push_str(&step.text);
+        if step.finish.is_some() || interrupt.is_pressed() {
+            break step.finish;
+        }
+        let Some(next) = engine.step()?.pop() else { break None };
+        step = next;
+    };
+    let rest = engine.cancel(step.slot)?;
+    interrupt.end();
+    print_part(&rest)?;
+    print_result("")?;
+    text.push_str(&rest);
+    match finish {
+        Some(Finish::ContextFull) => printer.warn("the context is full; /reset begins anew"),
+        Some(Finish::MaxTokens) => printer.note("the answer is cut at --max-tokens"),
+        _ => {}
+    }
+    Ok(text)
+}

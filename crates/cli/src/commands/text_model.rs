@@ -1,0 +1,160 @@
+//! A model that makes text, as a command opens it: its checkpoint, its tokenizer, and what the files
+//! beside them and the command line say of how it writes.
+
+use std::path::Path;
+
+use anyhow::Result;
+use gptq_checkpoint::Checkpoint;
+use gptq_compute::Device;
+use gptq_generate::{
+    ChatTemplate, Error, GenerationConfig, Message, PromptTemplate, Request, Sampling, StopTokens,
+};
+use gptq_model::{Decoder, context_limit};
+use gptq_pipeline::progress::Progress;
+use gptq_report::card_facts::CardFacts;
+use gptq_text::tokens::TextTokenizer;
+
+use super::source::{open_checkpoint, warn_of};
+use crate::args::SamplingArgs;
+use crate::hint::advised;
+use crate::printer::Printer;
+
+/// What is known of a model before its weights are read.
+pub(crate) struct TextModel {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) tokenizer: TextTokenizer,
+    pub(crate) sampling: Sampling,
+    pub(crate) max_tokens: usize,
+    end: StopTokens,
+}
+
+/// What stands around what a person says.
+pub(crate) enum Template {
+    /// The model's own.
+    Chat(Box<ChatTemplate>),
+    /// That of a card.
+    Card(PromptTemplate),
+}
+
+impl TextModel {
+    /// Opens a model by folder or Hub id, and says how it will write; texts have up to `max_tokens`
+    /// where neither the command line nor a file says how many.
+    pub(crate) fn open(
+        model: &str,
+        args: &SamplingArgs,
+        max_tokens: usize,
+        printer: &Printer,
+    ) -> Result<Self> {
+        let checkpoint = open_checkpoint(model, printer)?;
+        warn_of(&checkpoint, false, printer)?;
+        let folder = checkpoint.dir();
+        let tokenizer = TextTokenizer::open(folder, checkpoint.config().vocab_size)?;
+        let generation = GenerationConfig::open(folder)?;
+        let sampling = Sampling::resolve(&args.options(), generation.as_ref())?;
+        let end = StopTokens::find(folder, generation.as_ref(), &tokenizer)?;
+        let file_says = generation.as_ref().and_then(|config| config.max_new_tokens);
+        let max_tokens = args.max_tokens.or(file_says).unwrap_or(max_tokens);
+        for asked in generation.iter().flat_map(|config| &config.not_followed) {
+            printer
+                .warn(&format!("generation_config.json asks for {asked}, which is not done here"));
+        }
+        if end.ids.is_empty() {
+            printer.warn("no file of the model names a token that ends a text");
+        }
+        let seed =
+            if sampling.is_greedy() { String::new() } else { format!(", seed {}", args.seed) };
+        printer.note(&format!("choosing: {}{seed}", sampling.describe()));
+        Ok(Self { checkpoint, tokenizer, sampling, max_tokens, end })
+    }
+
+    /// The template that is to be used: a card's where facts were named.
+    pub(crate) fn template(&self, facts: Option<&Path>) -> Result<Template> {
+        let Some(path) = facts else {
+            return Ok(Template::Chat(Box::new(ChatTemplate::open(self.checkpoint.dir())?)));
+        };
+        match CardFacts::open(path, None)?.prompt {
+            Some(prompt) => Ok(Template::Card(PromptTemplate::new(prompt.template)?)),
+            None => Err(advised(
+                format!("`{}` has no prompt template", path.display()),
+                "add [prompt] with name and template, or leave --template out",
+            )),
+        }
+    }
+
+    /// The most tokens that a text of this model can have, prompt included.
+    pub(crate) fn limit(&self) -> usize {
+        context_limit(self.checkpoint.config()).0
+    }
+
+    /// Reads the weights, for texts of up to `context` tokens.
+    pub(crate) fn decoder(
+        &self,
+        device: &Device,
+        context: usize,
+        printer: &Printer,
+    ) -> Result<Decoder<'_>> {
+        printer.begin("load", self.checkpoint.config().num_hidden_layers);
+        let decoder = Decoder::load(&self.checkpoint, device.clone(), context, |_| printer.step());
+        printer.end();
+        Ok(decoder?)
+    }
+
+    /// What is to be made of a prompt.
+    pub(crate) fn request(&self, prompt: Vec<u32>, args: &SamplingArgs) -> Request {
+        Request {
+            prompt,
+            sampling: self.sampling.clone(),
+            seed: args.seed,
+            max_tokens: self.max_tokens,
+            end: self.end.ids.clone(),
+            stop: args.stop.clone(),
+        }
+    }
+
+    /// The tokens of a conversation through a template.
+    pub(crate) fn encode_chat(
+        &self,
+        template: &Template,
+        messages: &[Message],
+    ) -> Result<Vec<u32>> {
+        let ids = match template {
+            Template::Chat(chat) => self.tokenizer.encode_chat(&chat.render(messages, true)?)?,
+            // Texts of special tokens are no part of a card's template; a BOS is what the tokenizer
+            // puts before any text.
+            Template::Card(card) => self.tokenizer.encode(&card_text(card, messages))?,
+        };
+        Ok(ids)
+    }
+}
+
+/// A conversation in a card's template, turn after turn.
+fn card_text(card: &PromptTemplate, messages: &[Message]) -> String {
+    let mut text = String::new();
+    let mut system = None;
+    for message in messages {
+        match message.role.as_str() {
+            "system" => system = Some(message.content.as_str()),
+            "user" => text.push_str(&card.render(&message.content, system)),
+            _ => {
+                text.push_str(&message.content);
+                text.push_str("\n\n");
+            }
+        }
+    }
+    text
+}
+
+/// A conversation of one prompt.
+pub(crate) fn conversation(system: Option<&str>, prompt: &str) -> Vec<Message> {
+    let system = system.map(|system| Message::new("system", system));
+    system.into_iter().chain([Message::new("user", prompt)]).collect()
+}
+
+/// That a prompt leaves room for a text.
+pub(crate) fn check_length(prompt: &[u32], capacity: usize) -> Result<(), Error> {
+    match prompt.len() {
+        0 => Err(Error::PromptEmpty),
+        tokens if tokens >= capacity => Err(Error::PromptTooLong { tokens, capacity }),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,45 @@
+//! Ctrl-C as a wish to end what is being made, where a command asks for that.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Result;
+use signal_hook::consts::SIGINT;
+use signal_hook::flag;
+
+/// Knows whether Ctrl-C was pressed. Pressed while nothing is being made, or once more, it ends the
+/// process as ever.
+pub(crate) struct Interrupt {
+    pressed: Arc<AtomicBool>,
+    /// Whether the next one ends the process.
+    ends: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    /// Listens from now on; until [`Self::begin`], Ctrl-C ends the process.
+    pub(crate) fn listen() -> Result<Self> {
+        let (pressed, ends) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(true)));
+        // In this order: the one that ends the process sees what was set before this press.
+        flag::register_conditional_default(SIGINT, Arc::clone(&ends))?;
+        flag::register(SIGINT, Arc::clone(&ends))?;
+        flag::register(SIGINT, Arc::clone(&pressed))?;
+        Ok(Self { pressed, ends })
+    }
+
+    /// Something is being made from now on, which the first Ctrl-C ends.
+    pub(crate) fn begin(&self) {
+        self.pressed.store(false, Ordering::Relaxed);
+        self.ends.store(false, Ordering::Relaxed);
+    }
+
+    /// Nothing is being made any more; whether it was ended by Ctrl-C.
+    pub(crate) fn end(&self) -> bool {
+        self.ends.store(true, Ordering::Relaxed);
+        self.is_pressed()
+    }
+
+    /// Whether Ctrl-C was pressed since it began.
+    pub(crate) fn is_pressed(&self) -> bool {
+        self.pressed.load(Ordering::Relaxed)
+    }
+}

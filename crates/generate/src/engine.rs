@@ -1,0 +1,254 @@
+//! Texts that are gone on with together, a token each at a step.
+//!
+//! A prompt is read alone, in one pass; what follows is made for all sequences at once, since a step
+//! costs the reading of the weights, however many tokens it makes. On the CPU a sequence's tokens are
+//! the same to the bit alone and among up to fifteen others.
+
+use std::time::{Duration, Instant};
+
+use gptq_compute::Tensor;
+use gptq_model::{Cache, Decoder};
+use gptq_text::token_stream::TokenStream;
+use gptq_text::tokens::TextTokenizer;
+
+use crate::error::{Error, Result};
+use crate::sampler::{Choice, Sampler};
+use crate::sampling::Sampling;
+
+use crate::stop::{StopStrings, Stopping};
+
+/// What is to be made of a prompt.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The prompt's tokens, one at least.
+    pub prompt: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// What the choices depend on besides.
+    pub seed: u64,
+    /// New tokens at most, one at least.
+    pub max_tokens: usize,
+    /// Tokens that end the text and are no part of it.
+    pub end: Vec<u32>,
+    /// Texts that end the text and are no part of it.
+    pub stop: Vec<String>,
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// The model said so.
+    EndOfText,
+    /// A stop string came.
+    Stop,
+    /// There are as many tokens as were asked for.
+    MaxTokens,
+    /// The context is full.
+    ContextFull,
+}
+
+/// A step of a sequence.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// The sequence.
+    pub slot: usize,
+    /// The token that was chosen.
+    pub choice: Choice,
+    /// Text that is certain now: whole characters, and nothing that may be part of a stop string.
+    pub text: String,
+    /// Set with the last token; the slot is free again.
+    pub finish: Option<Finish>,
+}
+
+/// A text being made.
+struct Sequence<'a> {
+    /// The prompt and what was made.
+    ids: Vec<u32>,
+    made: usize,
+    max_tokens: usize,
+    end: Vec<u32>,
+    sampler: Sampler,
+    stream: TokenStream<'a>,
+    stop: StopStrings,
+}
+
+impl Sequence<'_> {
+    /// Takes the row of logits after the last token: the next one, the text that is certain with it,
+    /// and whether that is the end. A `full` cache takes no more tokens.
+    fn go_on(&mut self, logits: &[f32], full: bool) -> Result<(Choice, String, Option<Finish>)> {
+        let choice = self.sampler.sample(logits, &self.ids)?;
+        self.made += 1;
+        if self.end.contains(&choice.id) {
+            return Ok((choice, String::new(), Some(Finish::EndOfText)));
+        }
+        self.ids.push(choice.id);
+        let finish = match () {
+            () if self.made >= self.max_tokens => Some(Finish::MaxTokens),
+            () if full => Some(Finish::ContextFull),
+            () => None,
+        };
+        let part = self.stream.push(choice.id)?.unwrap_or_default();
+        Ok(match self.stop.push(&part) {
+            Stopping::Text(text) => (choice, text, finish),
+            Stopping::Stopped { text_before, .. } => (choice, text_before, Some(Finish::Stop)),
+        })
+    }
+
+    /// What was held back, once the text has ended.
+    fn rest(mut self) -> Result<String> {
+        let rest = self.stream.finish()?;
+        Ok(match self.stop.push(&rest) {
+            Stopping::Text(text) => text + &self.stop.finish(),
+            Stopping::Stopped { text_before, .. } => text_before,
+        })
+    }
+}
+
+/// Makes texts side by side.
+pub struct Engine<'a> {
+    decoder: &'a Decoder<'a>,
+    tokenizer: &'a TextTokenizer,
+    cache: Cache,
+    active: Vec<Option<Sequence<'a>>>,
+    /// Tokens whose keys and values each slot holds, also of what has ended.
+    kept: Vec<Vec<u32>>,
+    /// Time in prompts and in steps.
+    spent: [Duration; 2],
+}
+
+impl<'a> Engine<'a> {
+    /// Room for `slots` texts of up to `capacity` tokens each, prompts included.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::cache`].
+    pub fn new(
+        decoder: &'a Decoder<'a>,
+        tokenizer: &'a TextTokenizer,
+        slots: usize,
+        capacity: usize,
+    ) -> Result<Self> {
+        Ok(Self {
+            decoder,
+            tokenizer,
+            cache: decoder.cache(slots, capacity)?,
+            active: (0..slots).map(|_| None).collect(),
+            kept: vec![Vec::new(); slots],
+            spent: [Duration::ZERO; 2],
+        })
+    }
+
+    /// Time spent on prompts, and on the steps after them.
+    #[must_use]
+    pub fn spent(&self) -> [Duration; 2] {
+        self.spent
+    }
+
+    /// How many texts are being made.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        self.active.iter().flatten().count()
+    }
+
+    /// Reads a prompt into a free slot and chooses the first token. Of a prompt that begins as the
+    /// tokens kept in some free slot do, only the rest is read.
+    ///
+    /// # Errors
+    /// [`Error::PromptEmpty`], [`Error::PromptTooLong`], [`Error::NoSlot`], and those of the device
+    /// and of the choice, after which the slot is free.
+    pub fn start(&mut self, request: Request) -> Result<Step> {
+        let start = Instant::now();
+        let Request { prompt, sampling, seed, max_tokens, end, stop } = request;
+        if prompt.is_empty() {
+            return Err(Error::PromptEmpty);
+        }
+        let capacity = self.cache.capacity();
+        if prompt.len() >= capacity {
+            return Err(Error::PromptTooLong { tokens: prompt.len(), capacity });
+        }
+        let stop = StopStrings::new(stop)?;
+        let Some((slot, shared)) = self.free_slot(&prompt) else { return Err(Error::NoSlot) };
+        self.cache.truncate(slot, shared);
+        self.kept[slot].truncate(shared);
+        let hidden = self.decoder.feed(&mut self.cache, slot, &prompt[shared..])?;
+        self.kept[slot].extend_from_slice(&prompt[shared..]);
+        let hidden = self.decoder.last_row(&hidden)?;
+        let stream = TokenStream::new(self.tokenizer, &prompt)?;
+        let sampler = Sampler::new(sampling, seed);
+        let sequence = Sequence { ids: prompt, made: 0, max_tokens, end, sampler, stream, stop };
+        self.active[slot] = Some(sequence);
+        let steps = self.choose(&hidden, &[slot]);
+        self.spent[0] += start.elapsed();
+        if steps.is_err() {
+            self.active[slot] = None;
+        }
+        // One slot, one step.
+        steps?.pop().ok_or(Error::NoSlot)
+    }
+
+    /// Goes on with every text by a token.
+    ///
+    /// # Errors
+    /// Those of the device and of the choice.
+    pub fn step(&mut self) -> Result<Vec<Step>> {
+        let start = Instant::now();
+        let mut next = Vec::new();
+        for (slot, sequence) in self.active.iter().enumerate() {
+            if let Some(&last) = sequence.as_ref().and_then(|sequence| sequence.ids.last()) {
+                next.push((slot, last));
+            }
+        }
+        if next.is_empty() {
+            return Ok(Vec::new());
+        }
+        let hidden = self.decoder.step(&mut self.cache, &next)?;
+        for &(slot, id) in &next {
+            self.kept[slot].push(id);
+        }
+        let slots: Vec<_> = next.into_iter().map(|(slot, _)| slot).collect();
+        let steps = self.choose(&hidden, &slots);
+        self.spent[1] += start.elapsed();
+        steps
+    }
+
+    /// Ends a text where it is, and gives what was held back of it.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn cancel(&mut self, slot: usize) -> Result<String> {
+        self.active[slot].take().map_or(Ok(String::new()), Sequence::rest)
+    }
+
+    /// The free slot that holds most of the prompt's beginning, and how much of it: at least its last
+    /// token is read again, whose hidden state is not kept.
+    fn free_slot(&self, prompt: &[u32]) -> Option<(usize, usize)> {
+        let shared = |slot: usize| {
+            let pairs = self.kept[slot].iter().zip(&prompt[..prompt.len() - 1]);
+            pairs.take_while(|(kept, wanted)| kept == wanted).count()
+        };
+        let free = (0..self.active.len()).filter(|&slot| self.active[slot].is_none());
+        // Of several the first, and of those that share nothing the one that holds least.
+        free.map(|slot| (slot, shared(slot)))
+            .min_by_key(|&(slot, shared)| (usize::MAX - shared, self.kept[slot].len(), slot))
+    }
+
+    /// Chooses the next token of each slot from its row.
+    fn choose(&mut self, hidden: &Tensor, slots: &[usize]) -> Result<Vec<Step>> {
+        let logits = self.decoder.logits(hidden)?;
+        let mut steps = Vec::with_capacity(slots.len());
+        for (&slot, row) in slots.iter().zip(logits.rows()) {
+            let full = self.cache.len(slot) >= self.cache.capacity();
+            let Some(sequence) = self.active[slot].as_mut() else { continue };
+            let row = row.to_slice().ok_or(Error::NoSlot)?;
+            let (choice, mut text, finish) = sequence.go_on(row, full)?;
+            if finish.is_some()
+                && let Some(ended) = self.active[slot].take()
+                && finish != Some(Finish::Stop)
+            {
+                text += &ended.rest()?;
+            }
+            steps.push(Step { slot, choice, text, finish });
+        }
+        Ok(steps)
+    }
+}
