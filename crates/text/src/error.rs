@@ -173,6 +173,14 @@ pub enum Error {
         /// The tokenizer library's reason.
         reason: String,
     },
+    /// The tokenizer refused tokens.
+    #[error("The tokenizer of `{}` could not decode tokens: {reason}", folder.display())]
+    Decode {
+        /// The checkpoint folder.
+        folder: PathBuf,
+        /// The tokenizer library's reason.
+        reason: String,
+    },
     /// The tokenizer makes tokens that the model has no embedding for.
     #[error(
         "The tokenizer of `{}` gives token {token} but the model's vocabulary has {vocab_size} \

@@ -3,7 +3,7 @@
 //! A [`dataset`] is named by one string and read from the Hub's cache or a file; [`tokens`] encode its
 //! text; [`calibration`] draws windows from it by a recipe, [`protocol`] cuts it into those that a
 //! perplexity is defined on, and [`evaluation`] does all of it for a checkpoint. [`home`] is where `~`
-//! is.
+//! is. The other way, [`token_stream`] gives the text of tokens while a model makes them.
 //!
 //! This crate knows checkpoints by their tokenizers and the records of what a branch has seen, and
 //! nothing of weights or devices.
@@ -24,6 +24,7 @@ mod pieces;
 pub mod protocol;
 pub mod python_random;
 mod text_files;
+pub mod token_stream;
 pub mod tokens;
 
 pub use error::{Error, Result};

@@ -162,6 +162,51 @@ impl TextTokenizer {
         self.encode_cut(text, enough, Cut::USUAL)
     }
 
+    /// Encodes a text that says itself where its special tokens are, as a rendered chat template
+    /// does: those written in it are recognized, and none is added. What a person writes into a
+    /// chat is part of that text, as it is for transformers.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| Error::Encode {
+            folder: self.folder.clone(),
+            reason: error.to_string(),
+        })?;
+        Ok(self.in_vocabulary(Encoded { ids: encoding.get_ids().to_vec(), whole: true })?.ids)
+    }
+
+    /// The text of tokens, with or without the special ones. Numbers that stand for no token, which
+    /// padded vocabularies have, give no text; bytes that are no UTF-8 give U+FFFD.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.tokenizer.decode(ids, skip_special).map_err(|error| Error::Decode {
+            folder: self.folder.clone(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// The number of a token by its text, as `<|im_end|>`.
+    #[must_use]
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// A token as the vocabulary writes it: `Ġthe`, `<0x0A>`, `<|im_end|>`.
+    #[must_use]
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
+    /// Whether decoding may skip the token: it is one of those that frame a text.
+    #[must_use]
+    pub fn is_special(&self, id: u32) -> bool {
+        let token = self.tokenizer.id_to_token(id);
+        token.is_some_and(|token| self.tokenizer.get_added_vocabulary().is_special_token(&token))
+    }
+
     fn encode_cut(&self, text: &str, enough: usize, cut: Cut) -> Result<Encoded> {
         let failed = |error: tokenizers::Error| Error::Encode {
             folder: self.folder.clone(),
@@ -185,6 +230,11 @@ impl TextTokenizer {
                 Encoded { ids: encoding.get_ids().to_vec(), whole: true }
             }
         };
+        self.in_vocabulary(encoded)
+    }
+
+    /// The same tokens, if the model has an embedding for each.
+    fn in_vocabulary(&self, encoded: Encoded) -> Result<Encoded> {
         match encoded.ids.iter().find(|&&id| id as usize >= self.vocab_size) {
             Some(&token) => Err(Error::TokenOutsideVocabulary {
                 folder: self.folder.clone(),
@@ -450,6 +500,29 @@ mod tests {
         if smollm2.is_dir() {
             pieces_give_the_whole(&smollm2);
         }
+    }
+
+    #[test]
+    fn a_chats_text_gets_no_token_that_it_does_not_name() {
+        let folder = folder(&[("tokenizer.json", TOKENIZER)]);
+        let tokenizer = TextTokenizer::open(folder.path(), 4).unwrap();
+        assert_eq!(tokenizer.encode_chat("a b").unwrap(), [1, 2]);
+        assert_eq!(tokenizer.encode_chat("<s>a<s>").unwrap(), [0, 1, 0]);
+        let narrow = TextTokenizer::open(folder.path(), 3).unwrap();
+        assert!(matches!(narrow.encode_chat("c"), Err(Error::TokenOutsideVocabulary { .. })));
+    }
+
+    #[test]
+    fn tokens_have_texts_and_numbers() {
+        let folder = folder(&[("tokenizer.json", TOKENIZER)]);
+        let tokenizer = TextTokenizer::open(folder.path(), 4).unwrap();
+        assert_eq!(tokenizer.decode(&[0, 1, 2, 9], false).unwrap(), "<s> a b");
+        assert_eq!(tokenizer.decode(&[0, 1, 2, 9], true).unwrap(), "a b");
+        assert_eq!(tokenizer.token_to_id("<s>"), Some(0));
+        assert_eq!(tokenizer.token_to_id("<e>"), None);
+        assert_eq!(tokenizer.id_to_token(3).as_deref(), Some("c"));
+        assert_eq!(tokenizer.id_to_token(4), None);
+        assert_eq!([0, 1, 4].map(|id| tokenizer.is_special(id)), [true, false, false]);
     }
 
     #[test]
