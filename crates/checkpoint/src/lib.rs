@@ -36,6 +36,7 @@ mod layout;
 mod linear_shape;
 pub mod loaders;
 mod names;
+mod output_error;
 mod packed;
 mod partial;
 mod pickle;
@@ -73,6 +74,7 @@ pub use names::{
     PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,
     is_hub_name, weight_file_names,
 };
+pub use output_error::OutputError;
 pub use packed::{PackedGrid, PackedNotes, StoredZeros};
 pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
 pub use quantize_config::{CheckpointFormat, QuantizeConfig};

@@ -20,7 +20,7 @@ use crate::names::{
 use crate::partial::{Partial, check_space};
 use crate::weight_sum::{Sum, WeightSum, sum_of_pieces};
 use crate::{
-    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig,
+    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig, OutputError,
     QuantizeConfig, Result, ShardPlan, TensorRef, TensorSpec, json as python_json, plan_files,
     side_files,
 };
@@ -75,13 +75,13 @@ pub struct Written {
 }
 
 impl CheckpointWriter {
-    /// Prepares `out`: makes the working folder, checks the disk, copies the tokenizer and the other
-    /// small files of `source`, whose shape the model has, and writes all headers.
+    /// Prepares `out`: makes the working folder, checks the disk, copies the tokenizer and the
+    /// other small files of `source`, whose shape the model has, and writes all headers.
     ///
     /// # Errors
-    /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`],
-    /// [`Error::DiskSpace`], everything that [`plan_files`] refuses, [`Error::FileName`], and
-    /// [`Error::Io`].
+    /// [`OutputError::Exists`], [`OutputError::ForeignPartial`], [`OutputError::PartialInUse`],
+    /// [`OutputError::DiskSpace`], everything that [`plan_files`] refuses,
+    /// [`OutputError::FileName`], and [`Error::Io`].
     pub fn create(
         out: &Path,
         source: &Checkpoint,
@@ -116,8 +116,8 @@ impl CheckpointWriter {
         &self.plan
     }
 
-    /// Names of the dense tensors (embedding, norms, the model's own biases, head) that are still to
-    /// be written, sorted.
+    /// Names of the dense tensors (embedding, norms, the model's own biases, head) that are still
+    /// to be written, sorted.
     #[must_use]
     pub fn missing(&self) -> Vec<String> {
         let dense = |name: &str| {
@@ -134,7 +134,7 @@ impl CheckpointWriter {
     /// `model.layers.0.self_attn.q_proj`.
     ///
     /// # Errors
-    /// A linear that disagrees with itself or with the plan, [`Error::WrittenTwice`], and
+    /// A linear that disagrees with itself or with the plan, [`OutputError::WrittenTwice`], and
     /// [`Error::Io`]. After any other error than that, nothing of this linear was written.
     pub fn write_linear(&mut self, prefix: &str, linear: &GptqLinear) -> Result<()> {
         linear.check(prefix)?;
@@ -162,8 +162,8 @@ impl CheckpointWriter {
     /// Writes a dense F16 tensor, row-major in its planned shape.
     ///
     /// # Errors
-    /// [`Error::UnplannedTensor`], [`Error::WrittenTwice`], [`Error::DType`], [`Error::Length`] and
-    /// [`Error::Io`].
+    /// [`OutputError::UnplannedTensor`], [`OutputError::WrittenTwice`], [`Error::DType`],
+    /// [`Error::Length`] and [`Error::Io`].
     pub fn write_f16(&mut self, name: &str, values: &[f16]) -> Result<()> {
         let slot = self.slot(name, DType::F16, None)?;
         let expected = slot.spec.shape.iter().product();
@@ -209,8 +209,8 @@ impl CheckpointWriter {
     /// Completes the checkpoint: configuration and index; everything is synced to disk.
     ///
     /// # Errors
-    /// [`Error::MissingTensors`] naming the first that were never written, and [`Error::Io`]; the
-    /// working folder is removed in every case.
+    /// [`OutputError::MissingTensors`] naming the first that were never written, and [`Error::Io`];
+    /// the working folder is removed in every case.
     pub fn seal(self) -> Result<Sealed> {
         self.check_alive()?;
         self.check_complete()?;
@@ -263,8 +263,9 @@ impl CheckpointWriter {
         self.config.block_linears().iter().any(of)
     }
 
-    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold. Loaders
-    /// of that time stretch the positions, and later ones compute it: it is not stretched itself.
+    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold.
+    /// Loaders of that time stretch the positions, and later ones compute it: it is not stretched
+    /// itself.
     fn write_frequencies(&mut self) -> Result<()> {
         let (theta, dim) = (self.config.rope.theta, self.config.head_dim);
         let frequency = |i: usize| {
@@ -286,10 +287,10 @@ impl CheckpointWriter {
         self.check_alive()?;
         let tensor = name.to_owned();
         let Some(slot) = self.slots.get(name) else {
-            return Err(Error::UnplannedTensor { tensor });
+            return Err(OutputError::UnplannedTensor { tensor }.into());
         };
         if slot.sum.is_some() {
-            return Err(Error::WrittenTwice { tensor });
+            return Err(OutputError::WrittenTwice { tensor }.into());
         }
         if slot.spec.dtype != dtype {
             let (expected, found) = (slot.spec.dtype.name(), dtype.name());
@@ -307,7 +308,7 @@ impl CheckpointWriter {
     /// Writes a checked tensor's bytes at their place.
     fn put(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let Some(slot) = self.slots.get(name) else {
-            return Err(Error::UnplannedTensor { tensor: name.to_owned() });
+            return Err(OutputError::UnplannedTensor { tensor: name.to_owned() }.into());
         };
         self.write_at(slot.file, slot.offset, bytes)?;
         self.mark(name, Sha256::digest(bytes).into());
@@ -335,7 +336,7 @@ impl CheckpointWriter {
 
     fn check_alive(&self) -> Result<()> {
         if self.failed {
-            return Err(Error::WriterFailed { path: self.partial.out().to_owned() });
+            return Err(OutputError::WriterFailed { path: self.partial.out().to_owned() }.into());
         }
         Ok(())
     }
@@ -355,7 +356,7 @@ impl CheckpointWriter {
         if missing.len() > 5 {
             examples.push_str(", ...");
         }
-        Err(Error::MissingTensors { count: missing.len(), examples })
+        Err(OutputError::MissingTensors { count: missing.len(), examples }.into())
     }
 
     /// The index of a sharded checkpoint, as transformers writes it.

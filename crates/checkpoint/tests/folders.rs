@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, DType, Error, GptqLinear, Layout, LinearShape, ModelConfig,
-    QuantizeConfig, plan_files,
+    OutputError, QuantizeConfig, plan_files,
 };
 use half::f16;
 use proptest::prelude::*;
@@ -220,7 +220,7 @@ fn the_folder_has_the_right_files_modes_and_config() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     // Published: the same name is refused from now on.
     let error = create(&out, &source, &four_bits(), Layout::Card, None).unwrap_err();
-    assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+    assert!(matches!(error, Error::Output(OutputError::Exists { .. })), "{error}");
 }
 
 #[test]
@@ -257,13 +257,16 @@ fn every_tensor_is_written_exactly_once_and_right() {
         "{error}"
     );
     let error = writer.write_linear("model.layers.9.mlp.up_proj", &linear).unwrap_err();
-    assert!(matches!(error, Error::UnplannedTensor { .. }), "{error}");
+    assert!(matches!(error, Error::Output(OutputError::UnplannedTensor { .. })), "{error}");
     let mut damaged = linear.clone();
     damaged.g_idx[0] = 99;
     assert!(matches!(writer.write_linear(&name, &damaged), Err(Error::GroupIndex { .. })));
     // Refusals wrote nothing, so the right one still fits; a second one does not.
     writer.write_linear(&name, &linear).unwrap();
-    assert!(matches!(writer.write_linear(&name, &linear), Err(Error::WrittenTwice { .. })));
+    assert!(matches!(
+        writer.write_linear(&name, &linear),
+        Err(Error::Output(OutputError::WrittenTwice { .. }))
+    ));
 
     let norm = source.tensor("model.norm.weight").unwrap();
     let error = writer.copy_dense("lm_head.weight", &norm).unwrap_err();
@@ -275,7 +278,7 @@ fn every_tensor_is_written_exactly_once_and_right() {
     writer.write_f16("model.norm.weight", &[f16::ONE; 64]).unwrap();
     assert!(matches!(
         writer.copy_dense("model.norm.weight", &norm),
-        Err(Error::WrittenTwice { .. })
+        Err(Error::Output(OutputError::WrittenTwice { .. }))
     ));
 
     let message = writer.finish().unwrap_err().to_string();
@@ -518,7 +521,7 @@ fn fill_disk(dir: &Path, source: &Checkpoint) -> Error {
     for (name, _, linear) in linears(source.config(), &quantize) {
         if let Err(error) = writer.write_linear(&name, &linear) {
             let again = writer.write_linear(&name, &linear).unwrap_err();
-            assert!(matches!(again, Error::WriterFailed { .. }), "{again}");
+            assert!(matches!(again, Error::Output(OutputError::WriterFailed { .. })), "{again}");
             return error;
         }
     }
