@@ -40,6 +40,7 @@ mod output_error;
 mod packed;
 mod partial;
 mod pickle;
+mod pickle_names;
 mod pytorch;
 mod quantize_config;
 mod quantize_keys;

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use crate::header::Entry;
 use crate::pickle::{self, TensorClaim};
+use crate::pickle_names;
 use crate::zip;
 
 /// How every ZIP archive of at least one entry begins.
@@ -96,7 +97,7 @@ impl<'a> Archive<'a> {
                 range.len()
             ));
         }
-        let size = pickle::size(dtype);
+        let size = pickle_names::size(dtype);
         let available = storage_bytes / size;
         let elements = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
         let outside = || format!("of shape {shape:?} lies outside of its storage `{storage}`");
