@@ -15,6 +15,7 @@
 
 mod abort;
 mod agreement;
+mod calling;
 pub mod frames;
 pub mod greeting;
 mod launch;

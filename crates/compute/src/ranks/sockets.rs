@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::abort::Abort;
+use super::calling;
 use super::frames::{Frame, Limit, Message};
 use super::launch::Launch;
 use super::meeting::{self, Met};
@@ -53,7 +54,7 @@ pub(super) fn join(launch: &Launch, announce: &dyn Fn(&str)) -> Result<RankHandl
     if size == 1 {
         return Ok(RankHandle::alone());
     }
-    let met = if rank == 0 { meeting::listen(launch, announce)? } else { meeting::call(launch)? };
+    let met = if rank == 0 { meeting::listen(launch, announce)? } else { calling::call(launch)? };
     let Met { streams, strangers } = met;
     let limit = Arc::<Limit>::default();
     let abort = Arc::<Abort>::default();
