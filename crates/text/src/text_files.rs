@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use gptq_checkpoint::open_regular;
+use gptq_checkpoint::{open_regular, read_small};
 use parquet::basic::Type as PhysicalType;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -31,14 +31,10 @@ pub(crate) fn without_mark(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes)
 }
 
-/// A small file without a mark at its beginning; None where it is absent.
+/// A small file; None where it is absent.
 pub(crate) fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
-    match gptq_checkpoint::read_small(path) {
-        // Some editors put a byte order mark first, which JSON does not know.
-        Ok(bytes) => Ok(Some(match bytes.strip_prefix(b"\xef\xbb\xbf") {
-            Some(rest) => rest.to_vec(),
-            None => bytes,
-        })),
+    match read_small(path) {
+        Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(Error::Read { path: path.to_owned(), source }),
     }
