@@ -203,7 +203,7 @@ pub enum Error {
         /// Tokens that memory holds.
         room: usize,
     },
-    /// A branch made from a source of which nothing is known before it is read.
+    /// A branch whose source is not known before its shards are read.
     #[error(
         "Whether `{}` was made from this source is not known before its shards are read",
         .0.display()

@@ -246,8 +246,8 @@ impl GpuBytes {
         }
     }
 
-    /// Of runs one of which computes at a time: that one has what cannot be offloaded and its inputs,
-    /// each has its states, and the others a block they wait with and one read ahead.
+    /// Of runs that compute one at a time: the one that does has what cannot be offloaded and its
+    /// inputs, each has its states, and the others a block they wait with and one read ahead.
     fn together(block: BlockSizes, works: &[Workload]) -> Self {
         let none = Self { fixed: 0, inputs: 0, hidden: 0, moving: 0, host: 0 };
         let all = works.iter().map(|&work| Self::new(block, work)).reduce(|a, b| Self {

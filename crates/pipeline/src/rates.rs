@@ -169,8 +169,8 @@ const START_UP_GPU: f64 = 3.0;
 const START_UP_CPU: f64 = 0.3;
 
 impl KnownRates {
-    /// Of a device, `ranks` of which make a branch together. What cannot be read of earlier
-    /// benchmarks is said, and left aside.
+    /// Of a device, or of `ranks` alike that make a branch together. Earlier benchmarks that cannot be
+    /// read are named in a warning and left aside.
     pub fn of_device(device: &Device, ranks: usize, progress: &dyn Progress) -> Self {
         let card = match device {
             Device::Cpu => None,
@@ -304,7 +304,7 @@ fn device_key(device: &Device) -> String {
     }
 }
 
-/// The processor's name and a comma, where the system tells it: machines that share a home, and with
+/// The processor's name and a comma, where the system gives it: machines that share a home, and with
 /// it the file of rates, may differ in nothing else.
 fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

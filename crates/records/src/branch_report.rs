@@ -171,7 +171,8 @@ pub fn model_name(id_or_path: &str) -> String {
     name.unwrap_or_else(|| id_or_path.to_owned())
 }
 
-/// Whether the checkpoint in a folder was calibrated on this text, where the report beside it shows that.
+/// Whether the checkpoint in a folder was calibrated on this text, where the report beside it shows
+/// that.
 pub fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
     let report = BranchReport::read(dir).ok()?;
     // A recipe without calibration saw none.

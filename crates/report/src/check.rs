@@ -2,8 +2,8 @@
 //!
 //! A baseline fixes one measurement (model, protocol, every scored token) and, for each branch, the
 //! bytes of its files, its perplexity and its KL. Bytes must be equal; the others may rise by a
-//! tolerance. What was measured otherwise, or twice, is an error, not a verdict: its numbers say nothing.
-//! Nor does a number that no model can have, on either side, whatever the other one is.
+//! tolerance. What was measured otherwise, or twice, is an error, not a verdict: its numbers say
+//! nothing. Nor does a number that no model can have, on either side, whatever the other one is.
 //!
 //! Tolerances are relative and do not come from the standard error. That one says how far a
 //! perplexity would move on *other* text, and here the text is the same to the token, so sampling is

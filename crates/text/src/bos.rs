@@ -9,7 +9,7 @@ use tokenizers::Tokenizer;
 use crate::error::{Error, Result};
 use crate::text_files::{read_if_present, without_mark};
 
-/// `add_bos_token` of `tokenizer_config.json`, where it is told.
+/// `add_bos_token` of `tokenizer_config.json`, where it is there.
 pub(crate) fn adds_bos(folder: &Path) -> Result<Option<bool>> {
     let path = folder.join("tokenizer_config.json");
     match read_field(&path, "add_bos_token")? {

@@ -33,7 +33,7 @@ pub(super) struct Met {
     pub(super) strangers: Option<String>,
 }
 
-/// Rank 0: waits for all others. `say` is told once for whom, when it takes a while.
+/// Rank 0: waits for all others. `announce` hears once for whom, when it takes a while.
 pub(super) fn listen(launch: &Launch, announce: &dyn Fn(&str)) -> Result<Met> {
     let start = Instant::now();
     let end = start + launch.patience;

@@ -41,7 +41,7 @@ impl Drop for Pumps {
     }
 }
 
-/// Connects to rank 0, or as rank 0 to all others; `say` is told when that takes a while.
+/// Connects to rank 0, or as rank 0 to all others; `announce` hears of it when that takes a while.
 pub(super) fn join(launch: &Launch, announce: &dyn Fn(&str)) -> Result<RankHandle> {
     let Launch { rank, size, .. } = *launch;
     if rank >= size {
