@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::collect::Report;
 use crate::compare::Measurement;
 use crate::error::{Error, Result};
+use crate::units::group;
 use crate::verdict::{KLS, PERPLEXITIES, impossible, measured, whole_branch};
 
 pub use crate::verdict::{Finding, Outcome, Verdict};
@@ -354,7 +355,6 @@ impl Settings {
 
     /// What differs, in words.
     fn difference(&self, now: &Self) -> Option<String> {
-        let group = |size: Option<usize>| size.map_or_else(|| "none".to_owned(), |n| n.to_string());
         let pairs = [
             ("bits", self.bits.to_string(), now.bits.to_string()),
             ("group size", group(self.group_size), group(now.group_size)),
