@@ -2,7 +2,7 @@
 //!
 //! All shapes follow from the configuration, so headers are written first and each tensor goes to
 //! its final place as soon as it is solved, in any order; the files are sparse until then. The
-//! folder is a [`Partial`] until [`CheckpointWriter::finish`] gives it its name.
+//! folder is a [`Partial`] until [`Sealed::publish`] gives it its name.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -28,7 +28,7 @@ use crate::{
 /// Values of a dense tensor converted at a time, so that an embedding never doubles in memory.
 const COPY_VALUES: usize = 1 << 20;
 
-/// A checkpoint being written. Dropped before [`CheckpointWriter::finish`], it leaves nothing.
+/// A checkpoint being written. Dropped before it is [sealed](Self::seal), it leaves nothing.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     partial: Partial,
@@ -108,12 +108,6 @@ impl CheckpointWriter {
         writer.write_headers()?;
         writer.write_frequencies()?;
         Ok(writer)
-    }
-
-    /// What the files will be.
-    #[must_use]
-    pub fn plan(&self) -> &FilePlan {
-        &self.plan
     }
 
     /// Names of the dense tensors (embedding, norms, the model's own biases, head) that are still
@@ -196,14 +190,6 @@ impl CheckpointWriter {
         }
         self.mark(name, sum.finalize().into());
         Ok(())
-    }
-
-    /// Completes the checkpoint and gives the folder its name.
-    ///
-    /// # Errors
-    /// As [`CheckpointWriter::seal`] and [`Sealed::publish`].
-    pub fn finish(self) -> Result<Written> {
-        self.seal()?.publish()
     }
 
     /// Completes the checkpoint: configuration and index; everything is synced to disk.

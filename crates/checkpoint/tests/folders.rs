@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, DType, Error, GptqLinear, Layout, LinearShape, ModelConfig,
-    OutputError, QuantizeConfig, plan_files,
+    OutputError, QuantizeConfig, Sealed, plan_files,
 };
 use half::f16;
 use proptest::prelude::*;
@@ -117,7 +117,7 @@ fn written(dir: &TempDir, source: &Checkpoint, quantize: &QuantizeConfig) -> Pat
     let out = dir.path().join("out");
     let mut writer = create(&out, source, quantize, Layout::Card, None).unwrap();
     fill(&mut writer, source, quantize);
-    writer.finish().unwrap().dir
+    writer.seal().and_then(Sealed::publish).unwrap().dir
 }
 
 fn four_bits() -> QuantizeConfig {
@@ -141,7 +141,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = create(&dir.path().join("out"), &source, &quantize, layout, max).unwrap();
         fill(&mut writer, &source, &quantize);
-        let done = writer.finish().unwrap();
+        let done = writer.seal().and_then(Sealed::publish).unwrap();
 
         prop_assert_eq!(done.bytes, plan.total_bytes);
         for shard in &plan.shards {
@@ -281,7 +281,7 @@ fn every_tensor_is_written_exactly_once_and_right() {
         Err(Error::Output(OutputError::WrittenTwice { .. }))
     ));
 
-    let message = writer.finish().unwrap_err().to_string();
+    let message = writer.seal().and_then(Sealed::publish).unwrap_err().to_string();
     assert!(message.contains("`lm_head.weight`") && message.contains("58 tensors"), "{message}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
@@ -311,7 +311,7 @@ fn damage(change: impl Fn(&Path)) -> Error {
     let out = dir.path().join("out");
     let mut writer = create(&out, &source, &four_bits(), Layout::Card, Some(20_000)).unwrap();
     fill(&mut writer, &source, &four_bits());
-    writer.finish().unwrap();
+    writer.seal().and_then(Sealed::publish).unwrap();
     change(&out);
     let read = match Checkpoint::open(&out) {
         Ok(read) => read,
