@@ -8,7 +8,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::arriving::Cause;
+use crate::cause::Cause;
 use crate::output_error::OutputError;
 
 /// The result of this crate's fallible functions.

@@ -18,10 +18,13 @@ mod needs;
 
 mod arriving;
 mod bits;
+mod cause;
+mod checkpoint_format;
 mod config;
 mod dtype;
 mod error;
 mod family;
+mod fault;
 mod fields;
 mod file_plan;
 mod foreign;
@@ -57,8 +60,10 @@ mod weights;
 mod writer;
 mod zip;
 
-pub use arriving::{Bring, Cause};
+pub use arriving::Bring;
 pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows};
+pub use cause::Cause;
+pub use checkpoint_format::CheckpointFormat;
 pub use config::ModelConfig;
 pub use dtype::DType;
 pub use error::{Error, Result};
@@ -78,7 +83,7 @@ pub use names::{
 pub use output_error::OutputError;
 pub use packed::{PackedGrid, PackedNotes, StoredZeros};
 pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
-pub use quantize_config::{CheckpointFormat, QuantizeConfig};
+pub use quantize_config::QuantizeConfig;
 pub use reader::{Checkpoint, StoredTensor};
 pub use rope::{Rope, RopeScaling};
 pub use small_file::{open_regular, read_small, read_small_text};
