@@ -6,10 +6,11 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
+use super::abort::TICK;
 use super::greeting::{Answer, Greeting, RunDigest, Verdict};
+use super::launch::Launch;
 use super::meeting::{GREETING_TIME, MOST_REASONS, Met, addresses};
 use super::run_id::Place;
-use super::{Launch, TICK};
 use crate::error::{Error, Result};
 
 /// Why a call to rank 0 came to nothing.

@@ -10,9 +10,10 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
+use super::abort::TICK;
 use super::greeting::{Answer, Greeting, RunDigest, Verdict};
+use super::launch::Launch;
 use super::run_id::Place;
-use super::{Launch, TICK};
 use crate::error::{Error, Result};
 
 /// Time for a whole greeting or answer, and for a connection to come about.
