@@ -10,7 +10,6 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::host_memory::ensure;
-use crate::memory_evaluation::Along;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -47,6 +46,15 @@ pub struct BlockSizes {
     pub largest: usize,
     /// Largest out_features.
     pub rows: usize,
+}
+
+/// Bytes that an evaluation holds beside branches that are made from the same reading.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Along {
+    /// Of a GPU.
+    pub(crate) device: usize,
+    /// Of the host.
+    pub(crate) host: usize,
 }
 
 impl BlockSizes {
