@@ -1,7 +1,7 @@
 //! What a sweep will take, before it is begun.
 //!
 //! Branches on one device take turns and those on different devices go block by block together (see
-//! [`super::group`]), so a group takes as long as the device with the most work, and each of its
+//! `group`), so a group takes as long as the device with the most work, and each of its
 //! branches as long as the group. Measuring is forwards over the evaluation's windows, which the
 //! devices share: of the dense model once, of every branch, and of every grid rounded to nearest.
 
