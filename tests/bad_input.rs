@@ -468,7 +468,7 @@ fn a_singular_hessian_raises_damping_and_fails_under_strict() {
     let out = quantize(&dir, &[&singular[..], &["--json"]].concat());
     assert!(out.json()["damp_retries"].as_u64().unwrap() > 0);
     fs::remove_dir_all(dir.path("out")).unwrap();
-    // Next to no damping is raised to what counts, and told in few digits; the head counts as well.
+    // Next to no damping is raised to what counts, and printed in few digits; the head counts as well.
     let out = quantize(&dir, &["--damp", "1e-320", "--recipe", "best", "--json"]);
     let counted = out.json()["damp_retries"].as_u64().unwrap();
     let report = fs::read_to_string(dir.path("out/gptq_report.json")).unwrap();

@@ -285,7 +285,7 @@ fn beside(dir: &Workdir, file: &mut Packed, change: impl FnOnce(&mut Value)) {
 #[test]
 fn what_one_file_does_not_say_the_other_does() {
     let dir = Workdir::new();
-    // Not symmetric, by config.json alone: otherwise its zeros are told to be odd.
+    // Not symmetric, by config.json alone: otherwise its zeros are reported as odd.
     let mut file = Packed::new(Form { sym: false, ..FOUR }, &[]);
     file.write(&dir);
     for key in ["sym", "bits", "group_size", "desc_act", "true_sequential", "damp_percent"] {

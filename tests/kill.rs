@@ -146,7 +146,7 @@ fn killed(dir: &Workdir, out: &str, seconds: f32) -> bool {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    // SIGKILL. It may have come to its end meanwhile.
+    // SIGKILL. It may have ended meanwhile.
     child.kill().unwrap();
     child.wait().unwrap().success()
 }

@@ -345,7 +345,7 @@ fn the_gate_fails_where_nothing_or_something_else_was_compared() {
     });
     twice.refused(&["`4bit-32g`", "several evaluations of one measurement"]);
 
-    // A new branch of a sweep is told; alone it is no check at all.
+    // A new branch of a sweep is named; alone it is no check at all.
     edit(&dir, "3bit", |r| r["branch"] = json!("renamed"));
     let alone = check("branches/3bit");
     assert_eq!(alone.code, 1, "{}", alone.stdout);

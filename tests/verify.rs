@@ -96,7 +96,7 @@ fn outputs_are_measured_and_held_to_limits() {
     let report = dir.gptq(&json).json();
 
     assert_eq!(report["text"]["contaminated"], false);
-    // On what it was calibrated on; and where no report tells on what.
+    // On what it was calibrated on; and where no report says on what.
     let calibration = repository().join("calib/demo/calibration.txt").display().to_string();
     let mut on_calibration =
         vec!["verify", "q", "--dataset", &calibration, "--device", "cpu", "-q"];
@@ -168,7 +168,7 @@ fn single_words_are_found_against_the_base() {
                 file.tensor(&tensor)[at..at + 4].iter_mut().for_each(|b| *b = !*b);
             };
             with_damage(&dir, name, flip, || {
-                // Nothing but the base tells.
+                // Nothing but the base shows it.
                 dir.gptq(&["verify", name, "-q"]).ok();
                 let outcome = against_base(&dir, name);
                 let place = format!("row {row}, output {column} ");
@@ -758,7 +758,8 @@ fn a_fitted_head_is_known_where_nothing_says_how_the_file_was_made() {
     }
 }
 
-/// All o and down of a file that says nothing of its recipe, and a factor that all scales have too many.
+/// All o and down of a file that says nothing of its recipe, and a factor that all scales have too
+/// many.
 #[test]
 fn steps_and_scales_of_o_and_down_are_found_where_no_recipe_moved_them() {
     let dir = Workdir::new();

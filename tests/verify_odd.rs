@@ -197,7 +197,7 @@ fn each(codes: &mut [Vec<u8>], mut with: impl FnMut(u8) -> u8) {
     codes.iter_mut().flatten().for_each(|code| *code = with(*code));
 }
 
-/// In a trained model, whatever the recipe and the width; nothing but the base tells.
+/// In a trained model, whatever the recipe and the width; nothing but the base shows it.
 #[test]
 fn what_is_planted_is_found() {
     let dir = Workdir::new();

@@ -171,7 +171,7 @@ fn the_cache_answers_where_the_network_is_forbidden() {
     setting.gptq(&["plan", "org/name"]).ok();
     let fetch =
         |more: &[&str]| setting.gptq_env(&[&["fetch", "org/name"], more].concat(), &[OFFLINE]);
-    // The list tells what a plan did not need.
+    // The list shows what a plan did not need.
     fetch(&[]).refused(&["HF_HUB_OFFLINE", "`org/name@main`", "is missing"]);
     let trees = setting.repository("models--org--name/trees");
     assert_eq!(listing(&trees), [format!("{commit}.json")]);

@@ -98,7 +98,7 @@ fn a_sweep_becomes_a_branch_a_folder() {
     // A branch that comes later inherits nothing from main, and a lone checkpoint is a branch, too.
     setting.gptq(&["push", "branches/3bit-128g", "--repo", "me/quantized", "--branch", "new"]).ok();
     assert_eq!(uploaded(&setting)["new"], expected["3bit-128g"]);
-    // What the folder lacks stays and is told of.
+    // What the folder lacks stays, and is named.
     fs::remove_file(setting.dir.path("branches/main/README.md")).unwrap();
     let fewer = setting.gptq(&PUSH);
     assert!(fewer.stderr.contains("branch main has files"), "{}", fewer.stderr);

@@ -1,5 +1,5 @@
 //! Xet's storage, as much of it as an upload meets: blocks of chunks come in, and a file is known
-//! when its chunks have come. Nothing is found to be there already, and newer ways are refused, so
+//! when its chunks have arrived. Nothing is found to be there already, and newer ways are refused, so
 //! that the client takes the plain one.
 
 use std::sync::Arc;

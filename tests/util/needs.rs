@@ -17,7 +17,7 @@ pub(crate) enum Need {
     Gpu,
     /// Two of them, and NCCL.
     Gpus,
-    /// CUDA's run-time compiler, of which no GPU is needed.
+    /// CUDA's run-time compiler, which needs no GPU.
     Nvrtc,
     /// `GPTQ_GPU_TIMING`: times are measured on an idle card only.
     Timing,

@@ -9,11 +9,11 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File};
-use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crate::cause::Cause;
 use crate::header::Entry;
 use crate::small_file::open_regular;
 use crate::weight_files::{View, find_index, map_file, read_index};
@@ -22,19 +22,6 @@ use crate::{Error, ModelConfig, Result};
 /// Waits until the shard of this name lies in the folder.
 pub type Bring = dyn Fn(&str) -> std::result::Result<(), Failure> + Send + Sync;
 type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-/// Why a shard did not come: one cause for all who wait for it.
-#[derive(Clone, Debug)]
-pub struct Cause(Arc<dyn std::error::Error + Send + Sync>);
-
-// No error itself, so that the cause is the next link of a chain.
-impl Deref for Cause {
-    type Target = dyn std::error::Error + Send + Sync;
-
-    fn deref(&self) -> &Self::Target {
-        &*self.0
-    }
-}
 
 /// The shards of an index.
 pub(crate) struct Arriving {

@@ -13,7 +13,10 @@ use crate::names::{
     EMBEDDING, FINAL_NORM, G_IDX, HEAD, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, SAFETENSORS_END,
     SCALES, is_file_name,
 };
-use crate::{CheckpointFormat, DType, Error, Layout, ModelConfig, QuantizeConfig, Result, header};
+use crate::{
+    CheckpointFormat, DType, Error, Layout, ModelConfig, OutputError, QuantizeConfig, Result,
+    header,
+};
 
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,8 +89,9 @@ pub fn tensor_specs(
 /// `card` layout carries none.
 ///
 /// # Errors
-/// [`Error::LinearSize`] naming a linear that the format cannot hold, [`Error::ReservedMetadata`],
-/// and [`Error::InvalidConfig`] for settings that cannot be written.
+/// [`Error::LinearSize`] naming a linear that the format cannot hold,
+/// [`OutputError::ReservedMetadata`], and [`Error::InvalidConfig`] for settings that cannot be
+/// written.
 pub fn plan_files(
     config: &ModelConfig,
     quantize: &QuantizeConfig,
@@ -247,7 +251,7 @@ fn metadata(
     map.insert("gptq_damp_percent".to_owned(), json!(python_float(quantize.damp_percent)));
     for (key, value) in extra {
         if map.insert(key.clone(), json!(value)).is_some() {
-            return Err(Error::ReservedMetadata { key: key.clone() });
+            return Err(OutputError::ReservedMetadata { key: key.clone() }.into());
         }
     }
     Ok(map)
@@ -390,7 +394,7 @@ mod tests {
         assert_eq!(Value::Object(card).to_string(), r#"{"format":"pt"}"#);
         let taken = BTreeMap::from([("format".to_owned(), "x".to_owned())]);
         let error = metadata(&quantize, Layout::Modern, &taken).unwrap_err();
-        assert!(matches!(error, Error::ReservedMetadata { .. }));
+        assert!(matches!(error, Error::Output(OutputError::ReservedMetadata { .. })));
     }
 
     #[test]

@@ -26,18 +26,7 @@ impl Error {
                 "quantize the dense model without its head and embedding".into()
             }
             Self::LostOrder { .. } => "get the whole file again".into(),
-            Self::ReservedMetadata { .. } => "choose another name".into(),
-            Self::OutputExists { .. } => "remove it or choose another name".into(),
-            Self::ForeignPartial { .. } => "move it away or choose another output".into(),
-            Self::CurrentFolder { .. } => {
-                "run the command from another folder, or name a folder inside this one".into()
-            }
-            Self::DeadLink { .. } => "make that folder, or remove the link".into(),
-            Self::MountPoint { .. } => "name a folder inside it".into(),
-            Self::Unnamed { .. } => "rename that folder, as the next run would replace it".into(),
-            Self::PartialInUse { .. } => "wait for it or choose another output".into(),
-            Self::FileName { .. } => "rename it, or move it out of the folder".into(),
-            Self::DiskSpace { .. } => "free some space or choose another disk".into(),
+            Self::Output(error) => error.hint()?.into(),
             Self::NotInHubCache { request, .. } => format!(
                 "download it with `gptq fetch {request}`, give a local folder, or set HF_HOME to a \
                  cache that holds it"

@@ -145,7 +145,7 @@ fn resolve(kind: &str, id: &str, revision: Option<&str>, root: Option<&Path>) ->
 }
 
 /// A part of a revision's name that leads to a file below its folder. What git allows beyond that
-/// is told by the Hub.
+/// is for the Hub to say.
 fn stays_below(part: &str) -> bool {
     !part.is_empty() && !part.starts_with('.') && !part.contains(['\\', '\0'])
 }

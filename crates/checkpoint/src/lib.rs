@@ -18,10 +18,13 @@ mod needs;
 
 mod arriving;
 mod bits;
+mod cause;
+mod checkpoint_format;
 mod config;
 mod dtype;
 mod error;
 mod family;
+mod fault;
 mod fields;
 mod file_plan;
 mod foreign;
@@ -36,9 +39,11 @@ mod layout;
 mod linear_shape;
 pub mod loaders;
 mod names;
+mod output_error;
 mod packed;
 mod partial;
 mod pickle;
+mod pickle_names;
 mod pytorch;
 mod quantize_config;
 mod quantize_keys;
@@ -55,8 +60,10 @@ mod weights;
 mod writer;
 mod zip;
 
-pub use arriving::{Bring, Cause};
+pub use arriving::Bring;
 pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows};
+pub use cause::Cause;
+pub use checkpoint_format::CheckpointFormat;
 pub use config::ModelConfig;
 pub use dtype::DType;
 pub use error::{Error, Result};
@@ -73,9 +80,10 @@ pub use names::{
     PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,
     is_hub_name, weight_file_names,
 };
+pub use output_error::OutputError;
 pub use packed::{PackedGrid, PackedNotes, StoredZeros};
 pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
-pub use quantize_config::{CheckpointFormat, QuantizeConfig};
+pub use quantize_config::QuantizeConfig;
 pub use reader::{Checkpoint, StoredTensor};
 pub use rope::{Rope, RopeScaling};
 pub use small_file::{open_regular, read_small, read_small_text};

@@ -6,7 +6,8 @@
 //! marker; a folder whose marker is free was left by a killed run, and the next one may delete or
 //! resume it. The system releases a dead process's locks, so there is no such thing as a stale one.
 //!
-//! A run may be killed between any two of the steps here, and the next one recognizes what is left. That is why the marker is the first thing made and the last one removed.
+//! A run may be killed between any two of the steps here, and the next one recognizes what is left.
+//! That is why the marker is the first thing made and the last one removed.
 
 mod output;
 
@@ -16,7 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::names::PARTIAL_END;
-use crate::{Error, Result};
+use crate::{Error, OutputError, Result};
 
 const MARKER: &str = ".gptq-partial";
 
@@ -37,7 +38,8 @@ impl Partial {
     /// keep it from getting its name is found now, not when the work is done.
     ///
     /// # Errors
-    /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`] and [`Error::Io`].
+    /// [`OutputError::Exists`], [`OutputError::ForeignPartial`], [`OutputError::PartialInUse`] and
+    /// [`Error::Io`].
     pub fn create(out: &Path) -> Result<Self> {
         let out = output::resolved(out)?;
         let path = partial_path(&out)?;
@@ -57,7 +59,7 @@ impl Partial {
     /// none of ours. What it holds is the caller's to judge.
     ///
     /// # Errors
-    /// [`Error::PartialInUse`] and [`Error::Io`].
+    /// [`OutputError::PartialInUse`] and [`Error::Io`].
     pub fn resume(out: &Path) -> Result<Option<Self>> {
         let path = partial_path(out)?;
         let marker_path = path.join(MARKER);
@@ -79,7 +81,7 @@ impl Partial {
     /// dropped.
     ///
     /// # Errors
-    /// [`Error::ForeignPartial`], [`Error::PartialInUse`] and [`Error::Io`].
+    /// [`OutputError::ForeignPartial`], [`OutputError::PartialInUse`] and [`Error::Io`].
     pub fn reopen(out: &Path) -> Result<Self> {
         let path = partial_path(out)?;
         remove_left_over(&path)?;
@@ -145,7 +147,7 @@ impl Partial {
     }
 
     fn unnamed(&self, source: io::Error) -> Error {
-        Error::Unnamed { out: self.out.clone(), at: self.path.clone(), source }
+        OutputError::Unnamed { out: self.out.clone(), at: self.path.clone(), source }.into()
     }
 
     /// Removes the folder now, for a writer that failed but lives on.
@@ -198,7 +200,7 @@ impl Drop for Partial {
 fn partial_path(out: &Path) -> Result<PathBuf> {
     let Some(name) = out.file_name() else {
         // `/` and `..` cannot be renamed to.
-        return Err(Error::OutputExists { path: out.to_owned() });
+        return Err(OutputError::Exists { path: out.to_owned() }.into());
     };
     let mut name = name.to_os_string();
     name.push(PARTIAL_END);
@@ -218,7 +220,9 @@ fn remove_left_over(path: &Path) -> Result<()> {
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(Error::io("inspect", path)(e)),
-        Ok(meta) if !meta.is_dir() => return Err(Error::ForeignPartial { path: path.to_owned() }),
+        Ok(meta) if !meta.is_dir() => {
+            return Err(OutputError::ForeignPartial { path: path.to_owned() }.into());
+        }
         Ok(_) => {}
     }
     let marker_path = path.join(MARKER);
@@ -228,9 +232,8 @@ fn remove_left_over(path: &Path) -> Result<()> {
             remove_marked(path).map_err(Error::io("remove", path))
         }
         // A run that died before its marker leaves an empty folder, which only an empty one matches.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            fs::remove_dir(path).map_err(|_| Error::ForeignPartial { path: path.to_owned() })
-        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => fs::remove_dir(path)
+            .map_err(|_| OutputError::ForeignPartial { path: path.to_owned() }.into()),
         Err(e) => Err(Error::io("open", &marker_path)(e)),
     }
 }
@@ -238,7 +241,9 @@ fn remove_left_over(path: &Path) -> Result<()> {
 fn lock(marker: &File, path: &Path) -> Result<()> {
     match marker.try_lock() {
         Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => Err(Error::PartialInUse { path: path.to_owned() }),
+        Err(TryLockError::WouldBlock) => {
+            Err(OutputError::PartialInUse { path: path.to_owned() }.into())
+        }
         // The marker alone has to do there.
         Err(TryLockError::Error(e)) if has_no_locks(&e) => Ok(()),
         Err(TryLockError::Error(e)) => Err(Error::io("lock", path)(e)),
@@ -286,7 +291,7 @@ fn require_space(dir: &Path, available: u64, needed: u64) -> Result<()> {
     if available >= needed {
         return Ok(());
     }
-    Err(Error::DiskSpace { path: dir.to_owned(), needed, available })
+    Err(OutputError::DiskSpace { path: dir.to_owned(), needed, available }.into())
 }
 
 #[cfg(test)]
@@ -338,7 +343,10 @@ mod tests {
         let (out, partial) = (dir.path().join("m"), dir.path().join("m.partial"));
         fs::create_dir(&partial).unwrap();
         fs::write(partial.join("precious"), "x").unwrap();
-        assert!(matches!(Partial::create(&out), Err(Error::ForeignPartial { .. })));
+        assert!(matches!(
+            Partial::create(&out),
+            Err(Error::Output(OutputError::ForeignPartial { .. }))
+        ));
         assert!(partial.join("precious").exists());
         fs::write(partial.join(MARKER), "").unwrap();
         drop(Partial::create(&out).unwrap());
@@ -347,7 +355,10 @@ mod tests {
         fs::create_dir(&target).unwrap();
         fs::write(target.join(MARKER), "").unwrap();
         std::os::unix::fs::symlink(&target, &partial).unwrap();
-        assert!(matches!(Partial::create(&out), Err(Error::ForeignPartial { .. })));
+        assert!(matches!(
+            Partial::create(&out),
+            Err(Error::Output(OutputError::ForeignPartial { .. }))
+        ));
         assert!(target.exists());
     }
 
@@ -362,7 +373,10 @@ mod tests {
         kept.keep_on_drop();
         drop(kept);
         let resumed = Partial::resume(&out).unwrap().unwrap();
-        assert!(matches!(Partial::resume(&out), Err(Error::PartialInUse { .. })));
+        assert!(matches!(
+            Partial::resume(&out),
+            Err(Error::Output(OutputError::PartialInUse { .. }))
+        ));
         resumed.publish().unwrap();
         assert!(!partial.exists());
 
@@ -384,7 +398,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("m");
         let running = Partial::create(&out).unwrap();
-        assert!(matches!(Partial::create(&out), Err(Error::PartialInUse { .. })));
+        assert!(matches!(
+            Partial::create(&out),
+            Err(Error::Output(OutputError::PartialInUse { .. }))
+        ));
         assert!(running.path().exists());
     }
 
@@ -395,6 +412,9 @@ mod tests {
         assert!(message.contains("9 bytes free") && message.contains("needs 10"), "{message}");
         let dir = tempfile::tempdir().unwrap();
         check_space(dir.path(), 1).unwrap();
-        assert!(matches!(check_space(dir.path(), u64::MAX), Err(Error::DiskSpace { .. })));
+        assert!(matches!(
+            check_space(dir.path(), u64::MAX),
+            Err(Error::Output(OutputError::DiskSpace { .. }))
+        ));
     }
 }

@@ -8,27 +8,16 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use crate::fault::Fault;
 use crate::header::Entry;
 use crate::pickle::{self, TensorClaim};
+use crate::pickle_names;
 use crate::zip;
 
 /// How every ZIP archive of at least one entry begins.
 const ZIP: &[u8] = b"PK\x03\x04";
 /// How pickles of protocol 2 begin: the format before 1.6 was several of them in a row.
 const LEGACY: &[u8] = b"\x80\x02";
-
-/// What is wrong with a file, and what to do where something helps.
-#[derive(Debug)]
-pub(crate) struct Fault {
-    pub(crate) reason: String,
-    pub(crate) advice: Option<&'static str>,
-}
-
-impl From<String> for Fault {
-    fn from(reason: String) -> Self {
-        Self { reason, advice: None }
-    }
-}
 
 /// The tensors of a mapped file, or what is wrong with it.
 pub(crate) fn parse(file: &[u8]) -> Result<Vec<(String, Entry)>, Fault> {
@@ -96,7 +85,7 @@ impl<'a> Archive<'a> {
                 range.len()
             ));
         }
-        let size = pickle::size(dtype);
+        let size = pickle_names::size(dtype);
         let available = storage_bytes / size;
         let elements = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
         let outside = || format!("of shape {shape:?} lies outside of its storage `{storage}`");

@@ -15,16 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::names::{CONFIG_FILE, QUANTIZE_CONFIG_FILE};
 use crate::quantize_keys::{Keys, OBJECT, Sources};
-use crate::{Bits, Error, GroupSize, Layout, Result, json};
-
-/// How zeros are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CheckpointFormat {
-    /// `gptq`, or v1: a zero is stored minus one. The only format that is written.
-    Gptq,
-    /// `gptq_v2`: a zero is stored as it is.
-    GptqV2,
-}
+use crate::{Bits, CheckpointFormat, Error, GroupSize, Layout, Result, json};
 
 /// How a checkpoint is quantized.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,35 +38,6 @@ pub struct QuantizeConfig {
     pub checkpoint_format: CheckpointFormat,
     /// The linears of a block that are quantized, such as `self_attn.q_proj`; `None` for all.
     pub modules_in_block: Option<Vec<String>>,
-}
-
-impl CheckpointFormat {
-    /// The name in files.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Gptq => "gptq",
-            Self::GptqV2 => "gptq_v2",
-        }
-    }
-
-    /// The zero of a symmetric grid as it is stored.
-    #[must_use]
-    pub fn stored_middle(self, bits: Bits) -> u8 {
-        match self {
-            Self::Gptq => bits.symmetric_zero() - 1,
-            Self::GptqV2 => bits.symmetric_zero(),
-        }
-    }
-
-    /// The other one.
-    #[must_use]
-    pub fn other(self) -> Self {
-        match self {
-            Self::Gptq => Self::GptqV2,
-            Self::GptqV2 => Self::Gptq,
-        }
-    }
 }
 
 impl QuantizeConfig {
@@ -104,7 +66,7 @@ impl QuantizeConfig {
     pub fn parse(text: &str, file: &Path) -> Result<Self> {
         let map = serde_json::from_str(text).map_err(Error::json(file))?;
         let place = file.display().to_string();
-        Sources { keys: vec![Keys { map: &map, file, place }], agreeing: true }.settings()
+        settings(&Sources { keys: vec![Keys { map: &map, file, place }], agreeing: true })
     }
 
     /// Reads `quantize_config.json` and `quantization_config` of the config; `None` for a dense
@@ -140,7 +102,7 @@ impl QuantizeConfig {
         if keys.is_empty() {
             return Ok(None);
         }
-        Sources { keys, agreeing }.settings().map(Some)
+        settings(&Sources { keys, agreeing }).map(Some)
     }
 
     /// Whether a linear of a block, such as `self_attn.q_proj`, is quantized.
@@ -219,6 +181,35 @@ impl QuantizeConfig {
         .map(|(key, value)| (key.to_owned(), value))
         .collect()
     }
+}
+
+/// What the places say, put together.
+fn settings(sources: &Sources<'_>) -> Result<QuantizeConfig> {
+    sources.keys.iter().try_for_each(Keys::check)?;
+    let bits = sources.merged(Keys::bits)?;
+    let group_size = sources.merged(Keys::group_size)?;
+    let flag = |key, default| {
+        let read = |keys: &Keys<'_>| keys.typed(key, Value::as_bool);
+        Ok::<_, Error>(sources.merged(read)?.unwrap_or(default))
+    };
+    Ok(QuantizeConfig {
+        bits: bits.ok_or_else(|| sources.missing("bits", &["wbits", "w_bit", "w_bits"]))?,
+        group_size: group_size
+            .ok_or_else(|| sources.missing("group_size", &["groupsize", "q_group_size"]))?,
+        // How it was made changes nothing that is read.
+        damp_percent: sources
+            .first(|keys| keys.typed("damp_percent", Value::as_f64))?
+            .unwrap_or(0.01),
+        desc_act: flag("desc_act", false)?,
+        sym: flag("sym", true)?,
+        true_sequential: sources
+            .first(|keys| keys.typed("true_sequential", Value::as_bool))?
+            .unwrap_or(true),
+        // Files are renamed, and then the name beside them is the one that is changed.
+        model_file_base_name: sources.keys[0].base_name()?.map(|(_, name)| name),
+        checkpoint_format: sources.merged(Keys::format)?.unwrap_or(CheckpointFormat::Gptq),
+        modules_in_block: sources.merged(Keys::modules)?,
+    })
 }
 
 #[cfg(test)]

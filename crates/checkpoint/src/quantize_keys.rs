@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::names::is_file_name;
-use crate::{Bits, CheckpointFormat, Error, GroupSize, MAX_GROUP_SIZE, QuantizeConfig, Result};
+use crate::{Bits, CheckpointFormat, Error, GroupSize, MAX_GROUP_SIZE, Result};
 
 /// The key of config.json that holds the settings.
 pub(crate) const OBJECT: &str = "quantization_config";
@@ -19,39 +19,11 @@ pub(crate) struct Sources<'a> {
 }
 
 /// A setting, and the key that says it.
-type Keyed<T> = (&'static str, T);
+pub(crate) type Keyed<T> = (&'static str, T);
 
 impl<'a> Sources<'a> {
-    pub(crate) fn settings(&self) -> Result<QuantizeConfig> {
-        self.keys.iter().try_for_each(Keys::check)?;
-        let bits = self.merged(Keys::bits)?;
-        let group_size = self.merged(Keys::group_size)?;
-        let flag = |key, default| {
-            let read = |keys: &Keys<'a>| keys.typed(key, Value::as_bool);
-            Ok::<_, Error>(self.merged(read)?.unwrap_or(default))
-        };
-        Ok(QuantizeConfig {
-            bits: bits.ok_or_else(|| self.missing("bits", &["wbits", "w_bit", "w_bits"]))?,
-            group_size: group_size
-                .ok_or_else(|| self.missing("group_size", &["groupsize", "q_group_size"]))?,
-            // How it was made changes nothing that is read.
-            damp_percent: self
-                .first(|keys| keys.typed("damp_percent", Value::as_f64))?
-                .unwrap_or(0.01),
-            desc_act: flag("desc_act", false)?,
-            sym: flag("sym", true)?,
-            true_sequential: self
-                .first(|keys| keys.typed("true_sequential", Value::as_bool))?
-                .unwrap_or(true),
-            // Files are renamed, and then the name beside them is the one that is changed.
-            model_file_base_name: self.keys[0].base_name()?.map(|(_, name)| name),
-            checkpoint_format: self.merged(Keys::format)?.unwrap_or(CheckpointFormat::Gptq),
-            modules_in_block: self.merged(Keys::modules)?,
-        })
-    }
-
     /// What the places say of a setting: `None` where none does.
-    fn merged<T: PartialEq>(
+    pub(crate) fn merged<T: PartialEq>(
         &self,
         read: impl Fn(&Keys<'a>) -> Result<Option<Keyed<T>>>,
     ) -> Result<Option<T>> {
@@ -76,13 +48,16 @@ impl<'a> Sources<'a> {
     }
 
     /// What the first place that says a setting says of it.
-    fn first<T>(&self, read: impl Fn(&Keys<'a>) -> Result<Option<Keyed<T>>>) -> Result<Option<T>> {
+    pub(crate) fn first<T>(
+        &self,
+        read: impl Fn(&Keys<'a>) -> Result<Option<Keyed<T>>>,
+    ) -> Result<Option<T>> {
         let found = self.keys.iter().find_map(|keys| read(keys).transpose()).transpose()?;
         Ok(found.map(|(_, value)| value))
     }
 
     /// The error of a key that has to be there; one of the names that others give it is pointed out.
-    fn missing(&self, key: &str, others: &[&str]) -> Error {
+    pub(crate) fn missing(&self, key: &str, others: &[&str]) -> Error {
         let renamed = |keys: &Keys<'_>| others.iter().find(|other| keys.get(other).is_some());
         let found = self.keys.iter().find_map(|keys| Some((keys, renamed(keys)?)));
         let instead = found.map(|(_, other)| format!("; `{other}` is there instead"));
@@ -118,7 +93,7 @@ impl Keys<'_> {
     }
 
     /// Refuses what would give the tensors another meaning.
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.only("quant_method", |v| v == "gptq", "`gptq`")?;
         self.only("is_marlin_format", |v| v == false, "`false`")?;
         self.only("lm_head", |v| v == false, "`false`")?;
@@ -137,7 +112,7 @@ impl Keys<'_> {
         Err(Error::UnsupportedConfig { path, key, value: value.to_string(), supported })
     }
 
-    fn typed<T>(
+    pub(crate) fn typed<T>(
         &self,
         key: &'static str,
         read: impl Fn(&Value) -> Option<T>,
@@ -149,7 +124,7 @@ impl Keys<'_> {
 
     /// How zeros are stored, with the key that says so: `checkpoint_format` in GPTQModel's files,
     /// `format` in optimum's.
-    fn format(&self) -> Result<Option<Keyed<CheckpointFormat>>> {
+    pub(crate) fn format(&self) -> Result<Option<Keyed<CheckpointFormat>>> {
         let mut found: Option<Keyed<CheckpointFormat>> = None;
         for key in ["checkpoint_format", "format"] {
             self.only(key, |v| v == "gptq" || v == "gptq_v2", "`gptq` or `gptq_v2`")?;
@@ -171,7 +146,7 @@ impl Keys<'_> {
 
     /// The linears that are quantized, sorted: a list of names, or of lists that were solved
     /// together.
-    fn modules(&self) -> Result<Option<Keyed<Vec<String>>>> {
+    pub(crate) fn modules(&self) -> Result<Option<Keyed<Vec<String>>>> {
         let key = "modules_in_block_to_quantize";
         let Some(value) = self.get(key) else { return Ok(None) };
         let wrong = || self.invalid(key, format!("is `{value}`, expected lists of names"));
@@ -190,7 +165,7 @@ impl Keys<'_> {
         Ok(Some((key, names)))
     }
 
-    fn bits(&self) -> Result<Option<Keyed<Bits>>> {
+    pub(crate) fn bits(&self) -> Result<Option<Keyed<Bits>>> {
         let key = "bits";
         let Some(value) = self.get(key) else { return Ok(None) };
         let bits = value.as_u64().and_then(|bits| u8::try_from(bits).ok());
@@ -199,7 +174,7 @@ impl Keys<'_> {
             .ok_or_else(|| self.invalid(key, format!("is `{value}`, expected 2, 3, 4 or 8")))
     }
 
-    fn group_size(&self) -> Result<Option<Keyed<Option<usize>>>> {
+    pub(crate) fn group_size(&self) -> Result<Option<Keyed<Option<usize>>>> {
         let key = "group_size";
         let Some(value) = self.get(key) else { return Ok(None) };
         let number = value.as_i64().map(|number| number.to_string());
@@ -211,7 +186,7 @@ impl Keys<'_> {
     }
 
     /// A base name becomes a path, so it has to be a plain file name.
-    fn base_name(&self) -> Result<Option<Keyed<String>>> {
+    pub(crate) fn base_name(&self) -> Result<Option<Keyed<String>>> {
         let key = "model_file_base_name";
         let Some(value) = self.get(key) else { return Ok(None) };
         let name = value.as_str().filter(|name| is_file_name(name)).map(str::to_owned);

@@ -27,7 +27,7 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     quantize: Option<QuantizeConfig>,
-    /// What there is to say of settings that do not hold for the weights.
+    /// The warning about settings that do not hold for the weights.
     ignored_settings: Option<String>,
     weights: Weights,
     head: OnceLock<Head>,

@@ -2,8 +2,8 @@
 //! generation settings, chat template, licenses.
 //!
 //! What is carried is decided by what is not: weights in any format, configs that the writer makes
-//! itself, the source's own README, hidden files, and what training left behind. A license may lie in
-//! a folder of its own, so one level of folders is looked into.
+//! itself, the source's own README, hidden files, and what training left behind. A license may lie
+//! in a folder of its own, so one level of folders is looked into.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::names::{
 };
 use crate::partial::Partial;
 use crate::small_file::read_small;
-use crate::{Error, Result};
+use crate::{Error, OutputError, Result};
 
 /// Larger files are weights of some kind, whatever their name.
 const MAX_BYTES: u64 = 64 << 20;
@@ -106,7 +106,7 @@ pub(crate) fn names(source: &Path) -> Result<Vec<PathBuf>> {
 fn recordable(source: &Path, name: PathBuf) -> Result<PathBuf> {
     match name.to_str() {
         Some(_) => Ok(name),
-        None => Err(Error::FileName { path: source.join(name) }),
+        None => Err(OutputError::FileName { path: source.join(name) }.into()),
     }
 }
 

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use serde_json::{Map, Value};
 
+use crate::fault::Fault;
 use crate::header::{self, Entry};
 use crate::names::{INDEX_END, is_file_name, weight_file_names};
-use crate::pytorch::Fault;
 use crate::small_file::open_regular;
 use crate::{Error, Result, json, pytorch};
 

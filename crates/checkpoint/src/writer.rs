@@ -2,7 +2,7 @@
 //!
 //! All shapes follow from the configuration, so headers are written first and each tensor goes to
 //! its final place as soon as it is solved, in any order; the files are sparse until then. The
-//! folder is a [`Partial`] until [`CheckpointWriter::finish`] gives it its name.
+//! folder is a [`Partial`] until [`Sealed::publish`] gives it its name.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,7 +20,7 @@ use crate::names::{
 use crate::partial::{Partial, check_space};
 use crate::weight_sum::{Sum, WeightSum, sum_of_pieces};
 use crate::{
-    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig,
+    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig, OutputError,
     QuantizeConfig, Result, ShardPlan, TensorRef, TensorSpec, json as python_json, plan_files,
     side_files,
 };
@@ -28,7 +28,7 @@ use crate::{
 /// Values of a dense tensor converted at a time, so that an embedding never doubles in memory.
 const COPY_VALUES: usize = 1 << 20;
 
-/// A checkpoint being written. Dropped before [`CheckpointWriter::finish`], it leaves nothing.
+/// A checkpoint being written. Dropped before it is [sealed](Self::seal), it leaves nothing.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     partial: Partial,
@@ -75,13 +75,13 @@ pub struct Written {
 }
 
 impl CheckpointWriter {
-    /// Prepares `out`: makes the working folder, checks the disk, copies the tokenizer and the other
-    /// small files of `source`, whose shape the model has, and writes all headers.
+    /// Prepares `out`: makes the working folder, checks the disk, copies the tokenizer and the
+    /// other small files of `source`, whose shape the model has, and writes all headers.
     ///
     /// # Errors
-    /// [`Error::OutputExists`], [`Error::ForeignPartial`], [`Error::PartialInUse`],
-    /// [`Error::DiskSpace`], everything that [`plan_files`] refuses, [`Error::FileName`], and
-    /// [`Error::Io`].
+    /// [`OutputError::Exists`], [`OutputError::ForeignPartial`], [`OutputError::PartialInUse`],
+    /// [`OutputError::DiskSpace`], everything that [`plan_files`] refuses,
+    /// [`OutputError::FileName`], and [`Error::Io`].
     pub fn create(
         out: &Path,
         source: &Checkpoint,
@@ -110,14 +110,8 @@ impl CheckpointWriter {
         Ok(writer)
     }
 
-    /// What the files will be.
-    #[must_use]
-    pub fn plan(&self) -> &FilePlan {
-        &self.plan
-    }
-
-    /// Names of the dense tensors (embedding, norms, the model's own biases, head) that are still to
-    /// be written, sorted.
+    /// Names of the dense tensors (embedding, norms, the model's own biases, head) that are still
+    /// to be written, sorted.
     #[must_use]
     pub fn missing(&self) -> Vec<String> {
         let dense = |name: &str| {
@@ -134,7 +128,7 @@ impl CheckpointWriter {
     /// `model.layers.0.self_attn.q_proj`.
     ///
     /// # Errors
-    /// A linear that disagrees with itself or with the plan, [`Error::WrittenTwice`], and
+    /// A linear that disagrees with itself or with the plan, [`OutputError::WrittenTwice`], and
     /// [`Error::Io`]. After any other error than that, nothing of this linear was written.
     pub fn write_linear(&mut self, prefix: &str, linear: &GptqLinear) -> Result<()> {
         linear.check(prefix)?;
@@ -162,8 +156,8 @@ impl CheckpointWriter {
     /// Writes a dense F16 tensor, row-major in its planned shape.
     ///
     /// # Errors
-    /// [`Error::UnplannedTensor`], [`Error::WrittenTwice`], [`Error::DType`], [`Error::Length`] and
-    /// [`Error::Io`].
+    /// [`OutputError::UnplannedTensor`], [`OutputError::WrittenTwice`], [`Error::DType`],
+    /// [`Error::Length`] and [`Error::Io`].
     pub fn write_f16(&mut self, name: &str, values: &[f16]) -> Result<()> {
         let slot = self.slot(name, DType::F16, None)?;
         let expected = slot.spec.shape.iter().product();
@@ -198,19 +192,11 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Completes the checkpoint and gives the folder its name.
-    ///
-    /// # Errors
-    /// As [`CheckpointWriter::seal`] and [`Sealed::publish`].
-    pub fn finish(self) -> Result<Written> {
-        self.seal()?.publish()
-    }
-
     /// Completes the checkpoint: configuration and index; everything is synced to disk.
     ///
     /// # Errors
-    /// [`Error::MissingTensors`] naming the first that were never written, and [`Error::Io`]; the
-    /// working folder is removed in every case.
+    /// [`OutputError::MissingTensors`] naming the first that were never written, and [`Error::Io`];
+    /// the working folder is removed in every case.
     pub fn seal(self) -> Result<Sealed> {
         self.check_alive()?;
         self.check_complete()?;
@@ -263,8 +249,9 @@ impl CheckpointWriter {
         self.config.block_linears().iter().any(of)
     }
 
-    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold. Loaders
-    /// of that time stretch the positions, and later ones compute it: it is not stretched itself.
+    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold.
+    /// Loaders of that time stretch the positions, and later ones compute it: it is not stretched
+    /// itself.
     fn write_frequencies(&mut self) -> Result<()> {
         let (theta, dim) = (self.config.rope.theta, self.config.head_dim);
         let frequency = |i: usize| {
@@ -286,10 +273,10 @@ impl CheckpointWriter {
         self.check_alive()?;
         let tensor = name.to_owned();
         let Some(slot) = self.slots.get(name) else {
-            return Err(Error::UnplannedTensor { tensor });
+            return Err(OutputError::UnplannedTensor { tensor }.into());
         };
         if slot.sum.is_some() {
-            return Err(Error::WrittenTwice { tensor });
+            return Err(OutputError::WrittenTwice { tensor }.into());
         }
         if slot.spec.dtype != dtype {
             let (expected, found) = (slot.spec.dtype.name(), dtype.name());
@@ -307,7 +294,7 @@ impl CheckpointWriter {
     /// Writes a checked tensor's bytes at their place.
     fn put(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let Some(slot) = self.slots.get(name) else {
-            return Err(Error::UnplannedTensor { tensor: name.to_owned() });
+            return Err(OutputError::UnplannedTensor { tensor: name.to_owned() }.into());
         };
         self.write_at(slot.file, slot.offset, bytes)?;
         self.mark(name, Sha256::digest(bytes).into());
@@ -335,7 +322,7 @@ impl CheckpointWriter {
 
     fn check_alive(&self) -> Result<()> {
         if self.failed {
-            return Err(Error::WriterFailed { path: self.partial.out().to_owned() });
+            return Err(OutputError::WriterFailed { path: self.partial.out().to_owned() }.into());
         }
         Ok(())
     }
@@ -355,7 +342,7 @@ impl CheckpointWriter {
         if missing.len() > 5 {
             examples.push_str(", ...");
         }
-        Err(Error::MissingTensors { count: missing.len(), examples })
+        Err(OutputError::MissingTensors { count: missing.len(), examples }.into())
     }
 
     /// The index of a sharded checkpoint, as transformers writes it.

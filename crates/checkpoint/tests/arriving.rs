@@ -154,7 +154,7 @@ fn what_is_wrong_with_a_shard_is_reported_when_it_comes() {
     let missing = arriving.tensor(first).unwrap_err();
     assert!(missing.to_string().contains(&shard(0)), "{missing}");
     assert!(matches!(missing, Error::Bring { .. }), "{missing}");
-    // Others that wait for it are told the same, without another try.
+    // Others that wait for it get the same error, without another try.
     let again = arriving.tensor(first).unwrap_err();
     let cause = |error: &Error| error.source().unwrap().downcast_ref::<std::io::Error>().is_some();
     assert!(cause(&missing) && cause(&again), "{again:?}");

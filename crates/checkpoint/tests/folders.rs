@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, DType, Error, GptqLinear, Layout, LinearShape, ModelConfig,
-    QuantizeConfig, plan_files,
+    OutputError, QuantizeConfig, Sealed, plan_files,
 };
 use half::f16;
 use proptest::prelude::*;
@@ -117,7 +117,7 @@ fn written(dir: &TempDir, source: &Checkpoint, quantize: &QuantizeConfig) -> Pat
     let out = dir.path().join("out");
     let mut writer = create(&out, source, quantize, Layout::Card, None).unwrap();
     fill(&mut writer, source, quantize);
-    writer.finish().unwrap().dir
+    writer.seal().and_then(Sealed::publish).unwrap().dir
 }
 
 fn four_bits() -> QuantizeConfig {
@@ -141,7 +141,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = create(&dir.path().join("out"), &source, &quantize, layout, max).unwrap();
         fill(&mut writer, &source, &quantize);
-        let done = writer.finish().unwrap();
+        let done = writer.seal().and_then(Sealed::publish).unwrap();
 
         prop_assert_eq!(done.bytes, plan.total_bytes);
         for shard in &plan.shards {
@@ -220,7 +220,7 @@ fn the_folder_has_the_right_files_modes_and_config() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     // Published: the same name is refused from now on.
     let error = create(&out, &source, &four_bits(), Layout::Card, None).unwrap_err();
-    assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+    assert!(matches!(error, Error::Output(OutputError::Exists { .. })), "{error}");
 }
 
 #[test]
@@ -257,13 +257,16 @@ fn every_tensor_is_written_exactly_once_and_right() {
         "{error}"
     );
     let error = writer.write_linear("model.layers.9.mlp.up_proj", &linear).unwrap_err();
-    assert!(matches!(error, Error::UnplannedTensor { .. }), "{error}");
+    assert!(matches!(error, Error::Output(OutputError::UnplannedTensor { .. })), "{error}");
     let mut damaged = linear.clone();
     damaged.g_idx[0] = 99;
     assert!(matches!(writer.write_linear(&name, &damaged), Err(Error::GroupIndex { .. })));
     // Refusals wrote nothing, so the right one still fits; a second one does not.
     writer.write_linear(&name, &linear).unwrap();
-    assert!(matches!(writer.write_linear(&name, &linear), Err(Error::WrittenTwice { .. })));
+    assert!(matches!(
+        writer.write_linear(&name, &linear),
+        Err(Error::Output(OutputError::WrittenTwice { .. }))
+    ));
 
     let norm = source.tensor("model.norm.weight").unwrap();
     let error = writer.copy_dense("lm_head.weight", &norm).unwrap_err();
@@ -275,10 +278,10 @@ fn every_tensor_is_written_exactly_once_and_right() {
     writer.write_f16("model.norm.weight", &[f16::ONE; 64]).unwrap();
     assert!(matches!(
         writer.copy_dense("model.norm.weight", &norm),
-        Err(Error::WrittenTwice { .. })
+        Err(Error::Output(OutputError::WrittenTwice { .. }))
     ));
 
-    let message = writer.finish().unwrap_err().to_string();
+    let message = writer.seal().and_then(Sealed::publish).unwrap_err().to_string();
     assert!(message.contains("`lm_head.weight`") && message.contains("58 tensors"), "{message}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
@@ -308,7 +311,7 @@ fn damage(change: impl Fn(&Path)) -> Error {
     let out = dir.path().join("out");
     let mut writer = create(&out, &source, &four_bits(), Layout::Card, Some(20_000)).unwrap();
     fill(&mut writer, &source, &four_bits());
-    writer.finish().unwrap();
+    writer.seal().and_then(Sealed::publish).unwrap();
     change(&out);
     let read = match Checkpoint::open(&out) {
         Ok(read) => read,
@@ -518,7 +521,7 @@ fn fill_disk(dir: &Path, source: &Checkpoint) -> Error {
     for (name, _, linear) in linears(source.config(), &quantize) {
         if let Err(error) = writer.write_linear(&name, &linear) {
             let again = writer.write_linear(&name, &linear).unwrap_err();
-            assert!(matches!(again, Error::WriterFailed { .. }), "{again}");
+            assert!(matches!(again, Error::Output(OutputError::WriterFailed { .. })), "{again}");
             return error;
         }
     }

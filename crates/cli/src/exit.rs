@@ -17,7 +17,7 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     if error.use_stderr() { ExitCode::from(USER) } else { ExitCode::SUCCESS }
 }
 
-/// The program's own fault, which the panic's message has told.
+/// The program's own fault, which the panic's message has described.
 pub(crate) fn panicked() -> ExitCode {
     ExitCode::from(INTERNAL)
 }

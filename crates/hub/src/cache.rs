@@ -62,7 +62,7 @@ impl RepoCache {
     }
 
     /// The same repository, whose files go to a folder of their own. One that an earlier run of this
-    /// commit left is gone on with; those of other commits are removed.
+    /// commit left is taken up again; those of other commits are removed.
     pub(crate) fn private(&self, commit: &str) -> Result<Self> {
         self.remove_left_over(commit);
         let mut number = 0;

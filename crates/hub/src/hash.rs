@@ -96,7 +96,7 @@ impl Hasher {
 
     /// The digits.
     pub(crate) fn finish(self) -> String {
-        // `records` has it, too, of which this crate is not to know.
+        // `records` has it, too, which this crate is not to know.
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         match self {
             Self::Sha256(hasher) => hex(&hasher.finalize()),

@@ -56,7 +56,7 @@ struct Lfs {
 }
 
 impl RemoteFile {
-    /// A file as it is told of: `blob` is git's hash, `lfs` hash and size of a large one.
+    /// A file as it is described: `blob` is git's hash, `lfs` hash and size of a large one.
     ///
     /// Hashes become file names, so they are not taken on trust.
     pub(crate) fn checked(

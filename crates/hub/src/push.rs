@@ -30,7 +30,7 @@ use crate::{Error, Hub, Progress, Result};
 /// Beginning of a file by which the Hub says how it wants to keep it.
 const SAMPLE: u64 = 512;
 
-/// Names of a branch's other files that are told.
+/// How many of a branch's other files are named.
 const OTHERS: usize = 20;
 
 /// Files that one request asks about.
@@ -64,7 +64,7 @@ pub struct Pushed {
 /// Makes the repository and its branches where they are missing, and uploads what they lack.
 ///
 /// A new branch starts at the repository's first commit, so that it inherits nothing from `main`.
-/// Files on a branch that the folder does not hold stay, and are told of.
+/// Files on a branch that the folder does not hold stay, and are named.
 ///
 /// # Errors
 /// Without a token, when the network is forbidden, when the Hub refuses, or lists something else

@@ -1,8 +1,8 @@
 //! Synthetic measurements: matrix products, and a whole block calibrated as a run would.
 //!
-//! Random data, warm-ups, medians of blocks. A matrix product on the CPU is held against matrixmultiply alone:
-//! one thread's rate on the same shape, times the threads. Stages of a block on a GPU are held
-//! against what one H100 80GB reaches on the stage's operations (see `floor_rate`).
+//! Random data, warm-ups, medians of blocks. A matrix product on the CPU is held against
+//! matrixmultiply alone: one thread's rate on the same shape, times the threads. Stages of a block on
+//! a GPU are held against what one H100 80GB reaches on the stage's operations (see `floor_rate`).
 
 use std::ops::Range;
 use std::time::{Duration, Instant};

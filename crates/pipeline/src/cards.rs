@@ -3,7 +3,7 @@
 
 use crate::bench::Width;
 use crate::operations::Operations;
-use crate::rates::{Entry, Source, Stage};
+use crate::stage_rates::{Entry, Source, Stage};
 
 /// A kind of card.
 #[derive(Clone, Copy, Debug)]

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 
 use gptq_quant::{Choices, Rotate};
+use gptq_report::units::gigabytes;
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -203,7 +204,7 @@ pub enum Error {
         /// Tokens that memory holds.
         room: usize,
     },
-    /// A branch made from a source of which nothing is known before it is read.
+    /// A branch whose source is not known before its shards are read.
     #[error(
         "Whether `{}` was made from this source is not known before its shards are read",
         .0.display()
@@ -331,11 +332,6 @@ pub(crate) fn with_hints(mut text: String, error: &Error) -> String {
         text.push_str(&format!("\nhint: {hint}"));
     }
     text
-}
-
-/// Decimal gigabytes, for messages.
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 #[cfg(test)]

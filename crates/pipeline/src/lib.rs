@@ -37,6 +37,7 @@ mod read_ahead;
 mod recording;
 mod rotate;
 mod row_shards;
+mod stage_rates;
 mod states;
 pub mod sweep;
 pub mod verify;

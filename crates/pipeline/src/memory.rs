@@ -10,7 +10,6 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::host_memory::ensure;
-use crate::memory_evaluation::Along;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -47,6 +46,15 @@ pub struct BlockSizes {
     pub largest: usize,
     /// Largest out_features.
     pub rows: usize,
+}
+
+/// Bytes that an evaluation holds beside branches that are made from the same reading.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Along {
+    /// Of a GPU.
+    pub(crate) device: usize,
+    /// Of the host.
+    pub(crate) host: usize,
 }
 
 impl BlockSizes {
@@ -246,8 +254,8 @@ impl GpuBytes {
         }
     }
 
-    /// Of runs one of which computes at a time: that one has what cannot be offloaded and its inputs,
-    /// each has its states, and the others a block they wait with and one read ahead.
+    /// Of runs that compute one at a time: the one that does has what cannot be offloaded and its
+    /// inputs, each has its states, and the others a block they wait with and one read ahead.
     fn together(block: BlockSizes, works: &[Workload]) -> Self {
         let none = Self { fixed: 0, inputs: 0, hidden: 0, moving: 0, host: 0 };
         let all = works.iter().map(|&work| Self::new(block, work)).reduce(|a, b| Self {

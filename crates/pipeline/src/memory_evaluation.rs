@@ -9,7 +9,7 @@ use gptq_compute::Device;
 
 use crate::error::{Error, Result};
 use crate::host_memory::available;
-use crate::memory::{BlockSizes, STAGING, USABLE, device_budget};
+use crate::memory::{Along, BlockSizes, STAGING, USABLE, device_budget};
 
 /// What an evaluation holds beside the states of the model that it walks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,15 +36,6 @@ pub(crate) struct EvaluationSizes {
     models: usize,
     /// Bytes of Grams.
     grams: usize,
-}
-
-/// Bytes that an evaluation holds beside branches that are made from the same reading.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Along {
-    /// Of a GPU.
-    pub(crate) device: usize,
-    /// Of the host.
-    pub(crate) host: usize,
 }
 
 /// Room for the states of an evaluation, in bytes.

@@ -56,7 +56,7 @@ pub(crate) struct Reader<'a> {
 }
 
 impl OneReading {
-    /// Of so many walks, each of which has to take its [`reader`](Self::reader) or be waited for.
+    /// Of so many walks. Each has to take its [`reader`](Self::reader) or be waited for.
     pub(crate) fn new(walks: usize) -> Self {
         let state = State { read: vec![Some(0); walks], given_up: 0 };
         Self { state: Mutex::new(state), moved: Condvar::new() }

@@ -224,7 +224,7 @@ fn calibrator<'a>(
     Ok((calibrator, streams))
 }
 
-/// What there is to know of the head is said, or refused.
+/// Warns of a head that its configuration and its file disagree about; refuses it under `--strict`.
 fn check_head(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<()> {
     let Some(warning) = job.source.head()?.warning() else { return Ok(()) };
     if job.strict {

@@ -15,17 +15,15 @@
 //! model by the rates of a wide one, several devices by the rates of one, and a run whose activations
 //! wait in host memory.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use gptq_checkpoint::ModelConfig;
 use gptq_compute::Device;
 use gptq_compute::cuda::probe;
 use gptq_quant::{Clip, QuantSpec};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::bench::BlockBench;
-use crate::calibrate::Work;
 use crate::cards::Card;
 use crate::error::{Result, with_causes, with_hints};
 use crate::memory::Offload;
@@ -33,41 +31,8 @@ use crate::operations::Operations;
 use crate::plan::BranchPlan;
 use crate::progress::Progress;
 use crate::rates_file::{self, Record};
-
-/// What is counted, and has a rate of its own. The solver's operations are counted alike whatever it
-/// tries for a group's scales, which takes it longer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Stage {
-    Forward,
-    Gram,
-    Factor,
-    /// With `clip=none`.
-    Solve,
-    /// With `clip=search`.
-    SolveSearch,
-    /// With `clip=solve`.
-    SolveTrial,
-    Reference,
-    Shift,
-}
-
-impl Stage {
-    /// What is counted and timed under this.
-    pub(crate) fn work(self) -> Work {
-        match self {
-            Self::Forward => Work::Forward,
-            Self::Gram => Work::Gram,
-            Self::Factor => Work::Factor,
-            Self::Solve | Self::SolveSearch | Self::SolveTrial => Work::Solve,
-            Self::Reference => Work::Reference,
-            Self::Shift => Work::Shift,
-        }
-    }
-}
-
-/// Operations a second by stage.
-pub(crate) type Rates = BTreeMap<Stage, f64>;
+pub use crate::stage_rates::Source;
+use crate::stage_rates::{Entry, Rates, Stage};
 
 /// A block's operations by stage, those of the solver as a recipe solves.
 fn by_stage(operations: &Operations, spec: &QuantSpec) -> [(Stage, f64); 6] {
@@ -79,45 +44,6 @@ fn by_stage(operations: &Operations, spec: &QuantSpec) -> [(Stage, f64); 6] {
     let stages =
         [Stage::Forward, Stage::Gram, Stage::Factor, solve, Stage::Reference, Stage::Shift];
     stages.map(|stage| (stage, operations.of(stage.work())))
-}
-
-/// Where rates come from, the best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Source {
-    /// `gptq bench` on this device.
-    Bench,
-    /// This project's measurements of such a card.
-    Table,
-    /// Those of a block of quite another width.
-    OtherWidth,
-    /// Those of one device, for several.
-    OneDevice,
-    /// Those of a run that holds all on the device, for one that does not.
-    Offloaded,
-    /// Those of the table's first card, by what data sheets promise of both.
-    DataSheet,
-}
-
-impl Source {
-    /// Whether nothing quite alike was measured.
-    #[must_use]
-    pub fn is_estimate(self) -> bool {
-        self > Self::Table
-    }
-
-    /// In words, after a time.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bench => "by what gptq bench measured on it",
-            Self::Table => "as such cards were measured",
-            Self::OtherWidth => "estimated from a block of another width",
-            Self::OneDevice => "estimated from one device's rates",
-            Self::Offloaded => "estimated from a run whose activations stay on the device",
-            Self::DataSheet => "estimated from an H100's by data sheets",
-        }
-    }
 }
 
 /// What something will take.
@@ -136,17 +62,6 @@ impl Prediction {
         let (seconds, from) = seconds.zip(from)?;
         Some(Self { seconds, from })
     }
-}
-
-/// Rates of a device, as measured on one width.
-#[derive(Clone, Debug)]
-pub(crate) struct Entry {
-    /// Width of the residual stream.
-    pub(crate) hidden: usize,
-    /// Devices that worked together.
-    pub(crate) ranks: usize,
-    pub(crate) rates: Rates,
-    pub(crate) from: Source,
 }
 
 /// What is known of a device, the best first; nothing by default.
@@ -169,8 +84,8 @@ const START_UP_GPU: f64 = 3.0;
 const START_UP_CPU: f64 = 0.3;
 
 impl KnownRates {
-    /// Of a device, `ranks` of which make a branch together. What cannot be read of earlier
-    /// benchmarks is said, and left aside.
+    /// Of a device, or of `ranks` alike that make a branch together. Earlier benchmarks that cannot be
+    /// read are named in a warning and left aside.
     pub fn of_device(device: &Device, ranks: usize, progress: &dyn Progress) -> Self {
         let card = match device {
             Device::Cpu => None,
@@ -304,7 +219,7 @@ fn device_key(device: &Device) -> String {
     }
 }
 
-/// The processor's name and a comma, where the system tells it: machines that share a home, and with
+/// The processor's name and a comma, where the system gives it: machines that share a home, and with
 /// it the file of rates, may differ in nothing else.
 fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -10,7 +10,7 @@ use gptq_records::atomic_file;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::rates::Rates;
+use crate::stage_rates::Rates;
 
 /// Its name in the cache.
 const FILE: &str = "rates.json";
@@ -145,7 +145,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::rates::Stage;
+    use crate::stage_rates::Stage;
 
     fn record(width: &str, rates: &[(Stage, f64)]) -> Record {
         Record {

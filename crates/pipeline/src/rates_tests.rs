@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use gptq_checkpoint::Layout;
 use gptq_quant::Recipe;
 use gptq_records::source_dtype::SourceDtype;

@@ -5,7 +5,8 @@
 //! gains move into the linears that follow; the final norm's moves into the head. A second rotation
 //! turns the outputs of every head's v and the inputs of o. Biases turn with the outputs that they
 //! are added to; norms of query and key heads stay, as nothing before or after them is turned. Large
-//! features are spread over all others, and every linear becomes easier to quantize (QuaRot, Ashkboos et al., arXiv 2404.00456); names, shapes and the architecture stay.
+//! features are spread over all others, and every linear becomes easier to quantize (QuaRot, Ashkboos
+//! et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
 use gptq_checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef};
 use gptq_compute::Device;

@@ -111,8 +111,8 @@ fn every_choice_is_solved_as_its_definition_says() {
     }
 }
 
-/// Whatever finite weights there are, every recipe writes scales that are finite and positive, and codes
-/// that mean no more than fp16 holds; and what is tiny is rounded to the nearest that fp16 has.
+/// Whatever finite weights there are, every recipe writes scales that are finite and positive, and
+/// codes that mean no more than fp16 holds; and what is tiny is rounded to the nearest that fp16 has.
 #[test]
 fn scales_fit_both_ends_of_fp16_in_every_recipe() {
     let n = 64;

@@ -3,7 +3,6 @@
 //! It holds no seconds, dates or paths, so that two runs of one job leave the same bytes; timings
 //! are in the sweep's own `sweep.json`.
 
-use std::fs;
 use std::path::Path;
 
 use gptq_checkpoint::REPORT_FILE;
@@ -171,7 +170,8 @@ pub fn model_name(id_or_path: &str) -> String {
     name.unwrap_or_else(|| id_or_path.to_owned())
 }
 
-/// Whether the checkpoint in a folder was calibrated on this text, where the report beside it shows that.
+/// Whether the checkpoint in a folder was calibrated on this text, where the report beside it shows
+/// that.
 pub fn calibrated_on(dir: &Path, text: &DatasetIdentity) -> Option<bool> {
     let report = BranchReport::read(dir).ok()?;
     // A recipe without calibration saw none.
@@ -202,15 +202,6 @@ impl BranchReport {
         Ok(report)
     }
 
-    /// Writes the report into a checkpoint's folder, over one that is there.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(REPORT_FILE);
-        fs::write(&path, self.to_bytes()?).map_err(Error::io("write", &path))
-    }
-
     /// The file's contents.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut text = serde_json::to_vec_pretty(self)
@@ -222,6 +213,8 @@ impl BranchReport {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn report() -> BranchReport {
@@ -282,6 +275,10 @@ mod tests {
         }
     }
 
+    fn write(report: &BranchReport, dir: &Path) {
+        fs::write(dir.join(REPORT_FILE), report.to_bytes().unwrap()).unwrap();
+    }
+
     #[test]
     fn what_is_written_is_read_to_the_bit() {
         let dir = tempfile::tempdir().unwrap();
@@ -296,7 +293,7 @@ mod tests {
             next.linears[0].relative_error = Some(x);
             report.blocks.push(next);
         }
-        report.write(dir.path()).unwrap();
+        write(&report, dir.path());
         let read = BranchReport::read(dir.path()).unwrap();
         assert_eq!(read, report);
         assert_eq!(read.to_bytes().unwrap(), fs::read(dir.path().join(REPORT_FILE)).unwrap());
@@ -306,7 +303,7 @@ mod tests {
     fn several_ranks_are_recorded_and_one_is_understood() {
         let dir = tempfile::tempdir().unwrap();
         let text = |ranks| {
-            BranchReport { ranks, ..report() }.write(dir.path()).unwrap();
+            write(&BranchReport { ranks, ..report() }, dir.path());
             assert_eq!(BranchReport::read(dir.path()).unwrap().ranks, ranks);
             fs::read_to_string(dir.path().join(REPORT_FILE)).unwrap()
         };
@@ -356,7 +353,7 @@ mod tests {
         fs::write(dir.path().join(REPORT_FILE), "{}").unwrap();
         assert!(refused().contains("missing field"), "{}", refused());
         let newer = BranchReport { format: 2, ..report() };
-        newer.write(dir.path()).unwrap();
+        write(&newer, dir.path());
         assert!(refused().contains("format is 2"), "{}", refused());
     }
 }

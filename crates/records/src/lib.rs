@@ -1,8 +1,9 @@
 //! What lies in a branch's folder beside its weights, and who may write there.
 //!
 //! A [`branch_report`] says what was made and how good it is; a [`manifest`] lists the files with
-//! their sums and what they were made from ([`source_digest`], [`dataset_identity`], [`source_dtype`]).
-//! [`locks`] keep the processes of a sweep apart, and an [`atomic_file`] is written whole or not at all.
+//! their sums and what they were made from ([`source_digest`], [`dataset_identity`],
+//! [`source_dtype`]). [`locks`] keep the processes of a sweep apart, and an [`atomic_file`] is
+//! written whole or not at all.
 //!
 //! This crate knows checkpoint folders and nothing of how a branch is made, measured or shown: no
 //! device, no text, no page.

@@ -2,8 +2,8 @@
 //!
 //! A baseline fixes one measurement (model, protocol, every scored token) and, for each branch, the
 //! bytes of its files, its perplexity and its KL. Bytes must be equal; the others may rise by a
-//! tolerance. What was measured otherwise, or twice, is an error, not a verdict: its numbers say nothing.
-//! Nor does a number that no model can have, on either side, whatever the other one is.
+//! tolerance. What was measured otherwise, or twice, is an error, not a verdict: its numbers say
+//! nothing. Nor does a number that no model can have, on either side, whatever the other one is.
 //!
 //! Tolerances are relative and do not come from the standard error. That one says how far a
 //! perplexity would move on *other* text, and here the text is the same to the token, so sampling is
@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::collect::Report;
 use crate::compare::Measurement;
 use crate::error::{Error, Result};
+use crate::units::group;
 use crate::verdict::{KLS, PERPLEXITIES, impossible, measured, whole_branch};
 
 pub use crate::verdict::{Finding, Outcome, Verdict};
@@ -354,7 +355,6 @@ impl Settings {
 
     /// What differs, in words.
     fn difference(&self, now: &Self) -> Option<String> {
-        let group = |size: Option<usize>| size.map_or_else(|| "none".to_owned(), |n| n.to_string());
         let pairs = [
             ("bits", self.bits.to_string(), now.bits.to_string()),
             ("group size", group(self.group_size), group(now.group_size)),

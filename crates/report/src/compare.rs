@@ -250,7 +250,7 @@ fn same_branch(one: &BranchReport, other: &BranchReport) -> bool {
     one.branch == other.branch && one.model == other.model
 }
 
-/// `now` minus `before`, as far as it can be told: any report says any size.
+/// `now` minus `before`, as far as it can be known: any report says any size.
 fn bytes_between(before: u64, now: u64) -> i64 {
     let size = i64::try_from(now.abs_diff(before)).unwrap_or(i64::MAX);
     if now < before { -size } else { size }

@@ -1,9 +1,9 @@
 //! What a sweep gave, for people: shown, published, held against accepted values.
 //!
-//! Everything comes from the reports in the checkpoints' folders, so that any [`collect`]ion of them can
-//! be shown. [`compare`] puts together what was measured alike; [`markdown`] and [`page`] draw it.
-//! [`card`] writes the model card of every branch from the same numbers and what a person knows of the
-//! model ([`card_facts`]); [`check`] holds a report against a baseline.
+//! Everything comes from the reports in the checkpoints' folders, so that any [`collect`]ion of them
+//! can be shown. [`compare`] puts together what was measured alike; [`markdown`] and [`page`] draw
+//! it. [`card`] writes the model card of every branch from the same numbers and what a person knows
+//! of the model ([`card_facts`]); [`check`] holds a report against a baseline.
 //!
 //! This crate knows checkpoint folders and their records, and nothing of how they are made: no device,
 //! no text, no recipe.

@@ -78,6 +78,12 @@ pub(crate) fn count(value: usize) -> String {
     text
 }
 
+/// Decimal gigabytes, with two decimals as model cards give them.
+#[must_use]
+pub fn gigabytes(bytes: u64) -> String {
+    format!("{:.2} GB", bytes as f64 / 1e9)
+}
+
 /// `128`, or `none`.
 #[must_use]
 pub fn group(group_size: Option<usize>) -> String {

@@ -15,6 +15,7 @@ mod needs;
 #[path = "../../../tests/util/split_mix.rs"]
 mod split_mix;
 
+mod bos;
 pub mod calibration;
 pub mod dataset;
 mod error;

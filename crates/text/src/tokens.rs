@@ -6,13 +6,13 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::{CONFIG_FILE, TOKENIZER_FILE};
-use serde_json::Value;
+use gptq_checkpoint::TOKENIZER_FILE;
 use tokenizers::Tokenizer;
 
+use crate::bos::{adds_bos, find_bos};
 use crate::error::{Error, Result};
 use crate::pieces::{Cut, Placed, encode_in_pieces};
-use crate::text_files::without_mark;
+use crate::text_files::{read_if_present, without_mark};
 
 /// A checkpoint's tokenizer, tied to the vocabulary of the model that will read its tokens.
 pub struct TextTokenizer {
@@ -268,83 +268,6 @@ impl Frame {
         let at = framed.windows(bare.len()).position(|part| part == bare)?;
         let (before, after) = (framed[..at].to_vec(), framed[at + bare.len()..].to_vec());
         Some(Self { before, after })
-    }
-}
-
-/// `add_bos_token` of `tokenizer_config.json`, where it is told.
-fn adds_bos(folder: &Path) -> Result<Option<bool>> {
-    let path = folder.join("tokenizer_config.json");
-    match read_field(&path, "add_bos_token")? {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Bool(adds)) => Ok(Some(adds)),
-        Some(other) => Err(Error::ConfigInvalid {
-            path,
-            reason: format!("add_bos_token is {other}, which is neither true nor false"),
-        }),
-    }
-}
-
-/// The BOS of `tokenizer_config.json` by its text, or else of `config.json` by its number.
-///
-/// An explicit null in the former is an answer: several models list a BOS number in `config.json`
-/// that their tokenizer never uses.
-fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>> {
-    let path = folder.join("tokenizer_config.json");
-    if let Some(token) = read_field(&path, "bos_token")? {
-        // A plain string, or a description of an added token with the string as its content.
-        let content = match &token {
-            Value::Null => return Ok(None),
-            Value::Object(added) => added.get("content").and_then(Value::as_str),
-            other => other.as_str(),
-        };
-        let Some(content) = content else {
-            return Err(Error::ConfigInvalid {
-                path,
-                reason: format!("bos_token is {token}, which is not a token's text"),
-            });
-        };
-        return match tokenizer.token_to_id(content) {
-            Some(id) => Ok(Some(id)),
-            None => Err(Error::ConfigInvalid {
-                path,
-                reason: format!("bos_token `{content}` is not in tokenizer.json"),
-            }),
-        };
-    }
-    let path = folder.join(CONFIG_FILE);
-    match read_field(&path, "bos_token_id")? {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
-            Some(id) => Ok(Some(id)),
-            None => Err(Error::ConfigInvalid {
-                path,
-                reason: format!("bos_token_id is {value}, which is not a token"),
-            }),
-        },
-    }
-}
-
-/// One field of a JSON object in a file; None where the file or the field is absent.
-fn read_field(path: &Path, field: &str) -> Result<Option<Value>> {
-    let Some(bytes) = read_if_present(path)? else { return Ok(None) };
-    let invalid = |reason: String| Error::ConfigInvalid { path: path.to_owned(), reason };
-    match serde_json::from_slice(without_mark(&bytes))
-        .map_err(|error| invalid(error.to_string()))?
-    {
-        Value::Object(mut object) => Ok(object.remove(field)),
-        _ => Err(invalid("it is not a JSON object".to_owned())),
-    }
-}
-
-fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
-    match gptq_checkpoint::read_small(path) {
-        // Some editors put a byte order mark first, which JSON does not know.
-        Ok(bytes) => Ok(Some(match bytes.strip_prefix(b"\xef\xbb\xbf") {
-            Some(rest) => rest.to_vec(),
-            None => bytes,
-        })),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Read { path: path.to_owned(), source }),
     }
 }
 

@@ -1,8 +1,9 @@
 //! What loaders look at in a checkpoint and the model behind it.
 
 use crate::LinearShape;
+use crate::checkpoint_format::CheckpointFormat;
 use crate::config::ModelConfig;
-use crate::quantize_config::{CheckpointFormat, QuantizeConfig};
+use crate::quantize_config::QuantizeConfig;
 use crate::rope::Rope;
 
 /// What loaders look at in a checkpoint.

@@ -1,7 +1,7 @@
 //! What loaders require of a checkpoint, and the phrases that say why it is not met.
 
 use crate::LinearShape;
-use crate::quantize_config::CheckpointFormat;
+use crate::checkpoint_format::CheckpointFormat;
 use crate::rope::RopeScaling;
 
 use super::facts::{Architecture, Bias, GroupIndex, LoaderFacts};

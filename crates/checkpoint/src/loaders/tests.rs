@@ -1,8 +1,9 @@
 //! The published matrix, and each rule on its own.
 
 use crate::bits::Bits;
+use crate::checkpoint_format::CheckpointFormat;
 use crate::config::ModelConfig;
-use crate::quantize_config::{CheckpointFormat, QuantizeConfig};
+use crate::quantize_config::QuantizeConfig;
 
 use super::*;
 

@@ -4,12 +4,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result};
+use crate::{Error, OutputError, Result};
 
 /// The place of an output, which must not exist or be an empty folder. Links are followed: a folder
 /// can be renamed onto an empty folder, but not onto a link to one.
 pub(super) fn resolved(out: &Path) -> Result<PathBuf> {
-    let occupied = || Err(Error::OutputExists { path: out.to_owned() });
+    let occupied = || Err(OutputError::Exists { path: out.to_owned() }.into());
     let found = fs::canonicalize(out).and_then(|path| {
         let is_empty = fs::read_dir(&path)?.next().is_none();
         Ok((is_empty, path))
@@ -21,7 +21,7 @@ pub(super) fn resolved(out: &Path) -> Result<PathBuf> {
         // With a slash at its end, a link is not seen as one.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             match fs::read_link(out.components().as_path()) {
-                Ok(target) => Err(Error::DeadLink { path: out.to_owned(), target }),
+                Ok(target) => Err(OutputError::DeadLink { path: out.to_owned(), target }.into()),
                 Err(_) => Ok(out.to_owned()),
             }
         }
@@ -39,10 +39,10 @@ pub(super) fn prove_replaceable(out: &Path, current: Option<&Path>) -> Result<()
     };
     if current == Some(out) {
         // The relative paths of this run would lead nowhere.
-        return Err(Error::CurrentFolder { path: out.to_owned() });
+        return Err(OutputError::CurrentFolder { path: out.to_owned() }.into());
     }
     fs::remove_dir(out).map_err(|e| match e.kind() {
-        io::ErrorKind::ResourceBusy => Error::MountPoint { path: out.to_owned() },
+        io::ErrorKind::ResourceBusy => OutputError::MountPoint { path: out.to_owned() }.into(),
         _ => Error::io("replace", out)(e),
     })?;
     fs::create_dir(out).map_err(Error::io("create", out))?;
@@ -60,7 +60,7 @@ mod tests {
         fs::write(dir.path().join("file"), "x").unwrap();
         for out in [dir.path().to_owned(), dir.path().join("file"), PathBuf::from("/")] {
             let error = Partial::create(&out).unwrap_err();
-            assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+            assert!(matches!(error, Error::Output(OutputError::Exists { .. })), "{error}");
         }
     }
 
@@ -82,7 +82,7 @@ mod tests {
         assert!(link.is_symlink());
         // Through the link it is as occupied as by its name.
         let error = Partial::create(&link).unwrap_err();
-        assert!(matches!(error, Error::OutputExists { .. }), "{error}");
+        assert!(matches!(error, Error::Output(OutputError::Exists { .. })), "{error}");
     }
 
     /// Only a privileged user can mount something.

@@ -9,7 +9,7 @@ use gptq_text::evaluation::EvalText;
 
 use crate::plain::plain_word;
 
-pub(crate) use gptq_report::units::group;
+pub(crate) use gptq_report::units::{gigabytes, group};
 
 /// A borderless table; `left` names the number of leading columns that hold text.
 pub(crate) fn table(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
@@ -25,11 +25,6 @@ pub(crate) fn table(header: &[&str], left: usize, rows: &[Vec<String>]) -> Strin
         }
     }
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
-}
-
-/// Decimal gigabytes as model cards give them.
-pub(crate) fn gigabytes(bytes: u64) -> String {
-    format!("{:.2} GB", bytes as f64 / 1e9)
 }
 
 /// Bytes in a unit that keeps three digits or so.

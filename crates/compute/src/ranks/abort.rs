@@ -1,10 +1,14 @@
 //! What ends the waiting of all ranks when one of them is lost.
 
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use crate::cuda::nccl::Communicator;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+
+/// How often a wait looks whether another rank has failed.
+pub(super) const TICK: Duration = Duration::from_millis(100);
 
 /// Raised once, by the first rank that fails; shared by the ranks of a process.
 #[derive(Default)]

@@ -23,7 +23,7 @@ const MOST_OF_VALUE: usize = 256;
 const SHOWN: usize = 64;
 const MOST_SHOWN: usize = 6;
 
-/// Names and values, in the order in which differences are told.
+/// Names and values, in the order in which differences are reported.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Agreement {
     fields: Vec<(String, String)>,

@@ -19,7 +19,7 @@ const LOST: u8 = 3;
 const BEFORE_WORK: u64 = 1 << 16;
 /// Parts of a message: one for each rank, or the few tensors of a linear.
 const MOST_PARTS: u64 = 1 << 16;
-/// Words that are read at first; after that, as many again as have come.
+/// Words that are read at first; after that, as many again as have arrived.
 const STEP: usize = 1 << 16;
 
 /// The most words that a message may have. It grows when the ranks know what they work on.

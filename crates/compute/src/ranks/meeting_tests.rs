@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::Device;
-use crate::ranks::{RankHandle, frames::Frame, greeting::VERSION};
+use crate::ranks::{RankHandle, calling::answer, frames::Frame, greeting::VERSION};
 
 const RUN: &str = "this run";
 

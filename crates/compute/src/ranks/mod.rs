@@ -15,6 +15,7 @@
 
 mod abort;
 mod agreement;
+mod calling;
 pub mod frames;
 pub mod greeting;
 mod launch;
@@ -27,7 +28,6 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use ndarray::{Array2, Axis, concatenate};
 
@@ -38,13 +38,10 @@ use crate::lock::lock;
 use crate::share::share;
 use crate::tensor::{Storage, Tensor};
 
-use abort::Abort;
+use abort::{Abort, TICK};
 pub use agreement::Agreement;
 use frames::{Limit, Message};
 pub use launch::Launch;
-
-/// How often a wait looks whether another rank has failed.
-const TICK: Duration = Duration::from_millis(100);
 
 /// What a rank may send at once whatever the work is: what it has alike with the others, losses of a
 /// stage and the like.

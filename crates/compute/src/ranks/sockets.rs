@@ -3,6 +3,9 @@
 //! Each connection has a thread for either direction, so that sending never waits. A frame that says
 //! nothing is sent every few seconds: a peer from which nothing comes for a minute is lost, as is one
 //! whose connection ends without a farewell. Rank 0 passes the news of a loss on to all others.
+//!
+//! This file and `mod.rs` know each other, as no other two of this crate do: [`RankHandle`] is the door
+//! to the ranks of either kind, so it opens this one, and what comes out is a `RankHandle`.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -13,11 +16,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::abort::Abort;
+use super::abort::{Abort, TICK};
+use super::calling;
 use super::frames::{Frame, Limit, Message};
 use super::launch::Launch;
 use super::meeting::{self, Met};
-use super::{RankHandle, TICK, Wire};
+use super::{RankHandle, Wire};
 use crate::error::{Error, Result};
 
 /// Time between signs of life, and the silence after which a peer is lost.
@@ -40,7 +44,7 @@ impl Drop for Pumps {
     }
 }
 
-/// Connects to rank 0, or as rank 0 to all others; `say` is told when that takes a while.
+/// Connects to rank 0, or as rank 0 to all others; `announce` hears of it when that takes a while.
 pub(super) fn join(launch: &Launch, announce: &dyn Fn(&str)) -> Result<RankHandle> {
     let Launch { rank, size, .. } = *launch;
     if rank >= size {
@@ -53,7 +57,7 @@ pub(super) fn join(launch: &Launch, announce: &dyn Fn(&str)) -> Result<RankHandl
     if size == 1 {
         return Ok(RankHandle::alone());
     }
-    let met = if rank == 0 { meeting::listen(launch, announce)? } else { meeting::call(launch)? };
+    let met = if rank == 0 { meeting::listen(launch, announce)? } else { calling::call(launch)? };
     let Met { streams, strangers } = met;
     let limit = Arc::<Limit>::default();
     let abort = Arc::<Abort>::default();

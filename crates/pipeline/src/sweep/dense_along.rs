@@ -8,17 +8,17 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::thread::{Scope, ScopedJoinHandle};
 
-use gptq_compute::Device;
+use gptq_compute::{Device, share};
 use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_text::evaluation::EvalText;
 
-use super::SweepJob;
-use super::dense_measure::shares;
+use super::sweep_job::SweepJob;
 use crate::batches::{Batch, Batches, Beside};
 use crate::error::{Error, Result};
 use crate::job::precision;
-use crate::memory_evaluation::{Along, EvaluationSizes, Room};
+use crate::memory::Along;
+use crate::memory_evaluation::{EvaluationSizes, Room};
 use crate::one_reading::{OneReading, Seat};
 use crate::perplexity::{begin, each_block, round};
 use crate::progress::{Progress, Silent};
@@ -136,6 +136,14 @@ impl Evaluation {
         });
         Walking { dense, grids }
     }
+}
+
+/// Each device's share of the windows, by its number; cut between chunks. Some may have none.
+pub(super) fn shares(text: &EvalText, devices: &[Device]) -> Vec<(usize, Range<usize>)> {
+    let chunk = devices.first().map_or(1, Device::chunk_tokens) / text.seq_len.max(1);
+    let of_device =
+        |device| (device, share(text.windows.len(), chunk.max(1), device, devices.len()));
+    (0..devices.len()).map(of_device).filter(|(_, windows)| !windows.is_empty()).collect()
 }
 
 /// Refuses windows that memory does not hold at once.

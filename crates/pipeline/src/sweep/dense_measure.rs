@@ -9,14 +9,14 @@ use std::ops::Range;
 use std::path::Path;
 
 use gptq_checkpoint::Checkpoint;
-use gptq_compute::{Device, share};
+use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::{BranchReport, EvaluationRecord, Measured};
 use gptq_records::source_dtype::SourceDtype;
 use gptq_text::evaluation::EvalText;
 
-use super::dense_along::{self as along, Evaluation, Walked};
+use super::dense_along::{self as along, Evaluation, Walked, shares};
 use crate::batches::{Batch, Batches, Beside};
 use crate::error::{Error, Result, with_causes};
 use crate::job::precision;
@@ -231,14 +231,6 @@ impl<'a> DenseMeasure<'a> {
         let parts = self.parts.iter().collect();
         Ok(Tally::of_parts(side_by_side(parts, progress, part)?))
     }
-}
-
-/// Each device's share of the windows, by its number; cut between chunks. Some may have none.
-pub(super) fn shares(text: &EvalText, devices: &[Device]) -> Vec<(usize, Range<usize>)> {
-    let chunk = devices.first().map_or(1, Device::chunk_tokens) / text.seq_len.max(1);
-    let of_device =
-        |device| (device, share(text.windows.len(), chunk.max(1), device, devices.len()));
-    (0..devices.len()).map(of_device).filter(|(_, windows)| !windows.is_empty()).collect()
 }
 
 /// The grid of a branch.

@@ -15,15 +15,14 @@ use gptq_compute::Ranks;
 use gptq_records::branch_report::{BranchReport, model_name};
 use gptq_records::manifest::{MadeFrom, Manifest};
 
-use super::SweepJob;
 use super::config::Branch;
-use super::one_source::Digest;
+use super::source_digest::Digest;
+use super::sweep_job::SweepJob;
 use crate::error::{Error, Result};
 use crate::first_gram::FirstGrams;
 use crate::job::{Beside, QuantizeJob};
 use crate::lock::lock;
-use crate::memory::{BlockSizes, Offload, offload_beside};
-use crate::memory_evaluation::Along;
+use crate::memory::{Along, BlockSizes, Offload, offload_beside};
 use crate::one_reading::{OneReading, Seat};
 use crate::progress::{BlockReport, Progress};
 use crate::quantize::{Made, make};

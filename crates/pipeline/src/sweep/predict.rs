@@ -1,7 +1,7 @@
 //! What a sweep will take, before it is begun.
 //!
 //! Branches on one device take turns and those on different devices go block by block together (see
-//! [`super::group`]), so a group takes as long as the device with the most work, and each of its
+//! `group`), so a group takes as long as the device with the most work, and each of its
 //! branches as long as the group. Measuring is forwards over the evaluation's windows, which the
 //! devices share: of the dense model once, of every branch, and of every grid rounded to nearest.
 
@@ -10,7 +10,8 @@ use std::collections::BTreeSet;
 use super::config::Branch;
 use super::dense_measure::grid;
 use super::group::device_of;
-use super::{Survey, SweepJob};
+use super::survey::{Survey, Surveyed};
+use super::sweep_job::SweepJob;
 use crate::error::Result;
 use crate::operations::Operations;
 use crate::rates::{Prediction, Source};
@@ -33,8 +34,7 @@ impl SweepPrediction {
     pub fn new(job: &SweepJob<'_>, survey: &Survey) -> Result<Self> {
         let mut branches = vec![None; job.branches.len()];
         let mut total = Some(Prediction { seconds: 0.0, from: Source::Bench });
-        let made =
-            |at: &usize| survey.branches.get(*at).is_some_and(super::Surveyed::is_to_be_made);
+        let made = |at: &usize| survey.branches.get(*at).is_some_and(Surveyed::is_to_be_made);
         let to_make: Vec<usize> = (0..job.branches.len()).filter(made).collect();
         for members in to_make.chunks(job.at_once()) {
             let of_group: Vec<&Branch> = members.iter().map(|&at| &job.branches[at]).collect();

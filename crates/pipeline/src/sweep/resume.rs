@@ -92,7 +92,7 @@ pub(crate) fn look(dir: &Path, made_from: &MadeFrom, measured_on: Option<&str>) 
     }
 }
 
-/// A working folder is gone on with if it was complete; it is replaced otherwise.
+/// A working folder is resumed if it was complete; it is replaced otherwise.
 fn look_at_partial(dir: &Path, made_from: &MadeFrom) -> State {
     // Whatever cannot be read is refused or replaced by the writer.
     let Ok(Some(manifest)) = Manifest::read(dir) else { return State::New };

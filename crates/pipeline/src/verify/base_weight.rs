@@ -41,7 +41,7 @@ impl<'a> BaseWeight<'a> {
         let rows = weight.as_slice_mut().unwrap_or_default().par_chunks_mut(in_features);
         let read = |halves: &mut Vec<f16>, (row, values)| stored.row(row, halves, values);
         let outcomes: Vec<Result<()>> = rows.enumerate().map_init(Vec::new, read).collect();
-        // In order, so that the first fault is the one that is told.
+        // In order, so that the first fault is the one that is reported.
         outcomes.into_iter().collect::<Result<()>>()?;
         base.release(&name);
         rotations.weight(id, &mut weight, Some(gains));

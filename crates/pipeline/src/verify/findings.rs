@@ -27,7 +27,8 @@ pub enum Check {
     FusedOrder,
     /// Scales are finite and positive.
     Scales,
-    /// Norms, embeddings, head and the architecture's biases are finite, biases that AutoGPTQ adds zero.
+    /// Norms, embeddings, head and the architecture's biases are finite, biases that AutoGPTQ adds
+    /// zero.
     Dense,
     /// config.json and the tokenizer make the base's model of the tensors.
     Model,

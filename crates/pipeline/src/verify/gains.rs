@@ -1,10 +1,10 @@
 //! Gains: what the codes of some weights are times the nearest ones, and how far from 1 that may be.
 //!
-//! Limits were set on what every recipe, AutoGPTQ 0.7.1 and GPTQModel make of the embedded model and 13
-//! variants of it: 1.5 million scales, 0.9 million outputs and 10,000 groups. Beside each limit stands
-//! what was seen on both of its sides. A gain's noise is the energy of what it leaves of the codes, over
-//! that of the nearest ones. A scale or an output that is off by a tenth is not found: sound ones of 4
-//! bits have gains from 0.81 on.
+//! Limits were set on what every recipe, AutoGPTQ 0.7.1 and GPTQModel make of the embedded model and
+//! 13 variants of it: 1.5 million scales, 0.9 million outputs and 10,000 groups. Beside each limit
+//! stands what was seen on both of its sides. A gain's noise is the energy of what it leaves of the
+//! codes, over that of the nearest ones. A scale or an output that is off by a tenth is not found:
+//! sound ones of 4 bits have gains from 0.81 on.
 
 use gptq_checkpoint::Bits;
 
@@ -22,8 +22,8 @@ const LITTLE_NOISE: f64 = 0.4;
 /// Gains outside of this are of other weights, whatever the noise: theirs are within 0.1 of 0, those
 /// under doubled scales 1.7 to 1.9.
 const GAINS: std::ops::Range<f64> = 0.35..1.4;
-/// The smallest that is other weights' where a recipe moved them and nothing better tells: of a group of
-/// 2 bits (sound ones have 0.27) and of an output.
+/// The smallest that is other weights' where a recipe moved them and nothing shows it better: of a
+/// group of 2 bits (sound ones have 0.27) and of an output.
 const SMALLEST_MOVED: f64 = 0.18;
 
 /// Sums over some weights, in steps: of x², y² and x·y, with x the nearest codes and y the codes.
@@ -36,7 +36,7 @@ pub(super) struct Gain {
     pub(super) unbounded: f64,
 }
 
-/// The sum of gains, and what tells how they scatter about it.
+/// The sum of gains, and what shows how they scatter about it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sums {
     all: Gain,
@@ -51,7 +51,8 @@ struct Other {
     gain: f64,
     noise: f64,
     /// Less what weights beyond the grid explain: their codes, all at its end, are what the columns
-    /// after them pay with (AutoGPTQ's scales of rows without a negative weight, half of what they need).
+    /// after them pay with (AutoGPTQ's scales of rows without a negative weight, half of what they
+    /// need).
     excess: f64,
 }
 
@@ -150,9 +151,10 @@ pub(super) struct Limits {
 impl Limits {
     /// The gain of a group over the rows, where it is that of other weights.
     ///
-    /// Without much noise sound groups of 3 bits or more have 0.977 to 1.00, with 0.1 of it 0.96 to 1.04,
-    /// with 0.4 0.91 to 1.08; of moved linears 0.86 with 0.2 and 0.76 with 0.4. Three steps do not tell
-    /// scales from each other: groups of 2 bits have 0.58 or more. Scales of 0.85 of their size leave 0.85.
+    /// Without much noise sound groups of 3 bits or more have 0.977 to 1.00, with 0.1 of it 0.96 to
+    /// 1.04, with 0.4 0.91 to 1.08; of moved linears 0.86 with 0.2 and 0.76 with 0.4. Three steps do
+    /// not tell scales from each other: groups of 2 bits have 0.58 or more. Scales of 0.85 of their
+    /// size leave 0.85.
     pub(super) fn of_group(&self, sums: &Sums) -> Option<f64> {
         let Other { gain, noise, excess } = sums.other(ENOUGH)?;
         let (smallest, largest) = match (self.bits, self.moved) {
@@ -167,9 +169,9 @@ impl Limits {
 
     /// The same over all groups: so much rests on it that a factor common to all scales is seen.
     ///
-    /// Sound ones of 3 bits or more have 0.95 to 1.02, and where noise drives codes to the ends of the
-    /// grid less: 0.91 where it is 0.24 of the weights, 0.89 at 0.37. Those of ternary weights at 2 bits
-    /// have 0.81, and an outlier channel after 16 tokens leaves 0.45.
+    /// Sound ones of 3 bits or more have 0.95 to 1.02, and where noise drives codes to the ends of
+    /// the grid less: 0.91 where it is 0.24 of the weights, 0.89 at 0.37. Those of ternary weights at
+    /// 2 bits have 0.81, and an outlier channel after 16 tokens leaves 0.45.
     pub(super) fn of_whole(&self, sums: &Sums) -> Option<f64> {
         let Other { gain, noise, excess } = sums.other(ENOUGH)?;
         let smallest = match (self.bits, self.moved) {
@@ -182,9 +184,9 @@ impl Limits {
 
     /// Whether an output has other weights, by all its columns or by those that are `near`.
     ///
-    /// Sound ones of 3 bits or more have 0.82 to 1.06 with noise up to 0.2, 0.75 to 1.16 with 0.4 and up to
-    /// 1.41 with 1.5; of moved linears 0.71 with 0.4. At 2 bits 0.41 or more, and what one column passes on
-    /// to a moved one may move the whole row by a step.
+    /// Sound ones of 3 bits or more have 0.82 to 1.06 with noise up to 0.2, 0.75 to 1.16 with 0.4 and
+    /// up to 1.41 with 1.5; of moved linears 0.71 with 0.4. At 2 bits 0.41 or more, and what one column
+    /// passes on to a moved one may move the whole row by a step.
     pub(super) fn is_other_output(&self, all: &Sums, near: &Sums) -> bool {
         if self.bits == Bits::Two && self.moved {
             return false;
@@ -205,9 +207,9 @@ impl Limits {
 
     /// The gain of one group of one output, where its scale is that of other weights.
     ///
-    /// Sound ones have 0.66 to 1.37 with noise up to 0.2, 0.63 to 1.51 with 0.4; a scale of half its size
-    /// leaves 0.5 to 0.58, a doubled one 1.7 to 1.9, but less where a search for scales of 3 bits has cut the
-    /// largest weights off. Three steps do not tell.
+    /// Sound ones have 0.66 to 1.37 with noise up to 0.2, 0.63 to 1.51 with 0.4; a scale of half its
+    /// size leaves 0.5 to 0.58, a doubled one 1.7 to 1.9, but less where a search for scales of 3
+    /// bits has cut the largest weights off. Three steps do not show it.
     pub(super) fn of_cell(&self, sums: &Sums) -> Option<f64> {
         let Other { gain, noise, excess } = sums.other(ENOUGH_OF_CELL)?;
         let other = gain < 0.62 - 0.15 * noise || excess > 1.55 + 0.5 * noise;

@@ -14,26 +14,27 @@ use crate::rotate::{FusedRotations, dense_head};
 /// rounding of turned values to fp16, which another processor may round the other way.
 const ROUNDING: f64 = 1e-5;
 /// Gains that a row of a fitted head may have: what is left of the base's row in it, over that row.
-/// Fitting multiplies all rows by one matrix near 1: sound rows have 0.82 to 1.10 (both at 2 bits), a row
-/// of zeros or of another token 0 ± 0.4, a doubled one 1.6 or more.
+/// Fitting multiplies all rows by one matrix near 1: sound rows have 0.82 to 1.10 (both at 2 bits), a
+/// row of zeros or of another token 0 ± 0.4, a doubled one 1.6 or more.
 const ROW_GAINS: std::ops::Range<f64> = 0.5..1.45;
 /// Energy over the base's of what a gain leaves of a row, above which it is noise that may hide any
 /// gain: sound rows of the embedded model have up to 0.15, and where one enormous weight makes a row
 /// of states as large as all others, 1.8, or with 16 tokens of calibration a gain of -0.1. Zeros and
 /// factors leave nothing, other tokens about 1.
 const NOISE: f64 = 0.5;
-/// Share of the rows that may be such. Of that model 5 of 64 are; of a head with other tokens' rows all.
+/// Share of the rows that may be such. Of that model 5 of 64 are; of a head with other tokens' rows
+/// all.
 const NOISY_ROWS: f64 = 0.25;
-/// Gains of the whole head, which rests on all rows: sound ones have 0.83 to 1.012, a factor of 1.3 leaves
-/// 1.17 or more, of 0.6 at most 0.6.
+/// Gains of the whole head, which rests on all rows: sound ones have 0.83 to 1.012, a factor of 1.3
+/// leaves 1.17 or more, of 0.6 at most 0.6.
 const GAINS: std::ops::Range<f64> = 0.7..1.08;
 
 /// How the head differs from the base's.
 pub(super) struct HeadChange {
     rows: Vec<Row>,
     all: Row,
-    /// What one matrix leaves over of every row; `None` where nothing was changed, nothing tells, or
-    /// nobody has fitted it.
+    /// What one matrix leaves over of every row; `None` where nothing was changed, nothing would show
+    /// it, or nobody has fitted it.
     left_over: Option<Vec<f64>>,
     /// It has the base's shape.
     whole: bool,
@@ -42,8 +43,8 @@ pub(super) struct HeadChange {
 }
 
 impl HeadChange {
-    /// `may_be_fitted` unless it is known that nobody has fitted it: only then is one matrix looked for,
-    /// which takes tens of passes over the head.
+    /// `may_be_fitted` unless it is known that nobody has fitted it: only then is one matrix looked
+    /// for, which takes tens of passes over the head.
     pub(super) fn new(
         checkpoint: &Checkpoint,
         base: &Checkpoint,
@@ -80,8 +81,8 @@ impl HeadChange {
         relative(self.all.change, self.all.energy)
     }
 
-    /// Whether it was fitted by all that it shows: every row is changed by the same matrix, which is not
-    /// just a factor. Of what fitting changes, a tenth or less lies along the base's values.
+    /// Whether it was fitted by all that it shows: every row is changed by the same matrix, which is
+    /// not just a factor. Of what fitting changes, a tenth or less lies along the base's values.
     pub(super) fn shows_fitting(&self) -> bool {
         let along = self.all.gain().map(|gain| (gain - 1.0).powi(2) * self.all.energy);
         self.left_over.is_some()
@@ -89,9 +90,9 @@ impl HeadChange {
             && along.is_some_and(|along| along < self.all.change / 2.0)
     }
 
-    /// One that was not fitted is the base's, and so is a head of zeros, which fitting leaves as it is.
-    /// Fitting makes up for what the blocks have lost, so what it changes has no size of its own; but it
-    /// changes every row by the same matrix, and keeps it on its way.
+    /// One that was not fitted is the base's, and so is a head of zeros, which fitting leaves as it
+    /// is. Fitting makes up for what the blocks have lost, so what it changes has no size of its own;
+    /// but it changes every row by the same matrix, and keeps it on its way.
     pub(super) fn report(&self, fitted: bool, findings: &mut Findings) {
         findings.examine(Check::DenseWeights, 1);
         let relative = self.relative();

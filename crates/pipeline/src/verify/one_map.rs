@@ -1,10 +1,10 @@
 //! Whether one matrix makes all rows of a head of the base's.
 //!
 //! Fitting ([`crate::fit_head`]) multiplies the head by one matrix, so a fitted head H is B·M to the
-//! rounding of fp16, with B the base's and M unknown. That M need not be found: for a vector v, Hv is Bx
-//! with x = Mv, and x follows from all rows by least squares, so a row that was not made so is left over.
-//! Rows are weighted to be alike, which makes what is left over relative to the row; conjugate gradients,
-//! begun at x = v, are there after some 20 passes over B.
+//! rounding of fp16, with B the base's and M unknown. That M need not be found: for a vector v, Hv is
+//! Bx with x = Mv, and x follows from all rows by least squares, so a row that was not made so is
+//! left over. Rows are weighted to be alike, which makes what is left over relative to the row;
+//! conjugate gradients, begun at x = v, are there after some 20 passes over B.
 
 use gptq_quant::split_mix;
 use half::f16;
@@ -283,7 +283,7 @@ mod tests {
         }
         found.copy_within(20 * WIDTH..21 * WIDTH, 30 * WIDTH);
         assert_eq!(wrong(&found, &base), [3, 7, 30, 40, 199]);
-        // A row of zeros lacks itself, and is told by its gain.
+        // A row of zeros lacks itself, and is found by its gain.
         let all: Vec<f32> = sound.chunks(WIDTH).rev().flatten().copied().collect();
         assert!(wrong(&all, &base).len() > ROWS * 9 / 10);
     }

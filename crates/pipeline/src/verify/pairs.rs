@@ -43,7 +43,7 @@ pub(super) struct Pairs<'a> {
 }
 
 impl<'a> Pairs<'a> {
-    /// What `of` makes of every pair, in order. Of several faults the first one is told.
+    /// What `of` makes of every pair, in order. Of several faults the first one is reported.
     pub(super) fn each<T: Send>(
         self,
         of: impl Fn(&Pair<'_>) -> Result<T> + Sync,

@@ -14,7 +14,7 @@ const MAX_SCATTER: f64 = 0.05;
 pub(super) fn swapped(of: &[Output], linear: &GptqLinear) -> Option<(usize, usize)> {
     let (groups, outputs) = (linear.groups, linear.out_features);
     let scale = |group: usize, row: usize| f64::from(linear.scales[group * outputs + row].to_f32());
-    // The rows of a group that tell, each with the logarithm of the scale that would fit.
+    // The rows of a group that show a scale, each with the logarithm of the scale that would fit.
     let wanted = |group: usize| -> (Vec<u32>, Vec<f64>) {
         let fitting = |row: usize| {
             let gain = of[row].groups[group];
@@ -64,6 +64,7 @@ fn scatter(numbers: impl Iterator<Item = f64>) -> f64 {
     let count = count as f64;
     let mean = sums.iter().sum::<f64>() / count;
     let square = squares.iter().sum::<f64>() / count - mean * mean;
-    // Rounding may leave a little less than nothing. Of no numbers this is none, which `max` would hide.
+    // Rounding may leave a little less than nothing. Of no numbers this is none, which `max` would
+    // hide.
     if square < 0.0 { 0.0 } else { square.sqrt() }
 }
