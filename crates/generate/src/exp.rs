@@ -9,18 +9,29 @@ use std::f64::consts::LOG2_E;
 const LN2_HIGH: f64 = f64::from_bits(0x3fe6_2e42_fee0_0000);
 const LN2_LOW: f64 = f64::from_bits(0x3dea_39ef_3579_3c76);
 
-/// Terms of the series; after so many, what is left is below half a unit in the last place where
-/// |r| ≤ ln 2 / 2.
-const TERMS: u32 = 14;
+/// 1/n!, up to where what is left of the series is below half a unit in the last place for
+/// |r| ≤ ln 2 / 2. Products, since a row of logits has a hundred thousand and a quotient takes long.
+const SERIES: [f64; 14] = {
+    let mut series = [1.0; 14];
+    let mut n = 1;
+    while n < series.len() {
+        series[n] = series[n - 1] / n as f64;
+        n += 1;
+    }
+    series
+};
+
+/// What rounds a number to a whole one when it is added and taken away again.
+const WHOLE: f64 = 1.5 * (1u64 << 52) as f64;
 
 /// eˣ for x ≤ 0, to a few units in the last place; 0 below -708, where the result would lose digits.
 pub(crate) fn exp(x: f64) -> f64 {
     if x < -708.0 {
         return 0.0;
     }
-    let power = (x * LOG2_E).round();
+    let power = (x * LOG2_E + WHOLE) - WHOLE;
     let r = (x - power * LN2_HIGH) - power * LN2_LOW;
-    let series = (1..=TERMS).rev().fold(1.0, |sum, n| 1.0 + sum * r / f64::from(n));
+    let series = SERIES.iter().rev().fold(0.0, |sum, term| sum * r + term);
     // The power is between -1022 and 0, so its exponent is that of a normal number.
     series * f64::from_bits(((1023 + power as i64) as u64) << 52)
 }

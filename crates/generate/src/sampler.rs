@@ -42,7 +42,7 @@ struct Candidate {
     id: u32,
     /// The logit after penalty and temperature, less the highest of them: at most 0.
     score: f64,
-    /// Its exponential.
+    /// Its exponential, once it is needed.
     weight: f64,
 }
 
@@ -114,10 +114,13 @@ impl Sampler {
         // The highest first becomes 0, so that no temperature makes an infinity of it.
         self.candidates.extend(scores.iter().zip(0..).map(|(&score, id)| {
             let score = (f64::from(score) - f64::from(highest)) / temperature;
-            Candidate { id, score, weight: exp(score) }
+            Candidate { id, score, weight: 0.0 }
         }));
         self.candidates.retain(|candidate| candidate.score > f64::NEG_INFINITY);
         self.keep_top_k();
+        for candidate in &mut self.candidates {
+            candidate.weight = exp(candidate.score);
+        }
         self.keep_top_p();
         let least = self.sampling.min_p.value;
         // The highest weight is 1.
