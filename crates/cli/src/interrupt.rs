@@ -38,6 +38,12 @@ impl Interrupt {
         self.is_pressed()
     }
 
+    /// Ends the process as Ctrl-C does, with all that was made in its place: a script that the command
+    /// stands in ends, too.
+    pub(crate) fn end_process() -> Result<()> {
+        Ok(signal_hook::low_level::emulate_default_handler(SIGINT)?)
+    }
+
     /// Whether Ctrl-C was pressed since it began.
     pub(crate) fn is_pressed(&self) -> bool {
         self.pressed.load(Ordering::Relaxed)

@@ -176,15 +176,12 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             interrupted,
             speed,
         };
-        return print_json(&output);
-    }
-    if stream {
-        print_result("")?;
+        print_json(&output)?;
     } else {
-        print_result(&all(&texts))?;
+        print_result(&if stream { String::new() } else { all(&texts) })?;
+        say_how(&texts, &speed, interrupted, context, printer);
     }
-    say_how(&texts, &speed, interrupted, context, printer);
-    Ok(())
+    if interrupted { Interrupt::end_process() } else { Ok(()) }
 }
 
 impl Written {
