@@ -313,6 +313,7 @@ fn what_makes_no_sense_is_refused_in_a_sentence() {
         &["no chat template", "--template"],
     );
     refused(&["chat", &model, CPU], &["no chat template", "--template"]);
+    refused(&["generate", &model, "--prompt", "x", "--device", "cuda"], &["on the CPU only"]);
     dir.write("bad.jsonl", "\"fine\"\n{\"text\": \"what\"}\n");
     refused(&["generate", &model, "--prompts", "bad.jsonl", CPU], &["Line 2 of `bad.jsonl`"]);
     dir.write("none.jsonl", "\n\n");

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use gptq_generate::{Engine, Finish, Message, Request};
 use gptq_pipeline::progress::Progress;
 
-use super::text_model::{TextModel, check_length};
+use super::text_model::{TextModel, check_length, text_device};
 use super::{print_part, print_result};
 use crate::args::{DeviceArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
@@ -37,7 +37,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let options = &args.sampling;
-    let device = args.device.open_one(printer, "use --device with one")?;
+    let device = text_device(&args.device, printer)?;
     let model = TextModel::open(&args.model, options, usize::MAX, printer)?;
     let template = model.template(options.template.as_deref())?;
     let context = options.context.unwrap_or(CONTEXT.min(model.limit()));

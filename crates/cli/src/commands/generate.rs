@@ -9,7 +9,7 @@ use gptq_checkpoint::read_small_text;
 use gptq_generate::{Engine, Finish, Message, Step};
 use serde::{Deserialize, Serialize};
 
-use super::text_model::{Template, TextModel, check_length, conversation};
+use super::text_model::{Template, TextModel, check_length, conversation, text_device};
 use super::{print_json, print_part, print_result};
 use crate::args::values::parse_count;
 use crate::args::{DeviceArgs, SamplingArgs};
@@ -109,7 +109,7 @@ struct Speed {
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     ensure!(args.batch <= MOST_AT_ONCE, "--batch {} is above {MOST_AT_ONCE}", args.batch);
-    let device = args.device.open_one(printer, "use --device with one")?;
+    let device = text_device(&args.device, printer)?;
     let model = TextModel::open(&args.model, &args.sampling, MAX_TOKENS, printer)?;
     let prompts = prompts(args, &model, printer)?;
     let context = context(args, &model, &prompts, printer)?;

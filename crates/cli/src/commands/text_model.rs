@@ -15,7 +15,7 @@ use gptq_report::card_facts::CardFacts;
 use gptq_text::tokens::TextTokenizer;
 
 use super::source::{open_checkpoint, warn_of};
-use crate::args::SamplingArgs;
+use crate::args::{DeviceArgs, DeviceName, SamplingArgs};
 use crate::hint::advised;
 use crate::printer::Printer;
 
@@ -142,6 +142,17 @@ fn card_text(card: &PromptTemplate, messages: &[Message]) -> String {
         }
     }
     text
+}
+
+/// Where text is made: on the CPU, which is said where a machine might have something else in mind.
+pub(crate) fn text_device(args: &DeviceArgs, printer: &Printer) -> Result<Device> {
+    let other = args.device.as_ref().is_some_and(|name| *name != DeviceName::Cpu);
+    if other || args.gpu_memory.is_some() {
+        return Err(advised("Text is made on the CPU only", "use --device cpu, or leave it out"));
+    }
+    let device = Device::Cpu;
+    printer.note(&format!("device: {}, where text is made so far", device.name()));
+    Ok(device)
 }
 
 /// A conversation of one prompt.

@@ -69,37 +69,43 @@ impl CodedRow<'_> {
             _ => widen_8(self, to),
         }
     }
+}
 
-    /// The weights of every [`LANES`] codes in turn.
-    #[inline(always)]
-    fn lanes<const BITS: usize>(self) -> impl Iterator<Item = [f32; LANES]> {
-        self.codes.chunks_exact(LANES / 8 * BITS).zip(self.group_of).map(move |(codes, &group)| {
-            let group = group as usize;
-            let (scale, zero) = (self.scales[group], f32::from(self.zeros[group]));
-            // Exact: a code is of 8 bits at most, a scale of 11.
-            codes_of::<BITS>(codes).map(|code| (code - zero) * scale)
-        })
+/// The weights of every [`LANES`] codes in turn, eight at a time, with the place of the first. Plain
+/// loops over registers: through iterators and arrays of all lanes this took fifty times as long.
+#[inline(always)]
+fn each_eight<const BITS: usize>(row: CodedRow<'_>, mut take: impl FnMut(usize, [f32; 8])) {
+    for (lane, (codes, &group)) in
+        row.codes.chunks_exact(LANES / 8 * BITS).zip(row.group_of).enumerate()
+    {
+        let (scale, zero) = (row.scales[group as usize], f32::from(row.zeros[group as usize]));
+        for (eight, bytes) in codes.chunks_exact(BITS).enumerate() {
+            let mut weights = codes_of::<BITS>(bytes);
+            for weight in &mut weights {
+                // Exact: a code is of 8 bits at most, a scale of 11.
+                *weight = (*weight - zero) * scale;
+            }
+            take(LANES * lane + 8 * eight, weights);
+        }
     }
 }
 
-/// [`LANES`] codes from their bits: eight of them lie in `BITS` whole bytes.
+/// Eight codes from their bits: they lie in `BITS` whole bytes.
 #[inline(always)]
-fn codes_of<const BITS: usize>(bytes: &[u8]) -> [f32; LANES] {
-    let mut codes = [0.0; LANES];
-    for (eight, bytes) in codes.as_chunks_mut::<8>().0.iter_mut().zip(bytes.chunks_exact(BITS)) {
-        if BITS == 8 {
-            for (code, &byte) in eight.iter_mut().zip(bytes) {
-                *code = f32::from(byte);
-            }
-        } else {
-            let mut word = [0; 4];
-            word[..BITS].copy_from_slice(bytes);
-            let word = u32::from_le_bytes(word);
-            for (i, code) in eight.iter_mut().enumerate() {
-                // Signed: the conversion that processors have.
-                *code = (word >> (BITS * i) & ((1 << BITS) - 1)) as i32 as f32;
-            }
+fn codes_of<const BITS: usize>(bytes: &[u8]) -> [f32; 8] {
+    let mut codes = [0.0; 8];
+    if BITS == 8 {
+        for (code, &byte) in codes.iter_mut().zip(bytes) {
+            *code = f32::from(byte);
         }
+        return codes;
+    }
+    let mut word = [0; 4];
+    word[..BITS].copy_from_slice(bytes);
+    let word = u32::from_le_bytes(word);
+    for i in 0..8 {
+        // Signed: the conversion that processors have.
+        codes[i] = (word >> (BITS * i) & ((1 << BITS) - 1)) as i32 as f32;
     }
     codes
 }
@@ -120,19 +126,20 @@ fn total(mut lanes: [f32; LANES]) -> f32 {
 #[inline(always)]
 fn dot_coded<const BITS: usize>(row: CodedRow<'_>, x: &[f32]) -> f32 {
     let mut sums = [0.0; LANES];
-    for (w, x) in row.lanes::<BITS>().zip(x.as_chunks::<LANES>().0) {
-        for i in 0..LANES {
-            sums[i] += w[i] * x[i];
+    let x = x.as_chunks::<8>().0;
+    each_eight::<BITS>(row, |at, weights| {
+        let (x, sums) = (&x[at / 8], &mut sums[at % LANES..at % LANES + 8]);
+        for i in 0..8 {
+            sums[i] += weights[i] * x[i];
         }
-    }
+    });
     total(sums)
 }
 
 #[inline(always)]
 fn widen_coded<const BITS: usize>(row: CodedRow<'_>, to: &mut [f32]) {
-    for (w, to) in row.lanes::<BITS>().zip(to.as_chunks_mut::<LANES>().0) {
-        *to = w;
-    }
+    let to = to.as_chunks_mut::<8>().0;
+    each_eight::<BITS>(row, |at, weights| to[at / 8] = weights);
 }
 
 /// Σ w · x, `widen` giving the values of [`LANES`] stored ones.
