@@ -1,15 +1,16 @@
 //! Dot products of a weight's row, as it is stored, with one token: what making text is made of.
 //!
-//! Bound by memory once rows stay packed: a code costs one instruction or less with AVX2. Values are
-//! widened exactly, a row in memory and a row on the way give the same products, and these are summed
-//! in 32 lanes that are joined in a fixed order, with and without wide instructions.
-
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::_mm256_cvtph_ps;
+//! Bound by memory once rows stay packed, if a code costs an instruction or less: eight values at a time
+//! by AVX2's own instructions, for loops like these are not reliably made of them by the compiler. The
+//! portable loops beside them do the same operations in the same order, so that processors agree.
+//!
+//! Values are widened exactly, a row in memory and a row on the way give the same products, and these
+//! are summed in 32 lanes that are joined in a fixed order.
 
 use half::f16;
 
-use super::simd::dispatch;
+#[cfg(target_arch = "x86_64")]
+use super::dots_avx2 as avx2;
 
 /// Values that are multiplied at a time; codes come in as many.
 pub(crate) const LANES: usize = 32;
@@ -26,92 +27,96 @@ pub(crate) struct CodedRow<'a> {
     pub(crate) group_of: &'a [u32],
 }
 
-dispatch!(
-    /// Σ w · x.
-    dot_f32(w: &[f32], x: &[f32]) -> f32, dot_f32_body);
-dispatch!(
-    /// Σ w · x of bfloat16 bits.
-    dot_bf16(w: &[u16], x: &[f32]) -> f32, dot_bf16_body);
-dispatch!(
-    dot_2(row: CodedRow<'_>, x: &[f32]) -> f32, dot_coded::<2>);
-dispatch!(
-    dot_3(row: CodedRow<'_>, x: &[f32]) -> f32, dot_coded::<3>);
-dispatch!(
-    dot_4(row: CodedRow<'_>, x: &[f32]) -> f32, dot_coded::<4>);
-dispatch!(
-    dot_8(row: CodedRow<'_>, x: &[f32]) -> f32, dot_coded::<8>);
-dispatch!(
-    widen_2(row: CodedRow<'_>, to: &mut [f32]), widen_coded::<2>);
-dispatch!(
-    widen_3(row: CodedRow<'_>, to: &mut [f32]), widen_coded::<3>);
-dispatch!(
-    widen_4(row: CodedRow<'_>, to: &mut [f32]), widen_coded::<4>);
-dispatch!(
-    widen_8(row: CodedRow<'_>, to: &mut [f32]), widen_coded::<8>);
+/// The AVX2 function where the processor has what it needs, or else the portable one.
+macro_rules! wide_or {
+    ($wide:expr, $portable:expr) => {{
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
+            // SAFETY: both target features were detected on this processor just above.
+            return unsafe { $wide };
+        }
+        $portable
+    }};
+}
 
+#[expect(unsafe_code, reason = "calls functions with run-time checked target features")]
 impl CodedRow<'_> {
     /// Σ w · x over whole lanes; `bits` is 2, 3, 4 or 8.
     pub(crate) fn dot(self, bits: u8, x: &[f32]) -> f32 {
         match bits {
-            2 => dot_2(self, x),
-            3 => dot_3(self, x),
-            4 => dot_4(self, x),
-            _ => dot_8(self, x),
+            2 => wide_or!(avx2::dot_coded::<2>(self, x), dot_coded::<2>(self, x)),
+            3 => wide_or!(avx2::dot_coded::<3>(self, x), dot_coded::<3>(self, x)),
+            4 => wide_or!(avx2::dot_coded::<4>(self, x), dot_coded::<4>(self, x)),
+            _ => wide_or!(avx2::dot_coded::<8>(self, x), dot_coded::<8>(self, x)),
         }
     }
 
     /// The weights that the row stands for.
     pub(crate) fn widen(self, bits: u8, to: &mut [f32]) {
         match bits {
-            2 => widen_2(self, to),
-            3 => widen_3(self, to),
-            4 => widen_4(self, to),
-            _ => widen_8(self, to),
+            2 => wide_or!(avx2::widen_coded::<2>(self, to), widen_coded::<2>(self, to)),
+            3 => wide_or!(avx2::widen_coded::<3>(self, to), widen_coded::<3>(self, to)),
+            4 => wide_or!(avx2::widen_coded::<4>(self, to), widen_coded::<4>(self, to)),
+            _ => wide_or!(avx2::widen_coded::<8>(self, to), widen_coded::<8>(self, to)),
         }
     }
 }
 
-/// The weights of every [`LANES`] codes in turn, eight at a time, with the place of the first. Plain
-/// loops over registers: through iterators and arrays of all lanes this took fifty times as long.
-#[inline(always)]
-fn each_eight<const BITS: usize>(row: CodedRow<'_>, mut take: impl FnMut(usize, [f32; 8])) {
-    for (lane, (codes, &group)) in
-        row.codes.chunks_exact(LANES / 8 * BITS).zip(row.group_of).enumerate()
-    {
-        let (scale, zero) = (row.scales[group as usize], f32::from(row.zeros[group as usize]));
-        for (eight, bytes) in codes.chunks_exact(BITS).enumerate() {
-            let mut weights = codes_of::<BITS>(bytes);
-            for weight in &mut weights {
-                // Exact: a code is of 8 bits at most, a scale of 11.
-                *weight = (*weight - zero) * scale;
-            }
-            take(LANES * lane + 8 * eight, weights);
+/// Σ w · x.
+#[expect(unsafe_code, reason = "calls a function with run-time checked target features")]
+pub(crate) fn dot_f32(w: &[f32], x: &[f32]) -> f32 {
+    wide_or!(avx2::dot_f32(w, x), dot_of(w, x, |w| w))
+}
+
+/// Σ w · x of fp16 values.
+#[expect(unsafe_code, reason = "calls a function with run-time checked target features")]
+pub(crate) fn dot_f16(w: &[f16], x: &[f32]) -> f32 {
+    wide_or!(avx2::dot_f16(w, x), dot_of(w, x, f16::to_f32))
+}
+
+/// Σ w · x of bfloat16 bits.
+#[expect(unsafe_code, reason = "calls a function with run-time checked target features")]
+pub(crate) fn dot_bf16(w: &[u16], x: &[f32]) -> f32 {
+    wide_or!(avx2::dot_bf16(w, x), dot_of(w, x, |bits| f32::from_bits(u32::from(bits) << 16)))
+}
+
+/// Σ w · x, value by value.
+fn dot_of<T: Copy>(w: &[T], x: &[f32], widen: impl Fn(T) -> f32) -> f32 {
+    let mut sums = [0.0; LANES];
+    for (w, x) in w.chunks(LANES).zip(x.chunks(LANES)) {
+        for ((sum, &w), x) in sums.iter_mut().zip(w).zip(x) {
+            *sum += widen(w) * x;
         }
+    }
+    total(sums)
+}
+
+fn dot_coded<const BITS: usize>(row: CodedRow<'_>, x: &[f32]) -> f32 {
+    let mut sums = [0.0; LANES];
+    for (lane, x) in x.chunks_exact(LANES).enumerate() {
+        for (i, (sum, x)) in sums.iter_mut().zip(x).enumerate() {
+            *sum += weight::<BITS>(row, lane * LANES + i) * x;
+        }
+    }
+    total(sums)
+}
+
+fn widen_coded<const BITS: usize>(row: CodedRow<'_>, to: &mut [f32]) {
+    for (i, to) in to.iter_mut().enumerate() {
+        *to = weight::<BITS>(row, i);
     }
 }
 
-/// Eight codes from their bits: they lie in `BITS` whole bytes.
-#[inline(always)]
-fn codes_of<const BITS: usize>(bytes: &[u8]) -> [f32; 8] {
-    let mut codes = [0.0; 8];
-    if BITS == 8 {
-        for (code, &byte) in codes.iter_mut().zip(bytes) {
-            *code = f32::from(byte);
-        }
-        return codes;
-    }
-    let mut word = [0; 4];
-    word[..BITS].copy_from_slice(bytes);
-    let word = u32::from_le_bytes(word);
-    for i in 0..8 {
-        // Signed: the conversion that processors have.
-        codes[i] = (word >> (BITS * i) & ((1 << BITS) - 1)) as i32 as f32;
-    }
-    codes
+/// The weight at a place of a row. Exact: a code is of 8 bits at most, a scale of 11.
+fn weight<const BITS: usize>(row: CodedRow<'_>, at: usize) -> f32 {
+    let bit = at * BITS;
+    let byte = |at: usize| u16::from(row.codes.get(at).copied().unwrap_or(0));
+    let code = (byte(bit / 8) | byte(bit / 8 + 1) << 8) >> (bit % 8) & ((1 << BITS) - 1);
+    let group = row.group_of[at / LANES] as usize;
+    (f32::from(code) - f32::from(row.zeros[group])) * row.scales[group]
 }
 
-/// Sum of all lanes, in halves.
-#[inline(always)]
+/// Sum of all lanes, in halves: the upper ones are added to the lower, until one is left.
 fn total(mut lanes: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
@@ -121,94 +126,6 @@ fn total(mut lanes: [f32; LANES]) -> f32 {
         half /= 2;
     }
     lanes[0]
-}
-
-#[inline(always)]
-fn dot_coded<const BITS: usize>(row: CodedRow<'_>, x: &[f32]) -> f32 {
-    let mut sums = [0.0; LANES];
-    let x = x.as_chunks::<8>().0;
-    each_eight::<BITS>(row, |at, weights| {
-        let (x, sums) = (&x[at / 8], &mut sums[at % LANES..at % LANES + 8]);
-        for i in 0..8 {
-            sums[i] += weights[i] * x[i];
-        }
-    });
-    total(sums)
-}
-
-#[inline(always)]
-fn widen_coded<const BITS: usize>(row: CodedRow<'_>, to: &mut [f32]) {
-    let to = to.as_chunks_mut::<8>().0;
-    each_eight::<BITS>(row, |at, weights| to[at / 8] = weights);
-}
-
-/// Σ w · x, `widen` giving the values of [`LANES`] stored ones.
-#[inline(always)]
-fn dot_of<T: Copy + Default>(
-    w: &[T],
-    x: &[f32],
-    widen: impl Fn(&[T; LANES]) -> [f32; LANES],
-) -> f32 {
-    let (whole, rest) = w.as_chunks::<LANES>();
-    let (x_whole, x_rest) = x.as_chunks::<LANES>();
-    let mut sums = [0.0; LANES];
-    let mut add = |w: &[T; LANES], x: &[f32; LANES]| {
-        let w = widen(w);
-        for i in 0..LANES {
-            sums[i] += w[i] * x[i];
-        }
-    };
-    for (w, x) in whole.iter().zip(x_whole) {
-        add(w, x);
-    }
-    if !rest.is_empty() {
-        let (mut w_last, mut x_last) = ([T::default(); LANES], [0.0; LANES]);
-        w_last[..rest.len()].copy_from_slice(rest);
-        x_last[..x_rest.len()].copy_from_slice(x_rest);
-        add(&w_last, &x_last);
-    }
-    total(sums)
-}
-
-#[inline(always)]
-fn dot_f32_body(w: &[f32], x: &[f32]) -> f32 {
-    dot_of(w, x, |w| *w)
-}
-
-#[inline(always)]
-fn dot_bf16_body(w: &[u16], x: &[f32]) -> f32 {
-    dot_of(w, x, |w| w.map(|bits| f32::from_bits(u32::from(bits) << 16)))
-}
-
-/// Σ w · x of fp16 values: with the processor's own conversion where it has one, since the portable
-/// one costs as much as all else.
-#[expect(unsafe_code, reason = "calls a function with run-time checked target features")]
-pub(crate) fn dot_f16(w: &[f16], x: &[f32]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
-        // SAFETY: both target features were detected on this processor just above.
-        return unsafe { dot_f16_wide(w, x) };
-    }
-    dot_of(w, x, |w| w.map(f16::to_f32))
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c")]
-fn dot_f16_wide(w: &[f16], x: &[f32]) -> f32 {
-    dot_of(w, x, |w| {
-        let mut wide = [0.0; LANES];
-        for (to, eight) in wide.as_chunks_mut::<8>().0.iter_mut().zip(w.as_chunks::<8>().0) {
-            *to = widen_eight(eight);
-        }
-        wide
-    })
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c")]
-fn widen_eight(values: &[f16; 8]) -> [f32; 8] {
-    let bits: [u16; 8] = bytemuck::cast(*values);
-    bytemuck::cast(_mm256_cvtph_ps(bytemuck::cast(bits)))
 }
 
 #[cfg(test)]
@@ -238,8 +155,9 @@ mod tests {
             assert!((f64::from(dot_f16(&halves, &x)) - want).abs() < 1e-9, "{count}, subnormal");
             let halves: Vec<f16> = w.iter().map(|&v| f16::from_f32(v)).collect();
             close(dot_f16(&halves, &x), exact(halves.iter().map(|&v| v.into()), &x));
-            let portable = dot_of(&halves, &x, |w| w.map(f16::to_f32));
-            assert_eq!(dot_f16(&halves, &x), portable, "{count}");
+            // Wide and portable loops agree to the bit.
+            assert_eq!(dot_f16(&halves, &x), dot_of(&halves, &x, f16::to_f32), "{count}");
+            assert_eq!(dot_f32(&w, &x), dot_of(&w, &x, |w| w), "{count}");
             let brains: Vec<bf16> = w.iter().map(|&v| bf16::from_f32(v)).collect();
             let bits: Vec<u16> = brains.iter().map(|v| v.to_bits()).collect();
             close(dot_bf16(&bits, &x), exact(brains.iter().map(|&v| v.into()), &x));
@@ -275,6 +193,13 @@ mod tests {
             let got = row.dot(bits, &x);
             assert!((f64::from(got) - want).abs() < 1e-5 * want.abs().max(100.0), "{got} {want}");
             assert_eq!(got, dot_f32(&widened, &x), "{bits} bits: in memory and on the way");
+            let portable: fn(CodedRow<'_>, &[f32]) -> f32 = match bits {
+                2 => dot_coded::<2>,
+                3 => dot_coded::<3>,
+                4 => dot_coded::<4>,
+                _ => dot_coded::<8>,
+            };
+            assert_eq!(got, portable(row, &x), "{bits} bits: wide and portable");
         }
     }
 }

@@ -6,6 +6,8 @@
 pub(crate) mod attention;
 pub(crate) mod cached_attention;
 mod dots;
+#[cfg(target_arch = "x86_64")]
+mod dots_avx2;
 pub(crate) mod elementwise;
 pub(crate) mod gram;
 pub mod linalg;

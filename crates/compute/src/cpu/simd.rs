@@ -25,8 +25,6 @@ macro_rules! dispatch {
     };
 }
 
-pub(crate) use dispatch;
-
 dispatch!(
     /// Replaces each value v by exp(v − shift) and returns the sum.
     exp_sum(values: &mut [f32], shift: f32) -> f32, exp_sum_body);
