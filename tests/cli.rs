@@ -12,9 +12,9 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 13] = [
-    "quantize", "ppl", "plan", "inspect", "verify", "sweep", "report", "check", "card", "bench",
-    "doctor", "fetch", "push",
+const COMMANDS: [&str; 15] = [
+    "quantize", "ppl", "generate", "chat", "plan", "inspect", "verify", "sweep", "report", "check",
+    "card", "bench", "doctor", "fetch", "push",
 ];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
@@ -84,6 +84,8 @@ fn help_lists_the_commands() {
     Commands:
       quantize  Make one quantized checkpoint
       ppl       Measure the perplexity of a dense model or a GPTQ checkpoint
+      generate  Make text with a dense model or a GPTQ checkpoint
+      chat      Talk with a dense model or a GPTQ checkpoint
       plan      Predict sizes, memory, work and time of every branch from config.json alone
       inspect   Show what a checkpoint holds
       verify    Check a GPTQ checkpoint in every respect, and say who loads it
@@ -375,6 +377,32 @@ fn what_bench_prints_adds_up() {
     let forward = stages.iter().find(|stage| stage["operation"] == "forward").unwrap();
     assert!(number(&forward["operations"]) >= 2.0 * 64.0 * weights, "{forward}");
     assert_eq!(made["disk"], Value::Array(Vec::new()));
+}
+
+#[test]
+fn bench_measures_how_fast_text_is_made() {
+    let bench = ["bench", "--width", "tiny", "--decode"];
+    let made = run(&[&bench[..], &["--json"]].concat()).json();
+    let read = made["read_rate"].as_f64().unwrap();
+    // Four shapes and a model after two texts, in seven forms.
+    let (products, steps) = (&made["products"], &made["steps"]);
+    assert_eq!((products.as_array().unwrap().len(), steps.as_array().unwrap().len()), (28, 14));
+    for product in products.as_array().unwrap() {
+        let of = |key: &str| product[key].as_f64().unwrap();
+        let values = product["shape"][0].as_f64().unwrap() * product["shape"][1].as_f64().unwrap();
+        let bytes = of("rate") * of("seconds");
+        // Codes, and five bytes a group of 128.
+        let most = values * (of("bits") / 8.0 + 0.05);
+        assert!(bytes > values * of("bits") / 8.0 * 0.999 && bytes < most, "{product}");
+        assert!((of("fraction") * read / of("rate") - 1.0).abs() < 1e-9, "{product}");
+    }
+    for step in steps.as_array().unwrap() {
+        assert!(step["tokens_per_second"].as_f64().unwrap() > 0.0, "{step}");
+        assert_eq!(step["blocks"], 5);
+    }
+    let shown = run(&bench);
+    assert!(shown.ok().contains("whole model"), "{}", shown.stdout);
+    run(&["bench", "--decode", "--device", "cuda"]).refused(&["on the CPU only"]);
 }
 
 #[test]

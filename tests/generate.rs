@@ -249,6 +249,17 @@ fn a_conversation_goes_on() {
     // What was said counts: begun anew, the same question has the answer of a first one.
     let anew = chat("Who is there?\n/reset\nAnd why?\n/exit\nnever read\n");
     assert_eq!(anew, format!("{one}{}", chat("And why?\n")));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gptq"))
+        .args(["chat", "chatty", CPU, "-q", "--temperature", "0", "--max-tokens", "12", "--json"])
+        .current_dir(dir.path(""))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"Who is there?\n").unwrap();
+    let line: Value = serde_json::from_slice(&child.wait_with_output().unwrap().stdout).unwrap();
+    assert_eq!(format!("{}\n", line["text"].as_str().unwrap()), one);
+    assert_eq!(ids(&line["ids"]).len(), numbers(&line["logprobs"]).len());
     // Each turn reads on from what is kept of the last; the answer is that of the whole read at once.
     let answer = one.trim_end_matches('\n');
     let messages = json!({ "messages": [

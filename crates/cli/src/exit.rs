@@ -56,7 +56,7 @@ fn is_internal_link(link: &(dyn std::error::Error + 'static)) -> bool {
             $(link.downcast_ref::<$library::Error>().is_some_and($library::Error::is_internal))||*
         };
     }
-    any_of!(gptq_compute, gptq_model, gptq_quant, gptq_pipeline)
+    any_of!(gptq_compute, gptq_generate, gptq_model, gptq_quant, gptq_pipeline)
 }
 
 #[cfg(test)]

@@ -132,6 +132,16 @@ impl Error {
             _ => return None,
         })
     }
+
+    /// True for a fault of this program, see [`gptq_model::Error::is_internal`].
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        match self {
+            Self::Model(error) => error.is_internal(),
+            Self::NoSlot => true,
+            _ => false,
+        }
+    }
 }
 
 /// A line's number as a part of a sentence.

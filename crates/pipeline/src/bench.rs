@@ -86,7 +86,28 @@ impl Width {
         )
     }
 
-    fn head_dim(self) -> usize {
+    /// Blocks and words of a model of this width.
+    pub(crate) fn depth(self) -> (usize, usize) {
+        match self.name {
+            "tiny" => (5, 2048),
+            "smollm2" => (30, 49_152),
+            "7b" => (32, 32_000),
+            "13b" => (40, 32_000),
+            _ => (80, 32_000),
+        }
+    }
+
+    /// Query heads.
+    pub(crate) fn heads(self) -> usize {
+        self.heads
+    }
+
+    /// Key and value heads.
+    pub(crate) fn kv_heads(self) -> usize {
+        self.kv_heads
+    }
+
+    pub(crate) fn head_dim(self) -> usize {
         self.hidden / self.heads
     }
 

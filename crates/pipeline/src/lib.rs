@@ -13,6 +13,7 @@
 pub mod agreement;
 pub mod batches;
 pub mod bench;
+pub mod bench_decode;
 pub mod bench_disk;
 mod calibrate;
 pub mod cards;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use gptq_compute::Device;
 use gptq_pipeline::bench::{BlockBench, Measurement, Width, bench_block, bench_products};
+use gptq_pipeline::bench_decode::{DecodeBench, Form, bench_decode};
 use gptq_pipeline::bench_disk::{Transfer, bench_disk};
 use gptq_pipeline::host_memory;
 use gptq_pipeline::progress::Progress;
@@ -13,6 +14,7 @@ use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
 use super::table::{gigabytes, table};
+use super::text_model::text_device;
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
 use crate::args::values::{parse_calibrated, parse_count};
@@ -23,7 +25,8 @@ use crate::printer::Printer;
 #[command(after_help = "Examples:
   gptq bench
   gptq bench --width 70b --windows 128 --seq-len 4096 --device cuda --recipe autogptq
-  gptq bench --width 7b --blocks=/data")]
+  gptq bench --width 7b --blocks=/data
+  gptq bench --width 7b --decode")]
 pub(crate) struct Args {
     /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b
     #[arg(long, default_value = "smollm2")]
@@ -44,6 +47,10 @@ pub(crate) struct Args {
     /// folder, or the current one without a name; the files are gone afterwards
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = ".")]
     blocks: Option<PathBuf>,
+    /// Measure instead how fast text is made: one token's products with weights of every width, and
+    /// steps of a whole model (CPU)
+    #[arg(long, conflicts_with_all = ["windows", "seq_len", "recipe", "set", "blocks"])]
+    decode: bool,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print the result as JSON
@@ -67,6 +74,9 @@ struct Output {
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     if let Some(dir) = &args.blocks {
         ensure!(dir.is_dir(), "`{}` is no folder", dir.display());
+    }
+    if args.decode {
+        return decode(args, printer);
     }
     let local_ranks = args.device.open(printer)?;
     let products = match local_ranks.device() {
@@ -94,6 +104,59 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let peak_host_bytes = host_memory::peak();
     let output = Output { device, choices, block, products, disk, peak_host_bytes };
     if args.json { print_json(&output) } else { print_result(&text(&output)) }
+}
+
+/// `--decode`.
+fn decode(args: &Args, printer: &Printer) -> Result<()> {
+    let device = text_device(&args.device, printer)?;
+    let found = bench_decode(&device, args.width)?;
+    if args.json { print_json(&found) } else { print_result(&decode_text(&found, args.width)) }
+}
+
+fn decode_text(found: &DecodeBench, width: Width) -> String {
+    let mut text = format!(
+        "one token, groups of 128, as {} has it; memory is read at {:.1} GB/s\n\n",
+        width.name,
+        found.read_rate / 1e9
+    );
+    let order = |form: Form| match (form.bits, form.act_order) {
+        (16, _) => "",
+        (_, true) => "yes",
+        (_, false) => "no",
+    };
+    let header = ["shape", "bits", "act-order", "µs", "GB/s", "of reading"];
+    let rows: Vec<Vec<String>> = found
+        .products
+        .iter()
+        .map(|r| {
+            vec![
+                format!("{} × {}", r.shape[0], r.shape[1]),
+                r.form.bits.to_string(),
+                order(r.form).to_owned(),
+                format!("{:.1}", r.seconds * 1e6),
+                format!("{:.2}", r.rate / 1e9),
+                percent(Some(r.fraction)),
+            ]
+        })
+        .collect();
+    text.push_str(&table(&header, 1, &rows));
+    let header = ["whole model", "act-order", "context", "blocks run", "tokens/s"];
+    let rows: Vec<Vec<String>> = found
+        .steps
+        .iter()
+        .map(|s| {
+            vec![
+                format!("{} bits", s.form.bits),
+                order(s.form).to_owned(),
+                s.context.to_string(),
+                format!("{} of {}", s.measured_blocks, s.blocks),
+                format!("{:.2}", s.tokens_per_second),
+            ]
+        })
+        .collect();
+    text.push('\n');
+    text.push_str(&table(&header, 1, &rows));
+    text
 }
 
 fn text(output: &Output) -> String {

@@ -5,6 +5,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use anyhow::{Context, Result};
 use gptq_generate::{Engine, Finish, Message, Request};
 use gptq_pipeline::progress::Progress;
+use serde::Serialize;
 
 use super::text_model::{TextModel, check_length, text_device};
 use super::{print_part, print_result};
@@ -33,6 +34,21 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
     #[command(flatten)]
     device: DeviceArgs,
+    /// Print each answer as a line of JSON, with its tokens and their log-probabilities
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--json` prints of an answer.
+#[derive(Default, Serialize)]
+struct Answer {
+    text: String,
+    /// Its tokens, the one that ended it among them.
+    ids: Vec<u32>,
+    /// Natural logarithms of the probabilities that the model gave them.
+    logprobs: Vec<f64>,
+    /// Absent where Ctrl-C came first.
+    finish: Option<Finish>,
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
@@ -48,7 +64,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         options.system.iter().map(|system| Message::new("system", system)).collect()
     };
     let mut messages = begin();
-    let asks = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let asks = !args.json && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let mut lines = std::io::stdin().lock().lines();
     loop {
         if asks {
@@ -76,40 +92,47 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             printer.warn("this does not fit the context any more; /reset begins anew");
             continue;
         }
-        let answer = answer(&mut engine, model.request(prompt, options), &interrupt, printer)?;
-        messages.push(Message::new("assistant", answer));
+        let request = model.request(prompt, options);
+        let answer = answer(&mut engine, request, &interrupt, |part| match args.json {
+            true => Ok(()),
+            false => print_part(part),
+        })?;
+        print_result(&if args.json { serde_json::to_string(&answer)? } else { String::new() })?;
+        match answer.finish {
+            Some(Finish::ContextFull) => printer.warn("the context is full; /reset begins anew"),
+            Some(Finish::MaxTokens) => printer.note("the answer is cut at --max-tokens"),
+            _ => {}
+        }
+        messages.push(Message::new("assistant", answer.text));
     }
     Ok(())
 }
 
-/// Makes an answer and prints it as it comes.
+/// Makes an answer, and shows it as it comes.
 fn answer(
     engine: &mut Engine<'_>,
     request: Request,
     interrupt: &Interrupt,
-    printer: &Printer,
-) -> Result<String> {
+    show: impl Fn(&str) -> Result<()>,
+) -> Result<Answer> {
     interrupt.begin();
-    let mut text = String::new();
+    let mut answer = Answer::default();
     let mut step = engine.start(request)?;
-    let finish = loop {
-        print_part(&step.text)?;
-        text.push_str(&step.text);
+    loop {
+        show(&step.text)?;
+        answer.text.push_str(&step.text);
+        answer.ids.push(step.choice.id);
+        answer.logprobs.push(step.choice.logprob);
+        answer.finish = step.finish;
         if step.finish.is_some() || interrupt.is_pressed() {
-            break step.finish;
+            break;
         }
-        let Some(next) = engine.step()?.pop() else { break None };
+        let Some(next) = engine.step()?.pop() else { break };
         step = next;
-    };
+    }
     let rest = engine.cancel(step.slot)?;
     interrupt.end();
-    print_part(&rest)?;
-    print_result("")?;
-    text.push_str(&rest);
-    match finish {
-        Some(Finish::ContextFull) => printer.warn("the context is full; /reset begins anew"),
-        Some(Finish::MaxTokens) => printer.note("the answer is cut at --max-tokens"),
-        _ => {}
-    }
-    Ok(text)
+    show(&rest)?;
+    answer.text.push_str(&rest);
+    Ok(answer)
 }

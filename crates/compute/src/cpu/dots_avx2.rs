@@ -120,6 +120,7 @@ fn weights<const BITS: usize>(
     (scale, zero): (__m256, __m256),
 ) -> __m256 {
     let mut word = 0_u64;
+    #[expect(clippy::needless_range_loop, reason = "an iterator would be called, see above")]
     for i in 0..BITS {
         word |= u64::from(bytes[i]) << (8 * i);
     }
