@@ -58,6 +58,10 @@ fn of<'a>(cause: &'a (dyn Error + 'static)) -> Option<Cow<'a, str>> {
     if let Some(hint) = gptq_pipeline::hint_of(cause) {
         return Some(hint);
     }
+    #[cfg(feature = "serve")]
+    if let Some(error) = cause.downcast_ref::<gptq_serve::Error>() {
+        return error.hint();
+    }
     match cause.downcast_ref::<Advised>() {
         Some(error) => error.hint.as_deref().map(Into::into),
         None => hub::hint(cause),
