@@ -37,6 +37,9 @@ pub struct Request {
     pub stop: Vec<String>,
     /// With each choice, so many of the likeliest tokens are named.
     pub top: usize,
+    /// Read the prompt whole, though its beginning may be kept. What is read in another number of
+    /// passes differs in the last bits, and a draw at the edge of two tokens with them.
+    pub whole: bool,
 }
 
 /// What the model says of a token that is there.
@@ -168,7 +171,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Reads a prompt into a free slot and chooses the first token. Of a prompt that begins as the
-    /// tokens kept in some free slot do, only the rest is read.
+    /// tokens kept in some free slot do, only the rest is read, unless it is to be read whole.
     ///
     /// # Errors
     /// [`Error::PromptEmpty`], [`Error::PromptTooLong`], [`Error::NoSlot`], and those of the device
@@ -177,7 +180,7 @@ impl<'a> Engine<'a> {
         let start = Instant::now();
         self.check(&request.prompt, 1)?;
         let stop = StopStrings::new(request.stop.iter().cloned())?;
-        let (slot, hidden) = self.read(&request.prompt, false)?;
+        let (slot, hidden) = self.read(&request.prompt, request.whole)?;
         self.begin(slot, &hidden, request, stop, start)
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -83,7 +83,7 @@ pub(crate) async fn attend(
 }
 
 fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
-    headers.get(header::AUTHORIZATION).map(|value| value.as_bytes())
+    headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes)
 }
 
 pub(crate) async fn health() -> Response {
@@ -158,10 +158,10 @@ async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
         {
             let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
             arrived += data.len();
-            match arrived {
-                0..=MOST_BODY => read.extend_from_slice(&data),
-                0..=MOST_READ => read = Vec::new(),
-                _ => break,
+            match () {
+                () if arrived <= MOST_BODY => read.extend_from_slice(&data),
+                () if arrived <= MOST_READ => read = Vec::new(),
+                () => break,
             }
         }
         if arrived > MOST_BODY { Err(Refusal::too_large(MOST_BODY)) } else { Ok(read) }

@@ -57,6 +57,8 @@ impl Job {
     /// Its texts, in order.
     pub(crate) fn texts(self) -> VecDeque<Waiting> {
         let Self { prompts, n, sampling, seed, stop, end, top, score, parts, since } = self;
+        // What can be the same again is, to the bit, whatever was asked before it.
+        let whole = seed.is_some() || sampling.is_greedy();
         let scored = RefCell::new((usize::MAX, Vec::new()));
         let shared = Rc::new(Shared { parts, since, begun: Cell::new(false), scored });
         let mut texts = VecDeque::with_capacity(prompts.len() * n);
@@ -70,6 +72,7 @@ impl Job {
                     end: end.clone(),
                     stop: stop.clone(),
                     top,
+                    whole,
                 };
                 texts.push_back(Waiting {
                     shared: Rc::clone(&shared),

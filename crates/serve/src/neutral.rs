@@ -69,12 +69,11 @@ pub(crate) fn check(fields: &Fields) -> Result<(), Refusal> {
             continue;
         };
         let empty = value == &json!([]) || value == &json!({}) || value == &json!(false);
-        let nothing = |neutral: &&str| match value {
+        let nothing = |neutral: &&str| match (value, serde_json::from_str(neutral)) {
             // Whatever way a number is written.
-            Value::Number(number) => {
-                number.as_f64().is_some_and(|number| neutral.parse() == Ok(number))
-            }
-            other => other.to_string() == **neutral,
+            (Value::Number(one), Ok(Value::Number(other))) => one.as_f64() == other.as_f64(),
+            (one, Ok(other)) => *one == other,
+            (_, Err(_)) => false,
         };
         // What is on where it is not said is turned off by `false`.
         let on = NOT_DONE[place].1.contains(&"true");

@@ -114,6 +114,7 @@ impl TextModel {
             end: self.end.ids.clone(),
             stop: args.stop.clone(),
             top: 0,
+            whole: false,
         }
     }
 
