@@ -93,7 +93,7 @@ def official_client(address, name):
         check(f"chat {kind.__name__}", isinstance(error, kind) and error.param in more, error)
 
 
-def harness(address, model, name):
+def harness(address, model, name, limit, ways):
     import lm_eval
     import yaml
 
@@ -103,7 +103,8 @@ def harness(address, model, name):
     def run(kind, arguments, batch):
         start = time.monotonic()
         result = lm_eval.simple_evaluate(
-            model=kind, model_args=arguments, tasks=[dict(config)], batch_size=batch, log_samples=True, bootstrap_iters=0
+            model=kind, model_args=arguments, tasks=[dict(config)], batch_size=batch, limit=limit,
+            log_samples=True, bootstrap_iters=0
         )
         samples = sorted(result["samples"]["cloze_facts"], key=lambda sample: sample["doc_id"])
         answers = [answer for sample in samples for answer in sample["filtered_resps"]]
@@ -111,7 +112,7 @@ def harness(address, model, name):
         return answers, scores["acc,none"], scores["acc_norm,none"], time.monotonic() - start
 
     theirs = run("hf", {"pretrained": model, "dtype": "float32", "device": "cpu"}, 8)
-    for batch, concurrent in ((1, 1), (8, 4)):
+    for batch, concurrent in ways:
         arguments = {
             "model": name, "tokenizer": model, "base_url": f"{address}/v1/completions", "num_concurrent": concurrent,
             "max_length": 1024,
@@ -132,12 +133,15 @@ def main():
     parser.add_argument("--gptq", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--no-harness", action="store_true")
+    parser.add_argument("--limit", type=int, help="so many items of the task")
+    parser.add_argument("--once", action="store_true", help="in one way of batching alone")
     args = parser.parse_args()
     name = Path(args.model).resolve().name
     with Server(args.gptq, args.model, "--context", "1024") as server:
         official_client(server.address, name)
         if not args.no_harness:
-            harness(server.address, args.model, name)
+            ways = ((8, 4),) if args.once else ((1, 1), (8, 4))
+            harness(server.address, args.model, name, args.limit, ways)
     wrong = [name for name, right in CHECKS if not right]
     print(json.dumps({"checks": len(CHECKS), "wrong": wrong}))
     sys.exit(bool(wrong))
