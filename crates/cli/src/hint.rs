@@ -61,6 +61,10 @@ fn of<'a>(cause: &'a (dyn Error + 'static)) -> Option<Cow<'a, str>> {
     if let Some(error) = cause.downcast_ref::<gptq_generate::Error>() {
         return error.hint();
     }
+    #[cfg(feature = "serve")]
+    if let Some(error) = cause.downcast_ref::<gptq_serve::Error>() {
+        return error.hint();
+    }
     match cause.downcast_ref::<Advised>() {
         Some(error) => error.hint.as_deref().map(Into::into),
         None => hub::hint(cause),

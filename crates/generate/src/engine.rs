@@ -12,10 +12,13 @@ use gptq_text::token_stream::TokenStream;
 use gptq_text::tokens::TextTokenizer;
 
 use crate::error::{Error, Result};
+use crate::log_probabilities::LogProbabilities;
 use crate::sampler::{Choice, Sampler};
 use crate::sampling::Sampling;
-
 use crate::stop::{StopStrings, Stopping};
+
+/// Rows of a prompt whose logits are there at a time: a vocabulary of numbers each.
+const SCORED_TOKENS: usize = 64;
 
 /// What is to be made of a prompt.
 #[derive(Clone, Debug)]
@@ -32,6 +35,20 @@ pub struct Request {
     pub end: Vec<u32>,
     /// Texts that end the text and are no part of it.
     pub stop: Vec<String>,
+    /// With each choice, so many of the likeliest tokens are named.
+    pub top: usize,
+    /// Read the prompt whole, though its beginning may be kept. What is read in another number of
+    /// passes differs in the last bits, and a draw at the edge of two tokens with them.
+    pub whole: bool,
+}
+
+/// What the model says of a token that is there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scored {
+    /// The natural logarithm of the raw probability of the token after those before it.
+    pub logprob: f64,
+    /// The likeliest tokens in its place.
+    pub top: Vec<Choice>,
 }
 
 /// Why a text ended.
@@ -55,6 +72,8 @@ pub struct Step {
     pub slot: usize,
     /// The token that was chosen.
     pub choice: Choice,
+    /// The likeliest tokens, as many as were asked for.
+    pub top: Vec<Choice>,
     /// Text that is certain now: whole characters, and nothing that may be part of a stop string.
     pub text: String,
     /// Set with the last token; the slot is free again.
@@ -68,6 +87,7 @@ struct Sequence<'a> {
     made: usize,
     max_tokens: usize,
     end: Vec<u32>,
+    top: usize,
     sampler: Sampler,
     stream: TokenStream<'a>,
     stop: StopStrings,
@@ -151,31 +171,99 @@ impl<'a> Engine<'a> {
     }
 
     /// Reads a prompt into a free slot and chooses the first token. Of a prompt that begins as the
-    /// tokens kept in some free slot do, only the rest is read.
+    /// tokens kept in some free slot do, only the rest is read, unless it is to be read whole.
     ///
     /// # Errors
     /// [`Error::PromptEmpty`], [`Error::PromptTooLong`], [`Error::NoSlot`], and those of the device
     /// and of the choice, after which the slot is free.
     pub fn start(&mut self, request: Request) -> Result<Step> {
         let start = Instant::now();
-        let Request { prompt, sampling, seed, max_tokens, end, stop } = request;
-        if prompt.is_empty() {
-            return Err(Error::PromptEmpty);
-        }
+        self.check(&request.prompt, 1)?;
+        let stop = StopStrings::new(request.stop.iter().cloned())?;
+        let (slot, hidden) = self.read(&request.prompt, request.whole)?;
+        self.begin(slot, &hidden, request, stop, start)
+    }
+
+    /// As [`start`](Self::start), and says of each token of the prompt but the first what the model
+    /// thinks of it, with the `top` likeliest. The prompt is read whole.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_scored(&mut self, request: Request, top: usize) -> Result<(Vec<Scored>, Step)> {
+        let start = Instant::now();
+        self.check(&request.prompt, 1)?;
+        let stop = StopStrings::new(request.stop.iter().cloned())?;
+        let (slot, hidden) = self.read(&request.prompt, true)?;
+        let scored = self.score_rows(&hidden, &request.prompt, top)?;
+        Ok((scored, self.begin(slot, &hidden, request, stop, start)?))
+    }
+
+    /// The scores alone; the slot is free again.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), but that the prompt may fill the context.
+    pub fn score(&mut self, prompt: &[u32], top: usize) -> Result<Vec<Scored>> {
+        let start = Instant::now();
+        self.check(prompt, 0)?;
+        let (_, hidden) = self.read(prompt, true)?;
+        let scored = self.score_rows(&hidden, prompt, top);
+        self.spent[0] += start.elapsed();
+        scored
+    }
+
+    /// That a prompt has tokens, and leaves room for so many more.
+    fn check(&self, prompt: &[u32], room: usize) -> Result<()> {
         let capacity = self.cache.capacity();
-        if prompt.len() >= capacity {
-            return Err(Error::PromptTooLong { tokens: prompt.len(), capacity });
+        match prompt.len() {
+            0 => Err(Error::PromptEmpty),
+            tokens if tokens + room > capacity => Err(Error::PromptTooLong { tokens, capacity }),
+            _ => Ok(()),
         }
-        let stop = StopStrings::new(stop)?;
-        let Some((slot, shared)) = self.free_slot(&prompt) else { return Err(Error::NoSlot) };
+    }
+
+    /// Reads a prompt into a free slot: the final hidden states of all its rows, or at least of its
+    /// last ones.
+    fn read(&mut self, prompt: &[u32], whole: bool) -> Result<(usize, Tensor)> {
+        let Some((slot, shared)) = self.free_slot(prompt) else { return Err(Error::NoSlot) };
+        let shared = if whole { 0 } else { shared };
         self.cache.truncate(slot, shared);
         self.kept[slot].truncate(shared);
         let hidden = self.decoder.feed(&mut self.cache, slot, &prompt[shared..])?;
         self.kept[slot].extend_from_slice(&prompt[shared..]);
-        let hidden = self.decoder.last_row(&hidden)?;
+        Ok((slot, hidden))
+    }
+
+    /// What each row of a whole prompt says of the token after it.
+    fn score_rows(&self, hidden: &Tensor, prompt: &[u32], top: usize) -> Result<Vec<Scored>> {
+        let mut scored = Vec::with_capacity(prompt.len() - 1);
+        for next in prompt[1..].chunks(SCORED_TOKENS) {
+            let first = scored.len();
+            let rows: Vec<u32> = (first..first + next.len()).map(|row| row as u32).collect();
+            let band = self.decoder.device().select_rows(hidden, &rows);
+            let logits = self.decoder.logits(&band.map_err(gptq_model::Error::from)?)?;
+            for (row, &id) in logits.rows().into_iter().zip(next) {
+                let row = LogProbabilities::new(row.to_slice().ok_or(Error::NoSlot)?)?;
+                scored.push(Scored { logprob: row.of(id), top: row.top(top) });
+            }
+        }
+        Ok(scored)
+    }
+
+    /// Chooses the first token after a prompt.
+    fn begin(
+        &mut self,
+        slot: usize,
+        hidden: &Tensor,
+        request: Request,
+        stop: StopStrings,
+        start: Instant,
+    ) -> Result<Step> {
+        let Request { prompt, sampling, seed, max_tokens, end, top, .. } = request;
+        let hidden = self.decoder.last_row(hidden)?;
         let stream = TokenStream::new(self.tokenizer, &prompt)?;
         let sampler = Sampler::new(sampling, seed);
-        let sequence = Sequence { ids: prompt, made: 0, max_tokens, end, sampler, stream, stop };
+        let sequence =
+            Sequence { ids: prompt, made: 0, max_tokens, end, top, sampler, stream, stop };
         self.active[slot] = Some(sequence);
         let steps = self.choose(&hidden, &[slot]);
         self.spent[0] += start.elapsed();
@@ -240,6 +328,10 @@ impl<'a> Engine<'a> {
             let full = self.cache.len(slot) >= self.cache.capacity();
             let Some(sequence) = self.active[slot].as_mut() else { continue };
             let row = row.to_slice().ok_or(Error::NoSlot)?;
+            let top = match sequence.top {
+                0 => Vec::new(),
+                count => LogProbabilities::new(row)?.top(count),
+            };
             let (choice, mut text, finish) = sequence.go_on(row, full)?;
             if finish.is_some()
                 && let Some(ended) = self.active[slot].take()
@@ -247,7 +339,7 @@ impl<'a> Engine<'a> {
             {
                 text += &ended.rest()?;
             }
-            steps.push(Step { slot, choice, text, finish });
+            steps.push(Step { slot, choice, top, text, finish });
         }
         Ok(steps)
     }

@@ -199,7 +199,8 @@ fn highest(logits: &[f32]) -> f32 {
     logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-fn log_sum_exp(logits: &[f32]) -> Result<f64> {
+/// The logarithm of the sum of a row's exponentials, where the row is sound.
+pub(crate) fn log_sum_exp(logits: &[f32]) -> Result<f64> {
     let broken = |reason: String| Err(Error::Logits { reason });
     if let Some(id) = logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
         return broken(format!("that of token {id} is {}", logits[id]));

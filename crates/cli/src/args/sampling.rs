@@ -8,7 +8,7 @@ use gptq_generate::SamplingOptions;
 use super::values::parse_count;
 
 /// How text is made.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct SamplingArgs {
     /// New tokens of a text, at most [default: generation_config.json's, or 256]
     #[arg(long, value_name = "N", value_parser = parse_count, visible_alias = "max-new-tokens")]

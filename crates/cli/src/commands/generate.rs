@@ -9,15 +9,14 @@ use gptq_checkpoint::read_small_text;
 use gptq_generate::{Engine, Finish, Message, Step};
 use serde::{Deserialize, Serialize};
 
-use super::text_model::{Template, TextModel, check_length, conversation, text_device};
+use super::text_model::{
+    MOST_AT_ONCE, Template, TextModel, check_length, conversation, text_device,
+};
 use super::{print_json, print_part, print_result};
 use crate::args::values::parse_count;
 use crate::args::{DeviceArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
 use crate::printer::Printer;
-
-/// Texts that are made at once, at most: as many as a step makes at the price of one.
-const MOST_AT_ONCE: usize = 16;
 
 /// New tokens where neither the command line nor a file says how many.
 const MAX_TOKENS: usize = 256;

@@ -15,6 +15,7 @@ mod ppl;
 mod push;
 mod quantize;
 mod report;
+mod serve;
 pub(crate) mod source;
 mod sweep;
 pub(crate) mod table;
@@ -55,6 +56,7 @@ commands! {
     Ppl: ppl,
     Generate: generate,
     Chat: chat,
+    Serve: serve,
     Plan: plan,
     Inspect: inspect,
     Verify: verify,

@@ -2,6 +2,7 @@
 //! beside them and the command line say of how it writes.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Result;
 use gptq_checkpoint::Checkpoint;
@@ -19,13 +20,17 @@ use crate::args::{DeviceArgs, DeviceName, SamplingArgs};
 use crate::hint::advised;
 use crate::printer::Printer;
 
+/// Texts that are made at once, at most: as many as a step makes at the price of one.
+pub(crate) const MOST_AT_ONCE: usize = 16;
+
 /// What is known of a model before its weights are read.
 pub(crate) struct TextModel {
     pub(crate) checkpoint: Checkpoint,
-    pub(crate) tokenizer: TextTokenizer,
+    /// Shared with threads that make prompts while others are gone on with.
+    pub(crate) tokenizer: Arc<TextTokenizer>,
     pub(crate) sampling: Sampling,
     pub(crate) max_tokens: usize,
-    end: StopTokens,
+    pub(crate) end: StopTokens,
 }
 
 /// What stands around what a person says.
@@ -48,7 +53,7 @@ impl TextModel {
         let checkpoint = open_checkpoint(model, printer)?;
         warn_of(&checkpoint, false, printer)?;
         let folder = checkpoint.dir();
-        let tokenizer = TextTokenizer::open(folder, checkpoint.config().vocab_size)?;
+        let tokenizer = Arc::new(TextTokenizer::open(folder, checkpoint.config().vocab_size)?);
         let generation = GenerationConfig::open(folder)?;
         let sampling = Sampling::resolve(&args.options(), generation.as_ref())?;
         let end = StopTokens::find(folder, generation.as_ref(), &tokenizer)?;
@@ -108,6 +113,8 @@ impl TextModel {
             max_tokens: self.max_tokens,
             end: self.end.ids.clone(),
             stop: args.stop.clone(),
+            top: 0,
+            whole: false,
         }
     }
 
@@ -117,13 +124,23 @@ impl TextModel {
         template: &Template,
         messages: &[Message],
     ) -> Result<Vec<u32>> {
-        let ids = match template {
-            Template::Chat(chat) => self.tokenizer.encode_chat(&chat.render(messages, true)?)?,
+        Ok(template.encode(&self.tokenizer, messages)?)
+    }
+}
+
+impl Template {
+    /// The tokens of a conversation.
+    pub(crate) fn encode(
+        &self,
+        tokenizer: &TextTokenizer,
+        messages: &[Message],
+    ) -> Result<Vec<u32>, Error> {
+        Ok(match self {
+            Self::Chat(chat) => tokenizer.encode_chat(&chat.render(messages, true)?)?,
             // Texts of special tokens are no part of a card's template; a BOS is what the tokenizer
             // puts before any text.
-            Template::Card(card) => self.tokenizer.encode(&card_text(card, messages))?,
-        };
-        Ok(ids)
+            Self::Card(card) => tokenizer.encode(&card_text(card, messages))?,
+        })
     }
 }
 

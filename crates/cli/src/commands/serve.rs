@@ -1,0 +1,132 @@
+//! `gptq serve`: a model behind OpenAI's HTTP interface.
+
+use std::path::PathBuf;
+
+use crate::args::DeviceArgs;
+use crate::args::values::parse_count;
+
+/// Answer OpenAI's HTTP interface with a dense model or a GPTQ checkpoint
+///
+/// POST /v1/completions and /v1/chat/completions, whole or streamed, with log-probabilities; GET
+/// /v1/models, /health and /metrics. The first line on stdout is the address, printed when requests are
+/// answered. Ctrl-C and SIGTERM let running requests end for a few seconds.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  gptq serve ./SmolLM2-135M-4bit-128g
+  gptq serve ./StableBeluga2-4bit-128g --template facts.toml --port 0
+  gptq serve ./model --host 0.0.0.0 --api-key-file key.txt --max-batch 16 --context 2048")]
+pub(crate) struct Args {
+    /// Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
+    model: String,
+    /// Address to listen on; any that other machines reach needs a key
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on; 0 is any that is free
+    #[arg(long, value_name = "PORT", default_value_t = 8080)]
+    port: u16,
+    /// File with the key that clients have to show, as Authorization: Bearer KEY
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// How many texts are gone on with at once, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = parse_count)]
+    max_batch: usize,
+    /// Requests that may wait; more are told to come again
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse_count)]
+    queue: usize,
+    /// Tokens that a prompt and its text may have together [default: the model's limit, or 4096]
+    #[arg(long, value_name = "N", value_parser = parse_count, visible_alias = "ctx-size")]
+    context: Option<usize>,
+    /// Card facts whose prompt template is used in place of the model's chat template
+    #[arg(long, value_name = "FACTS.toml")]
+    template: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+#[cfg(not(feature = "serve"))]
+pub(crate) fn run(_: &Args, _: &crate::printer::Printer) -> anyhow::Result<()> {
+    let how = "build it without --no-default-features";
+    Err(crate::hint::advised("This build has no server", how))
+}
+#[cfg(feature = "serve")]
+pub(crate) use with_server::run;
+
+#[cfg(feature = "serve")]
+mod with_server {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use anyhow::{Result, ensure};
+    use gptq_generate::{Engine, Error, GenerationConfig};
+    use gptq_serve::{ApiKey, Chat, Limits, Listener, Served};
+
+    use super::Args;
+    use crate::args::SamplingArgs;
+    use crate::commands::print_result;
+    use crate::commands::text_model::{MOST_AT_ONCE, TextModel};
+    use crate::printer::Printer;
+
+    /// Tokens of a text and its prompt where nobody says how many and the model could hold more.
+    const CONTEXT: usize = 4096;
+
+    pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
+        let slots = args.max_batch;
+        ensure!(slots <= MOST_AT_ONCE, "--max-batch {slots} is above {MOST_AT_ONCE}");
+        let key = args.api_key_file.as_deref().map(ApiKey::read).transpose()?;
+        // Before the weights are read: what is wrong with the address is known at once.
+        let listener = Listener::bind(&args.host, args.port, key)?;
+        let device = args.device.open_one(printer, "use --device with one")?;
+        let model = TextModel::open(&args.model, &SamplingArgs::default(), usize::MAX, printer)?;
+        let context = args.context.unwrap_or(CONTEXT.min(model.limit()));
+        let served = served(args, &model, context)?;
+        let decoder = model.decoder(&device, context, printer)?;
+        let mut engine = Engine::new(&decoder, &model.tokenizer, slots, context)?;
+        printer.note(&format!(
+            "serving {}: {slots} texts at once of up to {context} tokens, {} requests may wait",
+            served.name, args.queue
+        ));
+        let limits = Limits { slots, queue: args.queue };
+        gptq_serve::serve(listener, limits, served, &mut engine, |address| {
+            // Whoever closed stdout does not want to know.
+            let _ = print_result(&format!("http://{address}"));
+        })?;
+        Ok(())
+    }
+
+    /// What requests need to know of the model.
+    fn served(args: &Args, model: &TextModel, context: usize) -> Result<Served> {
+        let folder = model.checkpoint.dir();
+        let typed = args.model.clone();
+        let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let base = match Path::new(&typed).canonicalize() {
+            Ok(path) => last(&path),
+            Err(_) => last(Path::new(&typed)),
+        };
+        let local = Path::new(&typed).exists();
+        let name = base.clone().filter(|_| local).unwrap_or_else(|| typed.clone());
+        let chat = match model.template(args.template.as_deref()) {
+            Ok(template) => {
+                let tokenizer = Arc::clone(&model.tokenizer);
+                Ok(Box::new(move |messages: &[_]| template.encode(&tokenizer, messages)) as Chat)
+            }
+            // The model can go on with texts all the same.
+            Err(error) => match error.downcast_ref() {
+                Some(Error::NoChatTemplate { .. }) => Err(format!(
+                    "The model {name} has no chat template: start the server with --template, or \
+                     use /v1/completions"
+                )),
+                _ => return Err(error),
+            },
+        };
+        Ok(Served {
+            aliases: [typed].into_iter().chain(base).collect(),
+            name,
+            tokenizer: Arc::clone(&model.tokenizer),
+            vocabulary: model.checkpoint.config().vocab_size,
+            context,
+            generation: GenerationConfig::open(folder)?,
+            end: model.end.ids.clone(),
+            chat,
+        })
+    }
+}

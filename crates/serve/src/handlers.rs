@@ -1,0 +1,253 @@
+//! From an HTTP request to an answer.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http_body::{Body as _, Frame};
+use serde_json::{Value, json};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::api_key::ApiKey;
+use crate::fields::Fields;
+use crate::job::Job;
+use crate::metrics::Metrics;
+use crate::part::Part;
+use crate::queue::{Queue, Refused};
+use crate::refusal::{Refusal, json_response};
+use crate::served::Served;
+use crate::token_texts::TokenTexts;
+use crate::writer::Writer;
+use crate::{chat, completions};
+
+/// Bytes of a body: a context of tokens is a small part of it.
+const MOST_BODY: usize = 4 << 20;
+/// Bytes that are read of one that is too large, so that its sender comes to read why it is refused.
+const MOST_READ: usize = 64 << 20;
+/// How long a body may take to arrive.
+const BODY_TIME: Duration = Duration::from_secs(30);
+
+/// What all requests share.
+pub(crate) struct Shared {
+    pub(crate) served: Served,
+    pub(crate) texts: TokenTexts,
+    pub(crate) queue: Queue,
+    pub(crate) metrics: Metrics,
+    pub(crate) key: Option<ApiKey>,
+    pub(crate) created: u64,
+}
+
+/// A request that was understood.
+pub(crate) struct Prepared {
+    pub(crate) job: Job,
+    pub(crate) receiver: UnboundedReceiver<Result<Part, String>>,
+    pub(crate) writer: Writer,
+    pub(crate) stream: bool,
+    pub(crate) usage: bool,
+}
+
+/// Makes a job of the parameters of a request.
+type Prepare = fn(&Arc<Shared>, &Fields) -> Result<Prepared, Refusal>;
+
+/// What metrics call a path; what clients make up is one.
+fn endpoint(path: &str) -> &'static str {
+    const KNOWN: [&str; 5] =
+        ["/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"];
+    KNOWN.into_iter().find(|known| *known == path).unwrap_or("other")
+}
+
+/// Asks every request for the key, and counts its answer.
+pub(crate) async fn attend(
+    State(shared): State<Arc<Shared>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let endpoint = endpoint(request.uri().path());
+    let response = match &shared.key {
+        // Whether it is alive a balancer may ask that has no key.
+        Some(key) if endpoint != "/health" && !key.is_shown(authorization(request.headers())) => {
+            Refusal::no_key().into_response()
+        }
+        _ => next.run(request).await,
+    };
+    let status = response.status().as_u16();
+    *shared.metrics.counts().requests.entry((endpoint, status)).or_default() += 1;
+    response
+}
+
+fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
+    headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes)
+}
+
+pub(crate) async fn health() -> Response {
+    json_response(&json!({"status": "ok"}))
+}
+
+pub(crate) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (kind, shared.metrics.text(shared.queue.len())).into_response()
+}
+
+pub(crate) async fn models(State(shared): State<Arc<Shared>>) -> Response {
+    let model = json!({
+        "id": shared.served.name,
+        "object": "model",
+        "created": shared.created,
+        "owned_by": "gptq",
+        "max_model_len": shared.served.context,
+    });
+    json_response(&json!({"object": "list", "data": [model]}))
+}
+
+pub(crate) async fn no_path(request: Request) -> Response {
+    Refusal::no_path(request.uri().path()).into_response()
+}
+
+pub(crate) async fn no_method(request: Request) -> Response {
+    Refusal::no_method(request.method().as_str(), request.uri().path()).into_response()
+}
+
+pub(crate) async fn complete(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    answer(shared, request, completions::prepare).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+pub(crate) async fn chat(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    answer(shared, request, chat::prepare).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+async fn answer(
+    shared: Arc<Shared>,
+    request: Request,
+    prepare: Prepare,
+) -> Result<Response, Refusal> {
+    let body = read(request.into_body()).await?;
+    // A large text takes a while, which others need not wait for; few at a time, for the memory.
+    let with = Arc::clone(&shared);
+    let understood = tokio::task::spawn_blocking(move || prepare(&with, &Fields::parse(&body)?));
+    let prepared = understood.await.map_err(|_| Refusal::failed("The request broke the server"))?;
+    let Prepared { job, receiver, writer, stream, usage } = prepared?;
+    shared.queue.push(job).map_err(|refused| match refused {
+        Refused::Full => Refusal::busy(shared.queue.most()),
+        Refused::Closed => Refusal::stopping(),
+    })?;
+    if !stream {
+        return whole(receiver, writer, &shared).await;
+    }
+    let body = Body::new(Events { receiver, writer, usage, over: false, shared });
+    let head = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
+    Ok((StatusCode::OK, head, body).into_response())
+}
+
+/// Reads a body.
+async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
+    let broken = |_| Refusal::invalid("The body broke off");
+    if body.size_hint().lower() > MOST_READ as u64 {
+        return Err(Refusal::too_large(MOST_BODY));
+    }
+    let reading = async {
+        let (mut read, mut arrived) = (Vec::new(), 0);
+        while let Some(frame) =
+            std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await
+        {
+            let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+            arrived += data.len();
+            match () {
+                () if arrived <= MOST_BODY => read.extend_from_slice(&data),
+                () if arrived <= MOST_READ => read = Vec::new(),
+                () => break,
+            }
+        }
+        if arrived > MOST_BODY { Err(Refusal::too_large(MOST_BODY)) } else { Ok(read) }
+    };
+    tokio::time::timeout(BODY_TIME, reading).await.unwrap_or_else(|_| Err(Refusal::too_slow()))
+}
+
+/// Waits for all texts. A client that goes away ends the waiting, and the engine sees that.
+async fn whole(
+    mut receiver: UnboundedReceiver<Result<Part, String>>,
+    mut writer: Writer,
+    shared: &Shared,
+) -> Result<Response, Refusal> {
+    let mut texts: Vec<Part> = (0..writer.texts()).map(Part::new).collect();
+    while let Some(part) = receiver.recv().await {
+        let part = part.map_err(Refusal::failed)?;
+        texts[part.index].push(part);
+    }
+    let answer = writer.whole(texts);
+    match writer.is_over() {
+        true => Ok(json_response(&answer)),
+        false => Err(broken_off(&shared.queue)),
+    }
+}
+
+/// Why texts have no ends.
+fn broken_off(queue: &Queue) -> Refusal {
+    if queue.is_aborted() { Refusal::stopping() } else { Refusal::failed("The engine failed") }
+}
+
+/// An answer that comes in parts, as server-sent events.
+struct Events {
+    receiver: UnboundedReceiver<Result<Part, String>>,
+    writer: Writer,
+    usage: bool,
+    over: bool,
+    shared: Arc<Shared>,
+}
+
+impl Events {
+    /// What ends a stream. Without `[DONE]` clients know that it is not whole.
+    fn end(&mut self, failure: Option<Refusal>) -> Bytes {
+        self.over = true;
+        self.receiver.close();
+        if let Some(failure) = failure {
+            return event(&failure.json()).into();
+        }
+        let mut text = String::new();
+        if self.usage {
+            text.push_str(&event(&self.writer.usage_chunk()));
+        }
+        (text + "data: [DONE]\n\n").into()
+    }
+}
+
+fn event(value: &Value) -> String {
+    format!("data: {value}\n\n")
+}
+
+impl http_body::Body for Events {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let frame = |bytes: Bytes| Poll::Ready(Some(Ok(Frame::data(bytes))));
+        let this = &mut *self;
+        if this.over {
+            return Poll::Ready(None);
+        }
+        loop {
+            match ready!(this.receiver.poll_recv(context)) {
+                Some(Ok(part)) => {
+                    if let Some(chunk) = this.writer.chunk(part, this.usage) {
+                        return frame(event(&chunk).into());
+                    }
+                }
+                Some(Err(message)) => return frame(this.end(Some(Refusal::failed(message)))),
+                None if this.writer.is_over() => return frame(this.end(None)),
+                None => {
+                    let failure = broken_off(&this.shared.queue);
+                    return frame(this.end(Some(failure)));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Connections, from the first to the last.
+
+use std::future::Future;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use axum::Router;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use gptq_generate::Engine;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::{sleep, timeout};
+
+use crate::api_key::ApiKey;
+use crate::engine_loop;
+use crate::error::{Error, Result};
+use crate::handlers::{self, Shared};
+use crate::metrics::Metrics;
+use crate::queue::Queue;
+use crate::served::Served;
+use crate::token_texts::TokenTexts;
+use crate::writer::now;
+
+/// Connections at a time; others wait until one is closed.
+const MOST_CONNECTIONS: usize = 256;
+/// How long the head of a request may take, and how long a connection may be idle.
+const HEAD_TIME: Duration = Duration::from_secs(30);
+/// Bytes of a request's head.
+const MOST_HEAD: usize = 64 << 10;
+/// How long texts may go on once the server is to stop.
+const GRACE: Duration = Duration::from_secs(5);
+/// Threads that read bodies and make tokens of them.
+const READERS: usize = 2;
+
+/// How much is done at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Texts that are made together: as many as the engine has slots.
+    pub slots: usize,
+    /// Requests that wait; more are told to come again.
+    pub queue: usize,
+}
+
+/// An address that is listened on.
+#[derive(Debug)]
+pub struct Listener {
+    listener: TcpListener,
+    key: Option<ApiKey>,
+}
+
+impl Listener {
+    /// Listens. Without a key only on addresses that no other machine reaches.
+    ///
+    /// # Errors
+    /// [`Error::Open`] and [`Error::Bind`].
+    pub fn bind(host: &str, port: u16, key: Option<ApiKey>) -> Result<Self> {
+        let failed = |source| Error::Bind { host: host.to_owned(), port, source };
+        let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs().map_err(failed)?.collect();
+        if key.is_none() && !addresses.iter().all(|address| address.ip().is_loopback()) {
+            return Err(Error::Open { host: host.to_owned() });
+        }
+        let listener = TcpListener::bind(&addresses[..]).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { listener, key })
+    }
+}
+
+/// Answers requests until Ctrl-C or SIGTERM; then running ones have a few seconds to end. `ready`
+/// hears of the address when requests are answered.
+///
+/// # Errors
+/// [`Error::Start`].
+pub fn serve(
+    listener: Listener,
+    limits: Limits,
+    served: Served,
+    engine: &mut Engine<'_>,
+    ready: impl FnOnce(SocketAddr) + Send,
+) -> Result<()> {
+    let Listener { listener, key } = listener;
+    let shared = Arc::new(Shared {
+        texts: TokenTexts::new(Arc::clone(&served.tokenizer)),
+        served,
+        queue: Queue::new(limits.queue),
+        metrics: Metrics::default(),
+        key,
+        created: now(),
+    });
+    let gone = Arc::new(Notify::new());
+    std::thread::scope(|scope| {
+        let http = std::thread::Builder::new()
+            .name("http".to_owned())
+            .spawn_scoped(scope, || {
+                // The engine must not wait for requests that nobody can send.
+                let _ends = OnDrop(|| shared.queue.abort());
+                run_http(listener, &shared, &gone, ready)
+            })
+            .map_err(Error::Start)?;
+        {
+            // Nor clients for an engine that has panicked.
+            let _ends = OnDrop(|| {
+                shared.queue.abort();
+                gone.notify_one();
+            });
+            engine_loop::run(engine, limits.slots, &shared.queue, &shared.metrics);
+        }
+        http.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Does something at the end, a panic's too.
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+fn run_http(
+    listener: TcpListener,
+    shared: &Arc<Shared>,
+    gone: &Notify,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(READERS)
+        .build()
+        .map_err(Error::Start)?;
+    let done = runtime.block_on(async {
+        let address = listener.local_addr().map_err(Error::Start)?;
+        let listener = tokio::net::TcpListener::from_std(listener).map_err(Error::Start)?;
+        let mut interrupted = signal(SignalKind::interrupt()).map_err(Error::Start)?;
+        let mut terminated = signal(SignalKind::terminate()).map_err(Error::Start)?;
+        let stop = async {
+            first(first(interrupted.recv(), terminated.recv()), gone.notified()).await;
+        };
+        ready(address);
+        let graceful = accept(listener, router(shared), stop).await;
+        shared.queue.close();
+        // Those who are not done by then are told so.
+        let mut ending = pin!(graceful.shutdown());
+        if timeout(GRACE, &mut ending).await.is_err() {
+            shared.queue.abort();
+            let _ = timeout(Duration::from_secs(1), ending).await;
+        }
+        Ok(())
+    });
+    // A body that is being read keeps nobody.
+    runtime.shutdown_background();
+    done
+}
+
+fn router(shared: &Arc<Shared>) -> Router {
+    Router::new()
+        .route("/v1/models", get(handlers::models))
+        .route("/v1/completions", post(handlers::complete))
+        .route("/v1/chat/completions", post(handlers::chat))
+        .route("/health", get(handlers::health))
+        .route("/metrics", get(handlers::metrics))
+        .fallback(handlers::no_path)
+        .method_not_allowed_fallback(handlers::no_method)
+        .layer(from_fn_with_state(Arc::clone(shared), handlers::attend))
+        .with_state(Arc::clone(shared))
+}
+
+/// Takes connections until `stop`.
+async fn accept(
+    listener: tokio::net::TcpListener,
+    router: Router,
+    stop: impl Future<Output = ()>,
+) -> GracefulShutdown {
+    let graceful = GracefulShutdown::new();
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let mut stop = pin!(stop);
+    loop {
+        let next = async {
+            let place = Arc::clone(&places).acquire_owned().await;
+            (place, listener.accept().await)
+        };
+        let (place, accepted) = match first(stop.as_mut(), next).await {
+            First::One(()) => return graceful,
+            First::Other(next) => next,
+        };
+        let Ok((stream, _)) = accepted else {
+            // Out of files, perhaps: some will be closed.
+            sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        // A token is sent when it is made.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIME)
+            .max_buf_size(MOST_HEAD)
+            .serve_connection(TokioIo::new(stream), service);
+        let watched = graceful.watch(connection);
+        tokio::spawn(async move {
+            // How a connection ends is the client's business.
+            let _ = watched.await;
+            drop(place);
+        });
+    }
+}
+
+/// What came first.
+enum First<A, B> {
+    One(A),
+    Other(B),
+}
+
+/// Waits for one of two; the other is dropped. The first one comes first if both are there.
+async fn first<A, B>(one: impl Future<Output = A>, other: impl Future<Output = B>) -> First<A, B> {
+    let (mut one, mut other) = (pin!(one), pin!(other));
+    std::future::poll_fn(|context| {
+        if let Poll::Ready(value) = one.as_mut().poll(context) {
+            return Poll::Ready(First::One(value));
+        }
+        other.as_mut().poll(context).map(First::Other)
+    })
+    .await
+}

@@ -1,0 +1,105 @@
+//! What completions and chats are asked for alike.
+
+use gptq_generate::{Origin, Sampling, SamplingOptions};
+use serde_json::Value;
+
+use crate::fields::Fields;
+use crate::neutral;
+use crate::refusal::Refusal;
+use crate::served::Served;
+
+/// Texts that a request may ask for, over all its prompts.
+pub(crate) const MOST_TEXTS: usize = 256;
+/// The likeliest tokens that may be named.
+pub(crate) const MOST_TOP: usize = 20;
+
+/// How texts are made, and how they are sent.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) sampling: Sampling,
+    pub(crate) seed: Option<u64>,
+    pub(crate) stop: Vec<String>,
+    /// Texts of each prompt.
+    pub(crate) n: usize,
+    pub(crate) stream: bool,
+    /// Whether a stream ends with the counts of tokens.
+    pub(crate) include_usage: bool,
+}
+
+impl Settings {
+    pub(crate) fn read(fields: &Fields, served: &Served) -> Result<Self, Refusal> {
+        served.check_name(fields.text("model")?)?;
+        neutral::check(fields)?;
+        let n = fields.whole("n", 1, MOST_TEXTS)?.unwrap_or(1);
+        if fields.whole("best_of", 1, MOST_TEXTS)?.is_some_and(|best_of| best_of != n) {
+            let message = "`best_of` other than `n` is not done by this server";
+            return Err(Refusal::param("best_of", message));
+        }
+        let stream = fields.flag("stream")?;
+        let include_usage = match fields.read("stream_options", Value::as_object, "an object")? {
+            Some(_) if !stream => {
+                let message = "`stream_options` is for requests with `stream: true`";
+                return Err(Refusal::param("stream_options", message));
+            }
+            Some(options) => match options.get("include_usage") {
+                None | Some(Value::Null) => false,
+                Some(Value::Bool(wanted)) => *wanted,
+                Some(_) => {
+                    let message = "`stream_options.include_usage` is not true or false";
+                    return Err(Refusal::param("stream_options", message));
+                }
+            },
+            None => false,
+        };
+        Ok(Self {
+            sampling: sampling(fields, served)?,
+            seed: fields.read("seed", seed, "a whole number")?,
+            stop: fields.stops()?,
+            n,
+            stream,
+            include_usage,
+        })
+    }
+}
+
+/// The request's settings over those of the model's files. The likeliest 50 tokens, to which
+/// transformers confines itself where nobody says anything, are no part of OpenAI's interface.
+fn sampling(fields: &Fields, served: &Served) -> Result<Sampling, Refusal> {
+    // Some write -1 where all tokens may be drawn.
+    let top_k = |value: &Value| match value.as_i64() {
+        Some(-1) => Some(0),
+        _ => usize::try_from(value.as_u64()?).ok(),
+    };
+    let none = SamplingOptions::default();
+    let options = SamplingOptions {
+        temperature: fields.number("temperature")?,
+        top_k: fields.read("top_k", top_k, "a whole number of at least -1")?,
+        top_p: fields.number("top_p")?,
+        min_p: fields.number("min_p")?,
+        repetition_penalty: fields.number("repetition_penalty")?,
+    };
+    // Each alone, to know which it is that is out of its range.
+    for (name, alone) in [
+        ("temperature", SamplingOptions { temperature: options.temperature, ..none.clone() }),
+        ("top_p", SamplingOptions { top_p: options.top_p, ..none.clone() }),
+        ("min_p", SamplingOptions { min_p: options.min_p, ..none.clone() }),
+        (
+            "repetition_penalty",
+            SamplingOptions { repetition_penalty: options.repetition_penalty, ..none },
+        ),
+    ] {
+        Sampling::resolve(&alone, None)
+            .map_err(|error| Refusal::param(name, format!("`{name}`: {error}")))?;
+    }
+    let mut sampling = Sampling::resolve(&options, served.generation.as_ref())
+        .map_err(|error| Refusal::invalid(error.to_string()))?;
+    if sampling.top_k.origin == Origin::Default {
+        sampling.top_k.value = 0;
+    }
+    Ok(sampling)
+}
+
+/// Any whole number is a seed.
+fn seed(value: &Value) -> Option<u64> {
+    value.as_u64().or_else(|| value.as_i64().map(|seed| seed as u64))
+}
