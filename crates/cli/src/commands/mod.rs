@@ -7,6 +7,7 @@ mod card;
 mod chat;
 mod check;
 mod doctor;
+mod eval;
 mod fetch;
 mod generate;
 mod inspect;
@@ -55,6 +56,7 @@ commands! {
     Ppl: ppl,
     Generate: generate,
     Chat: chat,
+    Eval: eval,
     Plan: plan,
     Inspect: inspect,
     Verify: verify,
