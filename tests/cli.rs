@@ -12,9 +12,9 @@ use insta::assert_snapshot;
 use serde_json::{Value, json};
 use util::{Outcome, TinyLlama, Workdir, repository, words};
 
-const COMMANDS: [&str; 15] = [
-    "quantize", "ppl", "generate", "chat", "plan", "inspect", "verify", "sweep", "report", "check",
-    "card", "bench", "doctor", "fetch", "push",
+const COMMANDS: [&str; 17] = [
+    "quantize", "ppl", "generate", "chat", "serve", "eval", "plan", "inspect", "verify", "sweep",
+    "report", "check", "card", "bench", "doctor", "fetch", "push",
 ];
 
 /// The bytes of each published branch's file, in the order of its model card, and the size that
@@ -86,6 +86,8 @@ fn help_lists_the_commands() {
       ppl       Measure the perplexity of a dense model or a GPTQ checkpoint
       generate  Make text with a dense model or a GPTQ checkpoint
       chat      Talk with a dense model or a GPTQ checkpoint
+      serve     Answer OpenAI's HTTP interface with a dense model or a GPTQ checkpoint
+      eval      Measure tasks of lm-evaluation-harness, and keep the results beside perplexity
       plan      Predict sizes, memory, work and time of every branch from config.json alone
       inspect   Show what a checkpoint holds
       verify    Check a GPTQ checkpoint in every respect, and say who loads it
@@ -115,7 +117,9 @@ fn every_command_explains_itself() {
         let usage = format!("Usage: gptq {command} ");
         assert!(help.ok().contains(&usage), "{}", help.stdout);
         assert!(help.stdout.contains("Example"), "{command} shows no example");
-        assert!(help.stdout.contains("--json"), "{command} prints numbers for people only");
+        // A server's results are its answers, which are JSON.
+        let json = help.stdout.contains("--json") || command == "serve";
+        assert!(json, "{command} prints numbers for people only");
         assert!(help.stdout.lines().all(|line| line.len() <= 100), "{}", help.stdout);
         assert_eq!(run(&["help", command]).stdout, help.stdout);
         let summary = help.stdout.lines().next().unwrap();

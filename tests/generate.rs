@@ -129,6 +129,7 @@ fn texts_are_the_same_alone_and_together() {
     };
     let all = together("5");
     assert_eq!(all, together("2"));
+    assert_eq!(all, together("1"));
     for (prompt, text) in prompts.iter().zip(all.as_array().unwrap()) {
         let args = ["generate", &model, "--prompt", prompt];
         let alone = dir.gptq(&[&args[..], &drawn].concat()).json();
@@ -154,6 +155,9 @@ fn texts_end_where_they_should() {
     assert_eq!(stopped["texts"][0]["finish"], "stop");
     assert_eq!(make(&["--stop", stop]).ok(), format!("{before}\n"));
 
+    let counted = make(&["--context", "12", "--json"]).json();
+    let tokens = |key: &str| ids(&counted["texts"][0][key]).len();
+    assert_eq!(tokens("prompt_ids") + tokens("ids"), 12);
     let full = make(&["--context", "12"]);
     assert!(full.stderr.contains("the context of 12 tokens is full"), "{}", full.stderr);
     assert!(whole.starts_with(full.ok().trim_end_matches('\n')));
@@ -210,6 +214,19 @@ fn prompts_come_from_files_and_pipes_and_through_templates() {
     ] });
     dir.write("lines.jsonl", &line.to_string());
     assert_eq!(prompt_ids(&["generate", "chatty", "--prompts", "lines.jsonl"]), through);
+    // What --system says is said of messages, too, and a template that cannot say it is named.
+    let line = json!({ "messages": [{ "role": "user", "content": "Hi" }] });
+    dir.write("lines.jsonl", &line.to_string());
+    let told = ["generate", "chatty", "--prompts", "lines.jsonl", "--system", "Be kind"];
+    assert_eq!(prompt_ids(&told), through);
+    dir.write("deaf.toml", &FACTS.replace("system: {system_message}\\n", ""));
+    let deaf = ["generate", "chatty", "--template", "deaf.toml", "--system", "x", "--prompt", "Hi"];
+    let made = dir.gptq(&[&deaf[..], &["--max-tokens", "2", CPU]].concat());
+    assert!(
+        made.ok().len() > 1 && made.stderr.contains("no place for --system"),
+        "{}",
+        made.stderr
+    );
 }
 
 const FACTS: &str = r#"
@@ -327,6 +344,10 @@ fn what_makes_no_sense_is_refused_in_a_sentence() {
     refused(&["generate", &model, "--prompt", "x", "--device", "cuda"], &["on the CPU only"]);
     dir.write("bad.jsonl", "\"fine\"\n{\"text\": \"what\"}\n");
     refused(&["generate", &model, "--prompts", "bad.jsonl", CPU], &["Line 2 of `bad.jsonl`"]);
+    dir.write("bad.jsonl", "{\"prompt\": \"x\", \"messages\": []}\n");
+    refused(&["generate", &model, "--prompts", "bad.jsonl", CPU], &["Line 1 of `bad.jsonl`"]);
+    dir.write("bad.jsonl", &format!("\"fine\"\n{}\n", json!(long)));
+    refused(&["generate", &model, "--prompts", "bad.jsonl", CPU], &["Prompt 2 of 2"]);
     dir.write("none.jsonl", "\n\n");
     refused(&["generate", &model, "--prompts", "none.jsonl", CPU], &["holds no prompts"]);
     refused(&["generate", &model, "--prompts", "absent.jsonl", CPU], &["absent.jsonl"]);

@@ -7,6 +7,9 @@ use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use chrono::NaiveDateTime;
 use minijinja::value::Serde;
@@ -34,6 +37,8 @@ const MOST_WRITTEN: usize = 16 << 20;
 /// Bytes of the stack that a template is rendered on, of which only what is used takes memory. The
 /// deepest value that the fuel pays for needs less than a quarter of it.
 const STACK: usize = 256 << 20;
+/// The longest that it may take: a conversation takes milliseconds.
+const MOST_TIME: Duration = Duration::from_secs(10);
 
 /// What one side says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +78,7 @@ pub struct Conversation {
 /// A template that is compiled.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     /// Where the template is, for errors.
     origin: String,
     tokens: SpecialTokens,
@@ -119,6 +124,7 @@ impl ChatTemplate {
             Ok(environment)
         });
         let environment = compiled.map_err(|error| failed(origin, &error))?;
+        let environment = Arc::new(environment);
         Ok(Self { environment, origin: origin.to_owned(), tokens })
     }
 
@@ -142,25 +148,26 @@ impl ChatTemplate {
     /// # Errors
     /// As [`render`](Self::render).
     pub fn render_all(&self, conversation: &Conversation) -> Result<String> {
-        // A value that a template nests is taken apart by as many calls as it has levels.
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().stack_size(STACK);
-            let rendered = thread
-                .spawn_scoped(scope, || self.render_here(conversation))
-                .map_err(|error| self.no_thread(&error.to_string()))?;
-            rendered.join().unwrap_or_else(|_| Err(self.no_thread("it panicked")))
-        })
-    }
-
-    fn render_here(&self, conversation: &Conversation) -> Result<String> {
-        let mut writer = Bounded { written: Vec::new() };
-        let template = self.environment.get_template(NAME);
-        let rendered = template.and_then(|template| {
-            template.render_captured_to(self.context(conversation), &mut writer).map(drop)
+        // A value that a template nests is taken apart by as many calls as it has levels. What takes too
+        // long is left to itself: a template can make work that no bound of the library counts.
+        let (environment, context) = (Arc::clone(&self.environment), self.context(conversation));
+        let (done, rendered) = channel();
+        let thread = std::thread::Builder::new().stack_size(STACK);
+        let spawned = thread.spawn(move || {
+            // Nobody waits any more where it took too long.
+            let _ = done.send(render(&environment, context));
         });
-        rendered.map_err(|error| failed(&self.origin, &error))?;
-        // Templates write text, so that it is UTF-8.
-        Ok(String::from_utf8_lossy(&writer.written).into_owned())
+        spawned.map_err(|error| self.no_thread(&error.to_string()))?;
+        match rendered.recv_timeout(MOST_TIME) {
+            Ok(Ok(text)) => Ok(text),
+            Ok(Err(error)) => Err(failed(&self.origin, &error)),
+            Err(RecvTimeoutError::Disconnected) => Err(self.no_thread("it panicked")),
+            Err(RecvTimeoutError::Timeout) => Err(Error::TemplateTooLarge {
+                origin: self.origin.clone(),
+                line: None,
+                what: format!("takes more than {} seconds", MOST_TIME.as_secs()),
+            }),
+        }
     }
 
     fn no_thread(&self, reason: &str) -> Error {
@@ -192,6 +199,16 @@ impl ChatTemplate {
         known.insert("strftime_now", strftime_now(now));
         Value::from_pairs(known)
     }
+}
+
+fn render(
+    environment: &Environment<'static>,
+    context: Value,
+) -> std::result::Result<String, minijinja::Error> {
+    let mut writer = Bounded { written: Vec::new() };
+    environment.get_template(NAME)?.render_captured_to(context, &mut writer)?;
+    // Templates write text, so that it is UTF-8.
+    Ok(String::from_utf8_lossy(&writer.written).into_owned())
 }
 
 /// The library's error as a sentence.

@@ -325,7 +325,8 @@ impl<'a> Engine<'a> {
         let logits = self.decoder.logits(hidden)?;
         let mut steps = Vec::with_capacity(slots.len());
         for (&slot, row) in slots.iter().zip(logits.rows()) {
-            let full = self.cache.len(slot) >= self.cache.capacity();
+            // With the one that is chosen now.
+            let full = self.cache.len(slot) + 1 >= self.cache.capacity();
             let Some(sequence) = self.active[slot].as_mut() else { continue };
             let row = row.to_slice().ok_or(Error::NoSlot)?;
             let top = match sequence.top {

@@ -107,6 +107,7 @@ pub(crate) fn branch_report(
         blocks: blocks.iter().map(record).collect(),
         head,
         evaluations: Vec::new(),
+        tasks: Vec::new(),
     }
 }
 

@@ -67,6 +67,9 @@ pub struct BranchReport {
     pub head: Option<LinearRecord>,
     /// Measurements from the file; empty until there is one.
     pub evaluations: Vec<EvaluationRecord>,
+    /// Results on tasks of a harness, by task and metric; left out until there is one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<TaskRecord>,
 }
 
 fn one() -> usize {
@@ -153,6 +156,31 @@ pub struct EvaluationRecord {
     pub rtn: Option<Measured>,
 }
 
+/// A result of the file on a task of an evaluation harness.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskRecord {
+    /// The task's name in the harness.
+    pub task: String,
+    /// What was measured of it, as `acc`.
+    pub metric: String,
+    /// The result.
+    pub value: f64,
+    /// Its standard error over the task's questions, where the harness gives one.
+    pub standard_error: Option<f64>,
+    /// Whether more is better; otherwise less is.
+    pub higher_is_better: bool,
+    /// Questions that were asked.
+    pub samples: Option<u64>,
+    /// Solved questions before each.
+    pub few_shot: Option<u64>,
+    /// The harness and its version.
+    pub harness: String,
+    /// Arithmetic of the forward pass.
+    pub dtype: String,
+    /// The dense model's result, where it was measured, too.
+    pub base: Option<f64>,
+}
+
 /// Accuracy on the evaluation text.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
@@ -182,6 +210,15 @@ impl BranchReport {
     /// Every linear that a Hessian was factored for, the head included.
     pub fn linears(&self) -> impl Iterator<Item = &LinearRecord> {
         self.blocks.iter().flat_map(|b| &b.linears).chain(&self.head)
+    }
+
+    /// Takes a result on a task in, in place of an earlier one of the same task and metric.
+    pub fn set_task(&mut self, record: TaskRecord) {
+        let key = |record: &TaskRecord| (record.task.clone(), record.metric.clone());
+        match self.tasks.binary_search_by_key(&key(&record), key) {
+            Ok(at) => self.tasks[at] = record,
+            Err(at) => self.tasks.insert(at, record),
+        }
     }
 
     /// Reads the report of a checkpoint's folder.
@@ -272,6 +309,7 @@ mod tests {
                 base_perplexity: Some(20.513_3),
                 rtn: Some(Measured { perplexity: 21.1, kl: 0.01 }),
             }],
+            tasks: Vec::new(),
         }
     }
 

@@ -22,6 +22,7 @@ use crate::compare::{Comparison, Row, comparisons};
 use crate::error::{Error, Result};
 use crate::markdown;
 use crate::summary;
+use crate::task_table::TaskTable;
 use crate::units::{self, Unit};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
@@ -128,6 +129,7 @@ fn card(
         base_name => main.base_name(),
         base_perplexity => main.base_perplexity().map(units::perplexity),
         contaminated => main.contaminated(),
+        tasks => Serde(TaskTable::of(main)),
         closest => summary::closest(main).map(|row| row.branch.branch.as_str()),
         made => Serde(summary::provenance(main)),
         loaders => Serde(loaders),

@@ -27,7 +27,7 @@ use crate::collect::Report;
 use crate::compare::Measurement;
 use crate::error::{Error, Result};
 use crate::units::group;
-use crate::verdict::{KLS, PERPLEXITIES, impossible, measured, whole_branch};
+use crate::verdict::{KLS, PERPLEXITIES, impossible, measured, task, task_name, whole_branch};
 
 pub use crate::verdict::{Finding, Outcome, Verdict};
 
@@ -42,13 +42,27 @@ pub struct Tolerance {
     pub perplexity: f64,
     /// Of the mean KL to the fp16 model.
     pub kl: f64,
+    /// What a result on a task may lose, in the result's own unit: 0.01 is one point of accuracy.
+    #[serde(default = "task_tolerance", skip_serializing_if = "is_task_tolerance")]
+    pub task: f64,
+}
+
+/// Of baselines that say nothing else. The questions are the same, so that only those near a tie move.
+const TASK_TOLERANCE: f64 = 0.01;
+
+fn task_tolerance() -> f64 {
+    TASK_TOLERANCE
+}
+
+fn is_task_tolerance(tolerance: &f64) -> bool {
+    *tolerance == TASK_TOLERANCE
 }
 
 impl Tolerance {
     /// Perplexity 0.5 %, KL 5 %: what another kind of device may change at 4 bits, and a fraction of
     /// what a mistake in the solver costs. KL is the finer of the two, since it does not see the
     /// text's own luck; perplexity catches what KL cannot, a wrong fp16 model.
-    pub const DEFAULT: Self = Self { perplexity: 0.005, kl: 0.05 };
+    pub const DEFAULT: Self = Self { perplexity: 0.005, kl: 0.05, task: TASK_TOLERANCE };
 }
 
 /// Accepted values, reviewed and kept under version control.
@@ -84,6 +98,9 @@ pub struct Accepted {
     /// It was calibrated on the text that it was measured on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub contaminated: bool,
+    /// Results on tasks, by task and metric.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tasks: BTreeMap<String, f64>,
     /// Instead of the baseline's tolerance; kept when the values are updated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<Tolerance>,
@@ -152,7 +169,8 @@ impl Baseline {
         let tolerances =
             self.branches.iter().filter_map(|(name, b)| Some((name.as_str(), b.tolerance?)));
         for (name, tolerance) in tolerances.chain([("all", self.tolerance)]) {
-            for (what, value) in [("perplexity", tolerance.perplexity), ("kl", tolerance.kl)] {
+            let Tolerance { perplexity, kl, task } = tolerance;
+            for (what, value) in [("perplexity", perplexity), ("kl", kl), ("task", task)] {
                 if !(0.0..1.0).contains(&value) {
                     return Err(format!(
                         "the tolerance of {what} for `{name}` is {value}, not a fraction from 0 to 1"
@@ -207,6 +225,7 @@ impl Baseline {
                 kl: evaluation.kl,
                 settings: Some(Settings::of(branch)),
                 contaminated: evaluation.contaminated,
+                tasks: branch.tasks.iter().map(|task| (task_name(task), task.value)).collect(),
                 tolerance,
             };
             branches.insert(branch.branch.clone(), accepted);
@@ -289,21 +308,23 @@ impl Baseline {
             (None, None) => None,
             (baseline, now) => {
                 let verdict = if now.is_some() { Verdict::New } else { Verdict::Missing };
-                Some(Finding { baseline, now, what: "kl", ..whole_branch(&branch.branch, verdict) })
+                let what = "kl".into();
+                Some(Finding { baseline, now, what, ..whole_branch(&branch.branch, verdict) })
             }
         });
+        findings.extend(tasks(branch, accepted, tolerance.task));
         let bytes = (accepted.file_bytes, branch.file_bytes);
         findings.push(Finding {
             branch: branch.branch.clone(),
-            what: "file_bytes",
+            what: "file_bytes".into(),
             baseline: Some(bytes.0 as f64),
             now: Some(bytes.1 as f64),
             allowed: Some(bytes.0 as f64),
             verdict: if bytes.0 == bytes.1 { Verdict::Ok } else { Verdict::Changed },
             detail: None,
         });
-        let changed = |what, detail| Finding {
-            what,
+        let changed = |what: &'static str, detail| Finding {
+            what: what.into(),
             detail: Some(detail),
             ..whole_branch(&branch.branch, Verdict::Changed)
         };
@@ -321,9 +342,9 @@ impl Baseline {
     /// measured beside every branch: the first value has a row of its own, and so has each that fails
     /// and is another.
     fn fp16(&self, accepted: f64, bases: &[(&str, Option<f64>)]) -> Vec<Finding> {
-        let finding = |branch: &str, what, now: Option<f64>| {
+        let finding = |branch: &str, what: &'static str, now: Option<f64>| {
             let Some(now) = now else {
-                let verdict = Verdict::Missing;
+                let (what, verdict) = (what.into(), Verdict::Missing);
                 return Finding { what, baseline: Some(accepted), ..whole_branch(branch, verdict) };
             };
             let finding = measured(branch, what, (accepted, now), self.tolerance.perplexity);
@@ -340,6 +361,32 @@ impl Baseline {
         findings.extend(others.filter(|finding| finding.verdict.fails()));
         findings
     }
+}
+
+/// Results on tasks: those of both sides against each other, and what one side lacks.
+fn tasks(branch: &BranchReport, accepted: &Accepted, tolerance: f64) -> Vec<Finding> {
+    let of_one = |name: &str, (baseline, now), verdict| Finding {
+        what: name.to_owned().into(),
+        baseline,
+        now,
+        ..whole_branch(&branch.branch, verdict)
+    };
+    let mut findings: Vec<Finding> = branch
+        .tasks
+        .iter()
+        .map(|now| {
+            let name = task_name(now);
+            match accepted.tasks.get(&name) {
+                Some(&then) => task(&branch.branch, now, then, tolerance),
+                None => of_one(&name, (None, Some(now.value)), Verdict::New),
+            }
+        })
+        .collect();
+    let there = |name: &&String| branch.tasks.iter().any(|task| task_name(task) == **name);
+    let missing = accepted.tasks.iter().filter(|(name, _)| !there(name));
+    findings
+        .extend(missing.map(|(name, &then)| of_one(name, (Some(then), None), Verdict::Missing)));
+    findings
 }
 
 impl Settings {

@@ -1,5 +1,7 @@
 use std::fs;
 
+use gptq_records::branch_report::TaskRecord;
+
 use super::*;
 use crate::samples::{branch, report};
 
@@ -152,7 +154,7 @@ fn what_was_measured_otherwise_is_an_error_with_the_reason() {
 #[test]
 fn an_update_keeps_tolerances_and_only_a_whole_one_drops_branches() {
     let mut old = baseline();
-    let own = Tolerance { perplexity: 0.02, kl: 0.2 };
+    let own = Tolerance { perplexity: 0.02, kl: 0.2, ..Tolerance::DEFAULT };
     old.branches.get_mut("3bit-128g").unwrap().tolerance = Some(own);
     old.tolerance.kl = 0.03;
     let mut now = before();
@@ -195,4 +197,48 @@ fn a_baseline_is_written_and_read_and_mistakes_in_it_are_named() {
     written.format = 2;
     written.write(&path).unwrap();
     assert!(refused().contains("format is 2"), "{}", refused());
+}
+
+#[test]
+fn results_on_tasks_are_held_in_their_own_unit() {
+    let task = |name: &str, value: f64, higher_is_better: bool| TaskRecord {
+        task: name.to_owned(),
+        metric: "acc".to_owned(),
+        value,
+        standard_error: Some(0.02),
+        higher_is_better,
+        samples: Some(400),
+        few_shot: Some(0),
+        harness: "lm_eval 0.4".to_owned(),
+        dtype: "f32".to_owned(),
+        base: None,
+    };
+    let mut accepted = before();
+    accepted.branches[0].set_task(task("facts", 0.70, true));
+    accepted.branches[0].set_task(task("bytes", 1.50, false));
+    let baseline = Baseline::accept(&accepted, None, true).unwrap();
+    // What is written is read, and a baseline without tasks stays as it was.
+    let text = serde_json::to_string(&baseline).unwrap();
+    assert_eq!(serde_json::from_str::<Baseline>(&text).unwrap(), baseline);
+    assert!(!serde_json::to_string(&self::baseline()).unwrap().contains("task"));
+
+    let outcome = |change: &dyn Fn(&mut BranchReport)| {
+        let mut now = accepted.clone();
+        change(&mut now.branches[0]);
+        verdicts(&baseline.check(&now, true).unwrap())
+    };
+    assert_eq!(outcome(&|_| ()), [""; 0]);
+    assert_eq!(outcome(&|b| b.set_task(task("facts", 0.691, true))), [""; 0]);
+    assert_eq!(outcome(&|b| b.set_task(task("facts", 0.689, true))), ["4bit-32g facts acc WORSE"]);
+    assert_eq!(
+        outcome(&|b| b.set_task(task("facts", 0.72, true))),
+        ["4bit-32g facts acc improved"]
+    );
+    assert_eq!(outcome(&|b| b.set_task(task("bytes", 1.52, false))), ["4bit-32g bytes acc WORSE"]);
+    assert_eq!(
+        outcome(&|b| b.set_task(task("facts", f64::NAN, true))),
+        ["4bit-32g facts acc IMPOSSIBLE"]
+    );
+    assert_eq!(outcome(&|b| b.tasks.truncate(1)), ["4bit-32g facts acc MISSING"]);
+    assert_eq!(outcome(&|b| b.set_task(task("other", 0.5, true))), ["4bit-32g other acc new"]);
 }

@@ -23,6 +23,7 @@ pub mod page;
 mod samples;
 mod scatter;
 mod summary;
+mod task_table;
 pub mod units;
 mod verdict;
 

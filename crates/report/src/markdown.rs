@@ -3,6 +3,7 @@
 use crate::collect::Report;
 use crate::compare::{Change, Comparison, Row, comparisons};
 use crate::summary;
+use crate::task_table::TaskTable;
 use crate::units::{self, Unit};
 
 /// The whole report; with the changes since `previous`.
@@ -34,6 +35,9 @@ fn section(comparison: &Comparison<'_>) -> String {
             comparison.base_name()
         )),
         None => text.push_str("Not measured: the sweep's configuration asks for no evaluation.\n\n"),
+    }
+    if let Some(tasks) = tasks(comparison) {
+        text.push_str(&format!("{tasks}\n"));
     }
     for fact in summary::provenance(comparison) {
         let values: Vec<String> = fact
@@ -89,6 +93,23 @@ fn table(comparison: &Comparison<'_>) -> String {
         text.push_str(&row(cells(branch, unit)));
     }
     text
+}
+
+/// Results on tasks, a column each; `None` where no branch has any.
+fn tasks(comparison: &Comparison<'_>) -> Option<String> {
+    let table = TaskTable::of(comparison)?;
+    let mut header = vec!["branch".to_owned()];
+    header.extend(table.columns.iter().map(|name| escape(name)));
+    let mut text = row(header);
+    text.push_str(&row(
+        (0..=table.columns.len()).map(|i| if i == 0 { "---" } else { "---:" }.to_owned())
+    ));
+    for (name, cells) in &table.rows {
+        let name = cell_code(name);
+        text.push_str(&row([name].into_iter().chain(cells.iter().cloned())));
+    }
+    text.push_str(&format!("\n{}\n", escape(&table.harnesses)));
+    Some(text)
 }
 
 fn row(cells: impl IntoIterator<Item = String>) -> String {

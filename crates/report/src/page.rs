@@ -14,6 +14,7 @@ use crate::collect::Report;
 use crate::compare::{Change, Comparison, Row, comparisons};
 use crate::error::{Error, Result};
 use crate::scatter::{Canvas, Dot, Scatter};
+use crate::task_table::TaskTable;
 use crate::units::{self, Unit};
 use crate::{markdown, summary};
 
@@ -89,6 +90,7 @@ struct Section<'a> {
     model: &'a str,
     measured: Option<String>,
     warnings: Vec<String>,
+    tasks: Option<TaskTable>,
     tiles: Vec<Tile>,
     charts: Vec<Chart>,
     legend: Vec<u8>,
@@ -202,6 +204,7 @@ fn section<'a>(comparison: &'a Comparison<'a>) -> Section<'a> {
         model: comparison.model,
         measured: summary::measured_on(comparison),
         warnings: summary::warnings(comparison),
+        tasks: TaskTable::of(comparison),
         tiles: tiles(comparison, unit),
         charts: charts(comparison, &labels, &titles, unit),
         legend,

@@ -80,5 +80,6 @@ pub(crate) fn branch(
             base_perplexity: Some(18.727),
             rtn: Some(Measured { perplexity: perplexity * 4.0 / 3.0, kl: kl * 4.0 / 3.0 }),
         }],
+        tasks: Vec::new(),
     }
 }

@@ -1,8 +1,9 @@
 //! What the accuracy gate finds: values against accepted ones, and values that no model can have.
 
+use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
-use gptq_records::branch_report::EvaluationRecord;
+use gptq_records::branch_report::{EvaluationRecord, TaskRecord};
 use serde::Serialize;
 
 /// What a value is, measured against what was accepted.
@@ -54,13 +55,13 @@ pub struct Finding {
     /// The branch; `fp16` for the model itself.
     pub branch: String,
     /// `perplexity`, `kl`, `file_bytes`, `fp16` for the model's value beside this branch, `settings`,
-    /// `contaminated`, or `branch` for one that is missing or new.
-    pub what: &'static str,
+    /// `contaminated`, a task with its metric, or `branch` for one that is missing or new.
+    pub what: Cow<'static, str>,
     /// The baseline's value.
     pub baseline: Option<f64>,
     /// The report's value.
     pub now: Option<f64>,
-    /// The largest value that is accepted.
+    /// The largest value that is accepted; of a task where more is better, the least.
     pub allowed: Option<f64>,
     /// The verdict.
     pub verdict: Verdict,
@@ -104,7 +105,12 @@ pub(crate) fn impossible(branch: &str, evaluation: &EvaluationRecord) -> Vec<Fin
     let finding = |(what, now): (&'static str, Option<f64>)| {
         let detail = impossibility(what, now?)?.to_owned();
         let verdict = Verdict::Impossible;
-        Some(Finding { what, now, detail: Some(detail), ..whole_branch(branch, verdict) })
+        Some(Finding {
+            what: what.into(),
+            now,
+            detail: Some(detail),
+            ..whole_branch(branch, verdict)
+        })
     };
     values.into_iter().filter_map(finding).collect()
 }
@@ -126,7 +132,7 @@ pub(crate) fn measured(
     };
     Finding {
         branch: branch.to_owned(),
-        what,
+        what: what.into(),
         baseline: Some(then),
         now: Some(now),
         allowed: Some(then + margin),
@@ -135,9 +141,35 @@ pub(crate) fn measured(
     }
 }
 
+/// A result on a task against the accepted one: what may be lost of it is a tolerance in its own unit.
+pub(crate) fn task(branch: &str, now: &TaskRecord, then: f64, tolerance: f64) -> Finding {
+    let (sign, value) = (if now.higher_is_better { -1.0 } else { 1.0 }, now.value);
+    let broken = !value.is_finite();
+    let verdict = match sign * (value - then) {
+        _ if broken => Verdict::Impossible,
+        loss if loss > tolerance => Verdict::Worse,
+        loss if loss < -tolerance => Verdict::Improved,
+        _ => Verdict::Ok,
+    };
+    Finding {
+        branch: branch.to_owned(),
+        what: task_name(now).into(),
+        baseline: Some(then),
+        now: Some(value),
+        allowed: Some(then + sign * tolerance),
+        verdict,
+        detail: broken.then(|| "a result is a number".to_owned()),
+    }
+}
+
+/// A task and its metric, as baselines and findings name them.
+pub(crate) fn task_name(task: &TaskRecord) -> String {
+    format!("{} {}", task.task, task.metric)
+}
+
 /// A branch that only one side has.
 pub(crate) fn whole_branch(branch: &str, verdict: Verdict) -> Finding {
     let branch = branch.to_owned();
     let (baseline, now, allowed, detail) = (None, None, None, None);
-    Finding { branch, what: "branch", baseline, now, allowed, verdict, detail }
+    Finding { branch, what: "branch".into(), baseline, now, allowed, verdict, detail }
 }

@@ -7,7 +7,7 @@ use gptq_generate::{Engine, Finish, Message, Request};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
-use super::text_model::{TextModel, check_length, text_device};
+use super::text_model::{TextModel, check_length, text_device, warn_of_lost_system};
 use super::{print_part, print_result};
 use crate::args::{DeviceArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
@@ -56,6 +56,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let device = text_device(&args.device, printer)?;
     let model = TextModel::open(&args.model, options, usize::MAX, printer)?;
     let template = model.template(options.template.as_deref())?;
+    warn_of_lost_system(&model, &template, options.system.as_deref(), printer)?;
     let context = options.context.unwrap_or(CONTEXT.min(model.limit()));
     let interrupt = Interrupt::listen()?;
     let decoder = model.decoder(&device, context, printer)?;
@@ -92,9 +93,9 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             printer.warn("this does not fit the context any more; /reset begins anew");
             continue;
         }
-        let request = model.request(prompt, options);
+        let request = model.request(prompt, false, options);
         let answer = answer(&mut engine, request, &interrupt, |part| match args.json {
-            true => Ok(()),
+            true => Ok(true),
             false => print_part(part),
         })?;
         print_result(&if args.json { serde_json::to_string(&answer)? } else { String::new() })?;
@@ -113,18 +114,18 @@ fn answer(
     engine: &mut Engine<'_>,
     request: Request,
     interrupt: &Interrupt,
-    show: impl Fn(&str) -> Result<()>,
+    show: impl Fn(&str) -> Result<bool>,
 ) -> Result<Answer> {
     interrupt.begin();
     let mut answer = Answer::default();
     let mut step = engine.start(request)?;
     loop {
-        show(&step.text)?;
+        let read_on = show(&step.text)?;
         answer.text.push_str(&step.text);
         answer.ids.push(step.choice.id);
         answer.logprobs.push(step.choice.logprob);
         answer.finish = step.finish;
-        if step.finish.is_some() || interrupt.is_pressed() {
+        if step.finish.is_some() || interrupt.is_pressed() || !read_on {
             break;
         }
         let Some(next) = engine.step()?.pop() else { break };

@@ -102,7 +102,7 @@ fn show(args: &Args, outcome: &Outcome) -> Result<()> {
 fn cells(finding: &Finding) -> Vec<String> {
     // A column stays as wide as numbers that mean something are.
     let number = |value: Option<f64>| {
-        value.map_or_else(String::new, |v| match finding.what {
+        value.map_or_else(String::new, |v| match finding.what.as_ref() {
             _ if v.abs() >= 1e15 => format!("{v:.3e}"),
             "file_bytes" => format!("{v}"),
             _ if v.abs() >= 1e7 => format!("{v:.3e}"),
@@ -120,7 +120,7 @@ fn cells(finding: &Finding) -> Vec<String> {
     };
     vec![
         finding.branch.clone(),
-        finding.what.to_owned(),
+        finding.what.to_string(),
         number(finding.baseline),
         number(finding.now),
         change,

@@ -1,5 +1,6 @@
 //! `gptq generate`: text that a model makes of a prompt, or of several at once.
 
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -10,7 +11,7 @@ use gptq_generate::{Engine, Finish, Message, Step};
 use serde::{Deserialize, Serialize};
 
 use super::text_model::{
-    MOST_AT_ONCE, Template, TextModel, check_length, conversation, text_device,
+    MOST_AT_ONCE, Template, TextModel, check_length, conversation, text_device, warn_of_lost_system,
 };
 use super::{print_json, print_part, print_result};
 use crate::args::values::parse_count;
@@ -20,6 +21,9 @@ use crate::printer::Printer;
 
 /// New tokens where neither the command line nor a file says how many.
 const MAX_TOKENS: usize = 256;
+
+/// Bytes of a prompt's file, which may be a device without end.
+const MOST_PROMPT: u64 = 64 << 20;
 
 /// Make text with a dense model or a GPTQ checkpoint
 #[derive(Debug, clap::Args)]
@@ -58,8 +62,20 @@ pub(crate) struct Args {
 #[serde(untagged)]
 enum Line {
     Text(String),
-    Prompt { prompt: String },
-    Messages { messages: Vec<Message> },
+    Prompt(Asked),
+    Messages(Said),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked {
+    prompt: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Said {
+    messages: Vec<Message>,
 }
 
 /// A text that was made.
@@ -123,10 +139,14 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let mut texts: Vec<_> = prompts.into_iter().map(Written::new).collect();
     let (mut next, mut of_slot, mut steps) = (0, vec![0; slots], 0_usize);
     interrupt.begin();
-    while (next < texts.len() || engine.active() > 0) && !interrupt.is_pressed() {
+    // A text that streams and that nobody reads any more need not be made.
+    let mut read_on = true;
+    while read_on && (next < texts.len() || engine.active() > 0) && !interrupt.is_pressed() {
         let made = if next < texts.len() && engine.active() < slots {
-            let step =
-                engine.start(model.request(texts[next].prompt_ids.clone(), &args.sampling))?;
+            let step = {
+                let prompt = texts[next].prompt_ids.clone();
+                engine.start(model.request(prompt, true, &args.sampling))?
+            };
             first.get_or_insert_with(|| start.elapsed());
             of_slot[step.slot] = next;
             next += 1;
@@ -137,7 +157,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         };
         for step in made {
             if stream {
-                print_part(&step.text)?;
+                read_on &= print_part(&step.text)?;
             }
             texts[of_slot[step.slot]].take(step);
         }
@@ -206,6 +226,9 @@ fn prompts(args: &Args, model: &TextModel, printer: &Printer) -> Result<Vec<Vec<
         false => None,
     };
     let system = options.system.as_deref();
+    if let Some(template) = &template {
+        warn_of_lost_system(model, template, system, printer)?;
+    }
     let of_text = |text: &str| match &template {
         Some(template) => model.encode_chat(template, &conversation(system, text)),
         None => Ok(model.tokenizer.encode(text)?),
@@ -217,15 +240,20 @@ fn prompts(args: &Args, model: &TextModel, printer: &Printer) -> Result<Vec<Vec<
     let text =
         read_small_text(file).with_context(|| format!("Could not read `{}`", file.display()))?;
     let mut prompts = Vec::new();
-    for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
+    for (number, line) in (1..)
+        .zip(text.trim_start_matches('\u{feff}').lines())
+        .filter(|(_, line)| !line.trim().is_empty())
+    {
         let line = serde_json::from_str(line).ok().with_context(|| {
             let expected =
                 "a JSON string, {\"prompt\": TEXT} or {\"messages\": [{\"role\", \"content\"}, …]}";
             format!("Line {number} of `{}` is not {expected}", file.display())
         })?;
         prompts.push(match line {
-            Line::Text(text) | Line::Prompt { prompt: text } => of_text(&text)?,
-            Line::Messages { messages } => of_messages(model, template.as_ref(), &messages)?,
+            Line::Text(text) | Line::Prompt(Asked { prompt: text }) => of_text(&text)?,
+            Line::Messages(Said { messages }) => {
+                of_messages(model, template.as_ref(), with_system(system, messages))?
+            }
         });
     }
     ensure!(!prompts.is_empty(), "`{}` holds no prompts", file.display());
@@ -236,12 +264,21 @@ fn prompts(args: &Args, model: &TextModel, printer: &Printer) -> Result<Vec<Vec<
 fn of_messages(
     model: &TextModel,
     template: Option<&Template>,
-    messages: &[Message],
+    messages: Vec<Message>,
 ) -> Result<Vec<u32>> {
     match template {
-        Some(template) => model.encode_chat(template, messages),
-        None => model.encode_chat(&model.template(None)?, messages),
+        Some(template) => model.encode_chat(template, &messages),
+        None => model.encode_chat(&model.template(None)?, &messages),
     }
+}
+
+/// Messages that begin with `--system`, unless they have a system message of their own.
+fn with_system(system: Option<&str>, mut messages: Vec<Message>) -> Vec<Message> {
+    let system = system.filter(|_| messages.iter().all(|message| message.role != "system"));
+    if let Some(system) = system {
+        messages.insert(0, Message::new("system", system));
+    }
+    messages
 }
 
 /// `--prompt`: a text, a file's, or what standard input has.
@@ -252,11 +289,16 @@ fn prompt_text(prompt: &str, printer: &Printer) -> Result<String> {
         return Ok(text);
     }
     let path = Path::new(prompt);
-    if !path.is_file() {
+    if !path.exists() {
         return Ok(prompt.to_owned());
     }
-    printer.note(&format!("prompt: the text of the file {prompt}"));
-    read_small_text(path).with_context(|| format!("Could not read `{prompt}`"))
+    // A pipe too, as shells make of `<(command)`.
+    printer.note(&format!("prompt: what {prompt} holds"));
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(MOST_PROMPT).read_to_string(&mut text));
+    let size = read.with_context(|| format!("Could not read `{prompt}`"))?;
+    ensure!((size as u64) < MOST_PROMPT, "`{prompt}` holds more than any model reads");
+    Ok(text)
 }
 
 /// Tokens that a text may have: what was asked for, or what the longest prompt needs.
@@ -270,7 +312,14 @@ fn context(
     let needed = longest.saturating_add(model.max_tokens);
     let limit = model.limit();
     let context = args.sampling.context.unwrap_or(needed.min(limit));
-    prompts.iter().try_for_each(|prompt| check_length(prompt, context.min(limit)))?;
+    for (prompt, number) in prompts.iter().zip(1..) {
+        let fits = check_length(prompt, context.min(limit));
+        if prompts.len() == 1 {
+            fits?;
+        } else {
+            fits.with_context(|| format!("Prompt {number} of {} does not fit", prompts.len()))?;
+        }
+    }
     if context < needed {
         printer.note(&format!(
             "a context of {context} tokens has room for {} new ones after the longest prompt",

@@ -7,6 +7,7 @@ mod card;
 mod chat;
 mod check;
 mod doctor;
+mod eval;
 mod fetch;
 mod generate;
 mod inspect;
@@ -22,7 +23,7 @@ pub(crate) mod table;
 mod text_model;
 mod verify;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -57,6 +58,7 @@ commands! {
     Generate: generate,
     Chat: chat,
     Serve: serve,
+    Eval: eval,
     Plan: plan,
     Inspect: inspect,
     Verify: verify,
@@ -75,12 +77,14 @@ pub(crate) fn print_result(text: &str) -> Result<()> {
     print_as_it_is(&plain(text))
 }
 
-/// Writes a part of a result for people to stdout, at once and without a line's end.
-pub(crate) fn print_part(text: &str) -> Result<()> {
+/// Writes a part of a text to stdout, at once and without a line's end: made plain for a terminal, as
+/// it is for all else. False when nobody reads on.
+pub(crate) fn print_part(text: &str) -> Result<bool> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(plain(text).as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        other => Ok(other?),
+    let shown = if out.is_terminal() { plain(text) } else { text.into() };
+    match out.write_all(shown.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        other => Ok(other.map(|()| true)?),
     }
 }
 

@@ -63,7 +63,7 @@ mod with_server {
     use super::Args;
     use crate::args::SamplingArgs;
     use crate::commands::print_result;
-    use crate::commands::text_model::{MOST_AT_ONCE, TextModel};
+    use crate::commands::text_model::{MOST_AT_ONCE, TextModel, text_device};
     use crate::printer::Printer;
 
     /// Tokens of a text and its prompt where nobody says how many and the model could hold more.
@@ -75,7 +75,7 @@ mod with_server {
         let key = args.api_key_file.as_deref().map(ApiKey::read).transpose()?;
         // Before the weights are read: what is wrong with the address is known at once.
         let listener = Listener::bind(&args.host, args.port, key)?;
-        let device = args.device.open_one(printer, "use --device with one")?;
+        let device = text_device(&args.device, printer)?;
         let model = TextModel::open(&args.model, &SamplingArgs::default(), usize::MAX, printer)?;
         let context = args.context.unwrap_or(CONTEXT.min(model.limit()));
         let served = served(args, &model, context)?;

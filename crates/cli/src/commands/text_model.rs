@@ -63,8 +63,16 @@ impl TextModel {
             printer
                 .warn(&format!("generation_config.json asks for {asked}, which is not done here"));
         }
-        if end.ids.is_empty() {
-            printer.warn("no file of the model names a token that ends a text");
+        let words = checkpoint.config().vocab_size;
+        match end.ids.iter().find(|&&id| id as usize >= words) {
+            Some(id) => printer.warn(&format!(
+                "{} names {id} as a token that ends a text, and the model has {words}",
+                end.file().unwrap_or_default()
+            )),
+            None if end.ids.is_empty() => {
+                printer.warn("no file of the model names a token that ends a text");
+            }
+            None => {}
         }
         let seed =
             if sampling.is_greedy() { String::new() } else { format!(", seed {}", args.seed) };
@@ -105,7 +113,10 @@ impl TextModel {
     }
 
     /// What is to be made of a prompt.
-    pub(crate) fn request(&self, prompt: Vec<u32>, args: &SamplingArgs) -> Request {
+    ///
+    /// Read `whole`, a prompt's text is the same to the bit whatever was read before; otherwise what a
+    /// conversation's last turn left is gone on with.
+    pub(crate) fn request(&self, prompt: Vec<u32>, whole: bool, args: &SamplingArgs) -> Request {
         Request {
             prompt,
             sampling: self.sampling.clone(),
@@ -114,7 +125,7 @@ impl TextModel {
             end: self.end.ids.clone(),
             stop: args.stop.clone(),
             top: 0,
-            whole: false,
+            whole,
         }
     }
 
@@ -170,6 +181,21 @@ pub(crate) fn text_device(args: &DeviceArgs, printer: &Printer) -> Result<Device
     let device = Device::Cpu;
     printer.note(&format!("device: {}, where text is made so far", device.name()));
     Ok(device)
+}
+
+/// Warns of a `--system` that a template has no place for.
+pub(crate) fn warn_of_lost_system(
+    model: &TextModel,
+    template: &Template,
+    system: Option<&str>,
+    printer: &Printer,
+) -> Result<()> {
+    let Some(system) = system.filter(|system| !system.is_empty()) else { return Ok(()) };
+    let with = model.encode_chat(template, &conversation(Some(system), "x"))?;
+    if with == model.encode_chat(template, &conversation(None, "x"))? {
+        printer.warn("the template has no place for --system: the model is not told of it");
+    }
+    Ok(())
 }
 
 /// A conversation of one prompt.

@@ -1,0 +1,88 @@
+//! `gptq eval`: what a harness measures of a server of ours is kept beside perplexity.
+
+#![cfg(unix)]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+mod util;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use serde_json::Value;
+use util::runs::{quantize, with_model};
+use util::{TinyLlama, Workdir};
+
+/// A harness that asks the server which model it has, and says of the base what is not said of others.
+const HARNESS: &str = r#"#!/bin/sh
+[ "$1" = --help ] && exit 0
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --output_path) out=$2 ;;
+        --model_args) args=$2 ;;
+        --tasks) tasks=$2 ;;
+    esac
+    shift
+done
+[ "$tasks" = broken ] && { echo 'no such task' >&2; exit 3; }
+[ "$tasks" = silent ] && exit 0
+value=0.625
+case "$args" in *model=*/model,*) value=0.75 ;; esac
+case "$args" in *base_url=http://127.0.0.1:*/v1/completions,*) ;; *) exit 4 ;; esac
+mkdir -p "$out/some model"
+cat > "$out/some model/results_2026.json" <<EOF
+{"results": {"$tasks": {"alias": "x", "acc,none": $value, "acc_stderr,none": 0.02}},
+ "n-samples": {"$tasks": {"original": 40, "effective": 40}}, "n-shot": {"$tasks": 0},
+ "higher_is_better": {"$tasks": {"acc": true}}, "lm_eval_version": "0.4.13"}
+EOF
+"#;
+
+fn workdir() -> Workdir {
+    let dir = with_model(&TinyLlama::new());
+    dir.write("harness", HARNESS);
+    fs::set_permissions(dir.path("harness"), fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+/// The harness is found by its path, and needs a shell's own.
+fn eval(dir: &Workdir, args: &[&str]) -> util::Outcome {
+    let harness = dir.path("harness").display().to_string();
+    let fixed = ["eval", "--lm-eval", &harness];
+    dir.gptq_env(&[&fixed[..], args].concat(), &[("PATH", "/usr/bin:/bin")])
+}
+
+#[test]
+fn results_are_kept_beside_perplexity_and_shown_with_it() {
+    let dir = workdir();
+    quantize(&dir, &["--bits", "4", "--group-size", "32"]).ok();
+    let records = eval(&dir, &["out", "--tasks", "facts", "--base", "model", "--json"]).json();
+    assert_eq!(records[0]["value"], 0.625);
+    assert_eq!(records[0]["base"], 0.75);
+    let report: Value =
+        serde_json::from_str(&fs::read_to_string(dir.path("out/gptq_report.json")).unwrap())
+            .unwrap();
+    assert_eq!(report["tasks"], records);
+    // The folder is as whole as it was, and a second result takes the place of the first.
+    dir.gptq(&["verify", "out"]).ok();
+    eval(&dir, &["out", "--tasks", "facts"]).ok();
+    eval(&dir, &["out", "--tasks", "more"]).ok();
+    dir.gptq(&["verify", "out"]).ok();
+    let shown = dir.gptq(&["report", "out"]);
+    assert!(shown.ok().contains("| branch | facts acc | more acc |"), "{}", shown.stdout);
+    assert!(shown.stdout.contains("0.6250 ± 0.0200 | 0.6250 ± 0.0200"), "{}", shown.stdout);
+    // A model without a report is measured all the same.
+    let dense = eval(&dir, &["model", "--tasks", "facts"]);
+    assert!(dense.ok().contains("0.7500"), "{}", dense.stdout);
+    assert!(dense.stderr.contains("not kept"), "{}", dense.stderr);
+}
+
+#[test]
+fn what_goes_wrong_is_named() {
+    let dir = workdir();
+    eval(&dir, &["model", "--tasks", "broken"]).refused(&["no such task"]);
+    eval(&dir, &["model", "--tasks", "silent"]).refused(&["wrote no results"]);
+    eval(&dir, &["model", "--tasks", "a b"]).refused(&["`a b` is no task's name"]);
+    eval(&dir, &["model", "--tasks=--version"]).refused(&["no task's name"]);
+    eval(&dir, &["absent", "--tasks", "facts"]).refused(&["absent"]);
+    dir.gptq(&["eval", "model", "--tasks", "facts"]).refused(&["lm_eval", "pip install"]);
+}
