@@ -56,7 +56,7 @@ mod tests {
         let logits = [1.0, 3.0, -2.0, 3.0, f32::NEG_INFINITY, 2.5];
         let row = LogProbabilities::new(&logits).unwrap();
         let ids = |count| row.top(count).iter().map(|choice| choice.id).collect::<Vec<_>>();
-        assert_eq!(ids(0), []);
+        assert!(ids(0).is_empty());
         assert_eq!(ids(1), [1]);
         assert_eq!(ids(3), [1, 3, 5]);
         assert_eq!(ids(9), [1, 3, 5, 0, 2, 4]);
