@@ -27,7 +27,7 @@ done
 [ "$tasks" = broken ] && { echo 'no such task' >&2; exit 3; }
 [ "$tasks" = silent ] && exit 0
 value=0.625
-case "$args" in *model=*/model,*) value=0.75 ;; esac
+case "$args" in model=model,*) value=0.75 ;; esac
 case "$args" in *base_url=http://127.0.0.1:*/v1/completions,*) ;; *) exit 4 ;; esac
 mkdir -p "$out/some model"
 cat > "$out/some model/results_2026.json" <<EOF
