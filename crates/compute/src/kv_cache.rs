@@ -21,14 +21,6 @@ pub struct CacheShape {
     pub head_dim: usize,
 }
 
-impl CacheShape {
-    /// Bytes of the keys and values of one block, on the CPU.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        2 * size_of::<f32>() * self.slots * self.capacity * self.kv_heads * self.head_dim
-    }
-}
-
 /// Tokens that follow one another in a sequence: so many rows of a tensor. The rows of all spans follow
 /// one another, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,14 +36,6 @@ pub struct Span {
 /// Keys and values of one block.
 #[derive(Clone, Debug)]
 pub struct KvCache(pub(crate) cpu::cached_attention::Cache, CacheShape);
-
-impl KvCache {
-    /// Its sizes.
-    #[must_use]
-    pub fn shape(&self) -> CacheShape {
-        self.1
-    }
-}
 
 impl Device {
     /// An empty cache.

@@ -168,16 +168,14 @@ impl<W> Block<W> {
         assert_eq!(parts.linears.len(), LinearId::ALL.len(), "linears of a block");
         Self { parts, exact: Vec::new() }
     }
-}
 
-impl Block {
     /// Position in the model, from 0.
     pub fn index(&self) -> usize {
         self.parts.index
     }
 
     /// Weights of a linear `[out_features, in_features]`.
-    pub fn linear(&self, id: LinearId) -> &Tensor {
+    pub fn linear(&self, id: LinearId) -> &W {
         &self.parts.linears[id as usize]
     }
 
@@ -188,14 +186,16 @@ impl Block {
         format!("{prefix}.{}", ModelConfig::LINEARS[id as usize])
     }
 
-    /// Replaces a linear's weights, by what its quantized form dequantizes to.
-    pub fn set_linear(&mut self, id: LinearId, weight: Tensor) {
-        self.parts.linears[id as usize] = weight;
-    }
-
     /// Bias of a linear.
     pub fn bias(&self, id: LinearId) -> Option<&[f32]> {
         self.parts.biases[id as usize].as_deref()
+    }
+}
+
+impl Block {
+    /// Replaces a linear's weights, by what its quantized form dequantizes to.
+    pub fn set_linear(&mut self, id: LinearId, weight: Tensor) {
+        self.parts.linears[id as usize] = weight;
     }
 
     /// Bias of a linear, for writing.
@@ -265,15 +265,10 @@ impl Block {
 }
 
 impl<W: Weight> Block<W> {
-    /// The weights, in the order of [`LinearId::ALL`].
-    pub(crate) fn linears(&self) -> &[W] {
-        &self.parts.linears
-    }
-
     /// Outputs of a linear with its bias.
     fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
-        let mut output = self.parts.linears[id as usize].multiply(device, input)?;
-        if let Some(bias) = &self.parts.biases[id as usize] {
+        let mut output = self.linear(id).multiply(device, input)?;
+        if let Some(bias) = self.bias(id) {
             device.add_bias(&mut output, bias)?;
         }
         Ok(output)
@@ -347,8 +342,8 @@ impl<W: Weight> Block<W> {
             Stage::Output => LinearId::O,
             Stage::Down => LinearId::Down,
         };
-        self.parts.linears[id as usize].multiply_add(device, input, hidden)?;
-        if let Some(bias) = &self.parts.biases[id as usize] {
+        self.linear(id).multiply_add(device, input, hidden)?;
+        if let Some(bias) = self.bias(id) {
             device.add_bias(hidden, bias)?;
         }
         Ok(())

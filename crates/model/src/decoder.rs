@@ -3,13 +3,11 @@
 //! The forward pass is that of [`crate::Block`]; what differs is where attention finds the tokens
 //! before, and that weights are kept as their file has them.
 
-use gptq_checkpoint::{
-    Checkpoint, FINAL_NORM, HEAD, LEAVES, LinearShape, ModelConfig, RopeScaling,
-};
+use gptq_checkpoint::{Checkpoint, FINAL_NORM, HEAD, LinearShape, ModelConfig, RopeScaling};
 use gptq_compute::{CacheShape, CodedMatrix, Device, KvCache, Resident, RopeTable, Span, Tensor};
 use ndarray::{Array2, Axis};
 
-use crate::block::Block;
+use crate::block::{Block, LinearId};
 use crate::error::{Error, Result};
 use crate::model::{Head, Model};
 use crate::values::{SourcePrecision, Values};
@@ -62,22 +60,10 @@ impl Cache {
         self.lengths[slot]
     }
 
-    /// True for a sequence that has not begun.
-    #[must_use]
-    pub fn is_empty(&self, slot: usize) -> bool {
-        self.len(slot) == 0
-    }
-
     /// Tokens that a sequence can have.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
-    }
-
-    /// Sequences that there is room for.
-    #[must_use]
-    pub fn slots(&self) -> usize {
-        self.lengths.len()
     }
 
     /// Forgets a sequence but for its first tokens.
@@ -130,12 +116,6 @@ impl<'a> Decoder<'a> {
         Ok(Self { model, blocks, head, context })
     }
 
-    /// Tokens that a sequence may have.
-    #[must_use]
-    pub fn context(&self) -> usize {
-        self.context
-    }
-
     /// The model's shape.
     #[must_use]
     pub fn config(&self) -> &'a ModelConfig {
@@ -151,8 +131,10 @@ impl<'a> Decoder<'a> {
     /// Bytes of weights that one step reads.
     #[must_use]
     pub fn step_bytes(&self) -> usize {
-        let blocks = self.blocks.iter().flat_map(Block::linears);
-        blocks.map(Resident::bytes).sum::<usize>() + self.head.weight.bytes()
+        let block = |block: &Block<Resident>| -> usize {
+            LinearId::ALL.iter().map(|&id| block.linear(id).bytes()).sum()
+        };
+        self.blocks.iter().map(block).sum::<usize>() + self.head.weight.bytes()
     }
 
     /// An empty cache for `slots` sequences of up to `capacity` tokens.
@@ -242,15 +224,10 @@ fn cache_shape(config: &ModelConfig, slots: usize, capacity: usize) -> CacheShap
 
 /// Keeps a linear, dense or quantized, as it is stored.
 fn keep_linear(model: &Model<'_>, name: &str, shape: &LinearShape) -> Result<Resident> {
-    let checkpoint = model.checkpoint();
     let (rows, cols) = (shape.out_features, shape.in_features);
-    if !checkpoint.has_gptq_linear(name) {
+    let Some(linear) = model.gptq_linear(name, shape)? else {
         return keep(model, &format!("{name}.weight"), rows, cols);
-    }
-    let linear = checkpoint.gptq_linear(name, shape)?;
-    for leaf in LEAVES {
-        checkpoint.release(&format!("{name}.{leaf}"));
-    }
+    };
     Ok(model.device().keep_coded(CodedMatrix {
         bits: linear.bits.get(),
         rows,

@@ -241,14 +241,26 @@ impl<'a> Model<'a> {
 
     fn load_linear(&self, device: &Device, name: &str, shape: &LinearShape) -> Result<Tensor> {
         let (rows, cols) = (shape.out_features, shape.in_features);
-        if self.checkpoint.has_gptq_linear(name) {
-            let linear = self.checkpoint.gptq_linear(name, shape)?;
-            for leaf in LEAVES {
-                self.checkpoint.release(&format!("{name}.{leaf}"));
-            }
-            return dequantized(device, &linear);
+        match self.gptq_linear(name, shape)? {
+            Some(linear) => dequantized(device, &linear),
+            None => self.matrix(device, &format!("{name}.weight"), rows, cols),
         }
-        self.matrix(device, &format!("{name}.weight"), rows, cols)
+    }
+
+    /// Reads a quantized linear and gives its pages back; `None` for one that is dense.
+    pub(crate) fn gptq_linear(
+        &self,
+        name: &str,
+        shape: &LinearShape,
+    ) -> Result<Option<GptqLinear>> {
+        if !self.checkpoint.has_gptq_linear(name) {
+            return Ok(None);
+        }
+        let linear = self.checkpoint.gptq_linear(name, shape)?;
+        for leaf in LEAVES {
+            self.checkpoint.release(&format!("{name}.{leaf}"));
+        }
+        Ok(Some(linear))
     }
 
     /// Brings a dense weight `[rows, cols]` to the device and gives its pages back.
