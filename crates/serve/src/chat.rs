@@ -1,7 +1,6 @@
 //! `/v1/chat/completions`: answers to conversations.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use gptq_generate::{Finish, Message};
 use serde_json::{Value, json};
@@ -9,7 +8,6 @@ use serde_json::{Value, json};
 use crate::completions::check_length;
 use crate::fields::Fields;
 use crate::handlers::{Prepared, Shared};
-use crate::job::Job;
 use crate::part::{Part, Token, reason};
 use crate::refusal::Refusal;
 use crate::settings::{MOST_TOP, Settings};
@@ -44,21 +42,8 @@ pub(crate) fn prepare(shared: &Arc<Shared>, fields: &Fields) -> Result<Prepared,
     check_length(&prompt, max_tokens, served)?;
     let form = Chats { begun: vec![false; settings.n], logprobs };
     let writer = Writer::new(Form::Chats(form), settings.n, prompt.len(), shared);
-    let (parts, receiver) = tokio::sync::mpsc::unbounded_channel();
-    let job = Job {
-        prompts: vec![(prompt, max_tokens)],
-        n: settings.n,
-        sampling: settings.sampling,
-        seed: settings.seed,
-        stop: settings.stop,
-        end: served.end.clone(),
-        top: top.unwrap_or(0),
-        score: false,
-        parts,
-        since: Instant::now(),
-    };
-    let usage = settings.include_usage;
-    Ok(Prepared { job, receiver, writer, stream: settings.stream, usage })
+    let prompts = vec![(prompt, max_tokens)];
+    Ok(settings.prepare(served, prompts, (top.unwrap_or(0), false), writer))
 }
 
 fn messages(fields: &Fields) -> Result<Vec<Message>, Refusal> {

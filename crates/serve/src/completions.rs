@@ -1,13 +1,11 @@
 //! `/v1/completions`: texts that go on with texts, in OpenAI's older form.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
 use crate::fields::Fields;
 use crate::handlers::{Prepared, Shared};
-use crate::job::Job;
 use crate::part::{Part, Token, reason};
 use crate::refusal::Refusal;
 use crate::served::Served;
@@ -53,21 +51,9 @@ pub(crate) fn prepare(shared: &Arc<Shared>, fields: &Fields) -> Result<Prepared,
     let form = Completions { choices: choices.collect(), top };
     let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
     let writer = Writer::new(Form::Completions(form), texts().count(), prompt_tokens, shared);
-    let (parts, receiver) = tokio::sync::mpsc::unbounded_channel();
-    let job = Job {
-        prompts: prompts.into_iter().map(|prompt| (prompt.ids, max_tokens)).collect(),
-        n: settings.n,
-        sampling: settings.sampling,
-        seed: settings.seed,
-        stop: settings.stop,
-        end: served.end.clone(),
-        top: top.unwrap_or(0),
-        score: echo && top.is_some(),
-        parts,
-        since: Instant::now(),
-    };
-    let usage = settings.include_usage;
-    Ok(Prepared { job, receiver, writer, stream: settings.stream, usage })
+    let score = echo && top.is_some();
+    let prompts = prompts.into_iter().map(|prompt| (prompt.ids, max_tokens)).collect();
+    Ok(settings.prepare(served, prompts, (top.unwrap_or(0), score), writer))
 }
 
 /// That a text has room.

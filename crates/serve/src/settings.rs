@@ -1,12 +1,17 @@
 //! What completions and chats are asked for alike.
 
+use std::time::Instant;
+
 use gptq_generate::{Origin, Sampling, SamplingOptions};
 use serde_json::Value;
 
 use crate::fields::Fields;
+use crate::handlers::Prepared;
+use crate::job::Job;
 use crate::neutral;
 use crate::refusal::Refusal;
 use crate::served::Served;
+use crate::writer::Writer;
 
 /// Texts that a request may ask for, over all its prompts.
 pub(crate) const MOST_TEXTS: usize = 256;
@@ -59,6 +64,31 @@ impl Settings {
             stream,
             include_usage,
         })
+    }
+
+    /// The request, once it is known what it is of: prompts, each with the new tokens that it may get,
+    /// and whether these or those are wanted with log-probabilities.
+    pub(crate) fn prepare(
+        self,
+        served: &Served,
+        prompts: Vec<(Vec<u32>, usize)>,
+        (top, score): (usize, bool),
+        writer: Writer,
+    ) -> Prepared {
+        let (parts, receiver) = tokio::sync::mpsc::unbounded_channel();
+        let job = Job {
+            prompts,
+            n: self.n,
+            sampling: self.sampling,
+            seed: self.seed,
+            stop: self.stop,
+            end: served.end.clone(),
+            top,
+            score,
+            parts,
+            since: Instant::now(),
+        };
+        Prepared { job, receiver, writer, stream: self.stream, usage: self.include_usage }
     }
 }
 
