@@ -41,14 +41,60 @@ pub struct Width {
     intermediate: usize,
     heads: usize,
     kv_heads: usize,
+    /// Blocks of the model that it is of.
+    #[serde(skip)]
+    blocks: usize,
+    /// Words that the model knows.
+    #[serde(skip)]
+    vocabulary: usize,
 }
 
 const WIDTHS: [Width; 5] = [
-    Width { name: "tiny", hidden: 256, intermediate: 768, heads: 4, kv_heads: 2 },
-    Width { name: "smollm2", hidden: 576, intermediate: 1536, heads: 9, kv_heads: 3 },
-    Width { name: "7b", hidden: 4096, intermediate: 11008, heads: 32, kv_heads: 32 },
-    Width { name: "13b", hidden: 5120, intermediate: 13824, heads: 40, kv_heads: 40 },
-    Width { name: "70b", hidden: 8192, intermediate: 28672, heads: 64, kv_heads: 8 },
+    Width {
+        name: "tiny",
+        hidden: 256,
+        intermediate: 768,
+        heads: 4,
+        kv_heads: 2,
+        blocks: 5,
+        vocabulary: 2048,
+    },
+    Width {
+        name: "smollm2",
+        hidden: 576,
+        intermediate: 1536,
+        heads: 9,
+        kv_heads: 3,
+        blocks: 30,
+        vocabulary: 49_152,
+    },
+    Width {
+        name: "7b",
+        hidden: 4096,
+        intermediate: 11008,
+        heads: 32,
+        kv_heads: 32,
+        blocks: 32,
+        vocabulary: 32_000,
+    },
+    Width {
+        name: "13b",
+        hidden: 5120,
+        intermediate: 13824,
+        heads: 40,
+        kv_heads: 40,
+        blocks: 40,
+        vocabulary: 32_000,
+    },
+    Width {
+        name: "70b",
+        hidden: 8192,
+        intermediate: 28672,
+        heads: 64,
+        kv_heads: 8,
+        blocks: 80,
+        vocabulary: 32_000,
+    },
 ];
 
 impl std::str::FromStr for Width {
@@ -88,13 +134,7 @@ impl Width {
 
     /// Blocks and words of a model of this width.
     pub(crate) fn depth(self) -> (usize, usize) {
-        match self.name {
-            "tiny" => (5, 2048),
-            "smollm2" => (30, 49_152),
-            "7b" => (32, 32_000),
-            "13b" => (40, 32_000),
-            _ => (80, 32_000),
-        }
+        (self.blocks, self.vocabulary)
     }
 
     /// Query heads.
