@@ -125,6 +125,18 @@ impl Sequence<'_> {
     }
 }
 
+/// That a prompt has tokens, and leaves room for so many more in a context.
+///
+/// # Errors
+/// [`Error::PromptEmpty`] and [`Error::PromptTooLong`].
+pub fn check_length(prompt: &[u32], room: usize, capacity: usize) -> Result<()> {
+    match prompt.len() {
+        0 => Err(Error::PromptEmpty),
+        tokens if tokens + room > capacity => Err(Error::PromptTooLong { tokens, capacity }),
+        _ => Ok(()),
+    }
+}
+
 /// Makes texts side by side.
 pub struct Engine<'a> {
     decoder: &'a Decoder<'a>,
@@ -178,7 +190,7 @@ impl<'a> Engine<'a> {
     /// and of the choice, after which the slot is free.
     pub fn start(&mut self, request: Request) -> Result<Step> {
         let start = Instant::now();
-        self.check(&request.prompt, 1)?;
+        check_length(&request.prompt, 1, self.cache.capacity())?;
         let stop = StopStrings::new(request.stop.iter().cloned())?;
         let (slot, hidden) = self.read(&request.prompt, request.whole)?;
         self.begin(slot, &hidden, request, stop, start)
@@ -191,7 +203,7 @@ impl<'a> Engine<'a> {
     /// As [`start`](Self::start).
     pub fn start_scored(&mut self, request: Request, top: usize) -> Result<(Vec<Scored>, Step)> {
         let start = Instant::now();
-        self.check(&request.prompt, 1)?;
+        check_length(&request.prompt, 1, self.cache.capacity())?;
         let stop = StopStrings::new(request.stop.iter().cloned())?;
         let (slot, hidden) = self.read(&request.prompt, true)?;
         let scored = self.score_rows(&hidden, &request.prompt, top)?;
@@ -204,21 +216,11 @@ impl<'a> Engine<'a> {
     /// As [`start`](Self::start), but that the prompt may fill the context.
     pub fn score(&mut self, prompt: &[u32], top: usize) -> Result<Vec<Scored>> {
         let start = Instant::now();
-        self.check(prompt, 0)?;
+        check_length(prompt, 0, self.cache.capacity())?;
         let (_, hidden) = self.read(prompt, true)?;
         let scored = self.score_rows(&hidden, prompt, top);
         self.spent[0] += start.elapsed();
         scored
-    }
-
-    /// That a prompt has tokens, and leaves room for so many more.
-    fn check(&self, prompt: &[u32], room: usize) -> Result<()> {
-        let capacity = self.cache.capacity();
-        match prompt.len() {
-            0 => Err(Error::PromptEmpty),
-            tokens if tokens + room > capacity => Err(Error::PromptTooLong { tokens, capacity }),
-            _ => Ok(()),
-        }
     }
 
     /// Reads a prompt into a free slot: the final hidden states of all its rows, or at least of its

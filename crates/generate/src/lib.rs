@@ -26,7 +26,7 @@ mod template_environment;
 mod to_json;
 
 pub use chat_template::{ChatTemplate, Conversation, Message};
-pub use engine::{Engine, Finish, Request, Scored, Step};
+pub use engine::{Engine, Finish, Request, Scored, Step, check_length};
 pub use error::{Error, Result};
 pub use generation_config::{GENERATION_CONFIG_FILE, GenerationConfig};
 pub use gptq_text::token_stream::TokenStream;

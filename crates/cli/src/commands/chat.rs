@@ -3,18 +3,15 @@
 use std::io::{BufRead, IsTerminal, Write};
 
 use anyhow::{Context, Result};
-use gptq_generate::{Engine, Finish, Message, Request};
+use gptq_generate::{Engine, Finish, Message, Request, check_length};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
-use super::text_model::{TextModel, check_length, text_device, warn_of_lost_system};
+use super::text_model::{TextModel, text_device, warn_of_lost_system};
 use super::{print_part, print_result};
 use crate::args::{DeviceArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
 use crate::printer::Printer;
-
-/// Tokens of a conversation where nobody says how many and the model could hold more.
-const CONTEXT: usize = 4096;
 
 /// Talk with a dense model or a GPTQ checkpoint
 #[derive(Debug, clap::Args)]
@@ -57,7 +54,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let model = TextModel::open(&args.model, options, usize::MAX, printer)?;
     let template = model.template(options.template.as_deref())?;
     warn_of_lost_system(&model, &template, options.system.as_deref(), printer)?;
-    let context = options.context.unwrap_or(CONTEXT.min(model.limit()));
+    let context = model.context(options.context);
     let interrupt = Interrupt::listen()?;
     let decoder = model.decoder(&device, context, printer)?;
     let mut engine = Engine::new(&decoder, &model.tokenizer, 1, context)?;
@@ -85,7 +82,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             _ => messages.push(Message::new("user", line)),
         }
         let prompt = model.encode_chat(&template, &messages)?;
-        if let Err(error) = check_length(&prompt, context) {
+        if let Err(error) = check_length(&prompt, 1, context) {
             messages.pop();
             if messages.last().is_none_or(|message| message.role == "system") {
                 return Err(error.into());

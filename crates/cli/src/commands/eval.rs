@@ -12,6 +12,7 @@ use gptq_records::tasks::{parse_results, record_tasks};
 
 use super::source::locate;
 use super::table::table;
+use super::text_model::check_at_once;
 use super::{print_json, print_result};
 use crate::args::values::parse_count;
 use crate::hint::advised;
@@ -57,7 +58,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
-    ensure!(args.batch <= 16, "--batch {} is above 16", args.batch);
+    check_at_once("--batch", args.batch)?;
     for task in &args.tasks {
         // Words for a command line: the harness reads other things into these.
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '/' | '*');

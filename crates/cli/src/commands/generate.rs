@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::read_small_text;
-use gptq_generate::{Engine, Finish, Message, Step};
+use gptq_generate::{Engine, Finish, Message, Step, check_length};
 use serde::{Deserialize, Serialize};
 
 use super::text_model::{
-    MOST_AT_ONCE, Template, TextModel, check_length, conversation, text_device, warn_of_lost_system,
+    Template, TextModel, check_at_once, conversation, text_device, warn_of_lost_system,
 };
 use super::{print_json, print_part, print_result};
 use crate::args::values::parse_count;
@@ -123,7 +123,7 @@ struct Speed {
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
-    ensure!(args.batch <= MOST_AT_ONCE, "--batch {} is above {MOST_AT_ONCE}", args.batch);
+    check_at_once("--batch", args.batch)?;
     let device = text_device(&args.device, printer)?;
     let model = TextModel::open(&args.model, &args.sampling, MAX_TOKENS, printer)?;
     let prompts = prompts(args, &model, printer)?;
@@ -313,7 +313,7 @@ fn context(
     let limit = model.limit();
     let context = args.sampling.context.unwrap_or(needed.min(limit));
     for (prompt, number) in prompts.iter().zip(1..) {
-        let fits = check_length(prompt, context.min(limit));
+        let fits = check_length(prompt, 1, context.min(limit));
         if prompts.len() == 1 {
             fits?;
         } else {

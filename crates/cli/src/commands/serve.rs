@@ -56,28 +56,25 @@ mod with_server {
     use std::path::Path;
     use std::sync::Arc;
 
-    use anyhow::{Result, ensure};
-    use gptq_generate::{Engine, Error, GenerationConfig};
+    use anyhow::Result;
+    use gptq_generate::{Engine, Error};
     use gptq_serve::{ApiKey, Chat, Limits, Listener, Served};
 
     use super::Args;
     use crate::args::SamplingArgs;
     use crate::commands::print_result;
-    use crate::commands::text_model::{MOST_AT_ONCE, TextModel, text_device};
+    use crate::commands::text_model::{TextModel, check_at_once, text_device};
     use crate::printer::Printer;
-
-    /// Tokens of a text and its prompt where nobody says how many and the model could hold more.
-    const CONTEXT: usize = 4096;
 
     pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         let slots = args.max_batch;
-        ensure!(slots <= MOST_AT_ONCE, "--max-batch {slots} is above {MOST_AT_ONCE}");
+        check_at_once("--max-batch", slots)?;
         let key = args.api_key_file.as_deref().map(ApiKey::read).transpose()?;
         // Before the weights are read: what is wrong with the address is known at once.
         let listener = Listener::bind(&args.host, args.port, key)?;
         let device = text_device(&args.device, printer)?;
         let model = TextModel::open(&args.model, &SamplingArgs::default(), usize::MAX, printer)?;
-        let context = args.context.unwrap_or(CONTEXT.min(model.limit()));
+        let context = model.context(args.context);
         let served = served(args, &model, context)?;
         let decoder = model.decoder(&device, context, printer)?;
         let mut engine = Engine::new(&decoder, &model.tokenizer, slots, context)?;
@@ -95,7 +92,6 @@ mod with_server {
 
     /// What requests need to know of the model.
     fn served(args: &Args, model: &TextModel, context: usize) -> Result<Served> {
-        let folder = model.checkpoint.dir();
         let typed = args.model.clone();
         let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
         let base = match Path::new(&typed).canonicalize() {
@@ -124,7 +120,7 @@ mod with_server {
             tokenizer: Arc::clone(&model.tokenizer),
             vocabulary: model.checkpoint.config().vocab_size,
             context,
-            generation: GenerationConfig::open(folder)?,
+            generation: model.generation.clone(),
             end: model.end.ids.clone(),
             chat,
         })

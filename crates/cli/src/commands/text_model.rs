@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 use gptq_generate::{
@@ -21,13 +21,19 @@ use crate::hint::advised;
 use crate::printer::Printer;
 
 /// Texts that are made at once, at most: as many as a step makes at the price of one.
-pub(crate) const MOST_AT_ONCE: usize = 16;
+const MOST_AT_ONCE: usize = 16;
+/// Tokens of a text and its prompt where nobody knows how long they will be and the model could hold
+/// more.
+const CONTEXT: usize = 4096;
 
 /// What is known of a model before its weights are read.
 pub(crate) struct TextModel {
     pub(crate) checkpoint: Checkpoint,
     /// Shared with threads that make prompts while others are gone on with.
     pub(crate) tokenizer: Arc<TextTokenizer>,
+    /// `generation_config.json`, where there is one.
+    #[cfg_attr(not(feature = "serve"), expect(dead_code, reason = "the server alone asks"))]
+    pub(crate) generation: Option<GenerationConfig>,
     pub(crate) sampling: Sampling,
     pub(crate) max_tokens: usize,
     pub(crate) end: StopTokens,
@@ -77,7 +83,7 @@ impl TextModel {
         let seed =
             if sampling.is_greedy() { String::new() } else { format!(", seed {}", args.seed) };
         printer.note(&format!("choosing: {}{seed}", sampling.describe()));
-        Ok(Self { checkpoint, tokenizer, sampling, max_tokens, end })
+        Ok(Self { checkpoint, tokenizer, generation, sampling, max_tokens, end })
     }
 
     /// The template that is to be used: a card's where facts were named.
@@ -97,6 +103,11 @@ impl TextModel {
     /// The most tokens that a text of this model can have, prompt included.
     pub(crate) fn limit(&self) -> usize {
         context_limit(self.checkpoint.config()).0
+    }
+
+    /// Tokens of texts of which nobody knows how long they will be: what was asked for, or what fits.
+    pub(crate) fn context(&self, asked: Option<usize>) -> usize {
+        asked.unwrap_or(CONTEXT.min(self.limit()))
     }
 
     /// Reads the weights, for texts of up to `context` tokens.
@@ -172,6 +183,12 @@ fn card_text(card: &PromptTemplate, messages: &[Message]) -> String {
     text
 }
 
+/// That so many texts can be made at once; `option` asked for them.
+pub(crate) fn check_at_once(option: &str, texts: usize) -> Result<()> {
+    ensure!(texts <= MOST_AT_ONCE, "{option} {texts} is above {MOST_AT_ONCE}");
+    Ok(())
+}
+
 /// Where text is made: on the CPU, which is said where a machine might have something else in mind.
 pub(crate) fn text_device(args: &DeviceArgs, printer: &Printer) -> Result<Device> {
     let other = args.device.as_ref().is_some_and(|name| *name != DeviceName::Cpu);
@@ -202,13 +219,4 @@ pub(crate) fn warn_of_lost_system(
 pub(crate) fn conversation(system: Option<&str>, prompt: &str) -> Vec<Message> {
     let system = system.map(|system| Message::new("system", system));
     system.into_iter().chain([Message::new("user", prompt)]).collect()
-}
-
-/// That a prompt leaves room for a text.
-pub(crate) fn check_length(prompt: &[u32], capacity: usize) -> Result<(), Error> {
-    match prompt.len() {
-        0 => Err(Error::PromptEmpty),
-        tokens if tokens >= capacity => Err(Error::PromptTooLong { tokens, capacity }),
-        _ => Ok(()),
-    }
 }
