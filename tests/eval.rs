@@ -27,7 +27,7 @@ done
 [ "$tasks" = broken ] && { echo 'no such task' >&2; exit 3; }
 [ "$tasks" = silent ] && exit 0
 value=0.625
-case "$args" in model=model,*) value=0.75 ;; esac
+case "$args" in model=*/model,*) value=0.75 ;; esac
 case "$args" in *base_url=http://127.0.0.1:*/v1/completions,*) ;; *) exit 4 ;; esac
 mkdir -p "$out/some model"
 cat > "$out/some model/results_2026.json" <<EOF
@@ -70,6 +70,15 @@ fn results_are_kept_beside_perplexity_and_shown_with_it() {
     let shown = dir.gptq(&["report", "out"]);
     assert!(shown.ok().contains("| branch | facts acc | more acc |"), "{}", shown.stdout);
     assert!(shown.stdout.contains("0.6250 ± 0.0200 | 0.6250 ± 0.0200"), "{}", shown.stdout);
+    // A folder has a name, by whatever it is called.
+    let harness = dir.path("harness").display().to_string();
+    let inside = std::process::Command::new(env!("CARGO_BIN_EXE_gptq"))
+        .args(["eval", ".", "--tasks", "facts", "--lm-eval", &harness])
+        .current_dir(dir.path("out"))
+        .output()
+        .unwrap();
+    assert!(inside.status.success(), "{}", String::from_utf8_lossy(&inside.stderr));
+    dir.gptq(&["verify", "out"]).ok();
     // A model without a report is measured all the same.
     let dense = eval(&dir, &["model", "--tasks", "facts"]);
     assert!(dense.ok().contains("0.7500"), "{}", dense.stdout);
@@ -84,5 +93,10 @@ fn what_goes_wrong_is_named() {
     eval(&dir, &["model", "--tasks", "a b"]).refused(&["`a b` is no task's name"]);
     eval(&dir, &["model", "--tasks=--version"]).refused(&["no task's name"]);
     eval(&dir, &["absent", "--tasks", "facts"]).refused(&["absent"]);
+    // Before a question is asked.
+    dir.write("model/gptq_report.json", "{}");
+    let refused = eval(&dir, &["model", "--tasks", "broken"]);
+    refused.refused(&["not a report of this program"]);
+    fs::remove_file(dir.path("model/gptq_report.json")).unwrap();
     dir.gptq(&["eval", "model", "--tasks", "facts"]).refused(&["lm_eval", "pip install"]);
 }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use gptq_checkpoint::REPORT_FILE;
 use gptq_compute::Device;
-use gptq_records::branch_report::TaskRecord;
+use gptq_records::branch_report::{BranchReport, TaskRecord};
 use gptq_records::tasks::{parse_results, record_tasks};
 
 use super::source::locate;
@@ -70,22 +70,34 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         let name = args.lm_eval.display();
         return Err(advised(format!("lm-evaluation-harness, `{name}`, does not run"), INSTALL));
     }
-    let folder = locate(&args.model, printer)?;
+    // What would not be kept is known before hours of questions are asked. A folder is published by
+    // its name, which `.` is not.
+    let folder = whole_path(&locate(&args.model, printer)?)?;
+    let kept = folder.join(REPORT_FILE).is_file();
+    if kept {
+        BranchReport::read(&folder)?;
+    }
     let mut records = measure(args, &folder, printer)?;
     if let Some(base) = &args.base {
-        let found = measure(args, &locate(base, printer)?, printer)?;
+        let found = measure(args, &whole_path(&locate(base, printer)?)?, printer)?;
         for record in &mut records {
             let same = |r: &&TaskRecord| (&r.task, &r.metric) == (&record.task, &record.metric);
             record.base = found.iter().find(same).map(|r| r.value);
         }
     }
-    if folder.join(REPORT_FILE).is_file() {
-        record_tasks(&folder, records.clone())?;
-        printer.note(&format!("kept in {}", folder.join(REPORT_FILE).display()));
-    } else {
-        printer.note("not kept: the folder has no report of this program");
+    // The results are printed whatever becomes of the report.
+    let saved = if kept { record_tasks(&folder, records.clone()) } else { Ok(()) };
+    match &saved {
+        Ok(()) if kept => printer.note(&format!("kept in {}", folder.join(REPORT_FILE).display())),
+        Ok(()) => printer.note("not kept: the folder has no report of this program"),
+        Err(_) => {}
     }
-    if args.json { print_json(&records) } else { print_result(&shown(&records)) }
+    if args.json { print_json(&records) } else { print_result(&shown(&records)) }?;
+    Ok(saved?)
+}
+
+fn whole_path(folder: &Path) -> Result<PathBuf> {
+    folder.canonicalize().with_context(|| format!("Cannot open `{}`", folder.display()))
 }
 
 /// The tasks' results of a model's folder.
@@ -95,9 +107,7 @@ fn measure(args: &Args, folder: &Path, printer: &Printer) -> Result<Vec<TaskReco
         format!("The harness cannot be told of `{}`: a comma or = in its path", folder.display())
     })?;
     let server = Server::start(folder, args.batch)?;
-    let out = std::env::temp_dir().join(format!("gptq-eval-{}", std::process::id()));
-    let _removed = RemoveOnDrop(out.clone());
-    std::fs::create_dir(&out).with_context(|| format!("Cannot create `{}`", out.display()))?;
+    let out = tempfile::tempdir().context("Cannot create a folder for the harness's results")?;
     let mut harness = Command::new(&args.lm_eval);
     harness.args(["run", "--model", "local-completions", "--batch_size", "1", "--model_args"]).arg(
         format!(
@@ -106,7 +116,7 @@ fn measure(args: &Args, folder: &Path, printer: &Printer) -> Result<Vec<TaskReco
             server.address, args.batch
         ),
     );
-    harness.arg("--tasks").arg(args.tasks.join(",")).arg("--output_path").arg(&out);
+    harness.arg("--tasks").arg(args.tasks.join(",")).arg("--output_path").arg(out.path());
     let counts = [("--num_fewshot", args.num_fewshot.map(|n| n as usize)), ("--limit", args.limit)];
     for (option, count) in counts.into_iter().filter_map(|(o, count)| Some((o, count?))) {
         harness.arg(option).arg(count.to_string());
@@ -122,7 +132,7 @@ fn measure(args: &Args, folder: &Path, printer: &Printer) -> Result<Vec<TaskReco
         let last = stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("nothing");
         bail!("lm_eval failed ({}), and said last: {}", made.status, last.trim());
     }
-    let results = results_file(&out)?;
+    let results = results_file(out.path())?;
     let text = gptq_checkpoint::read_small(&results)
         .with_context(|| format!("Cannot read `{}`", results.display()))?;
     let records = parse_results(&text, Device::Cpu.dtype())
@@ -181,14 +191,6 @@ impl Drop for Server {
         // It may have ended by itself.
         let _ = self.process.kill();
         let _ = self.process.wait();
-    }
-}
-
-struct RemoveOnDrop(PathBuf);
-
-impl Drop for RemoveOnDrop {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
