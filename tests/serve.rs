@@ -388,6 +388,17 @@ fn what_makes_no_sense_is_refused_by_name() {
         (json!({"logit_bias": {"5": 100}}), "logit_bias", "not done"),
         (json!({"response_format": {"type": "json_object"}}), "response_format", "not done"),
         (json!({"suffix": "end"}), "suffix", "not done"),
+        (json!({"presence_penalty": []}), "presence_penalty", "not done"),
+        (json!({"logit_bias": false}), "logit_bias", "not done"),
+        (json!({"user": 5}), "user", "a string"),
+        (json!({"max_completion_tokens": 5}), "max_completion_tokens", "no parameter"),
+        (json!({"top_logprobs": 2}), "top_logprobs", "no parameter"),
+        (json!({"temprature": 0.5}), "temprature", "no parameter"),
+        (
+            json!({"stream": true, "stream_options": {"every": 1}}),
+            "stream_options",
+            "include_usage",
+        ),
     ] {
         let mut body = json!({"prompt": "a"});
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
@@ -414,6 +425,7 @@ fn what_makes_no_sense_is_refused_by_name() {
             "tool_calls",
         ),
         (json!({"tools": [{"type": "function"}]}), "tools", "not done"),
+        (json!({"echo": true}), "echo", "no parameter"),
         (json!({"top_logprobs": 2}), "top_logprobs", "logprobs"),
         (json!({"logprobs": 2}), "logprobs", "true or false"),
         (json!({"max_tokens": 0}), "max_tokens", "at least 1"),
@@ -444,6 +456,9 @@ fn what_makes_no_sense_is_refused_by_name() {
     assert_eq!(server.complete(&body)["usage"]["completion_tokens"], 16);
     let models = server.get("/v1/models").ok();
     assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("chatty")));
+    assert_eq!(server.get("/v1/models/chatty").ok(), models["data"][0]);
+    server.get("/v1/models/gpt-5").refused(404, Some("model"), "chatty");
+    server.get("/v1/models/some/gpt-5").refused(404, Some("model"), "some/gpt-5");
     assert_eq!(server.get("/health").ok()["status"], "ok");
 }
 
@@ -488,7 +503,8 @@ fn who_goes_away_frees_a_place() {
             false => {
                 let (mut connection, text) = (server.connect(), body.to_string());
                 let head = format!(
-                    "POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{text}",
+                    "POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+                     Content-Length: {}\r\n\r\n{text}",
                     text.len()
                 );
                 connection.write_all(head.as_bytes()).unwrap();
@@ -504,6 +520,27 @@ fn who_goes_away_frees_a_place() {
         assert!(start.elapsed() < Duration::from_secs(20));
         assert_eq!(server.metric("gptq_texts_cancelled_total"), started + 1.0);
     }
+}
+
+/// Those that never had a place count as well, and nothing is counted that is gone.
+#[test]
+fn counts_are_right_once_all_have_gone() {
+    let dir = Workdir::new();
+    let server = endless_server(&dir, &["--max-batch", "1"]);
+    let mut several = long_text();
+    several["n"] = json!(3);
+    // One text is made, two wait for its place, and a request of two behind them has none.
+    let running = server.begin(COMPLETIONS, &several);
+    several["n"] = json!(2);
+    let mut waiting = server.connect();
+    waiting.write_all(serve_support::request(COMPLETIONS, &several).as_bytes()).unwrap();
+    server.wait_for("gptq_requests_queued", 1.0);
+    drop(waiting);
+    server.wait_for("gptq_requests_queued", 0.0);
+    drop(running);
+    // The engine is idle: nobody else asks for anything.
+    server.wait_for("gptq_texts_active", 0.0);
+    server.wait_for("gptq_texts_cancelled_total", 5.0);
 }
 
 #[test]
@@ -525,6 +562,99 @@ fn more_than_may_wait_are_told_to_come_again() {
     server.complete(&short);
 }
 
+/// Requests for which a slot is free do not wait, however many come before the engine looks.
+#[test]
+fn idle_slots_are_no_queue() {
+    let dir = Workdir::new();
+    let server = endless_server(&dir, &["--max-batch", "4", "--queue", "1"]);
+    // While the first prompt is read, all others are where requests wait.
+    let long = vec![5; 2500];
+    let body = json!({"prompt": long, "max_tokens": 2000, "stream": true});
+    let mut asked: Vec<_> = (0..4)
+        .map(|_| {
+            let mut connection = server.connect();
+            connection.write_all(serve_support::request(COMPLETIONS, &body).as_bytes()).unwrap();
+            connection
+        })
+        .collect();
+    for connection in &mut asked {
+        let mut status = [0; 15];
+        std::io::Read::read_exact(connection, &mut status).unwrap();
+        assert_eq!(&status, b"HTTP/1.1 200 OK");
+    }
+    server.wait_for("gptq_texts_active", 4.0);
+    let short = json!({"prompt": "w7", "max_tokens": 3});
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| server.complete(&short));
+        server.wait_for("gptq_requests_queued", 1.0);
+        server.post(COMPLETIONS, &short).refused(429, None, "1 requests wait");
+        drop(asked);
+        waiting.join().unwrap();
+    });
+}
+
+/// Clients that send half of a request keep others out for a few seconds, which these are told at once.
+#[test]
+fn half_sent_requests_are_no_siege() {
+    let dir = Workdir::new();
+    TinyLlama::new().write(&dir.path("model"));
+    let server = Server::start(&dir, "model", &[]);
+    let half = |_| {
+        let mut connection = server.connect();
+        let _ = connection.write_all(b"POST /v1/completions HTTP/1.1\r\nHo");
+        connection
+    };
+    let siege: Vec<_> = (0..300).map(half).collect();
+    let start = Instant::now();
+    let refused = server.get("/health");
+    refused.refused(503, None, "connections are open");
+    assert!(refused.head.contains("retry-after: "), "{refused:?}");
+    assert!(start.elapsed() < Duration::from_secs(5), "told at once");
+    while server.get("/health").status != 200 {
+        assert!(start.elapsed() < Duration::from_secs(25), "still besieged");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(siege);
+}
+
+#[test]
+fn bodies_are_json_and_no_page_of_elsewhere_asks() {
+    let dir = Workdir::new();
+    TinyLlama::new().write(&dir.path("model"));
+    let server = Server::start(&dir, "model", &[]);
+    let body = br#"{"prompt": "w5", "max_tokens": 2}"#;
+    let ask = |headers: &str| {
+        let length = body.len();
+        let head = format!(
+            "POST {COMPLETIONS} HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+        );
+        server.send(&head, body)
+    };
+    let json = "Content-Type: application/json\r\n";
+    for kind in
+        ["", "Content-Type: text/plain\r\n", "Content-Type: application/x-www-form-urlencoded\r\n"]
+    {
+        ask(&format!("Host: x\r\n{kind}")).refused(415, None, "application/json");
+    }
+    ask("Host: x\r\nContent-Type: Application/JSON; charset=utf-8\r\n").ok();
+    let address = &server.address;
+    ask(&format!("Host: {address}\r\nOrigin: http://{address}\r\n{json}")).ok();
+    for origin in ["https://example.org", "null", "http://127.0.0.1:1"] {
+        let refused = ask(&format!("Host: {address}\r\nOrigin: {origin}\r\n{json}"));
+        refused.refused(403, None, origin);
+    }
+    // A name that was made to point here.
+    let refused = ask(&format!("Host: evil.org\r\nOrigin: http://evil.org\r\n{json}"));
+    refused.refused(403, None, "evil.org");
+    let get = |headers: &str| {
+        let head =
+            format!("GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
+        server.send(&head, b"")
+    };
+    get("Origin: https://example.org\r\n").refused(403, None, "https://example.org");
+    get("").ok();
+}
+
 #[test]
 fn keys_are_asked_for_and_never_shown() {
     let dir = Workdir::new();
@@ -541,6 +671,7 @@ fn keys_are_asked_for_and_never_shown() {
     refused(&["--api-key-file", "absent.txt"], &["absent.txt"]);
     refused(&["--api-key-file", "empty.txt"], &["empty.txt", "empty"]);
     refused(&["--api-key-file", "spaces.txt"], &["spaces.txt"]);
+    refused(&["--api-key-file", "/dev/zero"], &["/dev/zero", "longer"]);
     refused(&["--max-batch", "17"], &["--max-batch 17"]);
     refused(&["--context", "1000"], &["1000"]);
 
@@ -570,6 +701,17 @@ fn the_end_lets_texts_end() {
     let mut idle = endless_server(&dir, &[]);
     idle.get("/health").ok();
     assert_eq!(idle.end("-INT"), Some(0));
+
+    // A terminal that goes away is an end like any other, unless it was to be outlived.
+    let mut left = Server::start(&dir, "endless", &["--context", "60000"]);
+    assert_eq!(left.end("-HUP"), Some(0));
+    let mut outliving = std::process::Command::new("sh");
+    outliving.args(["-c", "trap '' HUP; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_gptq")]);
+    let mut outliving = Server::start_by(outliving, &dir, "endless", &["--context", "60000"]);
+    outliving.signal("-HUP");
+    std::thread::sleep(Duration::from_millis(300));
+    outliving.get("/health").ok();
+    assert_eq!(outliving.end("-TERM"), Some(0));
 
     let mut server = Server::start(&dir, "endless", &["--context", "60000"]);
     let address = server.address.clone();

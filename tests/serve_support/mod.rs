@@ -25,7 +25,17 @@ pub(crate) struct Reply {
 
 impl Server {
     pub(crate) fn start(dir: &Workdir, model: &str, more: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_gptq"))
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_gptq")), dir, model, more)
+    }
+
+    /// Starts a server by a command that takes the program's arguments.
+    pub(crate) fn start_by(
+        mut command: Command,
+        dir: &Workdir,
+        model: &str,
+        more: &[&str],
+    ) -> Self {
+        let mut child = command
             .args(["serve", model, "--port", "0", "--device=cpu", "-q"])
             .args(more)
             .current_dir(dir.path(""))
@@ -62,8 +72,8 @@ impl Server {
 
     /// Begins a request, and gives the connection when something of the answer's body has come.
     pub(crate) fn begin(&self, path: &str, body: &Value) -> TcpStream {
-        let (mut stream, body) = (self.connect(), body.to_string());
-        stream.write_all((head(path, body.len()) + &body).as_bytes()).unwrap();
+        let mut stream = self.connect();
+        stream.write_all(request(path, body).as_bytes()).unwrap();
         let mut seen = Vec::new();
         while !String::from_utf8_lossy(&seen).contains("data: ") {
             let mut part = [0; 512];
@@ -108,10 +118,15 @@ impl Server {
         }
     }
 
-    /// Ends the server by a signal; its exit code.
-    pub(crate) fn end(&mut self, signal: &str) -> Option<i32> {
+    /// Sends the server a signal.
+    pub(crate) fn signal(&self, signal: &str) {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+    }
+
+    /// Ends the server by a signal; its exit code.
+    pub(crate) fn end(&mut self, signal: &str) -> Option<i32> {
+        self.signal(signal);
         self.child.wait().unwrap().code()
     }
 }
@@ -123,9 +138,16 @@ impl Drop for Server {
     }
 }
 
+/// A request with a body.
+pub(crate) fn request(path: &str, body: &Value) -> String {
+    let body = body.to_string();
+    head(path, body.len()) + &body
+}
+
 fn head(path: &str, length: usize) -> String {
     format!(
-        "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {length}\r\n\r\n"
     )
 }
 

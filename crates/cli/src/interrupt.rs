@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
-use signal_hook::consts::SIGINT;
+use signal_hook::consts::{SIGHUP, SIGINT};
 use signal_hook::flag;
 
 /// Knows whether Ctrl-C was pressed. Pressed while nothing is being made, or once more, it ends the
@@ -48,4 +48,14 @@ impl Interrupt {
     pub(crate) fn is_pressed(&self) -> bool {
         self.pressed.load(Ordering::Relaxed)
     }
+}
+
+/// Whether this process was started to outlive its terminal, as nohup starts one.
+pub(crate) fn hangup_is_ignored() -> bool {
+    // Linux says which signals are ignored, SIGHUP by the lowest bit. Elsewhere it is taken to count.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> (SIGHUP - 1) & 1 == 1)
 }

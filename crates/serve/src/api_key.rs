@@ -1,9 +1,14 @@
 //! The key that clients show.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use crate::error::{Error, Result};
+
+/// Bytes of a key's file, which may be a device without end: no client sends a longer key.
+const MOST_BYTES: u64 = 4096;
 
 /// A key, which nothing prints.
 #[derive(Clone)]
@@ -21,10 +26,16 @@ impl ApiKey {
     /// # Errors
     /// [`Error::ReadKey`], and [`Error::NoKey`] for what no client could send in a header.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
+        let mut text = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut text))
             .map_err(|source| Error::ReadKey { path: path.to_owned(), source })?;
         let none = |reason| Err(Error::NoKey { path: path.to_owned(), reason });
-        match text.trim() {
+        if text.len() as u64 > MOST_BYTES {
+            return none("it is longer than a key of 4096 bytes");
+        }
+        // What is not UTF-8 has no key of ASCII, either.
+        match String::from_utf8_lossy(&text).trim() {
             "" => none("it is empty"),
             key if !key.bytes().all(|byte| byte.is_ascii_graphic()) => {
                 none("a key has letters, digits and signs of ASCII only, without spaces")

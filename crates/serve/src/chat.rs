@@ -14,13 +14,15 @@ use crate::settings::{MOST_TOP, Settings};
 use crate::token_texts::TokenTexts;
 use crate::writer::{Form, Writer};
 
+/// What a chat is asked besides what every request is.
+const PARAMETERS: [&str; 4] = ["logprobs", "max_completion_tokens", "messages", "top_logprobs"];
 /// Parts of a message that say something else than a text does.
 const NO_TEXT: [&str; 4] = ["tool_calls", "function_call", "tool_call_id", "audio"];
 
 /// Makes a job of a request.
 pub(crate) fn prepare(shared: &Arc<Shared>, fields: &Fields) -> Result<Prepared, Refusal> {
     let served = &shared.served;
-    let settings = Settings::read(fields, served)?;
+    let settings = Settings::read(fields, served, &PARAMETERS)?;
     let logprobs = fields.flag("logprobs")?;
     let top = fields.whole("top_logprobs", 0, MOST_TOP)?;
     if top.is_some_and(|top| top > 0) && !logprobs {

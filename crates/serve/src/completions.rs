@@ -16,6 +16,9 @@ use crate::writer::{Form, Writer};
 /// New tokens where a request does not say how many.
 const MAX_TOKENS: usize = 16;
 
+/// What a completion is asked besides what every request is.
+const PARAMETERS: [&str; 3] = ["echo", "logprobs", "prompt"];
+
 /// A prompt, and its text if it is asked for.
 struct Prompt {
     ids: Vec<u32>,
@@ -25,7 +28,7 @@ struct Prompt {
 /// Makes a job of a request.
 pub(crate) fn prepare(shared: &Arc<Shared>, fields: &Fields) -> Result<Prepared, Refusal> {
     let served = &shared.served;
-    let settings = Settings::read(fields, served)?;
+    let settings = Settings::read(fields, served, &PARAMETERS)?;
     let echo = fields.flag("echo")?;
     // `true` is the newer form's; here it is a number.
     let top = fields.whole("logprobs", 0, MOST_TOP)?;

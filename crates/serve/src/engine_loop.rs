@@ -27,6 +27,9 @@ pub(crate) fn run(engine: &mut Engine<'_>, slots: usize, queue: &Queue, metrics:
     while !queue.is_aborted() {
         desk.forget_the_gone();
         let active = desk.engine.active();
+        // Before the wait for a request, which may be a long one.
+        metrics.counts().active = active;
+        queue.set_free(slots.saturating_sub(active + desk.waiting.len()));
         if active < slots {
             if desk.waiting.is_empty() {
                 match queue.take(active == 0) {
@@ -67,7 +70,9 @@ impl Desk<'_, '_> {
                 self.metrics.counts().cancelled += 1;
             }
         }
+        let waiting = self.waiting.len();
         self.waiting.retain(|text| !text.shared.parts.is_closed());
+        self.metrics.counts().cancelled += (waiting - self.waiting.len()) as u64;
     }
 
     fn start(&mut self, text: Waiting) {

@@ -52,7 +52,7 @@ impl Error {
     pub fn hint(&self) -> Option<Cow<'_, str>> {
         match self {
             Self::Open { .. } => Some("give a key with --api-key-file".into()),
-            Self::NoKey { .. } => Some("write a line of letters and digits into it".into()),
+            Self::NoKey { .. } => Some("name a file with one line of letters and digits".into()),
             _ => None,
         }
     }

@@ -6,7 +6,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -25,7 +25,7 @@ use crate::refusal::{Refusal, json_response};
 use crate::served::Served;
 use crate::token_texts::TokenTexts;
 use crate::writer::Writer;
-use crate::{chat, completions};
+use crate::{chat, completions, origin};
 
 /// Bytes of a body: a context of tokens is a small part of it.
 const MOST_BODY: usize = 4 << 20;
@@ -60,26 +60,37 @@ type Prepare = fn(&Arc<Shared>, &Fields) -> Result<Prepared, Refusal>;
 fn endpoint(path: &str) -> &'static str {
     const KNOWN: [&str; 5] =
         ["/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"];
-    KNOWN.into_iter().find(|known| *known == path).unwrap_or("other")
+    let models = path.starts_with("/v1/models/").then_some("/v1/models");
+    KNOWN.into_iter().find(|known| *known == path).or(models).unwrap_or("other")
 }
 
-/// Asks every request for the key, and counts its answer.
+/// Asks every request where it comes from and for the key, and counts its answer.
 pub(crate) async fn attend(
     State(shared): State<Arc<Shared>>,
     request: Request,
     next: Next,
 ) -> Response {
     let endpoint = endpoint(request.uri().path());
-    let response = match &shared.key {
-        // Whether it is alive a balancer may ask that has no key.
-        Some(key) if endpoint != "/health" && !key.is_shown(authorization(request.headers())) => {
-            Refusal::no_key().into_response()
-        }
-        _ => next.run(request).await,
+    let response = match admit(&shared, endpoint, request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
     };
     let status = response.status().as_u16();
     *shared.metrics.counts().requests.entry((endpoint, status)).or_default() += 1;
     response
+}
+
+fn admit(shared: &Shared, endpoint: &str, headers: &HeaderMap) -> Result<(), Refusal> {
+    if let Some(origin) = origin::foreign(headers, shared.key.is_some()) {
+        return Err(Refusal::foreign(&origin));
+    }
+    match &shared.key {
+        // Whether it is alive a balancer may ask that has no key.
+        Some(key) if endpoint != "/health" && !key.is_shown(authorization(headers)) => {
+            Err(Refusal::no_key())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
@@ -92,18 +103,31 @@ pub(crate) async fn health() -> Response {
 
 pub(crate) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (kind, shared.metrics.text(shared.queue.len())).into_response()
+    (kind, shared.metrics.text(shared.queue.counts())).into_response()
 }
 
 pub(crate) async fn models(State(shared): State<Arc<Shared>>) -> Response {
-    let model = json!({
-        "id": shared.served.name,
-        "object": "model",
-        "created": shared.created,
-        "owned_by": "gptq",
-        "max_model_len": shared.served.context,
-    });
-    json_response(&json!({"object": "list", "data": [model]}))
+    json_response(&json!({"object": "list", "data": [shared.model()]}))
+}
+
+pub(crate) async fn model(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Response {
+    match shared.served.check_name(Some(&name)) {
+        Ok(()) => json_response(&shared.model()),
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+impl Shared {
+    /// The model as lists have it.
+    fn model(&self) -> Value {
+        json!({
+            "id": self.served.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "gptq",
+            "max_model_len": self.served.context,
+        })
+    }
 }
 
 pub(crate) async fn no_path(request: Request) -> Response {
@@ -127,6 +151,9 @@ async fn answer(
     request: Request,
     prepare: Prepare,
 ) -> Result<Response, Refusal> {
+    if !is_json(request.headers()) {
+        return Err(Refusal::no_json());
+    }
     let body = read(request.into_body()).await?;
     // A large text takes a while, which others need not wait for; few at a time, for the memory.
     let with = Arc::clone(&shared);
@@ -143,6 +170,13 @@ async fn answer(
     let body = Body::new(Events { receiver, writer, usage, over: false, shared });
     let head = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
     Ok((StatusCode::OK, head, body).into_response())
+}
+
+/// Whether a body is said to be JSON.
+fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    let kind = kind.map(|kind| kind.split(';').next().unwrap_or_default().trim());
+    kind.is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"))
 }
 
 /// Reads a body.

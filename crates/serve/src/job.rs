@@ -54,6 +54,11 @@ pub(crate) struct Waiting {
 }
 
 impl Job {
+    /// How many texts it asks for.
+    pub(crate) fn texts_in_all(&self) -> usize {
+        self.prompts.len() * self.n
+    }
+
     /// Its texts, in order.
     pub(crate) fn texts(self) -> VecDeque<Waiting> {
         let Self { prompts, n, sampling, seed, stop, end, top, score, parts, since } = self;

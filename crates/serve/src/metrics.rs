@@ -15,7 +15,7 @@ pub(crate) struct Counts {
     pub(crate) requests: BTreeMap<(&'static str, u16), u64>,
     pub(crate) prompt_tokens: u64,
     pub(crate) completion_tokens: u64,
-    /// Texts whose clients went away.
+    /// Texts whose clients went away once the engine had their request.
     pub(crate) cancelled: u64,
     /// Texts that are being made.
     pub(crate) active: usize,
@@ -34,8 +34,9 @@ impl Metrics {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The text that Prometheus reads.
-    pub(crate) fn text(&self, queued: usize) -> String {
+    /// The text that Prometheus reads, with the queue's counts of what waits and of texts that were
+    /// cancelled there.
+    pub(crate) fn text(&self, (queued, cancelled): (usize, u64)) -> String {
         let counts = self.counts();
         let mut text = String::new();
         let head = |text: &mut String, name: &str, kind: &str, help: &str| {
@@ -60,7 +61,7 @@ impl Metrics {
                 "texts_cancelled_total",
                 "counter",
                 "Texts whose clients went away.",
-                counts.cancelled as f64,
+                (counts.cancelled + cancelled) as f64,
             ),
             (
                 "steps_total",

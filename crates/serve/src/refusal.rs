@@ -77,6 +77,24 @@ impl Refusal {
         Self { code: Some("rate_limit_exceeded"), ..refusal }
     }
 
+    /// As many connections are open as may be.
+    pub(crate) fn crowded(connections: usize) -> Self {
+        let message = format!("{connections} connections are open already; try again later");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+    }
+
+    /// A body that does not say that it is JSON: pages in a browser may send such a one anywhere.
+    pub(crate) fn no_json() -> Self {
+        let message = "The body has to be JSON, with the header `Content-Type: application/json`";
+        Self { status: StatusCode::UNSUPPORTED_MEDIA_TYPE, ..Self::invalid(message) }
+    }
+
+    /// A page of another server asks, in the browser of somebody who may not know.
+    pub(crate) fn foreign(origin: &str) -> Self {
+        let message = format!("Pages of {origin} may not use this server");
+        Self { status: StatusCode::FORBIDDEN, ..Self::invalid(message) }
+    }
+
     pub(crate) fn stopping() -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "The server is being stopped")
     }

@@ -15,6 +15,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
@@ -25,14 +27,18 @@ use crate::error::{Error, Result};
 use crate::handlers::{self, Shared};
 use crate::metrics::Metrics;
 use crate::queue::Queue;
+use crate::refusal::Refusal;
 use crate::served::Served;
 use crate::token_texts::TokenTexts;
 use crate::writer::now;
 
-/// Connections at a time; others wait until one is closed.
+/// Connections at a time; others are told to come again.
 const MOST_CONNECTIONS: usize = 256;
-/// How long the head of a request may take, and how long a connection may be idle.
-const HEAD_TIME: Duration = Duration::from_secs(30);
+/// Connections that are told so at a time; others are closed at once.
+const MOST_TURNED_AWAY: usize = 64;
+/// How long the head of a request may take, and how long a connection may be idle. A few clients that
+/// send half of one would otherwise keep all others out for long.
+const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Bytes of a request's head.
 const MOST_HEAD: usize = 64 << 10;
 /// How long texts may go on once the server is to stop.
@@ -40,13 +46,15 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Threads that read bodies and make tokens of them.
 const READERS: usize = 2;
 
-/// How much is done at a time.
+/// How much is done at a time, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Texts that are made together: as many as the engine has slots.
     pub slots: usize,
-    /// Requests that wait; more are told to come again.
+    /// Requests that wait while all slots have texts; more are told to come again.
     pub queue: usize,
+    /// Whether the terminal's end, SIGHUP, ends the server as well.
+    pub ends_on_hangup: bool,
 }
 
 /// An address that is listened on.
@@ -73,7 +81,7 @@ impl Listener {
     }
 }
 
-/// Answers requests until Ctrl-C or SIGTERM; then running ones have a few seconds to end. `ready`
+/// Answers requests until Ctrl-C, SIGTERM or SIGHUP; then running ones have a few seconds to end. `ready`
 /// hears of the address when requests are answered.
 ///
 /// # Errors
@@ -89,7 +97,7 @@ pub fn serve(
     let shared = Arc::new(Shared {
         texts: TokenTexts::new(Arc::clone(&served.tokenizer)),
         served,
-        queue: Queue::new(limits.queue),
+        queue: Queue::new(limits.queue, limits.slots),
         metrics: Metrics::default(),
         key,
         created: now(),
@@ -101,7 +109,7 @@ pub fn serve(
             .spawn_scoped(scope, || {
                 // The engine must not wait for requests that nobody can send.
                 let _ends = OnDrop(|| shared.queue.abort());
-                run_http(listener, &shared, &gone, ready)
+                run_http(listener, &shared, limits.ends_on_hangup, &gone, ready)
             })
             .map_err(Error::Start)?;
         {
@@ -128,6 +136,7 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 fn run_http(
     listener: TcpListener,
     shared: &Arc<Shared>,
+    ends_on_hangup: bool,
     gone: &Notify,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<()> {
@@ -139,10 +148,9 @@ fn run_http(
     let done = runtime.block_on(async {
         let address = listener.local_addr().map_err(Error::Start)?;
         let listener = tokio::net::TcpListener::from_std(listener).map_err(Error::Start)?;
-        let mut interrupted = signal(SignalKind::interrupt()).map_err(Error::Start)?;
-        let mut terminated = signal(SignalKind::terminate()).map_err(Error::Start)?;
+        let stop = end_signal(ends_on_hangup).map_err(Error::Start)?;
         let stop = async {
-            first(first(interrupted.recv(), terminated.recv()), gone.notified()).await;
+            first(stop, gone.notified()).await;
         };
         ready(address);
         let graceful = accept(listener, router(shared), stop).await;
@@ -160,9 +168,27 @@ fn run_http(
     done
 }
 
+/// Comes with the first signal that is to end the server.
+fn end_signal(hangup: bool) -> std::io::Result<impl Future<Output = ()>> {
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    let mut hung_up = hangup.then(|| signal(SignalKind::hangup())).transpose()?;
+    Ok(async move {
+        let hung_up = async {
+            match &mut hung_up {
+                Some(signal) => signal.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        first(first(interrupted.recv(), terminated.recv()), hung_up).await;
+    })
+}
+
 fn router(shared: &Arc<Shared>) -> Router {
     Router::new()
         .route("/v1/models", get(handlers::models))
+        // Names of models may have slashes.
+        .route("/v1/models/{*name}", get(handlers::model))
         .route("/v1/completions", post(handlers::complete))
         .route("/v1/chat/completions", post(handlers::chat))
         .route("/health", get(handlers::health))
@@ -181,19 +207,25 @@ async fn accept(
 ) -> GracefulShutdown {
     let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let turned_away = Arc::new(Semaphore::new(MOST_TURNED_AWAY));
     let mut stop = pin!(stop);
     loop {
-        let next = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (place, listener.accept().await)
-        };
-        let (place, accepted) = match first(stop.as_mut(), next).await {
+        let accepted = match first(stop.as_mut(), listener.accept()).await {
             First::One(()) => return graceful,
             First::Other(next) => next,
         };
         let Ok((stream, _)) = accepted else {
             // Out of files, perhaps: some will be closed.
             sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            if let Ok(place) = Arc::clone(&turned_away).try_acquire_owned() {
+                tokio::spawn(async move {
+                    turn_away(stream).await;
+                    drop(place);
+                });
+            }
             continue;
         };
         // A token is sent when it is made.
@@ -211,6 +243,24 @@ async fn accept(
             drop(place);
         });
     }
+}
+
+/// Tells a client that there are too many of them, whatever it has to say.
+async fn turn_away(mut stream: TcpStream) {
+    let body = Refusal::crowded(MOST_CONNECTIONS).json().to_string();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let telling = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await?;
+        // A connection that is closed with something unread takes the answer back.
+        tokio::io::copy(&mut stream.take(MOST_HEAD as u64), &mut tokio::io::sink()).await
+    };
+    // How that ends is the client's business.
+    let _ = timeout(Duration::from_secs(1), telling).await;
 }
 
 /// What came first.

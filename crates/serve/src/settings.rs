@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use gptq_generate::{Origin, Sampling, SamplingOptions};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::fields::Fields;
 use crate::handlers::Prepared;
@@ -32,9 +32,10 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    pub(crate) fn read(fields: &Fields, served: &Served) -> Result<Self, Refusal> {
+    /// What a request says; `own` are the parameters that it has besides these.
+    pub(crate) fn read(fields: &Fields, served: &Served, own: &[&str]) -> Result<Self, Refusal> {
         served.check_name(fields.text("model")?)?;
-        neutral::check(fields)?;
+        neutral::check(fields, own)?;
         let n = fields.whole("n", 1, MOST_TEXTS)?.unwrap_or(1);
         if fields.whole("best_of", 1, MOST_TEXTS)?.is_some_and(|best_of| best_of != n) {
             let message = "`best_of` other than `n` is not done by this server";
@@ -46,14 +47,7 @@ impl Settings {
                 let message = "`stream_options` is for requests with `stream: true`";
                 return Err(Refusal::param("stream_options", message));
             }
-            Some(options) => match options.get("include_usage") {
-                None | Some(Value::Null) => false,
-                Some(Value::Bool(wanted)) => *wanted,
-                Some(_) => {
-                    let message = "`stream_options.include_usage` is not true or false";
-                    return Err(Refusal::param("stream_options", message));
-                }
-            },
+            Some(options) => include_usage(options)?,
             None => false,
         };
         Ok(Self {
@@ -92,8 +86,30 @@ impl Settings {
     }
 }
 
-/// The request's settings over those of the model's files. The likeliest 50 tokens, to which
-/// transformers confines itself where nobody says anything, are no part of OpenAI's interface.
+/// `stream_options`, of which one changes something here: `include_obfuscation` pads streams on
+/// foreign networks.
+fn include_usage(options: &Map<String, Value>) -> Result<bool, Refusal> {
+    let mut include_usage = false;
+    for (name, value) in options {
+        match (name.as_str(), value) {
+            (_, Value::Null) | ("include_obfuscation", Value::Bool(_)) => {}
+            ("include_usage", Value::Bool(wanted)) => include_usage = *wanted,
+            ("include_usage" | "include_obfuscation", _) => {
+                let message = format!("`stream_options.{name}` is not true or false");
+                return Err(Refusal::param("stream_options", message));
+            }
+            // As some servers have it, a count in every chunk.
+            ("continuous_usage_stats", Value::Bool(false)) => {}
+            _ => {
+                let message = "`stream_options` has more than `include_usage`";
+                return Err(Refusal::param("stream_options", message));
+            }
+        }
+    }
+    Ok(include_usage)
+}
+
+/// The request's settings over those of the model's files.
 fn sampling(fields: &Fields, served: &Served) -> Result<Sampling, Refusal> {
     // Some write -1 where all tokens may be drawn.
     let top_k = |value: &Value| match value.as_i64() {
@@ -121,12 +137,19 @@ fn sampling(fields: &Fields, served: &Served) -> Result<Sampling, Refusal> {
         Sampling::resolve(&alone, None)
             .map_err(|error| Refusal::param(name, format!("`{name}`: {error}")))?;
     }
-    let mut sampling = Sampling::resolve(&options, served.generation.as_ref())
-        .map_err(|error| Refusal::invalid(error.to_string()))?;
+    Sampling::resolve(&options, served.generation.as_ref())
+        .map(default_sampling)
+        .map_err(|error| Refusal::invalid(error.to_string()))
+}
+
+/// What becomes of a model's own settings here. The likeliest 50 tokens, to which transformers confines
+/// itself where nobody says anything, are no part of OpenAI's interface.
+#[must_use]
+pub fn default_sampling(mut sampling: Sampling) -> Sampling {
     if sampling.top_k.origin == Origin::Default {
         sampling.top_k.value = 0;
     }
-    Ok(sampling)
+    sampling
 }
 
 /// Any whole number is a seed.

@@ -52,6 +52,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let options = &args.sampling;
     let device = text_device(&args.device, printer)?;
     let model = TextModel::open(&args.model, options, usize::MAX, printer)?;
+    model.note_choice(options, printer);
     let template = model.template(options.template.as_deref())?;
     warn_of_lost_system(&model, &template, options.system.as_deref(), printer)?;
     let context = model.context(options.context);

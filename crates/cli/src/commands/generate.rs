@@ -126,6 +126,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     check_at_once("--batch", args.batch)?;
     let device = text_device(&args.device, printer)?;
     let model = TextModel::open(&args.model, &args.sampling, MAX_TOKENS, printer)?;
+    model.note_choice(&args.sampling, printer);
     let prompts = prompts(args, &model, printer)?;
     let context = context(args, &model, &prompts, printer)?;
     let interrupt = Interrupt::listen()?;

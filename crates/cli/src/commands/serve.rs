@@ -9,7 +9,8 @@ use crate::args::values::parse_count;
 ///
 /// POST /v1/completions and /v1/chat/completions, whole or streamed, with log-probabilities; GET
 /// /v1/models, /health and /metrics. The first line on stdout is the address, printed when requests are
-/// answered. Ctrl-C and SIGTERM let running requests end for a few seconds.
+/// answered. Ctrl-C, SIGTERM and SIGHUP (unless it is ignored, as by nohup) let running requests end for a
+/// few seconds.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   gptq serve ./SmolLM2-135M-4bit-128g
@@ -30,7 +31,7 @@ pub(crate) struct Args {
     /// How many texts are gone on with at once, 1 to 16
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = parse_count)]
     max_batch: usize,
-    /// Requests that may wait; more are told to come again
+    /// Requests that may wait while all texts are taken; more are told to come again
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse_count)]
     queue: usize,
     /// Tokens that a prompt and its text may have together [default: the model's limit, or 4096]
@@ -64,6 +65,7 @@ mod with_server {
     use crate::args::SamplingArgs;
     use crate::commands::print_result;
     use crate::commands::text_model::{TextModel, check_at_once, text_device};
+    use crate::interrupt::hangup_is_ignored;
     use crate::printer::Printer;
 
     pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
@@ -74,6 +76,11 @@ mod with_server {
         let listener = Listener::bind(&args.host, args.port, key)?;
         let device = text_device(&args.device, printer)?;
         let model = TextModel::open(&args.model, &SamplingArgs::default(), usize::MAX, printer)?;
+        printer.note(&format!(
+            "choosing, where a request says nothing: {}; of a request without a seed no two texts \
+             need be alike",
+            gptq_serve::default_sampling(model.sampling.clone()).describe()
+        ));
         let context = model.context(args.context);
         let served = served(args, &model, context)?;
         let decoder = model.decoder(&device, context, printer)?;
@@ -82,7 +89,7 @@ mod with_server {
             "serving {}: {slots} texts at once of up to {context} tokens, {} requests may wait",
             served.name, args.queue
         ));
-        let limits = Limits { slots, queue: args.queue };
+        let limits = Limits { slots, queue: args.queue, ends_on_hangup: !hangup_is_ignored() };
         gptq_serve::serve(listener, limits, served, &mut engine, |address| {
             // Whoever closed stdout does not want to know.
             let _ = print_result(&format!("http://{address}"));

@@ -80,10 +80,14 @@ impl TextModel {
             }
             None => {}
         }
-        let seed =
-            if sampling.is_greedy() { String::new() } else { format!(", seed {}", args.seed) };
-        printer.note(&format!("choosing: {}{seed}", sampling.describe()));
         Ok(Self { checkpoint, tokenizer, generation, sampling, max_tokens, end })
+    }
+
+    /// Says how tokens are chosen.
+    pub(crate) fn note_choice(&self, args: &SamplingArgs, printer: &Printer) {
+        let greedy = self.sampling.is_greedy();
+        let seed = if greedy { String::new() } else { format!(", seed {}", args.seed) };
+        printer.note(&format!("choosing: {}{seed}", self.sampling.describe()));
     }
 
     /// The template that is to be used: a card's where facts were named.
