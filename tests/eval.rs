@@ -7,7 +7,10 @@
 mod util;
 
 use std::fs;
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use util::runs::{quantize, with_model};
@@ -26,6 +29,13 @@ while [ $# -gt 0 ]; do
 done
 [ "$tasks" = broken ] && { echo 'no such task' >&2; exit 3; }
 [ "$tasks" = silent ] && exit 0
+if [ "$tasks" = slow ]; then
+    sleep 1000 &
+    printf ' 10%%|#\r' >&2
+    echo "$$ $! $args" > asked.new
+    mv asked.new asked
+    wait
+fi
 value=0.625
 case "$args" in model=*/model,*) value=0.75 ;; esac
 case "$args" in *base_url=http://127.0.0.1:*/v1/completions,*) ;; *) exit 4 ;; esac
@@ -72,7 +82,7 @@ fn results_are_kept_beside_perplexity_and_shown_with_it() {
     assert!(shown.stdout.contains("0.6250 ± 0.0200 | 0.6250 ± 0.0200"), "{}", shown.stdout);
     // A folder has a name, by whatever it is called.
     let harness = dir.path("harness").display().to_string();
-    let inside = std::process::Command::new(env!("CARGO_BIN_EXE_gptq"))
+    let inside = Command::new(env!("CARGO_BIN_EXE_gptq"))
         .args(["eval", ".", "--tasks", "facts", "--lm-eval", &harness])
         .current_dir(dir.path("out"))
         .output()
@@ -83,6 +93,45 @@ fn results_are_kept_beside_perplexity_and_shown_with_it() {
     let dense = eval(&dir, &["model", "--tasks", "facts"]);
     assert!(dense.ok().contains("0.7500"), "{}", dense.stdout);
     assert!(dense.stderr.contains("not kept"), "{}", dense.stderr);
+}
+
+/// Nobody is left to answer or to ask.
+#[test]
+fn a_signal_ends_the_harness_and_the_server() {
+    let dir = workdir();
+    let harness = dir.path("harness").display().to_string();
+    for signal in ["-INT", "-TERM"] {
+        let eval = Command::new(env!("CARGO_BIN_EXE_gptq"))
+            .args(["eval", "model", "--tasks", "slow", "--lm-eval", &harness])
+            .current_dir(dir.path(""))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        while !dir.path("asked").exists() {
+            assert!(start.elapsed() < Duration::from_secs(60), "the harness is not asked");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let asked = fs::read_to_string(dir.path("asked")).unwrap();
+        fs::remove_file(dir.path("asked")).unwrap();
+        let address = asked.split("http://").nth(1).unwrap().split('/').next().unwrap();
+        TcpStream::connect(address).unwrap();
+        let id = eval.id().to_string();
+        assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+        let ended = eval.wait_with_output().unwrap();
+        let stderr = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("error: Interrupted"), "{stderr}");
+        assert!(!stderr.contains("10%"), "what is piped gets no progress: {stderr}");
+        assert!(ended.stdout.is_empty());
+        assert!(TcpStream::connect(address).is_err(), "the server is there");
+        for process in asked.split(' ').take(2) {
+            // What nobody has taken note of is a zombie.
+            let state = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+            assert!(state.is_empty() || state.contains(") Z "), "{state}");
+        }
+    }
 }
 
 #[test]

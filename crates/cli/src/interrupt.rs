@@ -1,13 +1,15 @@
-//! Ctrl-C as a wish to end what is being made, where a command asks for that.
+//! Ctrl-C, or any signal that asks for the end, as a wish to end what is being made, where a command
+//! asks for that.
 
+use std::ffi::c_int;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
-use signal_hook::consts::{SIGHUP, SIGINT};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// Knows whether Ctrl-C was pressed. Pressed while nothing is being made, or once more, it ends the
+/// Knows whether Ctrl-C was pressed, or another signal has come. Pressed while nothing is being made, or once more, it ends the
 /// process as ever.
 pub(crate) struct Interrupt {
     pressed: Arc<AtomicBool>,
@@ -18,11 +20,25 @@ pub(crate) struct Interrupt {
 impl Interrupt {
     /// Listens from now on; until [`Self::begin`], Ctrl-C ends the process.
     pub(crate) fn listen() -> Result<Self> {
+        Self::listen_to(&[SIGINT])
+    }
+
+    /// The same for all signals by which a person, a service manager or a terminal that goes away asks
+    /// for the end.
+    pub(crate) fn listen_to_the_end() -> Result<Self> {
+        let hangup = (!hangup_is_ignored()).then_some(SIGHUP);
+        let signals: Vec<_> = [SIGINT, SIGTERM].into_iter().chain(hangup).collect();
+        Self::listen_to(&signals)
+    }
+
+    fn listen_to(signals: &[c_int]) -> Result<Self> {
         let (pressed, ends) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(true)));
-        // In this order: the one that ends the process sees what was set before this press.
-        flag::register_conditional_default(SIGINT, Arc::clone(&ends))?;
-        flag::register(SIGINT, Arc::clone(&ends))?;
-        flag::register(SIGINT, Arc::clone(&pressed))?;
+        for &signal in signals {
+            // In this order: the one that ends the process sees what was set before this press.
+            flag::register_conditional_default(signal, Arc::clone(&ends))?;
+            flag::register(signal, Arc::clone(&ends))?;
+            flag::register(signal, Arc::clone(&pressed))?;
+        }
         Ok(Self { pressed, ends })
     }
 

@@ -4,6 +4,7 @@
 //! user's input (or their disk), 2 a fault of the program itself.
 
 mod args;
+mod child;
 mod commands;
 mod exit;
 mod hint;

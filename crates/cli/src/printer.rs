@@ -87,6 +87,23 @@ impl Printer {
         }
     }
 
+    /// A line of a terminal that is written over, for what another program says of itself; nothing is
+    /// shown elsewhere.
+    pub(crate) fn status(&self, name: &str) -> Status {
+        let bar = match self.bars {
+            true => ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()),
+            false => ProgressBar::hidden(),
+        };
+        if let Ok(style) = ProgressStyle::with_template("{prefix:>12} {spinner} {wide_msg}") {
+            bar.set_style(style);
+        }
+        bar.set_prefix(name.to_owned());
+        if self.bars {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        Status(bar)
+    }
+
     fn line(&self, message: &str) {
         let phase = self.phase();
         match phase.as_ref() {
@@ -98,6 +115,23 @@ impl Printer {
     fn phase(&self) -> std::sync::MutexGuard<'_, Option<Phase>> {
         // A panic while drawing must not hide the error that a poisoned lock would.
         self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// What [`Printer::status`] shows, gone when dropped.
+pub(crate) struct Status(ProgressBar);
+
+impl Status {
+    /// Shows a text until the next one, or until the status is gone.
+    pub(crate) fn shows(&self) -> impl Fn(&str) + Send + use<> {
+        let bar = self.0.clone();
+        move |text| bar.set_message(plain(text).into_owned())
+    }
+}
+
+impl Drop for Status {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
     }
 }
 

@@ -11,6 +11,7 @@ mod eval;
 mod fetch;
 mod generate;
 mod inspect;
+mod lm_eval;
 mod plan;
 mod ppl;
 mod push;

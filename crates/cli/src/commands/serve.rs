@@ -77,8 +77,8 @@ mod with_server {
         let device = text_device(&args.device, printer)?;
         let model = TextModel::open(&args.model, &SamplingArgs::default(), usize::MAX, printer)?;
         printer.note(&format!(
-            "choosing, where a request says nothing: {}; of a request without a seed no two texts \
-             need be alike",
+            "choosing, where a request says nothing: {}; what is drawn without a seed gets one of \
+             its own",
             gptq_serve::default_sampling(model.sampling.clone()).describe()
         ));
         let context = model.context(args.context);

@@ -1,0 +1,155 @@
+//! A run of lm-evaluation-harness against a server of our own.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{TryRecvError, channel};
+
+use anyhow::{Context, Result, bail, ensure};
+use gptq_compute::Device;
+use gptq_records::branch_report::TaskRecord;
+use gptq_records::tasks::parse_results;
+
+use super::eval::Args;
+use crate::child::{LastLine, Running, pause};
+use crate::interrupt::Interrupt;
+use crate::printer::Printer;
+
+/// Folders in each other that results are looked for in: the harness makes one named after the model.
+const MOST_DEPTH: usize = 4;
+
+/// The tasks' results of a model's folder. A signal ends the harness and the server.
+pub(super) fn measure(
+    args: &Args,
+    folder: &Path,
+    interrupt: &Interrupt,
+    printer: &Printer,
+) -> Result<Vec<TaskRecord>> {
+    let path = folder.to_str().filter(|path| !path.contains([',', '=']));
+    let path = path.with_context(|| {
+        format!("The harness cannot be told of `{}`: a comma or = in its path", folder.display())
+    })?;
+    interrupt.begin();
+    let server = Server::start(folder, args.batch, interrupt)?;
+    let out = tempfile::tempdir().context("Cannot create a folder for the harness's results")?;
+    printer.note(&format!("lm_eval: {} of {path}", args.tasks.join(", ")));
+    ask(&mut command(args, path, &server.address, out.path()), interrupt, printer)?;
+    interrupt.end();
+    let results = results_file(out.path())?;
+    let text = gptq_checkpoint::read_small(&results)
+        .with_context(|| format!("Cannot read `{}`", results.display()))?;
+    let records = parse_results(&text, Device::Cpu.dtype())
+        .map_err(|reason| anyhow::anyhow!("lm_eval's results make no sense: {reason}"))?;
+    ensure!(!records.is_empty(), "lm_eval measured nothing");
+    Ok(records)
+}
+
+/// The harness's command line.
+fn command(args: &Args, path: &str, address: &str, out: &Path) -> Command {
+    let mut harness = Command::new(&args.lm_eval);
+    harness.args(["run", "--model", "local-completions", "--batch_size", "1", "--model_args"]).arg(
+        format!(
+            "model={path},base_url={address}/v1/completions,tokenizer={path},\
+             tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent={},max_retries=1",
+            args.batch
+        ),
+    );
+    harness.arg("--tasks").arg(args.tasks.join(",")).arg("--output_path").arg(out);
+    let counts = [("--num_fewshot", args.num_fewshot.map(|n| n as usize)), ("--limit", args.limit)];
+    for (option, count) in counts.into_iter().filter_map(|(o, count)| Some((o, count?))) {
+        harness.arg(option).arg(count.to_string());
+    }
+    if let Some(dir) = &args.include_path {
+        harness.arg("--include_path").arg(dir);
+    }
+    harness
+}
+
+/// Runs the harness to its end. What it says of its progress a terminal shows.
+fn ask(harness: &mut Command, interrupt: &Interrupt, printer: &Printer) -> Result<()> {
+    harness.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut running = Running::start(harness).context("Cannot run lm_eval")?;
+    let status = printer.status("lm_eval");
+    let stderr = running.child().stderr.take();
+    let said = stderr.map(|pipe| LastLine::of(pipe, status.shows()));
+    let made = running.wait(interrupt)?;
+    // The last words of a Python program are what was wrong.
+    let last = said.map(LastLine::get).filter(|last| !last.is_empty());
+    let last = last.as_deref().unwrap_or("nothing");
+    ensure!(made.success(), "lm_eval failed ({made}), and said last: {last}");
+    Ok(())
+}
+
+/// `results_….json`, which lies in a folder named after the model. Links are not followed: they may lead
+/// round in a circle.
+fn results_file(out: &Path) -> Result<PathBuf> {
+    let mut folders = vec![(out.to_owned(), 0)];
+    while let Some((folder, depth)) = folders.pop() {
+        let failed = || format!("Cannot read `{}`", folder.display());
+        for entry in std::fs::read_dir(&folder).with_context(failed)? {
+            let entry = entry.with_context(failed)?;
+            let (kind, path) = (entry.file_type().with_context(failed)?, entry.path());
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if kind.is_dir() && depth < MOST_DEPTH {
+                folders.push((path, depth + 1));
+            } else if kind.is_file() && name.starts_with("results") && name.ends_with(".json") {
+                return Ok(path);
+            }
+        }
+    }
+    bail!("lm_eval wrote no results")
+}
+
+/// `gptq serve` of a model, ended when dropped.
+struct Server {
+    /// Held for its end.
+    _running: Running,
+    address: String,
+}
+
+impl Server {
+    fn start(folder: &Path, batch: usize, interrupt: &Interrupt) -> Result<Self> {
+        let program = std::env::current_exe().context("Cannot find this program")?;
+        let mut command = Command::new(program);
+        command
+            .args(["-q", "serve", "--port", "0", "--max-batch", &batch.to_string()])
+            .arg(folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut running = Running::start(&mut command).context("Cannot start gptq serve")?;
+        let stdout = running.child().stdout.take().context("Cannot hear gptq serve")?;
+        // In a thread: reading the weights takes minutes, in which a signal may come.
+        let (said, address) = channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let _ = BufReader::new(stdout).read_line(&mut line);
+            let _ = said.send(line);
+        });
+        let address = loop {
+            match address.try_recv() {
+                Err(TryRecvError::Empty) => pause(interrupt)?,
+                other => break other.unwrap_or_default().trim().to_owned(),
+            }
+        };
+        // What was wrong it has said itself, on stderr.
+        ensure!(address.starts_with("http://"), "gptq serve did not start");
+        Ok(Self { _running: running, address })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_found_and_circles_are_not_walked() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("model");
+        std::fs::create_dir(&folder).unwrap();
+        std::os::unix::fs::symlink(dir.path(), folder.join("again")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", folder.join("results_0.json")).unwrap();
+        assert!(results_file(dir.path()).unwrap_err().to_string().contains("no results"));
+        std::fs::write(folder.join("results_1.json"), "{}").unwrap();
+        assert_eq!(results_file(dir.path()).unwrap(), folder.join("results_1.json"));
+    }
+}
