@@ -80,6 +80,14 @@ fn results_are_kept_beside_perplexity_and_shown_with_it() {
     let shown = dir.gptq(&["report", "out"]);
     assert!(shown.ok().contains("| branch | facts acc | more acc |"), "{}", shown.stdout);
     assert!(shown.stdout.contains("0.6250 ± 0.0200 | 0.6250 ± 0.0200"), "{}", shown.stdout);
+    // The gate holds what was never measured on a text, and nothing else but that.
+    dir.gptq(&["check", "out", "--baseline", "tasks.json", "--update"]).ok();
+    let held = dir.gptq(&["check", "out", "--baseline", "tasks.json"]);
+    assert!(
+        held.ok().contains("facts acc") && !held.stdout.contains("perplexity"),
+        "{}",
+        held.stdout
+    );
     // A folder has a name, by whatever it is called.
     let harness = dir.path("harness").display().to_string();
     let inside = Command::new(env!("CARGO_BIN_EXE_gptq"))

@@ -2,7 +2,8 @@
 //!
 //! A baseline fixes one measurement (model, protocol, every scored token) and, for each branch, the
 //! bytes of its files, its perplexity and its KL. Bytes must be equal; the others may rise by a
-//! tolerance. What was measured otherwise, or twice, is an error, not a verdict: its numbers say
+//! tolerance. Results on tasks are held beside them, each with the questions that it was measured by, or
+//! alone where no branch was measured on a text. What was measured otherwise, or twice, is an error, not a verdict: its numbers say
 //! nothing. Nor does a number that no model can have, on either side, whatever the other one is.
 //!
 //! Tolerances are relative and do not come from the standard error. That one says how far a
@@ -20,15 +21,14 @@ use std::path::Path;
 
 use gptq_records::atomic_file;
 use gptq_records::branch_report::{BranchReport, EvaluationRecord};
-use gptq_records::source_dtype::SourceDtype;
 use serde::{Deserialize, Serialize};
 
 use crate::collect::Report;
-use crate::compare::Measurement;
+use crate::compare::{Measurement, model_name};
 use crate::error::{Error, Result};
-use crate::units::group;
-use crate::verdict::{KLS, PERPLEXITIES, impossible, measured, task, task_name, whole_branch};
+use crate::verdict::{KLS, PERPLEXITIES, impossible, measured, whole_branch};
 
+pub use crate::accepted::{Accepted, AcceptedTask, Settings};
 pub use crate::verdict::{Finding, Outcome, Verdict};
 
 /// The version of a baseline's fields.
@@ -71,55 +71,20 @@ impl Tolerance {
 pub struct Baseline {
     /// [`BASELINE_FORMAT`].
     pub format: u32,
-    /// What the values were measured on.
-    pub measurement: Measurement,
+    /// What the values were measured on; absent where results on tasks are all that is held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measurement: Option<Measurement>,
+    /// The dense model, where no measurement says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
     /// Tolerances of branches without their own.
     pub tolerance: Tolerance,
     /// Perplexity of the fp16 model. It depends on the engine alone, so it may not move by more than
     /// its tolerance in either direction.
+    #[serde(default)]
     pub base_perplexity: Option<f64>,
     /// Branches by name.
     pub branches: BTreeMap<String, Accepted>,
-}
-
-/// A branch's accepted values.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Accepted {
-    /// Bytes of the weight files.
-    pub file_bytes: u64,
-    /// Perplexity.
-    pub perplexity: f64,
-    /// Mean KL to the fp16 model in nats a token.
-    pub kl: Option<f64>,
-    /// How the branch was made; baselines of versions that did not say are held to nothing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub settings: Option<Settings>,
-    /// It was calibrated on the text that it was measured on.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub contaminated: bool,
-    /// Results on tasks, by task and metric.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub tasks: BTreeMap<String, f64>,
-    /// Instead of the baseline's tolerance; kept when the values are updated.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tolerance: Option<Tolerance>,
-}
-
-/// How a branch was made, as far as another way makes another branch of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Settings {
-    /// Width of a code.
-    pub bits: u8,
-    /// Columns of a group; `null` is all of in_features.
-    pub group_size: Option<usize>,
-    /// Columns solved by descending diag(H).
-    pub act_order: bool,
-    /// Solver recipe.
-    pub recipe: String,
-    /// What was quantized of the source's weights.
-    pub source_dtype: SourceDtype,
 }
 
 impl Baseline {
@@ -159,7 +124,19 @@ impl Baseline {
             Err(format!("the {what} of `{name}` is {value}, not one from {from} to {to}"))
         };
         for (name, accepted) in &self.branches {
-            value("perplexity", name, accepted.perplexity, &PERPLEXITIES)?;
+            match (accepted.perplexity, &self.measurement) {
+                (Some(perplexity), Some(_)) => {
+                    value("perplexity", name, perplexity, &PERPLEXITIES)?;
+                }
+                (None, Some(_)) => return Err(format!("`{name}` has no perplexity")),
+                (Some(_), None) => {
+                    return Err(format!("`{name}` has a perplexity, and there is no measurement"));
+                }
+                (None, None) if accepted.tasks.is_empty() => {
+                    return Err(format!("`{name}` has neither a perplexity nor a task"));
+                }
+                (None, None) => {}
+            }
             accepted.kl.map_or(Ok(()), |kl| value("kl", name, kl, &KLS))?;
             if accepted.file_bytes == 0 {
                 return Err(format!("the file_bytes of `{name}` are 0"));
@@ -194,20 +171,30 @@ impl Baseline {
     }
 
     /// Accepts a report: all of its branches that were measured as `before` was, or as its first
-    /// measured branch was. Tolerances of `before` are kept. With `whole`, branches that the report
-    /// lacks are dropped; without, they stay, for which the measurement must be the same.
+    /// measured branch was; where none was measured, all that have results on tasks. Tolerances of
+    /// `before` are kept. With `whole`, branches that the report lacks are dropped; without, they stay,
+    /// for which the measurement must be the same.
     ///
     /// # Errors
     /// [`Error::NotMeasured`] and [`Error::NotComparable`].
     pub fn accept(report: &Report, before: Option<&Self>, whole: bool) -> Result<Self> {
-        let first = report
-            .branches
-            .iter()
-            .find_map(|b| Some(Measurement::new(b, b.evaluations.first()?)))
-            .ok_or(Error::NotMeasured)?;
-        let kept = before.filter(|b| select(report, &b.measurement).next().is_some());
+        let first =
+            report.branches.iter().find_map(|b| Some(Measurement::new(b, b.evaluations.first()?)));
+        let has_tasks = |branch: &&BranchReport| !branch.tasks.is_empty();
+        let model = match &first {
+            Some(_) => None,
+            None => {
+                let branch = report.branches.iter().find(has_tasks).ok_or(Error::NotMeasured)?;
+                Some(branch.model.clone())
+            }
+        };
+        let kept = before.filter(|before| match (&before.measurement, &first) {
+            (Some(measurement), _) => select(report, measurement).next().is_some(),
+            (None, None) => before.other_model(model.as_deref().unwrap_or_default()).is_none(),
+            (None, Some(_)) => false,
+        });
         if let (Some(before), None, false) = (before, kept, whole) {
-            return Err(not_comparable(&report.branches[0].branch, &before.measurement, &first));
+            return Err(before.not_comparable(&report.branches[0], first.as_ref()));
         }
         let measurement = kept.map_or(first, |before| before.measurement.clone());
         let mut branches = match (kept, whole) {
@@ -215,23 +202,28 @@ impl Baseline {
             _ => BTreeMap::new(),
         };
         let mut base_perplexity = None;
-        for (branch, evaluation) in select(report, &measurement) {
-            unambiguous(branch, &measurement)?;
+        let mut take = |branch: &BranchReport, evaluation: Option<&EvaluationRecord>| {
             let tolerance = before.and_then(|b| b.branches.get(&branch.branch)?.tolerance);
-            base_perplexity = base_perplexity.or(evaluation.base_perplexity);
-            let accepted = Accepted {
-                file_bytes: branch.file_bytes,
-                perplexity: evaluation.perplexity,
-                kl: evaluation.kl,
-                settings: Some(Settings::of(branch)),
-                contaminated: evaluation.contaminated,
-                tasks: branch.tasks.iter().map(|task| (task_name(task), task.value)).collect(),
-                tolerance,
-            };
-            branches.insert(branch.branch.clone(), accepted);
+            branches.insert(branch.branch.clone(), Accepted::of(branch, evaluation, tolerance));
+        };
+        match &measurement {
+            Some(measurement) => {
+                for (branch, evaluation) in select(report, measurement) {
+                    unambiguous(branch, measurement)?;
+                    base_perplexity = base_perplexity.or(evaluation.base_perplexity);
+                    take(branch, Some(evaluation));
+                }
+            }
+            None => {
+                let first = model.as_deref().unwrap_or_default();
+                let alike = |b: &&BranchReport| model_name(&b.model) == model_name(first);
+                let branches = report.branches.iter().filter(has_tasks).filter(alike);
+                branches.for_each(|branch| take(branch, None));
+            }
         }
-        let tolerance = before.map_or(Tolerance::DEFAULT, |b| b.tolerance);
-        Ok(Self { format: BASELINE_FORMAT, measurement, tolerance, base_perplexity, branches })
+        let (format, tolerance) =
+            (BASELINE_FORMAT, before.map_or(Tolerance::DEFAULT, |b| b.tolerance));
+        Ok(Self { format, measurement, model, tolerance, base_perplexity, branches })
     }
 
     /// Compares a report with the accepted values. With `whole`, every branch of the baseline must
@@ -245,13 +237,13 @@ impl Baseline {
         let mut bases = Vec::new();
         for branch in &report.branches {
             let evaluation = self.evaluation(branch)?;
-            bases.push((branch.branch.as_str(), evaluation.base_perplexity));
+            bases.push((branch.branch.as_str(), evaluation.and_then(|e| e.base_perplexity)));
             match self.branches.get(&branch.branch) {
                 Some(accepted) => findings.extend(self.branch(branch, evaluation, accepted)),
                 None => {
                     let verdict = if whole { Verdict::New } else { Verdict::Unknown };
                     findings.push(whole_branch(&branch.branch, verdict));
-                    findings.extend(impossible(&branch.branch, evaluation));
+                    findings.extend(evaluation.iter().flat_map(|e| impossible(&branch.branch, e)));
                 }
             }
         }
@@ -267,52 +259,62 @@ impl Baseline {
         Ok(Outcome { passed, findings })
     }
 
-    /// The branch's evaluation that the baseline is about.
-    fn evaluation<'r>(&self, branch: &'r BranchReport) -> Result<&'r EvaluationRecord> {
-        unambiguous(branch, &self.measurement)?;
+    /// The branch's evaluation that the baseline is about; `None` where it is about tasks alone.
+    fn evaluation<'r>(&self, branch: &'r BranchReport) -> Result<Option<&'r EvaluationRecord>> {
+        let Some(measurement) = &self.measurement else {
+            return match self.other_model(&branch.model) {
+                Some(_) => Err(self.not_comparable(branch, None)),
+                None => Ok(None),
+            };
+        };
+        unambiguous(branch, measurement)?;
         let mut differs = None;
         for evaluation in &branch.evaluations {
-            let measurement = Measurement::new(branch, evaluation);
-            if self.measurement.difference(&measurement).is_none() {
-                return Ok(evaluation);
+            let now = Measurement::new(branch, evaluation);
+            if measurement.difference(&now).is_none() {
+                return Ok(Some(evaluation));
             }
-            differs = differs.or(Some(measurement));
+            differs = differs.or(Some(now));
         }
-        match differs {
-            Some(now) => Err(not_comparable(&branch.branch, &self.measurement, &now)),
-            None => Err(Error::NotComparable {
-                branch: branch.branch.clone(),
-                reason: "it was not measured".to_owned(),
-            }),
-        }
+        Err(self.not_comparable(branch, differs.as_ref()))
+    }
+
+    /// That a branch's numbers say nothing about the baseline's.
+    fn not_comparable(&self, branch: &BranchReport, now: Option<&Measurement>) -> Error {
+        let reason = match (&self.measurement, now) {
+            (Some(then), Some(now)) => then.difference(now).unwrap_or_default(),
+            (Some(_), None) => "it was not measured".to_owned(),
+            (None, _) => self
+                .other_model(&branch.model)
+                .unwrap_or_else(|| "the baseline holds results on tasks alone".to_owned()),
+        };
+        Error::NotComparable { branch: branch.branch.clone(), reason }
+    }
+
+    /// Why results on tasks are of another model than a branch.
+    fn other_model(&self, now: &str) -> Option<String> {
+        let then = self.model.as_deref()?;
+        (model_name(then) != model_name(now)).then(|| format!("the model was {then}, now {now}"))
     }
 
     fn branch(
         &self,
         branch: &BranchReport,
-        evaluation: &EvaluationRecord,
+        evaluation: Option<&EvaluationRecord>,
         accepted: &Accepted,
     ) -> Vec<Finding> {
         let tolerance = accepted.tolerance.unwrap_or(self.tolerance);
-        let finding = |what, baseline, now, tolerance| {
-            measured(&branch.branch, what, (baseline, now), tolerance)
-        };
-        let mut findings = vec![finding(
-            "perplexity",
-            accepted.perplexity,
-            evaluation.perplexity,
-            tolerance.perplexity,
-        )];
-        findings.extend(match (accepted.kl, evaluation.kl) {
-            (Some(then), Some(now)) => Some(finding("kl", then, now, tolerance.kl)),
-            (None, None) => None,
-            (baseline, now) => {
-                let verdict = if now.is_some() { Verdict::New } else { Verdict::Missing };
-                let what = "kl".into();
-                Some(Finding { baseline, now, what, ..whole_branch(&branch.branch, verdict) })
+        let mut findings = match (accepted.perplexity, evaluation) {
+            (Some(perplexity), Some(evaluation)) => {
+                values(branch, evaluation, (perplexity, accepted.kl), tolerance)
             }
-        });
-        findings.extend(tasks(branch, accepted, tolerance.task));
+            // Nothing is held to what was measured besides tasks.
+            _ => branch.evaluations.first().map_or_else(Vec::new, |evaluation| {
+                let (what, now) = ("perplexity".into(), Some(evaluation.perplexity));
+                vec![Finding { what, now, ..whole_branch(&branch.branch, Verdict::New) }]
+            }),
+        };
+        findings.extend(accepted.tasks(branch, tolerance.task));
         let bytes = (accepted.file_bytes, branch.file_bytes);
         findings.push(Finding {
             branch: branch.branch.clone(),
@@ -331,7 +333,7 @@ impl Baseline {
         let settings = accepted.settings.as_ref();
         let settings = settings.and_then(|then| then.difference(&Settings::of(branch)));
         findings.extend(settings.map(|difference| changed("settings", difference)));
-        if evaluation.contaminated && !accepted.contaminated {
+        if evaluation.is_some_and(|e| e.contaminated) && !accepted.contaminated {
             let detail = "it was calibrated on the text that it was measured on".to_owned();
             findings.push(changed("contaminated", detail));
         }
@@ -363,61 +365,25 @@ impl Baseline {
     }
 }
 
-/// Results on tasks: those of both sides against each other, and what one side lacks.
-fn tasks(branch: &BranchReport, accepted: &Accepted, tolerance: f64) -> Vec<Finding> {
-    let of_one = |name: &str, (baseline, now), verdict| Finding {
-        what: name.to_owned().into(),
-        baseline,
-        now,
-        ..whole_branch(&branch.branch, verdict)
-    };
-    let mut findings: Vec<Finding> = branch
-        .tasks
-        .iter()
-        .map(|now| {
-            let name = task_name(now);
-            match accepted.tasks.get(&name) {
-                Some(&then) => task(&branch.branch, now, then, tolerance),
-                None => of_one(&name, (None, Some(now.value)), Verdict::New),
-            }
-        })
-        .collect();
-    let there = |name: &&String| branch.tasks.iter().any(|task| task_name(task) == **name);
-    let missing = accepted.tasks.iter().filter(|(name, _)| !there(name));
-    findings
-        .extend(missing.map(|(name, &then)| of_one(name, (Some(then), None), Verdict::Missing)));
-    findings
-}
-
-impl Settings {
-    fn of(branch: &BranchReport) -> Self {
-        Self {
-            bits: branch.bits,
-            group_size: branch.group_size,
-            act_order: branch.act_order,
-            recipe: branch.recipe.clone(),
-            source_dtype: branch.source_dtype,
+/// Perplexity and KL against the accepted ones.
+fn values(
+    branch: &BranchReport,
+    evaluation: &EvaluationRecord,
+    (perplexity, kl): (f64, Option<f64>),
+    tolerance: Tolerance,
+) -> Vec<Finding> {
+    let name = branch.branch.as_str();
+    let perplexity = (perplexity, evaluation.perplexity);
+    let mut findings = vec![measured(name, "perplexity", perplexity, tolerance.perplexity)];
+    findings.extend(match (kl, evaluation.kl) {
+        (Some(then), Some(now)) => Some(measured(name, "kl", (then, now), tolerance.kl)),
+        (None, None) => None,
+        (baseline, now) => {
+            let verdict = if now.is_some() { Verdict::New } else { Verdict::Missing };
+            Some(Finding { baseline, now, what: "kl".into(), ..whole_branch(name, verdict) })
         }
-    }
-
-    /// What differs, in words.
-    fn difference(&self, now: &Self) -> Option<String> {
-        let pairs = [
-            ("bits", self.bits.to_string(), now.bits.to_string()),
-            ("group size", group(self.group_size), group(now.group_size)),
-            ("act-order", self.act_order.to_string(), now.act_order.to_string()),
-            ("recipe", self.recipe.clone(), now.recipe.clone()),
-            (
-                "source dtype",
-                self.source_dtype.name().to_owned(),
-                now.source_dtype.name().to_owned(),
-            ),
-        ];
-        let differ = pairs.into_iter().filter(|(_, then, now)| then != now);
-        let differences: Vec<String> =
-            differ.map(|(what, then, now)| format!("{what} was {then}, now {now}")).collect();
-        (!differences.is_empty()).then(|| differences.join("; "))
-    }
+    });
+    findings
 }
 
 /// Of two evaluations of one measurement either might be meant.
@@ -441,11 +407,6 @@ fn select<'r>(
             |e: &&EvaluationRecord| measurement.difference(&Measurement::new(branch, e)).is_none();
         Some((branch, branch.evaluations.iter().find(alike)?))
     })
-}
-
-fn not_comparable(branch: &str, baseline: &Measurement, now: &Measurement) -> Error {
-    let reason = baseline.difference(now).unwrap_or_default();
-    Error::NotComparable { branch: branch.to_owned(), reason }
 }
 
 #[cfg(test)]

@@ -163,7 +163,7 @@ fn an_update_keeps_tolerances_and_only_a_whole_one_drops_branches() {
     let whole = Baseline::accept(&now, Some(&old), true).unwrap();
     assert_eq!(whole.branches.keys().collect::<Vec<_>>(), ["3bit-128g"]);
     let accepted = &whole.branches["3bit-128g"];
-    assert_eq!((accepted.perplexity, accepted.tolerance), (23.0, Some(own)));
+    assert_eq!((accepted.perplexity, accepted.tolerance), (Some(23.0), Some(own)));
     assert_eq!(whole.tolerance.kl, 0.03);
     assert!(whole.check(&now, true).unwrap().passed);
     let one = Baseline::accept(&now, Some(&old), false).unwrap();
@@ -172,7 +172,8 @@ fn an_update_keeps_tolerances_and_only_a_whole_one_drops_branches() {
 
     // Other text: a whole report starts anew, one branch would stand beside values of the old text.
     now.branches[0].evaluations[0].windows = 8;
-    assert_eq!(Baseline::accept(&now, Some(&old), true).unwrap().measurement.windows, 8);
+    let anew = Baseline::accept(&now, Some(&old), true).unwrap();
+    assert_eq!(anew.measurement.unwrap().windows, 8);
     let error = Baseline::accept(&now, Some(&old), false).unwrap_err().to_string();
     assert!(error.contains("number of windows"), "{error}");
     now.branches[0].evaluations.clear();
@@ -199,9 +200,8 @@ fn a_baseline_is_written_and_read_and_mistakes_in_it_are_named() {
     assert!(refused().contains("format is 2"), "{}", refused());
 }
 
-#[test]
-fn results_on_tasks_are_held_in_their_own_unit() {
-    let task = |name: &str, value: f64, higher_is_better: bool| TaskRecord {
+fn task(name: &str, value: f64, higher_is_better: bool) -> TaskRecord {
+    TaskRecord {
         task: name.to_owned(),
         metric: "acc".to_owned(),
         value,
@@ -212,7 +212,89 @@ fn results_on_tasks_are_held_in_their_own_unit() {
         harness: "lm_eval 0.4".to_owned(),
         dtype: "f32".to_owned(),
         base: None,
+    }
+}
+
+#[test]
+fn results_of_other_questions_are_not_compared() {
+    let mut accepted = before();
+    accepted.branches[0].set_task(task("facts", 0.70, true));
+    let baseline = Baseline::accept(&accepted, None, true).unwrap();
+    let detail = |change: &dyn Fn(&mut TaskRecord)| {
+        let mut now = accepted.clone();
+        change(&mut now.branches[0].tasks[0]);
+        let outcome = baseline.check(&now, true).unwrap();
+        assert!(!outcome.passed);
+        assert_eq!(verdicts(&outcome), ["4bit-32g facts acc CHANGED"]);
+        let changed = outcome.findings.into_iter().find(|f| f.verdict == Verdict::Changed);
+        changed.unwrap().detail.unwrap()
     };
+    assert_eq!(
+        detail(&|t| (t.few_shot, t.value) = (Some(5), 0.8)),
+        "the number of solved questions before each was 0, now 5"
+    );
+    assert_eq!(detail(&|t| t.samples = Some(100)), "the number of questions was 400, now 100");
+    assert_eq!(detail(&|t| t.samples = None), "the number of questions was 400, now unknown");
+    assert_eq!(
+        detail(&|t| t.harness = "lm_eval 0.5".to_owned()),
+        "the harness was lm_eval 0.4, now lm_eval 0.5"
+    );
+    // A baseline of a version that had the number alone is held to that.
+    let mut old = serde_json::to_value(&baseline).unwrap();
+    let tasks = &mut old["branches"]["4bit-32g"]["tasks"];
+    assert_eq!(tasks["facts acc"]["samples"], 400);
+    tasks["facts acc"] = serde_json::json!(0.70);
+    let old: Baseline = serde_json::from_value(old).unwrap();
+    let mut now = accepted.clone();
+    now.branches[0].tasks[0].few_shot = Some(5);
+    assert!(old.check(&now, true).unwrap().passed);
+    now.branches[0].tasks[0].value = 0.5;
+    assert_eq!(verdicts(&old.check(&now, true).unwrap()), ["4bit-32g facts acc WORSE"]);
+}
+
+/// What was only asked, and never measured on a text, is held as well.
+#[test]
+fn a_baseline_may_hold_tasks_alone() {
+    let mut accepted = before();
+    accepted.branches.iter_mut().for_each(|branch| branch.evaluations.clear());
+    assert!(matches!(Baseline::accept(&accepted, None, true), Err(Error::NotMeasured)));
+    accepted.branches[0].set_task(task("facts", 0.70, true));
+    accepted.branches.truncate(1);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("baseline.json");
+    Baseline::accept(&accepted, None, true).unwrap().write(&path).unwrap();
+    let baseline = Baseline::read(&path).unwrap();
+    let outcome = |change: &dyn Fn(&mut BranchReport)| {
+        let mut now = accepted.clone();
+        change(&mut now.branches[0]);
+        baseline.check(&now, true).map(|outcome| verdicts(&outcome)).map_err(|e| e.to_string())
+    };
+    assert_eq!(outcome(&|_| ()).unwrap(), [""; 0]);
+    assert_eq!(
+        outcome(&|b| b.set_task(task("facts", 0.6, true))).unwrap(),
+        ["4bit-32g facts acc WORSE"]
+    );
+    assert_eq!(outcome(&|b| b.tasks.clear()).unwrap(), ["4bit-32g facts acc MISSING"]);
+    assert_eq!(outcome(&|b| b.file_bytes += 1).unwrap(), ["4bit-32g file_bytes CHANGED"]);
+    let other = outcome(&|b| b.model = "org/other".to_owned()).unwrap_err();
+    assert!(other.contains("the model was org/model, now org/other"), "{other}");
+    // A perplexity that was measured since passes, and an update of all holds it from then on.
+    let measured = |b: &mut BranchReport| b.evaluations = before().branches[0].evaluations.clone();
+    assert_eq!(outcome(&measured).unwrap(), ["4bit-32g perplexity new"]);
+    let mut now = accepted.clone();
+    measured(&mut now.branches[0]);
+    assert!(Baseline::accept(&now, Some(&baseline), true).unwrap().measurement.is_some());
+    let one = Baseline::accept(&now, Some(&baseline), false).unwrap_err().to_string();
+    assert!(one.contains("results on tasks alone"), "{one}");
+    let kept = Baseline::accept(&accepted, Some(&baseline), false).unwrap();
+    assert_eq!(kept, baseline);
+    // The other way round numbers are missed that the baseline has.
+    let unmeasured = self::baseline().check(&accepted, true).unwrap_err().to_string();
+    assert!(unmeasured.contains("it was not measured"), "{unmeasured}");
+}
+
+#[test]
+fn results_on_tasks_are_held_in_their_own_unit() {
     let mut accepted = before();
     accepted.branches[0].set_task(task("facts", 0.70, true));
     accepted.branches[0].set_task(task("bytes", 1.50, false));

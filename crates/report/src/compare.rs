@@ -67,7 +67,8 @@ impl Measurement {
     }
 }
 
-fn model_name(model: &str) -> &str {
+/// A model without its owner, which a folder has not.
+pub(crate) fn model_name(model: &str) -> &str {
     model.rsplit('/').next().unwrap_or(model)
 }
 

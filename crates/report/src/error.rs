@@ -40,7 +40,7 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
-    /// A report without a single perplexity.
+    /// A report without a single perplexity or result on a task.
     #[error("No branch of the report was measured")]
     NotMeasured,
     /// A model's facts that do not say what they should.
@@ -92,7 +92,9 @@ impl Error {
                 Some("name a folder that gptq sweep or gptq quantize made".into())
             }
             Self::NoBaseline(_) => Some("make it with gptq check --update".into()),
-            Self::NotMeasured => Some("give the configuration an [evaluation]".into()),
+            Self::NotMeasured => Some(
+                "give the configuration an [evaluation], or measure tasks with gptq eval".into(),
+            ),
             Self::BranchTwice { .. } => Some("name each folder once".into()),
             _ => None,
         }

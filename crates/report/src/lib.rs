@@ -8,6 +8,7 @@
 //! This crate knows checkpoint folders and their records, and nothing of how they are made: no device,
 //! no text, no recipe.
 
+mod accepted;
 mod axis;
 mod blocks;
 pub mod card;
