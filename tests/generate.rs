@@ -8,6 +8,7 @@ mod util;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use util::{TinyLlama, Workdir, repository, words};
@@ -182,6 +183,7 @@ fn prompts_come_from_files_and_pipes_and_through_templates() {
     let model = demo();
     let tail = ["--max-tokens", "8", "--temperature", "0", CPU, "-q"];
     let typed = dir.gptq(&[&["generate", &model, "--prompt", "The king"][..], &tail].concat());
+    dir.gptq(&[&["generate", &model, "--prompt", "-5", "--stop", "-"][..], &tail].concat()).ok();
     let read = dir.gptq(&[&["generate", &model, "--prompt", "prompt.txt"][..], &tail].concat());
     assert_eq!(typed.ok(), read.ok());
     let mut child = Command::new(env!("CARGO_BIN_EXE_gptq"))
@@ -220,6 +222,19 @@ fn prompts_come_from_files_and_pipes_and_through_templates() {
     let told = ["generate", "chatty", "--prompts", "lines.jsonl", "--system", "Be kind"];
     assert_eq!(prompt_ids(&told), through);
     dir.write("deaf.toml", &FACTS.replace("system: {system_message}\\n", ""));
+    let line = json!({ "messages": [{ "role": "tool", "content": "Hi" }] });
+    dir.write("lines.jsonl", &line.to_string());
+    let unknown = ["generate", "chatty", "--template", "facts.toml", "--prompts", "lines.jsonl"];
+    dir.gptq(&[&unknown[..], &tail].concat()).refused(&["role `tool`", "system, user"]);
+    // A length that the files ask for and that is not followed is named, unless it changes nothing.
+    for (length, named) in [(20, false), (300, true), (512, false)] {
+        let config = format!("{{\"max_length\": {length}}}");
+        demo_with(&dir, "long", &[("generation_config.json", Some(&config))]);
+        let made = dir.gptq(&["generate", "long", "--prompt", "Hi", "--stop", "e", CPU]);
+        made.ok();
+        let says = made.stderr.contains("max_length 300");
+        assert_eq!(says, named, "{}", made.stderr);
+    }
     let deaf = ["generate", "chatty", "--template", "deaf.toml", "--system", "x", "--prompt", "Hi"];
     let made = dir.gptq(&[&deaf[..], &["--max-tokens", "2", CPU]].concat());
     assert!(
@@ -246,7 +261,7 @@ fn a_conversation_goes_on() {
     let dir = Workdir::new();
     let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:";
     demo_with(&dir, "chatty", &[("chat_template.jinja", Some(template))]);
-    let chat = |said: &str| {
+    let chat_bytes = |said: &[u8]| {
         let mut child = Command::new(env!("CARGO_BIN_EXE_gptq"))
             .args(["chat", "chatty", CPU, "-q", "--temperature", "0", "--max-tokens", "12"])
             .current_dir(dir.path(""))
@@ -254,14 +269,17 @@ fn a_conversation_goes_on() {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        child.stdin.take().unwrap().write_all(said.as_bytes()).unwrap();
+        child.stdin.take().unwrap().write_all(said).unwrap();
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success());
         String::from_utf8(output.stdout).unwrap()
     };
+    let chat = |said: &str| chat_bytes(said.as_bytes());
     let one = chat("Who is there?\n");
     assert!(!one.trim().is_empty());
     let two = chat("Who is there?\n\nAnd why?\n");
+    // What is no text is left out, and the conversation goes on.
+    assert_eq!(chat_bytes(b"\xff\xfe\nWho is there?\r\n"), one);
     assert!(two.starts_with(&one) && two.len() > one.len(), "{one:?} {two:?}");
     // What was said counts: begun anew, the same question has the answer of a first one.
     let anew = chat("Who is there?\n/reset\nAnd why?\n/exit\nnever read\n");
@@ -325,13 +343,54 @@ fn an_interrupted_text_is_whole_as_far_as_it_goes() {
     }
 }
 
+/// A long prompt is not read to its end for nobody.
+#[test]
+fn an_interrupted_prompt_is_left_unread() {
+    use std::os::unix::process::ExitStatusExt;
+    let dir = Workdir::new();
+    let mut model = TinyLlama::new();
+    model.config["max_position_embeddings"] = json!(65_536);
+    model.write(&dir.path("model"));
+    dir.write("prompt.txt", &words(60_000));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gptq"))
+        .args(["generate", "model", "--prompt", "prompt.txt", "--max-tokens", "9", "--json", CPU])
+        .current_dir(dir.path(""))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("load:") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0);
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let start = Instant::now();
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.signal(), Some(2));
+    let made: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&made["interrupted"], &made["texts"][0]["ids"]), (&json!(true), &json!([])));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
 #[test]
 fn what_makes_no_sense_is_refused_in_a_sentence() {
     let dir = Workdir::new();
     let model = demo();
     let refused = |args: &[&str], names: &[&str]| dir.gptq(args).refused(names);
     let long = "word ".repeat(2000);
-    refused(&["generate", &model, "--prompt", &long, CPU], &["tokens", "context"]);
+    refused(&["generate", &model, "--prompt", &long, CPU], &["tokens", "max_position_embeddings"]);
+    refused(&["generate", &model, "--prompt", &long, "--context", "99", CPU], &["context of 99"]);
+    let config = std::fs::read_to_string(format!("{model}/config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["model_type"] = json!("mistral");
+    config["architectures"] = json!(["MistralForCausalLM"]);
+    config["sliding_window"] = json!(64);
+    demo_with(&dir, "sliding", &[("config.json", Some(&config.to_string()))]);
+    refused(&["generate", "sliding", "--prompt", &long, CPU], &["64", "sliding_window"]);
     refused(&["generate", &model, "--prompt", "x", "--context", "1000000", CPU], &["1000000"]);
     refused(&["generate", &model, "--prompt", "x", "--temperature=-1", CPU], &["temperature"]);
     refused(&["generate", &model, "--prompt", "x", "--stop", "", CPU], &["stop"]);

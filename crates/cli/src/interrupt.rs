@@ -60,6 +60,11 @@ impl Interrupt {
         Ok(signal_hook::low_level::emulate_default_handler(SIGINT)?)
     }
 
+    /// Set when Ctrl-C is pressed, for those who look for themselves.
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.pressed)
+    }
+
     /// Whether Ctrl-C was pressed since it began.
     pub(crate) fn is_pressed(&self) -> bool {
         self.pressed.load(Ordering::Relaxed)

@@ -4,6 +4,8 @@
 //! costs the reading of the weights, however many tokens it makes. On the CPU a sequence's tokens are
 //! the same to the bit alone and among up to fifteen others.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use gptq_compute::Tensor;
@@ -19,6 +21,10 @@ use crate::stop::{StopStrings, Stopping};
 
 /// Rows of a prompt whose logits are there at a time: a vocabulary of numbers each.
 const SCORED_TOKENS: usize = 64;
+
+/// Tokens of a prompt that are read between two looks at whether it is still wanted: the decoder's own
+/// passes, so that the same numbers come of it.
+const READ_TOKENS: usize = 512;
 
 /// What is to be made of a prompt.
 #[derive(Clone, Debug)]
@@ -147,6 +153,8 @@ pub struct Engine<'a> {
     kept: Vec<Vec<u32>>,
     /// Time in prompts and in steps.
     spent: [Duration; 2],
+    /// Set from elsewhere when prompts are no longer wanted.
+    interrupted: Option<Arc<AtomicBool>>,
 }
 
 impl<'a> Engine<'a> {
@@ -167,7 +175,14 @@ impl<'a> Engine<'a> {
             active: (0..slots).map(|_| None).collect(),
             kept: vec![Vec::new(); slots],
             spent: [Duration::ZERO; 2],
+            interrupted: None,
         })
+    }
+
+    /// From now on a flag that is set ends [`start`](Self::start) with [`Error::Interrupted`], within a
+    /// part of a long prompt.
+    pub fn heed(&mut self, interrupted: Arc<AtomicBool>) {
+        self.interrupted = Some(interrupted);
     }
 
     /// Time spent on prompts, and on the steps after them.
@@ -186,13 +201,13 @@ impl<'a> Engine<'a> {
     /// tokens kept in some free slot do, only the rest is read, unless it is to be read whole.
     ///
     /// # Errors
-    /// [`Error::PromptEmpty`], [`Error::PromptTooLong`], [`Error::NoSlot`], and those of the device
-    /// and of the choice, after which the slot is free.
+    /// [`Error::PromptEmpty`], [`Error::PromptTooLong`], [`Error::NoSlot`], [`Error::Interrupted`], and
+    /// those of the device and of the choice, after which the slot is free.
     pub fn start(&mut self, request: Request) -> Result<Step> {
         let start = Instant::now();
         check_length(&request.prompt, 1, self.cache.capacity())?;
         let stop = StopStrings::new(request.stop.iter().cloned())?;
-        let (slot, hidden) = self.read(&request.prompt, request.whole)?;
+        let (slot, hidden) = self.read_in_parts(&request.prompt, request.whole)?;
         self.begin(slot, &hidden, request, stop, start)
     }
 
@@ -205,7 +220,7 @@ impl<'a> Engine<'a> {
         let start = Instant::now();
         check_length(&request.prompt, 1, self.cache.capacity())?;
         let stop = StopStrings::new(request.stop.iter().cloned())?;
-        let (slot, hidden) = self.read(&request.prompt, true)?;
+        let (slot, hidden) = self.read(&request.prompt)?;
         let scored = self.score_rows(&hidden, &request.prompt, top)?;
         Ok((scored, self.begin(slot, &hidden, request, stop, start)?))
     }
@@ -217,22 +232,45 @@ impl<'a> Engine<'a> {
     pub fn score(&mut self, prompt: &[u32], top: usize) -> Result<Vec<Scored>> {
         let start = Instant::now();
         check_length(prompt, 0, self.cache.capacity())?;
-        let (_, hidden) = self.read(prompt, true)?;
+        let (_, hidden) = self.read(prompt)?;
         let scored = self.score_rows(&hidden, prompt, top);
         self.spent[0] += start.elapsed();
         scored
     }
 
-    /// Reads a prompt into a free slot: the final hidden states of all its rows, or at least of its
-    /// last ones.
-    fn read(&mut self, prompt: &[u32], whole: bool) -> Result<(usize, Tensor)> {
-        let Some((slot, shared)) = self.free_slot(prompt) else { return Err(Error::NoSlot) };
-        let shared = if whole { 0 } else { shared };
-        self.cache.truncate(slot, shared);
-        self.kept[slot].truncate(shared);
-        let hidden = self.decoder.feed(&mut self.cache, slot, &prompt[shared..])?;
-        self.kept[slot].extend_from_slice(&prompt[shared..]);
+    /// Reads a whole prompt into a free slot: the final hidden states of all its rows.
+    fn read(&mut self, prompt: &[u32]) -> Result<(usize, Tensor)> {
+        let (slot, _) = self.free_slot(prompt).ok_or(Error::NoSlot)?;
+        self.keep(slot, 0);
+        let hidden = self.feed(slot, prompt)?;
         Ok((slot, hidden))
+    }
+
+    /// Reads a prompt into a free slot while it is wanted: the final hidden states of its last rows.
+    fn read_in_parts(&mut self, prompt: &[u32], whole: bool) -> Result<(usize, Tensor)> {
+        let (slot, shared) = self.free_slot(prompt).ok_or(Error::NoSlot)?;
+        let shared = if whole { 0 } else { shared };
+        self.keep(slot, shared);
+        let mut last = None;
+        for part in prompt[shared..].chunks(READ_TOKENS) {
+            if self.interrupted.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+                return Err(Error::Interrupted);
+            }
+            last = Some(self.feed(slot, part)?);
+        }
+        Ok((slot, last.ok_or(Error::PromptEmpty)?))
+    }
+
+    /// Forgets all but the first tokens of a slot.
+    fn keep(&mut self, slot: usize, tokens: usize) {
+        self.cache.truncate(slot, tokens);
+        self.kept[slot].truncate(tokens);
+    }
+
+    fn feed(&mut self, slot: usize, ids: &[u32]) -> Result<Tensor> {
+        let hidden = self.decoder.feed(&mut self.cache, slot, ids)?;
+        self.kept[slot].extend_from_slice(ids);
+        Ok(hidden)
     }
 
     /// What each row of a whole prompt says of the token after it.

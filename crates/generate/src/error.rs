@@ -103,6 +103,15 @@ pub enum Error {
         /// Tokens that a text may have.
         capacity: usize,
     },
+    /// A prompt template has no place for what somebody says.
+    #[error("A prompt template of a card has no place for messages of the role `{role}`")]
+    UnknownRole {
+        /// Who it is.
+        role: String,
+    },
+    /// The caller no longer wants what was begun.
+    #[error("Interrupted while a prompt was read")]
+    Interrupted,
     /// More texts at a time than there is room for.
     #[error("All places for texts are taken")]
     NoSlot,
@@ -127,6 +136,7 @@ impl Error {
             Self::PromptTooLong { .. } => {
                 "shorten it, or raise --context up to the model's limit".into()
             }
+            Self::UnknownRole { .. } => "roles are system, user and assistant".into(),
             Self::Text(error) => return error.hint(),
             Self::Model(error) => return error.hint(),
             _ => return None,

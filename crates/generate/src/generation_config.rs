@@ -12,8 +12,6 @@ pub const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
 /// What `generation_config.json` says, where it says it. A field that is null is not said.
 ///
-/// `max_length` counts the prompt too, and files carry 20, transformers' default of old, or the
-/// model's window; transformers prefers `max_new_tokens` to it, and nothing here reads it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationConfig {
     /// The file.
@@ -38,6 +36,10 @@ pub struct GenerationConfig {
     pub pad_token_id: Option<u32>,
     /// How many tokens an answer has at most.
     pub max_new_tokens: Option<usize>,
+    /// How many tokens a prompt and its answer have at most, to which transformers prefers
+    /// `max_new_tokens`. Files carry 20, transformers' default of old, or the model's window; it is not
+    /// followed here, and a caller should say so where it would change something.
+    pub max_length: Option<usize>,
     /// What else the file asks for that transformers would do and this program does not, as
     /// `num_beams 4`: a caller should say so.
     pub not_followed: Vec<String>,
@@ -88,6 +90,10 @@ impl GenerationConfig {
             Some(none) if none.as_i64() == Some(-1) => Ok(None),
             _ => file.read(key, token_id, "a token"),
         };
+        let most = |key: &str| {
+            let above = |value: &Value| whole(value).filter(|&most| most > 0);
+            file.read(key, above, "a whole number above 0")
+        };
         Ok(Self {
             path: file.path().to_owned(),
             do_sample: file.read("do_sample", Value::as_bool, "true or false")?,
@@ -99,11 +105,8 @@ impl GenerationConfig {
             eos_token_ids: eos_token_ids(file)?,
             bos_token_id: token("bos_token_id")?,
             pad_token_id: token("pad_token_id")?,
-            max_new_tokens: file.read(
-                "max_new_tokens",
-                |value| whole(value).filter(|&most| most > 0),
-                "a whole number above 0",
-            )?,
+            max_new_tokens: most("max_new_tokens")?,
+            max_length: most("max_length")?,
             not_followed: not_followed(file),
         })
     }
@@ -189,7 +192,7 @@ mod tests {
         assert_eq!(llama.repetition_penalty, Some(1.0));
         assert_eq!(llama.eos_token_ids, [128_001, 128_009]);
         assert_eq!((llama.bos_token_id, llama.pad_token_id), (Some(128_000), None));
-        assert_eq!(llama.max_new_tokens, Some(7));
+        assert_eq!((llama.max_new_tokens, llama.max_length), (Some(7), Some(4096)));
         assert_eq!(llama.not_followed, [r#"stop_strings ["x"]"#]);
         assert_eq!(config(r#"{"eos_token_id": 2}"#).unwrap().eos_token_ids, [2]);
     }
@@ -211,6 +214,7 @@ mod tests {
             ("eos_token_id", "4294967296"),
             ("pad_token_id", "-2"),
             ("max_new_tokens", "0"),
+            ("max_length", "\"long\""),
         ] {
             let error = config(&format!("{{\"{key}\": {value}}}")).unwrap_err().to_string();
             assert!(error.contains(GENERATION_CONFIG_FILE) && error.contains(key), "{error}");

@@ -33,7 +33,7 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
     /// End the text before this string; may be given several times
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,
     /// Tokens that a prompt and its text may have together [default: as many as are needed, up to the
     /// model's limit]
@@ -43,7 +43,7 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "FACTS.toml")]
     pub(crate) template: Option<PathBuf>,
     /// What the model is told before the first prompt
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) system: Option<String>,
 }
 

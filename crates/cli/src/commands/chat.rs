@@ -1,9 +1,10 @@
 //! `gptq chat`: a conversation, a line at a time.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::string::FromUtf8Error;
 
 use anyhow::{Context, Result};
-use gptq_generate::{Engine, Finish, Message, Request, check_length};
+use gptq_generate::{Engine, Error, Finish, Message, Request};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
@@ -59,20 +60,27 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let interrupt = Interrupt::listen()?;
     let decoder = model.decoder(&device, context, printer)?;
     let mut engine = Engine::new(&decoder, &model.tokenizer, 1, context)?;
+    engine.heed(interrupt.flag());
     let begin = || -> Vec<Message> {
         options.system.iter().map(|system| Message::new("system", system)).collect()
     };
     let mut messages = begin();
     let asks = !args.json && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
-    let mut lines = std::io::stdin().lock().lines();
+    let mut said = std::io::stdin().lock();
     loop {
         if asks {
             let mut out = std::io::stdout().lock();
             write!(out, "> ")?;
             out.flush()?;
         }
-        let Some(line) = lines.next() else { break };
-        let line = line.context("Could not read standard input")?;
+        let line = match next_line(&mut said).context("Could not read standard input")? {
+            None => break,
+            Some(Ok(line)) => line,
+            Some(Err(_)) => {
+                printer.warn("this line is not UTF-8 and is left out");
+                continue;
+            }
+        };
         match line.trim() {
             "" => continue,
             "/exit" => break,
@@ -83,10 +91,10 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             _ => messages.push(Message::new("user", line)),
         }
         let prompt = model.encode_chat(&template, &messages)?;
-        if let Err(error) = check_length(&prompt, 1, context) {
+        if let Err(error) = model.check_length(&prompt, context) {
             messages.pop();
             if messages.last().is_none_or(|message| message.role == "system") {
-                return Err(error.into());
+                return Err(error);
             }
             printer.warn("this does not fit the context any more; /reset begins anew");
             continue;
@@ -96,6 +104,11 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             true => Ok(true),
             false => print_part(part),
         })?;
+        let Some(answer) = answer else {
+            printer.note("interrupted before the answer: what you said is taken back");
+            messages.pop();
+            continue;
+        };
         print_result(&if args.json { serde_json::to_string(&answer)? } else { String::new() })?;
         match answer.finish {
             Some(Finish::ContextFull) => printer.warn("the context is full; /reset begins anew"),
@@ -107,16 +120,33 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     Ok(())
 }
 
-/// Makes an answer, and shows it as it comes.
+/// The next line without its end; `None` where there is no more, and the bytes of one that is no text.
+fn next_line(said: &mut impl BufRead) -> std::io::Result<Option<Result<String, FromUtf8Error>>> {
+    let mut line = Vec::new();
+    if said.read_until(b'\n', &mut line)? == 0 {
+        return Ok(None);
+    }
+    let end = line.iter().rposition(|byte| !matches!(byte, b'\r' | b'\n'));
+    line.truncate(end.map_or(0, |end| end + 1));
+    Ok(Some(String::from_utf8(line)))
+}
+
+/// Makes an answer, and shows it as it comes; `None` where Ctrl-C came before its first token.
 fn answer(
     engine: &mut Engine<'_>,
     request: Request,
     interrupt: &Interrupt,
     show: impl Fn(&str) -> Result<bool>,
-) -> Result<Answer> {
+) -> Result<Option<Answer>> {
     interrupt.begin();
     let mut answer = Answer::default();
-    let mut step = engine.start(request)?;
+    let mut step = match engine.start(request) {
+        Err(Error::Interrupted) => {
+            interrupt.end();
+            return Ok(None);
+        }
+        step => step?,
+    };
     loop {
         let read_on = show(&step.text)?;
         answer.text.push_str(&step.text);
@@ -133,5 +163,5 @@ fn answer(
     interrupt.end();
     show(&rest)?;
     answer.text.push_str(&rest);
-    Ok(answer)
+    Ok(Some(answer))
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::read_small_text;
-use gptq_generate::{Engine, Finish, Message, Step, check_length};
+use gptq_generate::{Engine, Error, Finish, Message, Step};
 use serde::{Deserialize, Serialize};
 
 use super::text_model::{
@@ -37,6 +37,7 @@ pub(crate) struct Args {
     model: String,
     /// The prompt: a text, a file that holds it, or - for standard input
     #[arg(long, value_name = "TEXT|FILE|-", required_unless_present = "prompts")]
+    #[arg(allow_hyphen_values = true)]
     prompt: Option<String>,
     /// Several prompts, a line each: a JSON string, {\"prompt\": …} or {\"messages\": […]}
     #[arg(long, value_name = "FILE.jsonl", conflicts_with = "prompt")]
@@ -133,6 +134,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let decoder = model.decoder(&device, context, printer)?;
     let slots = args.batch.min(prompts.len());
     let mut engine = Engine::new(&decoder, &model.tokenizer, slots, context)?;
+    engine.heed(interrupt.flag());
     let stream = prompts.len() == 1 && !args.json;
 
     let start = Instant::now();
@@ -144,9 +146,10 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let mut read_on = true;
     while read_on && (next < texts.len() || engine.active() > 0) && !interrupt.is_pressed() {
         let made = if next < texts.len() && engine.active() < slots {
-            let step = {
-                let prompt = texts[next].prompt_ids.clone();
-                engine.start(model.request(prompt, true, &args.sampling))?
+            let prompt = texts[next].prompt_ids.clone();
+            let step = match engine.start(model.request(prompt, true, &args.sampling)) {
+                Err(Error::Interrupted) => break,
+                step => step?,
             };
             first.get_or_insert_with(|| start.elapsed());
             of_slot[step.slot] = next;
@@ -314,7 +317,7 @@ fn context(
     let limit = model.limit();
     let context = args.sampling.context.unwrap_or(needed.min(limit));
     for (prompt, number) in prompts.iter().zip(1..) {
-        let fits = check_length(prompt, 1, context.min(limit));
+        let fits = model.check_length(prompt, context);
         if prompts.len() == 1 {
             fits?;
         } else {

@@ -9,6 +9,7 @@ use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 use gptq_generate::{
     ChatTemplate, Error, GenerationConfig, Message, PromptTemplate, Request, Sampling, StopTokens,
+    check_length,
 };
 use gptq_model::{Decoder, context_limit};
 use gptq_pipeline::progress::Progress;
@@ -26,13 +27,15 @@ const MOST_AT_ONCE: usize = 16;
 /// more.
 const CONTEXT: usize = 4096;
 
+/// `max_length` of files that transformers wrote of its own accord.
+const OLD_MAX_LENGTH: usize = 20;
+
 /// What is known of a model before its weights are read.
 pub(crate) struct TextModel {
     pub(crate) checkpoint: Checkpoint,
     /// Shared with threads that make prompts while others are gone on with.
     pub(crate) tokenizer: Arc<TextTokenizer>,
     /// `generation_config.json`, where there is one.
-    #[cfg_attr(not(feature = "serve"), expect(dead_code, reason = "the server alone asks"))]
     pub(crate) generation: Option<GenerationConfig>,
     pub(crate) sampling: Sampling,
     pub(crate) max_tokens: usize,
@@ -83,8 +86,18 @@ impl TextModel {
         Ok(Self { checkpoint, tokenizer, generation, sampling, max_tokens, end })
     }
 
-    /// Says how tokens are chosen.
+    /// Says how tokens are chosen, and of a length that the files ask for and that is not followed.
     pub(crate) fn note_choice(&self, args: &SamplingArgs, printer: &Printer) {
+        let file = self.generation.as_ref().filter(|file| file.max_new_tokens.is_none());
+        let length = file.and_then(|file| file.max_length).filter(|_| args.max_tokens.is_none());
+        // The model's own limit holds anyhow.
+        let means = |&length: &usize| length != OLD_MAX_LENGTH && length < self.limit();
+        if let Some(length) = length.filter(means) {
+            printer.warn(&format!(
+                "generation_config.json has max_length {length}, which counts the prompt and is not \
+                 followed: --max-tokens says how long an answer may be"
+            ));
+        }
         let greedy = self.sampling.is_greedy();
         let seed = if greedy { String::new() } else { format!(", seed {}", args.seed) };
         printer.note(&format!("choosing: {}{seed}", self.sampling.describe()));
@@ -107,6 +120,21 @@ impl TextModel {
     /// The most tokens that a text of this model can have, prompt included.
     pub(crate) fn limit(&self) -> usize {
         context_limit(self.checkpoint.config()).0
+    }
+
+    /// That a prompt leaves room for a token in a context, and in the model's own limit, which says why
+    /// it is one.
+    pub(crate) fn check_length(&self, prompt: &[u32], context: usize) -> Result<()> {
+        let (limit, why) = context_limit(self.checkpoint.config());
+        match check_length(prompt, 1, context.min(limit)) {
+            Err(Error::PromptTooLong { tokens, capacity }) if capacity == limit => {
+                let message = format!(
+                    "The prompt has {tokens} tokens, and with one more it exceeds the {limit} that {why}"
+                );
+                Err(advised(message, "shorten it"))
+            }
+            other => Ok(other?),
+        }
     }
 
     /// Tokens of texts of which nobody knows how long they will be: what was asked for, or what fits.
@@ -165,26 +193,27 @@ impl Template {
             Self::Chat(chat) => tokenizer.encode_chat(&chat.render(messages, true)?)?,
             // Texts of special tokens are no part of a card's template; a BOS is what the tokenizer
             // puts before any text.
-            Self::Card(card) => tokenizer.encode(&card_text(card, messages))?,
+            Self::Card(card) => tokenizer.encode(&card_text(card, messages)?)?,
         })
     }
 }
 
 /// A conversation in a card's template, turn after turn.
-fn card_text(card: &PromptTemplate, messages: &[Message]) -> String {
+fn card_text(card: &PromptTemplate, messages: &[Message]) -> Result<String, Error> {
     let mut text = String::new();
     let mut system = None;
     for message in messages {
         match message.role.as_str() {
             "system" => system = Some(message.content.as_str()),
             "user" => text.push_str(&card.render(&message.content, system)),
-            _ => {
+            "assistant" => {
                 text.push_str(&message.content);
                 text.push_str("\n\n");
             }
+            other => return Err(Error::UnknownRole { role: other.to_owned() }),
         }
     }
-    text
+    Ok(text)
 }
 
 /// That so many texts can be made at once; `option` asked for them.
