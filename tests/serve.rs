@@ -599,9 +599,13 @@ fn half_sent_requests_are_no_siege() {
     let dir = Workdir::new();
     TinyLlama::new().write(&dir.path("model"));
     let server = Server::start(&dir, "model", &[]);
-    let half = |_| {
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+                Content-Length: 99\r\n\r\n{";
+    let half = |number: usize| {
         let mut connection = server.connect();
-        let _ = connection.write_all(b"POST /v1/completions HTTP/1.1\r\nHo");
+        // Some to the middle of their heads, and some of their bodies.
+        let sent = if number.is_multiple_of(2) { head } else { &head[..30] };
+        let _ = connection.write_all(sent.as_bytes());
         connection
     };
     let siege: Vec<_> = (0..300).map(half).collect();

@@ -5,13 +5,17 @@
 
 The client asks for texts and answers, whole and streamed, and meets its own errors. The harness measures
 a task of simple facts (`tasks/cloze_facts.*`) by way of the server and with its own backend of the same
-folder in float32: every log-likelihood, every greedy flag and the accuracy have to be the same.
+folder in float32: every log-likelihood, every greedy flag and the accuracy have to be the same. Of a GPTQ
+folder its own backend gets the dense model that `readers.py` unpacks it to. `--no-client` leaves out the
+client, whose questions are for a model that answers.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,11 +55,17 @@ def raised(call):
     return None
 
 
+def length(model):
+    """Tokens of a text: a kilobyte's worth, or what the model was made for."""
+    return min(1024, json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"])
+
+
 def official_client(address, name):
     import openai
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     check("models", [model.id for model in client.models.list()] == [name])
+    check("model", client.models.retrieve(name).id == name)
 
     asked = {"model": name, "prompt": "The capital of France is", "max_tokens": 12, "temperature": 0, "logprobs": 2}
     whole = client.completions.create(**asked)
@@ -80,20 +90,37 @@ def official_client(address, name):
     for part in client.chat.completions.create(**asked, stream=True):
         text += part.choices[0].delta.content or ""
     check("chat stream", text == said)
+    newer = {key: value for key, value in asked.items() if key != "max_tokens"}
+    newer |= {"max_completion_tokens": 16, "user": "somebody", "store": False, "metadata": {"a": "b"}}
+    again = client.chat.completions.create(**newer)
+    check("chat with newer names", again.choices[0].message.content == said)
     with client.chat.completions.create(model=name, messages=messages, stream=True) as stream:
         next(iter(stream))
     check("chat stream left early", client.models.list().data)
 
-    wrong = {
-        openai.BadRequestError: {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        openai.NotFoundError: {"model": "another"},
-    }
-    for kind, more in wrong.items():
+    wrong = [
+        (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (openai.BadRequestError, {"reasoning_effort": "high"}),
+        (openai.NotFoundError, {"model": "another"}),
+    ]
+    for kind, more in wrong:
         error = raised(lambda: client.chat.completions.create(**{"model": name, "messages": messages, **more}))
-        check(f"chat {kind.__name__}", isinstance(error, kind) and error.param in more, error)
+        check(f"chat {kind.__name__} of {next(iter(more))}", isinstance(error, kind) and error.param in more, error)
 
 
-def harness(address, model, name, limit, ways):
+def dense_folder(model, folder):
+    """The folder of a dense model for transformers: `model` itself, or what its codes stand for."""
+    if not (Path(model) / "quantize_config.json").exists():
+        return model
+    import readers
+
+    readers.dense(model).save_pretrained(folder)
+    for file in Path(model).glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def harness(address, model, dense, name, limit, ways):
     import lm_eval
     import yaml
 
@@ -111,11 +138,11 @@ def harness(address, model, name, limit, ways):
         scores = result["results"]["cloze_facts"]
         return answers, scores["acc,none"], scores["acc_norm,none"], time.monotonic() - start
 
-    theirs = run("hf", {"pretrained": model, "dtype": "float32", "device": "cpu"}, 8)
+    theirs = run("hf", {"pretrained": dense, "tokenizer": model, "dtype": "float32", "device": "cpu"}, 8)
     for batch, concurrent in ways:
         arguments = {
             "model": name, "tokenizer": model, "base_url": f"{address}/v1/completions", "num_concurrent": concurrent,
-            "max_length": 1024,
+            "max_length": length(model),
         }
         ours = run("local-completions", arguments, batch)
         # A greedy flag comes as it is, or as its name.
@@ -133,15 +160,18 @@ def main():
     parser.add_argument("--gptq", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--no-harness", action="store_true")
+    parser.add_argument("--no-client", action="store_true")
     parser.add_argument("--limit", type=int, help="so many items of the task")
     parser.add_argument("--once", action="store_true", help="in one way of batching alone")
     args = parser.parse_args()
     name = Path(args.model).resolve().name
-    with Server(args.gptq, args.model, "--context", "1024") as server:
-        official_client(server.address, name)
+    with Server(args.gptq, args.model, "--context", str(length(args.model))) as server:
+        if not args.no_client:
+            official_client(server.address, name)
         if not args.no_harness:
             ways = ((8, 4),) if args.once else ((1, 1), (8, 4))
-            harness(server.address, args.model, name, args.limit, ways)
+            with tempfile.TemporaryDirectory() as folder:
+                harness(server.address, args.model, dense_folder(args.model, folder), name, args.limit, ways)
     wrong = [name for name, right in CHECKS if not right]
     print(json.dumps({"checks": len(CHECKS), "wrong": wrong}))
     sys.exit(bool(wrong))

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use http_body::{Body as _, Frame};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::timeout;
 
 use crate::api_key::ApiKey;
 use crate::fields::Fields;
@@ -31,8 +32,9 @@ use crate::{chat, completions, origin};
 const MOST_BODY: usize = 4 << 20;
 /// Bytes that are read of one that is too large, so that its sender comes to read why it is refused.
 const MOST_READ: usize = 64 << 20;
-/// How long a body may take to arrive.
+/// How long a body may take to arrive, and how long nothing of it may.
 const BODY_TIME: Duration = Duration::from_secs(30);
+const BODY_SILENCE: Duration = Duration::from_secs(10);
 
 /// What all requests share.
 pub(crate) struct Shared {
@@ -187,9 +189,10 @@ async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
     }
     let reading = async {
         let (mut read, mut arrived) = (Vec::new(), 0);
-        while let Some(frame) =
-            std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await
-        {
+        loop {
+            let frame = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context));
+            let frame = timeout(BODY_SILENCE, frame).await.map_err(|_| Refusal::too_slow())?;
+            let Some(frame) = frame else { break };
             let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
             arrived += data.len();
             match () {
@@ -200,7 +203,7 @@ async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
         }
         if arrived > MOST_BODY { Err(Refusal::too_large(MOST_BODY)) } else { Ok(read) }
     };
-    tokio::time::timeout(BODY_TIME, reading).await.unwrap_or_else(|_| Err(Refusal::too_slow()))
+    timeout(BODY_TIME, reading).await.unwrap_or_else(|_| Err(Refusal::too_slow()))
 }
 
 /// Waits for all texts. A client that goes away ends the waiting, and the engine sees that.
