@@ -39,6 +39,8 @@ fi
 value=0.625
 case "$args" in model=*/model,*) value=0.75 ;; esac
 case "$args" in *base_url=http://127.0.0.1:*/v1/completions,*) ;; *) exit 4 ;; esac
+# As a text begins by its own tokenizer, and as long as the model was made for.
+case "$args" in *,add_bos_token=True,max_length=128,*) ;; *) exit 5 ;; esac
 mkdir -p "$out/some model"
 cat > "$out/some model/results_2026.json" <<EOF
 {"results": {"$tasks": {"alias": "x", "acc,none": $value, "acc_stderr,none": 0.02}},

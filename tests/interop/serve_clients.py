@@ -143,6 +143,8 @@ def harness(address, model, dense, name, limit, ways):
         arguments = {
             "model": name, "tokenizer": model, "base_url": f"{address}/v1/completions", "num_concurrent": concurrent,
             "max_length": length(model),
+            # Else a model that begins its texts with a token would be asked without it, unlike by `hf`.
+            "add_bos_token": True,
         }
         ours = run("local-completions", arguments, batch)
         # A greedy flag comes as it is, or as its name.

@@ -6,11 +6,14 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{TryRecvError, channel};
 
 use anyhow::{Context, Result, bail, ensure};
+use gptq_checkpoint::ModelConfig;
 use gptq_compute::Device;
+use gptq_model::context_limit;
 use gptq_records::branch_report::TaskRecord;
 use gptq_records::tasks::parse_results;
 
 use super::eval::Args;
+use super::text_model;
 use crate::child::{LastLine, Running, pause};
 use crate::interrupt::Interrupt;
 use crate::printer::Printer;
@@ -29,11 +32,14 @@ pub(super) fn measure(
     let path = path.with_context(|| {
         format!("The harness cannot be told of `{}`: a comma or = in its path", folder.display())
     })?;
+    let config = ModelConfig::load(folder)?;
+    let context = text_model::CONTEXT.min(context_limit(&config).0);
     interrupt.begin();
-    let server = Server::start(folder, args.batch, interrupt)?;
+    let server = Server::start(folder, args.batch, context, interrupt)?;
     let out = tempfile::tempdir().context("Cannot create a folder for the harness's results")?;
     printer.note(&format!("lm_eval: {} of {path}", args.tasks.join(", ")));
-    ask(&mut command(args, path, &server.address, out.path()), interrupt, printer)?;
+    let mut harness = command(args, path, (&server.address, context), out.path());
+    ask(&mut harness, interrupt, printer)?;
     interrupt.end();
     let results = results_file(out.path())?;
     let text = gptq_checkpoint::read_small(&results)
@@ -44,13 +50,16 @@ pub(super) fn measure(
     Ok(records)
 }
 
-/// The harness's command line.
-fn command(args: &Args, path: &str, address: &str, out: &Path) -> Command {
+/// The harness's command line. Its client of servers takes 2048 tokens for every model's context, and
+/// leaves out the token that texts of some begin with, where its own backend does neither: without it a
+/// Llama is asked what it was never trained on.
+fn command(args: &Args, path: &str, (address, context): (&str, usize), out: &Path) -> Command {
     let mut harness = Command::new(&args.lm_eval);
     harness.args(["run", "--model", "local-completions", "--batch_size", "1", "--model_args"]).arg(
         format!(
             "model={path},base_url={address}/v1/completions,tokenizer={path},\
-             tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent={},max_retries=1",
+             tokenizer_backend=huggingface,tokenized_requests=True,add_bos_token=True,\
+             max_length={context},num_concurrent={},max_retries=1",
             args.batch
         ),
     );
@@ -108,11 +117,12 @@ struct Server {
 }
 
 impl Server {
-    fn start(folder: &Path, batch: usize, interrupt: &Interrupt) -> Result<Self> {
+    fn start(folder: &Path, batch: usize, context: usize, interrupt: &Interrupt) -> Result<Self> {
         let program = std::env::current_exe().context("Cannot find this program")?;
         let mut command = Command::new(program);
         command
             .args(["-q", "serve", "--port", "0", "--max-batch", &batch.to_string()])
+            .args(["--context", &context.to_string()])
             .arg(folder)
             .stdin(Stdio::null())
             .stdout(Stdio::piped());

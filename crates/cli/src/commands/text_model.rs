@@ -25,7 +25,7 @@ use crate::printer::Printer;
 const MOST_AT_ONCE: usize = 16;
 /// Tokens of a text and its prompt where nobody knows how long they will be and the model could hold
 /// more.
-const CONTEXT: usize = 4096;
+pub(crate) const CONTEXT: usize = 4096;
 
 /// `max_length` of files that transformers wrote of its own accord.
 const OLD_MAX_LENGTH: usize = 20;
