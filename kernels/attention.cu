@@ -1,7 +1,8 @@
 // attention: causal softmax(q k^T / sqrt(D)) v per window and head, without scores in memory.
 //
 // Layout   q, out [windows * seq_len, heads * D], k, v [windows * seq_len, kv_heads * D], fp16 row
-//          major; query head h reads key head h / (heads / kv_heads).
+//          major; query head h reads key head h / (heads / kv_heads). Of one window, k and v may have `past`
+//          rows more: keys before the first query, which all queries see.
 // Launch   grid (query tiles, heads, windows), 128 threads: 4 warps of 32 queries; dynamic shared
 //          memory (128 + 2 * 64) * (D + 8) halves. Tile 0 of the grid is the last of the window,
 //          since late queries see most keys and should start first.
@@ -74,7 +75,7 @@ __device__ __forceinline__ void scores(float (&s)[ROW_TILES][KEYS / 8][4], unsig
 }
 
 // Hides keys that a query may not see: later ones, and those past the window.
-__device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int first_query, int first_key, int seq_len,
+__device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int first_query, int first_key, int keys,
                                      int lane) {
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
@@ -82,7 +83,7 @@ __device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int first_query, i
         for (int i = 0; i < 4; i++) {
             int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
             int query = first_query + lane / 4 + i / 2 * 8;
-            if (key > query || key >= seq_len) s[n][i] = -__int_as_float(0x7f800000);
+            if (key > query || key >= keys) s[n][i] = -__int_as_float(0x7f800000);
         }
 }
 
@@ -169,7 +170,7 @@ __device__ __forceinline__ void store(half_t* to, long long stride, float (&out)
 
 template <int D>
 __device__ __forceinline__ void attention(const half_t* q, const half_t* k, const half_t* v, half_t* out,
-                                          int heads, int kv_heads, int seq_len, float scale) {
+                                          int heads, int kv_heads, int seq_len, int past, float scale) {
     extern __shared__ uint4 shared[];
     constexpr int PITCH = (D / 8 + 1) * 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -186,7 +187,8 @@ __device__ __forceinline__ void attention(const half_t* q, const half_t* k, cons
     const unsigned k_at = q_at + QUERIES * PITCH, v_at = k_at + KEYS * PITCH;
     const unsigned my_q = q_at + warp * ROW_TILES * 16 * PITCH;
     const int my_query = tile + warp * ROW_TILES * 16;
-    const int steps = (min(tile + QUERIES, seq_len) + KEYS - 1) / KEYS;
+    const int keys = past + seq_len;
+    const int steps = (past + min(tile + QUERIES, seq_len) + KEYS - 1) / KEYS;
 
     float sums[ROW_TILES][D / 8][4] = {};
     float top[ROW_TILES][2], sum[ROW_TILES][2] = {};
@@ -194,30 +196,30 @@ __device__ __forceinline__ void attention(const half_t* q, const half_t* k, cons
     for (int r = 0; r < ROW_TILES; r++) top[r][0] = top[r][1] = -__int_as_float(0x7f800000);
 
     copy_tile<D, QUERIES>(q_at, q + tile * q_stride, q_stride, seq_len - tile);
-    copy_tile<D, KEYS>(k_at, k, kv_stride, seq_len);
+    copy_tile<D, KEYS>(k_at, k, kv_stride, keys);
     copy_async_commit();
     for (int step = 0; step < steps; step++) {
         const int first_key = step * KEYS;
         // A warp whose last query comes before the first key has nothing to do but copy.
-        const bool seen = first_key < my_query + ROW_TILES * 16;
+        const bool seen = first_key < past + my_query + ROW_TILES * 16;
         float s[ROW_TILES][KEYS / 8][4];
         copy_async_wait<0>();
         __syncthreads();
-        copy_tile<D, KEYS>(v_at, v + first_key * kv_stride, kv_stride, seq_len - first_key);
+        copy_tile<D, KEYS>(v_at, v + first_key * kv_stride, kv_stride, keys - first_key);
         copy_async_commit();
         if (seen) scores<D>(s, my_q, k_at, lane);
         copy_async_wait<0>();
         __syncthreads();
         if (step + 1 < steps) {
             const int next = first_key + KEYS;
-            copy_tile<D, KEYS>(k_at, k + next * kv_stride, kv_stride, seq_len - next);
+            copy_tile<D, KEYS>(k_at, k + next * kv_stride, kv_stride, keys - next);
         }
         copy_async_commit();
         if (!seen) continue;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
-            const int query = my_query + r * 16;
-            if (first_key + KEYS > min(query + 1, seq_len)) mask(s[r], query, first_key, seq_len, lane);
+            const int query = past + my_query + r * 16;  // as keys are counted
+            if (first_key + KEYS > min(query + 1, keys)) mask(s[r], query, first_key, keys, lane);
             soften<D>(s[r], sums[r], top[r], sum[r], scale);
         }
         weigh<D>(sums, s, v_at, lane);
@@ -234,8 +236,8 @@ __device__ __forceinline__ void attention(const half_t* q, const half_t* k, cons
 #define ATTENTION(D)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_##D(                       \
         const half_t* q, const half_t* k, const half_t* v, half_t* out, int heads, int kv_heads,  \
-        int seq_len, float scale) {                                                               \
-        attention<D>(q, k, v, out, heads, kv_heads, seq_len, scale);                              \
+        int seq_len, int past, float scale) {                                                     \
+        attention<D>(q, k, v, out, heads, kv_heads, seq_len, past, scale);                        \
     }
 
 ATTENTION(16)

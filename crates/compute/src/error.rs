@@ -49,12 +49,6 @@ pub enum Error {
         /// The operation.
         op: &'static str,
     },
-    /// An operation that there is for the CPU alone.
-    #[error("Operation `{op}` is not available on a GPU")]
-    CpuOnly {
-        /// The operation.
-        op: &'static str,
-    },
     /// An operand is stored in another type than the operation takes.
     #[error("Operation `{op}` needs {needs} values on this device")]
     WrongType {
@@ -167,7 +161,6 @@ impl Error {
     pub fn hint(&self) -> Option<Cow<'_, str>> {
         Some(match self {
             Self::MissingLibrary { advice, .. } => (*advice).into(),
-            Self::CpuOnly { .. } => "use --device cpu".into(),
             Self::Ranks { advice, .. } => (*advice)?.into(),
             Self::OutOfMemory { .. } => {
                 "use fewer or shorter windows, or raise the GPU memory budget".into()

@@ -1,6 +1,7 @@
 //! Keys and values of the tokens so far, for a block whose sequences grow.
 
 use crate::cpu;
+use crate::cuda;
 use crate::device::Device;
 use crate::error::{Error, Result, ensure_shape};
 use crate::rope::RopeTable;
@@ -33,25 +34,48 @@ pub struct Span {
     pub len: usize,
 }
 
-/// Keys and values of one block.
-#[derive(Clone, Debug)]
-pub struct KvCache(pub(crate) cpu::cached_attention::Cache, CacheShape);
+/// Keys and values of one block: f32 on the CPU, fp16 on a GPU.
+#[derive(Debug)]
+pub struct KvCache(Kept, CacheShape);
+
+#[derive(Debug)]
+enum Kept {
+    Cpu(cpu::cached_attention::Cache),
+    Cuda(cuda::kv::Cache),
+}
+
+impl KvCache {
+    pub(crate) fn shape(&self) -> CacheShape {
+        self.1
+    }
+
+    /// What a card has of it.
+    pub(crate) fn on_cuda(&self) -> Option<&cuda::kv::Cache> {
+        match &self.0 {
+            Kept::Cuda(cache) => Some(cache),
+            Kept::Cpu(_) => None,
+        }
+    }
+}
 
 impl Device {
     /// An empty cache.
     ///
     /// # Errors
-    /// [`Error::CpuOnly`] on a GPU.
+    /// Memory that is not to be had, on a GPU.
     pub fn kv_cache(&self, shape: CacheShape) -> Result<KvCache> {
-        self.cpu_only("kv_cache")?;
-        Ok(KvCache(cpu::cached_attention::Cache::new(shape), shape))
+        let kept = match self {
+            Self::Cpu => Kept::Cpu(cpu::cached_attention::Cache::new(shape)),
+            Self::Cuda(cuda) => Kept::Cuda(cuda::kv::Cache::new(cuda, shape)?),
+        };
+        Ok(KvCache(kept, shape))
     }
 
     /// Rotates each head of `x` by the position of its row in place; see [`Self::rope`].
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] for rows that are not those of the spans and positions that the table
-    /// does not have, [`Error::CpuOnly`] on a GPU.
+    /// does not have.
     pub fn rope_spans(&self, x: &mut Tensor, table: &RopeTable, spans: &[Span]) -> Result<()> {
         const OP: &str = "rope_spans";
         let fits = x.cols().is_multiple_of(2 * table.half)
@@ -63,7 +87,7 @@ impl Device {
                 cpu::elementwise::rope_at(x, table, &positions(spans));
                 Ok(())
             }
-            Storage::Cuda(_) => Err(Error::CpuOnly { op: OP }),
+            Storage::Cuda(x) => cuda::kv::rope_spans(x, table, spans),
         }
     }
 
@@ -73,7 +97,7 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] for operands of other rows or widths and spans beyond the cache,
-    /// [`Error::CpuOnly`] on a GPU.
+    /// [`Error::DeviceMismatch`].
     pub fn cached_attention(
         &self,
         q: &Tensor,
@@ -101,11 +125,14 @@ impl Device {
                 (shape.slots, shape.capacity),
             )?;
         }
-        match (&q.0, &k.0, &v.0) {
-            (Storage::Cpu(q), Storage::Cpu(k), Storage::Cpu(v)) => {
-                Ok(Tensor(Storage::Cpu(cache.0.attend(q, k, v, shape, spans))))
+        match (&q.0, &k.0, &v.0, &mut cache.0) {
+            (Storage::Cpu(q), Storage::Cpu(k), Storage::Cpu(v), Kept::Cpu(cache)) => {
+                Ok(Tensor(Storage::Cpu(cache.attend(q, k, v, shape, spans))))
             }
-            _ => Err(Error::CpuOnly { op: OP }),
+            (Storage::Cuda(q), Storage::Cuda(k), Storage::Cuda(v), Kept::Cuda(cache)) => {
+                Ok(Tensor(Storage::Cuda(cache.attend(q, k, v, shape, spans)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }
 }

@@ -22,6 +22,7 @@ mod residual_shift;
 mod rope;
 mod share;
 mod stage_timer;
+mod steps;
 mod tensor;
 #[cfg(test)]
 mod testing;
@@ -40,4 +41,5 @@ pub use resident::{CodedMatrix, Resident};
 pub use rope::RopeTable;
 pub use share::share;
 pub use stage_timer::StageTimer;
+pub use steps::{StepBlock, StepModel, Steps};
 pub use tensor::Tensor;

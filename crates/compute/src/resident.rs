@@ -3,10 +3,16 @@
 //! Making a token reads every weight once: what a step takes is their bytes over the memory's speed.
 //! A [`Resident`] keeps fp16 and bfloat16 values and codes as they are and widens them on the way.
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use half::f16;
 use ndarray::Array2;
 
 use crate::cpu;
+use crate::cuda;
+use crate::cuda::Cuda;
+use crate::cuda::coded::Coded;
 use crate::device::Device;
 use crate::error::{Error, Result, ensure_shape};
 use crate::host::HostMatrix;
@@ -31,21 +37,42 @@ pub struct CodedMatrix<'a> {
     pub group_of: &'a [u32],
 }
 
-/// A weight `[out, in]` on a device, as it is stored.
+/// A weight `[out, in]` on a device, as it is stored; on a GPU dense ones are fp16. Cloning shares a GPU's
+/// memory.
 #[derive(Clone, Debug)]
-pub struct Resident(cpu::resident::Resident);
+pub struct Resident(Kept);
+
+#[derive(Clone, Debug)]
+enum Kept {
+    Cpu(cpu::resident::Resident),
+    Cuda(Arc<Coded>),
+}
 
 impl Resident {
     /// Output and input features.
     #[must_use]
     pub fn shape(&self) -> (usize, usize) {
-        self.0.shape()
+        match &self.0 {
+            Kept::Cpu(kept) => kept.shape(),
+            Kept::Cuda(kept) => kept.shape(),
+        }
     }
 
     /// Bytes that a product with one token reads.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.0.bytes()
+        match &self.0 {
+            Kept::Cpu(kept) => kept.bytes(),
+            Kept::Cuda(kept) => kept.bytes(),
+        }
+    }
+
+    /// The weight on this card.
+    pub(crate) fn on(&self, cuda: &Arc<Cuda>) -> Option<Arc<Coded>> {
+        match &self.0 {
+            Kept::Cuda(kept) if Arc::ptr_eq(kept.cuda(), cuda) => Some(Arc::clone(kept)),
+            _ => None,
+        }
     }
 }
 
@@ -53,19 +80,22 @@ impl Device {
     /// Keeps a dense weight on the device.
     ///
     /// # Errors
-    /// [`Error::CpuOnly`] on a GPU.
+    /// [`Error::HalfOverflow`] when a value is not finite in fp16, on a GPU.
     pub fn keep(&self, matrix: HostMatrix<'_>) -> Result<Resident> {
-        self.cpu_only("keep")?;
-        Ok(Resident(cpu::resident::Resident::dense(matrix)))
+        Ok(Resident(match self {
+            Self::Cpu => Kept::Cpu(cpu::resident::Resident::dense(matrix)),
+            Self::Cuda(cuda) => {
+                Kept::Cuda(Arc::new(Coded::dense(&cuda::upload::upload(cuda, matrix)?)?))
+            }
+        }))
     }
 
     /// Keeps a quantized weight on the device, its codes packed.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] when the parts do not fit one another, [`Error::RowOutOfRange`] for a
-    /// group without a scale, [`Error::CpuOnly`] on a GPU.
+    /// group without a scale.
     pub fn keep_coded(&self, matrix: CodedMatrix<'_>) -> Result<Resident> {
-        self.cpu_only("keep_coded")?;
         let CodedMatrix { bits, rows, cols, codes, zeros, scales, group_of } = matrix;
         ensure_shape(matches!(bits, 2 | 3 | 4 | 8), "keep_coded", (bits.into(), 0), (4, 0))?;
         ensure_shape(codes.len() == rows * cols, "keep_coded", (codes.len(), 1), (rows, cols))?;
@@ -76,19 +106,90 @@ impl Device {
         if let Some(&row) = group_of.iter().find(|&&group| group as usize >= groups) {
             return Err(Error::RowOutOfRange { row: row as usize, rows: groups });
         }
-        Ok(Resident(cpu::resident::Resident::coded(matrix)))
+        Ok(Resident(match self {
+            Self::Cpu => Kept::Cpu(cpu::resident::Resident::coded(matrix)),
+            Self::Cuda(cuda) => Kept::Cuda(Arc::new(Coded::quantized(cuda, &matrix)?)),
+        }))
     }
 
-    /// x · wᵀ: `[tokens, in] · [out, in]ᵀ → [tokens, out]`.
+    /// x · wᵀ: `[tokens, in] · [out, in]ᵀ → [tokens, out]`, fp16 on a GPU.
     ///
-    /// Up to 16 tokens, each one's outputs are the same to the bit whatever the others are.
+    /// Up to 16 tokens, each one's outputs are the same to the bit whatever the others are; on a GPU so
+    /// long as there are up to 2, up to 8 or more of them alike.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] and [`Error::DeviceMismatch`].
     pub fn resident_linear(&self, x: &Tensor, w: &Resident) -> Result<Tensor> {
-        let mut out = Array2::zeros((x.rows(), w.shape().0));
-        multiply(x, w, 0.0, &mut out, "resident_linear")?;
-        Ok(Tensor(Storage::Cpu(out)))
+        const OP: &str = "resident_linear";
+        ensure_shape(x.cols() == w.shape().1, OP, x.shape(), w.shape())?;
+        match (&x.0, &w.0) {
+            (Storage::Cpu(x), Kept::Cpu(w)) => Ok(Tensor(Storage::Cpu(product(x, w)))),
+            (Storage::Cuda(x), Kept::Cuda(w)) if Arc::ptr_eq(x.cuda(), w.cuda()) => {
+                Ok(Tensor(Storage::Cuda(cuda::product::linear(x, w)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
+        }
+    }
+
+    /// The same in f32 on every device.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] and [`Error::DeviceMismatch`].
+    pub fn resident_logits(&self, x: &Tensor, w: &Resident) -> Result<Tensor> {
+        const OP: &str = "resident_logits";
+        ensure_shape(x.cols() == w.shape().1, OP, x.shape(), w.shape())?;
+        match (&x.0, &w.0) {
+            (Storage::Cpu(x), Kept::Cpu(w)) => Ok(Tensor(Storage::Cpu(product(x, w)))),
+            (Storage::Cuda(x), Kept::Cuda(w)) if Arc::ptr_eq(x.cuda(), w.cuda()) => {
+                Ok(Tensor(Storage::Cuda(cuda::product::logits(x, w)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
+        }
+    }
+
+    /// Another copy of a weight, in memory of its own.
+    ///
+    /// # Errors
+    /// Memory that is not to be had, on a GPU.
+    pub fn copy_resident(&self, weight: &Resident) -> Result<Resident> {
+        Ok(Resident(match &weight.0 {
+            Kept::Cpu(kept) => Kept::Cpu(kept.clone()),
+            Kept::Cuda(kept) => Kept::Cuda(Arc::new(kept.duplicate()?)),
+        }))
+    }
+
+    /// Seconds of a product of tokens with each of some weights, of one shape, form and order of columns,
+    /// that together are more than caches hold; the best of some rounds.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`], also for no weight and for more tokens than are few, and
+    /// [`Error::DeviceMismatch`].
+    pub fn product_seconds(&self, x: &Tensor, weights: &[Resident]) -> Result<f64> {
+        const OP: &str = "product_seconds";
+        const ROUNDS: usize = 3;
+        let shape = weights.first().map_or((0, 0), Resident::shape);
+        let few = (1..=cuda::product::FEW_TOKENS).contains(&x.rows());
+        ensure_shape(few && x.cols() == shape.1, OP, x.shape(), shape)?;
+        if let Storage::Cuda(x) = &x.0 {
+            let kept = weights.iter().map(|weight| match &weight.0 {
+                Kept::Cuda(kept) => Ok(&**kept),
+                Kept::Cpu(_) => Err(Error::DeviceMismatch { op: OP }),
+            });
+            let kept = kept.collect::<Result<Vec<_>>>()?;
+            let alike =
+                kept.iter().all(|weight| weight.goes_with(kept[0]) && weight.shape() == shape);
+            ensure_shape(alike, OP, shape, shape)?;
+            return cuda::product::seconds(x, &kept);
+        }
+        let mut least = f64::INFINITY;
+        for _ in 0..ROUNDS {
+            let start = Instant::now();
+            for weight in weights {
+                self.resident_linear(x, weight)?;
+            }
+            least = least.min(start.elapsed().as_secs_f64());
+        }
+        Ok(least / weights.len() as f64)
     }
 
     /// residual += x · wᵀ.
@@ -102,32 +203,26 @@ impl Device {
         residual: &mut Tensor,
     ) -> Result<()> {
         const OP: &str = "resident_linear_add";
+        ensure_shape(x.cols() == w.shape().1, OP, x.shape(), w.shape())?;
         let out = (x.rows(), w.shape().0);
         ensure_shape(residual.shape() == out, OP, out, residual.shape())?;
-        match &mut residual.0 {
-            Storage::Cpu(residual) => multiply(x, w, 1.0, residual, OP),
-            Storage::Cuda(_) => Err(Error::DeviceMismatch { op: OP }),
-        }
-    }
-
-    /// Refuses what is not there on a GPU.
-    pub(crate) fn cpu_only(&self, op: &'static str) -> Result<()> {
-        match self {
-            Self::Cpu => Ok(()),
-            Self::Cuda(_) => Err(Error::CpuOnly { op }),
+        match (&x.0, &w.0, &mut residual.0) {
+            (Storage::Cpu(x), Kept::Cpu(w), Storage::Cpu(residual)) => {
+                w.multiply(x, 1.0, residual);
+                Ok(())
+            }
+            (Storage::Cuda(x), Kept::Cuda(w), Storage::Cuda(residual))
+                if Arc::ptr_eq(x.cuda(), w.cuda()) =>
+            {
+                cuda::product::linear_add(x, w, residual)
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }
 }
 
-fn multiply(
-    x: &Tensor,
-    w: &Resident,
-    beta: f32,
-    out: &mut Array2<f32>,
-    op: &'static str,
-) -> Result<()> {
-    ensure_shape(x.cols() == w.shape().1, op, x.shape(), w.shape())?;
-    let Storage::Cpu(x) = &x.0 else { return Err(Error::DeviceMismatch { op }) };
-    w.0.multiply(x, beta, out);
-    Ok(())
+fn product(x: &Array2<f32>, w: &cpu::resident::Resident) -> Array2<f32> {
+    let mut out = Array2::zeros((x.nrows(), w.shape().0));
+    w.multiply(x, 0.0, &mut out);
+    out
 }

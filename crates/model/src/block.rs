@@ -1,7 +1,7 @@
 //! One decoder block: its weights, and its forward pass cut between the linears.
 
 use gptq_checkpoint::ModelConfig;
-use gptq_compute::{AttentionShape, Device, KvCache, Resident, RopeTable, Span, Tensor};
+use gptq_compute::{AttentionShape, Device, KvCache, Resident, RopeTable, Span, StepBlock, Tensor};
 use half::f16;
 
 use crate::error::Result;
@@ -261,6 +261,20 @@ impl Block {
         seq_len: usize,
     ) -> Result<Tensor> {
         self.next_input(device, stage, hidden, None, &mut Rows::Windows(rope, seq_len))
+    }
+}
+
+impl Block<Resident> {
+    /// What a device's program for steps is made of, with the cache that they go on with.
+    pub fn step<'a>(&'a self, cache: &'a KvCache) -> StepBlock<'a> {
+        let norms = &self.parts.head_norms;
+        StepBlock {
+            linears: LinearId::ALL.map(|id| self.linear(id)),
+            biases: LinearId::ALL.map(|id| self.bias(id)),
+            head_norms: norms.as_ref().map(|norms| norms.each_ref().map(Vec::as_slice)),
+            norms: [&self.parts.input_norm, &self.parts.post_attention_norm],
+            cache,
+        }
     }
 }
 

@@ -4,7 +4,9 @@
 //! before, and that weights are kept as their file has them.
 
 use gptq_checkpoint::{Checkpoint, FINAL_NORM, HEAD, LinearShape, ModelConfig, RopeScaling};
-use gptq_compute::{CacheShape, CodedMatrix, Device, KvCache, Resident, RopeTable, Span, Tensor};
+use gptq_compute::{
+    CacheShape, CodedMatrix, Device, KvCache, Resident, RopeTable, Span, StepModel, Steps, Tensor,
+};
 use ndarray::{Array2, Axis};
 
 use crate::block::{Block, LinearId};
@@ -45,9 +47,11 @@ pub struct Decoder<'a> {
 }
 
 /// Keys and values of every block, for some sequences at a time.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Cache {
     blocks: Vec<KvCache>,
+    /// A GPU's program for steps of these sequences.
+    steps: Option<Steps>,
     /// Tokens of each sequence.
     lengths: Vec<usize>,
     capacity: usize,
@@ -69,6 +73,13 @@ impl Cache {
     /// Forgets a sequence but for its first tokens.
     pub fn truncate(&mut self, slot: usize, len: usize) {
         self.lengths[slot] = self.lengths[slot].min(len);
+    }
+
+    /// Counts tokens that are there now.
+    fn take(&mut self, spans: &[Span]) {
+        for span in spans {
+            self.lengths[span.slot] = span.start + span.len;
+        }
     }
 
     /// Where so many more tokens of a sequence go.
@@ -148,8 +159,15 @@ impl<'a> Decoder<'a> {
         }
         let shape = cache_shape(self.config(), slots, capacity);
         let blocks = self.blocks.iter().map(|_| Ok(self.device().kv_cache(shape)?));
-        let blocks = blocks.collect::<Result<_>>()?;
-        Ok(Cache { blocks, lengths: vec![0; slots], capacity })
+        let blocks: Vec<KvCache> = blocks.collect::<Result<_>>()?;
+        let model = StepModel {
+            blocks: self.blocks.iter().zip(&blocks).map(|(block, kept)| block.step(kept)).collect(),
+            norm: &self.head.norm,
+            eps: self.head.eps,
+            rope: self.model.rope(self.context),
+        };
+        let steps = self.device().steps(&model, shape)?;
+        Ok(Cache { blocks, steps, lengths: vec![0; slots], capacity })
     }
 
     /// Goes on with a sequence by some tokens; their final hidden states `[ids.len(), hidden]`, normed.
@@ -176,7 +194,14 @@ impl<'a> Decoder<'a> {
         let spans =
             next.iter().map(|&(slot, _)| cache.span(slot, 1)).collect::<Result<Vec<_>>>()?;
         let ids: Vec<_> = next.iter().map(|&(_, id)| id).collect();
-        self.pass(cache, &ids, &spans)
+        match &mut cache.steps {
+            Some(steps) if spans.len() <= Steps::MOST_TOKENS => {
+                let hidden = steps.run(&self.model.embed(&ids)?, &spans)?;
+                cache.take(&spans);
+                Ok(hidden)
+            }
+            _ => self.pass(cache, &ids, &spans),
+        }
     }
 
     /// The last row of hidden states: what the token after a prompt is chosen by.
@@ -193,7 +218,7 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// Those of the device.
     pub fn logits(&self, hidden: &Tensor) -> Result<Array2<f32>> {
-        Ok(self.device().resident_linear(hidden, &self.head.weight)?.to_host()?)
+        Ok(self.device().resident_logits(hidden, &self.head.weight)?.to_host()?)
     }
 
     /// All blocks over `ids`, the rows of `spans`.
@@ -204,9 +229,7 @@ impl<'a> Decoder<'a> {
         for (block, kept) in self.blocks.iter().zip(&mut cache.blocks) {
             block.forward_spans(device, &mut hidden, rope, spans, kept)?;
         }
-        for span in spans {
-            cache.lengths[span.slot] = span.start + span.len;
-        }
+        cache.take(spans);
         self.head.norm(device, &hidden)
     }
 }

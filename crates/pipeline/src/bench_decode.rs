@@ -1,12 +1,14 @@
-//! How fast this machine makes text: one token's products with weights as files hold them, beside a
-//! plain reading of memory, and steps of a whole synthetic model.
+//! How fast a device makes text: a few tokens' products with weights as files hold them, beside a plain
+//! reading of memory, and steps of a whole synthetic model.
 //!
 //! Every measurement reads more than caches hold, so that it shows memory's speed and not theirs.
 
 use std::time::Instant;
 
+use gptq_compute::cuda::read_rate as read_rate_of_card;
 use gptq_compute::{
-    CacheShape, CodedMatrix, Device, FloatType, HostMatrix, Resident, RopeTable, Span, Tensor,
+    CacheShape, CodedMatrix, Device, FloatType, HostMatrix, KvCache, Resident, RopeTable, Span,
+    StepModel,
 };
 use gptq_model::{Block, BlockParts, LinearId};
 use gptq_quant::split_mix;
@@ -21,12 +23,18 @@ use crate::error::Result;
 /// What is read at a time, at least; of the smallest width less, which nobody measures a machine by.
 const BYTES: usize = 256 << 20;
 const FEW_BYTES: usize = 2 << 20;
+/// As much of a GPU, whose caches are larger.
+const CARD_BYTES: usize = 4 << 30;
 /// Of each measurement the best of so many is taken.
 const RUNS: usize = 3;
 /// Tokens of a sequence before the steps that are measured.
 const CONTEXTS: [usize; 2] = [128, 4096];
-/// Steps of a run.
+/// Steps of a run, and as many of a GPU, after two that make its program ready.
 const STEPS: usize = 4;
+const CARD_STEPS: usize = 32;
+/// Tokens of a product: on a GPU, whose kernels take so many at the price of one, also more.
+const TOKENS: &[usize] = &[1];
+const CARD_TOKENS: &[usize] = &[1, 2, 4, 8, 16];
 /// Columns of a group.
 const GROUP: usize = 128;
 
@@ -49,11 +57,13 @@ const FORMS: [Form; 7] = [
     Form { bits: 2, act_order: false },
 ];
 
-/// One token's product with a weight.
+/// A few tokens' product with a weight.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reading {
     /// Output and input features.
     pub shape: [usize; 2],
+    /// Tokens.
+    pub tokens: usize,
     /// How the weight is stored.
     #[serde(flatten)]
     pub form: Form,
@@ -84,7 +94,7 @@ pub struct Stepping {
 /// What `gptq bench --decode` measures.
 #[derive(Clone, Debug, Serialize)]
 pub struct DecodeBench {
-    /// Bytes of memory that all threads together read a second.
+    /// Bytes of memory that the device reads a second.
     pub read_rate: f64,
     /// Every shape of a block in every form.
     pub products: Vec<Reading>,
@@ -92,20 +102,27 @@ pub struct DecodeBench {
     pub steps: Vec<Stepping>,
 }
 
-/// Measures the products and steps of a model of this width, on the CPU.
+/// Measures the products and steps of a model of this width.
 ///
 /// # Errors
 /// Those of the device.
 pub fn bench_decode(device: &Device, width: Width) -> Result<DecodeBench> {
-    let reach = if width.name == "tiny" { FEW_BYTES } else { BYTES };
-    let read_rate = read_rate(reach);
+    let reach = match (width.name, device) {
+        ("tiny", _) => FEW_BYTES,
+        (_, Device::Cpu) => BYTES,
+        (_, Device::Cuda(_)) => CARD_BYTES,
+    };
+    let (read_rate, tokens) = match device {
+        Device::Cpu => (read_rate(reach), TOKENS),
+        Device::Cuda(cuda) => (read_rate_of_card(cuda, reach.max(1 << 20))?, CARD_TOKENS),
+    };
     let mut shapes = width.linears().to_vec();
     shapes.sort_unstable();
     shapes.dedup();
     let (mut products, mut steps) = (Vec::new(), Vec::new());
     for form in FORMS {
         for &(rows, cols) in &shapes {
-            products.push(product(device, form, (rows, cols), (reach, read_rate))?);
+            products.extend(product(device, form, (rows, cols), tokens, (reach, read_rate))?);
         }
         steps.extend(stepping(device, form, width, reach)?);
     }
@@ -140,57 +157,110 @@ fn product(
     device: &Device,
     form: Form,
     (rows, cols): (usize, usize),
+    tokens: &[usize],
     (reach, read_rate): (usize, f64),
-) -> Result<Reading> {
+) -> Result<Vec<Reading>> {
     let weight = random(device, form, rows, cols)?;
     let bytes = weight.bytes();
-    let copies = vec![weight; reach.div_ceil(bytes)];
-    let x = device.upload_f32(Array2::from_elem((1, cols), 0.5))?;
-    let seconds = best(|| {
-        for copy in &copies {
-            device.resident_linear(&x, copy)?;
+    let mut copies = vec![weight];
+    for _ in 1..reach.div_ceil(bytes) {
+        copies.push(device.copy_resident(&copies[0])?);
+    }
+    let mut found = Vec::new();
+    for &tokens in tokens {
+        let x = device.upload_f32(Array2::from_elem((tokens, cols), 0.5))?;
+        let seconds = device.product_seconds(&x, &copies)?;
+        let rate = bytes as f64 / seconds;
+        let fraction = rate / read_rate;
+        found.push(Reading { shape: [rows, cols], tokens, form, seconds, rate, fraction });
+    }
+    Ok(found)
+}
+
+/// Blocks in memory of their own, and the sequence that they go on with.
+struct Stack {
+    blocks: Vec<Block<Resident>>,
+    norm: Vec<f32>,
+    rope: RopeTable,
+}
+
+impl Stack {
+    /// Seconds of a step after `context` tokens.
+    fn step_seconds(&self, device: &Device, shape: CacheShape, context: usize) -> Result<f64> {
+        let caches = self.blocks.iter().map(|_| device.kv_cache(shape));
+        let mut caches: Vec<KvCache> = caches.collect::<gptq_compute::Result<_>>()?;
+        let model = StepModel {
+            blocks: self.blocks.iter().zip(&caches).map(|(b, cache)| b.step(cache)).collect(),
+            norm: &self.norm,
+            eps: 1e-5,
+            rope: &self.rope,
+        };
+        let mut program = device.steps(&model, shape)?;
+        let first = device.upload_f32(Array2::from_elem((1, self.norm.len()), 0.5))?;
+        let mut step = |start: usize| -> Result<()> {
+            let span = Span { slot: 0, start, len: 1 };
+            match &mut program {
+                Some(program) => drop(program.run(&first, &[span])?),
+                None => {
+                    let mut hidden = first.clone();
+                    for (block, cache) in self.blocks.iter().zip(&mut caches) {
+                        block.forward_spans(device, &mut hidden, &self.rope, &[span], cache)?;
+                    }
+                }
+            }
+            Ok(())
+        };
+        let steps = shape.capacity - context;
+        if matches!(device, Device::Cuda(_)) {
+            step(context)?;
+            step(context)?;
         }
-        Ok(())
-    })? / copies.len() as f64;
-    let rate = bytes as f64 / seconds;
-    Ok(Reading { shape: [rows, cols], form, seconds, rate, fraction: rate / read_rate })
+        let seconds = best(|| {
+            (context..shape.capacity).try_for_each(&mut step)?;
+            Ok(device.synchronize("steps")?)
+        })?;
+        Ok(seconds / steps as f64)
+    }
 }
 
 fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<Vec<Stepping>> {
     let (blocks, vocabulary) = width.depth();
-    let first = block(device, form, width)?;
-    let of_block: usize =
-        width.linears().iter().map(|&(rows, cols)| rows * cols * usize::from(form.bits) / 8).sum();
-    let measured_blocks = reach.div_ceil(of_block).min(blocks);
-    let stack = vec![first; measured_blocks];
     let head = random(device, FORMS[0], vocabulary, width.hidden())?;
+    let first = block(device, form, width)?;
+    let of_block: usize = LinearId::ALL.iter().map(|&id| first.linear(id).bytes()).sum();
+    let fitting = match device.memory()? {
+        // What is free takes the caches, too.
+        Some(memory) => {
+            memory.free.min(memory.budget.saturating_sub(memory.held)) / 10 * 9 / of_block
+        }
+        None => reach.div_ceil(of_block),
+    };
+    let measured_blocks = fitting.clamp(1, blocks);
+    let mut stack = vec![first];
+    for _ in 1..measured_blocks {
+        stack.push(copy(device, &stack[0], width)?);
+    }
+    let (longest, steps) = match device {
+        Device::Cpu => (CONTEXTS[1] + STEPS, STEPS),
+        Device::Cuda(_) => (CONTEXTS[1] + CARD_STEPS, CARD_STEPS),
+    };
+    let frequencies: Vec<f32> = (0..width.head_dim() / 2).map(|i| 0.9_f32.powi(i as i32)).collect();
+    let rope = RopeTable::new(&frequencies, longest);
+    let stack = Stack { blocks: stack, norm: vec![1.0; width.hidden()], rope };
+    let hidden = device.upload_f32(Array2::from_elem((1, width.hidden()), 0.5))?;
     let mut found = Vec::new();
     for context in CONTEXTS {
         let shape = CacheShape {
             slots: 1,
-            capacity: context + STEPS,
+            capacity: context + steps,
             heads: width.heads(),
             kv_heads: width.kv_heads(),
             head_dim: width.head_dim(),
         };
-        let caches = stack.iter().map(|_| device.kv_cache(shape));
-        let mut caches = caches.collect::<gptq_compute::Result<Vec<_>>>()?;
-        let frequencies: Vec<f32> =
-            (0..width.head_dim() / 2).map(|i| 0.9_f32.powi(i as i32)).collect();
-        let rope = RopeTable::new(&frequencies, context + STEPS);
-        let mut hidden = device.upload_f32(Array2::from_elem((1, width.hidden()), 0.5))?;
-        let in_blocks = best(|| {
-            for step in 0..STEPS {
-                let span = Span { slot: 0, start: context + step, len: 1 };
-                for (block, cache) in stack.iter().zip(&mut caches) {
-                    block.forward_spans(device, &mut hidden, &rope, &[span], cache)?;
-                }
-            }
-            Ok(())
-        })? / STEPS as f64;
+        let in_blocks = stack.step_seconds(device, shape, context)?;
         let in_head = best(|| {
-            let logits: Tensor = device.resident_linear(&hidden, &head)?;
-            assert_eq!(logits.cols(), vocabulary, "logits");
+            let logits = device.resident_logits(&hidden, &head)?.to_host()?;
+            assert_eq!(logits.ncols(), vocabulary, "logits");
             Ok(())
         })?;
         let seconds = in_blocks * blocks as f64 / measured_blocks as f64 + in_head;
@@ -200,13 +270,23 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
     Ok(found)
 }
 
+/// A block in memory of its own.
+fn copy(device: &Device, from: &Block<Resident>, width: Width) -> Result<Block<Resident>> {
+    let linears = LinearId::ALL.iter().map(|&id| Ok(device.copy_resident(from.linear(id))?));
+    Ok(Block::new(parts(width, linears.collect::<Result<_>>()?)))
+}
+
 /// A block of random weights, so small that states stay finite.
 fn block(device: &Device, form: Form, width: Width) -> Result<Block<Resident>> {
-    let linears = LinearId::ALL.iter().zip(width.linears());
-    let linears = linears.map(|(_, (rows, cols))| random(device, form, rows, cols));
-    Ok(Block::new(BlockParts {
+    let linears = width.linears();
+    let linears = linears.iter().map(|&(rows, cols)| random(device, form, rows, cols));
+    Ok(Block::new(parts(width, linears.collect::<Result<_>>()?)))
+}
+
+fn parts(width: Width, linears: Vec<Resident>) -> BlockParts<Resident> {
+    BlockParts {
         index: 0,
-        linears: linears.collect::<Result<_>>()?,
+        linears,
         biases: [const { None }; 7],
         head_norms: None,
         input_norm: vec![1.0; width.hidden()],
@@ -215,21 +295,20 @@ fn block(device: &Device, form: Form, width: Width) -> Result<Block<Resident>> {
         heads: width.heads(),
         kv_heads: width.kv_heads(),
         head_dim: width.head_dim(),
-    }))
+    }
 }
 
 /// A weight of random values around 0.
 fn random(device: &Device, form: Form, rows: usize, cols: usize) -> Result<Resident> {
-    let mut state = 7;
     if form.bits == 16 {
-        let mut value = || f16::from_f32((split_mix(&mut state) >> 40) as f32 / 1e9 - 8e-3);
-        let values: Vec<f16> = (0..rows * cols).map(|_| value()).collect();
+        let mut values = vec![f16::ZERO; rows * cols];
+        fill(&mut values, cols, |bits| f16::from_f32((bits >> 40) as f32 / 1e9 - 8e-3));
         let matrix = HostMatrix::new(bytemuck::cast_slice(&values), FloatType::F16, rows, cols);
         return Ok(device.keep(matrix)?);
     }
     let most = (1_u16 << form.bits) - 1;
-    let codes: Vec<u8> =
-        (0..rows * cols).map(|_| (split_mix(&mut state) % (u64::from(most) + 1)) as u8).collect();
+    let mut codes = vec![0; rows * cols];
+    fill(&mut codes, cols, |bits| bits as u8 & most as u8);
     let groups = cols.div_ceil(GROUP);
     let zeros = vec![most.div_ceil(2) as u8; groups * rows];
     let scales = vec![f16::from_f32(0.02 / f32::from(most)); groups * rows];
@@ -245,4 +324,12 @@ fn random(device: &Device, form: Form, rows: usize, cols: usize) -> Result<Resid
         scales: &scales,
         group_of: &group_of,
     })?)
+}
+
+/// Random values, a row by a thread.
+fn fill<T: Send>(values: &mut [T], cols: usize, value: impl Fn(u64) -> T + Sync) {
+    values.par_chunks_mut(cols.max(1)).enumerate().for_each(|(row, values)| {
+        let mut state = row as u64;
+        values.iter_mut().for_each(|v| *v = value(split_mix(&mut state)));
+    });
 }

@@ -115,7 +115,7 @@ fn decode(args: &Args, printer: &Printer) -> Result<()> {
 
 fn decode_text(found: &DecodeBench, width: Width) -> String {
     let mut text = format!(
-        "one token, groups of 128, as {} has it; memory is read at {:.1} GB/s\n\n",
+        "groups of 128, as {} has it; memory is read at {:.1} GB/s\n\n",
         width.name,
         found.read_rate / 1e9
     );
@@ -124,7 +124,7 @@ fn decode_text(found: &DecodeBench, width: Width) -> String {
         (_, true) => "yes",
         (_, false) => "no",
     };
-    let header = ["shape", "bits", "act-order", "µs", "GB/s", "of reading"];
+    let header = ["shape", "bits", "act-order", "tokens", "µs", "GB/s", "of reading"];
     let rows: Vec<Vec<String>> = found
         .products
         .iter()
@@ -133,6 +133,7 @@ fn decode_text(found: &DecodeBench, width: Width) -> String {
                 format!("{} × {}", r.shape[0], r.shape[1]),
                 r.form.bits.to_string(),
                 order(r.form).to_owned(),
+                r.tokens.to_string(),
                 format!("{:.1}", r.seconds * 1e6),
                 format!("{:.2}", r.rate / 1e9),
                 percent(Some(r.fraction)),

@@ -17,7 +17,7 @@ use gptq_report::card_facts::CardFacts;
 use gptq_text::tokens::TextTokenizer;
 
 use super::source::{open_checkpoint, warn_of};
-use crate::args::{DeviceArgs, DeviceName, SamplingArgs};
+use crate::args::{DeviceArgs, SamplingArgs};
 use crate::hint::advised;
 use crate::printer::Printer;
 
@@ -222,15 +222,9 @@ pub(crate) fn check_at_once(option: &str, texts: usize) -> Result<()> {
     Ok(())
 }
 
-/// Where text is made: on the CPU, which is said where a machine might have something else in mind.
+/// Where text is made: one device, which holds the whole model.
 pub(crate) fn text_device(args: &DeviceArgs, printer: &Printer) -> Result<Device> {
-    let other = args.device.as_ref().is_some_and(|name| *name != DeviceName::Cpu);
-    if other || args.gpu_memory.is_some() {
-        return Err(advised("Text is made on the CPU only", "use --device cpu, or leave it out"));
-    }
-    let device = Device::Cpu;
-    printer.note(&format!("device: {}, where text is made so far", device.name()));
-    Ok(device)
+    args.open_one(printer, "text is made on one device; name it, as in --device cuda:0")
 }
 
 /// Warns of a `--system` that a template has no place for.

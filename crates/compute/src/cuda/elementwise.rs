@@ -76,7 +76,7 @@ pub(crate) fn add_bias(x: &mut Matrix, bias: &[f32]) -> Result<()> {
     Ok(())
 }
 
-fn device_table(cuda: &Arc<Cuda>, table: &RopeTable) -> Result<DeviceTable> {
+pub(super) fn device_table(cuda: &Arc<Cuda>, table: &RopeTable) -> Result<DeviceTable> {
     if let Some(kept) = table.on_cuda.get()
         && std::ptr::eq(kept.cuda.as_ptr(), Arc::as_ptr(cuda))
     {
@@ -94,21 +94,35 @@ fn device_table(cuda: &Arc<Cuda>, table: &RopeTable) -> Result<DeviceTable> {
 
 /// Rotates every head of x by its row's position, in place.
 pub(crate) fn rope(x: &mut Matrix, table: &RopeTable, seq_len: usize) -> Result<()> {
+    let rows = 0..x.rows();
+    rope_rows(x, table, rows, seq_len, 0)
+}
+
+/// The same of some rows, windows of `seq_len`, the first position of each being `first`.
+pub(crate) fn rope_rows(
+    x: &mut Matrix,
+    table: &RopeTable,
+    rows: std::ops::Range<usize>,
+    seq_len: usize,
+    first: usize,
+) -> Result<()> {
     const OP: &str = "rope";
     let cuda = Arc::clone(x.cuda());
     let angles = device_table(&cuda, table)?;
-    if x.rows() == 0 {
+    if rows.is_empty() {
         return Ok(());
     }
-    let config = LaunchConfig { block_dim: (128, 1, 1), ..block_per_row(x.rows()) };
-    let heads = (x.cols() / (2 * table.half)) as i32;
-    let (half, seq_len) = (table.half as i32, seq_len as i32);
+    let config = LaunchConfig { block_dim: (128, 1, 1), ..block_per_row(rows.len()) };
+    let cols = x.cols();
+    let heads = (cols / (2 * table.half)) as i32;
+    let (half, seq_len, first) = (table.half as i32, seq_len as i32, first as i32);
     let function = cuda.kernel("rope.cu", "rope")?;
+    let mut values = x.f16_mut(OP)?.slice_mut(rows.start * cols..rows.end * cols);
     let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(x.f16_mut(OP)?).arg(angles.cos.slice()).arg(angles.sin.slice());
-    launch.arg(&heads).arg(&half).arg(&seq_len);
+    launch.arg(&mut values).arg(angles.cos.slice()).arg(angles.sin.slice());
+    launch.arg(&heads).arg(&half).arg(&seq_len).arg(&first);
     // SAFETY: the arguments are the kernel's; the caller has checked that cols is heads × 2 half
-    // and that the table covers seq_len positions.
+    // and that the table covers the positions.
     unsafe { launch.launch(config) }.stage(OP)?;
     Ok(())
 }

@@ -28,12 +28,19 @@ macro_rules! embedded {
 const SOURCES: &[(&str, &str)] = embedded![
     "add_bias.cu",
     "attention.cu",
+    "coded_linear_16.cu",
+    "coded_linear_2.cu",
+    "coded_linear_3.cu",
+    "coded_linear_4.cu",
+    "coded_linear_8.cu",
+    "coded_tiles.cu",
     "combine.cu",
     "convert.cu",
     "dequant.cu",
     "diagonal.cu",
     "dot.cu",
     "finite.cu",
+    "gather_columns.cu",
     "gptq_block.cu",
     "gptq_try.cu",
     "group_scales.cu",
@@ -41,18 +48,31 @@ const SOURCES: &[(&str, &str)] = embedded![
     "nll.cu",
     "pack.cu",
     "permute_columns.cu",
+    "read_memory.cu",
     "reverse.cu",
     "rms_norm.cu",
     "rope.cu",
     "round_groups.cu",
     "select_rows.cu",
     "silu_mul.cu",
+    "step_attention.cu",
+    "step_norm.cu",
+    "step_rope.cu",
+    "step_silu.cu",
     "tri_inverse.cu",
     "unpermute.cu",
 ];
 
 /// Files that kernels may include.
-const HEADERS: &[(&str, &str)] = embedded!["gptq.cuh", "half.cuh", "mma.cuh", "reduce.cuh"];
+const HEADERS: &[(&str, &str)] = embedded![
+    "coded.cuh",
+    "coded_linear.cuh",
+    "dependent.cuh",
+    "gptq.cuh",
+    "half.cuh",
+    "mma.cuh",
+    "reduce.cuh"
+];
 
 /// What the assembler says of one kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

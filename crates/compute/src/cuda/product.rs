@@ -1,0 +1,298 @@
+//! Products of weights that stay on the card with few tokens, by one kernel, or with many, by cuBLAS.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
+
+use super::coded::{Coded, SUB, TILE_ROWS, subs};
+use super::context::Cuda;
+use super::dense::int;
+use super::dependent::{self, Arguments};
+use super::elementwise::to_f16;
+use super::error::StageContext;
+use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm};
+use super::matrix::Matrix;
+use super::timing::Timer;
+use crate::error::Result;
+
+/// Tokens that the kernel takes at a time; more are a product of matrices.
+pub(crate) const FEW_TOKENS: usize = 16;
+/// Weights that a launch takes.
+pub(super) const PARTS: usize = 3;
+
+/// `Part` of `coded_linear.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Part {
+    tiles: u64,
+    scales: u64,
+    zeros: u64,
+    bias: u64,
+    out: u64,
+    rows: i32,
+    zero: i32,
+    out_stride: i32,
+}
+
+/// `Product` of `coded_linear.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Product {
+    parts: [Part; PARTS],
+    x: u64,
+    part_count: i32,
+    steps: i32,
+    run: i32,
+    runs: i32,
+    x_stride: i32,
+    tokens: i32,
+    add: i32,
+}
+
+// SAFETY: integers and addresses, laid out as the kernel's struct.
+unsafe impl DeviceRepr for Product {}
+
+/// A weight of a launch with where its bias is, or 0, and where its outputs go, so many values a token.
+pub(super) struct Output<'a> {
+    pub(super) weight: &'a Coded,
+    pub(super) bias: u64,
+    pub(super) out: u64,
+    pub(super) stride: usize,
+}
+
+/// A launch of the kernel.
+pub(super) struct Launch {
+    pub(super) function: CudaFunction,
+    pub(super) config: LaunchConfig,
+    pub(super) product: Product,
+}
+
+/// What a variant of the kernel takes; as in `coded_linear.cuh`.
+struct Variant {
+    tokens: usize,
+    row_tiles: usize,
+    warps: usize,
+}
+
+const VARIANTS: [Variant; 3] = [
+    Variant { tokens: 2, row_tiles: 1, warps: 16 },
+    Variant { tokens: 8, row_tiles: 2, warps: 16 },
+    Variant { tokens: FEW_TOKENS, row_tiles: 4, warps: 8 },
+];
+
+impl Variant {
+    /// Bytes of dynamic shared memory.
+    fn shared(&self, bits: u8) -> usize {
+        let (subs, warps) = (subs(bits), self.warps);
+        let scales = if bits < 16 { subs * 48 } else { 0 };
+        let stage = self.row_tiles * (subs * usize::from(bits) / 8 * 512 + scales);
+        let sums = warps * self.row_tiles * TILE_ROWS * self.tokens * 4;
+        let depth = ((204_800 - sums) / (warps * stage)).min(8);
+        warps * depth * stage + sums
+    }
+}
+
+/// Prepares the product of tokens at `x`, in the weights' common order, with some weights that go together.
+pub(super) fn prepare(outputs: &[Output<'_>], x: u64, tokens: usize, add: bool) -> Result<Launch> {
+    let weight = outputs[0].weight;
+    let (cuda, bits) = (weight.cuda(), weight.bits());
+    let variant = VARIANTS.iter().position(|variant| tokens <= variant.tokens).unwrap_or(2);
+    let by_128 = weight.runs().0.is_multiple_of(128 / SUB);
+    let (file, names) = names(bits);
+    let variant_of = &VARIANTS[variant];
+    let shared = variant_of.shared(bits);
+    let name = names[variant + if by_128 && bits < 16 { 3 } else { 0 }];
+    let function = cuda.kernel_with_shared(file, name, shared)?;
+    let mut parts = [Part::default(); PARTS];
+    let mut units = 0;
+    for (part, output) in parts.iter_mut().zip(outputs) {
+        let ([tiles, scales, zeros], zero) = output.weight.addresses();
+        let rows = output.weight.shape().0;
+        units += rows.div_ceil(variant_of.row_tiles * TILE_ROWS);
+        *part = Part {
+            tiles,
+            scales,
+            zeros,
+            bias: output.bias,
+            out: output.out,
+            rows: int(rows)?,
+            zero: zero.into(),
+            out_stride: int(output.stride)?,
+        };
+    }
+    let (run, runs) = weight.runs();
+    Ok(Launch {
+        function,
+        config: LaunchConfig {
+            grid_dim: (units.min(cuda.driver().multiprocessors()) as u32, 1, 1),
+            block_dim: (32 * variant_of.warps as u32, 1, 1),
+            shared_mem_bytes: shared as u32,
+        },
+        product: Product {
+            parts,
+            x,
+            part_count: int(outputs.len())?,
+            steps: int(weight.steps())?,
+            run: int(run)?,
+            runs: int(runs)?,
+            x_stride: int(weight.padded())?,
+            tokens: int(tokens)?,
+            add: add.into(),
+        },
+    })
+}
+
+/// x · wᵀ as fp16.
+pub(crate) fn linear(x: &Matrix, w: &Coded) -> Result<Matrix> {
+    const OP: &str = "resident_linear";
+    if x.rows() <= FEW_TOKENS {
+        return to_f16(&few(OP, x, w, None)?);
+    }
+    let mut out = Matrix::uninit_f16(w.cuda(), OP, (x.rows(), w.shape().0))?;
+    let target = Operand::new(w.cuda(), out.f16_mut(OP)?, 0, w.shape().0, PLAIN);
+    many(OP, x, w, 0.0, target)?;
+    Ok(out)
+}
+
+/// x · wᵀ as f32.
+pub(crate) fn logits(x: &Matrix, w: &Coded) -> Result<Matrix> {
+    const OP: &str = "resident_logits";
+    if x.rows() <= FEW_TOKENS {
+        return few(OP, x, w, None);
+    }
+    let mut out = Matrix::uninit_f32(w.cuda(), OP, (x.rows(), w.shape().0))?;
+    let target = Operand::new(w.cuda(), out.f32_mut(OP)?, 0, w.shape().0, PLAIN);
+    many(OP, x, w, 0.0, target)?;
+    Ok(out)
+}
+
+/// residual += x · wᵀ, in f32.
+pub(crate) fn linear_add(x: &Matrix, w: &Coded, residual: &mut Matrix) -> Result<()> {
+    const OP: &str = "resident_linear_add";
+    if x.rows() <= FEW_TOKENS {
+        few(OP, x, w, Some(residual))?;
+        return Ok(());
+    }
+    let target = Operand::new(w.cuda(), residual.f32_mut(OP)?, 0, w.shape().0, PLAIN);
+    many(OP, x, w, 1.0, target)
+}
+
+/// By the kernel; into a residual where there is one, which is returned as it is then.
+fn few(op: &'static str, x: &Matrix, w: &Coded, residual: Option<&mut Matrix>) -> Result<Matrix> {
+    let cuda = w.cuda();
+    let add = residual.is_some();
+    let mut fresh = match residual {
+        Some(_) => None,
+        None => Some(Matrix::uninit_f32(cuda, op, (x.rows(), w.shape().0))?),
+    };
+    let ordered = w.in_order(x)?;
+    let out = match (residual, &mut fresh) {
+        (Some(residual), _) => {
+            residual.f32(op)?;
+            residual.address_mut()?
+        }
+        (None, Some(fresh)) => fresh.address_mut()?,
+        (None, None) => 0,
+    };
+    if x.rows() > 0 {
+        let output = Output { weight: w, bias: 0, out, stride: w.shape().0 };
+        let Launch { function, config, product } =
+            prepare(&[output], ordered.address(), x.rows(), add)?;
+        let mut launch = cuda.stream().launch_builder(&function);
+        launch.arg(&product);
+        // SAFETY: the argument is the kernel's; the weight's addresses are its own, x is in its order and
+        // the outputs were made for the product.
+        unsafe { launch.launch(config) }.stage(op)?;
+    }
+    match fresh {
+        Some(out) => Ok(out),
+        None => Matrix::uninit_f32(cuda, op, (0, 0)),
+    }
+}
+
+/// Seconds of a product of tokens with each of some weights, one after the other as a step has them; the
+/// best of some rounds. The tokens are in the weights' order.
+pub(crate) fn seconds(x: &Matrix, weights: &[&Coded]) -> Result<f64> {
+    const OP: &str = "timing of products";
+    const ROUNDS: usize = 5;
+    let (cuda, tokens, rows) = (weights[0].cuda(), x.rows(), weights[0].shape().0);
+    let ordered = weights[0].in_order(x)?;
+    let mut out = Matrix::uninit_f32(cuda, OP, (tokens, rows))?;
+    let to = out.address_mut()?;
+    let prepared = weights.iter().map(|weight| {
+        prepare(
+            &[Output { weight, bias: 0, out: to, stride: rows }],
+            ordered.address(),
+            tokens,
+            false,
+        )
+    });
+    let prepared = prepared.collect::<Result<Vec<_>>>()?;
+    let mut least = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        cuda.synchronize(OP)?;
+        let timer = Timer::start(cuda)?;
+        for launch in &prepared {
+            let mut arguments = Arguments::new();
+            arguments.push(&launch.product);
+            // SAFETY: the argument is the kernel's; the addresses are those of weights, tokens and
+            // outputs that outlive the work.
+            unsafe {
+                dependent::launch(cuda, OP, &launch.function, launch.config, &mut arguments)
+            }?;
+        }
+        least = least.min(timer.stop()?.as_secs_f64());
+    }
+    Ok(least / weights.len() as f64)
+}
+
+/// By cuBLAS, over the weight widened to fp16.
+fn many(op: &'static str, x: &Matrix, w: &Coded, beta: f32, target: Operand) -> Result<()> {
+    let (x, wide): (Matrix, Matrix) = (w.in_order(x)?, w.widened()?);
+    let (cuda, k): (&Arc<Cuda>, usize) = (w.cuda(), w.padded());
+    let left = Operand::new(cuda, wide.f16(op)?, 0, k, TRANSPOSED);
+    let right = Operand::new(cuda, x.f16(op)?, 0, k, PLAIN);
+    // SAFETY: both operands have `padded` columns, and the caller made the target [x.rows, w.rows].
+    unsafe { gemm(cuda, op, (w.shape().0, x.rows(), k), (left, right), beta, target) }
+}
+
+/// The kernel's file and its variants: for 2, 8 and 16 tokens, and the same for groups of whole 128 columns.
+fn names(bits: u8) -> (&'static str, [&'static str; 6]) {
+    macro_rules! of {
+        ($bits:literal) => {
+            (
+                concat!("coded_linear_", $bits, ".cu"),
+                [
+                    concat!("coded_linear_", $bits, "_2"),
+                    concat!("coded_linear_", $bits, "_8"),
+                    concat!("coded_linear_", $bits, "_16"),
+                    concat!("coded_linear_", $bits, "_2_by_128"),
+                    concat!("coded_linear_", $bits, "_8_by_128"),
+                    concat!("coded_linear_", $bits, "_16_by_128"),
+                ],
+            )
+        };
+    }
+    match bits {
+        2 => of!(2),
+        3 => of!(3),
+        4 => of!(4),
+        8 => of!(8),
+        _ => of!(16),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_variant_fits_a_multiprocessor() {
+        for bits in [2, 3, 4, 8, 16] {
+            for variant in &VARIANTS {
+                let shared = variant.shared(bits);
+                assert!(shared <= 227 << 10, "{bits} bits, {} tokens: {shared}", variant.tokens);
+            }
+        }
+    }
+}

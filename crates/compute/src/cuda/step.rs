@@ -1,0 +1,332 @@
+//! The program of a step: memory that stays, the order of the kernels, and their recording.
+
+use std::fmt;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, DeviceRepr};
+use half::f16;
+
+use super::buffer::Buffer;
+use super::coded::Coded;
+use super::context::Cuda;
+use super::elementwise::device_table;
+use super::error::StageContext;
+use super::kv::Cache;
+use super::matrix::Matrix;
+use super::product::{FEW_TOKENS, Output, prepare};
+use super::rope_table::DeviceTable;
+use super::step_launch::{Attention, Launcher, Splits};
+use super::transfer::address;
+use crate::error::{Error, Result};
+use crate::kv_cache::{CacheShape, Span};
+use crate::steps::{StepBlock, StepModel};
+
+const STAGE: &str = "a step";
+/// Tokens that a step takes.
+pub(crate) const MOST_TOKENS: usize = FEW_TOKENS;
+/// Places of the linears in a block.
+const QKV: [usize; 3] = [0, 1, 2];
+const OUT: usize = 3;
+const GATE_UP: [usize; 2] = [4, 5];
+const DOWN: usize = 6;
+
+/// A model laid out for steps.
+pub(crate) struct Program {
+    cuda: Arc<Cuda>,
+    shape: CacheShape,
+    eps: f32,
+    blocks: Vec<Block>,
+    norm: Buffer<f32>,
+    table: DeviceTable,
+    splits: Splits,
+    room: Room,
+    /// For every number of tokens.
+    recorded: [Recorded; MOST_TOKENS],
+}
+
+impl fmt::Debug for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Program").field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+/// How far the recording of a step for some tokens is.
+#[derive(Default)]
+enum Recorded {
+    #[default]
+    Unknown,
+    /// Its kernels were launched once, one by one, and are ready.
+    Launched,
+    Graph(Graph),
+}
+
+struct Graph(CudaGraph);
+
+// SAFETY: a graph may be launched from any thread, by one at a time; it is launched through `&mut Program`
+// alone, and CUDA's own state that it belongs to is the context's, which is bound before every use.
+unsafe impl Send for Graph {}
+
+/// What the kernels of a step leave for each other, for up to `MOST_TOKENS` tokens.
+struct Room {
+    /// Hidden states, f32.
+    hidden: Buffer<f32>,
+    /// Inputs of a linear, fp16, in its order.
+    ordered: Buffer<f16>,
+    qkv: Buffer<f32>,
+    gate: Buffer<f32>,
+    up: Buffer<f32>,
+    /// Attention's splits: weighted values, and maximum and sum.
+    sums: Buffer<f32>,
+    stats: Buffer<f32>,
+    /// Sequence and position of every token.
+    at: Buffer<i32>,
+    /// The result.
+    normed: Buffer<f16>,
+}
+
+/// A block on the card.
+struct Block {
+    linears: [Arc<Coded>; 7],
+    biases: [Option<Buffer<f32>>; 7],
+    head_norms: Option<[Buffer<f32>; 2]>,
+    norms: [Buffer<f32>; 2],
+    cache: Cache,
+}
+
+impl Block {
+    fn new(cuda: &Arc<Cuda>, block: &StepBlock<'_>) -> Result<Self> {
+        let elsewhere = || Error::DeviceMismatch { op: STAGE };
+        let linears = block.linears.iter().map(|linear| linear.on(cuda).ok_or_else(elsewhere));
+        let linears: Vec<_> = linears.collect::<Result<_>>()?;
+        let there = |values: &[f32]| cuda.copied(STAGE, values);
+        let biases: Vec<_> =
+            block.biases.iter().map(|bias| bias.map(there).transpose()).collect::<Result<_>>()?;
+        let head_norms = match &block.head_norms {
+            Some([q, k]) => Some([there(q)?, there(k)?]),
+            None => None,
+        };
+        Ok(Self {
+            linears: linears.try_into().map_err(|_| elsewhere())?,
+            biases: biases.try_into().map_err(|_| elsewhere())?,
+            head_norms,
+            norms: [there(block.norms[0])?, there(block.norms[1])?],
+            cache: block.cache.on_cuda().ok_or_else(elsewhere)?.clone(),
+        })
+    }
+}
+
+impl Program {
+    /// The caller has checked that the parts fit one another.
+    pub(crate) fn new(cuda: &Arc<Cuda>, model: &StepModel<'_>, shape: CacheShape) -> Result<Self> {
+        let blocks = model.blocks.iter().map(|block| Block::new(cuda, block));
+        let blocks = blocks.collect::<Result<Vec<_>>>()?;
+        let splits = Splits::of(shape);
+        let linears = || blocks.iter().flat_map(|block| &block.linears);
+        let padded = linears().map(|linear| linear.padded()).max().unwrap_or(0);
+        let wide = blocks.iter().map(|block| block.linears[4].shape().0).max().unwrap_or(0);
+        let (width, values) = (model.norm.len(), shape.heads * shape.head_dim);
+        let f32s = |count: usize| cuda.uninit::<f32>(STAGE, MOST_TOKENS * count);
+        let room = Room {
+            hidden: f32s(width)?,
+            ordered: cuda.uninit(STAGE, MOST_TOKENS * padded)?,
+            qkv: f32s((shape.heads + 2 * shape.kv_heads) * shape.head_dim)?,
+            gate: f32s(wide)?,
+            up: f32s(wide)?,
+            sums: f32s(splits.count * values)?,
+            stats: f32s(splits.count * shape.heads * 2)?,
+            at: cuda.uninit(STAGE, MOST_TOKENS * 2)?,
+            normed: cuda.uninit(STAGE, MOST_TOKENS * width)?,
+        };
+        Ok(Self {
+            cuda: Arc::clone(cuda),
+            shape,
+            eps: model.eps,
+            blocks,
+            norm: cuda.copied(STAGE, model.norm)?,
+            table: device_table(cuda, model.rope)?,
+            splits,
+            room,
+            recorded: Default::default(),
+        })
+    }
+
+    /// The caches' shape.
+    pub(crate) fn shape(&self) -> CacheShape {
+        self.shape
+    }
+
+    /// Values of a hidden state.
+    pub(crate) fn width(&self) -> usize {
+        self.norm.slice().len()
+    }
+
+    /// As [`crate::Steps::run`], which has checked everything.
+    pub(crate) fn run(&mut self, hidden: &Matrix, spans: &[Span]) -> Result<Matrix> {
+        let (tokens, width) = (spans.len(), self.width());
+        let stream = Arc::clone(self.cuda.stream());
+        let at: Vec<i32> =
+            spans.iter().flat_map(|span| [span.slot as i32, span.start as i32]).collect();
+        stream
+            .memcpy_htod(&at, &mut self.room.at.make_mut()?.slice_mut(..at.len()))
+            .stage(STAGE)?;
+        let count = tokens * width;
+        let from = hidden.f32(STAGE)?.slice(..count);
+        stream
+            .memcpy_dtod(&from, &mut self.room.hidden.make_mut()?.slice_mut(..count))
+            .stage(STAGE)?;
+        self.go(tokens)?;
+        let mut out = Matrix::uninit_f16(&self.cuda, STAGE, (tokens, width))?;
+        stream
+            .memcpy_dtod(&self.room.normed.slice().slice(..count), out.f16_mut(STAGE)?)
+            .stage(STAGE)?;
+        Ok(out)
+    }
+
+    /// Launches the step's kernels: one by one the first time, which makes them ready, from then on as a
+    /// graph.
+    fn go(&mut self, tokens: usize) -> Result<()> {
+        match &self.recorded[tokens - 1] {
+            Recorded::Unknown => {
+                self.queue(tokens)?;
+                self.recorded[tokens - 1] = Recorded::Launched;
+                return Ok(());
+            }
+            Recorded::Launched => {
+                self.recorded[tokens - 1] = Recorded::Graph(self.record(tokens)?);
+            }
+            Recorded::Graph(_) => {}
+        }
+        match &self.recorded[tokens - 1] {
+            Recorded::Graph(graph) => graph.0.launch().stage(STAGE),
+            _ => Ok(()),
+        }
+    }
+
+    fn record(&self, tokens: usize) -> Result<Graph> {
+        let stream = self.cuda.stream();
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).stage(STAGE)?;
+        let queued = self.queue(tokens);
+        // Whatever became of the launches, the stream has to leave its state of being recorded.
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags).stage(STAGE);
+        queued?;
+        graph?.map(Graph).ok_or_else(|| Error::Unsupported {
+            op: STAGE,
+            reason: "no graph was recorded".to_owned(),
+        })
+    }
+
+    /// All kernels of a step, in order.
+    fn queue(&self, tokens: usize) -> Result<()> {
+        let launcher = Launcher { cuda: &self.cuda, tokens };
+        for block in &self.blocks {
+            self.queue_attention(&launcher, block)?;
+            self.queue_mlp(&launcher, block)?;
+        }
+        launcher.norm(
+            (self.at(&self.room.hidden), self.at(&self.norm), self.eps),
+            self.width(),
+            (0, self.width(), self.at(&self.room.normed)),
+        )
+    }
+
+    fn at<T: DeviceRepr>(&self, buffer: &Buffer<T>) -> u64 {
+        address(buffer.slice(), self.cuda.stream())
+    }
+
+    fn queue_attention(&self, launcher: &Launcher<'_>, block: &Block) -> Result<()> {
+        let CacheShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let qkv = self.at(&self.room.qkv);
+        let stride = (heads + 2 * kv_heads) * head_dim;
+        let starts = [0, heads * head_dim, (heads + kv_heads) * head_dim];
+        let to = starts.map(|start| (qkv + 4 * start as u64, stride));
+        self.queue_normed(launcher, block, &QKV, 0, &to)?;
+        let gains = block.head_norms.as_ref().map_or([0; 2], |[q, k]| [self.at(q), self.at(k)]);
+        let angles = [self.at(&self.table.cos), self.at(&self.table.sin)];
+        let at = self.at(&self.room.at);
+        let [keys, values] = block.cache.addresses();
+        launcher.rope(qkv, (gains, self.eps), angles, (at, keys, values), self.shape)?;
+        let attention = Attention {
+            qkv,
+            keys,
+            values,
+            at,
+            sums: self.at(&self.room.sums),
+            stats: self.at(&self.room.stats),
+            shape: self.shape,
+            splits: self.splits,
+        };
+        launcher.attention(&attention)?;
+        let out = &block.linears[OUT];
+        launcher.join(&attention, (out.places(), out.padded(), self.at(&self.room.ordered)))?;
+        self.queue_into_hidden(launcher, block, OUT)
+    }
+
+    fn queue_mlp(&self, launcher: &Launcher<'_>, block: &Block) -> Result<()> {
+        let wide = block.linears[GATE_UP[0]].shape().0;
+        let [gate, up] = [&self.room.gate, &self.room.up].map(|buffer| self.at(buffer));
+        self.queue_normed(launcher, block, &GATE_UP, 1, &[(gate, wide), (up, wide)])?;
+        let down = &block.linears[DOWN];
+        let ordered = (down.places(), down.padded(), self.at(&self.room.ordered));
+        launcher.silu((gate, up), wide, ordered)?;
+        self.queue_into_hidden(launcher, block, DOWN)
+    }
+
+    /// A norm and the linears that read it: one launch for all whose columns are in the same order.
+    fn queue_normed(
+        &self,
+        launcher: &Launcher<'_>,
+        block: &Block,
+        linears: &[usize],
+        norm: usize,
+        to: &[(u64, usize)],
+    ) -> Result<()> {
+        let ordered = self.at(&self.room.ordered);
+        let mut left: Vec<usize> = (0..linears.len()).collect();
+        while let Some(&first) = left.first() {
+            let weight = &block.linears[linears[first]];
+            let (together, others): (Vec<_>, _) =
+                left.into_iter().partition(|&i| block.linears[linears[i]].goes_with(weight));
+            left = others;
+            launcher.norm(
+                (self.at(&self.room.hidden), self.at(&block.norms[norm]), self.eps),
+                self.width(),
+                (weight.places(), weight.padded(), ordered),
+            )?;
+            let outputs: Vec<_> = together
+                .into_iter()
+                .map(|i| Output {
+                    weight: &block.linears[linears[i]],
+                    bias: self.bias(block, linears[i]),
+                    out: to[i].0,
+                    stride: to[i].1,
+                })
+                .collect();
+            launcher.product(&prepare(&outputs, ordered, launcher.tokens, false)?)?;
+        }
+        Ok(())
+    }
+
+    /// A linear that is added to the hidden states.
+    fn queue_into_hidden(
+        &self,
+        launcher: &Launcher<'_>,
+        block: &Block,
+        linear: usize,
+    ) -> Result<()> {
+        let output = Output {
+            weight: &block.linears[linear],
+            bias: self.bias(block, linear),
+            out: self.at(&self.room.hidden),
+            stride: self.width(),
+        };
+        let ordered = self.at(&self.room.ordered);
+        launcher.product(&prepare(&[output], ordered, launcher.tokens, true)?)
+    }
+
+    fn bias(&self, block: &Block, linear: usize) -> u64 {
+        block.biases[linear].as_ref().map_or(0, |bias| self.at(bias))
+    }
+}

@@ -1,0 +1,134 @@
+//! One new token of every sequence through a whole model, as a program of the card's own.
+//!
+//! What a step asks of a card besides the reading of weights is some hundred small kernels, whose launches
+//! one by one would take as long as the reading. The program is laid out once, in memory that stays, and
+//! recorded as a graph that is launched as a whole.
+
+use crate::cuda;
+use crate::device::Device;
+use crate::error::{Error, Result, ensure_shape};
+use crate::kv_cache::{CacheShape, KvCache, Span};
+use crate::resident::Resident;
+use crate::rope::RopeTable;
+use crate::tensor::{Storage, Tensor};
+
+/// A block of a [`StepModel`].
+#[derive(Debug)]
+pub struct StepBlock<'a> {
+    /// q, k, v, o, gate, up, down.
+    pub linears: [&'a Resident; 7],
+    /// Their biases.
+    pub biases: [Option<&'a [f32]>; 7],
+    /// Gains of the norms of every query head and of every key head.
+    pub head_norms: Option<[&'a [f32]; 2]>,
+    /// Gains of the norms before attention and before the MLP.
+    pub norms: [&'a [f32]; 2],
+    /// The keys and values that steps go on with.
+    pub cache: &'a KvCache,
+}
+
+/// What a step goes through.
+#[derive(Debug)]
+pub struct StepModel<'a> {
+    /// In order.
+    pub blocks: Vec<StepBlock<'a>>,
+    /// Gain of the last norm.
+    pub norm: &'a [f32],
+    /// Added to mean squares in norms.
+    pub eps: f32,
+    /// Angles of at least as many positions as a cache has.
+    pub rope: &'a RopeTable,
+}
+
+/// A program for the steps of the sequences of some caches.
+#[derive(Debug)]
+pub struct Steps(cuda::step::Program);
+
+impl Steps {
+    /// Tokens that a step takes at most.
+    pub const MOST_TOKENS: usize = cuda::step::MOST_TOKENS;
+
+    /// Takes the first hidden states `[spans.len(), hidden]` of one new token each through the blocks:
+    /// their final hidden states, normed. Keys and values go into the caches.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for spans that are not single tokens of different sequences within the
+    /// caches, [`Error::DeviceMismatch`], and those of launches.
+    pub fn run(&mut self, hidden: &Tensor, spans: &[Span]) -> Result<Tensor> {
+        const OP: &str = "a step";
+        let shape = self.0.shape();
+        let fits = spans
+            .iter()
+            .all(|span| span.len == 1 && span.slot < shape.slots && span.start < shape.capacity);
+        let mut slots: Vec<_> = spans.iter().map(|span| span.slot).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        let room = (1..=Self::MOST_TOKENS).contains(&spans.len());
+        ensure_shape(
+            fits && room && slots.len() == spans.len() && hidden.rows() == spans.len(),
+            OP,
+            hidden.shape(),
+            (spans.len(), self.0.width()),
+        )?;
+        ensure_shape(hidden.cols() == self.0.width(), OP, hidden.shape(), (1, self.0.width()))?;
+        let Storage::Cuda(hidden) = &hidden.0 else { return Err(Error::DeviceMismatch { op: OP }) };
+        Ok(Tensor(Storage::Cuda(self.0.run(hidden, spans)?)))
+    }
+}
+
+impl Device {
+    /// A program for this model, whose caches all have this shape; `None` on the CPU, which has no need of
+    /// one.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for parts that do not fit one another, [`Error::DeviceMismatch`], and
+    /// memory that is not to be had.
+    pub fn steps(&self, model: &StepModel<'_>, shape: CacheShape) -> Result<Option<Steps>> {
+        const OP: &str = "steps";
+        let Self::Cuda(cuda) = self else { return Ok(None) };
+        let width = model.norm.len();
+        let positions = (model.rope.positions(), 2 * model.rope.half);
+        ensure_shape(
+            positions.0 >= shape.capacity && positions.1 == shape.head_dim,
+            OP,
+            positions,
+            (shape.capacity, shape.head_dim),
+        )?;
+        for block in &model.blocks {
+            let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+            let wide = block.linears[4].shape().0;
+            let wanted = [
+                (queries, width),
+                (keys, width),
+                (keys, width),
+                (width, queries),
+                (wide, width),
+                (wide, width),
+                (width, wide),
+            ];
+            for ((linear, bias), wanted) in block.linears.iter().zip(&block.biases).zip(wanted) {
+                ensure_shape(linear.shape() == wanted, OP, linear.shape(), wanted)?;
+                let len = bias.map_or(wanted.0, <[f32]>::len);
+                ensure_shape(len == wanted.0, OP, (len, 1), (wanted.0, 1))?;
+            }
+            for gain in block.norms {
+                ensure_shape(gain.len() == width, OP, (gain.len(), 1), (width, 1))?;
+            }
+            for gain in block.head_norms.iter().flatten() {
+                ensure_shape(
+                    gain.len() == shape.head_dim,
+                    OP,
+                    (gain.len(), 1),
+                    (shape.head_dim, 1),
+                )?;
+            }
+            ensure_shape(
+                block.cache.shape() == shape,
+                OP,
+                (block.cache.shape().slots, block.cache.shape().capacity),
+                (shape.slots, shape.capacity),
+            )?;
+        }
+        Ok(Some(Steps(cuda::step::Program::new(cuda, model, shape)?)))
+    }
+}

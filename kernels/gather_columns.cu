@@ -1,0 +1,33 @@
+// gather_columns: tokens in the order of a weight's columns.
+//
+// Layout   x [tokens, cols] fp16 or f32 row major; places [padded] the column that stands at each place, -1 for
+//          none, or null where all stand in their own places; out [tokens, padded] fp16.
+// Launch   grid (blocks of 256 places, tokens), 256 threads.
+// Regime   latency: a few tokens; of a prompt memory, whose reads lie apart. Bound: 8 bytes a value.
+#include "half.cuh"
+
+namespace {
+
+__device__ __forceinline__ half_t as_half(half_t value) { return value; }
+__device__ __forceinline__ half_t as_half(float value) { return float_to_half(value); }
+
+template <class T>
+__device__ __forceinline__ void gather(const T* x, const int* places, half_t* out, int cols, int padded) {
+    const int place = blockIdx.x * 256 + threadIdx.x;
+    if (place >= padded) return;
+    const int column = places ? places[place] : place < cols ? place : -1;
+    const long long token = blockIdx.y;
+    out[token * padded + place] = column < 0 ? 0 : as_half(x[token * cols + column]);
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256)
+gather_columns_f16(const half_t* x, const int* places, half_t* out, int cols, int padded) {
+    gather(x, places, out, cols, padded);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+gather_columns_f32(const float* x, const int* places, half_t* out, int cols, int padded) {
+    gather(x, places, out, cols, padded);
+}
