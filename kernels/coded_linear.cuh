@@ -1,18 +1,19 @@
 // coded_linear: up to 16 tokens times weights that lie as coded.cuh says, for all widths.
 //
-// Layout   of up to three weights that read the same tokens: tiles, scales [row tiles, runs, 16] fp16, zeros
-//          the same in bytes or null where all are `zero`, bias [rows] f32 or null, out [tokens, out_stride]
-//          f32, set or added to. x [tokens, x_stride] fp16, columns in the order of the tiles.
+// Layout   of up to three weights that read the same tokens: tiles and cells as in coded.cuh, `tail` vectors of
+//          cells a step, bias [rows] f32 or null, out [tokens, out_stride] f32, set or added to. x [tokens,
+//          x_stride] fp16, columns in the order of the tiles, and the sums of every 32 of them, x_sums [tokens,
+//          x_stride / 32] f32, of what was rounded to fp16.
 // Launch   as many CTAs as the card has multiprocessors, or fewer; each takes every so many-th unit of RT row
-//          tiles. Its warps share the steps of a unit. Dynamic shared memory: see kRing, and the launcher.
+//          tiles. Its warps share the steps of a unit. Dynamic shared memory: see Shape, and the launcher.
 // Regime   memory: every code is read once, whatever the number of tokens.
 // Bound    bits / 8 bytes a code and 2 a scale: 117 MB of 8192 x 28672 at 4 bits take 29 us at 4 TB/s. A lane
 //          spends about 1.5 instructions a code, half of what four schedulers give meanwhile.
 //
 // Each lane copies what it alone will read into a ring of its own in shared memory, so that many kilobytes
-// are on the way without registers that wait for them; no barrier is needed but for the scales, that lanes
-// of a warp share. A weight is scale (code - zero): the sums of code * x and of x over the columns of a
-// group are made by tensor cores, exact but for the rounding of f32 sums, and put together group by group.
+// are on the way without registers that wait for them; no barrier is needed but for the cells, that lanes
+// of a warp share. A weight is scale (code - zero): the sums of code * x over the columns of a cell are made by
+// tensor cores, exact but for the rounding of f32 sums, and put together cell by cell with the sums of x.
 // The sums of the warps are added up in their order: the same inputs give the same bytes.
 #pragma once
 #include "coded.cuh"
@@ -20,26 +21,41 @@
 
 struct Part {
     const uint4* tiles;
-    const half_t* scales;
-    const unsigned char* zeros;
+    const uint4* cells;
     const float* bias;
     float* out;
-    int rows, zero, out_stride;
+    int rows, zero, zeros, out_stride, tail;
 };
 
 struct Product {
     Part parts[3];
     const half_t* x;
-    int part_count, steps, run, runs, x_stride, tokens, add;
+    const float* x_sums;
+    int part_count, steps, x_stride, tokens, add;
 };
 
 namespace {
 
-// As copy_async_16, of memory that is not read again soon.
-__device__ __forceinline__ void copy_once_16(unsigned shared, const void* global, unsigned long long policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-                 "l"(policy)
-                 : "memory");
+// As copy_async_16; nothing where `wanted` is false. It is no branch: the products that follow are made by whole
+// warps. No cache hint: with one, ptxas 13.0 puts a uniform offset beside the descriptor, an instruction that the card
+// refuses.
+__device__ __forceinline__ void copy_16_if(unsigned shared, const void* global, bool wanted) {
+    asm volatile(
+        "{ .reg .pred wanted;\n"
+        "  setp.ne.b32 wanted, %2, 0;\n"
+        "  @wanted cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(shared),
+        "l"(global), "r"((int)wanted)
+        : "memory");
+}
+
+// A barrier of all threads that a warp may pass without waiting for the others...
+__device__ __forceinline__ void arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ...or not.
+__device__ __forceinline__ void await(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ unsigned long long read_once() {
@@ -48,130 +64,197 @@ __device__ __forceinline__ unsigned long long read_once() {
     return policy;
 }
 
-// What a variant takes. NT: eights of tokens. RT: row tiles of a unit.
-template <int BITS_, int NT_, int RT_, int WARPS_, int TOKENS_>
+// What a variant takes. NT: eights of tokens. RT: row tiles of a unit. EVERY: sub-blocks of a cell.
+template <int BITS_, int EVERY_, int NT_, int RT_, int WARPS_, int TOKENS_>
 struct Shape {
-    static constexpr int BITS = BITS_, NT = NT_, RT = RT_, WARPS = WARPS_, TOKENS = TOKENS_;
-    static constexpr int VECTORS = kVectors<BITS>, SUBS = kSubs<BITS>;
-    static constexpr int CODES = RT * VECTORS * 512;               // bytes of a warp's stage
-    static constexpr int SCALES = BITS < 16 ? RT * SUBS * 32 : 0;  // and what follows them
-    static constexpr int ZEROS = BITS < 16 ? RT * SUBS * 16 : 0;
-    static constexpr int STAGE = CODES + SCALES + ZEROS;
-    static constexpr int SUMS = WARPS * RT * kTileRows * TOKENS * 4;  // bytes of what warps add up
-    static constexpr int FITTING = (204800 - SUMS) / (WARPS * STAGE);
+    static constexpr int BITS = BITS_, EVERY = EVERY_, NT = NT_, RT = RT_, WARPS = WARPS_, TOKENS = TOKENS_;
+    static constexpr int VECTORS = kVectors<BITS>, SUBS = kSubs<BITS>, CELLS = BITS < 16 ? SUBS / EVERY : 0;
+    static constexpr int CODES = VECTORS * 512;             // bytes of a row tile's codes,
+    static constexpr int RECORD = CODES + CELLS * 48;       // with cells and zeros,
+    static constexpr int STAGE = RT * RECORD;               // of a warp's stage,
+    static constexpr int ROWS = RT * kTileRows;
+    static constexpr int SUMS = WARPS * ROWS * TOKENS * 4;  // of what warps add up of a unit,
+    static constexpr int TURNS = TOKENS == 2 ? 4 : 2;       // for so many units at a time
+    static constexpr int ROOM = 221184;                     // not all there is: the rest caches x
+    static constexpr int FITTING = (ROOM - TURNS * SUMS) / (WARPS * STAGE);
     static constexpr int DEPTH = FITTING < 8 ? FITTING : 8;  // stages of a warp's ring
     static_assert(DEPTH >= 2, "a ring of one stage");
 };
 
+// Units of a weight.
+template <class S>
+__device__ __forceinline__ int units_of(const Part& part) {
+    return (part.rows + S::RT * kTileRows - 1) / (S::RT * kTileRows);
+}
+
 // The unit's weight and its first row tile there.
 template <class S>
 __device__ __forceinline__ int find_unit(const Product& p, int unit, int& part) {
-    part = 0;
-    while (true) {
-        const int units = (p.parts[part].rows + S::RT * kTileRows - 1) / (S::RT * kTileRows);
-        if (unit < units || part + 1 == p.part_count) return unit * S::RT;
+    for (part = 0; part + 1 < p.part_count; ++part) {
+        const int units = units_of<S>(p.parts[part]);
+        if (unit < units) break;
         unit -= units;
-        ++part;
     }
+    return unit * S::RT;
 }
 
 // Queues the copies of one step of a unit into a stage; one group of copies, empty beyond the last unit.
 template <class S>
 struct Fetcher {
     const Product& p;
-    unsigned ring;
-    int lane, first, last, units;
-    unsigned long long policy = read_once();
-    int unit, step, slot = 0;
-    int part, tile;
+    const unsigned ring;
+    const int lane, first, steps, units;
+    const uint4 *from[S::RT], *cells[S::RT];
+    int unit, left = 0, tail = 0, slot = 0;
 
-    __device__ __forceinline__ Fetcher(const Product& p, unsigned ring, int lane, int first, int last, int units)
-        : p(p), ring(ring), lane(lane), first(first), last(last), units(units), unit(blockIdx.x), step(first) {
-        tile = find_unit<S>(p, unit, part);
+    __device__ __forceinline__ Fetcher(const Product& p, unsigned ring, int lane, int first, int steps, int units)
+        : p(p), ring(ring), lane(lane), first(first), steps(steps), units(units),
+          unit((int)blockIdx.x - (int)gridDim.x) {
+        start();
+    }
+
+    // The next unit of this CTA, if there is one.
+    __device__ __forceinline__ void start() {
+        unit += gridDim.x;
+        if (unit >= units || steps == 0) return;
+        int part;
+        const int tile = find_unit<S>(p, unit, part);
+        const Part& w = p.parts[part];
+        tail = w.tail;
+        left = steps;
+        const int last_tile = (w.rows - 1) / kTileRows;
+#pragma unroll
+        for (int rt = 0; rt < S::RT; ++rt) {
+            const long long record = (long long)min(tile + rt, last_tile) * p.steps + first;
+            from[rt] = w.tiles + record * S::VECTORS * 32 + lane;
+            cells[rt] = w.cells + record * tail + lane;
+        }
     }
 
     __device__ __forceinline__ void next() {
-        if (unit < units) {
-            copy();
-            if (++step == last) {
-                step = first;
-                unit += gridDim.x;
-                if (unit < units) tile = find_unit<S>(p, unit, part);
+        if (left > 0) {
+            const unsigned to = ring + slot + lane * 16;
+#pragma unroll
+            for (int rt = 0; rt < S::RT; ++rt) {
+                const unsigned at = to + rt * S::RECORD;
+#pragma unroll
+                for (int v = 0; v < S::VECTORS; ++v) copy_async_16(at + v * 512, from[rt] + v * 32, true);
+                copy_16_if(at + S::CODES, cells[rt], lane < tail);
+                from[rt] += S::VECTORS * 32;
+                cells[rt] += tail;
             }
+            if (--left == 0) start();
         }
-        slot = slot + 1 == S::DEPTH ? 0 : slot + 1;
         copy_async_commit();
-    }
-
-    __device__ __forceinline__ void copy() {
-        const Part& w = p.parts[part];
-        const int last_tile = (w.rows - 1) / kTileRows;
-        const unsigned to = ring + slot * S::STAGE;
-#pragma unroll
-        for (int rt = 0; rt < S::RT; ++rt) {
-            const int row_tile = min(tile + rt, last_tile);
-            const uint4* from = w.tiles + ((long long)row_tile * p.steps + step) * S::VECTORS * 32 + lane;
-#pragma unroll
-            for (int v = 0; v < S::VECTORS; ++v) {
-                copy_once_16(to + (rt * S::VECTORS + v) * 512 + lane * 16, from + v * 32, policy);
-            }
-            if (S::BITS == 16 || lane >= 2 * S::SUBS) continue;
-            const int run = min((step * S::SUBS + lane / 2) / p.run, p.runs - 1);
-            const long long cells = ((long long)row_tile * p.runs + run) * kTileRows;
-            const unsigned scales = to + S::CODES + rt * S::SUBS * 32 + lane * 16;
-            copy_once_16(scales, w.scales + cells + lane % 2 * 8, policy);
-            if (w.zeros && lane % 2 == 0) {
-                copy_once_16(to + S::CODES + S::SCALES + rt * S::SUBS * 16 + lane * 8, w.zeros + cells, policy);
-            }
-        }
+        slot = slot == (S::DEPTH - 1) * S::STAGE ? 0 : slot + S::STAGE;
     }
 };
 
 template <class S>
 using Sums = float[S::RT][S::NT][4];
 
-// acc += scale (sum of codes - zero * sum of x) of the columns since the last time, for one row tile.
+// What a unit's weight has instead of zeros in its records.
+struct Zero {
+    bool differ;
+    float value;
+};
+
+// Where a lane finds its tokens: 16 bytes of every sub-block, of every eight tokens one or none; and the sums
+// over sub-blocks of the two tokens whose outputs it has.
 template <class S>
-__device__ __forceinline__ void join(float (&acc)[S::NT][4], float (&codes)[S::NT][4], const float (&ones)[S::NT][4],
-                                     const unsigned char* stage, int rt, int sub, int zero, bool zeros, int lane) {
-    const int row = lane / 4;
-    const half_t* scales = (const half_t*)(stage + S::CODES) + (rt * S::SUBS + sub) * kTileRows;
-    const unsigned char* places = stage + S::CODES + S::SCALES + (rt * S::SUBS + sub) * kTileRows;
+struct Tokens {
+    const half_t* x[S::NT];
+    bool there[S::NT];
+    const float* sums[S::NT][2];
+};
+
+// The sums of x over a cell's columns, as multiples of what a code of 1 is, negative.
+template <class S>
+__device__ __forceinline__ void sums_of_x(const Tokens<S>& tokens, int block, float (&sums)[S::NT][2]) {
+#pragma unroll
+    for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float* at = tokens.sums[n][i] + block;
+            float sum = at[0];
+            if (S::EVERY == 2) {
+                const float2 v = *(const float2*)at;
+                sum = v.x + v.y;
+            } else if (S::EVERY == 4) {
+                const float4 v = *(const float4*)at;
+                sum = (v.x + v.y) + (v.z + v.w);
+            }
+            sums[n][i] = sum * (-1.0f / kUnit);
+        }
+}
+
+// What the sums of codes * x begin with, so that they become those of (code - zero) * x.
+template <class S>
+__device__ __forceinline__ void begin_cell(float (&codes)[S::NT][4], const float (&sums)[S::NT][2],
+                                           const unsigned char* cells, int cell, Zero zero, int lane) {
+    const unsigned char* zeros = cells + S::CELLS * 32 + cell * kTileRows + lane / 4;
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-        const float s = half_to_float(scales[row + 8 * below]) * kUnit;
-        const float z = zeros ? places[row + 8 * below] : zero;
+        const float z = (zero.differ ? zeros[8 * below] : zero.value) * (below ? 1 << kLift<S::BITS> : 1);
 #pragma unroll
-        for (int n = 0; n < S::NT; ++n) {
+        for (int n = 0; n < S::NT; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float& sum = codes[n][2 * below + i];
-                acc[n][2 * below + i] = fmaf(s, fmaf(-z, ones[n][i], sum), acc[n][2 * below + i]);
-                sum = 0.0f;
-            }
-        }
+            for (int i = 0; i < 2; ++i) codes[n][2 * below + i] = z * sums[n][i];
     }
 }
 
-// One step of a unit. Scales are applied every EVERY sub-blocks, all of one group.
-template <class S, int EVERY>
-__device__ __forceinline__ void multiply_step(const unsigned char* stage, const half_t* const (&x)[S::NT], int step,
-                                              int zero, bool zeros, int lane, Sums<S>& acc) {
-    const unsigned unit[4] = {0x00010001u, 0x00010001u, 0x00010001u, 0x00010001u};
-    Sums<S> codes = {};
-    float ones[S::NT][4] = {};
+// acc += scale * sum of (code - zero) * x over the columns of a cell.
+template <class S>
+__device__ __forceinline__ void end_cell(float (&acc)[S::NT][4], const float (&codes)[S::NT][4],
+                                         const unsigned char* cells, int cell, int lane) {
+    const half_t* scales = (const half_t*)cells + cell * kTileRows + lane / 4;
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+        const float s = half_to_float(scales[8 * below]) * (below ? kUnit / (1 << kLift<S::BITS>) : kUnit);
+#pragma unroll
+        for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float& to = acc[n][2 * below + i];
+                to = fmaf(s, codes[n][2 * below + i], to);
+            }
+    }
+}
+
+// One step of a unit.
+template <class S>
+__device__ __forceinline__ void multiply_step(const unsigned char* stage, const Tokens<S>& tokens, int step, Zero zero,
+                                              int lane, Sums<S>& acc) {
     unsigned words[S::RT][4 * S::VECTORS];
 #pragma unroll
     for (int i = 0; i < S::RT * S::VECTORS; ++i) {
-        const uint4 v = *(const uint4*)(stage + i * 512 + lane * 16);
-        unsigned* to = words[i / S::VECTORS] + i % S::VECTORS * 4;
+        const int rt = i / S::VECTORS, vector = i % S::VECTORS;
+        const uint4 v = *(const uint4*)(stage + rt * S::RECORD + vector * 512 + lane * 16);
+        unsigned* to = words[rt] + vector * 4;
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
+    const half_t* x[S::NT];
+#pragma unroll
+    for (int n = 0; n < S::NT; ++n) x[n] = tokens.x[n] + step * S::SUBS * kSub;
+    float codes[S::RT][S::NT][4];
 #pragma unroll
     for (int sub = 0; sub < S::SUBS; ++sub) {
+        const int block = step * S::SUBS + sub, cell = sub / S::EVERY;
         uint4 b[S::NT];
 #pragma unroll
-        for (int n = 0; n < S::NT; ++n) b[n] = *(const uint4*)(x[n] + (step * S::SUBS + sub) * kSub);
+        for (int n = 0; n < S::NT; ++n) {
+            // A lane without a token would cost a read of its own.
+            b[n] = {0, 0, 0, 0};
+            if (tokens.there[n]) b[n] = *(const uint4*)(x[n] + sub * kSub);
+        }
+        if (S::BITS < 16 && sub % S::EVERY == 0) {
+            float sums[S::NT][2];
+            sums_of_x<S>(tokens, block, sums);
+#pragma unroll
+            for (int rt = 0; rt < S::RT; ++rt) {
+                begin_cell<S>(codes[rt], sums, stage + rt * S::RECORD + S::CODES, cell, zero, lane);
+            }
+        }
 #pragma unroll
         for (int rt = 0; rt < S::RT; ++rt) {
             unsigned a[2][4];
@@ -182,29 +265,22 @@ __device__ __forceinline__ void multiply_step(const unsigned char* stage, const 
                 multiply_add(to, a[0], b[n].x, b[n].y);
                 multiply_add(to, a[1], b[n].z, b[n].w);
             }
+            if (S::BITS < 16 && (sub + 1) % S::EVERY == 0) {
+                end_cell<S>(acc[rt], codes[rt], stage + rt * S::RECORD + S::CODES, cell, lane);
+            }
         }
-        if (S::BITS == 16) continue;
-#pragma unroll
-        for (int n = 0; n < S::NT; ++n) {
-            multiply_add(ones[n], unit, b[n].x, b[n].y);
-            multiply_add(ones[n], unit, b[n].z, b[n].w);
-        }
-        if ((sub + 1) % EVERY != 0) continue;
-#pragma unroll
-        for (int rt = 0; rt < S::RT; ++rt) {
-            join<S>(acc[rt], codes[rt], ones, stage, rt, sub, zero, zeros, lane);
-        }
-#pragma unroll
-        for (int n = 0; n < S::NT; ++n) ones[n][0] = ones[n][1] = ones[n][2] = ones[n][3] = 0.0f;
     }
 }
 
-// Adds up the warps' sums of a unit and writes them.
+// A warp's sums of a unit, the turn-th of this block. One warp after the other adds up those of all, while the
+// others go on; a place is written again when it has been read.
 template <class S>
-__device__ __forceinline__ void finish_unit(const Product& p, float* sums, const Sums<S>& acc, int part, int tile,
-                                            int warp, int lane) {
-    constexpr int ROWS = S::RT * kTileRows;
-    const Part& w = p.parts[part];
+__device__ __forceinline__ void finish_unit(const Product& p, float* all_sums, const Sums<S>& acc, int part, int tile,
+                                            int turn, bool last, int warp, int lane) {
+    constexpr int THREADS = S::WARPS * 32;
+    const int place = turn % S::TURNS, full = 1 + place, empty = 1 + S::TURNS + place;
+    float* sums = all_sums + place * (S::SUMS / 4);
+    if (turn >= S::TURNS && (turn - S::TURNS) % S::WARPS != warp) await(empty, THREADS);
 #pragma unroll
     for (int rt = 0; rt < S::RT; ++rt)
 #pragma unroll
@@ -212,74 +288,87 @@ __device__ __forceinline__ void finish_unit(const Product& p, float* sums, const
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int token = n * 8 + lane % 4 * 2 + i % 2, row = rt * kTileRows + lane / 4 + i / 2 * 8;
-                if (token < p.tokens) sums[(warp * p.tokens + token) * ROWS + row] = acc[rt][n][i];
+                if (token < p.tokens) sums[(warp * p.tokens + token) * S::ROWS + row] = acc[rt][n][i];
             }
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * p.tokens; i += S::WARPS * 32) {
-        const int row = tile * kTileRows + i % ROWS, token = i / ROWS;
-        if (row >= w.rows) continue;
-        float sum = w.bias ? w.bias[row] : 0.0f;
-#pragma unroll
-        for (int from = 0; from < S::WARPS; ++from) sum += sums[from * p.tokens * ROWS + i];
-        float* out = w.out + (long long)token * w.out_stride + row;
-        *out = p.add ? *out + sum : sum;
+    if (turn % S::WARPS != warp) {
+        arrive(full, THREADS);
+        return;
     }
-    __syncthreads();
+    await(full, THREADS);
+    const Part& w = p.parts[part];
+    for (int i = lane; i < S::ROWS * p.tokens; i += 32) {
+        const int row = tile * kTileRows + i % S::ROWS, token = i / S::ROWS;
+        if (row >= w.rows) continue;
+        float* out = w.out + (long long)token * w.out_stride + row;
+        const float before = (p.add ? *out : 0.0f) + (w.bias ? w.bias[row] : 0.0f);
+        float sum = 0.0f;
+#pragma unroll
+        for (int from = 0; from < S::WARPS; ++from) sum += sums[from * p.tokens * S::ROWS + i];
+        *out = before + sum;
+    }
+    __syncwarp();
+    if (!last) arrive(empty, THREADS);
 }
 
-template <class S, int EVERY>
+template <class S>
 __device__ __forceinline__ void coded_linear(const Product& p) {
     extern __shared__ uint4 shared[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     unsigned char* ring = (unsigned char*)shared + warp * S::DEPTH * S::STAGE;
     float* sums = (float*)((unsigned char*)shared + S::WARPS * S::DEPTH * S::STAGE);
     const int first = warp * p.steps / S::WARPS, last = (warp + 1) * p.steps / S::WARPS;
     int units = 0;
-    for (int i = 0; i < p.part_count; ++i) units += (p.parts[i].rows + S::RT * kTileRows - 1) / (S::RT * kTileRows);
+    for (int i = 0; i < p.part_count; ++i) units += units_of<S>(p.parts[i]);
 
     launch_next();
-    Fetcher<S> fetcher(p, shared_address(ring), lane, first, last, first < last ? units : 0);
+    Fetcher<S> fetcher(p, shared_address(ring), lane, first, last - first, units);
     for (int i = 0; i < S::DEPTH - 1; ++i) fetcher.next();
     // The weights are nobody's to write: only from here on something is read that the kernel ahead makes.
     wait_for_last();
-    const half_t* x[S::NT];
+    Tokens<S> tokens;
 #pragma unroll
     for (int n = 0; n < S::NT; ++n) {
-        // Tokens that are not there are another's twin, and nobody asks for their outputs.
-        x[n] = p.x + (long long)min(n * 8 + lane / 4, p.tokens - 1) * p.x_stride + lane % 4 * 8;
+        const int token = n * 8 + lane / 4;
+        tokens.there[n] = token < p.tokens;
+        tokens.x[n] = p.x + (long long)min(token, p.tokens - 1) * p.x_stride + lane % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            // Tokens that are not there are another's twin, and nobody asks for their outputs.
+            tokens.sums[n][i] = p.x_sums + min(n * 8 + lane % 4 * 2 + i, p.tokens - 1) * (p.x_stride / kSub);
+        }
     }
-    int slot = 0;
-    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    int slot = 0, turn = 0;
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x, ++turn) {
         int part;
         const int tile = find_unit<S>(p, unit, part);
-        const int zero = p.parts[part].zero;
-        const bool zeros = p.parts[part].zeros != nullptr;
+        const Zero zero = {p.parts[part].zeros != 0, (float)p.parts[part].zero};
         Sums<S> acc = {};
         for (int step = first; step < last; ++step) {
             copy_async_wait<S::DEPTH - 2>();
             __syncwarp();
             // Into the stage of the step before, with which every lane is done.
             fetcher.next();
-            multiply_step<S, EVERY>(ring + slot * S::STAGE, x, step, zero, zeros, lane, acc);
-            slot = slot + 1 == S::DEPTH ? 0 : slot + 1;
+            __syncwarp();
+            multiply_step<S>(ring + slot, tokens, step, zero, lane, acc);
+            slot = slot == (S::DEPTH - 1) * S::STAGE ? 0 : slot + S::STAGE;
         }
-        finish_unit<S>(p, sums, acc, part, tile, warp, lane);
+        // The place is used again if there are TURNS units more.
+        const bool last = unit + S::TURNS * (int)gridDim.x >= units;
+        finish_unit<S>(p, sums, acc, part, tile, turn, last, warp, lane);
     }
 }
 
 }  // namespace
 
-#define CODED_LINEAR(BITS, TOKENS, NAME, EVERY, NT, RT, WARPS)                                            \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)                                           \
-        coded_linear_##BITS##_##TOKENS##NAME(const __grid_constant__ Product p) {                         \
-        coded_linear<Shape<BITS, NT, RT, WARPS, TOKENS>, EVERY>(p);                                       \
+#define CODED_LINEAR(BITS, TOKENS, EVERY, NT, RT, WARPS)                                                   \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)                                            \
+        coded_linear_##BITS##_##TOKENS##_##EVERY##_##RT(const __grid_constant__ Product p) {               \
+        coded_linear<Shape<BITS, EVERY, NT, RT, WARPS, TOKENS>>(p);                                        \
     }
 
-// Of groups of whole 128 columns, or of any.
-#define CODED_LINEAR_OF(BITS)                           \
-    CODED_LINEAR(BITS, 2, , 1, 1, 1, 16)                \
-    CODED_LINEAR(BITS, 8, , 1, 1, 2, 16)                \
-    CODED_LINEAR(BITS, 16, , 1, 2, 4, 8)                \
-    CODED_LINEAR(BITS, 2, _by_128, 4, 1, 1, 16)         \
-    CODED_LINEAR(BITS, 8, _by_128, 4, 1, 2, 16)         \
-    CODED_LINEAR(BITS, 16, _by_128, 4, 2, 4, 8)
+// Fewer row tiles a unit share a matrix out more evenly, more read x less often.
+#define CODED_LINEAR_OF(BITS, EVERY)         \
+    CODED_LINEAR(BITS, 2, EVERY, 1, 1, 16)   \
+    CODED_LINEAR(BITS, 2, EVERY, 1, 2, 16)   \
+    CODED_LINEAR(BITS, 8, EVERY, 1, 2, 16)   \
+    CODED_LINEAR(BITS, 16, EVERY, 2, 4, 8)

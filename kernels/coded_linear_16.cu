@@ -2,6 +2,4 @@
 // quantized. Layout, launch, regime and bound are told in coded_linear.cuh.
 #include "coded_linear.cuh"
 
-CODED_LINEAR(16, 2, , 1, 1, 1, 16)
-CODED_LINEAR(16, 8, , 1, 1, 2, 16)
-CODED_LINEAR(16, 16, , 1, 2, 4, 8)
+CODED_LINEAR_OF(16, 1)

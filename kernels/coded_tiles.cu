@@ -1,9 +1,9 @@
 // coded_tiles: a weight in the order of coded.cuh, and back as fp16 in the order of its columns there.
 //
 // Layout   codes [rows, cols] a byte each, or fp16 values [rows, cols], row major; places [steps * SUBS *
-//          32] the column that stands at each place, -1 for none. Tiles as in coded.cuh. Back: scales
-//          [row tiles, runs, 16] fp16, zeros the same in bytes or null for `zero`, out [rows, steps * SUBS *
-//          32] fp16; sub-block b belongs to run b / run, the last one at most.
+//          32] the column that stands at each place, -1 for none, or null. Tiles and cells, `tail` vectors a step, as
+//          in coded.cuh. Back: out [rows, steps * SUBS * 32] fp16; `every` sub-blocks have a cell, its zeros are
+//          there or all `zero`.
 // Launch   256 threads, grid-stride: over words when tiles are made, over a lane's steps on the way back.
 // Regime   memory, once when a model is loaded; on the way back for prompts of more than 16 tokens.
 // Bound    a byte read and bits / 8 written a code; back bits / 8 read and 2 bytes written, at 3 TB/s 0.2 ms
@@ -15,12 +15,11 @@ namespace {
 template <int BITS, class Value>
 __device__ __forceinline__ void make_tiles(const Value* values, const int* places, unsigned* tiles, int rows,
                                            int cols, int steps, int row_tiles) {
-    constexpr int WORDS = 4 * kVectors<BITS>;
-    const long long count = (long long)row_tiles * steps * WORDS * 32;
+    constexpr int WORDS = 4 * kVectors<BITS> * 32;
+    const long long count = (long long)row_tiles * steps * WORDS;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
-        const int lane = i / 4 % 32, word = i / 128 % (WORDS / 4) * 4 + i % 4;
-        const long long tile_step = i / (WORDS * 32);
-        const int step = tile_step % steps, tile = tile_step / steps;
+        const int at = i % WORDS, step = i / WORDS % steps, tile = i / WORDS / steps;
+        const int lane = at / 4 % 32, word = at / 128 * 4 + at % 4;
         tiles[i] = word_of<BITS>(word, [&](int sub, int pair, int half) -> unsigned {
             const int row = tile * kTileRows + lane / 4 + 8 * (pair % 2);
             const int place = (step * kSubs<BITS> + sub) * kSub + 8 * (lane % 4) + pair / 4 * 4 +
@@ -37,17 +36,19 @@ __device__ __forceinline__ half2_t widened(unsigned codes, float scale, float ze
 }
 
 template <int BITS>
-__device__ __forceinline__ void widen(const uint4* tiles, const half_t* scales, const unsigned char* zeros,
-                                      int zero, half_t* out, int rows, int steps, int row_tiles, int run,
-                                      int runs) {
+__device__ __forceinline__ void widen(const uint4* tiles, const uint4* cells, int every, bool zeros, int zero, half_t* out, int rows,
+                                      int steps, int row_tiles, int tail) {
     constexpr int VECTORS = kVectors<BITS>, SUBS = kSubs<BITS>;
     const long long count = (long long)row_tiles * steps * 32;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
         const int lane = i % 32, step = i / 32 % steps, tile = i / 32 / steps;
+        const uint4* record = tiles + i / 32 * VECTORS * 32;
+        const half_t* scales = (const half_t*)(cells + i / 32 * tail);
+        const unsigned char* places = (const unsigned char*)(scales + SUBS / every * kTileRows);
         unsigned words[4 * VECTORS];
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            const uint4 part = tiles[((long long)tile * steps + step) * VECTORS * 32 + v * 32 + lane];
+            const uint4 part = record[v * 32 + lane];
             words[4 * v] = part.x, words[4 * v + 1] = part.y;
             words[4 * v + 2] = part.z, words[4 * v + 3] = part.w;
         }
@@ -55,19 +56,19 @@ __device__ __forceinline__ void widen(const uint4* tiles, const half_t* scales, 
         for (int sub = 0; sub < SUBS; ++sub) {
             unsigned a[2][4];
             pairs_of<BITS>(words, sub, a);
-            const int block = step * SUBS + sub;
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int row = tile * kTileRows + lane / 4 + 8 * below;
                 if (row >= rows) continue;
                 uint4 eight = {a[0][below], a[0][2 + below], a[1][below], a[1][2 + below]};
                 if (BITS < 16) {
-                    const int cell = (tile * runs + min(block / run, runs - 1)) * kTileRows + lane / 4 + 8 * below;
-                    const float s = half_to_float(scales[cell]), z = zeros ? zeros[cell] : zero;
-                    eight.x = widened(eight.x, s, z), eight.y = widened(eight.y, s, z);
-                    eight.z = widened(eight.z, s, z), eight.w = widened(eight.w, s, z);
+                    const int cell = sub / every * kTileRows + lane / 4 + 8 * below;
+                    const int lift = below ? kLift<BITS> : 0;
+                    const float s = half_to_float(scales[cell]), z = zeros ? places[cell] : zero;
+                    eight.x = widened(eight.x >> lift, s, z), eight.y = widened(eight.y >> lift, s, z);
+                    eight.z = widened(eight.z >> lift, s, z), eight.w = widened(eight.w >> lift, s, z);
                 }
-                const long long at = ((long long)row * steps * SUBS + block) * kSub + 8 * (lane % 4);
+                const long long at = ((long long)row * steps * SUBS + step * SUBS + sub) * kSub + 8 * (lane % 4);
                 *(uint4*)(out + at) = eight;
             }
         }
@@ -76,16 +77,16 @@ __device__ __forceinline__ void widen(const uint4* tiles, const half_t* scales, 
 
 }  // namespace
 
-#define CODED_TILES(BITS, VALUE)                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) coded_tiles_##BITS(                                 \
-        const VALUE* values, const int* places, unsigned* tiles, int rows, int cols, int steps,           \
-        int row_tiles) {                                                                                  \
-        make_tiles<BITS>(values, places, tiles, rows, cols, steps, row_tiles);                            \
-    }                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(256) coded_widen_##BITS(                                 \
-        const uint4* tiles, const half_t* scales, const unsigned char* zeros, int zero, half_t* out,      \
-        int rows, int steps, int row_tiles, int run, int runs) {                                          \
-        widen<BITS>(tiles, scales, zeros, zero, out, rows, steps, row_tiles, run, runs);                  \
+#define CODED_TILES(BITS, VALUE)                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) coded_tiles_##BITS(                                   \
+        const VALUE* values, const int* places, unsigned* tiles, int rows, int cols, int steps,             \
+        int row_tiles) {                                                                                    \
+        make_tiles<BITS>(values, places, tiles, rows, cols, steps, row_tiles);                              \
+    }                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256) coded_widen_##BITS(                                   \
+        const uint4* tiles, const uint4* cells, int every, int zeros, int zero, half_t* out, int rows,      \
+        int steps, int row_tiles, int tail) {                                                               \
+        widen<BITS>(tiles, cells, every, zeros, zero, out, rows, steps, row_tiles, tail);                   \
     }
 
 CODED_TILES(2, unsigned char)

@@ -1,17 +1,20 @@
 // step_attention: softmax(q k^T / sqrt(D)) v of one new token of each sequence over all that is in its cache,
-// cut into splits of so many keys; step_join puts the splits together.
+// cut into splits of so many keys; step_join puts the splits together. Norms of heads, the rotary embedding and
+// the new token's way into the cache come first.
 //
-// Layout   q [tokens, q_stride] f32, the heads' D values first; keys, values [sequences, capacity, kv_heads, D]
-//          fp16; at [tokens]: sequence and position, which is in the cache already. sums [tokens, heads, splits, D]
-//          and stats [tokens, heads, splits] (maximum, sum) f32; only what a token's length asks for is written.
-//          step_join: places [padded] the value that stands at each place, -1 for none, or null; out [tokens,
-//          padded] fp16.
+// Layout   qkv [tokens, (heads + 2 kv_heads) * D] f32: queries, keys, values. keys, values [sequences, capacity,
+//          kv_heads, D] fp16; at [tokens]: sequence and position. cos, sin [positions, D / 2] f32; gains [D] f32 or
+//          null. sums [tokens, heads, splits, D] and stats [tokens, heads, splits] (maximum, sum) f32; only what a
+//          token's length asks for is written. step_join: places [padded] the value that stands at each place, -1
+//          for none, or null; out [tokens, padded] fp16, padded a multiple of 32; out_sums [tokens, padded / 32] f32
+//          of every 32 of them.
 // Launch   grid (kv_heads * groups of up to GROUP query heads, splits, tokens), 256 threads, dynamic shared memory
 //          (GROUP * split + 9 * GROUP * 128) floats. step_join: grid (blocks of 256 places, tokens), 256 threads.
 // Regime   memory for long sequences: every key and value is read once for all query heads that share it. Bound: 4
 //          kv_heads * D bytes a token of context and block, 16 MB at 4096 tokens and 8 heads of 128: 4 us at 4 TB/s.
 //
-// Sixteen lanes share a key, eight values each: D is a multiple of 8, 128 at most.
+// Sixteen lanes share a key, eight values each: D is a multiple of 16, 128 at most. The new key and value are written
+// by every block that reads them, the same bytes by each.
 #include "dependent.cuh"
 #include "half.cuh"
 #include "reduce.cuh"
@@ -30,31 +33,79 @@ __device__ __forceinline__ void eight(const half_t* from, float (&to)[8]) {
     }
 }
 
+struct Angles {
+    const float *cos, *sin;  // of one position
+    int half;
+};
+
+// A head's values, normed where there is a gain, turned, times scale; a warp's work. `put(i, value)` takes them.
+template <class Put>
+__device__ __forceinline__ void turn(const float* x, const float* gain, float eps, Angles angles, float scale,
+                                     int lane, Put put) {
+    const int half = angles.half;
+    if (gain) {
+        float squares = 0.0f;
+        for (int i = lane; i < 2 * half; i += 32) squares = fmaf(x[i], x[i], squares);
+        scale *= rsqrtf(warp_reduce<Add>(squares) / (2 * half) + eps);
+    }
+    for (int i = lane; i < half; i += 32) {
+        const float low = x[i] * (gain ? scale * gain[i] : scale);
+        const float high = x[i + half] * (gain ? scale * gain[i + half] : scale);
+        put(i, low * angles.cos[i] - high * angles.sin[i]);
+        put(i + half, high * angles.cos[i] + low * angles.sin[i]);
+    }
+}
+
+struct Operands {
+    const float* qkv;
+    half_t *keys, *values;
+    const int2* at;
+    const float *cos, *sin, *q_gain, *k_gain;
+    float* sums;
+    float2* stats;
+    int heads, kv_heads, dim, capacity, split;
+    float eps, scale;
+};
+
 template <int GROUP>
-__device__ __forceinline__ void attend(const float* q, const half_t* keys, const half_t* values, const int2* at,
-                                       float* sums, float2* stats, int q_stride, int heads, int kv_heads, int dim,
-                                       int capacity, int split, float scale) {
+__device__ __forceinline__ void attend(const Operands& o) {
     extern __shared__ float shared[];
+    const int heads = o.heads, kv_heads = o.kv_heads, dim = o.dim, split = o.split;
     float *weights = shared, *query = shared + GROUP * split, *parts = query + GROUP * kMost;
     launch_next();
     wait_for_last();
     const int token = blockIdx.z, per = heads / kv_heads, chunks = (per + GROUP - 1) / GROUP;
     const int kv_head = blockIdx.x / chunks, chunk = blockIdx.x % chunks * GROUP;
     const int first_head = kv_head * per + chunk, count = min(GROUP, per - chunk);
-    const int2 place = at[token];
+    const int2 place = o.at[token];
     const int first = blockIdx.y * split, keys_here = min(split, place.y + 1 - first);
     if (keys_here <= 0) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = threadIdx.x / 16, part = threadIdx.x % 16;
+    const long long stride = (long long)kv_heads * dim;
+    const half_t *keys = o.keys, *values = o.values;
 
-    for (int i = threadIdx.x; i < GROUP * dim; i += 256) {
-        const int g = i / dim;
-        query[g * kMost + i % dim] =
-            g < count ? q[(long long)token * q_stride + (first_head + g) * dim + i % dim] * scale : 0.0f;
+    const float* qkv = o.qkv + (long long)token * (heads + 2 * kv_heads) * dim;
+    const long long turned = (long long)place.y * (dim / 2);
+    const Angles angles = {o.cos + turned, o.sin + turned, dim / 2};
+    if (warp < count) {
+        turn(qkv + (first_head + warp) * dim, o.q_gain, o.eps, angles, o.scale, lane,
+             [&](int i, float value) { query[warp * kMost + i] = value; });
+    } else if (warp < GROUP) {
+        for (int i = lane; i < dim; i += 32) query[warp * kMost + i] = 0.0f;
+    }
+    if (first + keys_here == place.y + 1 && warp >= kWarps - 2) {
+        const long long row = ((long long)place.x * o.capacity + place.y) * stride + kv_head * dim;
+        const float* x = qkv + (heads + kv_head) * dim;
+        if (warp == kWarps - 1) {
+            for (int i = lane; i < dim; i += 32) o.values[row + i] = float_to_half(x[kv_heads * dim + i]);
+        } else {
+            turn(x, o.k_gain, o.eps, angles, 1.0f, lane,
+                 [&](int i, float value) { o.keys[row + i] = float_to_half(value); });
+        }
     }
     __syncthreads();
     const bool active = part * 8 < dim;
-    const long long stride = (long long)kv_heads * dim;
-    const long long start = ((long long)place.x * capacity + first) * stride + kv_head * dim + part * 8;
+    const long long start = ((long long)place.x * o.capacity + first) * stride + kv_head * dim + part * 8;
     float mine[GROUP][8];
 #pragma unroll
     for (int g = 0; g < GROUP; ++g)
@@ -86,7 +137,7 @@ __device__ __forceinline__ void attend(const float* q, const half_t* keys, const
         }
         sum = warp_reduce<Add>(sum);
         if (lane == 0) {
-            stats[((long long)token * heads + first_head + warp) * gridDim.y + blockIdx.y] = make_float2(top, sum);
+            o.stats[((long long)token * heads + first_head + warp) * gridDim.y + blockIdx.y] = make_float2(top, sum);
         }
     }
     __syncthreads();
@@ -115,18 +166,16 @@ __device__ __forceinline__ void attend(const float* q, const half_t* keys, const
         float sum = 0.0f;
 #pragma unroll
         for (int from = 0; from < kWarps; ++from) sum += parts[(from * GROUP + g) * kMost + d];
-        sums[(((long long)token * heads + first_head + g) * gridDim.y + blockIdx.y) * dim + d] = sum;
+        o.sums[(((long long)token * heads + first_head + g) * gridDim.y + blockIdx.y) * dim + d] = sum;
     }
 }
 
 }  // namespace
 
 // scale is log2(e) / sqrt(D).
-#define STEP_ATTENTION(GROUP)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) step_attention_##GROUP(                                  \
-        const float* q, const half_t* keys, const half_t* values, const int2* at, float* sums, float2* stats,  \
-        int q_stride, int heads, int kv_heads, int dim, int capacity, int split, float scale) {                \
-        attend<GROUP>(q, keys, values, at, sums, stats, q_stride, heads, kv_heads, dim, capacity, split, scale); \
+#define STEP_ATTENTION(GROUP)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) step_attention_##GROUP(const __grid_constant__ Operands o) {   \
+        attend<GROUP>(o);                                                                                            \
     }
 
 STEP_ATTENTION(1)
@@ -135,27 +184,29 @@ STEP_ATTENTION(4)
 STEP_ATTENTION(8)
 
 extern "C" __global__ void __launch_bounds__(256)
-step_join(const float* sums, const float2* stats, const int2* at, const int* places, half_t* out, int heads, int dim,
-          int splits, int split, int padded) {
+step_join(const float* sums, const float2* stats, const int2* at, const int* places, half_t* out, float* out_sums,
+          int heads, int dim, int splits, int split, int padded) {
     launch_next();
-    wait_for_last();
     const int place = blockIdx.x * 256 + threadIdx.x, token = blockIdx.y;
+    const int value = place >= padded ? -1 : places ? places[place] : place < heads * dim ? place : -1;
+    wait_for_last();
     if (place >= padded) return;
-    const int value = places ? places[place] : place < heads * dim ? place : -1;
-    half_t& to = out[(long long)token * padded + place];
-    if (value < 0) {
-        to = 0;
-        return;
+    half_t joined = 0;
+    if (value >= 0) {
+        const int active = (at[token].y + split) / split;  // of position + 1 keys
+        const long long row = ((long long)token * heads + value / dim) * splits;
+        float top = Max::identity();
+        for (int i = 0; i < active; ++i) top = fmaxf(top, stats[row + i].x);
+        float total = 0.0f, sum = 0.0f;
+        for (int i = 0; i < active; ++i) {
+            const float weight = exp2f(stats[row + i].x - top);
+            total = fmaf(weight, stats[row + i].y, total);
+            sum = fmaf(weight, sums[(row + i) * dim + value % dim], sum);
+        }
+        joined = float_to_half(sum / total);
     }
-    const int active = (at[token].y + split) / split;  // of position + 1 keys
-    const long long row = ((long long)token * heads + value / dim) * splits;
-    float top = Max::identity();
-    for (int i = 0; i < active; ++i) top = fmaxf(top, stats[row + i].x);
-    float total = 0.0f, sum = 0.0f;
-    for (int i = 0; i < active; ++i) {
-        const float weight = exp2f(stats[row + i].x - top);
-        total = fmaf(weight, stats[row + i].y, total);
-        sum = fmaf(weight, sums[(row + i) * dim + value % dim], sum);
-    }
-    to = float_to_half(sum / total);
+    const long long to = (long long)token * padded + place;
+    out[to] = joined;
+    const float sum = warp_reduce<Add>(half_to_float(joined));
+    if (place % 32 == 0) out_sums[to / 32] = sum;
 }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use util::{TinyLlama, Workdir, repository, words};
 
 const CPU: &str = "--device=cpu";
+const GPU: &str = "--device=cuda:0";
 
 fn demo() -> String {
     repository().join("tests/fixtures/demo-llama").display().to_string()
@@ -46,21 +47,36 @@ fn demo_with(dir: &Workdir, name: &str, files: &[(&str, Option<&str>)]) {
     }
 }
 
+/// Of log-probabilities on the CPU, and where activations are fp16.
+const EXACT: f64 = 1e-4;
+const HALF: f64 = 2e-2;
+
 #[test]
 fn greedy_texts_are_those_of_transformers() {
+    check_greedy(CPU, EXACT);
+}
+
+#[test]
+fn greedy_texts_on_a_gpu_are_those_of_transformers() {
+    if util::gpus::gpu().is_some() {
+        check_greedy(GPU, HALF);
+    }
+}
+
+fn check_greedy(device: &str, tolerance: f64) {
     let (dir, oracle) = (Workdir::new(), oracle());
     let prompts = oracle["model"]["prompts"].as_array().unwrap();
     let lines: Vec<String> = prompts.iter().map(|p| p["text"].to_string()).collect();
     dir.write("prompts.jsonl", &lines.join("\n"));
     let model = demo();
     let args = ["generate", &model, "--prompts", "prompts.jsonl", "--temperature", "0"];
-    let made = dir.gptq(&[&args[..], &["--max-tokens", "64", "--json", CPU]].concat()).json();
+    let made = dir.gptq(&[&args[..], &["--max-tokens", "64", "--json", device]].concat()).json();
     for (prompt, text) in prompts.iter().zip(made["texts"].as_array().unwrap()) {
         assert_eq!(ids(&text["prompt_ids"]), ids(&prompt["ids"]));
         assert_eq!(ids(&text["ids"]), ids(&prompt["new"]), "after {}", prompt["text"]);
         for (found, expected) in numbers(&text["logprobs"]).iter().zip(numbers(&prompt["logprobs"]))
         {
-            assert!((found - expected).abs() < 1e-4, "{found}, {expected}");
+            assert!((found - expected).abs() < tolerance, "{found}, {expected}");
         }
         assert_eq!(text["finish"], "max_tokens");
     }
@@ -70,6 +86,17 @@ fn greedy_texts_are_those_of_transformers() {
 /// dequantizes whole weights and looks at whole windows.
 #[test]
 fn log_probabilities_are_those_of_ppl() {
+    check_log_probabilities(CPU, EXACT);
+}
+
+#[test]
+fn log_probabilities_on_a_gpu_are_those_of_ppl() {
+    if util::gpus::gpu().is_some() {
+        check_log_probabilities(GPU, HALF);
+    }
+}
+
+fn check_log_probabilities(device: &str, tolerance: f64) {
     let dir = Workdir::new();
     let model = demo();
     let calibration = repository().join("calib/demo/calibration.txt").display().to_string();
@@ -84,7 +111,8 @@ fn log_probabilities_are_those_of_ppl() {
         let few = ["--windows", "2", "--seq-len", "64", "--recipe", "autogptq", CPU, order];
         let dataset = ["--calib-dataset", &calibration];
         dir.gptq(&[&quantize[..], &few, &dataset].concat()).ok();
-        let generate = ["generate", "made", "--prompt", "The", "--max-tokens", "60", "--json", CPU];
+        let generate =
+            ["generate", "made", "--prompt", "The", "--max-tokens", "60", "--json", device];
         let drawn = ["--temperature", "0.9", "--top-p", "0.9", "--seed", "5"];
         let made = dir.gptq(&[&generate[..], &drawn].concat()).json();
         let text = &made["texts"][0];
@@ -96,7 +124,7 @@ fn log_probabilities_are_those_of_ppl() {
         dir.write("text.txt", &whole);
         let prompt = ids(&text["prompt_ids"]);
         let seq_len = (prompt.len() + new.len() - 1).to_string();
-        let ppl = ["ppl", "made", "--dataset", "text.txt", "--seq-len", &seq_len, CPU, "-q"];
+        let ppl = ["ppl", "made", "--dataset", "text.txt", "--seq-len", &seq_len, device, "-q"];
         dir.gptq(&[&ppl[..], &["--per-token", "losses.csv"]].concat()).ok();
         let losses = std::fs::read_to_string(dir.path("losses.csv")).unwrap();
         let rows: Vec<Vec<&str>> = losses.lines().skip(1).map(|l| l.split(',').collect()).collect();
@@ -109,7 +137,8 @@ fn log_probabilities_are_those_of_ppl() {
                 break;
             }
             let loss: f64 = row[3].parse().unwrap();
-            assert!((loss + logprobs[at]).abs() < 1e-4, "{bits} bits: {loss}, {}", logprobs[at]);
+            let apart = (loss + logprobs[at]).abs();
+            assert!(apart < tolerance, "{bits} bits: {loss}, {}", logprobs[at]);
             compared += 1;
         }
         assert!(compared > 8, "{bits} bits: {compared} compared in {losses}");
@@ -400,7 +429,7 @@ fn what_makes_no_sense_is_refused_in_a_sentence() {
         &["no chat template", "--template"],
     );
     refused(&["chat", &model, CPU], &["no chat template", "--template"]);
-    refused(&["generate", &model, "--prompt", "x", "--device", "cuda"], &["on the CPU only"]);
+    refused(&["generate", &model, "--prompt", "x", "--device", "cuda:0,1"], &["one device"]);
     dir.write("bad.jsonl", "\"fine\"\n{\"text\": \"what\"}\n");
     refused(&["generate", &model, "--prompts", "bad.jsonl", CPU], &["Line 2 of `bad.jsonl`"]);
     dir.write("bad.jsonl", "{\"prompt\": \"x\", \"messages\": []}\n");

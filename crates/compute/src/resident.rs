@@ -158,38 +158,44 @@ impl Device {
         }))
     }
 
-    /// Seconds of a product of tokens with each of some weights, of one shape, form and order of columns,
-    /// that together are more than caches hold; the best of some rounds.
+    /// Seconds of the products of tokens with each of some sets of weights that read the same tokens, which
+    /// together are more than caches hold; the best of some rounds. The sets are copies of one another.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`], also for no weight and for more tokens than are few, and
-    /// [`Error::DeviceMismatch`].
-    pub fn product_seconds(&self, x: &Tensor, weights: &[Resident]) -> Result<f64> {
+    /// [`Error::ShapeMismatch`], also for no set, for sets that are no copies and for more tokens than are
+    /// few, and [`Error::DeviceMismatch`].
+    pub fn product_seconds(&self, x: &Tensor, sets: &[Vec<Resident>]) -> Result<f64> {
         const OP: &str = "product_seconds";
         const ROUNDS: usize = 3;
-        let shape = weights.first().map_or((0, 0), Resident::shape);
-        let few = (1..=cuda::product::FEW_TOKENS).contains(&x.rows());
-        ensure_shape(few && x.cols() == shape.1, OP, x.shape(), shape)?;
+        let shapes = |set: &[Resident]| set.iter().map(Resident::shape).collect::<Vec<_>>();
+        let first = sets.first().map(|set| shapes(set)).unwrap_or_default();
+        let few = (1..=cuda::product::FEW_TOKENS).contains(&x.rows())
+            && (1..=cuda::product::PARTS).contains(&first.len())
+            && first.iter().all(|shape| shape.1 == x.cols())
+            && sets.iter().all(|set| shapes(set) == first);
+        ensure_shape(few, OP, x.shape(), first.first().copied().unwrap_or_default())?;
         if let Storage::Cuda(x) = &x.0 {
-            let kept = weights.iter().map(|weight| match &weight.0 {
-                Kept::Cuda(kept) => Ok(&**kept),
+            let kept = |weight: &'_ Resident| match &weight.0 {
+                Kept::Cuda(kept) => Ok(Arc::clone(kept)),
                 Kept::Cpu(_) => Err(Error::DeviceMismatch { op: OP }),
-            });
+            };
+            let kept = sets.iter().map(|set| set.iter().map(kept).collect::<Result<Vec<_>>>());
             let kept = kept.collect::<Result<Vec<_>>>()?;
-            let alike =
-                kept.iter().all(|weight| weight.goes_with(kept[0]) && weight.shape() == shape);
-            ensure_shape(alike, OP, shape, shape)?;
+            let alike = kept.iter().flatten().all(|weight| weight.goes_with(&kept[0][0]));
+            ensure_shape(alike, OP, first[0], first[0])?;
+            let kept: Vec<Vec<&Coded>> =
+                kept.iter().map(|set| set.iter().map(|weight| &**weight).collect()).collect();
             return cuda::product::seconds(x, &kept);
         }
         let mut least = f64::INFINITY;
         for _ in 0..ROUNDS {
             let start = Instant::now();
-            for weight in weights {
+            for weight in sets.iter().flatten() {
                 self.resident_linear(x, weight)?;
             }
             least = least.min(start.elapsed().as_secs_f64());
         }
-        Ok(least / weights.len() as f64)
+        Ok(least / sets.len() as f64)
     }
 
     /// residual += x · wᵀ.

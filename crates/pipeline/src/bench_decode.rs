@@ -37,6 +37,13 @@ const TOKENS: &[usize] = &[1];
 const CARD_TOKENS: &[usize] = &[1, 2, 4, 8, 16];
 /// Columns of a group.
 const GROUP: usize = 128;
+/// The linears of a block that are made together.
+const STAGES: [(&str, &[LinearId]); 4] = [
+    ("q, k, v", &[LinearId::Q, LinearId::K, LinearId::V]),
+    ("o", &[LinearId::O]),
+    ("gate, up", &[LinearId::Gate, LinearId::Up]),
+    ("down", &[LinearId::Down]),
+];
 
 /// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -60,7 +67,9 @@ const FORMS: [Form; 7] = [
 /// A few tokens' product with a weight.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reading {
-    /// Output and input features.
+    /// The linears that read the same tokens, and are one launch on a GPU.
+    pub linears: &'static str,
+    /// Output features of all of them, and input features.
     pub shape: [usize; 2],
     /// Tokens.
     pub tokens: usize,
@@ -116,13 +125,10 @@ pub fn bench_decode(device: &Device, width: Width) -> Result<DecodeBench> {
         Device::Cpu => (read_rate(reach), TOKENS),
         Device::Cuda(cuda) => (read_rate_of_card(cuda, reach.max(1 << 20))?, CARD_TOKENS),
     };
-    let mut shapes = width.linears().to_vec();
-    shapes.sort_unstable();
-    shapes.dedup();
     let (mut products, mut steps) = (Vec::new(), Vec::new());
     for form in FORMS {
-        for &(rows, cols) in &shapes {
-            products.extend(product(device, form, (rows, cols), tokens, (reach, read_rate))?);
+        for stage in STAGES {
+            products.extend(product(device, form, (width, stage), tokens, (reach, read_rate))?);
         }
         steps.extend(stepping(device, form, width, reach)?);
     }
@@ -156,23 +162,27 @@ fn read_rate(reach: usize) -> f64 {
 fn product(
     device: &Device,
     form: Form,
-    (rows, cols): (usize, usize),
+    (width, (linears, ids)): (Width, (&'static str, &[LinearId])),
     tokens: &[usize],
     (reach, read_rate): (usize, f64),
 ) -> Result<Vec<Reading>> {
-    let weight = random(device, form, rows, cols)?;
-    let bytes = weight.bytes();
-    let mut copies = vec![weight];
+    let sides: Vec<_> = ids.iter().map(|&id| width.linears()[id as usize]).collect();
+    let first = sides.iter().map(|&(rows, cols)| random(device, form, rows, cols));
+    let first: Vec<Resident> = first.collect::<Result<_>>()?;
+    let bytes: usize = first.iter().map(Resident::bytes).sum();
+    let (rows, cols) = (sides.iter().map(|side| side.0).sum(), sides[0].1);
+    let mut sets = vec![first];
     for _ in 1..reach.div_ceil(bytes) {
-        copies.push(device.copy_resident(&copies[0])?);
+        let copies = sets[0].iter().map(|weight| device.copy_resident(weight));
+        sets.push(copies.collect::<gptq_compute::Result<_>>()?);
     }
     let mut found = Vec::new();
     for &tokens in tokens {
         let x = device.upload_f32(Array2::from_elem((tokens, cols), 0.5))?;
-        let seconds = device.product_seconds(&x, &copies)?;
+        let seconds = device.product_seconds(&x, &sets)?;
         let rate = bytes as f64 / seconds;
-        let fraction = rate / read_rate;
-        found.push(Reading { shape: [rows, cols], tokens, form, seconds, rate, fraction });
+        let (shape, fraction) = ([rows, cols], rate / read_rate);
+        found.push(Reading { linears, shape, tokens, form, seconds, rate, fraction });
     }
     Ok(found)
 }

@@ -124,12 +124,13 @@ fn decode_text(found: &DecodeBench, width: Width) -> String {
         (_, true) => "yes",
         (_, false) => "no",
     };
-    let header = ["shape", "bits", "act-order", "tokens", "µs", "GB/s", "of reading"];
+    let header = ["linears", "shape", "bits", "act-order", "tokens", "µs", "GB/s", "of reading"];
     let rows: Vec<Vec<String>> = found
         .products
         .iter()
         .map(|r| {
             vec![
+                r.linears.to_owned(),
                 format!("{} × {}", r.shape[0], r.shape[1]),
                 r.form.bits.to_string(),
                 order(r.form).to_owned(),
@@ -140,7 +141,7 @@ fn decode_text(found: &DecodeBench, width: Width) -> String {
             ]
         })
         .collect();
-    text.push_str(&table(&header, 1, &rows));
+    text.push_str(&table(&header, 2, &rows));
     let header = ["whole model", "act-order", "context", "blocks run", "tokens/s"];
     let rows: Vec<Vec<String>> = found
         .steps

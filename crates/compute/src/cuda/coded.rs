@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
-use half::f16;
 use rayon::prelude::*;
 
 use super::buffer::{Buffer, Values};
@@ -22,6 +21,8 @@ const STAGE: &str = "keeping a weight";
 /// As in `coded.cuh`: rows of a tile, columns of a sub-block.
 pub(super) const TILE_ROWS: usize = 16;
 pub(super) const SUB: usize = 32;
+/// Bytes that a thread copies at a time.
+const VECTOR: usize = 16;
 
 /// A weight `[rows, cols]` on a card.
 #[derive(Debug)]
@@ -33,23 +34,23 @@ pub(crate) struct Coded {
     /// Steps of a row tile.
     steps: usize,
     tiles: Buffer<u32>,
-    words: usize,
-    grid: Option<Grid>,
+    cells: Buffer<u8>,
+    grid: Grid,
+    /// Of both.
+    bytes: usize,
     order: Order,
 }
 
 /// What codes mean.
-#[derive(Debug)]
-struct Grid {
-    /// `[row tiles, runs, TILE_ROWS]`, as are the zeros.
-    scales: Buffer<f16>,
-    /// Where they differ.
-    zeros: Option<Buffer<u8>>,
-    /// Where they do not.
-    zero: u8,
-    /// Sub-blocks that share a scale, and how many such runs there are.
-    run: usize,
-    runs: usize,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Grid {
+    /// Sub-blocks of a cell.
+    pub(super) every: usize,
+    /// Vectors of 16 bytes that the cells of a step are.
+    pub(super) tail: usize,
+    /// Whether zeros are among them, or else the code that means 0.
+    pub(super) zeros: bool,
+    pub(super) zero: u8,
 }
 
 /// Which column of a token stands at each place of a weight's row, −1 for none.
@@ -108,72 +109,105 @@ fn by_group(group_of: &[u32], groups: usize) -> Grouping {
     Grouping { places, run, group_of_run }
 }
 
+impl Grouping {
+    /// The group of every cell of `every` sub-blocks; beyond the last column any.
+    fn of_cells(&self, count: usize, every: usize) -> Vec<u32> {
+        let last = self.group_of_run.len().saturating_sub(1);
+        let group = |cell: usize| {
+            self.group_of_run.get((cell * every / self.run.max(1)).min(last)).copied().unwrap_or(0)
+        };
+        (0..count).map(group).collect()
+    }
+}
+
 impl Coded {
     /// A quantized weight; the caller has checked that its parts fit one another.
     pub(crate) fn quantized(cuda: &Arc<Cuda>, matrix: &CodedMatrix<'_>) -> Result<Self> {
         let &CodedMatrix { bits, rows, cols, codes, zeros, scales, group_of } = matrix;
-        let Grouping { places, run, group_of_run } = by_group(group_of, zeros.len() / rows);
-        let order = Order::new(cuda, places, subs(bits) * SUB)?;
-        let grid = Grid::new(cuda, rows, scales, zeros, run, &group_of_run)?;
+        let grouping = by_group(group_of, zeros.len() / rows);
+        let every = [4, 2].into_iter().find(|n| grouping.run.is_multiple_of(*n)).unwrap_or(1);
+        let zero = zeros.first().copied().unwrap_or_default();
+        let differ = zeros.iter().any(|&z| z != zero);
+        let count = subs(bits) / every;
+        let tail = count * if differ { 3 } else { 2 };
+        let steps = grouping.places.len().div_ceil(subs(bits) * SUB);
+        // Step by step: scales, then zeros.
+        let groups = grouping.of_cells(steps * count, every);
+        let mut cells = vec![0_u8; rows.div_ceil(TILE_ROWS) * steps * tail * VECTOR];
+        let of_tile = cells.par_chunks_mut((steps * tail * VECTOR).max(1));
+        of_tile.enumerate().for_each(|(tile, bytes)| {
+            let rows_here = tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS);
+            let of_step = bytes.chunks_mut(tail * VECTOR);
+            for (cells, groups) in of_step.zip(groups.chunks(count)) {
+                let (to_scales, to_zeros) = cells.split_at_mut(count * TILE_ROWS * 2);
+                for (i, &group) in groups.iter().enumerate() {
+                    let from = group as usize * rows;
+                    let here = from + rows_here.start..from + rows_here.end;
+                    let at = i * TILE_ROWS;
+                    to_scales[2 * at..][..2 * here.len()]
+                        .copy_from_slice(bytemuck::cast_slice(&scales[here.clone()]));
+                    if differ {
+                        to_zeros[at..][..here.len()].copy_from_slice(&zeros[here]);
+                    }
+                }
+            }
+        });
+        let order = Order::new(cuda, grouping.places, subs(bits) * SUB)?;
         let codes = cuda.copied(STAGE, codes)?;
-        Self::tiled(cuda, bits, (rows, cols), Some(grid), order, &codes)
+        let grid = Grid { every, tail, zeros: differ, zero };
+        let cells = (grid, cells.len(), cuda.copied(STAGE, &cells)?);
+        Self::tiled(cuda, bits, (rows, cols), cells, order, &codes)
     }
 
     /// A weight in fp16.
     pub(crate) fn dense(matrix: &Matrix) -> Result<Self> {
         let (shape, cuda) = (matrix.shape(), matrix.cuda());
-        let order = Order { places: None };
         let Values::F16(values) = matrix.values() else {
             return Err(Error::WrongType { op: STAGE, needs: "f16" });
         };
-        Self::tiled(cuda, 16, shape, None, order, values)
+        let grid = Grid { every: 1, tail: 0, zeros: false, zero: 0 };
+        let cells = (grid, 0, cuda.zeros(STAGE, 1)?);
+        Self::tiled(cuda, 16, shape, cells, Order { places: None }, values)
     }
 
-    fn tiled<T>(
+    fn tiled<T: DeviceRepr>(
         cuda: &Arc<Cuda>,
         bits: u8,
         (rows, cols): (usize, usize),
-        grid: Option<Grid>,
+        (grid, cell_bytes, cells): (Grid, usize, Buffer<u8>),
         order: Order,
         values: &Buffer<T>,
-    ) -> Result<Self>
-    where
-        T: DeviceRepr,
-    {
+    ) -> Result<Self> {
         let padded = order.len().unwrap_or(cols).next_multiple_of(subs(bits) * SUB);
         let (steps, row_tiles) = (padded / (subs(bits) * SUB), rows.div_ceil(TILE_ROWS));
         let words = row_tiles * steps * lane_words(bits) * 32;
         let mut tiles = cuda.uninit::<u32>(STAGE, words)?;
         let function = cuda.kernel("coded_tiles.cu", tiles_name(bits))?;
         let places = order.address(cuda);
-        let sides = (int(rows)?, int(cols)?, int(steps)?, int(row_tiles)?);
+        let sides = [rows, cols, steps, row_tiles];
+        let sides: Vec<i32> = sides.into_iter().map(int).collect::<Result<_>>()?;
         let mut launch = cuda.stream().launch_builder(&function);
         launch.arg(values.slice()).arg(&places).arg(tiles.make_mut()?);
-        launch.arg(&sides.0).arg(&sides.1).arg(&sides.2).arg(&sides.3);
+        for side in &sides {
+            launch.arg(side);
+        }
         // SAFETY: the arguments are the kernel's: values hold rows × cols, places as many columns of the
         // weight as the tiles have, or are null, and the tiles' words were counted above.
         unsafe { launch.launch(cuda.spread(words)) }.stage(STAGE)?;
-        Ok(Self { cuda: Arc::clone(cuda), bits, rows, cols, steps, tiles, words, grid, order })
+        let (cuda, bytes) = (Arc::clone(cuda), words * size_of::<u32>() + cell_bytes);
+        Ok(Self { cuda, bits, rows, cols, steps, tiles, cells, grid, bytes, order })
     }
 
     /// The same weight in memory of its own.
     pub(crate) fn duplicate(&self) -> Result<Self> {
         let cuda = &self.cuda;
-        let grid = match &self.grid {
-            Some(grid) => Some(Grid {
-                scales: duplicate(cuda, &grid.scales)?,
-                zeros: grid.zeros.as_ref().map(|zeros| duplicate(cuda, zeros)).transpose()?,
-                ..*grid
-            }),
-            None => None,
-        };
         let places = match &self.order.places {
             Some((places, there)) => Some((places.clone(), duplicate(cuda, there)?)),
             None => None,
         };
-        let tiles = duplicate(cuda, &self.tiles)?;
+        let (tiles, cells) = (duplicate(cuda, &self.tiles)?, duplicate(cuda, &self.cells)?);
         let (cuda, order) = (Arc::clone(cuda), Order { places });
-        Ok(Self { cuda, tiles, grid, order, ..*self })
+        Ok(Self { cuda, tiles, cells, order, ..*self })
     }
 
     pub(crate) fn cuda(&self) -> &Arc<Cuda> {
@@ -199,18 +233,15 @@ impl Coded {
         self.steps * subs(self.bits) * SUB
     }
 
-    /// Sub-blocks of a run, and runs.
-    pub(super) fn runs(&self) -> (usize, usize) {
-        self.grid.as_ref().map_or((1, 1), |grid| (grid.run, grid.runs))
+    /// What its codes mean.
+    pub(super) fn grid(&self) -> Grid {
+        self.grid
     }
 
-    /// Addresses of tiles, scales and zeros; the code that means 0 where there are no zeros.
-    pub(super) fn addresses(&self) -> ([u64; 3], u8) {
+    /// Addresses of tiles and cells.
+    pub(super) fn addresses(&self) -> [u64; 2] {
         let stream = self.cuda.stream();
-        let tiles = address(self.tiles.slice(), stream);
-        let Some(grid) = &self.grid else { return ([tiles, 0, 0], 0) };
-        let zeros = grid.zeros.as_ref().map_or(0, |zeros| address(zeros.slice(), stream));
-        ([tiles, address(grid.scales.slice(), stream), zeros], grid.zero)
+        [address(self.tiles.slice(), stream), address(self.cells.slice(), stream)]
     }
 
     /// Address of the column at every place; 0 where each stands in its own.
@@ -220,47 +251,37 @@ impl Coded {
 
     /// Whether tokens in the order of one are in that of the other, and the kernels can take both at once.
     pub(crate) fn goes_with(&self, other: &Self) -> bool {
-        let places =
-            |weight: &Self| weight.order.places.as_ref().map(|places| &places.0 as *const _);
-        let same = places(self) == places(other)
-            || self.order.places.as_ref().map(|p| &p.0)
-                == other.order.places.as_ref().map(|p| &p.0);
-        let layout = |weight: &Self| (weight.bits, weight.cols, weight.steps, weight.runs());
-        layout(self) == layout(other) && same
+        let layout = |weight: &Self| (weight.bits, weight.cols, weight.steps, weight.grid.every);
+        layout(self) == layout(other) && self.order.same(&other.order)
     }
 
     /// Bytes that a product with a few tokens reads.
     pub(crate) fn bytes(&self) -> usize {
-        let cells = |grid: &Grid| {
-            let cells = self.rows.div_ceil(TILE_ROWS) * TILE_ROWS * grid.runs;
-            cells * if grid.zeros.is_some() { 3 } else { 2 }
-        };
-        4 * self.words + self.grid.as_ref().map_or(0, cells)
+        self.bytes
     }
 
-    /// Tokens `[tokens, cols]` in this weight's order, fp16; shared where they are already.
-    pub(super) fn in_order(&self, x: &Matrix) -> Result<Matrix> {
+    /// Tokens `[tokens, cols]` in this weight's order, fp16, and the sums of every 32 of their values.
+    pub(super) fn in_order(&self, x: &Matrix) -> Result<(Matrix, Matrix)> {
         const OP: &str = "gather_columns";
         let padded = self.padded();
-        let half = matches!(x.values(), Values::F16(_));
-        if half && self.order.places.is_none() && padded == self.cols {
-            return Ok(x.clone());
-        }
         let mut out = Matrix::uninit_f16(&self.cuda, OP, (x.rows(), padded))?;
+        let mut sums = Matrix::uninit_f32(&self.cuda, OP, (x.rows(), padded / SUB))?;
         if x.rows() == 0 {
-            return Ok(out);
+            return Ok((out, sums));
         }
+        let half = matches!(x.values(), Values::F16(_));
         let name = if half { "gather_columns_f16" } else { "gather_columns_f32" };
         let function = self.cuda.kernel("gather_columns.cu", name)?;
         let (places, from) = (self.places(), x.address());
         let (cols, width) = (int(self.cols)?, int(padded)?);
         let config = per_place(padded, x.rows());
         let mut launch = self.cuda.stream().launch_builder(&function);
-        launch.arg(&from).arg(&places).arg(out.f16_mut(OP)?).arg(&cols).arg(&width);
+        launch.arg(&from).arg(&places).arg(out.f16_mut(OP)?).arg(sums.f32_mut(OP)?);
+        launch.arg(&cols).arg(&width);
         // SAFETY: the arguments are the kernel's; x holds rows of `cols` values of its type, places, where
         // there are any, `padded` columns of them.
         unsafe { launch.launch(config) }.stage(OP)?;
-        Ok(out)
+        Ok((out, sums))
     }
 
     /// The weight in fp16, its columns in its own order: `[rows, padded]`.
@@ -268,15 +289,14 @@ impl Coded {
         const OP: &str = "coded_widen";
         let mut out = Matrix::uninit_f16(&self.cuda, OP, (self.rows, self.padded()))?;
         let function = self.cuda.kernel("coded_tiles.cu", widen_name(self.bits))?;
-        let ([tiles, scales, zeros], zero) = self.addresses();
-        let (row_tiles, (run, runs)) = (self.rows.div_ceil(TILE_ROWS), self.runs());
-        let sides = [int(self.rows)?, int(self.steps)?, int(row_tiles)?, int(run)?, int(runs)?];
-        let zero = i32::from(zero);
+        let row_tiles = self.rows.div_ceil(TILE_ROWS);
+        let Grid { every, tail, zeros, zero } = self.grid;
+        let ([tiles, cells], every, tail) = (self.addresses(), int(every)?, int(tail)?);
+        let (zeros, zero) = (i32::from(zeros), i32::from(zero));
+        let sides = [int(self.rows)?, int(self.steps)?, int(row_tiles)?];
         let mut launch = self.cuda.stream().launch_builder(&function);
-        launch.arg(&tiles).arg(&scales).arg(&zeros).arg(&zero).arg(out.f16_mut(OP)?);
-        for side in &sides {
-            launch.arg(side);
-        }
+        launch.arg(&tiles).arg(&cells).arg(&every).arg(&zeros).arg(&zero).arg(out.f16_mut(OP)?);
+        launch.arg(&sides[0]).arg(&sides[1]).arg(&sides[2]).arg(&tail);
         // SAFETY: the arguments are the kernel's, and out was made for them.
         unsafe { launch.launch(self.cuda.spread(row_tiles * self.steps * 32)) }.stage(OP)?;
         Ok(out)
@@ -316,53 +336,16 @@ impl Order {
         self.places.as_ref().map(|places| places.0.len())
     }
 
+    fn same(&self, other: &Self) -> bool {
+        match (&self.places, &other.places) {
+            (Some(one), Some(other)) => one.0 == other.0,
+            (one, other) => one.is_none() && other.is_none(),
+        }
+    }
+
     fn address(&self, cuda: &Cuda) -> u64 {
         self.places.as_ref().map_or(0, |places| address(places.1.slice(), cuda.stream()))
     }
-}
-
-impl Grid {
-    /// From scales and zeros `[groups, rows]`.
-    fn new(
-        cuda: &Arc<Cuda>,
-        rows: usize,
-        scales: &[f16],
-        zeros: &[u8],
-        run: usize,
-        group_of_run: &[u32],
-    ) -> Result<Self> {
-        let zero = zeros.first().copied().unwrap_or_default();
-        let differ = zeros.iter().any(|&z| z != zero);
-        let zeros = match differ {
-            true => Some(cuda.copied(STAGE, &by_tile(zeros, rows, group_of_run))?),
-            false => None,
-        };
-        Ok(Self {
-            scales: cuda.copied(STAGE, &by_tile(scales, rows, group_of_run))?,
-            zeros,
-            zero,
-            run: run.max(1),
-            runs: group_of_run.len(),
-        })
-    }
-}
-
-/// Cells `[groups, rows]` as `[row tiles, runs, TILE_ROWS]`.
-fn by_tile<T: Copy + Default + Send + Sync>(
-    cells: &[T],
-    rows: usize,
-    group_of_run: &[u32],
-) -> Vec<T> {
-    let stride = group_of_run.len() * TILE_ROWS;
-    let mut tiled = vec![T::default(); rows.div_ceil(TILE_ROWS) * stride];
-    tiled.par_chunks_mut(stride.max(1)).enumerate().for_each(|(tile, to)| {
-        let first = tile * TILE_ROWS;
-        let count = TILE_ROWS.min(rows - first);
-        for (to, &group) in to.chunks_mut(TILE_ROWS).zip(group_of_run) {
-            to[..count].copy_from_slice(&cells[group as usize * rows + first..][..count]);
-        }
-    });
-    tiled
 }
 
 fn tiles_name(bits: u8) -> &'static str {

@@ -57,7 +57,6 @@ const SOURCES: &[(&str, &str)] = embedded![
     "silu_mul.cu",
     "step_attention.cu",
     "step_norm.cu",
-    "step_rope.cu",
     "step_silu.cu",
     "tri_inverse.cu",
     "unpermute.cu",

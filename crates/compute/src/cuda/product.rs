@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
 
-use super::coded::{Coded, SUB, TILE_ROWS, subs};
+use super::coded::{Coded, TILE_ROWS, subs};
 use super::context::Cuda;
 use super::dense::int;
 use super::dependent::{self, Arguments};
@@ -17,21 +17,25 @@ use crate::error::Result;
 
 /// Tokens that the kernel takes at a time; more are a product of matrices.
 pub(crate) const FEW_TOKENS: usize = 16;
+/// Bytes of shared memory that a block may have.
+#[cfg(test)]
+const MOST_SHARED: usize = 227 << 10;
 /// Weights that a launch takes.
-pub(super) const PARTS: usize = 3;
+pub(crate) const PARTS: usize = 3;
 
 /// `Part` of `coded_linear.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct Part {
     tiles: u64,
-    scales: u64,
-    zeros: u64,
+    cells: u64,
     bias: u64,
     out: u64,
     rows: i32,
     zero: i32,
+    zeros: i32,
     out_stride: i32,
+    tail: i32,
 }
 
 /// `Product` of `coded_linear.cuh`.
@@ -40,10 +44,9 @@ struct Part {
 pub(super) struct Product {
     parts: [Part; PARTS],
     x: u64,
+    x_sums: u64,
     part_count: i32,
     steps: i32,
-    run: i32,
-    runs: i32,
     x_stride: i32,
     tokens: i32,
     add: i32,
@@ -74,67 +77,88 @@ struct Variant {
     warps: usize,
 }
 
-const VARIANTS: [Variant; 3] = [
+const VARIANTS: [Variant; 4] = [
+    Variant { tokens: 2, row_tiles: 2, warps: 16 },
     Variant { tokens: 2, row_tiles: 1, warps: 16 },
     Variant { tokens: 8, row_tiles: 2, warps: 16 },
     Variant { tokens: FEW_TOKENS, row_tiles: 4, warps: 8 },
 ];
 
 impl Variant {
+    /// The variant for so many tokens and weights of so many rows on so many multiprocessors. Two row tiles at
+    /// a time are faster, unless the last of them keep too few multiprocessors busy.
+    fn choose(tokens: usize, rows: &[usize], multiprocessors: usize) -> usize {
+        if tokens > 2 {
+            return if tokens <= 8 { 2 } else { 3 };
+        }
+        let turns = |variant: &Self| variant.units(rows).div_ceil(multiprocessors);
+        usize::from(2 * turns(&VARIANTS[0]) * 4 > turns(&VARIANTS[1]) * 5)
+    }
+
+    /// Units of weights of so many rows.
+    fn units(&self, rows: &[usize]) -> usize {
+        rows.iter().map(|rows| rows.div_ceil(self.row_tiles * TILE_ROWS)).sum()
+    }
+
     /// Bytes of dynamic shared memory.
-    fn shared(&self, bits: u8) -> usize {
+    fn shared(&self, bits: u8, every: usize) -> usize {
         let (subs, warps) = (subs(bits), self.warps);
-        let scales = if bits < 16 { subs * 48 } else { 0 };
-        let stage = self.row_tiles * (subs * usize::from(bits) / 8 * 512 + scales);
+        let cells = if bits < 16 { subs / every } else { 0 };
+        let stage = self.row_tiles * (subs * usize::from(bits) / 8 * 512 + cells * 48);
         let sums = warps * self.row_tiles * TILE_ROWS * self.tokens * 4;
-        let depth = ((204_800 - sums) / (warps * stage)).min(8);
+        let sums = if self.tokens == 2 { 4 } else { 2 } * sums;
+        let depth = ((221_184 - sums) / (warps * stage)).min(8);
         warps * depth * stage + sums
     }
 }
 
-/// Prepares the product of tokens at `x`, in the weights' common order, with some weights that go together.
-pub(super) fn prepare(outputs: &[Output<'_>], x: u64, tokens: usize, add: bool) -> Result<Launch> {
+/// Prepares the product of tokens at `x`, in the weights' common order, with some weights that go together;
+/// and of the sums of every 32 of their values.
+pub(super) fn prepare(
+    outputs: &[Output<'_>],
+    (x, x_sums): (u64, u64),
+    tokens: usize,
+    add: bool,
+) -> Result<Launch> {
     let weight = outputs[0].weight;
-    let (cuda, bits) = (weight.cuda(), weight.bits());
-    let variant = VARIANTS.iter().position(|variant| tokens <= variant.tokens).unwrap_or(2);
-    let by_128 = weight.runs().0.is_multiple_of(128 / SUB);
-    let (file, names) = names(bits);
-    let variant_of = &VARIANTS[variant];
-    let shared = variant_of.shared(bits);
-    let name = names[variant + if by_128 && bits < 16 { 3 } else { 0 }];
+    let (cuda, bits, every) = (weight.cuda(), weight.bits(), weight.grid().every);
+    let rows: Vec<_> = outputs.iter().map(|output| output.weight.shape().0).collect();
+    let processors = cuda.driver().multiprocessors();
+    let chosen = Variant::choose(tokens, &rows, processors);
+    let (variant, (file, names)) = (&VARIANTS[chosen], names(bits));
+    let shared = variant.shared(bits, every);
+    let name = names[chosen + VARIANTS.len() * (every / 2).min(2)];
     let function = cuda.kernel_with_shared(file, name, shared)?;
     let mut parts = [Part::default(); PARTS];
-    let mut units = 0;
     for (part, output) in parts.iter_mut().zip(outputs) {
-        let ([tiles, scales, zeros], zero) = output.weight.addresses();
-        let rows = output.weight.shape().0;
-        units += rows.div_ceil(variant_of.row_tiles * TILE_ROWS);
+        let (weight, grid) = (output.weight, output.weight.grid());
+        let [tiles, cells] = weight.addresses();
+        let rows = weight.shape().0;
         *part = Part {
             tiles,
-            scales,
-            zeros,
+            cells,
             bias: output.bias,
             out: output.out,
             rows: int(rows)?,
-            zero: zero.into(),
+            zero: grid.zero.into(),
+            zeros: grid.zeros.into(),
             out_stride: int(output.stride)?,
+            tail: int(grid.tail)?,
         };
     }
-    let (run, runs) = weight.runs();
     Ok(Launch {
         function,
         config: LaunchConfig {
-            grid_dim: (units.min(cuda.driver().multiprocessors()) as u32, 1, 1),
-            block_dim: (32 * variant_of.warps as u32, 1, 1),
+            grid_dim: (variant.units(&rows).min(processors) as u32, 1, 1),
+            block_dim: (32 * variant.warps as u32, 1, 1),
             shared_mem_bytes: shared as u32,
         },
         product: Product {
             parts,
             x,
+            x_sums,
             part_count: int(outputs.len())?,
             steps: int(weight.steps())?,
-            run: int(run)?,
-            runs: int(runs)?,
             x_stride: int(weight.padded())?,
             tokens: int(tokens)?,
             add: add.into(),
@@ -185,7 +209,7 @@ fn few(op: &'static str, x: &Matrix, w: &Coded, residual: Option<&mut Matrix>) -
         Some(_) => None,
         None => Some(Matrix::uninit_f32(cuda, op, (x.rows(), w.shape().0))?),
     };
-    let ordered = w.in_order(x)?;
+    let (ordered, sums) = w.in_order(x)?;
     let out = match (residual, &mut fresh) {
         (Some(residual), _) => {
             residual.f32(op)?;
@@ -197,7 +221,7 @@ fn few(op: &'static str, x: &Matrix, w: &Coded, residual: Option<&mut Matrix>) -
     if x.rows() > 0 {
         let output = Output { weight: w, bias: 0, out, stride: w.shape().0 };
         let Launch { function, config, product } =
-            prepare(&[output], ordered.address(), x.rows(), add)?;
+            prepare(&[output], (ordered.address(), sums.address()), x.rows(), add)?;
         let mut launch = cuda.stream().launch_builder(&function);
         launch.arg(&product);
         // SAFETY: the argument is the kernel's; the weight's addresses are its own, x is in its order and
@@ -210,22 +234,25 @@ fn few(op: &'static str, x: &Matrix, w: &Coded, residual: Option<&mut Matrix>) -
     }
 }
 
-/// Seconds of a product of tokens with each of some weights, one after the other as a step has them; the
-/// best of some rounds. The tokens are in the weights' order.
-pub(crate) fn seconds(x: &Matrix, weights: &[&Coded]) -> Result<f64> {
+/// Seconds of a launch of tokens with each of some sets of weights that go together, one after the other as
+/// a step has them; the best of some rounds.
+pub(crate) fn seconds(x: &Matrix, sets: &[Vec<&Coded>]) -> Result<f64> {
     const OP: &str = "timing of products";
     const ROUNDS: usize = 5;
-    let (cuda, tokens, rows) = (weights[0].cuda(), x.rows(), weights[0].shape().0);
-    let ordered = weights[0].in_order(x)?;
-    let mut out = Matrix::uninit_f32(cuda, OP, (tokens, rows))?;
-    let to = out.address_mut()?;
-    let prepared = weights.iter().map(|weight| {
-        prepare(
-            &[Output { weight, bias: 0, out: to, stride: rows }],
-            ordered.address(),
-            tokens,
-            false,
-        )
+    let first = &sets[0];
+    let (cuda, tokens) = (first[0].cuda(), x.rows());
+    let (ordered, sums) = first[0].in_order(x)?;
+    let outs = first.iter().map(|weight| {
+        let mut out = Matrix::uninit_f32(cuda, OP, (tokens, weight.shape().0))?;
+        Ok((out.address_mut()?, out))
+    });
+    let outs = outs.collect::<Result<Vec<_>>>()?;
+    let prepared = sets.iter().map(|set| {
+        let outputs = set.iter().zip(&outs);
+        let outputs: Vec<_> = outputs
+            .map(|(&weight, (out, of))| Output { weight, bias: 0, out: *out, stride: of.cols() })
+            .collect();
+        prepare(&outputs, (ordered.address(), sums.address()), tokens, false)
     });
     let prepared = prepared.collect::<Result<Vec<_>>>()?;
     let mut least = f64::INFINITY;
@@ -243,12 +270,12 @@ pub(crate) fn seconds(x: &Matrix, weights: &[&Coded]) -> Result<f64> {
         }
         least = least.min(timer.stop()?.as_secs_f64());
     }
-    Ok(least / weights.len() as f64)
+    Ok(least / sets.len() as f64)
 }
 
 /// By cuBLAS, over the weight widened to fp16.
 fn many(op: &'static str, x: &Matrix, w: &Coded, beta: f32, target: Operand) -> Result<()> {
-    let (x, wide): (Matrix, Matrix) = (w.in_order(x)?, w.widened()?);
+    let (x, wide): (Matrix, Matrix) = (w.in_order(x)?.0, w.widened()?);
     let (cuda, k): (&Arc<Cuda>, usize) = (w.cuda(), w.padded());
     let left = Operand::new(cuda, wide.f16(op)?, 0, k, TRANSPOSED);
     let right = Operand::new(cuda, x.f16(op)?, 0, k, PLAIN);
@@ -256,29 +283,28 @@ fn many(op: &'static str, x: &Matrix, w: &Coded, beta: f32, target: Operand) -> 
     unsafe { gemm(cuda, op, (w.shape().0, x.rows(), k), (left, right), beta, target) }
 }
 
-/// The kernel's file and its variants: for 2, 8 and 16 tokens, and the same for groups of whole 128 columns.
-fn names(bits: u8) -> (&'static str, [&'static str; 6]) {
+/// The kernel's file and its variants, in the order of [`VARIANTS`], with cells of one sub-block, of two and of
+/// four. Values in fp16 have no cells.
+fn names(bits: u8) -> (&'static str, [&'static str; 12]) {
     macro_rules! of {
-        ($bits:literal) => {
+        ($bits:literal, $($every:literal),*) => {
             (
                 concat!("coded_linear_", $bits, ".cu"),
-                [
-                    concat!("coded_linear_", $bits, "_2"),
-                    concat!("coded_linear_", $bits, "_8"),
-                    concat!("coded_linear_", $bits, "_16"),
-                    concat!("coded_linear_", $bits, "_2_by_128"),
-                    concat!("coded_linear_", $bits, "_8_by_128"),
-                    concat!("coded_linear_", $bits, "_16_by_128"),
-                ],
+                [$(
+                    concat!("coded_linear_", $bits, "_2_", $every, "_2"),
+                    concat!("coded_linear_", $bits, "_2_", $every, "_1"),
+                    concat!("coded_linear_", $bits, "_8_", $every, "_2"),
+                    concat!("coded_linear_", $bits, "_16_", $every, "_4"),
+                )*],
             )
         };
     }
     match bits {
-        2 => of!(2),
-        3 => of!(3),
-        4 => of!(4),
-        8 => of!(8),
-        _ => of!(16),
+        2 => of!(2, 1, 2, 4),
+        3 => of!(3, 1, 2, 4),
+        4 => of!(4, 1, 2, 4),
+        8 => of!(8, 1, 2, 4),
+        _ => of!(16, 1, 1, 1),
     }
 }
 
@@ -289,10 +315,20 @@ mod tests {
     #[test]
     fn every_variant_fits_a_multiprocessor() {
         for bits in [2, 3, 4, 8, 16] {
-            for variant in &VARIANTS {
-                let shared = variant.shared(bits);
-                assert!(shared <= 227 << 10, "{bits} bits, {} tokens: {shared}", variant.tokens);
+            for (variant, every) in VARIANTS.iter().flat_map(|v| [1, 2, 4].map(|every| (v, every)))
+            {
+                let shared = variant.shared(bits, every);
+                assert!(shared <= MOST_SHARED, "{bits} bits, {} tokens: {shared}", variant.tokens);
             }
         }
+    }
+
+    #[test]
+    fn one_row_tile_at_a_time_is_for_what_two_share_badly() {
+        assert_eq!(Variant::choose(1, &[8192], 132), 0);
+        assert_eq!(Variant::choose(2, &[28_672, 28_672], 132), 0);
+        assert_eq!(Variant::choose(1, &[1024], 132), 1);
+        assert_eq!(Variant::choose(3, &[2560], 132), 2);
+        assert_eq!(Variant::choose(16, &[2560], 132), 3);
     }
 }

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaGraph, DeviceRepr};
 use half::f16;
 
 use super::buffer::Buffer;
-use super::coded::Coded;
+use super::coded::{Coded, SUB};
 use super::context::Cuda;
 use super::elementwise::device_table;
 use super::error::StageContext;
@@ -16,7 +16,7 @@ use super::kv::Cache;
 use super::matrix::Matrix;
 use super::product::{FEW_TOKENS, Output, prepare};
 use super::rope_table::DeviceTable;
-use super::step_launch::{Attention, Launcher, Splits};
+use super::step_launch::{Attention, Launcher, Ordered, Splits};
 use super::transfer::address;
 use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, Span};
@@ -73,6 +73,8 @@ struct Room {
     hidden: Buffer<f32>,
     /// Inputs of a linear, fp16, in its order.
     ordered: Buffer<f16>,
+    /// The sums of every 32 of them.
+    ordered_sums: Buffer<f32>,
     qkv: Buffer<f32>,
     gate: Buffer<f32>,
     up: Buffer<f32>,
@@ -130,6 +132,7 @@ impl Program {
         let room = Room {
             hidden: f32s(width)?,
             ordered: cuda.uninit(STAGE, MOST_TOKENS * padded)?,
+            ordered_sums: f32s(padded / SUB)?,
             qkv: f32s((shape.heads + 2 * shape.kv_heads) * shape.head_dim)?,
             gate: f32s(wide)?,
             up: f32s(wide)?,
@@ -228,8 +231,18 @@ impl Program {
         launcher.norm(
             (self.at(&self.room.hidden), self.at(&self.norm), self.eps),
             self.width(),
-            (0, self.width(), self.at(&self.room.normed)),
+            &Ordered { places: 0, padded: self.width(), x: self.at(&self.room.normed), sums: 0 },
         )
+    }
+
+    /// Where the inputs of a weight go, in its order.
+    fn ordered(&self, weight: &Coded) -> Ordered {
+        Ordered {
+            places: weight.places(),
+            padded: weight.padded(),
+            x: self.at(&self.room.ordered),
+            sums: self.at(&self.room.ordered_sums),
+        }
     }
 
     fn at<T: DeviceRepr>(&self, buffer: &Buffer<T>) -> u64 {
@@ -243,24 +256,21 @@ impl Program {
         let starts = [0, heads * head_dim, (heads + kv_heads) * head_dim];
         let to = starts.map(|start| (qkv + 4 * start as u64, stride));
         self.queue_normed(launcher, block, &QKV, 0, &to)?;
-        let gains = block.head_norms.as_ref().map_or([0; 2], |[q, k]| [self.at(q), self.at(k)]);
-        let angles = [self.at(&self.table.cos), self.at(&self.table.sin)];
-        let at = self.at(&self.room.at);
-        let [keys, values] = block.cache.addresses();
-        launcher.rope(qkv, (gains, self.eps), angles, (at, keys, values), self.shape)?;
+        let gains = block.head_norms.as_ref();
         let attention = Attention {
             qkv,
-            keys,
-            values,
-            at,
+            cache: block.cache.addresses(),
+            at: self.at(&self.room.at),
+            angles: [self.at(&self.table.cos), self.at(&self.table.sin)],
+            gains: gains.map_or([0; 2], |gains| gains.each_ref().map(|gain| self.at(gain))),
+            eps: self.eps,
             sums: self.at(&self.room.sums),
             stats: self.at(&self.room.stats),
             shape: self.shape,
             splits: self.splits,
         };
         launcher.attention(&attention)?;
-        let out = &block.linears[OUT];
-        launcher.join(&attention, (out.places(), out.padded(), self.at(&self.room.ordered)))?;
+        launcher.join(&attention, &self.ordered(&block.linears[OUT]))?;
         self.queue_into_hidden(launcher, block, OUT)
     }
 
@@ -268,9 +278,7 @@ impl Program {
         let wide = block.linears[GATE_UP[0]].shape().0;
         let [gate, up] = [&self.room.gate, &self.room.up].map(|buffer| self.at(buffer));
         self.queue_normed(launcher, block, &GATE_UP, 1, &[(gate, wide), (up, wide)])?;
-        let down = &block.linears[DOWN];
-        let ordered = (down.places(), down.padded(), self.at(&self.room.ordered));
-        launcher.silu((gate, up), wide, ordered)?;
+        launcher.silu((gate, up), wide, &self.ordered(&block.linears[DOWN]))?;
         self.queue_into_hidden(launcher, block, DOWN)
     }
 
@@ -283,17 +291,17 @@ impl Program {
         norm: usize,
         to: &[(u64, usize)],
     ) -> Result<()> {
-        let ordered = self.at(&self.room.ordered);
         let mut left: Vec<usize> = (0..linears.len()).collect();
         while let Some(&first) = left.first() {
             let weight = &block.linears[linears[first]];
             let (together, others): (Vec<_>, _) =
                 left.into_iter().partition(|&i| block.linears[linears[i]].goes_with(weight));
             left = others;
+            let ordered = self.ordered(weight);
             launcher.norm(
                 (self.at(&self.room.hidden), self.at(&block.norms[norm]), self.eps),
                 self.width(),
-                (weight.places(), weight.padded(), ordered),
+                &ordered,
             )?;
             let outputs: Vec<_> = together
                 .into_iter()
@@ -304,7 +312,8 @@ impl Program {
                     stride: to[i].1,
                 })
                 .collect();
-            launcher.product(&prepare(&outputs, ordered, launcher.tokens, false)?)?;
+            let x = (ordered.x, ordered.sums);
+            launcher.product(&prepare(&outputs, x, launcher.tokens, false)?)?;
         }
         Ok(())
     }
@@ -322,8 +331,8 @@ impl Program {
             out: self.at(&self.room.hidden),
             stride: self.width(),
         };
-        let ordered = self.at(&self.room.ordered);
-        launcher.product(&prepare(&[output], ordered, launcher.tokens, true)?)
+        let x = (self.at(&self.room.ordered), self.at(&self.room.ordered_sums));
+        launcher.product(&prepare(&[output], x, launcher.tokens, true)?)
     }
 
     fn bias(&self, block: &Block, linear: usize) -> u64 {

@@ -15,8 +15,16 @@ use super::product::Launch;
 use crate::error::Result;
 use crate::kv_cache::CacheShape;
 
-/// Where a token's values go in a weight's order: the column at every place or 0, places of a row, address.
-type Ordered = (u64, usize, u64);
+/// Where tokens' values go in a weight's order.
+pub(super) struct Ordered {
+    /// Address of the column at every place; 0 where each is in its own.
+    pub(super) places: u64,
+    /// Places of a token.
+    pub(super) padded: usize,
+    /// Address of the values in fp16, and of the sums of every 32 of them, or 0 for none.
+    pub(super) x: u64,
+    pub(super) sums: u64,
+}
 
 /// How keys are cut for attention.
 #[derive(Clone, Copy, Debug)]
@@ -30,11 +38,14 @@ pub(super) struct Splits {
 }
 
 impl Splits {
+    /// Keys of a split at most.
+    const MOST_KEYS: usize = 1024;
+
     /// Enough to fill a card at long contexts, and no smaller than pays.
     pub(super) fn of(shape: CacheShape) -> Self {
         const LEAST: usize = 256;
-        const MOST: usize = 1024;
-        let keys = shape.capacity.div_ceil(64).next_multiple_of(LEAST).clamp(LEAST, MOST);
+        let keys =
+            shape.capacity.div_ceil(64).next_multiple_of(LEAST).clamp(LEAST, Self::MOST_KEYS);
         let group = match shape.heads / shape.kv_heads {
             0 | 1 => 1,
             2 => 2,
@@ -45,12 +56,40 @@ impl Splits {
     }
 }
 
+/// `Operands` of `step_attention.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Operands {
+    qkv: u64,
+    cache: [u64; 2],
+    at: u64,
+    angles: [u64; 2],
+    gains: [u64; 2],
+    sums: u64,
+    stats: u64,
+    heads: i32,
+    kv_heads: i32,
+    dim: i32,
+    capacity: i32,
+    split: i32,
+    eps: f32,
+    scale: f32,
+}
+
 /// Operands of attention.
 pub(super) struct Attention {
+    /// Queries, keys and values.
     pub(super) qkv: u64,
-    pub(super) keys: u64,
-    pub(super) values: u64,
+    /// Keys and values of the sequences.
+    pub(super) cache: [u64; 2],
+    /// Sequence and position of every token.
     pub(super) at: u64,
+    /// Cosines and sines.
+    pub(super) angles: [u64; 2],
+    /// Gains of query and key heads, or 0.
+    pub(super) gains: [u64; 2],
+    pub(super) eps: f32,
+    /// What splits leave for each other.
     pub(super) sums: u64,
     pub(super) stats: u64,
     pub(super) shape: CacheShape,
@@ -77,13 +116,14 @@ impl Launcher<'_> {
         &self,
         (hidden, gain, eps): (u64, u64, f32),
         cols: usize,
-        (places, padded, out): Ordered,
+        to: &Ordered,
     ) -> Result<()> {
         const NAME: &str = "step_norm";
         let function = self.cuda.kernel("step_norm.cu", NAME)?;
         let config = grid((self.tokens, 1, 1), 1024, 0);
-        let (cols, padded) = (int(cols)?, int(padded)?);
-        let mut given = arguments![&hidden, &gain, &places, &out, &cols, &padded, &eps];
+        let (cols, padded) = (int(cols)?, int(to.padded)?);
+        let mut given =
+            arguments![&hidden, &gain, &to.places, &to.x, &to.sums, &cols, &padded, &eps];
         // SAFETY: the arguments are the kernel's, over memory of the program for so many tokens.
         unsafe { launch(self.cuda, NAME, &function, config, &mut given) }
     }
@@ -96,29 +136,8 @@ impl Launcher<'_> {
         unsafe { launch(self.cuda, "coded_linear", function, config, &mut given) }
     }
 
-    /// Norms of heads where there are gains, rotary embedding, and keys and values into the cache.
-    pub(super) fn rope(
-        &self,
-        qkv: u64,
-        ([q_gain, k_gain], eps): ([u64; 2], f32),
-        [cos, sin]: [u64; 2],
-        (at, keys, values): (u64, u64, u64),
-        shape: CacheShape,
-    ) -> Result<()> {
-        const NAME: &str = "step_rope";
-        let function = self.cuda.kernel("step_rope.cu", NAME)?;
-        let config = grid((shape.heads + 2 * shape.kv_heads, self.tokens, 1), 32, 0);
-        let (heads, kv_heads) = (int(shape.heads)?, int(shape.kv_heads)?);
-        let (half, capacity) = (int(shape.head_dim / 2)?, int(shape.capacity)?);
-        let mut given = arguments![
-            &qkv, &q_gain, &k_gain, &eps, &cos, &sin, &at, &keys, &values, &heads, &kv_heads,
-            &half, &capacity,
-        ];
-        // SAFETY: as above; positions are within the cache and the table.
-        unsafe { launch(self.cuda, NAME, &function, config, &mut given) }
-    }
-
-    /// Every split's share of attention.
+    /// Norms of heads where there are gains, rotary embedding, keys and values into the cache, and every
+    /// split's share of attention.
     pub(super) fn attention(&self, of: &Attention) -> Result<()> {
         let CacheShape { heads, kv_heads, head_dim, capacity, .. } = of.shape;
         let Splits { count, keys: split, group } = of.splits;
@@ -128,49 +147,55 @@ impl Launcher<'_> {
             4 => "step_attention_4",
             _ => "step_attention_8",
         };
-        let shared = (group * split + 9 * group * 128) * size_of::<f32>();
-        let function = self.cuda.kernel_with_shared("step_attention.cu", name, shared)?;
+        let shared = |split| (group * split + 9 * group * 128) * size_of::<f32>();
+        let most = shared(Splits::MOST_KEYS);
+        let function = self.cuda.kernel_with_shared("step_attention.cu", name, most)?;
         let chunks = (heads / kv_heads).div_ceil(group);
-        let config = grid((kv_heads * chunks, count, self.tokens), 256, shared);
-        let scale = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
-        let stride = int((heads + 2 * kv_heads) * head_dim)?;
-        let (heads, kv_heads, dim) = (int(heads)?, int(kv_heads)?, int(head_dim)?);
-        let (capacity, split) = (int(capacity)?, int(split)?);
-        let mut given = arguments![
-            &of.qkv, &of.keys, &of.values, &of.at, &of.sums, &of.stats, &stride, &heads, &kv_heads,
-            &dim, &capacity, &split, &scale,
-        ];
-        // SAFETY: as above.
+        let config = grid((kv_heads * chunks, count, self.tokens), 256, shared(split));
+        let operands = Operands {
+            qkv: of.qkv,
+            cache: of.cache,
+            at: of.at,
+            angles: of.angles,
+            gains: of.gains,
+            sums: of.sums,
+            stats: of.stats,
+            heads: int(heads)?,
+            kv_heads: int(kv_heads)?,
+            dim: int(head_dim)?,
+            capacity: int(capacity)?,
+            split: int(split)?,
+            eps: of.eps,
+            scale: std::f32::consts::LOG2_E / (head_dim as f32).sqrt(),
+        };
+        let mut given = arguments![&operands];
+        // SAFETY: as above; positions are within the cache and the table.
         unsafe { launch(self.cuda, name, &function, config, &mut given) }
     }
 
     /// The splits put together, in the order of the output projection.
-    pub(super) fn join(&self, of: &Attention, (places, padded, out): Ordered) -> Result<()> {
+    pub(super) fn join(&self, of: &Attention, to: &Ordered) -> Result<()> {
         const NAME: &str = "step_join";
         let function = self.cuda.kernel("step_attention.cu", NAME)?;
-        let config = per_place(padded, self.tokens);
+        let config = per_place(to.padded, self.tokens);
         let (heads, dim) = (int(of.shape.heads)?, int(of.shape.head_dim)?);
         let (count, split) = (int(of.splits.count)?, int(of.splits.keys)?);
-        let padded = int(padded)?;
+        let padded = int(to.padded)?;
         let mut given = arguments![
-            &of.sums, &of.stats, &of.at, &places, &out, &heads, &dim, &count, &split, &padded,
+            &of.sums, &of.stats, &of.at, &to.places, &to.x, &to.sums, &heads, &dim, &count, &split,
+            &padded,
         ];
         // SAFETY: as above.
         unsafe { launch(self.cuda, NAME, &function, config, &mut given) }
     }
 
     /// silu(gate) · up in a weight's order.
-    pub(super) fn silu(
-        &self,
-        (gate, up): (u64, u64),
-        cols: usize,
-        (places, padded, out): Ordered,
-    ) -> Result<()> {
+    pub(super) fn silu(&self, (gate, up): (u64, u64), cols: usize, to: &Ordered) -> Result<()> {
         const NAME: &str = "step_silu";
         let function = self.cuda.kernel("step_silu.cu", NAME)?;
-        let config = per_place(padded, self.tokens);
-        let (cols, padded) = (int(cols)?, int(padded)?);
-        let mut given = arguments![&gate, &up, &places, &out, &cols, &padded];
+        let config = per_place(to.padded, self.tokens);
+        let (cols, padded) = (int(cols)?, int(to.padded)?);
+        let mut given = arguments![&gate, &up, &to.places, &to.x, &to.sums, &cols, &padded];
         // SAFETY: as above.
         unsafe { launch(self.cuda, NAME, &function, config, &mut given) }
     }
