@@ -64,6 +64,14 @@ __device__ __forceinline__ unsigned long long read_once() {
     return policy;
 }
 
+// Whether a block may have 227 KiB of shared memory (Hopper and the Blackwell of data centers), of which what is
+// left caches x and has room for attention's first blocks; all others have 99 KiB at least.
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr bool kLarge = true;
+#else
+constexpr bool kLarge = false;
+#endif
+
 // What a variant takes. NT: eights of tokens. RT: row tiles of a unit. EVERY: sub-blocks of a cell.
 template <int BITS_, int EVERY_, int NT_, int RT_, int WARPS_, int TOKENS_>
 struct Shape {
@@ -75,7 +83,7 @@ struct Shape {
     static constexpr int ROWS = RT * kTileRows;
     static constexpr int SUMS = WARPS * ROWS * TOKENS * 4;  // of what warps add up of a unit,
     static constexpr int TURNS = TOKENS == 2 ? 4 : 2;       // for so many units at a time
-    static constexpr int ROOM = 221184;                     // not all there is: the rest caches x
+    static constexpr int ROOM = kLarge ? TOKENS == 16 ? 221184 : 184320 : 101376;
     static constexpr int FITTING = (ROOM - TURNS * SUMS) / (WARPS * STAGE);
     static constexpr int DEPTH = FITTING < 8 ? FITTING : 8;  // stages of a warp's ring
     static_assert(DEPTH >= 2, "a ring of one stage");
@@ -272,15 +280,9 @@ __device__ __forceinline__ void multiply_step(const unsigned char* stage, const 
     }
 }
 
-// A warp's sums of a unit, the turn-th of this block. One warp after the other adds up those of all, while the
-// others go on; a place is written again when it has been read.
+// Leaves a warp's sums of a unit in shared memory.
 template <class S>
-__device__ __forceinline__ void finish_unit(const Product& p, float* all_sums, const Sums<S>& acc, int part, int tile,
-                                            int turn, bool last, int warp, int lane) {
-    constexpr int THREADS = S::WARPS * 32;
-    const int place = turn % S::TURNS, full = 1 + place, empty = 1 + S::TURNS + place;
-    float* sums = all_sums + place * (S::SUMS / 4);
-    if (turn >= S::TURNS && (turn - S::TURNS) % S::WARPS != warp) await(empty, THREADS);
+__device__ __forceinline__ void put_sums(float* sums, const Sums<S>& acc, int tokens, int warp, int lane) {
 #pragma unroll
     for (int rt = 0; rt < S::RT; ++rt)
 #pragma unroll
@@ -288,15 +290,15 @@ __device__ __forceinline__ void finish_unit(const Product& p, float* all_sums, c
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int token = n * 8 + lane % 4 * 2 + i % 2, row = rt * kTileRows + lane / 4 + i / 2 * 8;
-                if (token < p.tokens) sums[(warp * p.tokens + token) * S::ROWS + row] = acc[rt][n][i];
+                if (token < tokens) sums[(warp * tokens + token) * S::ROWS + row] = acc[rt][n][i];
             }
-    if (turn % S::WARPS != warp) {
-        arrive(full, THREADS);
-        return;
-    }
-    await(full, THREADS);
-    const Part& w = p.parts[part];
-    for (int i = lane; i < S::ROWS * p.tokens; i += 32) {
+}
+
+// Adds up all warps' sums of a unit, by so many threads.
+template <class S>
+__device__ __forceinline__ void add_up(const Product& p, const float* sums, const Part& w, int tile, int thread,
+                                       int threads) {
+    for (int i = thread; i < S::ROWS * p.tokens; i += threads) {
         const int row = tile * kTileRows + i % S::ROWS, token = i / S::ROWS;
         if (row >= w.rows) continue;
         float* out = w.out + (long long)token * w.out_stride + row;
@@ -306,6 +308,30 @@ __device__ __forceinline__ void finish_unit(const Product& p, float* all_sums, c
         for (int from = 0; from < S::WARPS; ++from) sum += sums[from * p.tokens * S::ROWS + i];
         *out = before + sum;
     }
+}
+
+// A warp's sums of a unit, the turn-th of this block. Of a few tokens one warp after the other adds up those of
+// all, while the others go on; a place is written again when it has been read. More are added up by all.
+template <class S>
+__device__ __forceinline__ void finish_unit(const Product& p, float* all_sums, const Sums<S>& acc, int part, int tile,
+                                            int turn, bool last, int warp, int lane) {
+    constexpr int THREADS = S::WARPS * 32;
+    const int place = turn % S::TURNS, full = 1 + place, empty = 1 + S::TURNS + place;
+    float* sums = all_sums + place * (S::SUMS / 4);
+    if (S::TOKENS > 2) {
+        put_sums<S>(sums, acc, p.tokens, warp, lane);
+        __syncthreads();
+        add_up<S>(p, sums, p.parts[part], tile, warp * 32 + lane, THREADS);
+        return;
+    }
+    if (turn >= S::TURNS && (turn - S::TURNS) % S::WARPS != warp) await(empty, THREADS);
+    put_sums<S>(sums, acc, p.tokens, warp, lane);
+    if (turn % S::WARPS != warp) {
+        arrive(full, THREADS);
+        return;
+    }
+    await(full, THREADS);
+    add_up<S>(p, sums, p.parts[part], tile, lane, 32);
     __syncwarp();
     if (!last) arrive(empty, THREADS);
 }
@@ -360,15 +386,16 @@ __device__ __forceinline__ void coded_linear(const Product& p) {
 
 }  // namespace
 
-#define CODED_LINEAR(BITS, TOKENS, EVERY, NT, RT, WARPS)                                                   \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)                                            \
-        coded_linear_##BITS##_##TOKENS##_##EVERY##_##RT(const __grid_constant__ Product p) {               \
-        coded_linear<Shape<BITS, EVERY, NT, RT, WARPS, TOKENS>>(p);                                        \
+#define CODED_LINEAR(BITS, NAME, EVERY, TOKENS, NT, RT, WARPS)                                 \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)                                \
+        coded_linear_##BITS##_##NAME##_##EVERY(const __grid_constant__ Product p) {            \
+        coded_linear<Shape<BITS, EVERY, NT, RT, WARPS, TOKENS>>(p);                            \
     }
 
-// Fewer row tiles a unit share a matrix out more evenly, more read x less often.
-#define CODED_LINEAR_OF(BITS, EVERY)         \
-    CODED_LINEAR(BITS, 2, EVERY, 1, 1, 16)   \
-    CODED_LINEAR(BITS, 2, EVERY, 1, 2, 16)   \
-    CODED_LINEAR(BITS, 8, EVERY, 1, 2, 16)   \
-    CODED_LINEAR(BITS, 16, EVERY, 2, 4, 8)
+// For up to so many tokens. Of one or two, pairs of row tiles are read faster, and single ones are shared out more
+// evenly. The launcher knows these numbers, too.
+#define CODED_LINEAR_OF(BITS, EVERY)                                             \
+    CODED_LINEAR(BITS, pair, EVERY, 2, 1, 2, (kLarge ? 16 : 8))                  \
+    CODED_LINEAR(BITS, single, EVERY, 2, 1, 1, (kLarge ? 16 : 8))                \
+    CODED_LINEAR(BITS, eight, EVERY, 8, 1, (kLarge ? 2 : 1), (kLarge ? 16 : 8))  \
+    CODED_LINEAR(BITS, sixteen, EVERY, 16, 2, (kLarge ? 4 : 1), 8)

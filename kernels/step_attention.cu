@@ -8,20 +8,25 @@
 //          token's length asks for is written. step_join: places [padded] the value that stands at each place, -1
 //          for none, or null; out [tokens, padded] fp16, padded a multiple of 32; out_sums [tokens, padded / 32] f32
 //          of every 32 of them.
-// Launch   grid (kv_heads * groups of up to GROUP query heads, splits, tokens), 256 threads, dynamic shared memory
-//          (GROUP * split + 9 * GROUP * 128) floats. step_join: grid (blocks of 256 places, tokens), 256 threads.
-// Regime   memory for long sequences: every key and value is read once for all query heads that share it. Bound: 4
-//          kv_heads * D bytes a token of context and block, 16 MB at 4096 tokens and 8 heads of 128: 4 us at 4 TB/s.
+// Launch   grid (kv_heads * groups of up to GROUP query heads, splits, tokens), 128 threads, dynamic shared memory
+//          for 64 keys and values of D, GROUP queries of D and 64 GROUP floats. step_join: grid (blocks of 64 places,
+//          tokens), 256 threads.
+// Regime   latency; memory for long sequences, whose keys and values are read once for all query heads that share
+//          them. Bound: 4 kv_heads * D bytes a token of context and block, 16 MB at 4096 tokens and 8 heads of 128: 4
+//          us at 4 TB/s.
 //
-// Sixteen lanes share a key, eight values each: D is a multiple of 16, 128 at most. The new key and value are written
-// by every block that reads them, the same bytes by each.
+// Keys and values of earlier tokens are on their way before the projections are made. Sixteen lanes share a key,
+// eight values each: D is a multiple of 16, 128 at most. The new key and value are written by every block that reads
+// them, the same bytes by each.
 #include "dependent.cuh"
-#include "half.cuh"
+#include "mma.cuh"
 #include "reduce.cuh"
 
 namespace {
 
-constexpr int kWarps = 8, kShares = 16, kMost = 128;  // shares: keys that are read side by side
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kMost = 128;
+constexpr int kShares = 2 * kWarps;  // keys that are looked at side by side
+constexpr int kKeys = 64;            // keys that are in shared memory at a time
 
 __device__ __forceinline__ void eight(const half_t* from, float (&to)[8]) {
     const uint4 v = *(const uint4*)from;
@@ -67,54 +72,35 @@ struct Operands {
     float eps, scale;
 };
 
-template <int GROUP>
-__device__ __forceinline__ void attend(const Operands& o) {
-    extern __shared__ float shared[];
-    const int heads = o.heads, kv_heads = o.kv_heads, dim = o.dim, split = o.split;
-    float *weights = shared, *query = shared + GROUP * split, *parts = query + GROUP * kMost;
-    launch_next();
-    wait_for_last();
-    const int token = blockIdx.z, per = heads / kv_heads, chunks = (per + GROUP - 1) / GROUP;
-    const int kv_head = blockIdx.x / chunks, chunk = blockIdx.x % chunks * GROUP;
-    const int first_head = kv_head * per + chunk, count = min(GROUP, per - chunk);
-    const int2 place = o.at[token];
-    const int first = blockIdx.y * split, keys_here = min(split, place.y + 1 - first);
-    if (keys_here <= 0) return;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = threadIdx.x / 16, part = threadIdx.x % 16;
-    const long long stride = (long long)kv_heads * dim;
-    const half_t *keys = o.keys, *values = o.values;
+// Queues copies of some keys or values; rows of dim values, `stride` apart in memory, none in shared memory.
+__device__ __forceinline__ void fetch_rows(half_t* to, const half_t* from, int rows, int dim, long long stride) {
+    const int chunks = dim / 8;
+    for (int i = threadIdx.x; i < rows * chunks; i += kThreads) {
+        const int row = i / chunks, at = i % chunks * 8;
+        copy_async_16(shared_address(to + row * dim + at), from + row * stride + at, true);
+    }
+}
 
-    const float* qkv = o.qkv + (long long)token * (heads + 2 * kv_heads) * dim;
-    const long long turned = (long long)place.y * (dim / 2);
-    const Angles angles = {o.cos + turned, o.sin + turned, dim / 2};
-    if (warp < count) {
-        turn(qkv + (first_head + warp) * dim, o.q_gain, o.eps, angles, o.scale, lane,
-             [&](int i, float value) { query[warp * kMost + i] = value; });
-    } else if (warp < GROUP) {
-        for (int i = lane; i < dim; i += 32) query[warp * kMost + i] = 0.0f;
-    }
-    if (first + keys_here == place.y + 1 && warp >= kWarps - 2) {
-        const long long row = ((long long)place.x * o.capacity + place.y) * stride + kv_head * dim;
-        const float* x = qkv + (heads + kv_head) * dim;
-        if (warp == kWarps - 1) {
-            for (int i = lane; i < dim; i += 32) o.values[row + i] = float_to_half(x[kv_heads * dim + i]);
-        } else {
-            turn(x, o.k_gain, o.eps, angles, 1.0f, lane,
-                 [&](int i, float value) { o.keys[row + i] = float_to_half(value); });
-        }
-    }
-    __syncthreads();
+// What a thread knows of the keys so far: of each query head its eight values' weighted sums over its share.
+template <int GROUP>
+struct Running {
+    float top[GROUP], total[GROUP], out[GROUP][8];
+};
+
+// Weighs `count` keys and values in shared memory. Scores are multiples of log2(e); `weights` holds kKeys a head.
+template <int GROUP>
+__device__ __forceinline__ void weigh(const half_t* keys, const half_t* values, int count, int dim, const float* query,
+                                      float* weights, Running<GROUP>& run) {
+    const int lane = threadIdx.x % 32, share = threadIdx.x / 16, part = threadIdx.x % 16;
     const bool active = part * 8 < dim;
-    const long long start = ((long long)place.x * o.capacity + first) * stride + kv_head * dim + part * 8;
     float mine[GROUP][8];
 #pragma unroll
     for (int g = 0; g < GROUP; ++g)
 #pragma unroll
         for (int i = 0; i < 8; ++i) mine[g][i] = active ? query[g * kMost + part * 8 + i] : 0.0f;
-#pragma unroll 2
-    for (int key = share; key < (keys_here + kShares - 1) / kShares * kShares; key += kShares) {
+    for (int key = share; key < kKeys; key += kShares) {
         float k[8] = {};
-        if (active && key < keys_here) eight(keys + start + key * stride, k);
+        if (active && key < count) eight(keys + key * dim + part * 8, k);
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
             float dot = 0.0f;
@@ -122,50 +108,119 @@ __device__ __forceinline__ void attend(const Operands& o) {
             for (int i = 0; i < 8; ++i) dot = fmaf(mine[g][i], k[i], dot);
 #pragma unroll
             for (int offset = 8; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-            if (part == g && key < keys_here) weights[g * split + key] = dot;
+            if (part == g) weights[g * kKeys + key] = key < count ? dot : Max::identity();
         }
     }
     __syncthreads();
-    if (warp < count) {
-        float* row = weights + warp * split;
-        float top = Max::identity(), sum = 0.0f;
-        for (int i = lane; i < keys_here; i += 32) top = fmaxf(top, row[i]);
-        top = warp_reduce<Max>(top);
-        for (int i = lane; i < keys_here; i += 32) {
-            row[i] = exp2f(row[i] - top);
-            sum += row[i];
-        }
-        sum = warp_reduce<Add>(sum);
-        if (lane == 0) {
-            o.stats[((long long)token * heads + first_head + warp) * gridDim.y + blockIdx.y] = make_float2(top, sum);
-        }
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+        // Every warp for itself: two keys a lane.
+        const float one = weights[g * kKeys + lane], two = weights[g * kKeys + lane + 32];
+        const float top = fmaxf(run.top[g], warp_reduce<Max>(fmaxf(one, two)));
+        const float fade = exp2f(run.top[g] - top);
+        run.total[g] = run.total[g] * fade + warp_reduce<Add>(exp2f(one - top) + exp2f(two - top));
+        run.top[g] = top;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) run.out[g][i] *= fade;
     }
-    __syncthreads();
-    float out[GROUP][8] = {};
-#pragma unroll 2
-    for (int key = share; key < keys_here; key += kShares) {
+    for (int key = share; key < count; key += kShares) {
         float v[8] = {};
-        if (active) eight(values + start + key * stride, v);
+        if (active) eight(values + key * dim + part * 8, v);
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
-            const float weight = g < count ? weights[g * split + key] : 0.0f;
+            const float weight = exp2f(weights[g * kKeys + key] - run.top[g]);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) out[g][i] = fmaf(weight, v[i], out[g][i]);
+            for (int i = 0; i < 8; ++i) run.out[g][i] = fmaf(weight, v[i], run.out[g][i]);
         }
     }
+    __syncthreads();
+}
+
+template <int GROUP>
+__device__ __forceinline__ void attend(const Operands& o) {
+    extern __shared__ uint4 shared[];
+    const int heads = o.heads, kv_heads = o.kv_heads, dim = o.dim;
+    half_t *keys = (half_t*)shared, *values = keys + kKeys * dim;
+    float *query = (float*)(values + kKeys * dim), *weights = query + GROUP * kMost;
+    launch_next();
+    const int token = blockIdx.z, per = heads / kv_heads, chunks = (per + GROUP - 1) / GROUP;
+    const int kv_head = blockIdx.x / chunks, chunk = blockIdx.x % chunks * GROUP;
+    const int first_head = kv_head * per + chunk, count = min(GROUP, per - chunk);
+    // Where tokens go is known before the step begins, and what is there is older than it.
+    const int2 place = o.at[token];
+    const int first = blockIdx.y * o.split, keys_here = min(o.split, place.y + 1 - first);
+    if (keys_here <= 0) return;
+    const bool newest = first + keys_here == place.y + 1;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const long long stride = (long long)kv_heads * dim;
+    const long long start = ((long long)place.x * o.capacity + first) * stride + kv_head * dim;
+    const auto fetch = [&](int from) {
+        // Without the newest, which is made here.
+        const int rows = min(kKeys, keys_here - from - (newest ? 1 : 0));
+        fetch_rows(keys, o.keys + start + from * stride, rows, dim, stride);
+        fetch_rows(values, o.values + start + from * stride, rows, dim, stride);
+        copy_async_commit();
+    };
+    fetch(0);
+    wait_for_last();
+
+    const float* qkv = o.qkv + (long long)token * (heads + 2 * kv_heads) * dim;
+    const long long turned = (long long)place.y * (dim / 2);
+    const Angles angles = {o.cos + turned, o.sin + turned, dim / 2};
+    for (int g = warp; g < GROUP; g += kWarps) {
+        if (g < count) {
+            turn(qkv + (first_head + g) * dim, o.q_gain, o.eps, angles, o.scale, lane,
+                 [&](int i, float value) { query[g * kMost + i] = value; });
+        } else {
+            for (int i = lane; i < dim; i += 32) query[g * kMost + i] = 0.0f;
+        }
+    }
+    Running<GROUP> run = {};
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) run.top[g] = Max::identity();
+    for (int from = 0; from < keys_here; from += kKeys) {
+        if (from > 0) fetch(from);
+        const int here = min(kKeys, keys_here - from);
+        if (newest && from + here == keys_here && warp >= kWarps - 2) {
+            const float* x = qkv + (heads + kv_head) * dim;
+            const long long row = start + (keys_here - 1) * stride;
+            if (warp == kWarps - 1) {
+                for (int i = lane; i < dim; i += 32) {
+                    o.values[row + i] = values[(here - 1) * dim + i] = float_to_half(x[kv_heads * dim + i]);
+                }
+            } else {
+                turn(x, o.k_gain, o.eps, angles, 1.0f, lane, [&](int i, float value) {
+                    o.keys[row + i] = keys[(here - 1) * dim + i] = float_to_half(value);
+                });
+            }
+        }
+        copy_async_wait<0>();
+        __syncthreads();
+        weigh<GROUP>(keys, values, here, dim, query, weights, run);
+    }
+    // The keys are done with: their place takes the shares.
+    float* parts = (float*)shared;
+    const int share = threadIdx.x / 16, part = threadIdx.x % 16;
 #pragma unroll
     for (int g = 0; g < GROUP; ++g)
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            out[g][i] += __shfl_xor_sync(0xffffffffu, out[g][i], 16);
-            if (lane < 16) parts[(warp * GROUP + g) * kMost + part * 8 + i] = out[g][i];
+            run.out[g][i] += __shfl_xor_sync(0xffffffffu, run.out[g][i], 16);
+            if (share % 2 == 0 && part * 8 < dim) parts[(warp * GROUP + g) * dim + part * 8 + i] = run.out[g][i];
         }
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+            const long long row = ((long long)token * heads + first_head + g) * gridDim.y + blockIdx.y;
+            if (g < count) o.stats[row] = make_float2(run.top[g], run.total[g]);
+        }
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < count * dim; i += 256) {
+    for (int i = threadIdx.x; i < count * dim; i += kThreads) {
         const int g = i / dim, d = i % dim;
         float sum = 0.0f;
 #pragma unroll
-        for (int from = 0; from < kWarps; ++from) sum += parts[(from * GROUP + g) * kMost + d];
+        for (int from = 0; from < kWarps; ++from) sum += parts[(from * GROUP + g) * dim + d];
         o.sums[(((long long)token * heads + first_head + g) * gridDim.y + blockIdx.y) * dim + d] = sum;
     }
 }
@@ -174,7 +229,7 @@ __device__ __forceinline__ void attend(const Operands& o) {
 
 // scale is log2(e) / sqrt(D).
 #define STEP_ATTENTION(GROUP)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) step_attention_##GROUP(const __grid_constant__ Operands o) {   \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) step_attention_##GROUP(const __grid_constant__ Operands o) {   \
         attend<GROUP>(o);                                                                                            \
     }
 
@@ -186,27 +241,39 @@ STEP_ATTENTION(8)
 extern "C" __global__ void __launch_bounds__(256)
 step_join(const float* sums, const float2* stats, const int2* at, const int* places, half_t* out, float* out_sums,
           int heads, int dim, int splits, int split, int padded) {
+    constexpr int PLACES = 64, QUARTERS = 4;  // so many threads share a place's splits
+    __shared__ float3 found[QUARTERS][PLACES];
     launch_next();
-    const int place = blockIdx.x * 256 + threadIdx.x, token = blockIdx.y;
+    const int here = threadIdx.x % PLACES, quarter = threadIdx.x / PLACES;
+    const int place = blockIdx.x * PLACES + here, token = blockIdx.y;
     const int value = place >= padded ? -1 : places ? places[place] : place < heads * dim ? place : -1;
+    const int active = (at[token].y + split) / split;  // of position + 1 keys
     wait_for_last();
-    if (place >= padded) return;
-    half_t joined = 0;
+    float3 mine = {Max::identity(), 0.0f, 0.0f};  // maximum, total and weighted sum
     if (value >= 0) {
-        const int active = (at[token].y + split) / split;  // of position + 1 keys
         const long long row = ((long long)token * heads + value / dim) * splits;
-        float top = Max::identity();
-        for (int i = 0; i < active; ++i) top = fmaxf(top, stats[row + i].x);
-        float total = 0.0f, sum = 0.0f;
-        for (int i = 0; i < active; ++i) {
-            const float weight = exp2f(stats[row + i].x - top);
-            total = fmaf(weight, stats[row + i].y, total);
-            sum = fmaf(weight, sums[(row + i) * dim + value % dim], sum);
+#pragma unroll 4
+        for (int i = quarter; i < active; i += QUARTERS) {
+            const float2 stat = stats[row + i];
+            const float sum = sums[(row + i) * dim + value % dim];
+            const float top = fmaxf(mine.x, stat.x), old = exp2f(mine.x - top), weight = exp2f(stat.x - top);
+            mine = {top, mine.y * old + stat.y * weight, mine.z * old + sum * weight};
         }
-        joined = float_to_half(sum / total);
     }
+    found[quarter][here] = mine;
+    __syncthreads();
+    if (quarter > 0) return;
+    float top = mine.x, total = 0.0f, sum = 0.0f;
+    for (int q = 1; q < QUARTERS; ++q) top = fmaxf(top, found[q][here].x);
+    for (int q = 0; q < QUARTERS; ++q) {
+        const float3 part = found[q][here];
+        const float weight = exp2f(part.x - top);
+        total = fmaf(weight, part.y, total);
+        sum = fmaf(weight, part.z, sum);
+    }
+    const half_t joined = value < 0 ? 0 : float_to_half(sum / total);
     const long long to = (long long)token * padded + place;
-    out[to] = joined;
-    const float sum = warp_reduce<Add>(half_to_float(joined));
-    if (place % 32 == 0) out_sums[to / 32] = sum;
+    if (place < padded) out[to] = joined;
+    const float of_32 = warp_reduce<Add>(half_to_float(joined));
+    if (place < padded && place % 32 == 0) out_sums[to / 32] = of_32;
 }

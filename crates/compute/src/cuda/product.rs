@@ -17,9 +17,6 @@ use crate::error::Result;
 
 /// Tokens that the kernel takes at a time; more are a product of matrices.
 pub(crate) const FEW_TOKENS: usize = 16;
-/// Bytes of shared memory that a block may have.
-#[cfg(test)]
-const MOST_SHARED: usize = 227 << 10;
 /// Weights that a launch takes.
 pub(crate) const PARTS: usize = 3;
 
@@ -77,38 +74,68 @@ struct Variant {
     warps: usize,
 }
 
-const VARIANTS: [Variant; 4] = [
-    Variant { tokens: 2, row_tiles: 2, warps: 16 },
-    Variant { tokens: 2, row_tiles: 1, warps: 16 },
-    Variant { tokens: 8, row_tiles: 2, warps: 16 },
-    Variant { tokens: FEW_TOKENS, row_tiles: 4, warps: 8 },
-];
+/// The variants of a card, in the order of [`names`].
+struct Variants {
+    all: [Variant; 4],
+    /// Bytes of shared memory of a block, and where it takes sixteen tokens.
+    room: [usize; 2],
+}
 
-impl Variant {
+/// Of cards whose blocks may have 227 KiB of shared memory, and of all others.
+static LARGE: Variants = Variants {
+    all: [
+        Variant { tokens: 2, row_tiles: 2, warps: 16 },
+        Variant { tokens: 2, row_tiles: 1, warps: 16 },
+        Variant { tokens: 8, row_tiles: 2, warps: 16 },
+        Variant { tokens: FEW_TOKENS, row_tiles: 4, warps: 8 },
+    ],
+    room: [184_320, 221_184],
+};
+static SMALL: Variants = Variants {
+    all: [
+        Variant { tokens: 2, row_tiles: 2, warps: 8 },
+        Variant { tokens: 2, row_tiles: 1, warps: 8 },
+        Variant { tokens: 8, row_tiles: 1, warps: 8 },
+        Variant { tokens: FEW_TOKENS, row_tiles: 1, warps: 8 },
+    ],
+    room: [101_376; 2],
+};
+
+impl Variants {
+    /// Those that were compiled for an architecture.
+    fn of(arch: &str) -> &'static Self {
+        match arch.get(3..5) {
+            Some("90" | "10" | "11") => &LARGE,
+            _ => &SMALL,
+        }
+    }
+
     /// The variant for so many tokens and weights of so many rows on so many multiprocessors. Two row tiles at
     /// a time are faster, unless the last of them keep too few multiprocessors busy.
-    fn choose(tokens: usize, rows: &[usize], multiprocessors: usize) -> usize {
+    fn choose(&self, tokens: usize, rows: &[usize], multiprocessors: usize) -> usize {
         if tokens > 2 {
             return if tokens <= 8 { 2 } else { 3 };
         }
-        let turns = |variant: &Self| variant.units(rows).div_ceil(multiprocessors);
-        usize::from(2 * turns(&VARIANTS[0]) * 4 > turns(&VARIANTS[1]) * 5)
+        let turns = |variant: &Variant| variant.units(rows).div_ceil(multiprocessors);
+        usize::from(2 * turns(&self.all[0]) * 4 > turns(&self.all[1]) * 5)
     }
 
+    /// Bytes of dynamic shared memory of one of them.
+    fn shared(&self, chosen: usize, bits: u8, every: usize) -> usize {
+        let Variant { tokens, row_tiles, warps } = self.all[chosen];
+        let cells = if bits < 16 { subs(bits) / every } else { 0 };
+        let stage = row_tiles * (subs(bits) * usize::from(bits) / 8 * 512 + cells * 48);
+        let turns = if tokens == 2 { 4 } else { 2 };
+        let sums = turns * warps * row_tiles * TILE_ROWS * tokens * 4;
+        let room = self.room[usize::from(tokens == FEW_TOKENS)];
+        warps * ((room - sums) / (warps * stage)).min(8) * stage + sums
+    }
+}
+
+impl Variant {
     /// Units of weights of so many rows.
     fn units(&self, rows: &[usize]) -> usize {
         rows.iter().map(|rows| rows.div_ceil(self.row_tiles * TILE_ROWS)).sum()
-    }
-
-    /// Bytes of dynamic shared memory.
-    fn shared(&self, bits: u8, every: usize) -> usize {
-        let (subs, warps) = (subs(bits), self.warps);
-        let cells = if bits < 16 { subs / every } else { 0 };
-        let stage = self.row_tiles * (subs * usize::from(bits) / 8 * 512 + cells * 48);
-        let sums = warps * self.row_tiles * TILE_ROWS * self.tokens * 4;
-        let sums = if self.tokens == 2 { 4 } else { 2 } * sums;
-        let depth = ((221_184 - sums) / (warps * stage)).min(8);
-        warps * depth * stage + sums
     }
 }
 
@@ -124,10 +151,11 @@ pub(super) fn prepare(
     let (cuda, bits, every) = (weight.cuda(), weight.bits(), weight.grid().every);
     let rows: Vec<_> = outputs.iter().map(|output| output.weight.shape().0).collect();
     let processors = cuda.driver().multiprocessors();
-    let chosen = Variant::choose(tokens, &rows, processors);
-    let (variant, (file, names)) = (&VARIANTS[chosen], names(bits));
-    let shared = variant.shared(bits, every);
-    let name = names[chosen + VARIANTS.len() * (every / 2).min(2)];
+    let variants = Variants::of(cuda.arch());
+    let chosen = variants.choose(tokens, &rows, processors);
+    let (variant, (file, names)) = (&variants.all[chosen], names(bits));
+    let shared = variants.shared(chosen, bits, every);
+    let name = names[chosen + variants.all.len() * (every / 2).min(2)];
     let function = cuda.kernel_with_shared(file, name, shared)?;
     let mut parts = [Part::default(); PARTS];
     for (part, output) in parts.iter_mut().zip(outputs) {
@@ -283,7 +311,7 @@ fn many(op: &'static str, x: &Matrix, w: &Coded, beta: f32, target: Operand) -> 
     unsafe { gemm(cuda, op, (w.shape().0, x.rows(), k), (left, right), beta, target) }
 }
 
-/// The kernel's file and its variants, in the order of [`VARIANTS`], with cells of one sub-block, of two and of
+/// The kernel's file and its variants, in the order of [`Variants`], with cells of one sub-block, of two and of
 /// four. Values in fp16 have no cells.
 fn names(bits: u8) -> (&'static str, [&'static str; 12]) {
     macro_rules! of {
@@ -291,10 +319,10 @@ fn names(bits: u8) -> (&'static str, [&'static str; 12]) {
             (
                 concat!("coded_linear_", $bits, ".cu"),
                 [$(
-                    concat!("coded_linear_", $bits, "_2_", $every, "_2"),
-                    concat!("coded_linear_", $bits, "_2_", $every, "_1"),
-                    concat!("coded_linear_", $bits, "_8_", $every, "_2"),
-                    concat!("coded_linear_", $bits, "_16_", $every, "_4"),
+                    concat!("coded_linear_", $bits, "_pair_", $every),
+                    concat!("coded_linear_", $bits, "_single_", $every),
+                    concat!("coded_linear_", $bits, "_eight_", $every),
+                    concat!("coded_linear_", $bits, "_sixteen_", $every),
                 )*],
             )
         };
@@ -314,21 +342,37 @@ mod tests {
 
     #[test]
     fn every_variant_fits_a_multiprocessor() {
-        for bits in [2, 3, 4, 8, 16] {
-            for (variant, every) in VARIANTS.iter().flat_map(|v| [1, 2, 4].map(|every| (v, every)))
+        for (variants, most) in [(&LARGE, 227 << 10), (&SMALL, 99 << 10)] {
+            for (chosen, bits) in
+                (0..4).flat_map(|chosen| [2, 3, 4, 8, 16].map(|bits| (chosen, bits)))
             {
-                let shared = variant.shared(bits, every);
-                assert!(shared <= MOST_SHARED, "{bits} bits, {} tokens: {shared}", variant.tokens);
+                for every in [1, 2, 4] {
+                    let shared = variants.shared(chosen, bits, every);
+                    assert!(shared <= most, "variant {chosen}, {bits} bits: {shared}");
+                }
             }
         }
     }
 
     #[test]
     fn one_row_tile_at_a_time_is_for_what_two_share_badly() {
-        assert_eq!(Variant::choose(1, &[8192], 132), 0);
-        assert_eq!(Variant::choose(2, &[28_672, 28_672], 132), 0);
-        assert_eq!(Variant::choose(1, &[1024], 132), 1);
-        assert_eq!(Variant::choose(3, &[2560], 132), 2);
-        assert_eq!(Variant::choose(16, &[2560], 132), 3);
+        assert_eq!(LARGE.choose(1, &[8192], 132), 0);
+        assert_eq!(LARGE.choose(2, &[28_672, 28_672], 132), 0);
+        assert_eq!(LARGE.choose(1, &[1024], 132), 1);
+        assert_eq!(LARGE.choose(3, &[2560], 132), 2);
+        assert_eq!(SMALL.choose(16, &[2560], 108), 3);
+    }
+
+    #[test]
+    fn cards_with_much_shared_memory_are_known() {
+        for (arch, large) in [
+            ("sm_80", false),
+            ("sm_89", false),
+            ("sm_90a", true),
+            ("sm_100a", true),
+            ("sm_120a", false),
+        ] {
+            assert_eq!(std::ptr::eq(Variants::of(arch), &LARGE), large, "{arch}");
+        }
     }
 }

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::LaunchConfig;
+use half::f16;
 
 use super::coded::per_place;
 use super::context::Cuda;
@@ -38,14 +39,14 @@ pub(super) struct Splits {
 }
 
 impl Splits {
-    /// Keys of a split at most.
-    const MOST_KEYS: usize = 1024;
+    /// Keys that a block of threads takes at a time; as in `step_attention.cu`.
+    const KEYS: usize = 64;
+    /// Splits of a sequence, about: enough to fill a card, and few enough to be put together.
+    const MOST: usize = 128;
 
     /// Enough to fill a card at long contexts, and no smaller than pays.
     pub(super) fn of(shape: CacheShape) -> Self {
-        const LEAST: usize = 256;
-        let keys =
-            shape.capacity.div_ceil(64).next_multiple_of(LEAST).clamp(LEAST, Self::MOST_KEYS);
+        let keys = shape.capacity.div_ceil(Self::MOST).next_multiple_of(Self::KEYS).max(Self::KEYS);
         let group = match shape.heads / shape.kv_heads {
             0 | 1 => 1,
             2 => 2,
@@ -120,7 +121,7 @@ impl Launcher<'_> {
     ) -> Result<()> {
         const NAME: &str = "step_norm";
         let function = self.cuda.kernel("step_norm.cu", NAME)?;
-        let config = grid((self.tokens, 1, 1), 1024, 0);
+        let config = per_place(to.padded, self.tokens);
         let (cols, padded) = (int(cols)?, int(to.padded)?);
         let mut given =
             arguments![&hidden, &gain, &to.places, &to.x, &to.sums, &cols, &padded, &eps];
@@ -147,11 +148,11 @@ impl Launcher<'_> {
             4 => "step_attention_4",
             _ => "step_attention_8",
         };
-        let shared = |split| (group * split + 9 * group * 128) * size_of::<f32>();
-        let most = shared(Splits::MOST_KEYS);
-        let function = self.cuda.kernel_with_shared("step_attention.cu", name, most)?;
+        let halves = 2 * Splits::KEYS * head_dim;
+        let shared = halves * size_of::<f16>() + group * (128 + Splits::KEYS) * size_of::<f32>();
+        let function = self.cuda.kernel("step_attention.cu", name)?;
         let chunks = (heads / kv_heads).div_ceil(group);
-        let config = grid((kv_heads * chunks, count, self.tokens), 256, shared(split));
+        let config = grid((kv_heads * chunks, count, self.tokens), 128, shared);
         let operands = Operands {
             qkv: of.qkv,
             cache: of.cache,
@@ -177,7 +178,7 @@ impl Launcher<'_> {
     pub(super) fn join(&self, of: &Attention, to: &Ordered) -> Result<()> {
         const NAME: &str = "step_join";
         let function = self.cuda.kernel("step_attention.cu", NAME)?;
-        let config = per_place(to.padded, self.tokens);
+        let config = grid((to.padded.div_ceil(64), self.tokens, 1), 256, 0);
         let (heads, dim) = (int(of.shape.heads)?, int(of.shape.head_dim)?);
         let (count, split) = (int(of.splits.count)?, int(of.splits.keys)?);
         let padded = int(to.padded)?;
