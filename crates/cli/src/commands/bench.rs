@@ -47,8 +47,8 @@ pub(crate) struct Args {
     /// folder, or the current one without a name; the files are gone afterwards
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = ".")]
     blocks: Option<PathBuf>,
-    /// Measure instead how fast text is made: one token's products with weights of every width, and
-    /// steps of a whole model (CPU)
+    /// Measure instead how fast text is made: a few tokens' products with weights of every width, and
+    /// steps of a whole model
     #[arg(long, conflicts_with_all = ["windows", "seq_len", "recipe", "set", "blocks"])]
     decode: bool,
     #[command(flatten)]

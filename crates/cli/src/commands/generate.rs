@@ -7,6 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use gptq_checkpoint::read_small_text;
+use gptq_compute::Device;
+use gptq_compute::cuda::read_rate;
 use gptq_generate::{Engine, Error, Finish, Message, Step};
 use serde::{Deserialize, Serialize};
 
@@ -121,6 +123,20 @@ struct Speed {
     /// Weights that a step reads.
     bytes_per_step: usize,
     bytes_per_second: Option<f64>,
+    /// Bytes a second at which a GPU reads its memory, and what of them the steps have read.
+    memory_bytes_per_second: Option<f64>,
+    share_of_memory_speed: Option<f64>,
+}
+
+/// What of a GPU's memory is read to know its speed: far more than its caches hold.
+const MEASURED_BYTES: usize = 1 << 30;
+
+/// The speed of a GPU's memory, where there is room to measure it.
+fn memory_speed(device: &Device) -> Option<f64> {
+    match device {
+        Device::Cpu => None,
+        Device::Cuda(cuda) => read_rate(cuda, MEASURED_BYTES).ok(),
+    }
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
@@ -177,6 +193,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let new_tokens: usize = texts.iter().map(|text| text.ids.len()).sum();
     let [prompt_seconds, step_seconds] = engine.spent().map(|spent| spent.as_secs_f64());
     let per_second = |count: usize| (steps > 0).then(|| count as f64 / step_seconds);
+    let bytes_per_second = per_second(steps * decoder.step_bytes());
+    let memory_bytes_per_second = bytes_per_second.and_then(|_| memory_speed(&device));
     let speed = Speed {
         prompt_tokens: texts[..next].iter().map(|text| text.prompt_ids.len()).sum(),
         new_tokens,
@@ -185,7 +203,9 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         step_seconds,
         tokens_per_second: per_second(new_tokens.saturating_sub(next)),
         bytes_per_step: decoder.step_bytes(),
-        bytes_per_second: per_second(steps * decoder.step_bytes()),
+        bytes_per_second,
+        memory_bytes_per_second,
+        share_of_memory_speed: bytes_per_second.zip(memory_bytes_per_second).map(|(a, b)| a / b),
     };
     if args.json {
         let output = Output {
@@ -351,7 +371,10 @@ fn say_how(texts: &[Written], speed: &Speed, interrupted: bool, context: usize, 
     }
     let rate = speed.tokens_per_second.map_or_else(String::new, |rate| {
         let bytes = speed.bytes_per_second.unwrap_or_default() / 1e9;
-        format!(", {rate:.1} tokens/s, {bytes:.1} GB/s of weights")
+        let share = speed.share_of_memory_speed.map_or_else(String::new, |share| {
+            format!(" ({:.0} % of the memory's speed)", 100.0 * share)
+        });
+        format!(", {rate:.1} tokens/s, {bytes:.1} GB/s of weights{share}")
     });
     printer.note(&format!(
         "prompt {} tokens in {:.2} s, {} new tokens{rate}",
