@@ -63,6 +63,11 @@ impl Device {
     /// give the same sums however windows are cut.
     pub const GPU_CHUNK_TOKENS: usize = cuda::gram::CHUNK_TOKENS;
 
+    /// [`Self::dtype`] of the CPU.
+    pub const CPU_DTYPE: &'static str = "f32";
+    /// [`Self::dtype`] of any card.
+    pub const GPU_DTYPE: &'static str = "fp16";
+
     /// Tokens that are best computed together.
     pub fn chunk_tokens(&self) -> usize {
         match self {
@@ -145,8 +150,8 @@ impl Device {
     /// Type of the numbers that products are made of.
     pub fn dtype(&self) -> &'static str {
         match self {
-            Self::Cpu => "f32",
-            Self::Cuda(_) => "fp16",
+            Self::Cpu => Self::CPU_DTYPE,
+            Self::Cuda(_) => Self::GPU_DTYPE,
         }
     }
 

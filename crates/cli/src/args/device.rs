@@ -145,6 +145,23 @@ impl DeviceArgs {
         Ok(())
     }
 
+    /// What a process of this program is to be told so that it uses the device that this one would, and
+    /// the type of the numbers there; nothing is opened. `advice` says what to do instead of several.
+    pub(crate) fn for_child(&self, advice: &str) -> Result<(Vec<String>, &'static str)> {
+        self.check_one(advice)?;
+        let card = match &self.device {
+            Some(DeviceName::Cpu) => None,
+            Some(DeviceName::Cuda) => Some(0),
+            Some(DeviceName::Cards(cards)) => cards.first().copied(),
+            Some(DeviceName::All) => every_card()?.first().copied(),
+            None => every_card().ok().and_then(|cards| cards.first().copied()),
+        };
+        let name = card.map_or_else(|| "cpu".to_owned(), |card| format!("cuda:{card}"));
+        let mut options = vec![format!("--device={name}")];
+        options.extend(self.gpu_memory.map(|bytes| format!("--gpu-memory={bytes}")));
+        Ok((options, if card.is_some() { Device::GPU_DTYPE } else { Device::CPU_DTYPE }))
+    }
+
     /// The devices of a process that is alone.
     fn all(&self) -> Result<Vec<Device>> {
         let cards = match &self.device {
@@ -214,6 +231,21 @@ fn every_card() -> Result<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_child_is_told_what_was_typed() {
+        let told = |device: &str, gpu_memory| {
+            let device = Some(device.parse().unwrap());
+            DeviceArgs { device, gpu_memory }.for_child("")
+        };
+        assert_eq!(told("cpu", None).unwrap(), (vec!["--device=cpu".to_owned()], "f32"));
+        let (options, dtype) = told("cuda:3", Some(5)).unwrap();
+        assert_eq!(
+            (options.join(" "), dtype),
+            ("--device=cuda:3 --gpu-memory=5".to_owned(), "fp16")
+        );
+        assert!(told("cuda:0,1", None).is_err());
+    }
 
     #[test]
     fn devices_are_read_as_typed() {

@@ -13,6 +13,7 @@ use super::source::locate;
 use super::table::table;
 use super::text_model::check_at_once;
 use super::{print_json, print_result};
+use crate::args::DeviceArgs;
 use crate::args::values::parse_count;
 use crate::hint::advised;
 use crate::interrupt::Interrupt;
@@ -52,6 +53,8 @@ pub(crate) struct Args {
     /// The harness's command, where it is not the first lm_eval of PATH
     #[arg(long, value_name = "COMMAND", default_value = "lm_eval")]
     pub(super) lm_eval: PathBuf,
+    #[command(flatten)]
+    pub(super) device: DeviceArgs,
     /// Print the results as JSON
     #[arg(long)]
     json: bool,

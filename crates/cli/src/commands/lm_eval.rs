@@ -7,7 +7,6 @@ use std::sync::mpsc::{TryRecvError, channel};
 
 use anyhow::{Context, Result, bail, ensure};
 use gptq_checkpoint::ModelConfig;
-use gptq_compute::Device;
 use gptq_model::context_limit;
 use gptq_records::branch_report::TaskRecord;
 use gptq_records::tasks::parse_results;
@@ -34,8 +33,12 @@ pub(super) fn measure(
     })?;
     let config = ModelConfig::load(folder)?;
     let context = text_model::CONTEXT.min(context_limit(&config).0);
+    let advice = "text is made on one device; name it, as in --device cuda:0";
+    let (device, dtype) = args.device.for_child(advice)?;
     interrupt.begin();
-    let server = Server::start(folder, args.batch, context, interrupt)?;
+    let mut serve = vec![format!("--max-batch={}", args.batch), format!("--context={context}")];
+    serve.extend(device);
+    let server = Server::start(folder, &serve, interrupt)?;
     let out = tempfile::tempdir().context("Cannot create a folder for the harness's results")?;
     printer.note(&format!("lm_eval: {} of {path}", args.tasks.join(", ")));
     let mut harness = command(args, path, (&server.address, context), out.path());
@@ -44,7 +47,7 @@ pub(super) fn measure(
     let results = results_file(out.path())?;
     let text = gptq_checkpoint::read_small(&results)
         .with_context(|| format!("Cannot read `{}`", results.display()))?;
-    let records = parse_results(&text, Device::Cpu.dtype())
+    let records = parse_results(&text, dtype)
         .map_err(|reason| anyhow::anyhow!("lm_eval's results make no sense: {reason}"))?;
     ensure!(!records.is_empty(), "lm_eval measured nothing");
     Ok(records)
@@ -117,12 +120,12 @@ struct Server {
 }
 
 impl Server {
-    fn start(folder: &Path, batch: usize, context: usize, interrupt: &Interrupt) -> Result<Self> {
+    fn start(folder: &Path, options: &[String], interrupt: &Interrupt) -> Result<Self> {
         let program = std::env::current_exe().context("Cannot find this program")?;
         let mut command = Command::new(program);
         command
-            .args(["-q", "serve", "--port", "0", "--max-batch", &batch.to_string()])
-            .args(["--context", &context.to_string()])
+            .args(["-q", "serve", "--port", "0"])
+            .args(options)
             .arg(folder)
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
