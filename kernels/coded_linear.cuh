@@ -58,12 +58,6 @@ __device__ __forceinline__ void await(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ unsigned long long read_once() {
-    unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 // Whether a block may have 227 KiB of shared memory (Hopper and the Blackwell of data centers), of which what is
 // left caches x and has room for attention's first blocks; all others have 99 KiB at least.
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200

@@ -10,7 +10,7 @@ static __device__ __forceinline__ void launch_next() {
 }
 
 // Waits until the kernel ahead is done. Nothing that it or one before it reads or writes may be written
-// before this, nor anything read that they write.
+// before this, nor anything read that they write, as far back as the last copy or kernel of the other kind.
 static __device__ __forceinline__ void wait_for_last() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

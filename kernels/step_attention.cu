@@ -9,7 +9,7 @@
 //          for none, or null; out [tokens, padded] fp16, padded a multiple of 32; out_sums [tokens, padded / 32] f32
 //          of every 32 of them.
 // Launch   grid (kv_heads * groups of up to GROUP query heads, splits, tokens), 128 threads, dynamic shared memory
-//          for 64 keys and values of D, GROUP queries of D and 64 GROUP floats. step_join: grid (blocks of 64 places,
+//          for 64 keys and values of D and for GROUP (128 + 64) floats, queries and weights. step_join: grid (blocks of 64 places,
 //          tokens), 256 threads.
 // Regime   latency; memory for long sequences, whose keys and values are read once for all query heads that share
 //          them. Bound: 4 kv_heads * D bytes a token of context and block, 16 MB at 4096 tokens and 8 heads of 128: 4

@@ -163,7 +163,8 @@ impl Error {
             Self::MissingLibrary { advice, .. } => (*advice).into(),
             Self::Ranks { advice, .. } => (*advice)?.into(),
             Self::OutOfMemory { .. } => {
-                "use fewer or shorter windows, or raise the GPU memory budget".into()
+                "use fewer or shorter windows or texts, raise --gpu-memory, or use --device cpu"
+                    .into()
             }
             Self::RankLost { .. } => "see its own message, and start the run again".into(),
             Self::Disagreement(_) => {

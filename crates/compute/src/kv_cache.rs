@@ -1,7 +1,9 @@
 //! Keys and values of the tokens so far, for a block whose sequences grow.
 
+use std::sync::Arc;
+
 use crate::cpu;
-use crate::cuda;
+use crate::cuda::{self, Cuda};
 use crate::device::Device;
 use crate::error::{Error, Result, ensure_shape};
 use crate::rope::RopeTable;
@@ -49,11 +51,11 @@ impl KvCache {
         self.1
     }
 
-    /// What a card has of it.
-    pub(crate) fn on_cuda(&self) -> Option<&cuda::kv::Cache> {
+    /// What this card has of it.
+    pub(crate) fn on(&self, cuda: &Arc<Cuda>) -> Option<&cuda::kv::Cache> {
         match &self.0 {
-            Kept::Cuda(cache) => Some(cache),
-            Kept::Cpu(_) => None,
+            Kept::Cuda(cache) if Arc::ptr_eq(cache.cuda(), cuda) => Some(cache),
+            _ => None,
         }
     }
 }

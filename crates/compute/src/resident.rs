@@ -176,8 +176,8 @@ impl Device {
         ensure_shape(few, OP, x.shape(), first.first().copied().unwrap_or_default())?;
         if let Storage::Cuda(x) = &x.0 {
             let kept = |weight: &'_ Resident| match &weight.0 {
-                Kept::Cuda(kept) => Ok(Arc::clone(kept)),
-                Kept::Cpu(_) => Err(Error::DeviceMismatch { op: OP }),
+                Kept::Cuda(kept) if Arc::ptr_eq(kept.cuda(), x.cuda()) => Ok(Arc::clone(kept)),
+                _ => Err(Error::DeviceMismatch { op: OP }),
             };
             let kept = sets.iter().map(|set| set.iter().map(kept).collect::<Result<Vec<_>>>());
             let kept = kept.collect::<Result<Vec<_>>>()?;

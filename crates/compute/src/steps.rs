@@ -4,6 +4,8 @@
 //! one by one would take as long as the reading. The program is laid out once, in memory that stays, and
 //! recorded as a graph that is launched as a whole.
 
+use std::sync::Arc;
+
 use crate::cuda;
 use crate::device::Device;
 use crate::error::{Error, Result, ensure_shape};
@@ -71,8 +73,12 @@ impl Steps {
             (spans.len(), self.0.width()),
         )?;
         ensure_shape(hidden.cols() == self.0.width(), OP, hidden.shape(), (1, self.0.width()))?;
-        let Storage::Cuda(hidden) = &hidden.0 else { return Err(Error::DeviceMismatch { op: OP }) };
-        Ok(Tensor(Storage::Cuda(self.0.run(hidden, spans)?)))
+        match &hidden.0 {
+            Storage::Cuda(hidden) if Arc::ptr_eq(hidden.cuda(), self.0.cuda()) => {
+                Ok(Tensor(Storage::Cuda(self.0.run(hidden, spans)?)))
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
+        }
     }
 }
 
@@ -81,11 +87,12 @@ impl Device {
     /// one.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for parts that do not fit one another, [`Error::DeviceMismatch`], and
-    /// memory that is not to be had.
+    /// [`Error::Unsupported`] for heads of other sizes than attention has, [`Error::ShapeMismatch`] for
+    /// parts that do not fit one another, [`Error::DeviceMismatch`], and memory that is not to be had.
     pub fn steps(&self, model: &StepModel<'_>, shape: CacheShape) -> Result<Option<Steps>> {
         const OP: &str = "steps";
         let Self::Cuda(cuda) = self else { return Ok(None) };
+        cuda::attention::check_shape(shape.heads, shape.kv_heads, shape.head_dim)?;
         let width = model.norm.len();
         let positions = (model.rope.positions(), 2 * model.rope.half);
         ensure_shape(
@@ -94,41 +101,52 @@ impl Device {
             positions,
             (shape.capacity, shape.head_dim),
         )?;
-        for block in &model.blocks {
-            let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-            let wide = block.linears[4].shape().0;
-            let wanted = [
-                (queries, width),
-                (keys, width),
-                (keys, width),
-                (width, queries),
-                (wide, width),
-                (wide, width),
-                (width, wide),
-            ];
-            for ((linear, bias), wanted) in block.linears.iter().zip(&block.biases).zip(wanted) {
-                ensure_shape(linear.shape() == wanted, OP, linear.shape(), wanted)?;
-                let len = bias.map_or(wanted.0, <[f32]>::len);
-                ensure_shape(len == wanted.0, OP, (len, 1), (wanted.0, 1))?;
-            }
-            for gain in block.norms {
-                ensure_shape(gain.len() == width, OP, (gain.len(), 1), (width, 1))?;
-            }
-            for gain in block.head_norms.iter().flatten() {
-                ensure_shape(
-                    gain.len() == shape.head_dim,
-                    OP,
-                    (gain.len(), 1),
-                    (shape.head_dim, 1),
-                )?;
-            }
-            ensure_shape(
-                block.cache.shape() == shape,
-                OP,
-                (block.cache.shape().slots, block.cache.shape().capacity),
-                (shape.slots, shape.capacity),
-            )?;
-        }
+        model.blocks.iter().try_for_each(|block| block.check(width, shape))?;
         Ok(Some(Steps(cuda::step::Program::new(cuda, model, shape)?)))
+    }
+}
+
+impl StepBlock<'_> {
+    /// That its parts fit one another.
+    fn check(&self, width: usize, shape: CacheShape) -> Result<()> {
+        const OP: &str = "steps";
+        let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let wide = self.linears[4].shape().0;
+        let wanted = [
+            (queries, width),
+            (keys, width),
+            (keys, width),
+            (width, queries),
+            (wide, width),
+            (wide, width),
+            (width, wide),
+        ];
+        for ((linear, bias), wanted) in self.linears.iter().zip(&self.biases).zip(wanted) {
+            ensure_shape(linear.shape() == wanted, OP, linear.shape(), wanted)?;
+            let len = bias.map_or(wanted.0, <[f32]>::len);
+            ensure_shape(len == wanted.0, OP, (len, 1), (wanted.0, 1))?;
+        }
+        for gain in self.norms {
+            ensure_shape(gain.len() == width, OP, (gain.len(), 1), (width, 1))?;
+        }
+        for gain in self.head_norms.iter().flatten() {
+            ensure_shape(gain.len() == shape.head_dim, OP, (gain.len(), 1), (shape.head_dim, 1))?;
+        }
+        let kept = self.cache.shape();
+        let (found, wanted) = ((kept.slots, kept.capacity), (shape.slots, shape.capacity));
+        ensure_shape(kept == shape, OP, found, wanted)
+    }
+}
+
+impl Device {
+    /// That attention of such heads can be computed here, before anything is loaded for it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check_heads(&self, heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            Self::Cuda(_) => cuda::attention::check_shape(heads, kv_heads, head_dim),
+        }
     }
 }

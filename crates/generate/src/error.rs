@@ -132,7 +132,9 @@ impl Error {
                 "give a prompt template with `--template`; a base model only continues a text"
                     .into()
             }
-            Self::Logits { .. } => "check the model with `gptq verify` or `gptq ppl`".into(),
+            Self::Logits { .. } => "check the model with `gptq verify` or `gptq ppl`; a GPU's \
+                                    activations are fp16, those of --device cpu f32"
+                .into(),
             Self::PromptTooLong { .. } => {
                 "shorten it, or raise --context up to the model's limit".into()
             }

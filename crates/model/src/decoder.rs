@@ -107,8 +107,13 @@ impl<'a> Decoder<'a> {
         if context > most {
             return Err(Error::ContextTooLong { context, most, why });
         }
+        let config = checkpoint.config();
+        device.check_heads(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )?;
         let model = Model::new(checkpoint, device, SourcePrecision::Stored, context)?;
-        let config = model.config();
         let head = Head {
             norm: model.vector(FINAL_NORM, config.hidden_size)?,
             eps: config.rms_norm_eps,
@@ -195,7 +200,7 @@ impl<'a> Decoder<'a> {
             next.iter().map(|&(slot, _)| cache.span(slot, 1)).collect::<Result<Vec<_>>>()?;
         let ids: Vec<_> = next.iter().map(|&(_, id)| id).collect();
         match &mut cache.steps {
-            Some(steps) if spans.len() <= Steps::MOST_TOKENS => {
+            Some(steps) if (1..=Steps::MOST_TOKENS).contains(&spans.len()) => {
                 let hidden = steps.run(&self.model.embed(&ids)?, &spans)?;
                 cache.take(&spans);
                 Ok(hidden)

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use gptq_compute::cuda::read_rate as read_rate_of_card;
+use gptq_compute::cuda::{MemoryInfo, read_rate as read_rate_of_card};
 use gptq_compute::{
     CacheShape, CodedMatrix, Device, FloatType, HostMatrix, KvCache, Resident, RopeTable, Span,
     StepModel,
@@ -119,7 +119,7 @@ pub fn bench_decode(device: &Device, width: Width) -> Result<DecodeBench> {
     let reach = match (width.name, device) {
         ("tiny", _) => FEW_BYTES,
         (_, Device::Cpu) => BYTES,
-        (_, Device::Cuda(_)) => CARD_BYTES,
+        (_, Device::Cuda(_)) => CARD_BYTES.min(free(device)? / 2),
     };
     let (read_rate, tokens) = match device {
         Device::Cpu => (read_rate(reach), TOKENS),
@@ -133,6 +133,12 @@ pub fn bench_decode(device: &Device, width: Width) -> Result<DecodeBench> {
         steps.extend(stepping(device, form, width, reach)?);
     }
     Ok(DecodeBench { read_rate, products, steps })
+}
+
+/// Bytes of a device's own memory that are to be had.
+fn free(device: &Device) -> Result<usize> {
+    let free = |memory: MemoryInfo| memory.free.min(memory.budget.saturating_sub(memory.held));
+    Ok(device.memory()?.map_or(usize::MAX, free))
 }
 
 /// The least seconds of some runs.
@@ -187,7 +193,7 @@ fn product(
     Ok(found)
 }
 
-/// Blocks in memory of their own, and the sequence that they go on with.
+/// Blocks in memory of their own, and what a step needs besides.
 struct Stack {
     blocks: Vec<Block<Resident>>,
     norm: Vec<f32>,
@@ -238,12 +244,10 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
     let head = random(device, FORMS[0], vocabulary, width.hidden())?;
     let first = block(device, form, width)?;
     let of_block: usize = LinearId::ALL.iter().map(|&id| first.linear(id).bytes()).sum();
-    let fitting = match device.memory()? {
+    let fitting = match device {
+        Device::Cpu => reach.div_ceil(of_block),
         // What is free takes the caches, too.
-        Some(memory) => {
-            memory.free.min(memory.budget.saturating_sub(memory.held)) / 10 * 9 / of_block
-        }
-        None => reach.div_ceil(of_block),
+        Device::Cuda(_) => free(device)? / 10 * 9 / of_block,
     };
     let measured_blocks = fitting.clamp(1, blocks);
     let mut stack = vec![first];

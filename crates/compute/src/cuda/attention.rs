@@ -78,3 +78,13 @@ fn kernel_name(head_dim: usize) -> Result<&'static str> {
         }),
     }
 }
+
+/// That heads are of a size that the kernels have, and that query heads share key heads evenly.
+pub(crate) fn check_shape(heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
+    kernel_name(head_dim)?;
+    if kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads) {
+        return Ok(());
+    }
+    let reason = format!("{heads} query heads do not share {kv_heads} key heads evenly");
+    Err(Error::Unsupported { op: "attention", reason })
+}

@@ -21,6 +21,8 @@ const STAGE: &str = "keeping a weight";
 /// As in `coded.cuh`: rows of a tile, columns of a sub-block.
 pub(super) const TILE_ROWS: usize = 16;
 pub(super) const SUB: usize = 32;
+/// Tokens of a launch: a grid's second side is no longer.
+const MOST_ROWS: usize = 65_535;
 /// Bytes that a thread copies at a time.
 const VECTOR: usize = 16;
 
@@ -268,6 +270,10 @@ impl Coded {
         let mut sums = Matrix::uninit_f32(&self.cuda, OP, (x.rows(), padded / SUB))?;
         if x.rows() == 0 {
             return Ok((out, sums));
+        }
+        if x.rows() > MOST_ROWS {
+            let reason = format!("{} tokens at a time are more than {MOST_ROWS}", x.rows());
+            return Err(Error::Unsupported { op: OP, reason });
         }
         let half = matches!(x.values(), Values::F16(_));
         let name = if half { "gather_columns_f16" } else { "gather_columns_f32" };

@@ -9,7 +9,7 @@ use cudarc::driver::sys::{
     CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
     cuLaunchKernelEx,
 };
-use cudarc::driver::{CudaFunction, LaunchConfig};
+use cudarc::driver::{CudaFunction, CudaStream, LaunchConfig};
 
 use super::context::Cuda;
 use super::error::StageContext;
@@ -33,9 +33,10 @@ impl Arguments {
 ///
 /// # Safety
 /// The arguments are those of the kernel and alive; the kernel calls `wait_for_last` before it touches
-/// anything that other kernels write or read; so does the kernel ahead, if it is queued this way.
+/// anything that is written, or writes anything that is read, since the last copy or ordinary launch on this
+/// stream; so do the kernels ahead that were queued this way.
 pub(super) unsafe fn launch(
-    cuda: &Cuda,
+    (cuda, stream): (&Cuda, &CudaStream),
     stage: &'static str,
     function: &CudaFunction,
     config: LaunchConfig,
@@ -56,7 +57,7 @@ pub(super) unsafe fn launch(
         blockDimY: config.block_dim.1,
         blockDimZ: config.block_dim.2,
         sharedMemBytes: config.shared_mem_bytes,
-        hStream: cuda.stream().cu_stream(),
+        hStream: stream.cu_stream(),
         attrs: &raw mut attribute,
         numAttrs: u32::from(hopper),
     };

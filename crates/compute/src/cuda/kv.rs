@@ -13,7 +13,7 @@ use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use super::transfer::address;
 use crate::attention_shape::AttentionShape;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, Span};
 use crate::rope::RopeTable;
 
@@ -37,6 +37,11 @@ impl Cache {
         })
     }
 
+    /// The card.
+    pub(crate) fn cuda(&self) -> &Arc<Cuda> {
+        &self.cuda
+    }
+
     /// Addresses of keys and values.
     pub(super) fn addresses(&self) -> [u64; 2] {
         [&self.keys, &self.values].map(|buffer| address(buffer.slice(), self.cuda.stream()))
@@ -53,6 +58,9 @@ impl Cache {
     ) -> Result<Matrix> {
         const OP: &str = "cached_attention";
         ensure_same_card(OP, &[q, k, v])?;
+        if !Arc::ptr_eq(q.cuda(), &self.cuda) {
+            return Err(Error::DeviceMismatch { op: OP });
+        }
         [q, k, v].iter().try_for_each(|x| x.f16(OP).map(|_| ()))?;
         let mut out = Matrix::uninit_f16(&self.cuda, OP, q.shape())?;
         let to = out.address_mut()?;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
+use half::f16;
 
 use super::coded::{Coded, TILE_ROWS, subs};
 use super::context::Cuda;
@@ -13,7 +14,7 @@ use super::error::StageContext;
 use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm};
 use super::matrix::Matrix;
 use super::timing::Timer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Tokens that the kernel takes at a time; more are a product of matrices.
 pub(crate) const FEW_TOKENS: usize = 16;
@@ -198,7 +199,7 @@ pub(super) fn prepare(
 pub(crate) fn linear(x: &Matrix, w: &Coded) -> Result<Matrix> {
     const OP: &str = "resident_linear";
     if x.rows() <= FEW_TOKENS {
-        return to_f16(&few(OP, x, w, None)?);
+        return to_f16(&logits(x, w)?);
     }
     let mut out = Matrix::uninit_f16(w.cuda(), OP, (x.rows(), w.shape().0))?;
     let target = Operand::new(w.cuda(), out.f16_mut(OP)?, 0, w.shape().0, PLAIN);
@@ -206,60 +207,50 @@ pub(crate) fn linear(x: &Matrix, w: &Coded) -> Result<Matrix> {
     Ok(out)
 }
 
-/// x · wᵀ as f32.
+/// x · wᵀ as f32, some tokens after the other: of more rows at once a head would be widened whole.
 pub(crate) fn logits(x: &Matrix, w: &Coded) -> Result<Matrix> {
     const OP: &str = "resident_logits";
-    if x.rows() <= FEW_TOKENS {
-        return few(OP, x, w, None);
-    }
     let mut out = Matrix::uninit_f32(w.cuda(), OP, (x.rows(), w.shape().0))?;
-    let target = Operand::new(w.cuda(), out.f32_mut(OP)?, 0, w.shape().0, PLAIN);
-    many(OP, x, w, 0.0, target)?;
+    few(OP, x, w, out.address_mut()?, false)?;
     Ok(out)
 }
 
 /// residual += x · wᵀ, in f32.
 pub(crate) fn linear_add(x: &Matrix, w: &Coded, residual: &mut Matrix) -> Result<()> {
     const OP: &str = "resident_linear_add";
+    if !Arc::ptr_eq(residual.cuda(), w.cuda()) {
+        return Err(Error::DeviceMismatch { op: OP });
+    }
+    residual.f32(OP)?;
     if x.rows() <= FEW_TOKENS {
-        few(OP, x, w, Some(residual))?;
-        return Ok(());
+        return few(OP, x, w, residual.address_mut()?, true);
     }
     let target = Operand::new(w.cuda(), residual.f32_mut(OP)?, 0, w.shape().0, PLAIN);
     many(OP, x, w, 1.0, target)
 }
 
-/// By the kernel; into a residual where there is one, which is returned as it is then.
-fn few(op: &'static str, x: &Matrix, w: &Coded, residual: Option<&mut Matrix>) -> Result<Matrix> {
-    let cuda = w.cuda();
-    let add = residual.is_some();
-    let mut fresh = match residual {
-        Some(_) => None,
-        None => Some(Matrix::uninit_f32(cuda, op, (x.rows(), w.shape().0))?),
-    };
+/// By the kernel, into f32 values `[x.rows, w.rows]` at `out`, or added to them.
+fn few(op: &'static str, x: &Matrix, w: &Coded, out: u64, add: bool) -> Result<()> {
     let (ordered, sums) = w.in_order(x)?;
-    let out = match (residual, &mut fresh) {
-        (Some(residual), _) => {
-            residual.f32(op)?;
-            residual.address_mut()?
-        }
-        (None, Some(fresh)) => fresh.address_mut()?,
-        (None, None) => 0,
-    };
-    if x.rows() > 0 {
-        let output = Output { weight: w, bias: 0, out, stride: w.shape().0 };
+    let rows = w.shape().0;
+    if rows == 0 {
+        return Ok(());
+    }
+    for first in (0..x.rows()).step_by(FEW_TOKENS) {
+        let tokens = FEW_TOKENS.min(x.rows() - first);
+        let x_at = ordered.address() + (first * ordered.cols() * size_of::<f16>()) as u64;
+        let sums_at = sums.address() + (first * sums.cols() * size_of::<f32>()) as u64;
+        let out = out + (first * rows * size_of::<f32>()) as u64;
+        let output = Output { weight: w, bias: 0, out, stride: rows };
         let Launch { function, config, product } =
-            prepare(&[output], (ordered.address(), sums.address()), x.rows(), add)?;
-        let mut launch = cuda.stream().launch_builder(&function);
+            prepare(&[output], (x_at, sums_at), tokens, add)?;
+        let mut launch = w.cuda().stream().launch_builder(&function);
         launch.arg(&product);
         // SAFETY: the argument is the kernel's; the weight's addresses are its own, x is in its order and
         // the outputs were made for the product.
         unsafe { launch.launch(config) }.stage(op)?;
     }
-    match fresh {
-        Some(out) => Ok(out),
-        None => Matrix::uninit_f32(cuda, op, (0, 0)),
-    }
+    Ok(())
 }
 
 /// Seconds of a launch of tokens with each of some sets of weights that go together, one after the other as
@@ -293,7 +284,13 @@ pub(crate) fn seconds(x: &Matrix, sets: &[Vec<&Coded>]) -> Result<f64> {
             // SAFETY: the argument is the kernel's; the addresses are those of weights, tokens and
             // outputs that outlive the work.
             unsafe {
-                dependent::launch(cuda, OP, &launch.function, launch.config, &mut arguments)
+                dependent::launch(
+                    (cuda, cuda.stream()),
+                    OP,
+                    &launch.function,
+                    launch.config,
+                    &mut arguments,
+                )
             }?;
         }
         least = least.min(timer.stop()?.as_secs_f64());

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
+use cudarc::driver::result::graph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
 use half::f16;
 
 use super::buffer::Buffer;
@@ -61,11 +62,28 @@ enum Recorded {
     Graph(Graph),
 }
 
-struct Graph(CudaGraph);
+struct Graph {
+    graph: CudaGraph,
+    context: Arc<CudaContext>,
+}
 
 // SAFETY: a graph may be launched from any thread, by one at a time; it is launched through `&mut Program`
-// alone, and CUDA's own state that it belongs to is the context's, which is bound before every use.
+// alone, and the context that it belongs to is bound before it is launched and before it is dropped.
 unsafe impl Send for Graph {}
+
+impl Graph {
+    fn launch(&self, cuda: &Cuda) -> Result<()> {
+        self.context.bind_to_thread().stage(STAGE)?;
+        // SAFETY: the graph is this program's, whose memory it works on, and lives as long as it.
+        unsafe { graph::launch(self.graph.cu_graph_exec(), cuda.stream().cu_stream()) }.stage(STAGE)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.context.record_err(self.context.bind_to_thread());
+    }
+}
 
 /// What the kernels of a step leave for each other, for up to `MOST_TOKENS` tokens.
 struct Room {
@@ -113,7 +131,7 @@ impl Block {
             biases: biases.try_into().map_err(|_| elsewhere())?,
             head_norms,
             norms: [there(block.norms[0])?, there(block.norms[1])?],
-            cache: block.cache.on_cuda().ok_or_else(elsewhere)?.clone(),
+            cache: block.cache.on(cuda).ok_or_else(elsewhere)?.clone(),
         })
     }
 }
@@ -154,6 +172,11 @@ impl Program {
         })
     }
 
+    /// The card.
+    pub(crate) fn cuda(&self) -> &Arc<Cuda> {
+        &self.cuda
+    }
+
     /// The caches' shape.
     pub(crate) fn shape(&self) -> CacheShape {
         self.shape
@@ -165,6 +188,9 @@ impl Program {
     }
 
     /// As [`crate::Steps::run`], which has checked everything.
+    ///
+    /// The two copies before the kernels wait for all that was queued, and so nothing of a step is read or
+    /// written by what came before it: attention relies on that when it fetches keys early.
     pub(crate) fn run(&mut self, hidden: &Matrix, spans: &[Span]) -> Result<Matrix> {
         let (tokens, width) = (spans.len(), self.width());
         let stream = Arc::clone(self.cuda.stream());
@@ -191,7 +217,7 @@ impl Program {
     fn go(&mut self, tokens: usize) -> Result<()> {
         match &self.recorded[tokens - 1] {
             Recorded::Unknown => {
-                self.queue(tokens)?;
+                self.queue(self.cuda.stream(), tokens)?;
                 self.recorded[tokens - 1] = Recorded::Launched;
                 return Ok(());
             }
@@ -201,29 +227,29 @@ impl Program {
             Recorded::Graph(_) => {}
         }
         match &self.recorded[tokens - 1] {
-            Recorded::Graph(graph) => graph.0.launch().stage(STAGE),
+            Recorded::Graph(graph) => graph.launch(&self.cuda),
             _ => Ok(()),
         }
     }
 
+    /// Records a step on a stream of its own: what else is queued meanwhile is no part of it.
     fn record(&self, tokens: usize) -> Result<Graph> {
-        let stream = self.cuda.stream();
+        let context = Arc::clone(self.cuda.context());
+        let stream = context.new_stream().stage(STAGE)?;
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).stage(STAGE)?;
-        let queued = self.queue(tokens);
+        let queued = self.queue(&stream, tokens);
         // Whatever became of the launches, the stream has to leave its state of being recorded.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags).stage(STAGE);
         queued?;
-        graph?.map(Graph).ok_or_else(|| Error::Unsupported {
-            op: STAGE,
-            reason: "no graph was recorded".to_owned(),
-        })
+        let none = || Error::Unsupported { op: STAGE, reason: "no graph was recorded".to_owned() };
+        Ok(Graph { graph: graph?.ok_or_else(none)?, context })
     }
 
     /// All kernels of a step, in order.
-    fn queue(&self, tokens: usize) -> Result<()> {
-        let launcher = Launcher { cuda: &self.cuda, tokens };
+    fn queue(&self, stream: &CudaStream, tokens: usize) -> Result<()> {
+        let launcher = Launcher { cuda: &self.cuda, stream, tokens };
         for block in &self.blocks {
             self.queue_attention(&launcher, block)?;
             self.queue_mlp(&launcher, block)?;

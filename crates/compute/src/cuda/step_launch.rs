@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::LaunchConfig;
+use cudarc::driver::{CudaStream, LaunchConfig};
 use half::f16;
 
 use super::coded::per_place;
@@ -97,9 +97,10 @@ pub(super) struct Attention {
     pub(super) splits: Splits,
 }
 
-/// Launches for so many tokens.
+/// Launches for so many tokens, on the stream of all work or one that records them.
 pub(super) struct Launcher<'a> {
     pub(super) cuda: &'a Arc<Cuda>,
+    pub(super) stream: &'a CudaStream,
     pub(super) tokens: usize,
 }
 
@@ -126,7 +127,7 @@ impl Launcher<'_> {
         let mut given =
             arguments![&hidden, &gain, &to.places, &to.x, &to.sums, &cols, &padded, &eps];
         // SAFETY: the arguments are the kernel's, over memory of the program for so many tokens.
-        unsafe { launch(self.cuda, NAME, &function, config, &mut given) }
+        unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
 
     /// A product that was prepared.
@@ -134,7 +135,7 @@ impl Launcher<'_> {
         let mut given = arguments![&prepared.product];
         let (function, config) = (&prepared.function, prepared.config);
         // SAFETY: as above.
-        unsafe { launch(self.cuda, "coded_linear", function, config, &mut given) }
+        unsafe { launch((self.cuda, self.stream), "coded_linear", function, config, &mut given) }
     }
 
     /// Norms of heads where there are gains, rotary embedding, keys and values into the cache, and every
@@ -170,8 +171,9 @@ impl Launcher<'_> {
             scale: std::f32::consts::LOG2_E / (head_dim as f32).sqrt(),
         };
         let mut given = arguments![&operands];
-        // SAFETY: as above; positions are within the cache and the table.
-        unsafe { launch(self.cuda, name, &function, config, &mut given) }
+        // SAFETY: as above; positions are within the cache and the table, and what the kernel reads before
+        // its wait, positions and keys of earlier tokens, was there before the step: see `Program::run`.
+        unsafe { launch((self.cuda, self.stream), name, &function, config, &mut given) }
     }
 
     /// The splits put together, in the order of the output projection.
@@ -187,7 +189,7 @@ impl Launcher<'_> {
             &padded,
         ];
         // SAFETY: as above.
-        unsafe { launch(self.cuda, NAME, &function, config, &mut given) }
+        unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
 
     /// silu(gate) · up in a weight's order.
@@ -198,7 +200,7 @@ impl Launcher<'_> {
         let (cols, padded) = (int(cols)?, int(to.padded)?);
         let mut given = arguments![&gate, &up, &to.places, &to.x, &to.sums, &cols, &padded];
         // SAFETY: as above.
-        unsafe { launch(self.cuda, NAME, &function, config, &mut given) }
+        unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
 }
 
