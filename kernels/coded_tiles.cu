@@ -36,8 +36,8 @@ __device__ __forceinline__ half2_t widened(unsigned codes, float scale, float ze
 }
 
 template <int BITS>
-__device__ __forceinline__ void widen(const uint4* tiles, const uint4* cells, int every, bool zeros, int zero, half_t* out, int rows,
-                                      int steps, int row_tiles, int tail) {
+__device__ __forceinline__ void widen(const uint4* tiles, const uint4* cells, int every, bool zeros, int zero,
+                                      half_t* out, int rows, int steps, int row_tiles, int tail) {
     constexpr int VECTORS = kVectors<BITS>, SUBS = kSubs<BITS>;
     const long long count = (long long)row_tiles * steps * 32;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {

@@ -9,8 +9,8 @@
 //          for none, or null; out [tokens, padded] fp16, padded a multiple of 32; out_sums [tokens, padded / 32] f32
 //          of every 32 of them.
 // Launch   grid (kv_heads * groups of up to GROUP query heads, splits, tokens), 128 threads, dynamic shared memory
-//          for 64 keys and values of D and for GROUP (128 + 64) floats, queries and weights. step_join: grid (blocks of 64 places,
-//          tokens), 256 threads.
+//          for 64 keys and values of D and for GROUP (128 + 64) floats, queries and weights. step_join: grid (blocks
+//          of 64 places, tokens), 256 threads.
 // Regime   latency; memory for long sequences, whose keys and values are read once for all query heads that share
 //          them. Bound: 4 kv_heads * D bytes a token of context and block, 16 MB at 4096 tokens and 8 heads of 128: 4
 //          us at 4 TB/s.
@@ -136,6 +136,61 @@ __device__ __forceinline__ void weigh(const half_t* keys, const half_t* values, 
     __syncthreads();
 }
 
+// Query heads, turned and scaled; those that a group lacks are zeros. A head by a warp.
+template <int GROUP>
+__device__ __forceinline__ void make_queries(const Operands& o, const float* x, int count, Angles angles,
+                                             float* query) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int g = warp; g < GROUP; g += kWarps) {
+        if (g < count) {
+            turn(x + g * o.dim, o.q_gain, o.eps, angles, o.scale, lane,
+                 [&](int i, float value) { query[g * kMost + i] = value; });
+        } else {
+            for (int i = lane; i < o.dim; i += 32) query[g * kMost + i] = 0.0f;
+        }
+    }
+}
+
+// The new token's key and value, x and kv_heads heads behind it, into the cache at `row` and into shared memory.
+__device__ __forceinline__ void make_newest(const Operands& o, const float* x, Angles angles, long long row, half_t* key,
+                                            half_t* value) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (warp == kWarps - 1) {
+        for (int i = lane; i < o.dim; i += 32) o.values[row + i] = value[i] = float_to_half(x[o.kv_heads * o.dim + i]);
+    } else if (warp == kWarps - 2) {
+        turn(x, o.k_gain, o.eps, angles, 1.0f, lane,
+             [&](int i, float turned) { o.keys[row + i] = key[i] = float_to_half(turned); });
+    }
+}
+
+// Adds up the shares and leaves what step_join takes: of query head g at `split` + g splits.
+template <int GROUP>
+__device__ __forceinline__ void put_split(const Operands& o, Running<GROUP>& run, float* parts, long long split,
+                                          int count) {
+    const int dim = o.dim, warp = threadIdx.x / 32, share = threadIdx.x / 16, part = threadIdx.x % 16;
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            run.out[g][i] += __shfl_xor_sync(0xffffffffu, run.out[g][i], 16);
+            if (share % 2 == 0 && part * 8 < dim) parts[(warp * GROUP + g) * dim + part * 8 + i] = run.out[g][i];
+        }
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+            if (g < count) o.stats[split + g * gridDim.y] = make_float2(run.top[g], run.total[g]);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * dim; i += kThreads) {
+        const int g = i / dim, d = i % dim;
+        float sum = 0.0f;
+#pragma unroll
+        for (int from = 0; from < kWarps; ++from) sum += parts[(from * GROUP + g) * dim + d];
+        o.sums[(split + g * gridDim.y) * dim + d] = sum;
+    }
+}
+
 template <int GROUP>
 __device__ __forceinline__ void attend(const Operands& o) {
     extern __shared__ uint4 shared[];
@@ -151,7 +206,6 @@ __device__ __forceinline__ void attend(const Operands& o) {
     const int first = blockIdx.y * o.split, keys_here = min(o.split, place.y + 1 - first);
     if (keys_here <= 0) return;
     const bool newest = first + keys_here == place.y + 1;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long stride = (long long)kv_heads * dim;
     const long long start = ((long long)place.x * o.capacity + first) * stride + kv_head * dim;
     const auto fetch = [&](int from) {
@@ -167,70 +221,32 @@ __device__ __forceinline__ void attend(const Operands& o) {
     const float* qkv = o.qkv + (long long)token * (heads + 2 * kv_heads) * dim;
     const long long turned = (long long)place.y * (dim / 2);
     const Angles angles = {o.cos + turned, o.sin + turned, dim / 2};
-    for (int g = warp; g < GROUP; g += kWarps) {
-        if (g < count) {
-            turn(qkv + (first_head + g) * dim, o.q_gain, o.eps, angles, o.scale, lane,
-                 [&](int i, float value) { query[g * kMost + i] = value; });
-        } else {
-            for (int i = lane; i < dim; i += 32) query[g * kMost + i] = 0.0f;
-        }
-    }
+    make_queries<GROUP>(o, qkv + first_head * dim, count, angles, query);
     Running<GROUP> run = {};
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) run.top[g] = Max::identity();
     for (int from = 0; from < keys_here; from += kKeys) {
         if (from > 0) fetch(from);
         const int here = min(kKeys, keys_here - from);
-        if (newest && from + here == keys_here && warp >= kWarps - 2) {
-            const float* x = qkv + (heads + kv_head) * dim;
+        if (newest && from + here == keys_here) {
             const long long row = start + (keys_here - 1) * stride;
-            if (warp == kWarps - 1) {
-                for (int i = lane; i < dim; i += 32) {
-                    o.values[row + i] = values[(here - 1) * dim + i] = float_to_half(x[kv_heads * dim + i]);
-                }
-            } else {
-                turn(x, o.k_gain, o.eps, angles, 1.0f, lane, [&](int i, float value) {
-                    o.keys[row + i] = keys[(here - 1) * dim + i] = float_to_half(value);
-                });
-            }
+            make_newest(o, qkv + (heads + kv_head) * dim, angles, row, keys + (here - 1) * dim, values + (here - 1) * dim);
         }
         copy_async_wait<0>();
         __syncthreads();
         weigh<GROUP>(keys, values, here, dim, query, weights, run);
     }
     // The keys are done with: their place takes the shares.
-    float* parts = (float*)shared;
-    const int share = threadIdx.x / 16, part = threadIdx.x % 16;
-#pragma unroll
-    for (int g = 0; g < GROUP; ++g)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            run.out[g][i] += __shfl_xor_sync(0xffffffffu, run.out[g][i], 16);
-            if (share % 2 == 0 && part * 8 < dim) parts[(warp * GROUP + g) * dim + part * 8 + i] = run.out[g][i];
-        }
-    if (threadIdx.x == 0) {
-#pragma unroll
-        for (int g = 0; g < GROUP; ++g) {
-            const long long row = ((long long)token * heads + first_head + g) * gridDim.y + blockIdx.y;
-            if (g < count) o.stats[row] = make_float2(run.top[g], run.total[g]);
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * dim; i += kThreads) {
-        const int g = i / dim, d = i % dim;
-        float sum = 0.0f;
-#pragma unroll
-        for (int from = 0; from < kWarps; ++from) sum += parts[(from * GROUP + g) * dim + d];
-        o.sums[(((long long)token * heads + first_head + g) * gridDim.y + blockIdx.y) * dim + d] = sum;
-    }
+    put_split<GROUP>(o, run, (float*)shared, ((long long)token * heads + first_head) * gridDim.y + blockIdx.y, count);
 }
 
 }  // namespace
 
 // scale is log2(e) / sqrt(D).
-#define STEP_ATTENTION(GROUP)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2) step_attention_##GROUP(const __grid_constant__ Operands o) {   \
-        attend<GROUP>(o);                                                                                            \
+#define STEP_ATTENTION(GROUP)                                            \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2)            \
+        step_attention_##GROUP(const __grid_constant__ Operands o) {     \
+        attend<GROUP>(o);                                                \
     }
 
 STEP_ATTENTION(1)
