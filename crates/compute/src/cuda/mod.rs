@@ -10,6 +10,10 @@
 //! Activations and weights are fp16, row-major. Hidden states between blocks are f32: adding
 //! hundreds of small updates to a few large features is where fp16 loses perplexity and where
 //! bf16-trained models overflow it. Grams, Hessians and solver matrices are f32.
+//!
+//! Text is made from weights that stay as their file has them, in tiles (`coded`), with a cache of keys
+//! and values (`kv`): prompts by the operations of all other passes, `product` in place of `gemm`, and
+//! each token after them by one recorded graph (`step`, `step_launch`, `dependent`).
 
 #![expect(unsafe_code, reason = "kernel launches and C libraries; each use states why it is sound")]
 
