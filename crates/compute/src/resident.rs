@@ -67,6 +67,13 @@ impl Resident {
         }
     }
 
+    /// Bytes that a weight `[rows, cols]` takes on a GPU: symmetric codes of 2, 3, 4 or 8 bits in groups of
+    /// so many columns or of all, or with 16 bits fp16 values.
+    #[must_use]
+    pub fn bytes_on_gpu(bits: u8, (rows, cols): (usize, usize), group: Option<usize>) -> usize {
+        cuda::coded::kept_bytes(bits, (rows, cols), group)
+    }
+
     /// The weight on this card.
     pub(crate) fn on(&self, cuda: &Arc<Cuda>) -> Option<Arc<Coded>> {
         match &self.0 {

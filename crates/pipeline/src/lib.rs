@@ -26,6 +26,7 @@ pub mod job;
 mod lock;
 pub mod memory;
 mod memory_evaluation;
+mod memory_text;
 mod one_reading;
 pub mod operations;
 pub mod perplexity;

@@ -10,8 +10,12 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
+pub use crate::memory_text::TextMemory;
 use crate::operations::Operations;
 use crate::write::quantize_config;
+
+/// Tokens of the text that is planned for, unless the model was made for fewer.
+const TEXT_TOKENS: usize = 4096;
 
 /// Cost of one branch.
 #[derive(Clone, Debug, Serialize)]
@@ -22,6 +26,8 @@ pub struct BranchPlan {
     pub cpu_bytes: u64,
     /// Memory of a run on a GPU of the given size.
     pub gpu: MemoryPlan,
+    /// Memory of a GPU that makes text from the branch.
+    pub text: TextMemory,
     /// Arithmetic of the run.
     pub work: Operations,
 }
@@ -66,6 +72,7 @@ pub fn plan_branch(
         file_bytes: files.total_bytes,
         cpu_bytes: plan_cpu(block, held, tables) * together.max(1) as u64,
         gpu: plan_gpu(block, &vec![held; together], tables, gpu_memory),
+        text: TextMemory::of(model, spec.bits, spec.group_size, TEXT_TOKENS.min(model.positions())),
         work: match calibrates {
             true => Operations::of_model(model, (windows, seq_len), reference),
             false => Operations::default(),

@@ -110,17 +110,19 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         "GPU",
         "host",
         "CPU run",
+        "text",
         "work",
         "time",
     ];
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
     print_result(&format!(
-        "{}\n{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one.\n{}\n",
+        "{}\n{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
         table(&header, 1, &cells),
         setting.windows,
         setting.seq_len,
         config.calibration.dataset,
         gigabytes(gpu_memory),
+        rows.first().map_or(0, |row| row.plan.text.context),
         explained(args.card.as_ref(), &rows),
     ))
 }
@@ -156,6 +158,7 @@ fn cells(row: &Row) -> Vec<String> {
         amount(row.plan.gpu.device_bytes) + if row.fits { "" } else { " (too much)" },
         amount(row.plan.gpu.host_bytes),
         amount(row.plan.cpu_bytes),
+        amount(row.plan.text.total()),
         operations(row.plan.work.total()),
         time(row.predicted()),
     ]

@@ -76,6 +76,27 @@ fn lane_words(bits: u8) -> usize {
     subs(bits) * usize::from(bits) / 2
 }
 
+/// Sub-blocks of a cell, of groups of `run`.
+fn sub_blocks_of_cell(run: usize) -> usize {
+    [4, 2].into_iter().find(|n| run.is_multiple_of(*n)).unwrap_or(1)
+}
+
+/// Bytes that a weight takes on a card: symmetric codes in groups of so many columns or of all, or with 16
+/// bits fp16 values. The order of its columns, four bytes each after act-order, is not counted.
+pub(crate) fn kept_bytes(bits: u8, (rows, cols): (usize, usize), group: Option<usize>) -> usize {
+    let (subs, row_tiles) = (subs(bits), rows.div_ceil(TILE_ROWS));
+    let size = group.unwrap_or(cols).min(cols);
+    // Groups that do not fill sub-blocks are filled up.
+    let columns = match size.is_multiple_of(SUB) {
+        true => cols,
+        false => cols / size * size.next_multiple_of(SUB) + cols % size,
+    };
+    let steps = columns.div_ceil(subs * SUB);
+    let every = sub_blocks_of_cell(if size.is_multiple_of(SUB) { size / SUB } else { 1 });
+    let tail = if bits < 16 { subs / every * 2 * VECTOR } else { 0 };
+    row_tiles * steps * (lane_words(bits) * 32 * size_of::<u32>() + tail)
+}
+
 /// The columns of groups side by side, and the group of every run of sub-blocks.
 struct Grouping {
     places: Vec<i32>,
@@ -127,7 +148,7 @@ impl Coded {
     pub(crate) fn quantized(cuda: &Arc<Cuda>, matrix: &CodedMatrix<'_>) -> Result<Self> {
         let &CodedMatrix { bits, rows, cols, codes, zeros, scales, group_of } = matrix;
         let grouping = by_group(group_of, zeros.len() / rows);
-        let every = [4, 2].into_iter().find(|n| grouping.run.is_multiple_of(*n)).unwrap_or(1);
+        let every = sub_blocks_of_cell(grouping.run);
         let zero = zeros.first().copied().unwrap_or_default();
         let differ = zeros.iter().any(|&z| z != zero);
         let count = subs(bits) / every;
@@ -377,6 +398,25 @@ fn widen_name(bits: u8) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Bits a code, and a scale a group: what the file has, where tiles are full.
+    #[test]
+    fn full_tiles_take_what_a_file_does() {
+        let codes = 8192 * 28_672;
+        for (bits, group) in [(4, 32), (4, 64), (4, 128), (3, 128), (2, 64), (8, 128)] {
+            let scales = codes / group * 2;
+            let bytes = codes * usize::from(bits) / 8 + scales;
+            assert_eq!(
+                kept_bytes(bits, (8192, 28_672), Some(group)),
+                bytes,
+                "{bits} bits, {group}"
+            );
+        }
+        assert_eq!(kept_bytes(16, (32_000, 8192), None), 32_000 * 8192 * 2);
+        // One group repeats its scale every 128 columns; rows and columns are filled up.
+        assert_eq!(kept_bytes(4, (16, 256), None), 16 * 256 / 2 + 2 * 16 * 2);
+        assert_eq!(kept_bytes(4, (1, 1), None), kept_bytes(4, (16, 128), Some(32)));
+    }
 
     /// Every column once, in sub-blocks of one group each.
     #[test]

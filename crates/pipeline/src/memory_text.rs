@@ -1,0 +1,52 @@
+//! Memory of a GPU that makes text, from config.json alone.
+
+use gptq_checkpoint::ModelConfig;
+use gptq_compute::Resident;
+use serde::Serialize;
+
+/// Tokens of a prompt that are read at a time; as in `gptq_model`'s decoder.
+const PASS_TOKENS: usize = 512;
+/// Bytes of an fp16 value.
+const HALF: usize = 2;
+
+/// What a GPU holds while text is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct TextMemory {
+    /// Codes or fp16 values of all linears, and the head.
+    pub weights: u64,
+    /// Keys and values of one text of `context` tokens.
+    pub cache: u64,
+    /// Tokens of that text.
+    pub context: usize,
+    /// What a prompt takes besides while it is read: the widest linear in fp16, and activations.
+    pub prompt: u64,
+}
+
+impl TextMemory {
+    /// Of symmetric codes of so many bits and groups, or with 16 bits of the dense model.
+    #[must_use]
+    pub fn of(model: &ModelConfig, bits: u8, group: Option<usize>, context: usize) -> Self {
+        let linears = model.block_linears();
+        let shapes = linears.iter().map(|linear| (linear.out_features, linear.in_features));
+        let block: usize = shapes.clone().map(|s| Resident::bytes_on_gpu(bits, s, group)).sum();
+        let head = (model.vocab_size, model.hidden_size);
+        let weights = block * model.num_hidden_layers + Resident::bytes_on_gpu(16, head, None);
+        let keys = model.num_key_value_heads * model.head_dim;
+        let widest = shapes.clone().map(|(rows, cols)| rows * cols * HALF).max().unwrap_or(0);
+        // Hidden states in f32, and the inputs and outputs of all linears of a block, as if at once.
+        let wide: usize = shapes.map(|(rows, cols)| rows + cols).sum();
+        let activations = PASS_TOKENS * (model.hidden_size * 4 + wide * HALF);
+        Self {
+            weights: weights as u64,
+            cache: (2 * keys * HALF * model.num_hidden_layers * context) as u64,
+            context,
+            prompt: (widest + activations) as u64,
+        }
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.weights + self.cache + self.prompt
+    }
+}
