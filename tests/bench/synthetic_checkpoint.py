@@ -73,10 +73,11 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shards = [outside(device)] + [block(device, i) for i in range(args.blocks)]
     weight_map = {}
-    for i, tensors in enumerate(shards):
-        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+    # One shard in memory at a time: all of a 70B are 138 GB.
+    for i in range(args.blocks + 1):
+        tensors = outside(device) if i == 0 else block(device, i - 1)
+        name = f"model-{i + 1:05}-of-{args.blocks + 1:05}.safetensors"
         save_file(tensors, args.out / name, metadata={"format": "pt"})
         weight_map.update({tensor: name for tensor in tensors})
     index = {"metadata": {}, "weight_map": weight_map}
