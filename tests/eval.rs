@@ -9,7 +9,8 @@ mod util;
 use std::fs;
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -105,12 +106,17 @@ fn results_are_kept_beside_perplexity_and_shown_with_it() {
     assert!(dense.stderr.contains("not kept"), "{}", dense.stderr);
 }
 
-/// Nobody is left to answer or to ask.
-#[test]
-fn a_signal_ends_the_harness_and_the_server() {
-    let dir = workdir();
-    let harness = dir.path("harness").display().to_string();
-    for signal in ["-INT", "-TERM"] {
+/// An eval that waits for a slow harness.
+struct Asking {
+    eval: Child,
+    address: String,
+    /// The harness and what it has started.
+    processes: Vec<String>,
+}
+
+impl Asking {
+    fn start(dir: &Workdir) -> Self {
+        let harness = dir.path("harness").display().to_string();
         let eval = Command::new(env!("CARGO_BIN_EXE_gptq"))
             .args(["eval", "model", "--tasks", "slow", "--lm-eval", &harness])
             .current_dir(dir.path(""))
@@ -118,30 +124,69 @@ fn a_signal_ends_the_harness_and_the_server() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let start = Instant::now();
-        while !dir.path("asked").exists() {
-            assert!(start.elapsed() < Duration::from_secs(60), "the harness is not asked");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        within_a_minute("the harness is not asked", || dir.path("asked").exists());
         let asked = fs::read_to_string(dir.path("asked")).unwrap();
         fs::remove_file(dir.path("asked")).unwrap();
         let address = asked.split("http://").nth(1).unwrap().split('/').next().unwrap();
         TcpStream::connect(address).unwrap();
-        let id = eval.id().to_string();
+        let processes = asked.split(' ').take(2).map(str::to_owned).collect();
+        Self { eval, address: address.to_owned(), processes }
+    }
+
+    fn signal(&self, signal: &str) {
+        let id = self.eval.id().to_string();
         assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+    }
+}
+
+fn within_a_minute(what: &str, holds: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Nobody is left to answer or to ask, however impatient the one is who ends it.
+#[test]
+fn a_signal_ends_the_harness_and_the_server() {
+    let dir = workdir();
+    for (signals, last) in [
+        (&["-INT"][..], 2),
+        (&["-TERM"], 15),
+        (&["-QUIT"], 3),
+        // As a terminal does that is closed, and a person who does not wait.
+        (&["-HUP", "-HUP"], 1),
+        (&["-INT", "-INT", "-INT"], 2),
+    ] {
+        let asking = Asking::start(&dir);
+        signals.iter().for_each(|signal| asking.signal(signal));
+        let Asking { eval, address, processes } = asking;
         let ended = eval.wait_with_output().unwrap();
         let stderr = String::from_utf8(ended.stderr).unwrap();
-        assert_eq!(ended.status.code(), Some(1), "{stderr}");
+        assert_eq!(ended.status.signal(), Some(last), "a loop of a shell ends as well: {stderr}");
         assert!(stderr.contains("error: Interrupted"), "{stderr}");
         assert!(!stderr.contains("10%"), "what is piped gets no progress: {stderr}");
         assert!(ended.stdout.is_empty());
-        assert!(TcpStream::connect(address).is_err(), "the server is there");
-        for process in asked.split(' ').take(2) {
+        assert!(TcpStream::connect(&address).is_err(), "the server is there");
+        for process in processes {
             // What nobody has taken note of is a zombie.
             let state = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-            assert!(state.is_empty() || state.contains(") Z "), "{state}");
+            assert!(state.is_empty() || state.contains(") Z "), "{signals:?}: {state}");
         }
     }
+}
+
+/// What no program hears of is no reason for a server to stay.
+#[test]
+fn the_server_ends_with_an_eval_that_is_killed() {
+    let dir = workdir();
+    let mut asking = Asking::start(&dir);
+    asking.signal("-KILL");
+    asking.eval.wait().unwrap();
+    within_a_minute("the server is there", || TcpStream::connect(&asking.address).is_err());
+    // A harness without a server fails by itself; this one sleeps.
+    let _ = Command::new("kill").args(&asking.processes).status().unwrap();
 }
 
 #[test]

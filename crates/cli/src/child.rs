@@ -3,12 +3,13 @@
 use std::io::{BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 use crate::interrupt::Interrupt;
 
@@ -16,6 +17,9 @@ use crate::interrupt::Interrupt;
 const GRACE: Duration = Duration::from_secs(3);
 /// Between two looks at what may have happened.
 const TICK: Duration = Duration::from_millis(50);
+/// What is said once a signal has come.
+pub(crate) const INTERRUPTED: &str =
+    "Interrupted: the programs that were started are ended, and nothing was kept";
 /// Bytes of a line that are kept.
 const MOST_LINE: usize = 2000;
 
@@ -23,13 +27,16 @@ const MOST_LINE: usize = 2000;
 pub(crate) struct Running {
     child: Child,
     ended: bool,
+    /// A second signal to this process, for which the program's time to end is over.
+    hurry: Arc<AtomicBool>,
 }
 
 impl Running {
     /// Starts a program in a process group of its own: Ctrl-C reaches it through this process alone,
     /// and what ends it ends what it has started.
-    pub(crate) fn start(command: &mut Command) -> std::io::Result<Self> {
-        Ok(Self { child: command.process_group(0).spawn()?, ended: false })
+    pub(crate) fn start(command: &mut Command, interrupt: &Interrupt) -> std::io::Result<Self> {
+        let child = command.process_group(0).spawn()?;
+        Ok(Self { child, ended: false, hurry: interrupt.again() })
     }
 
     /// The program, for its pipes.
@@ -37,20 +44,27 @@ impl Running {
         &mut self.child
     }
 
-    /// Waits for its end, or for a signal to this process, which is an error.
+    /// Waits for its end, or for a signal to this process, which is an error. What it leaves behind
+    /// ends with it.
     pub(crate) fn wait(&mut self, interrupt: &Interrupt) -> Result<ExitStatus> {
-        loop {
-            if let Some(status) = self.poll()? {
-                return Ok(status);
-            }
+        while !self.has_ended()? {
             pause(interrupt)?;
         }
+        Ok(self.end_group()?)
     }
 
-    fn poll(&mut self) -> std::io::Result<Option<ExitStatus>> {
-        let status = self.child.try_wait()?;
-        self.ended |= status.is_some();
-        Ok(status)
+    /// Whether the program has ended, which is not taken note of yet: until then its number stays the
+    /// group's, and nobody else's.
+    fn has_ended(&self) -> std::io::Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        Ok(waitid(WaitId::Pid(Pid::from_child(&self.child)), options)?.is_some())
+    }
+
+    /// Ends all of the group and takes note of the program's end.
+    fn end_group(&mut self) -> std::io::Result<ExitStatus> {
+        self.signal_all(Signal::KILL);
+        self.ended = true;
+        self.child.wait()
     }
 
     fn signal_all(&self, signal: Signal) {
@@ -66,22 +80,21 @@ impl Drop for Running {
         }
         self.signal_all(Signal::TERM);
         let start = Instant::now();
-        while start.elapsed() < GRACE {
-            if !matches!(self.poll(), Ok(None)) {
+        while start.elapsed() < GRACE && !self.hurry.load(Ordering::Relaxed) {
+            if !matches!(self.has_ended(), Ok(false)) {
                 break;
             }
             std::thread::sleep(TICK);
         }
         // What it has started may be slower than it is.
-        self.signal_all(Signal::KILL);
-        let _ = self.child.wait();
+        let _ = self.end_group();
     }
 }
 
 /// Waits a moment; an error once a signal has come.
 pub(crate) fn pause(interrupt: &Interrupt) -> Result<()> {
-    if interrupt.is_pressed() {
-        bail!("Interrupted: the programs that were started are ended, and nothing was kept");
+    if interrupt.was_pressed() {
+        bail!(INTERRUPTED);
     }
     std::thread::sleep(TICK);
     Ok(())
@@ -160,7 +173,9 @@ mod tests {
         // Two that ignore the polite request, of which the second holds the pipe as well.
         let mut command = Command::new("sh");
         command.args(["-c", "trap '' TERM; sleep 100 & echo ready; wait"]);
-        let mut running = Running::start(command.stdout(std::process::Stdio::piped())).unwrap();
+        let interrupt = Interrupt::listen_to_the_end().unwrap();
+        let mut running =
+            Running::start(command.stdout(std::process::Stdio::piped()), &interrupt).unwrap();
         let mut pipe = running.child().stdout.take().unwrap();
         let mut ready = [0; 6];
         pipe.read_exact(&mut ready).unwrap();
@@ -168,5 +183,35 @@ mod tests {
         drop(running);
         assert_eq!(pipe.read(&mut ready).unwrap(), 0);
         assert!(start.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn what_a_program_leaves_behind_ends_when_it_does() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 100 & exit 7"]);
+        let interrupt = Interrupt::listen_to_the_end().unwrap();
+        let mut running =
+            Running::start(command.stdout(std::process::Stdio::piped()), &interrupt).unwrap();
+        let mut pipe = running.child().stdout.take().unwrap();
+        assert_eq!(running.wait(&interrupt).unwrap().code(), Some(7));
+        // The one that was left held the pipe.
+        let start = Instant::now();
+        assert_eq!(pipe.read(&mut [0]).unwrap(), 0);
+        assert!(start.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn a_second_signal_shortens_the_time_to_end() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' TERM; echo ready; while :; do sleep 1; done"]);
+        let interrupt = Interrupt::listen_to_the_end().unwrap();
+        let mut running =
+            Running::start(command.stdout(std::process::Stdio::piped()), &interrupt).unwrap();
+        let mut pipe = running.child().stdout.take().unwrap();
+        pipe.read_exact(&mut [0; 6]).unwrap();
+        interrupt.again().store(true, Ordering::Relaxed);
+        let start = Instant::now();
+        drop(running);
+        assert!(start.elapsed() < GRACE / 2);
     }
 }

@@ -3,43 +3,60 @@
 
 use std::ffi::c_int;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::Result;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::flag;
 
-/// Knows whether Ctrl-C was pressed, or another signal has come. Pressed while nothing is being made, or once more, it ends the
-/// process as ever.
+/// Knows whether Ctrl-C was pressed, or another signal has come. Pressed while nothing is being made,
+/// it ends the process as ever.
 pub(crate) struct Interrupt {
     pressed: Arc<AtomicBool>,
+    /// Set by every press, and taken back by those who wait for the next.
+    again: Arc<AtomicBool>,
+    /// The signal that came.
+    signal: Arc<AtomicUsize>,
     /// Whether the next one ends the process.
     ends: Arc<AtomicBool>,
 }
 
 impl Interrupt {
-    /// Listens from now on; until [`Self::begin`], Ctrl-C ends the process.
+    /// Listens from now on; until [`Self::begin`], Ctrl-C ends the process, and so it does when it is
+    /// pressed once more.
     pub(crate) fn listen() -> Result<Self> {
-        Self::listen_to(&[SIGINT])
+        Self::listen_to(&[SIGINT], true)
     }
 
     /// The same for all signals by which a person, a service manager or a terminal that goes away asks
-    /// for the end.
+    /// for the end. A second one does not end the process, which has others to end: a terminal that
+    /// closes sends two in a moment.
     pub(crate) fn listen_to_the_end() -> Result<Self> {
         let hangup = (!hangup_is_ignored()).then_some(SIGHUP);
-        let signals: Vec<_> = [SIGINT, SIGTERM].into_iter().chain(hangup).collect();
-        Self::listen_to(&signals)
+        let signals: Vec<_> = [SIGINT, SIGTERM, SIGQUIT].into_iter().chain(hangup).collect();
+        Self::listen_to(&signals, false)
     }
 
-    fn listen_to(signals: &[c_int]) -> Result<Self> {
-        let (pressed, ends) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(true)));
+    fn listen_to(signals: &[c_int], second_ends: bool) -> Result<Self> {
+        let flag = |set| Arc::new(AtomicBool::new(set));
+        let interrupt = Self {
+            pressed: flag(false),
+            again: flag(false),
+            signal: Arc::new(AtomicUsize::new(SIGINT.unsigned_abs() as usize)),
+            ends: flag(true),
+        };
         for &signal in signals {
             // In this order: the one that ends the process sees what was set before this press.
-            flag::register_conditional_default(signal, Arc::clone(&ends))?;
-            flag::register(signal, Arc::clone(&ends))?;
-            flag::register(signal, Arc::clone(&pressed))?;
+            flag::register_conditional_default(signal, Arc::clone(&interrupt.ends))?;
+            if second_ends {
+                flag::register(signal, Arc::clone(&interrupt.ends))?;
+            }
+            let number = signal.unsigned_abs() as usize;
+            flag::register_usize(signal, Arc::clone(&interrupt.signal), number)?;
+            flag::register(signal, Arc::clone(&interrupt.again))?;
+            flag::register(signal, Arc::clone(&interrupt.pressed))?;
         }
-        Ok(Self { pressed, ends })
+        Ok(interrupt)
     }
 
     /// Something is being made from now on, which the first Ctrl-C ends.
@@ -50,14 +67,16 @@ impl Interrupt {
 
     /// Nothing is being made any more; whether it was ended by Ctrl-C.
     pub(crate) fn end(&self) -> bool {
-        self.ends.store(true, Ordering::Relaxed);
-        self.is_pressed()
+        // In this order a signal that comes now is either seen or ends the process.
+        self.ends.store(true, Ordering::SeqCst);
+        self.pressed.load(Ordering::SeqCst)
     }
 
-    /// Ends the process as Ctrl-C does, with all that was made in its place: a script that the command
-    /// stands in ends, too.
-    pub(crate) fn end_process() -> Result<()> {
-        Ok(signal_hook::low_level::emulate_default_handler(SIGINT)?)
+    /// Ends the process as the signal that came does, with all that was made in its place: a script
+    /// that the command stands in ends, too.
+    pub(crate) fn end_process(&self) -> Result<()> {
+        let signal = c_int::try_from(self.signal.load(Ordering::Relaxed)).unwrap_or(SIGINT);
+        Ok(signal_hook::low_level::emulate_default_handler(signal)?)
     }
 
     /// Set when Ctrl-C is pressed, for those who look for themselves.
@@ -68,6 +87,19 @@ impl Interrupt {
     /// Whether Ctrl-C was pressed since it began.
     pub(crate) fn is_pressed(&self) -> bool {
         self.pressed.load(Ordering::Relaxed)
+    }
+
+    /// Whether it was, which from now on is the first time.
+    pub(crate) fn was_pressed(&self) -> bool {
+        self.is_pressed() && {
+            self.again.store(false, Ordering::Relaxed);
+            true
+        }
+    }
+
+    /// Set when it is pressed once more than somebody has seen.
+    pub(crate) fn again(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.again)
     }
 }
 

@@ -28,7 +28,8 @@ const INSTALL: &str = "install it with: pip install 'lm_eval[api]' transformers"
   gptq eval ./SmolLM2-135M-4bit-128g --tasks arc_easy,hellaswag --base ./SmolLM2-135M
   gptq eval ./model --tasks facts --include-path ./tasks --limit 100 --json
 
-It runs the installed lm_eval against `gptq serve` of the model; Ctrl-C, SIGTERM and SIGHUP end both.")]
+It runs the installed lm_eval against `gptq serve` of the model, and ends both where Ctrl-C or
+another signal ends it.")]
 pub(crate) struct Args {
     /// Folder of the model or checkpoint, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     model: String,

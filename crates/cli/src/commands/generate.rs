@@ -224,7 +224,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         print_result(&if stream { String::new() } else { all(&texts) })?;
         say_how(&texts, &speed, interrupted, context, printer);
     }
-    if interrupted { Interrupt::end_process() } else { Ok(()) }
+    if interrupted { interrupt.end_process() } else { Ok(()) }
 }
 
 impl Written {

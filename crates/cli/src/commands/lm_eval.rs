@@ -13,15 +13,33 @@ use gptq_records::tasks::parse_results;
 
 use super::eval::Args;
 use super::text_model;
-use crate::child::{LastLine, Running, pause};
+use crate::child::{INTERRUPTED, LastLine, Running, pause};
 use crate::interrupt::Interrupt;
-use crate::printer::Printer;
+use crate::printer::{Printer, write_stderr};
 
 /// Folders in each other that results are looked for in: the harness makes one named after the model.
 const MOST_DEPTH: usize = 4;
 
-/// The tasks' results of a model's folder. A signal ends the harness and the server.
+/// The tasks' results of a model's folder. A signal ends the harness and the server, and then this
+/// process.
 pub(super) fn measure(
+    args: &Args,
+    folder: &Path,
+    interrupt: &Interrupt,
+    printer: &Printer,
+) -> Result<Vec<TaskRecord>> {
+    interrupt.begin();
+    let measured = ask_server(args, folder, interrupt, printer);
+    // Until here signals only end what was started, which is over by now.
+    if interrupt.end() {
+        write_stderr(&format!("error: {INTERRUPTED}"));
+        interrupt.end_process()?;
+    }
+    measured
+}
+
+/// Nothing that this starts is there when it is done.
+fn ask_server(
     args: &Args,
     folder: &Path,
     interrupt: &Interrupt,
@@ -35,7 +53,6 @@ pub(super) fn measure(
     let context = text_model::CONTEXT.min(context_limit(&config).0);
     let advice = "text is made on one device; name it, as in --device cuda:0";
     let (device, dtype) = args.device.for_child(advice)?;
-    interrupt.begin();
     let mut serve = vec![format!("--max-batch={}", args.batch), format!("--context={context}")];
     serve.extend(device);
     let server = Server::start(folder, &serve, interrupt)?;
@@ -43,7 +60,7 @@ pub(super) fn measure(
     printer.note(&format!("lm_eval: {} of {path}", args.tasks.join(", ")));
     let mut harness = command(args, path, (&server.address, context), out.path());
     ask(&mut harness, interrupt, printer)?;
-    interrupt.end();
+    drop(server);
     let results = results_file(out.path())?;
     let text = gptq_checkpoint::read_small(&results)
         .with_context(|| format!("Cannot read `{}`", results.display()))?;
@@ -80,7 +97,7 @@ fn command(args: &Args, path: &str, (address, context): (&str, usize), out: &Pat
 /// Runs the harness to its end. What it says of its progress a terminal shows.
 fn ask(harness: &mut Command, interrupt: &Interrupt, printer: &Printer) -> Result<()> {
     harness.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut running = Running::start(harness).context("Cannot run lm_eval")?;
+    let mut running = Running::start(harness, interrupt).context("Cannot run lm_eval")?;
     let status = printer.status("lm_eval");
     let stderr = running.child().stderr.take();
     let said = stderr.map(|pipe| LastLine::of(pipe, status.shows()));
@@ -114,7 +131,7 @@ fn results_file(out: &Path) -> Result<PathBuf> {
 
 /// `gptq serve` of a model, ended when dropped.
 struct Server {
-    /// Held for its end.
+    /// Held for its end, and for its stdin.
     _running: Running,
     address: String,
 }
@@ -124,12 +141,14 @@ impl Server {
         let program = std::env::current_exe().context("Cannot find this program")?;
         let mut command = Command::new(program);
         command
-            .args(["-q", "serve", "--port", "0"])
+            .args(["-q", "serve", "--port", "0", "--until-stdin-ends"])
             .args(options)
             .arg(folder)
-            .stdin(Stdio::null())
+            // Held open by this process, and closed by whatever ends it.
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped());
-        let mut running = Running::start(&mut command).context("Cannot start gptq serve")?;
+        let mut running =
+            Running::start(&mut command, interrupt).context("Cannot start gptq serve")?;
         let stdout = running.child().stdout.take().context("Cannot hear gptq serve")?;
         // In a thread: reading the weights takes minutes, in which a signal may come.
         let (said, address) = channel();

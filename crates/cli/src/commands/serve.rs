@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// Card facts whose prompt template is used in place of the model's chat template
     #[arg(long, value_name = "FACTS.toml")]
     template: Option<PathBuf>,
+    /// End, as by SIGTERM, when stdin does: whoever started this is gone
+    #[arg(long, hide = true)]
+    until_stdin_ends: bool,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -69,6 +72,9 @@ mod with_server {
     use crate::printer::Printer;
 
     pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
+        if args.until_stdin_ends {
+            end_with_stdin();
+        }
         let slots = args.max_batch;
         check_at_once("--max-batch", slots)?;
         let key = args.api_key_file.as_deref().map(ApiKey::read).transpose()?;
@@ -95,6 +101,15 @@ mod with_server {
             let _ = print_result(&format!("http://{address}"));
         })?;
         Ok(())
+    }
+
+    /// Sends this process SIGTERM when stdin ends, which it does however its holder ended. While weights
+    /// are read that is the end at once.
+    fn end_with_stdin() {
+        std::thread::spawn(|| {
+            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            let _ = signal_hook::low_level::raise(signal_hook::consts::SIGTERM);
+        });
     }
 
     /// What requests need to know of the model.
