@@ -3,8 +3,9 @@
 //! A baseline fixes one measurement (model, protocol, every scored token) and, for each branch, the
 //! bytes of its files, its perplexity and its KL. Bytes must be equal; the others may rise by a
 //! tolerance. Results on tasks are held beside them, each with the questions that it was measured by, or
-//! alone where no branch was measured on a text. What was measured otherwise, or twice, is an error, not a verdict: its numbers say
-//! nothing. Nor does a number that no model can have, on either side, whatever the other one is.
+//! alone where no branch was measured on a text. What was measured otherwise, or twice, is an error,
+//! not a verdict: its numbers say nothing. Nor does a number that no model can have, on either side,
+//! whatever the other one is.
 //!
 //! Tolerances are relative and do not come from the standard error. That one says how far a
 //! perplexity would move on *other* text, and here the text is the same to the token, so sampling is
@@ -116,36 +117,20 @@ impl Baseline {
         if self.branches.is_empty() {
             return Err("it accepts no branch, so nothing would be compared".to_owned());
         }
-        let value = |what: &str, name: &str, value: f64, range: &RangeInclusive<f64>| {
-            if range.contains(&value) {
-                return Ok(());
+        match (&self.measurement, &self.model) {
+            (Some(_), Some(_)) => {
+                return Err("it has both a measurement and a model, which might differ".to_owned());
             }
-            let (from, to) = (range.start().max(0.0), range.end());
-            Err(format!("the {what} of `{name}` is {value}, not one from {from} to {to}"))
-        };
-        for (name, accepted) in &self.branches {
-            match (accepted.perplexity, &self.measurement) {
-                (Some(perplexity), Some(_)) => {
-                    value("perplexity", name, perplexity, &PERPLEXITIES)?;
-                }
-                (None, Some(_)) => return Err(format!("`{name}` has no perplexity")),
-                (Some(_), None) => {
-                    return Err(format!("`{name}` has a perplexity, and there is no measurement"));
-                }
-                (None, None) if accepted.tasks.is_empty() => {
-                    return Err(format!("`{name}` has neither a perplexity nor a task"));
-                }
-                (None, None) => {}
+            (None, None) => return Err("it has neither a measurement nor a model".to_owned()),
+            (None, Some(_)) if self.base_perplexity.is_some() => {
+                return Err("it has a base_perplexity, and there is no measurement".to_owned());
             }
-            accepted.kl.map_or(Ok(()), |kl| value("kl", name, kl, &KLS))?;
-            if accepted.file_bytes == 0 {
-                return Err(format!("the file_bytes of `{name}` are 0"));
-            }
+            _ => {}
         }
-        self.base_perplexity.map_or(Ok(()), |v| value("perplexity", "fp16", v, &PERPLEXITIES))?;
-        let tolerances =
-            self.branches.iter().filter_map(|(name, b)| Some((name.as_str(), b.tolerance?)));
-        for (name, tolerance) in tolerances.chain([("all", self.tolerance)]) {
+        self.branches.iter().try_for_each(|(name, accepted)| self.check_branch(name, accepted))?;
+        self.base_perplexity.map_or(Ok(()), |v| within("perplexity", "fp16", v, &PERPLEXITIES))?;
+        let own = self.branches.iter().filter_map(|(name, b)| Some((name.as_str(), b.tolerance?)));
+        for (name, tolerance) in own.chain([("all", self.tolerance)]) {
             let Tolerance { perplexity, kl, task } = tolerance;
             for (what, value) in [("perplexity", perplexity), ("kl", kl), ("task", task)] {
                 if !(0.0..1.0).contains(&value) {
@@ -154,6 +139,30 @@ impl Baseline {
                     ));
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn check_branch(&self, name: &str, accepted: &Accepted) -> std::result::Result<(), String> {
+        match (accepted.perplexity, accepted.kl, &self.measurement) {
+            (Some(perplexity), _, Some(_)) => {
+                within("perplexity", name, perplexity, &PERPLEXITIES)?;
+            }
+            (None, _, Some(_)) => return Err(format!("`{name}` has no perplexity")),
+            (Some(_), _, None) => {
+                return Err(format!("`{name}` has a perplexity, and there is no measurement"));
+            }
+            (None, Some(_), None) => {
+                return Err(format!("`{name}` has a kl, and there is no measurement"));
+            }
+            (None, None, None) if accepted.tasks.is_empty() => {
+                return Err(format!("`{name}` has neither a perplexity nor a task"));
+            }
+            (None, None, None) => {}
+        }
+        accepted.kl.map_or(Ok(()), |kl| within("kl", name, kl, &KLS))?;
+        if accepted.file_bytes == 0 {
+            return Err(format!("the file_bytes of `{name}` are 0"));
         }
         Ok(())
     }
@@ -176,54 +185,66 @@ impl Baseline {
     /// for which the measurement must be the same.
     ///
     /// # Errors
-    /// [`Error::NotMeasured`] and [`Error::NotComparable`].
+    /// [`Error::NotMeasured`], and [`Error::NotComparable`] for a branch whose results on tasks would be
+    /// dropped and where perplexities would give way to tasks alone.
     pub fn accept(report: &Report, before: Option<&Self>, whole: bool) -> Result<Self> {
         let first =
             report.branches.iter().find_map(|b| Some(Measurement::new(b, b.evaluations.first()?)));
-        let has_tasks = |branch: &&BranchReport| !branch.tasks.is_empty();
-        let model = match &first {
-            Some(_) => None,
-            None => {
-                let branch = report.branches.iter().find(has_tasks).ok_or(Error::NotMeasured)?;
-                Some(branch.model.clone())
-            }
+        let asked = report.branches.iter().find(|branch| !branch.tasks.is_empty());
+        let model = match (&first, asked) {
+            (Some(_), _) => None,
+            (None, Some(branch)) => Some(branch.model.clone()),
+            (None, None) => return Err(Error::NotMeasured),
         };
         let kept = before.filter(|before| match (&before.measurement, &first) {
-            (Some(measurement), _) => select(report, measurement).next().is_some(),
+            (Some(measurement), _) => {
+                report.branches.iter().any(|b| alike(b, measurement).count() > 0)
+            }
             (None, None) => before.other_model(model.as_deref().unwrap_or_default()).is_none(),
             (None, Some(_)) => false,
         });
-        if let (Some(before), None, false) = (before, kept, whole) {
-            return Err(before.not_comparable(&report.branches[0], first.as_ref()));
+        if let (Some(before), None) = (before, kept) {
+            let loses_perplexities = before.measurement.is_some() && first.is_none();
+            if !whole || loses_perplexities {
+                let branch = asked.filter(|_| first.is_none()).unwrap_or(&report.branches[0]);
+                return Err(before.not_comparable(branch, first.as_ref()));
+            }
         }
-        let measurement = kept.map_or(first, |before| before.measurement.clone());
-        let mut branches = match (kept, whole) {
-            (Some(before), false) => before.branches.clone(),
-            _ => BTreeMap::new(),
+        let mut accepted = Self {
+            format: BASELINE_FORMAT,
+            measurement: kept.map_or(first, |before| before.measurement.clone()),
+            model,
+            tolerance: before.map_or(Tolerance::DEFAULT, |before| before.tolerance),
+            base_perplexity: None,
+            branches: match (kept, whole) {
+                (Some(before), false) => before.branches.clone(),
+                _ => BTreeMap::new(),
+            },
         };
-        let mut base_perplexity = None;
-        let mut take = |branch: &BranchReport, evaluation: Option<&EvaluationRecord>| {
-            let tolerance = before.and_then(|b| b.branches.get(&branch.branch)?.tolerance);
-            branches.insert(branch.branch.clone(), Accepted::of(branch, evaluation, tolerance));
-        };
-        match &measurement {
-            Some(measurement) => {
-                for (branch, evaluation) in select(report, measurement) {
-                    unambiguous(branch, measurement)?;
-                    base_perplexity = base_perplexity.or(evaluation.base_perplexity);
-                    take(branch, Some(evaluation));
+        accepted.take(report, before)?;
+        Ok(accepted)
+    }
+
+    /// Takes the values of the branches that this is about, and their tolerances from `before`.
+    fn take(&mut self, report: &Report, before: Option<&Self>) -> Result<()> {
+        for branch in &report.branches {
+            let has_tasks = !branch.tasks.is_empty();
+            let evaluation = match &self.measurement {
+                // Results on tasks would be lost unseen, where a branch was measured otherwise.
+                Some(measurement) if has_tasks || alike(branch, measurement).count() > 0 => {
+                    self.evaluation(branch)?
                 }
-            }
-            None => {
-                let first = model.as_deref().unwrap_or_default();
-                let alike = |b: &&BranchReport| model_name(&b.model) == model_name(first);
-                let branches = report.branches.iter().filter(has_tasks).filter(alike);
-                branches.for_each(|branch| take(branch, None));
-            }
+                Some(_) => continue,
+                None if has_tasks && self.other_model(&branch.model).is_none() => None,
+                None => continue,
+            };
+            let base = evaluation.and_then(|evaluation| evaluation.base_perplexity);
+            self.base_perplexity = self.base_perplexity.or(base);
+            let tolerance = before.and_then(|b| b.branches.get(&branch.branch)?.tolerance);
+            let accepted = Accepted::of(branch, evaluation, tolerance);
+            self.branches.insert(branch.branch.clone(), accepted);
         }
-        let (format, tolerance) =
-            (BASELINE_FORMAT, before.map_or(Tolerance::DEFAULT, |b| b.tolerance));
-        Ok(Self { format, measurement, model, tolerance, base_perplexity, branches })
+        Ok(())
     }
 
     /// Compares a report with the accepted values. With `whole`, every branch of the baseline must
@@ -283,7 +304,10 @@ impl Baseline {
     fn not_comparable(&self, branch: &BranchReport, now: Option<&Measurement>) -> Error {
         let reason = match (&self.measurement, now) {
             (Some(then), Some(now)) => then.difference(now).unwrap_or_default(),
-            (Some(_), None) => "it was not measured".to_owned(),
+            (Some(_), None) if branch.tasks.is_empty() => "it was not measured".to_owned(),
+            (Some(_), None) => "it was not measured on a text, as the baseline's values were; \
+                                results on tasks alone need a baseline of their own"
+                .to_owned(),
             (None, _) => self
                 .other_model(&branch.model)
                 .unwrap_or_else(|| "the baseline holds results on tasks alone".to_owned()),
@@ -388,25 +412,35 @@ fn values(
 
 /// Of two evaluations of one measurement either might be meant.
 fn unambiguous(branch: &BranchReport, measurement: &Measurement) -> Result<()> {
-    let alike =
-        |e: &&EvaluationRecord| measurement.difference(&Measurement::new(branch, e)).is_none();
-    if branch.evaluations.iter().filter(alike).count() > 1 {
+    if alike(branch, measurement).count() > 1 {
         let reason = "its report has several evaluations of one measurement".to_owned();
         return Err(Error::NotComparable { branch: branch.branch.clone(), reason });
     }
     Ok(())
 }
 
-/// Branches of a report with the evaluation of that measurement.
-fn select<'r>(
-    report: &'r Report,
+/// A branch's evaluations of that measurement.
+fn alike<'r>(
+    branch: &'r BranchReport,
     measurement: &'r Measurement,
-) -> impl Iterator<Item = (&'r BranchReport, &'r EvaluationRecord)> {
-    report.branches.iter().filter_map(|branch| {
-        let alike =
-            |e: &&EvaluationRecord| measurement.difference(&Measurement::new(branch, e)).is_none();
-        Some((branch, branch.evaluations.iter().find(alike)?))
-    })
+) -> impl Iterator<Item = &'r EvaluationRecord> {
+    let same =
+        move |e: &&EvaluationRecord| measurement.difference(&Measurement::new(branch, e)).is_none();
+    branch.evaluations.iter().filter(same)
+}
+
+/// That an accepted value is one that a model may have.
+fn within(
+    what: &str,
+    name: &str,
+    value: f64,
+    range: &RangeInclusive<f64>,
+) -> std::result::Result<(), String> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let (from, to) = (range.start().max(0.0), range.end());
+    Err(format!("the {what} of `{name}` is {value}, not one from {from} to {to}"))
 }
 
 #[cfg(test)]

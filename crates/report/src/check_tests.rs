@@ -293,6 +293,49 @@ fn a_baseline_may_hold_tasks_alone() {
     assert!(unmeasured.contains("it was not measured"), "{unmeasured}");
 }
 
+/// Perplexities are not given up for tasks, nor are results on tasks for perplexities.
+#[test]
+fn an_update_loses_nothing_unseen() {
+    let mut tasks_alone = before();
+    for branch in &mut tasks_alone.branches {
+        branch.evaluations.clear();
+        branch.set_task(task("facts", 0.70, true));
+    }
+    for whole in [true, false] {
+        let refused = Baseline::accept(&tasks_alone, Some(&baseline()), whole).unwrap_err();
+        assert!(refused.to_string().contains("not measured on a text"), "{refused}");
+    }
+    // Among others that were measured, it is named.
+    let mut mixed = before();
+    mixed.branches[1] = tasks_alone.branches[1].clone();
+    for old in [None, Some(&baseline())] {
+        let refused = Baseline::accept(&mixed, old, true).unwrap_err().to_string();
+        assert!(refused.contains("`3bit-128g`") && refused.contains("not measured"), "{refused}");
+    }
+    mixed.branches[1].tasks.clear();
+    assert_eq!(Baseline::accept(&mixed, None, true).unwrap().branches.len(), 1);
+}
+
+#[test]
+fn tasks_alone_say_of_which_model_they_are() {
+    let mut report = before();
+    report.branches.iter_mut().for_each(|branch| branch.evaluations.clear());
+    report.branches[0].set_task(task("facts", 0.70, true));
+    let alone = Baseline::accept(&report, None, true).unwrap();
+    assert_eq!(alone.check_values(), Ok(()));
+    let refused = |change: &dyn Fn(&mut Baseline)| {
+        let mut changed = alone.clone();
+        change(&mut changed);
+        changed.check_values().unwrap_err()
+    };
+    assert!(refused(&|b| b.model = None).contains("neither a measurement nor a model"));
+    assert!(refused(&|b| b.base_perplexity = Some(19.0)).contains("base_perplexity"));
+    let branch = |b: &mut Baseline| b.branches.get_mut("4bit-32g").unwrap().kl = Some(0.1);
+    assert!(refused(&branch).contains("has a kl"));
+    let both = Baseline { model: Some("org/model".to_owned()), ..baseline() };
+    assert!(both.check_values().unwrap_err().contains("both a measurement and a model"));
+}
+
 #[test]
 fn results_on_tasks_are_held_in_their_own_unit() {
     let mut accepted = before();
