@@ -52,7 +52,7 @@ fn garbage_leaves_no_trace() {
         if round % 2 == 0 {
             // A head that promises more than comes.
             let _ = server.connect().write_all(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",
             );
         }
     }
@@ -75,7 +75,7 @@ fn who_goes_away_frees_a_place() {
             false => {
                 let (mut connection, text) = (server.connect(), body.to_string());
                 let head = format!(
-                    "POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+                    "POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
                      Content-Length: {}\r\n\r\n{text}",
                     text.len()
                 );
@@ -171,7 +171,7 @@ fn half_sent_requests_are_no_siege() {
     let dir = Workdir::new();
     TinyLlama::new().write(&dir.path("model"));
     let server = Server::start(&dir, "model", &[]);
-    let head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
                 Content-Length: 99\r\n\r\n{";
     let half = |number: usize| {
         let mut connection = server.connect();
@@ -210,9 +210,9 @@ fn bodies_are_json_and_no_page_of_elsewhere_asks() {
     for kind in
         ["", "Content-Type: text/plain\r\n", "Content-Type: application/x-www-form-urlencoded\r\n"]
     {
-        ask(&format!("Host: x\r\n{kind}")).refused(415, None, "application/json");
+        ask(&format!("Host: localhost\r\n{kind}")).refused(415, None, "application/json");
     }
-    ask("Host: x\r\nContent-Type: Application/JSON; charset=utf-8\r\n").ok();
+    ask("Host: localhost\r\nContent-Type: Application/JSON; charset=utf-8\r\n").ok();
     let address = &server.address;
     ask(&format!("Host: {address}\r\nOrigin: http://{address}\r\n{json}")).ok();
     for origin in ["https://example.org", "null", "http://127.0.0.1:1"] {
@@ -223,12 +223,23 @@ fn bodies_are_json_and_no_page_of_elsewhere_asks() {
     let refused = ask(&format!("Host: evil.org\r\nOrigin: http://evil.org\r\n{json}"));
     refused.refused(403, None, "evil.org");
     let get = |headers: &str| {
-        let head =
-            format!("GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
+        let head = format!(
+            "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}\r\n"
+        );
         server.send(&head, b"")
     };
     get("Origin: https://example.org\r\n").refused(403, None, "https://example.org");
+    let long = get(&format!("Origin: https://{}.org\r\n", "a".repeat(5000)));
+    long.refused(403, None, "https://aaa");
+    assert!(long.body.len() < 500, "{long:?}");
     get("").ok();
+    // A page reads what its own host has without saying where it is from.
+    for host in ["Host: evil.org\r\n", "Host: localhost.evil.org:80\r\n", "Host:\r\n", ""] {
+        for path in ["/v1/models", "/metrics", "/health", "/nothing"] {
+            let head = format!("GET {path} HTTP/1.1\r\n{host}Connection: close\r\n\r\n");
+            server.send(&head, b"").refused(403, None, "`Host`");
+        }
+    }
 }
 
 #[test]
@@ -254,7 +265,7 @@ fn keys_are_asked_for_and_never_shown() {
     let server = Server::start(&dir, "model", &["--host", "0.0.0.0", "--api-key-file", "key.txt"]);
     let ask = |path: &str, header: &str| {
         server.send(
-            &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n"),
+            &format!("GET {path} HTTP/1.1\r\nHost: model.example.org\r\nConnection: close\r\n{header}\r\n"),
             b"",
         )
     };

@@ -52,7 +52,7 @@ class Load:
         kind = dice.choices(kinds, [5, 3, 2, 2, 1, 1, 1])[0]
         if kind == "half":
             # A head that is not one, or that promises more than comes.
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
             with socket.create_connection(self.place.split(":")) as connection:
                 connection.sendall(dice.choice([head[: dice.randint(1, len(head))], dice.randbytes(300)]))
             self.count("half sent")

@@ -83,8 +83,11 @@ pub(crate) async fn attend(
 }
 
 fn admit(shared: &Shared, endpoint: &str, headers: &HeaderMap) -> Result<(), Refusal> {
-    if let Some(origin) = origin::foreign(headers, shared.key.is_some()) {
+    if let Some(origin) = origin::foreign(headers) {
         return Err(Refusal::foreign(&origin));
+    }
+    if let Some(host) = origin::elsewhere(headers).filter(|_| shared.key.is_none()) {
+        return Err(Refusal::elsewhere(&host));
     }
     match &shared.key {
         // Whether it is alive a balancer may ask that has no key.

@@ -145,7 +145,7 @@ pub(crate) fn check(fields: &Fields, own: &[&str]) -> Result<(), Refusal> {
 }
 
 /// A name that a client has made up, as far as an answer repeats it.
-fn shown_name(name: &str) -> &str {
+pub(crate) fn shown_name(name: &str) -> &str {
     name.char_indices().nth(80).map_or(name, |(end, _)| &name[..end])
 }
 

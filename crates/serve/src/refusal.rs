@@ -4,6 +4,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use crate::neutral::shown_name;
+
 /// Seconds after which a client may try again: about what a text takes.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
@@ -91,7 +93,17 @@ impl Refusal {
 
     /// A page of another server asks, in the browser of somebody who may not know.
     pub(crate) fn foreign(origin: &str) -> Self {
-        let message = format!("Pages of {origin} may not use this server");
+        let message = format!("Pages of {} may not use this server", shown_name(origin));
+        Self { status: StatusCode::FORBIDDEN, ..Self::invalid(message) }
+    }
+
+    /// A request by a name that is not this machine's own, perhaps a page's that was made to point here.
+    pub(crate) fn elsewhere(host: &str) -> Self {
+        let message = format!(
+            "The header `Host` is `{}`; without a key this server answers as localhost or an address \
+             of loopback only",
+            shown_name(host)
+        );
         Self { status: StatusCode::FORBIDDEN, ..Self::invalid(message) }
     }
 
