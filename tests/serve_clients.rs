@@ -193,6 +193,27 @@ fn half_sent_requests_are_no_siege() {
     drop(siege);
 }
 
+/// Neither is one that asks and asks, and reads nothing.
+#[test]
+fn who_never_reads_is_left() {
+    let dir = Workdir::new();
+    TinyLlama::new().write(&dir.path("model"));
+    let server = Server::start(&dir, "model", &[]);
+    let mut connection = server.connect();
+    connection.set_write_timeout(Some(Duration::from_secs(90))).unwrap();
+    let asked = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(1000);
+    let start = Instant::now();
+    let left = loop {
+        // What the system holds of answers and of requests is some megabytes each.
+        if let Err(error) = connection.write_all(asked.as_bytes()) {
+            break error;
+        }
+        assert!(start.elapsed() < Duration::from_secs(90), "it is answered for ever");
+    };
+    let kinds = [std::io::ErrorKind::BrokenPipe, std::io::ErrorKind::ConnectionReset];
+    assert!(kinds.contains(&left.kind()), "{left}");
+}
+
 #[test]
 fn bodies_are_json_and_no_page_of_elsewhere_asks() {
     let dir = Workdir::new();

@@ -27,6 +27,7 @@ mod metrics;
 mod neutral;
 mod origin;
 mod part;
+mod patient;
 mod queue;
 mod refusal;
 mod served;

@@ -26,6 +26,7 @@ use crate::engine_loop;
 use crate::error::{Error, Result};
 use crate::handlers::{self, Shared};
 use crate::metrics::Metrics;
+use crate::patient::Patient;
 use crate::queue::Queue;
 use crate::refusal::Refusal;
 use crate::served::Served;
@@ -39,6 +40,8 @@ const MOST_TURNED_AWAY: usize = 64;
 /// How long the head of a request may take, and how long a connection may be idle. A few clients that
 /// send half of one would otherwise keep all others out for long.
 const HEAD_TIME: Duration = Duration::from_secs(10);
+/// How long nothing of an answer may be taken.
+const WRITE_SILENCE: Duration = Duration::from_secs(30);
 /// Bytes of a request's head.
 const MOST_HEAD: usize = 64 << 10;
 /// How long texts may go on once the server is to stop.
@@ -235,7 +238,7 @@ async fn accept(
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIME)
             .max_buf_size(MOST_HEAD)
-            .serve_connection(TokioIo::new(stream), service);
+            .serve_connection(TokioIo::new(Patient::new(stream, WRITE_SILENCE)), service);
         let watched = graceful.watch(connection);
         tokio::spawn(async move {
             // How a connection ends is the client's business.
