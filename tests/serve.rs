@@ -405,6 +405,20 @@ fn what_makes_no_sense_is_refused_by_name() {
             "messages",
             "tool_calls",
         ),
+        (
+            json!({"messages": [{"role": "user", "content": "Hi", "name": "Ada"}]}),
+            "messages",
+            "messages[0] has `name`",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": [
+                {"type": "text", "text": "Hi", "weight": 2},
+            ]}]}),
+            "messages",
+            "messages[0] has `weight`",
+        ),
+        (json!({"max_tokens": 4, "max_completion_tokens": 5}), "max_tokens", "only one"),
+        (json!({"max_tokens": "4", "max_completion_tokens": 4}), "max_tokens", "whole number"),
         (json!({"tools": [{"type": "function"}]}), "tools", "not done"),
         (json!({"echo": true}), "echo", "no parameter"),
         (json!({"top_logprobs": 2}), "top_logprobs", "logprobs"),
@@ -435,6 +449,13 @@ fn what_makes_no_sense_is_refused_by_name() {
         "best_of": 1, "suffix": null, "stop": null, "stream": null, "seed": -5, "top_k": -1,
     });
     assert_eq!(server.complete(&body)["usage"]["completion_tokens"], 16);
+    let part = json!({"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}});
+    let answer = json!({"role": "assistant", "content": "Ho", "refusal": null, "tool_calls": []});
+    let body = json!({
+        "messages": [{"role": "user", "content": [part], "name": ""}, answer],
+        "max_tokens": 4, "max_completion_tokens": 4,
+    });
+    assert_eq!(server.post(CHAT, &body).ok()["usage"]["completion_tokens"], 4);
     let models = server.get("/v1/models").ok();
     assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("chatty")));
     assert_eq!(server.get("/v1/models/chatty").ok(), models["data"][0]);

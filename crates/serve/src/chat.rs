@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::completions::check_length;
 use crate::fields::Fields;
 use crate::handlers::{Prepared, Shared};
+use crate::neutral::shown_name;
 use crate::part::{Part, Token, reason};
 use crate::refusal::Refusal;
 use crate::settings::{MOST_TOP, Settings};
@@ -16,8 +17,10 @@ use crate::writer::{Form, Writer};
 
 /// What a chat is asked besides what every request is.
 const PARAMETERS: [&str; 4] = ["logprobs", "max_completion_tokens", "messages", "top_logprobs"];
-/// Parts of a message that say something else than a text does.
-const NO_TEXT: [&str; 4] = ["tool_calls", "function_call", "tool_call_id", "audio"];
+/// What a message has, and what a part of its content has; where prompts are kept is a provider's
+/// business.
+const OF_MESSAGE: [&str; 2] = ["content", "role"];
+const OF_PART: [&str; 3] = ["cache_control", "text", "type"];
 
 /// Makes a job of a request.
 pub(crate) fn prepare(shared: &Arc<Shared>, fields: &Fields) -> Result<Prepared, Refusal> {
@@ -35,17 +38,28 @@ pub(crate) fn prepare(shared: &Arc<Shared>, fields: &Fields) -> Result<Prepared,
     if prompt.is_empty() {
         return Err(Refusal::param("messages", "The conversation has no tokens"));
     }
-    let asked = match fields.whole("max_completion_tokens", 1, usize::MAX)? {
-        Some(most) => Some(most),
-        None => fields.whole("max_tokens", 1, usize::MAX)?,
-    };
     // At least one, which may be what is too much.
-    let max_tokens = asked.unwrap_or(served.context.saturating_sub(prompt.len()).max(1));
+    let max_tokens =
+        max_tokens(fields)?.unwrap_or(served.context.saturating_sub(prompt.len()).max(1));
     check_length(&prompt, max_tokens, served)?;
     let form = Chats { begun: vec![false; settings.n], logprobs };
     let writer = Writer::new(Form::Chats(form), settings.n, prompt.len(), shared);
     let prompts = vec![(prompt, max_tokens)];
     Ok(settings.prepare(served, prompts, (top.unwrap_or(0), false), writer))
+}
+
+/// How long an answer may be, by either of two names.
+fn max_tokens(fields: &Fields) -> Result<Option<usize>, Refusal> {
+    let asked = fields.whole("max_completion_tokens", 1, usize::MAX)?;
+    match (asked, fields.whole("max_tokens", 1, usize::MAX)?) {
+        (Some(asked), Some(other)) if asked != other => {
+            let message = format!(
+                "`max_tokens` is {other} and `max_completion_tokens` {asked}: only one can hold"
+            );
+            Err(Refusal::param("max_tokens", message))
+        }
+        (asked, other) => Ok(asked.or(other)),
+    }
 }
 
 fn messages(fields: &Fields) -> Result<Vec<Message>, Refusal> {
@@ -63,15 +77,12 @@ fn messages(fields: &Fields) -> Result<Vec<Message>, Refusal> {
         let Some(role) = field("role").and_then(Value::as_str) else {
             return Err(wrong(at, "has no role"));
         };
-        if let Some(name) = NO_TEXT.iter().find(|name| field(name).is_some()) {
-            return Err(wrong(at, &format!("has `{name}`, which is not done by this server")));
-        }
+        check_names(message, &OF_MESSAGE).map_err(|what| wrong(at, &what))?;
         let content = match field("content") {
             Some(Value::String(text)) => text.clone(),
             Some(Value::Array(parts)) => {
-                let texts: Option<Vec<&str>> = parts.iter().map(text_part).collect();
-                let texts = texts.ok_or_else(|| wrong(at, "has content other than text"))?;
-                texts.join("\n")
+                let texts: Result<Vec<&str>, String> = parts.iter().map(text_part).collect();
+                texts.map_err(|what| wrong(at, &what))?.join("\n")
             }
             _ => return Err(wrong(at, "has no content that is a string or a list of texts")),
         };
@@ -81,9 +92,30 @@ fn messages(fields: &Fields) -> Result<Vec<Message>, Refusal> {
 }
 
 /// `{"type": "text", "text": …}`.
-fn text_part(part: &Value) -> Option<&str> {
+fn text_part(part: &Value) -> Result<&str, String> {
     let kind = part.get("type").and_then(Value::as_str);
-    part.get("text").and_then(Value::as_str).filter(|_| kind == Some("text"))
+    let text = part.get("text").and_then(Value::as_str).filter(|_| kind == Some("text"));
+    let text = text.ok_or("has content other than text")?;
+    check_names(part, &OF_PART).map(|()| text)
+}
+
+/// That an object says nothing by other names, which a template would not be told of: tools that were
+/// called, who of several users speaks. Clients send what they were answered, with what is empty in it.
+fn check_names(object: &Value, known: &[&str]) -> Result<(), String> {
+    let says = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        _ => true,
+    };
+    let mut fields = object.as_object().into_iter().flatten();
+    match fields.find(|(name, value)| !known.contains(&name.as_str()) && says(value)) {
+        Some((name, _)) => {
+            Err(format!("has `{}`, which is not done by this server", shown_name(name)))
+        }
+        None => Ok(()),
+    }
 }
 
 /// How answers are written.
