@@ -11,7 +11,6 @@ use crate::json_file::JsonFile;
 pub const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
 /// What `generation_config.json` says, where it says it. A field that is null is not said.
-///
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationConfig {
     /// The file.
@@ -106,7 +105,8 @@ impl GenerationConfig {
             bos_token_id: token("bos_token_id")?,
             pad_token_id: token("pad_token_id")?,
             max_new_tokens: most("max_new_tokens")?,
-            max_length: most("max_length")?,
+            // Nothing follows it, and files have 0, -1 and 4096.0 here.
+            max_length: file.get("max_length").and_then(length),
             not_followed: not_followed(file),
         })
     }
@@ -136,6 +136,12 @@ pub(crate) fn is_penalty(value: f64) -> bool {
 
 fn whole(value: &Value) -> Option<usize> {
     value.as_u64().and_then(|value| usize::try_from(value).ok())
+}
+
+/// A length that says something, however it is written.
+fn length(value: &Value) -> Option<usize> {
+    let exact = |number: f64| (number.fract() == 0.0 && number < 1e15).then_some(number as usize);
+    whole(value).or_else(|| value.as_f64().and_then(exact)).filter(|&length| length > 0)
 }
 
 fn token_id(value: &Value) -> Option<u32> {
@@ -198,6 +204,23 @@ mod tests {
     }
 
     #[test]
+    fn a_length_that_nothing_follows_is_no_reason_to_refuse_a_model() {
+        for (value, length) in [
+            ("4096", Some(4096)),
+            ("4096.0", Some(4096)),
+            ("0", None),
+            ("-1", None),
+            ("-1.0", None),
+            ("1.5", None),
+            ("1e300", None),
+            ("\"long\"", None),
+        ] {
+            let config = config(&format!("{{\"max_length\": {value}}}")).unwrap();
+            assert_eq!(config.max_length, length, "{value}");
+        }
+    }
+
+    #[test]
     fn a_wrong_value_names_the_file_and_the_key() {
         for (key, value) in [
             ("temperature", "-0.1"),
@@ -214,7 +237,6 @@ mod tests {
             ("eos_token_id", "4294967296"),
             ("pad_token_id", "-2"),
             ("max_new_tokens", "0"),
-            ("max_length", "\"long\""),
         ] {
             let error = config(&format!("{{\"{key}\": {value}}}")).unwrap_err().to_string();
             assert!(error.contains(GENERATION_CONFIG_FILE) && error.contains(key), "{error}");
