@@ -147,6 +147,30 @@ fn within_a_minute(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
+/// The server and the harness are told of the same length, and whoever asks of one that is not all.
+#[test]
+fn a_context_is_the_one_that_is_asked_for() {
+    let dir = workdir();
+    let whole = eval(&dir, &["model", "--tasks", "facts"]);
+    whole.ok();
+    assert!(!whole.stderr.contains("context"), "{}", whole.stderr);
+    let harness = HARNESS.replace("max_length=128", "max_length=64");
+    dir.write("harness", &harness);
+    let part = eval(&dir, &["model", "--tasks", "facts", "--context", "64"]);
+    part.ok();
+    assert!(part.stderr.contains("128 tokens, of which 64"), "{}", part.stderr);
+    let refused = eval(&dir, &["model", "--tasks", "facts", "--context", "1000"]);
+    refused.refused(&["1000", "128"]);
+    // What is longer than most need is not taken as a matter of course.
+    let mut long = TinyLlama::new();
+    long.config["max_position_embeddings"] = serde_json::json!(8192);
+    long.write(&dir.path("model"));
+    dir.write("harness", &harness.replace("max_length=64", "max_length=4096"));
+    let most = eval(&dir, &["model", "--tasks", "facts"]);
+    most.ok();
+    assert!(most.stderr.contains("8192 tokens, of which 4096"), "{}", most.stderr);
+}
+
 /// Nobody is left to answer or to ask, however impatient the one is who ends it.
 #[test]
 fn a_signal_ends_the_harness_and_the_server() {

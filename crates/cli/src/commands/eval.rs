@@ -51,6 +51,9 @@ pub(crate) struct Args {
     /// Texts that are gone on with at once, 1 to 16
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = parse_count)]
     pub(super) batch: usize,
+    /// Tokens that a question and its answer may have together [default: the model's limit, or 4096]
+    #[arg(long, value_name = "N", value_parser = parse_count, visible_alias = "ctx-size")]
+    pub(super) context: Option<usize>,
     /// The harness's command, where it is not the first lm_eval of PATH
     #[arg(long, value_name = "COMMAND", default_value = "lm_eval")]
     pub(super) lm_eval: PathBuf,

@@ -8,6 +8,7 @@ use std::sync::mpsc::{TryRecvError, channel};
 use anyhow::{Context, Result, bail, ensure};
 use gptq_checkpoint::ModelConfig;
 use gptq_model::context_limit;
+use gptq_pipeline::progress::Progress;
 use gptq_records::branch_report::TaskRecord;
 use gptq_records::tasks::parse_results;
 
@@ -50,7 +51,15 @@ fn ask_server(
         format!("The harness cannot be told of `{}`: a comma or = in its path", folder.display())
     })?;
     let config = ModelConfig::load(folder)?;
-    let context = text_model::CONTEXT.min(context_limit(&config).0);
+    let (limit, why) = context_limit(&config);
+    let context = args.context.unwrap_or(text_model::CONTEXT.min(limit));
+    ensure!(context <= limit, "--context {context} is above the {limit} that {why}");
+    if context < limit {
+        printer.warn(&format!(
+            "the model's context is {limit} tokens, of which {context} are used: the harness cuts \
+             off the beginnings of longer questions; --context says how many"
+        ));
+    }
     let advice = "text is made on one device; name it, as in --device cuda:0";
     let (device, dtype) = args.device.for_child(advice)?;
     let mut serve = vec![format!("--max-batch={}", args.batch), format!("--context={context}")];
