@@ -460,6 +460,7 @@ fn what_makes_no_sense_is_refused_by_name() {
     assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("chatty")));
     assert_eq!(server.get("/v1/models/chatty").ok(), models["data"][0]);
     server.get("/v1/models/gpt-5").refused(404, Some("model"), "chatty");
+    server.get("/v1/models/%FF").refused(400, Some("model"), "UTF-8");
     server.get("/v1/models/some/gpt-5").refused(404, Some("model"), "some/gpt-5");
     assert_eq!(server.get("/health").ok()["status"], "ok");
 }

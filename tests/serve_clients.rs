@@ -52,7 +52,8 @@ fn garbage_leaves_no_trace() {
         if round % 2 == 0 {
             // A head that promises more than comes.
             let _ = server.connect().write_all(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n\
+                  Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
             );
         }
     }
@@ -233,6 +234,22 @@ fn bodies_are_json_and_no_page_of_elsewhere_asks() {
     {
         ask(&format!("Host: localhost\r\n{kind}")).refused(415, None, "application/json");
     }
+    // Who sends much comes to read that it was for nothing.
+    let (large, mut stream) = (vec![b' '; 4 << 20], server.connect());
+    let head = format!(
+        "POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+         Content-Length: {}\r\n\r\n",
+        large.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    // A server that answers at once and closes would break this off.
+    for part in large.chunks(1 << 20) {
+        std::thread::sleep(Duration::from_millis(100));
+        stream.write_all(part).unwrap();
+    }
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 415 "), "{answer}");
     ask("Host: localhost\r\nContent-Type: Application/JSON; charset=utf-8\r\n").ok();
     let address = &server.address;
     ask(&format!("Host: {address}\r\nOrigin: http://{address}\r\n{json}")).ok();

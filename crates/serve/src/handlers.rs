@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
@@ -115,7 +116,13 @@ pub(crate) async fn models(State(shared): State<Arc<Shared>>) -> Response {
     json_response(&json!({"object": "list", "data": [shared.model()]}))
 }
 
-pub(crate) async fn model(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Response {
+pub(crate) async fn model(
+    State(shared): State<Arc<Shared>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Response {
+    let Ok(Path(name)) = name else {
+        return Refusal::param("model", "The model's name is not UTF-8").into_response();
+    };
     match shared.served.check_name(Some(&name)) {
         Ok(()) => json_response(&shared.model()),
         Err(refusal) => refusal.into_response(),
@@ -156,10 +163,12 @@ async fn answer(
     request: Request,
     prepare: Prepare,
 ) -> Result<Response, Refusal> {
-    if !is_json(request.headers()) {
+    let is_json = is_json(request.headers());
+    // Of whatever kind: who is answered while it sends may never come to read the answer.
+    let body = read(request.into_body()).await?;
+    if !is_json {
         return Err(Refusal::no_json());
     }
-    let body = read(request.into_body()).await?;
     // A large text takes a while, which others need not wait for; few at a time, for the memory.
     let with = Arc::clone(&shared);
     let understood = tokio::task::spawn_blocking(move || prepare(&with, &Fields::parse(&body)?));
