@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use gptq_compute::Tensor;
-use gptq_model::{Cache, Decoder};
+use gptq_model::{Cache, Decoder, PASS_TOKENS};
 use gptq_text::token_stream::TokenStream;
 use gptq_text::tokens::TextTokenizer;
 
@@ -21,10 +21,6 @@ use crate::stop::{StopStrings, Stopping};
 
 /// Rows of a prompt whose logits are there at a time: a vocabulary of numbers each.
 const SCORED_TOKENS: usize = 64;
-
-/// Tokens of a prompt that are read between two looks at whether it is still wanted: the decoder's own
-/// passes, so that the same numbers come of it.
-const READ_TOKENS: usize = 512;
 
 /// What is to be made of a prompt.
 #[derive(Clone, Debug)]
@@ -252,7 +248,9 @@ impl<'a> Engine<'a> {
         let shared = if whole { 0 } else { shared };
         self.keep(slot, shared);
         let mut last = None;
-        for part in prompt[shared..].chunks(READ_TOKENS) {
+        // Between two looks at whether it is still wanted the decoder makes a pass of its own, so that
+        // the same numbers come of it.
+        for part in prompt[shared..].chunks(PASS_TOKENS) {
             if self.interrupted.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
                 return Err(Error::Interrupted);
             }

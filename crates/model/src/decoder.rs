@@ -16,7 +16,7 @@ use crate::values::{SourcePrecision, Values};
 
 /// Tokens of a prompt that go through the model at a time: what they take besides the weights is a few
 /// activations of so many rows.
-const PASS_TOKENS: usize = 512;
+pub const PASS_TOKENS: usize = 512;
 
 /// The most tokens that a sequence of this model can have, and what says so.
 #[must_use]

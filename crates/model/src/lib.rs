@@ -15,7 +15,7 @@ mod model;
 mod values;
 
 pub use block::{Block, BlockParts, LinearId, Stage, Weight};
-pub use decoder::{Cache, Decoder, context_limit};
+pub use decoder::{Cache, Decoder, PASS_TOKENS, context_limit};
 pub use error::{Error, Result};
 pub use model::{Head, Model};
 pub use values::SourcePrecision;

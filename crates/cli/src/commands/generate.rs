@@ -149,6 +149,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let interrupt = Interrupt::listen()?;
     let decoder = model.decoder(&device, context, printer)?;
     let slots = args.batch.min(prompts.len());
+    // Once the weights are read: from here on Ctrl-C keeps what there is, be it nothing yet.
+    interrupt.begin();
     let mut engine = Engine::new(&decoder, &model.tokenizer, slots, context)?;
     engine.heed(interrupt.flag());
     let stream = prompts.len() == 1 && !args.json;
@@ -157,7 +159,6 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let mut first = None;
     let mut texts: Vec<_> = prompts.into_iter().map(Written::new).collect();
     let (mut next, mut of_slot, mut steps) = (0, vec![0; slots], 0_usize);
-    interrupt.begin();
     // A text that streams and that nobody reads any more need not be made.
     let mut read_on = true;
     while read_on && (next < texts.len() || engine.active() > 0) && !interrupt.is_pressed() {
