@@ -183,6 +183,9 @@ fn a_signal_ends_the_harness_and_the_server() {
         (&["-HUP", "-HUP"], 1),
         (&["-INT", "-INT", "-INT"], 2),
     ] {
+        if signals[0] == "-HUP" && util::hangups_are_ignored() {
+            continue;
+        }
         let asking = Asking::start(&dir);
         signals.iter().for_each(|signal| asking.signal(signal));
         let Asking { eval, address, processes } = asking;

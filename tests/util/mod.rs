@@ -359,3 +359,12 @@ pub(crate) fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     }
     found
 }
+
+/// Whether this process, and so its children, ignore SIGHUP, as under nohup.
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+pub(crate) fn hangups_are_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & 1 == 1)
+}
