@@ -5,8 +5,7 @@
 //          [tokens, padded / 32] f32 of every 32 of them.
 // Launch   grid (blocks of 256 places, tokens), 256 threads.
 // Regime   latency: a few tokens; of a prompt memory, whose reads lie apart. Bound: 8 bytes a value.
-#include "half.cuh"
-#include "reduce.cuh"
+#include "ordered.cuh"
 
 namespace {
 
@@ -17,12 +16,11 @@ template <class T>
 __device__ __forceinline__ void gather(const T* x, const int* places, half_t* out, float* sums, int cols, int padded) {
     const int place = blockIdx.x * 256 + threadIdx.x;
     if (place >= padded) return;
-    const int column = places ? places[place] : place < cols ? place : -1;
+    const int column = column_at(places, place, cols, padded);
     const long long token = blockIdx.y;
     const half_t value = column < 0 ? 0 : as_half(x[token * cols + column]);
     out[token * padded + place] = value;
-    const float sum = warp_reduce<Add>(half_to_float(value));
-    if (place % 32 == 0) sums[(token * padded + place) / 32] = sum;
+    put_sum(sums, token * padded + place, place, padded, value);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@
 // them, the same bytes by each.
 #include "dependent.cuh"
 #include "mma.cuh"
-#include "reduce.cuh"
+#include "ordered.cuh"
 
 namespace {
 
@@ -262,7 +262,7 @@ step_join(const float* sums, const float2* stats, const int2* at, const int* pla
     launch_next();
     const int here = threadIdx.x % PLACES, quarter = threadIdx.x / PLACES;
     const int place = blockIdx.x * PLACES + here, token = blockIdx.y;
-    const int value = place >= padded ? -1 : places ? places[place] : place < heads * dim ? place : -1;
+    const int value = column_at(places, place, heads * dim, padded);
     const int active = (at[token].y + split) / split;  // of position + 1 keys
     wait_for_last();
     float3 mine = {Max::identity(), 0.0f, 0.0f};  // maximum, total and weighted sum
@@ -290,6 +290,5 @@ step_join(const float* sums, const float2* stats, const int2* at, const int* pla
     const half_t joined = value < 0 ? 0 : float_to_half(sum / total);
     const long long to = (long long)token * padded + place;
     if (place < padded) out[to] = joined;
-    const float of_32 = warp_reduce<Add>(half_to_float(joined));
-    if (place < padded && place % 32 == 0) out_sums[to / 32] = of_32;
+    put_sum(out_sums, to, place, padded, joined);
 }

@@ -7,8 +7,7 @@
 //          than reading a part of it, and a second kernel would.
 // Regime   latency. Bound: 32 KiB of a row of 8192 from the second-level cache, about 1 us.
 #include "dependent.cuh"
-#include "half.cuh"
-#include "reduce.cuh"
+#include "ordered.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
 step_norm(const float* hidden, const float* gain, const int* places, half_t* out, float* sums, int cols,
@@ -16,7 +15,7 @@ step_norm(const float* hidden, const float* gain, const int* places, half_t* out
     __shared__ float scratch[32];
     launch_next();
     const int place = blockIdx.x * 256 + threadIdx.x;
-    const int column = place >= padded ? -1 : places ? places[place] : place < cols ? place : -1;
+    const int column = column_at(places, place, cols, padded);
     const float factor = column < 0 ? 0.0f : gain[column];
     wait_for_last();
     hidden += (long long)blockIdx.y * cols;
@@ -35,7 +34,5 @@ step_norm(const float* hidden, const float* gain, const int* places, half_t* out
     const half_t rounded = float_to_half(value * inverse);
     const long long to = (long long)blockIdx.y * padded + place;
     if (place < padded) out[to] = rounded;
-    if (!sums) return;
-    const float sum = warp_reduce<Add>(half_to_float(rounded));
-    if (place < padded && place % 32 == 0) sums[to / 32] = sum;
+    if (sums) put_sum(sums, to, place, padded, rounded);
 }

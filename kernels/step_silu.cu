@@ -6,15 +6,14 @@
 // Launch   grid (blocks of 256 places, tokens), 256 threads.
 // Regime   latency. Bound: 10 bytes a value, from the second-level cache: about 1 us.
 #include "dependent.cuh"
-#include "half.cuh"
-#include "reduce.cuh"
+#include "ordered.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
 step_silu(const float* gate, const float* up, const int* places, half_t* out, float* sums, int cols,
           int padded) {
     launch_next();
     const int place = blockIdx.x * 256 + threadIdx.x;
-    const int column = place >= padded ? -1 : places ? places[place] : place < cols ? place : -1;
+    const int column = column_at(places, place, cols, padded);
     wait_for_last();
     if (place >= padded) return;
     const long long token = blockIdx.y;
@@ -25,6 +24,5 @@ step_silu(const float* gate, const float* up, const int* places, half_t* out, fl
     }
     const half_t rounded = float_to_half(value);
     out[token * padded + place] = rounded;
-    const float sum = warp_reduce<Add>(half_to_float(rounded));
-    if (place % 32 == 0) sums[(token * padded + place) / 32] = sum;
+    put_sum(sums, token * padded + place, place, padded, rounded);
 }

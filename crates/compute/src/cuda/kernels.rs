@@ -70,6 +70,7 @@ const HEADERS: &[(&str, &str)] = embedded![
     "gptq.cuh",
     "half.cuh",
     "mma.cuh",
+    "ordered.cuh",
     "reduce.cuh"
 ];
 
