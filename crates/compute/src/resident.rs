@@ -127,15 +127,7 @@ impl Device {
     /// # Errors
     /// [`Error::ShapeMismatch`] and [`Error::DeviceMismatch`].
     pub fn resident_linear(&self, x: &Tensor, w: &Resident) -> Result<Tensor> {
-        const OP: &str = "resident_linear";
-        ensure_shape(x.cols() == w.shape().1, OP, x.shape(), w.shape())?;
-        match (&x.0, &w.0) {
-            (Storage::Cpu(x), Kept::Cpu(w)) => Ok(Tensor(Storage::Cpu(product(x, w)))),
-            (Storage::Cuda(x), Kept::Cuda(w)) if Arc::ptr_eq(x.cuda(), w.cuda()) => {
-                Ok(Tensor(Storage::Cuda(cuda::product::linear(x, w)?)))
-            }
-            _ => Err(Error::DeviceMismatch { op: OP }),
-        }
+        resident_product("resident_linear", x, w, cuda::product::linear)
     }
 
     /// The same in f32 on every device.
@@ -143,15 +135,7 @@ impl Device {
     /// # Errors
     /// [`Error::ShapeMismatch`] and [`Error::DeviceMismatch`].
     pub fn resident_logits(&self, x: &Tensor, w: &Resident) -> Result<Tensor> {
-        const OP: &str = "resident_logits";
-        ensure_shape(x.cols() == w.shape().1, OP, x.shape(), w.shape())?;
-        match (&x.0, &w.0) {
-            (Storage::Cpu(x), Kept::Cpu(w)) => Ok(Tensor(Storage::Cpu(product(x, w)))),
-            (Storage::Cuda(x), Kept::Cuda(w)) if Arc::ptr_eq(x.cuda(), w.cuda()) => {
-                Ok(Tensor(Storage::Cuda(cuda::product::logits(x, w)?)))
-            }
-            _ => Err(Error::DeviceMismatch { op: OP }),
-        }
+        resident_product("resident_logits", x, w, cuda::product::logits)
     }
 
     /// Another copy of a weight, in memory of its own.
@@ -234,8 +218,23 @@ impl Device {
     }
 }
 
-fn product(x: &Array2<f32>, w: &cpu::resident::Resident) -> Array2<f32> {
-    let mut out = Array2::zeros((x.nrows(), w.shape().0));
-    w.multiply(x, 0.0, &mut out);
-    out
+/// x · wᵀ, on a card by `on_card`.
+fn resident_product(
+    op: &'static str,
+    x: &Tensor,
+    w: &Resident,
+    on_card: fn(&cuda::Matrix, &Coded) -> Result<cuda::Matrix>,
+) -> Result<Tensor> {
+    ensure_shape(x.cols() == w.shape().1, op, x.shape(), w.shape())?;
+    Ok(Tensor(match (&x.0, &w.0) {
+        (Storage::Cpu(x), Kept::Cpu(w)) => {
+            let mut out = Array2::zeros((x.nrows(), w.shape().0));
+            w.multiply(x, 0.0, &mut out);
+            Storage::Cpu(out)
+        }
+        (Storage::Cuda(x), Kept::Cuda(w)) if Arc::ptr_eq(x.cuda(), w.cuda()) => {
+            Storage::Cuda(on_card(x, w)?)
+        }
+        _ => return Err(Error::DeviceMismatch { op }),
+    }))
 }

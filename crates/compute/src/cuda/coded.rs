@@ -38,8 +38,6 @@ pub(crate) struct Coded {
     tiles: Buffer<u32>,
     cells: Buffer<u8>,
     grid: Grid,
-    /// Of both.
-    bytes: usize,
     order: Order,
 }
 
@@ -76,6 +74,21 @@ fn lane_words(bits: u8) -> usize {
     subs(bits) * usize::from(bits) / 2
 }
 
+/// Words of the tiles of so many rows and steps.
+fn tile_words(bits: u8, rows: usize, steps: usize) -> usize {
+    rows.div_ceil(TILE_ROWS) * steps * lane_words(bits) * 32
+}
+
+/// Bytes of the cells of so many rows and steps, `tail` vectors each.
+fn cell_bytes(rows: usize, steps: usize, tail: usize) -> usize {
+    rows.div_ceil(TILE_ROWS) * steps * tail * VECTOR
+}
+
+/// Vectors of a step's cells: of scales, and of zeros where these differ.
+fn cell_vectors(bits: u8, every: usize, zeros: bool) -> usize {
+    subs(bits) / every * if zeros { 3 } else { 2 }
+}
+
 /// Sub-blocks of a cell, of groups of `run`.
 fn sub_blocks_of_cell(run: usize) -> usize {
     [4, 2].into_iter().find(|n| run.is_multiple_of(*n)).unwrap_or(1)
@@ -84,17 +97,16 @@ fn sub_blocks_of_cell(run: usize) -> usize {
 /// Bytes that a weight takes on a card: symmetric codes in groups of so many columns or of all, or with 16
 /// bits fp16 values. The order of its columns, four bytes each after act-order, is not counted.
 pub(crate) fn kept_bytes(bits: u8, (rows, cols): (usize, usize), group: Option<usize>) -> usize {
-    let (subs, row_tiles) = (subs(bits), rows.div_ceil(TILE_ROWS));
     let size = group.unwrap_or(cols).min(cols);
     // Groups that do not fill sub-blocks are filled up.
     let columns = match size.is_multiple_of(SUB) {
         true => cols,
         false => cols / size * size.next_multiple_of(SUB) + cols % size,
     };
-    let steps = columns.div_ceil(subs * SUB);
+    let steps = columns.div_ceil(subs(bits) * SUB);
     let every = sub_blocks_of_cell(if size.is_multiple_of(SUB) { size / SUB } else { 1 });
-    let tail = if bits < 16 { subs / every * 2 * VECTOR } else { 0 };
-    row_tiles * steps * (lane_words(bits) * 32 * size_of::<u32>() + tail)
+    let tail = if bits < 16 { cell_vectors(bits, every, false) } else { 0 };
+    tile_words(bits, rows, steps) * size_of::<u32>() + cell_bytes(rows, steps, tail)
 }
 
 /// The columns of groups side by side, and the group of every run of sub-blocks.
@@ -152,11 +164,11 @@ impl Coded {
         let zero = zeros.first().copied().unwrap_or_default();
         let differ = zeros.iter().any(|&z| z != zero);
         let count = subs(bits) / every;
-        let tail = count * if differ { 3 } else { 2 };
+        let tail = cell_vectors(bits, every, differ);
         let steps = grouping.places.len().div_ceil(subs(bits) * SUB);
         // Step by step: scales, then zeros.
         let groups = grouping.of_cells(steps * count, every);
-        let mut cells = vec![0_u8; rows.div_ceil(TILE_ROWS) * steps * tail * VECTOR];
+        let mut cells = vec![0_u8; cell_bytes(rows, steps, tail)];
         let of_tile = cells.par_chunks_mut((steps * tail * VECTOR).max(1));
         of_tile.enumerate().for_each(|(tile, bytes)| {
             let rows_here = tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS);
@@ -178,7 +190,7 @@ impl Coded {
         let order = Order::new(cuda, grouping.places, subs(bits) * SUB)?;
         let codes = cuda.copied(STAGE, codes)?;
         let grid = Grid { every, tail, zeros: differ, zero };
-        let cells = (grid, cells.len(), cuda.copied(STAGE, &cells)?);
+        let cells = (grid, cuda.copied(STAGE, &cells)?);
         Self::tiled(cuda, bits, (rows, cols), cells, order, &codes)
     }
 
@@ -189,7 +201,7 @@ impl Coded {
             return Err(Error::WrongType { op: STAGE, needs: "f16" });
         };
         let grid = Grid { every: 1, tail: 0, zeros: false, zero: 0 };
-        let cells = (grid, 0, cuda.zeros(STAGE, 1)?);
+        let cells = (grid, cuda.zeros(STAGE, 1)?);
         Self::tiled(cuda, 16, shape, cells, Order { places: None }, values)
     }
 
@@ -197,13 +209,13 @@ impl Coded {
         cuda: &Arc<Cuda>,
         bits: u8,
         (rows, cols): (usize, usize),
-        (grid, cell_bytes, cells): (Grid, usize, Buffer<u8>),
+        (grid, cells): (Grid, Buffer<u8>),
         order: Order,
         values: &Buffer<T>,
     ) -> Result<Self> {
         let padded = order.len().unwrap_or(cols).next_multiple_of(subs(bits) * SUB);
         let (steps, row_tiles) = (padded / (subs(bits) * SUB), rows.div_ceil(TILE_ROWS));
-        let words = row_tiles * steps * lane_words(bits) * 32;
+        let words = tile_words(bits, rows, steps);
         let mut tiles = cuda.uninit::<u32>(STAGE, words)?;
         let function = cuda.kernel("coded_tiles.cu", tiles_name(bits))?;
         let places = order.address(cuda);
@@ -217,8 +229,7 @@ impl Coded {
         // SAFETY: the arguments are the kernel's: values hold rows × cols, places as many columns of the
         // weight as the tiles have, or are null, and the tiles' words were counted above.
         unsafe { launch.launch(cuda.spread(words)) }.stage(STAGE)?;
-        let (cuda, bytes) = (Arc::clone(cuda), words * size_of::<u32>() + cell_bytes);
-        Ok(Self { cuda, bits, rows, cols, steps, tiles, cells, grid, bytes, order })
+        Ok(Self { cuda: Arc::clone(cuda), bits, rows, cols, steps, tiles, cells, grid, order })
     }
 
     /// The same weight in memory of its own.
@@ -280,7 +291,8 @@ impl Coded {
 
     /// Bytes that a product with a few tokens reads.
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes
+        let words = tile_words(self.bits, self.rows, self.steps);
+        words * size_of::<u32>() + cell_bytes(self.rows, self.steps, self.grid.tail)
     }
 
     /// Tokens `[tokens, cols]` in this weight's order, fp16, and the sums of every 32 of their values.

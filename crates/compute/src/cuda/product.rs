@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg};
 use half::f16;
 
 use super::coded::{Coded, TILE_ROWS, subs};
@@ -39,7 +39,7 @@ struct Part {
 /// `Product` of `coded_linear.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(super) struct Product {
+struct Product {
     parts: [Part; PARTS],
     x: u64,
     x_sums: u64,
@@ -63,9 +63,30 @@ pub(super) struct Output<'a> {
 
 /// A launch of the kernel.
 pub(super) struct Launch {
-    pub(super) function: CudaFunction,
-    pub(super) config: LaunchConfig,
-    pub(super) product: Product,
+    function: CudaFunction,
+    config: LaunchConfig,
+    product: Product,
+}
+
+impl Launch {
+    /// Queues the kernel, behind one that it need not wait for at once.
+    ///
+    /// # Safety
+    /// What the product's addresses are of lives until the work is done; see [`dependent::launch`].
+    pub(super) unsafe fn queue(&self, cuda: &Cuda, stream: &CudaStream) -> Result<()> {
+        let mut arguments = Arguments::new();
+        arguments.push(&self.product);
+        // SAFETY: the argument is the kernel's, which keeps to the rule; the caller vouches for the rest.
+        unsafe {
+            dependent::launch(
+                (cuda, stream),
+                "coded_linear",
+                &self.function,
+                self.config,
+                &mut arguments,
+            )
+        }
+    }
 }
 
 /// What a variant of the kernel takes; as in `coded_linear.cuh`.
@@ -279,19 +300,8 @@ pub(crate) fn seconds(x: &Matrix, sets: &[Vec<&Coded>]) -> Result<f64> {
         cuda.synchronize(OP)?;
         let timer = Timer::start(cuda)?;
         for launch in &prepared {
-            let mut arguments = Arguments::new();
-            arguments.push(&launch.product);
-            // SAFETY: the argument is the kernel's; the addresses are those of weights, tokens and
-            // outputs that outlive the work.
-            unsafe {
-                dependent::launch(
-                    (cuda, cuda.stream()),
-                    OP,
-                    &launch.function,
-                    launch.config,
-                    &mut arguments,
-                )
-            }?;
+            // SAFETY: the addresses are those of weights, tokens and outputs that outlive the work.
+            unsafe { launch.queue(cuda, cuda.stream()) }?;
         }
         least = least.min(timer.stop()?.as_secs_f64());
     }
@@ -300,8 +310,8 @@ pub(crate) fn seconds(x: &Matrix, sets: &[Vec<&Coded>]) -> Result<f64> {
 
 /// By cuBLAS, over the weight widened to fp16.
 fn many(op: &'static str, x: &Matrix, w: &Coded, beta: f32, target: Operand) -> Result<()> {
-    let (x, wide): (Matrix, Matrix) = (w.in_order(x)?.0, w.widened()?);
-    let (cuda, k): (&Arc<Cuda>, usize) = (w.cuda(), w.padded());
+    let (x, wide) = (w.in_order(x)?.0, w.widened()?);
+    let (cuda, k) = (w.cuda(), w.padded());
     let left = Operand::new(cuda, wide.f16(op)?, 0, k, TRANSPOSED);
     let right = Operand::new(cuda, x.f16(op)?, 0, k, PLAIN);
     // SAFETY: both operands have `padded` columns, and the caller made the target [x.rows, w.rows].

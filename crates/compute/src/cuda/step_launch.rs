@@ -132,10 +132,8 @@ impl Launcher<'_> {
 
     /// A product that was prepared.
     pub(super) fn product(&self, prepared: &Launch) -> Result<()> {
-        let mut given = arguments![&prepared.product];
-        let (function, config) = (&prepared.function, prepared.config);
         // SAFETY: as above.
-        unsafe { launch((self.cuda, self.stream), "coded_linear", function, config, &mut given) }
+        unsafe { prepared.queue(self.cuda, self.stream) }
     }
 
     /// Norms of heads where there are gains, rotary embedding, keys and values into the cache, and every
