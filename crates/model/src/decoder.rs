@@ -180,7 +180,11 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// [`Error::ContextFull`], with nothing taken, and those of the device.
     pub fn feed(&self, cache: &mut Cache, slot: usize, ids: &[u32]) -> Result<Tensor> {
-        cache.span(slot, ids.len())?;
+        let span = cache.span(slot, ids.len())?;
+        if (1..=PASS_TOKENS).contains(&ids.len()) {
+            return self.pass(cache, ids, &[span]);
+        }
+        // What several passes give is put together in host memory.
         let mut hidden = Array2::zeros((ids.len(), self.config().hidden_size));
         for (part, mut rows) in
             ids.chunks(PASS_TOKENS).zip(hidden.axis_chunks_iter_mut(Axis(0), PASS_TOKENS))
