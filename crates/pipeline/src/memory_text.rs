@@ -2,10 +2,9 @@
 
 use gptq_checkpoint::ModelConfig;
 use gptq_compute::Resident;
+use gptq_model::PASS_TOKENS;
 use serde::Serialize;
 
-/// Tokens of a prompt that are read at a time; as in `gptq_model`'s decoder.
-const PASS_TOKENS: usize = 512;
 /// Bytes of an fp16 value.
 const HALF: usize = 2;
 
