@@ -156,6 +156,8 @@ fn each_line(pipe: impl Read, mut take: impl FnMut(&str)) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{ChildStdout, Stdio};
+
     use super::*;
 
     #[test]
@@ -168,15 +170,20 @@ mod tests {
         each_line(endless, |line| assert_eq!(line.len(), MOST_LINE));
     }
 
+    /// A script that runs, and its stdout.
+    fn shell(script: &str) -> (Running, ChildStdout, Interrupt) {
+        let interrupt = Interrupt::listen_to_the_end().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).stdout(Stdio::piped());
+        let mut running = Running::start(&mut command, &interrupt).unwrap();
+        let pipe = running.child().stdout.take().unwrap();
+        (running, pipe, interrupt)
+    }
+
     #[test]
     fn what_is_dropped_ends_with_all_that_it_started() {
         // Two that ignore the polite request, of which the second holds the pipe as well.
-        let mut command = Command::new("sh");
-        command.args(["-c", "trap '' TERM; sleep 100 & echo ready; wait"]);
-        let interrupt = Interrupt::listen_to_the_end().unwrap();
-        let mut running =
-            Running::start(command.stdout(std::process::Stdio::piped()), &interrupt).unwrap();
-        let mut pipe = running.child().stdout.take().unwrap();
+        let (running, mut pipe, _interrupt) = shell("trap '' TERM; sleep 100 & echo ready; wait");
         let mut ready = [0; 6];
         pipe.read_exact(&mut ready).unwrap();
         let start = Instant::now();
@@ -187,12 +194,7 @@ mod tests {
 
     #[test]
     fn what_a_program_leaves_behind_ends_when_it_does() {
-        let mut command = Command::new("sh");
-        command.args(["-c", "sleep 100 & exit 7"]);
-        let interrupt = Interrupt::listen_to_the_end().unwrap();
-        let mut running =
-            Running::start(command.stdout(std::process::Stdio::piped()), &interrupt).unwrap();
-        let mut pipe = running.child().stdout.take().unwrap();
+        let (mut running, mut pipe, interrupt) = shell("sleep 100 & exit 7");
         assert_eq!(running.wait(&interrupt).unwrap().code(), Some(7));
         // The one that was left held the pipe.
         let start = Instant::now();
@@ -202,12 +204,8 @@ mod tests {
 
     #[test]
     fn a_second_signal_shortens_the_time_to_end() {
-        let mut command = Command::new("sh");
-        command.args(["-c", "trap '' TERM; echo ready; while :; do sleep 1; done"]);
-        let interrupt = Interrupt::listen_to_the_end().unwrap();
-        let mut running =
-            Running::start(command.stdout(std::process::Stdio::piped()), &interrupt).unwrap();
-        let mut pipe = running.child().stdout.take().unwrap();
+        let (running, mut pipe, interrupt) =
+            shell("trap '' TERM; echo ready; while :; do sleep 1; done");
         pipe.read_exact(&mut [0; 6]).unwrap();
         interrupt.again().store(true, Ordering::Relaxed);
         let start = Instant::now();

@@ -149,13 +149,7 @@ impl DeviceArgs {
     /// the type of the numbers there; nothing is opened. `advice` says what to do instead of several.
     pub(crate) fn for_child(&self, advice: &str) -> Result<(Vec<String>, &'static str)> {
         self.check_one(advice)?;
-        let card = match &self.device {
-            Some(DeviceName::Cpu) => None,
-            Some(DeviceName::Cuda) => Some(0),
-            Some(DeviceName::Cards(cards)) => cards.first().copied(),
-            Some(DeviceName::All) => every_card()?.first().copied(),
-            None => every_card().ok().and_then(|cards| cards.first().copied()),
-        };
+        let card = self.cards()?.first().copied();
         let name = card.map_or_else(|| "cpu".to_owned(), |card| format!("cuda:{card}"));
         let mut options = vec![format!("--device={name}")];
         options.extend(self.gpu_memory.map(|bytes| format!("--gpu-memory={bytes}")));
@@ -164,14 +158,21 @@ impl DeviceArgs {
 
     /// The devices of a process that is alone.
     fn all(&self) -> Result<Vec<Device>> {
-        let cards = match &self.device {
-            None => return Ok(vec![Device::best()?]),
-            Some(DeviceName::Cpu) => return Ok(vec![Device::Cpu]),
+        match self.cards()? {
+            cards if cards.is_empty() => Ok(vec![Device::Cpu]),
+            cards => cards.into_iter().map(|card| Ok(Device::cuda(card)?)).collect(),
+        }
+    }
+
+    /// The cards of a process that is alone; none for the CPU.
+    fn cards(&self) -> Result<Vec<usize>> {
+        Ok(match &self.device {
+            None => every_card().into_iter().flatten().take(1).collect(),
+            Some(DeviceName::Cpu) => Vec::new(),
             Some(DeviceName::Cuda) => vec![0],
             Some(DeviceName::Cards(cards)) => cards.clone(),
             Some(DeviceName::All) => every_card()?,
-        };
-        cards.into_iter().map(|card| Ok(Device::cuda(card)?)).collect()
+        })
     }
 
     /// The device of a process among others.

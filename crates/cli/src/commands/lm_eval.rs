@@ -60,8 +60,7 @@ fn ask_server(
              off the beginnings of longer questions; --context says how many"
         ));
     }
-    let advice = "text is made on one device; name it, as in --device cuda:0";
-    let (device, dtype) = args.device.for_child(advice)?;
+    let (device, dtype) = args.device.for_child(text_model::ONE_DEVICE)?;
     let mut serve = vec![format!("--max-batch={}", args.batch), format!("--context={context}")];
     serve.extend(device);
     let server = Server::start(folder, &serve, interrupt)?;

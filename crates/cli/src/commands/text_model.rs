@@ -222,9 +222,12 @@ pub(crate) fn check_at_once(option: &str, texts: usize) -> Result<()> {
     Ok(())
 }
 
+/// What to do instead of naming several devices.
+pub(crate) const ONE_DEVICE: &str = "text is made on one device; name it, as in --device cuda:0";
+
 /// Where text is made: one device, which holds the whole model.
 pub(crate) fn text_device(args: &DeviceArgs, printer: &Printer) -> Result<Device> {
-    args.open_one(printer, "text is made on one device; name it, as in --device cuda:0")
+    args.open_one(printer, ONE_DEVICE)
 }
 
 /// Warns of a `--system` that a template has no place for.
