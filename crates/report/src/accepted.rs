@@ -175,13 +175,19 @@ impl AcceptedTask {
             ("the number of questions", number(self.samples), number(now.samples)),
             ("the harness", self.harness.clone(), harness),
         ];
-        let differ = |(what, then, now): (&str, Option<String>, Option<String>)| {
-            let (then, now) = (then?, now.unwrap_or_else(|| "unknown".to_owned()));
-            (then != now).then(|| format!("{what} was {then}, now {now}"))
-        };
-        let differences: Vec<String> = pairs.into_iter().filter_map(differ).collect();
-        (!differences.is_empty()).then(|| differences.join("; "))
+        // A baseline that does not say a condition holds it to nothing.
+        differences(pairs.into_iter().filter_map(|(what, then, now)| {
+            Some((what, then?, now.unwrap_or_else(|| "unknown".to_owned())))
+        }))
     }
+}
+
+/// What was one way and is another, in words.
+fn differences<'a>(pairs: impl IntoIterator<Item = (&'a str, String, String)>) -> Option<String> {
+    let differ = pairs.into_iter().filter(|(_, then, now)| then != now);
+    let differences: Vec<String> =
+        differ.map(|(what, then, now)| format!("{what} was {then}, now {now}")).collect();
+    (!differences.is_empty()).then(|| differences.join("; "))
 }
 
 impl Settings {
@@ -208,9 +214,6 @@ impl Settings {
                 now.source_dtype.name().to_owned(),
             ),
         ];
-        let differ = pairs.into_iter().filter(|(_, then, now)| then != now);
-        let differences: Vec<String> =
-            differ.map(|(what, then, now)| format!("{what} was {then}, now {now}")).collect();
-        (!differences.is_empty()).then(|| differences.join("; "))
+        differences(pairs)
     }
 }
