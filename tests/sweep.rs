@@ -172,6 +172,7 @@ fn several_devices_make_and_measure_what_one_does() {
     let job = SweepJob {
         config: &config,
         branches: &config.branches,
+        model: config.model.as_deref().unwrap(),
         source: &source,
         origin: None,
         calibration: &config.calibration.sample(&tokenizer).unwrap(),

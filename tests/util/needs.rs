@@ -29,6 +29,8 @@ pub(crate) enum Need {
     Mount,
     /// `strace`, which kills a process at a system call.
     Strace,
+    /// util-linux's `script`, which runs a command on a terminal.
+    Terminal,
 }
 
 impl Need {
@@ -42,6 +44,7 @@ impl Need {
             Self::SmolLm2 => "smollm2",
             Self::Mount => "mount",
             Self::Strace => "strace",
+            Self::Terminal => "terminal",
         }
     }
 

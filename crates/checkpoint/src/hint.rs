@@ -32,6 +32,12 @@ impl Error {
                  cache that holds it"
             )
             .into(),
+            Self::InvalidHubId { id } if id.contains('\\') => {
+                "paths have `/` between their parts".into()
+            }
+            Self::InvalidHubId { .. } => {
+                "give a folder that is there, or a model of the Hub as `ORG/NAME`".into()
+            }
             Self::NoHubCache { .. } => "give a local folder, or set HF_HOME".into(),
             _ => return None,
         })

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
+
 use crate::hint;
 use crate::hub;
 use crate::launch;
@@ -10,8 +12,33 @@ use crate::printer::write_stderr;
 const USER: u8 = 1;
 const INTERNAL: u8 = 2;
 
+/// What `gptq` says without a command: no line is longer than 40 letters.
+const START: &str = "\
+gptq quantizes Llama-family models
+with GPTQ and proves the result.
+
+Where to start:
+
+  gptq doctor
+    what this machine can do
+  gptq plan MODEL
+    size, memory, time of nine branches
+  gptq quantize MODEL --out DIR
+    4 bits, group size 128, act-order
+
+MODEL is a folder or a Hub id, such as
+HuggingFaceTB/SmolLM2-135M.
+
+All commands: gptq --help
+";
+
 /// clap's own messages: help and version are no errors; a wrong command line is the user's.
 pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    // Nobody asked for anything; all of clap's help would not say where to begin.
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        write_stderr(START.trim_end());
+        return ExitCode::from(USER);
+    }
     // A closed pipe is the reader's choice, not a failure of ours.
     let _ = error.print();
     if error.use_stderr() { ExitCode::from(USER) } else { ExitCode::SUCCESS }

@@ -44,13 +44,27 @@ pub(crate) fn caused(
 
 /// What the error and its causes say to do, each once, the outermost first.
 pub(crate) fn hints(error: &anyhow::Error) -> Vec<Cow<'_, str>> {
-    let mut hints = Vec::new();
+    let mut hints: Vec<Cow<'_, str>> = Vec::new();
     for hint in error.chain().filter_map(of) {
-        if !hints.contains(&hint) {
+        // What lacks a text says how to fetch it better than what lacks its repository.
+        let fetches = |hint: &str| hint.contains("`gptq fetch ");
+        let said = |earlier: &Cow<'_, str>| *earlier == hint || fetches(earlier) && fetches(&hint);
+        if !hints.iter().any(said) {
             hints.push(hint);
         }
     }
+    if hints.is_empty() {
+        hints.extend(nothing_there(error));
+    }
     hints
+}
+
+/// A file that is not there is most often one of another folder.
+fn nothing_there(error: &anyhow::Error) -> Option<Cow<'_, str>> {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>())?;
+    let here = std::env::current_dir().ok()?;
+    (io.kind() == std::io::ErrorKind::NotFound)
+        .then(|| format!("check the name; paths count from {}", here.display()).into())
 }
 
 /// What one link of the chain says to do.

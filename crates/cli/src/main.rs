@@ -19,6 +19,7 @@ mod launch;
 mod local_ranks;
 mod plain;
 mod printer;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -32,7 +33,7 @@ fn main() -> ExitCode {
     gptq_compute::cuda::prepare_environment();
     let words = match args::typed(std::env::args_os()) {
         Ok(words) => words,
-        Err(error) => return exit::report(&error.into()),
+        Err(error) => return exit::report(&error),
     };
     let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,

@@ -9,6 +9,7 @@ use gptq_pipeline::progress::{BlockReport, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::plain::plain;
+use crate::terminal::{is_dumb, painted, width};
 
 /// Prints progress as bars on a terminal and as lines elsewhere. Clones draw the same bars.
 #[derive(Clone)]
@@ -30,7 +31,13 @@ struct Phase {
 }
 
 /// How a bar looks.
-const TEMPLATE: &str = "{prefix:>12} {wide_bar} block {pos}/{len}  {elapsed} elapsed, {eta} left";
+fn template() -> &'static str {
+    // What does not fit into a line is broken into several, of which only the last is drawn over.
+    match width(&std::io::stderr()) {
+        Some(columns) if columns < 72 => "{prefix} {pos}/{len}, {eta} left",
+        _ => "{prefix:>12} {wide_bar} block {pos}/{len}  {elapsed} elapsed, {eta} left",
+    }
+}
 
 /// Between two lines about steps that have nothing to say of themselves.
 const QUIET_TIME: Duration = Duration::from_secs(5);
@@ -44,7 +51,8 @@ impl Phase {
     /// Shows how far each of several branches is, on a line of its own.
     fn show(&mut self, branch: &str, block: usize) {
         if self.branches.is_empty()
-            && let Ok(style) = ProgressStyle::with_template(&format!("{TEMPLATE}\n{{wide_msg}}"))
+            && let Ok(style) =
+                ProgressStyle::with_template(&format!("{}\n{{wide_msg}}", template()))
         {
             self.bar.set_style(style);
         }
@@ -70,7 +78,8 @@ impl Phase {
 impl Printer {
     /// `quiet` leaves only warnings and errors; `no_progress` replaces bars by lines.
     pub(crate) fn new(quiet: bool, no_progress: bool) -> Self {
-        let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
+        // A bar is drawn over the one before.
+        let bars = !quiet && !no_progress && std::io::stderr().is_terminal() && !is_dumb();
         Self { quiet, bars, phase: Arc::new(Mutex::new(None)) }
     }
 
@@ -137,7 +146,7 @@ impl Drop for Status {
 
 /// Writes a line; a closed stderr is nobody's concern.
 pub(crate) fn write_stderr(message: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", plain(message));
+    let _ = writeln!(std::io::stderr(), "{}", painted(plain(message)));
 }
 
 impl Progress for Printer {
@@ -145,7 +154,7 @@ impl Progress for Printer {
         let target =
             if self.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(steps as u64), target);
-        if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+        if let Ok(style) = ProgressStyle::with_template(template()) {
             bar.set_style(style);
         }
         bar.set_prefix(phase.to_owned());

@@ -370,6 +370,7 @@ impl Error {
             Self::NoToken => "set HF_TOKEN, or HF_TOKEN_PATH to a file that holds it".into(),
             Self::Public { .. } => "make it private on the Hub, or leave out --private".into(),
             Self::Panicked { .. } => "report the lines above, and run the command again".into(),
+            Self::NothingToPush { .. } => "gptq quantize and gptq sweep make checkpoints".into(),
             Self::NoFile { .. } => "move it out of the folder".into(),
             Self::Changed { .. } => "run the command again when it is finished".into(),
             Self::NotLarge { .. } => "let `.gitattributes` on the branch name its kind, as in \

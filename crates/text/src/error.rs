@@ -278,6 +278,9 @@ impl Error {
                 "use a longer text or a smaller seq_len".into()
             }
             Self::NoWindows => "ask for at least 1".into(),
+            Self::RecipeUnknown { .. } => {
+                "to calibrate on a text of your own, use --calib-dataset TEXT.txt".into()
+            }
             _ => return None,
         })
     }

@@ -1,19 +1,26 @@
 //! What is done to the words of the command line before clap reads them.
 
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 
-use gptq_text::home::{HomeError, expand_home};
+use anyhow::Result;
+use gptq_text::home::expand_home;
+
+use crate::hint::advised;
 
 /// Options that may stand alone, so that clap takes a value of theirs after `=` only.
 const SWITCHES: [&str; 2] = ["--act-order", "--desc-act"];
+
+/// Options whose values are texts, in which anything may stand.
+const TEXTS: [&str; 3] = ["--prompt", "--system", "--stop"];
 
 /// The words as they are meant: `--act-order false` as `--act-order=false`, and a leading `~/`, which
 /// shells leave alone behind `=` and in quotes, as the home folder. `./~/x` means a folder of that
 /// name.
 ///
 /// # Errors
-/// A `~` where nothing says which folder is home.
-pub(crate) fn typed(words: impl IntoIterator<Item = OsString>) -> Result<Vec<OsString>, HomeError> {
+/// A `~` where nothing says which folder is home, and a path of Windows.
+pub(crate) fn typed(words: impl IntoIterator<Item = OsString>) -> Result<Vec<OsString>> {
     let mut typed: Vec<OsString> = Vec::new();
     for word in words {
         match typed.last_mut() {
@@ -21,7 +28,11 @@ pub(crate) fn typed(words: impl IntoIterator<Item = OsString>) -> Result<Vec<OsS
                 last.push("=");
                 last.push(word);
             }
-            _ => typed.push(at_home(word)?),
+            Some(last) if TEXTS.iter().any(|option| last == option) => typed.push(at_home(word)?),
+            _ => {
+                refuse_windows(&word)?;
+                typed.push(at_home(word)?);
+            }
         }
     }
     Ok(typed)
@@ -33,7 +44,7 @@ fn is_switch(word: &OsStr) -> bool {
 
 /// A word with its path, or the path of `--option=~/path`, taken from the home folder. Words that are
 /// no Unicode stay as they are: a shell that can type them has expanded them.
-fn at_home(word: OsString) -> Result<OsString, HomeError> {
+fn at_home(word: OsString) -> Result<OsString> {
     let Some(text) = word.to_str() else { return Ok(word) };
     let (option, path) = match text.split_once('=') {
         Some((option, path)) if option.starts_with("--") => (Some(option), path),
@@ -41,6 +52,34 @@ fn at_home(word: OsString) -> Result<OsString, HomeError> {
     };
     let path = expand_home(path)?;
     Ok(option.map_or_else(|| path.to_string(), |option| format!("{option}={path}")).into())
+}
+
+/// A path such as `C:\models\x`: read as one of this system it would be a strange name in the current
+/// folder, or no Hub id. A file that has this name is meant, of course.
+fn refuse_windows(word: &OsStr) -> Result<()> {
+    let Some(text) = word.to_str() else { return Ok(()) };
+    let path = match text.split_once('=') {
+        Some((option, _)) if TEXTS.contains(&option) => return Ok(()),
+        Some((option, path)) if option.starts_with("--") => path,
+        _ => text,
+    };
+    let mut letters = path.chars();
+    let (drive, colon, slash) = (letters.next(), letters.next(), letters.next());
+    let share = path.starts_with("\\\\");
+    let on_drive = drive.is_some_and(|c| c.is_ascii_alphabetic())
+        && colon == Some(':')
+        && matches!(slash, Some('\\' | '/'));
+    if !(share || on_drive) || Path::new(path).exists() {
+        return Ok(());
+    }
+    let hint = match drive {
+        Some(drive) if on_drive => {
+            let rest = letters.as_str().replace('\\', "/");
+            format!("under WSL it is /mnt/{}/{rest}", drive.to_ascii_lowercase())
+        }
+        _ => "copy or mount it where this system can read it".to_owned(),
+    };
+    Err(advised(format!("`{path}` is a path of Windows, and this is another system"), hint))
 }
 
 #[cfg(test)]
@@ -62,6 +101,20 @@ mod tests {
             (&["m", "--act-order"][..], &["m", "--act-order"][..]),
         ] {
             assert_eq!(meant(words), meaning);
+        }
+    }
+
+    #[test]
+    fn paths_of_windows_are_refused_and_texts_are_not() {
+        for word in ["C:\\models\\x", "d:/x", "--out=C:\\x", "\\\\host\\share"] {
+            assert!(typed([OsString::from(word)]).is_err(), "{word}");
+        }
+        for words in [
+            &["--prompt", "C:\\x is"][..],
+            &["--system=C:\\x"],
+            &["a:b:c", "c:x", "org/name", "--tasks=c:", "C:"],
+        ] {
+            assert_eq!(meant(words), words);
         }
     }
 

@@ -1,7 +1,7 @@
 //! `gptq doctor`: what this machine has for GPU runs, and what to do about what it lacks.
 
 use anyhow::Result;
-use gptq_compute::cuda::{Probe, probe};
+use gptq_compute::cuda::{Library, Probe, probe};
 use gptq_pipeline::host_memory;
 use serde::Serialize;
 
@@ -28,19 +28,71 @@ struct Check {
     advice: Option<&'static str>,
 }
 
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Output {
+    #[serde(flatten)]
+    verdict: Verdict,
+    checks: Vec<Check>,
+}
+
+/// What all facts come to.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Verdict {
+    /// What a run uses, `gpu` or `cpu`; none where it stops.
+    runs_on: Option<&'static str>,
+    verdict: String,
+    next: String,
+}
+
 pub(crate) fn run(args: &Args, _: &Printer) -> Result<()> {
-    let checks = checks(&probe());
+    let probe = probe();
+    let missing = |library: &Library| *library != Library::Nccl && !library.is_present();
+    let missing: Vec<&str> = Library::ALL.into_iter().filter(missing).map(Library::file).collect();
+    let cards = probe.cards.iter().map(|card| (card.name.as_str(), card.supported));
+    let output = Output { verdict: verdict(cards, &missing), checks: checks(&probe) };
     if args.json {
-        return print_json(&checks);
+        return print_json(&output);
     }
-    let rows: Vec<Vec<String>> = checks
+    let rows: Vec<Vec<String>> = output
+        .checks
         .iter()
         .map(|c| {
             let found = c.found.clone().unwrap_or_else(|| "missing".to_owned());
             vec![c.what.clone(), found, c.advice.unwrap_or_default().to_owned()]
         })
         .collect();
-    print_result(&table(&["", "found", "what to do"], 3, &rows))
+    let Verdict { verdict, next, .. } = &output.verdict;
+    let table = table(&["", "found", "what to do"], 3, &rows);
+    print_result(&format!("{table}\n{verdict}\nNext: {next}\n"))
+}
+
+/// The one thing that this machine can do and the one to do next, of its cards and whether their
+/// kernels can run there, and of the libraries that are missing.
+fn verdict<'a>(cards: impl Iterator<Item = (&'a str, bool)>, missing: &[&str]) -> Verdict {
+    let cards: Vec<(&str, bool)> = cards.collect();
+    let usable: Vec<&str> = cards.iter().filter(|card| card.1).map(|card| card.0).collect();
+    let plan = "gptq plan MODEL, for size, memory and time of nine branches".to_owned();
+    let (runs_on, verdict, next) = match (usable.as_slice(), missing) {
+        ([first, rest @ ..], []) => {
+            let more = match rest.len() {
+                0 => String::new(),
+                more => format!(", and {more} more"),
+            };
+            (Some("gpu"), format!("Ready: runs use the GPU, {first}{more}."), plan)
+        }
+        // The program does not go on without being told to: a CPU takes hours for minutes of a GPU.
+        ([first, ..], missing) => (
+            None,
+            format!("Not ready: {first} cannot be used without {}.", missing.join(", ")),
+            "install what is missing as said above, or run with --device cpu".to_owned(),
+        ),
+        ([], _) if !cards.is_empty() => {
+            (Some("cpu"), "Ready, on the CPU: the GPU is older than sm_80.".to_owned(), plan)
+        }
+        ([], _) => (Some("cpu"), "Ready, on the CPU: no driver shows a GPU.".to_owned(), plan),
+    };
+    Verdict { runs_on, verdict, next }
 }
 
 fn checks(probe: &Probe) -> Vec<Check> {
@@ -95,4 +147,36 @@ fn checks(probe: &Probe) -> Vec<Check> {
         advice: None,
     });
     checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_facts_come_to_one_verdict_and_one_step() {
+        let of = |cards: &[(&str, bool)], missing: &[&str]| {
+            let Verdict { runs_on, verdict, next } = verdict(cards.iter().copied(), missing);
+            assert!(!verdict.contains('\n') && !next.contains('\n'));
+            (runs_on, verdict, next)
+        };
+        let (ready, verdict, next) = of(&[("H100", true), ("H100", true)], &[]);
+        assert_eq!(
+            (ready, verdict.as_str()),
+            (Some("gpu"), "Ready: runs use the GPU, H100, and 1 more.")
+        );
+        assert!(next.starts_with("gptq plan "));
+        // A driver and a card, as without any toolkit.
+        let (ready, verdict, next) = of(&[("H100", true)], &["libnvrtc.so.13"]);
+        assert_eq!(verdict, "Not ready: H100 cannot be used without libnvrtc.so.13.");
+        assert!(ready.is_none() && next.contains("--device cpu"));
+        let (ready, verdict, _) = of(&[("V100", false)], &[]);
+        assert_eq!(
+            (ready, verdict.as_str()),
+            (Some("cpu"), "Ready, on the CPU: the GPU is older than sm_80.")
+        );
+        let (_, verdict, next) = of(&[], &["libcuda.so.1", "libnvrtc.so.13"]);
+        assert_eq!(verdict, "Ready, on the CPU: no driver shows a GPU.");
+        assert!(next.starts_with("gptq plan "));
+    }
 }

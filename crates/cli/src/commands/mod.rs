@@ -1,22 +1,26 @@
 //! One file a command: its arguments, and from them to printed results.
 //!
-//! A command is its file, `mod` and a row of `commands!`.
+//! A command is its file, `mod` and a row of `commands!`, which names the schema of what it prints
+//! with `--json`.
 
 mod bench;
 mod card;
 mod chat;
 mod check;
+mod completions;
 mod doctor;
 mod eval;
 mod fetch;
 mod generate;
 mod inspect;
 mod lm_eval;
+mod man;
 mod plan;
 mod ppl;
 mod push;
 mod quantize;
 mod report;
+mod schema;
 mod serve;
 pub(crate) mod source;
 mod sweep;
@@ -34,9 +38,9 @@ use crate::plain::plain;
 use crate::printer::Printer;
 pub(crate) use table::gigabytes;
 
-/// Makes the commands' enum and what runs them, from a list of names and modules.
+/// Makes the commands' enum, what runs them and their schemas, from a list of names, modules and files.
 macro_rules! commands {
-    ($($name:ident: $module:ident,)*) => {
+    ($($name:ident: $module:ident $(=> $schema:literal)?,)*) => {
         // Undocumented: clap would show the text as help.
         #[derive(Debug, Subcommand)]
         pub(crate) enum Command {
@@ -49,28 +53,36 @@ macro_rules! commands {
                 $(Command::$name(args) => $module::run(&args, printer),)*
             }
         }
+
+        /// Commands that print JSON, and its schema.
+        const SCHEMAS: &[(&str, &str)] = &[
+            $($((stringify!($module), include_str!(concat!("../../schemas/", $schema))),)?)*
+        ];
     };
 }
 
 // In the order in which help shows them.
 commands! {
-    Quantize: quantize,
-    Ppl: ppl,
-    Generate: generate,
-    Chat: chat,
+    Quantize: quantize => "quantize.json",
+    Ppl: ppl => "ppl.json",
+    Generate: generate => "generate.json",
+    Chat: chat => "chat.json",
     Serve: serve,
-    Eval: eval,
-    Plan: plan,
-    Inspect: inspect,
-    Verify: verify,
-    Sweep: sweep,
-    Report: report,
-    Check: check,
-    Card: card,
-    Bench: bench,
-    Doctor: doctor,
-    Fetch: fetch,
-    Push: push,
+    Eval: eval => "eval.json",
+    Plan: plan => "plan.json",
+    Inspect: inspect => "inspect.json",
+    Verify: verify => "verify.json",
+    Sweep: sweep => "sweep.json",
+    Report: report => "report.json",
+    Check: check => "check.json",
+    Card: card => "card.json",
+    Bench: bench => "bench.json",
+    Doctor: doctor => "doctor.json",
+    Fetch: fetch => "fetch.json",
+    Push: push => "push.json",
+    Schema: schema,
+    Completions: completions,
+    Man: man,
 }
 
 /// Writes a result for people to stdout.

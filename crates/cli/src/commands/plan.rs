@@ -4,11 +4,11 @@ use anyhow::Result;
 use gptq_pipeline::cards::Card;
 use gptq_pipeline::plan::{BranchPlan, Setting, plan_branch};
 use gptq_pipeline::rates::{KnownRates, Prediction, Source};
-use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
+use gptq_pipeline::sweep::config::ANY_MODEL;
 use gptq_pipeline::write::planned_metadata;
 use serde::Serialize;
 
-use super::source::open_config;
+use super::source::{open_config, open_sweep};
 use super::table::{gigabytes, group, operations, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_bytes;
@@ -17,16 +17,17 @@ use crate::printer::Printer;
 /// Predict sizes, memory, work and time of every branch from config.json alone
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  gptq plan stabilityai/StableBeluga2 --config configs/stablebeluga2.toml
-  gptq plan stabilityai/StableBeluga2 --card H100
+  gptq plan HuggingFaceTB/SmolLM2-135M
+  gptq plan stabilityai/StableBeluga2 --config stablebeluga2 --card H100
 
 Without --card, the time is that of the first GPU, or of the CPU without one, by what gptq bench
 measured on it.")]
 pub(crate) struct Args {
     /// Folder that holds config.json, or a Hub id, ORG/NAME or ORG/NAME@REVISION
     model: String,
-    /// Sweep configuration
-    #[arg(long, value_name = "FILE", default_value = BUILT_IN)]
+    /// Sweep configuration: a file, or nine (the published table's settings, for any model) or
+    /// stablebeluga2, which are built in
+    #[arg(long, value_name = "FILE", default_value = ANY_MODEL)]
     config: String,
     /// GPU memory to plan for [default: the card's, or 80GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
@@ -60,7 +61,7 @@ struct Row {
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
-    let config = SweepConfig::open(&args.config)?;
+    let config = open_sweep(&args.config)?;
     let model = open_config(&args.model, printer)?;
     let rates = match &args.card {
         Some(card) => KnownRates::of_card(card),
@@ -115,16 +116,18 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         "time",
     ];
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
-    print_result(&format!(
-        "{}\n{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
-        table(&header, 1, &cells),
+    let note = format!(
+        "{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
         setting.windows,
         setting.seq_len,
         config.calibration.dataset,
         gigabytes(gpu_memory),
         rows.first().map_or(0, |row| row.plan.text.context),
         explained(args.card.as_ref(), &rows),
-    ))
+    );
+    print_result(&format!("{}\n{note}", table(&header, 1, &cells)))?;
+    printer.note(&format!("Make them: gptq sweep {} --model {}", args.config, args.model));
+    Ok(())
 }
 
 /// What the times are of, and where they come from.

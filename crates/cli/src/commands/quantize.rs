@@ -12,7 +12,7 @@ use gptq_pipeline::plan::{Setting, plan_branch};
 use gptq_pipeline::progress::{BlockReport, Progress};
 use gptq_pipeline::quantize::quantize;
 use gptq_pipeline::rates::{KnownRates, Prediction, Source, compared};
-use gptq_pipeline::sweep::config::{BUILT_IN, SweepConfig};
+use gptq_pipeline::sweep::config::BUILT_IN;
 use gptq_pipeline::write::planned_metadata;
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::model_name;
@@ -21,7 +21,7 @@ use gptq_text::calibration::{Calibration, CalibrationRecipe};
 use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
-use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
+use super::source::{open_arriving, open_checkpoint, open_sweep, provide_text, warn_of};
 use super::table::size;
 use super::{print_json, print_result};
 use crate::args::values::parse_bytes;
@@ -73,7 +73,8 @@ pub(crate) struct Args {
     /// Take the settings of this branch of --config; options given here win
     #[arg(long, value_name = "NAME")]
     branch: Option<String>,
-    /// Sweep configuration that holds --branch [default: the built-in stablebeluga2]
+    /// Sweep configuration that holds --branch: a file, or nine or stablebeluga2, which are built in
+    /// [default: stablebeluga2]
     #[arg(long, value_name = "FILE", requires = "branch")]
     config: Option<String>,
     /// Split the weights into files of at most this size, such as 5GB
@@ -258,7 +259,7 @@ fn settings(args: &Args) -> Result<Settings> {
     let mut own_damp = false;
     let mut settings = match &args.branch {
         Some(name) => {
-            let config = SweepConfig::open(args.config.as_deref().unwrap_or(BUILT_IN))?;
+            let config = open_sweep(args.config.as_deref().unwrap_or(BUILT_IN))?;
             let branch = config.branch(name)?;
             own_damp = branch.own_damp;
             Settings {

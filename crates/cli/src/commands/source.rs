@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
 use gptq_pipeline::progress::Progress;
+use gptq_pipeline::sweep::config::{ANY_MODEL, BUILT_IN, SweepConfig};
 use gptq_text::dataset::DatasetSpec;
 
 use crate::hint::advised;
@@ -47,6 +48,18 @@ pub(super) fn open_arriving(model: &str, printer: &Printer) -> Result<(Checkpoin
 pub(super) fn open_config(model: &str, printer: &Printer) -> Result<ModelConfig> {
     let opened = find(model).and_then(|dir| ModelConfig::load(&dir));
     or_download(model, opened, Part::Config, printer, ModelConfig::load)
+}
+
+/// Reads a sweep's configuration by file, or by name where it is built in.
+pub(super) fn open_sweep(name_or_path: &str) -> Result<SweepConfig> {
+    let built_in = [ANY_MODEL, BUILT_IN];
+    if !built_in.contains(&name_or_path) && !Path::new(name_or_path).exists() {
+        return Err(advised(
+            format!("There is no configuration `{name_or_path}`"),
+            format!("name a file, or one that is built in: {}", built_in.join(" or ")),
+        ));
+    }
+    Ok(SweepConfig::open(name_or_path)?)
 }
 
 /// The folder of a checkpoint that may have faults, by folder or Hub id.

@@ -20,24 +20,26 @@ use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
 use super::quantize::sample;
-use super::source::{open_arriving, open_checkpoint, provide_text, warn_of};
+use super::source::{open_arriving, open_checkpoint, open_sweep, provide_text, warn_of};
 use super::table::{group, operations, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_count;
 use crate::args::{CalibrationArgs, DeviceArgs};
+use crate::hint::advised;
 use crate::printer::Printer;
 
 /// Make and measure every branch of a configuration
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   gptq sweep configs/demo.toml
+  gptq sweep nine --model HuggingFaceTB/SmolLM2-135M --out ./branches
   gptq sweep configs/stablebeluga2.toml --out ./branches --dry-run
   gptq sweep configs/stablebeluga2.toml --out ./branches --jobs 2/4
 
 An interrupted sweep goes on where it was when the same command is run again: branches whose files
 and inputs are unchanged are reused.")]
 pub(crate) struct Args {
-    /// Sweep configuration
+    /// Sweep configuration: a file, or nine or stablebeluga2, which are built in
     config: String,
     /// Folder for the branches, one folder each
     #[arg(long, value_name = "DIR", default_value = "branches")]
@@ -83,11 +85,11 @@ const ADVICE: &str = "start it without a launcher and use --device cuda:all, or 
                       give each a part: --jobs 1/2, --jobs 2/2";
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
-    let mut config = SweepConfig::open(&args.config)?;
+    let mut config = open_sweep(&args.config)?;
     refuse_inputs(&args.out.join(SWEEP_FILE), [Path::new(&args.config)])?;
-    if let Some(model) = &args.model {
-        config.model.clone_from(model);
-    }
+    let Some(model) = args.model.as_ref().or(config.model.as_ref()).cloned() else {
+        return Err(advised(format!("`{}` names no model", args.config), "give one with --model"));
+    };
     if let Some(name) = &args.calibration.calib {
         config.calibration = CalibrationRecipe::open(name)?;
     }
@@ -95,8 +97,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     let branches = selected(&config, &args.only)?;
     let (source, origin) = match args.discard_shards {
-        true => open_arriving(&config.model, printer).map(|(source, of)| (source, Some(of)))?,
-        false => (open_checkpoint(&config.model, printer)?, None),
+        true => open_arriving(&model, printer).map(|(source, of)| (source, Some(of)))?,
+        false => (open_checkpoint(&model, printer)?, None),
     };
     warn_of(&source, args.strict, printer)?;
     if let Some(evaluation) = &config.evaluation {
@@ -109,6 +111,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let mut job = SweepJob {
         config: &config,
         branches: &branches,
+        model: &model,
         source: &source,
         origin: origin.as_deref(),
         calibration: &calibration,

@@ -8,11 +8,61 @@ use gptq_pipeline::rates::Prediction;
 use gptq_text::evaluation::EvalText;
 
 use crate::plain::plain_word;
+use crate::terminal::width;
 
 pub(crate) use gptq_report::units::{gigabytes, group};
 
-/// A borderless table; `left` names the number of leading columns that hold text.
+/// A table as wide as its cells; on a terminal that is narrower, each row as a paragraph. `left` names
+/// the number of leading columns that hold text.
 pub(crate) fn table(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
+    let table = lines(header, left, rows);
+    match width(&std::io::stdout()) {
+        Some(columns) if table.lines().any(|line| line.chars().count() > columns) => {
+            paragraphs(header, rows, columns)
+        }
+        _ => table,
+    }
+}
+
+/// Each row's first cell, and below it the others with their names, in lines of at most `columns`
+/// letters where no single word is longer.
+fn paragraphs(header: &[&str], rows: &[Vec<String>], columns: usize) -> String {
+    let mut text = String::new();
+    for row in rows {
+        let mut named = header.iter().zip(row).filter(|(_, cell)| !cell.is_empty());
+        if let Some((_, first)) = named.next() {
+            text.push_str(&format!("{}\n", plain_word(first)));
+        }
+        let cell = |(name, cell): (&&str, &String)| match *name {
+            "" => plain_word(cell).into_owned(),
+            name => format!("{name}: {}", plain_word(cell)),
+        };
+        let mut cells: Vec<String> = named.map(cell).collect();
+        let last = cells.len().saturating_sub(1);
+        cells.iter_mut().take(last).for_each(|cell| cell.push(';'));
+        let mut line = " ".to_owned();
+        let fits =
+            |line: &str, more: &str| line.chars().count() + 1 + more.chars().count() <= columns;
+        // Between cells where that is possible, else between words.
+        let parts = cells.iter().flat_map(|cell| match fits(" ", cell) {
+            true => vec![cell.as_str()],
+            false => cell.split(' ').collect(),
+        });
+        for part in parts {
+            if line.len() > 1 && !fits(&line, part) {
+                text.push_str(&format!("{line}\n"));
+                line = " ".to_owned();
+            }
+            line.push_str(&format!(" {part}"));
+        }
+        if line.len() > 1 {
+            text.push_str(&format!("{line}\n"));
+        }
+    }
+    text
+}
+
+fn lines(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.set_header(header);
@@ -84,4 +134,20 @@ pub(crate) fn perplexity(result: &Perplexity, text: &EvalText, dtype: &str) -> S
 /// `yes` or `no`.
 pub(crate) fn yes_no(value: bool) -> String {
     gptq_report::units::yes_no(value).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_become_paragraphs_where_lines_are_short() {
+        let row = |cells: [&str; 4]| cells.map(str::to_owned).to_vec();
+        let rows =
+            [row(["4bit-32g", "4", "", "a few words that go on"]), row(["b", "3", "6.73 kB", ""])];
+        assert_eq!(
+            paragraphs(&["branch", "bits", "x", ""], &rows, 20),
+            "4bit-32g\n  bits: 4; a few\n  words that go on\nb\n  bits: 3;\n  x: 6.73 kB\n"
+        );
+    }
 }

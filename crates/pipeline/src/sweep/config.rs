@@ -1,7 +1,7 @@
 //! Sweep configurations: the branches of a table, as TOML.
 //!
-//! Top-level values are the branches' defaults. `configs/stablebeluga2.toml` is built in, so that
-//! `--branch` works from any folder.
+//! Top-level values are the branches' defaults. `configs/stablebeluga2.toml` and `configs/nine.toml`
+//! are built in, so that `--branch` and `gptq plan` work from any folder.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,13 @@ use crate::error::{Error, Result};
 
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";
-const BUILT_IN_TEXT: &str = include_str!("../../../../configs/stablebeluga2.toml");
+/// Name of the configuration of any model: it names none.
+pub const ANY_MODEL: &str = "nine";
+/// Configurations that need no file.
+const BUILT_IN_TEXTS: [(&str, &str); 2] = [
+    (BUILT_IN, include_str!("../../../../configs/stablebeluga2.toml")),
+    (ANY_MODEL, include_str!("../../../../configs/nine.toml")),
+];
 const BUILT_IN_CARD: &str = include_str!("../../../../configs/cards/stablebeluga2.toml");
 
 /// Bytes of a branch's name: file systems take 255, and a folder that is being made has a longer one.
@@ -31,7 +37,7 @@ const LONGEST_NAME: usize = 255 - PARTIAL_END.len();
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawConfig {
-    model: String,
+    model: Option<String>,
     calibration: String,
     #[serde(default)]
     calibration_overrides: CalibrationOverrides,
@@ -81,8 +87,8 @@ fn modern() -> String {
 pub struct SweepConfig {
     /// Where it was read from, for messages.
     pub file: String,
-    /// Hub id or folder of the dense model.
-    pub model: String,
+    /// Hub id or folder of the dense model; none where any will do.
+    pub model: Option<String>,
     /// What to calibrate on.
     pub calibration: CalibrationRecipe,
     /// File layout of every branch.
@@ -114,8 +120,8 @@ impl SweepConfig {
     /// # Errors
     /// A file that cannot be read, unknown keys, and values that no branch can have.
     pub fn open(name_or_path: &str) -> Result<Self> {
-        if name_or_path == BUILT_IN {
-            return Self::parse(BUILT_IN_TEXT, BUILT_IN, Path::new(""));
+        if let Some((name, text)) = BUILT_IN_TEXTS.iter().find(|(name, _)| *name == name_or_path) {
+            return Self::parse(text, name, Path::new(""));
         }
         let path = Path::new(name_or_path);
         let text = gptq_checkpoint::read_small_text(path)
@@ -161,11 +167,12 @@ impl SweepConfig {
             }
             None => None,
         };
+        let model = raw.model.as_deref().map(home).transpose()?;
         let mut overrides = raw.calibration_overrides;
         overrides.dataset = overrides.dataset.map(|dataset| dataset.relative_to(folder));
         Ok(Self {
             file: file.to_owned(),
-            model: local_model(&home(&raw.model)?, folder),
+            model: model.map(|model| local_model(&model, folder)),
             calibration: calibration.with(overrides)?,
             layout,
             source_dtype: raw.source_dtype,
@@ -283,6 +290,22 @@ mod tests {
         assert_eq!(config.branch("main").unwrap().spec.group_size, None);
         assert_eq!(config.card.as_ref().unwrap().name, "StableBeluga2");
         assert!(config.branch("nain").unwrap_err().to_string().contains("main"));
+    }
+
+    /// What is planned for any model is what was published for one, by the better recipe.
+    #[test]
+    fn any_model_has_the_settings_of_the_published_table() {
+        let (any, published) =
+            (SweepConfig::open(ANY_MODEL).unwrap(), SweepConfig::open(BUILT_IN).unwrap());
+        let settings = |config: &SweepConfig| {
+            let setting = |b: &Branch| (b.spec.bits, b.spec.group_size, b.spec.act_order);
+            config.branches.iter().map(setting).collect::<Vec<_>>()
+        };
+        assert_eq!(settings(&any), settings(&published));
+        assert!(any.branches.iter().all(|b| b.spec.recipe == Recipe::Best));
+        assert_eq!(any.model, None);
+        let evaluation = any.evaluation.unwrap();
+        assert_ne!(evaluation.dataset.to_string(), any.calibration.dataset.to_string());
     }
 
     #[test]

@@ -138,7 +138,7 @@ fn quantize_job<'a>(
 ) -> QuantizeJob<'a> {
     QuantizeJob {
         source: job.source,
-        model: model_name(&job.config.model),
+        model: model_name(job.model),
         branch: branch.name.clone(),
         source_dtype: job.config.source_dtype,
         device: job.devices.get(device).unwrap_or(job.device()).clone(),

@@ -64,7 +64,7 @@ impl<'a> Run<'a> {
         let baseline_key = baseline_key(job, source.as_deref(), measured_on.as_deref());
         let known = earlier.as_ref().filter(|e| source.is_some() && e.baseline_key == baseline_key);
         let mut report = SweepReport {
-            model: job.config.model.clone(),
+            model: job.model.to_owned(),
             source_dtype: dtype,
             baseline: known.and_then(|e| e.baseline),
             baseline_key,

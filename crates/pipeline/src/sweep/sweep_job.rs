@@ -24,6 +24,8 @@ pub struct SweepJob<'a> {
     pub config: &'a SweepConfig,
     /// Its branches that this process makes.
     pub branches: &'a [Branch],
+    /// Hub id or folder of the dense model, as it was named.
+    pub model: &'a str,
     /// The dense model.
     pub source: &'a Checkpoint,
     /// Of a source whose shards come and go, what they are of: other contents have another name.
@@ -117,7 +119,7 @@ impl SweepJob<'_> {
         [
             ("the program", TOOL.to_owned()),
             ("the branch", branch.name.clone()),
-            ("the model", model_name(&self.config.model)),
+            ("the model", model_name(self.model)),
             ("settings", settings),
             ("source dtype", self.config.source_dtype.name().to_owned()),
             ("layout", self.config.layout.name().to_owned()),
