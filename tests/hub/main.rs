@@ -163,7 +163,7 @@ fn a_model_is_fetched_once_and_then_found_by_its_id() {
 fn what_a_command_needs_is_downloaded() {
     let (setting, commit) = Setting::with_model();
     let plan = setting.gptq(&["plan", "org/name"]);
-    assert!(plan.ok().contains("gptq-4bit-32g-actorder_True"), "{}", plan.stdout);
+    assert!(plan.ok().contains("4bit-32g-act "), "{}", plan.stdout);
     let snapshot = setting.repository("models--org--name/snapshots").join(&commit);
     assert_eq!(listing(&snapshot), ["config.json"]);
 
