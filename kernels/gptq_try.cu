@@ -1,6 +1,6 @@
 // gptq_try: what solving one group of at most 128 columns would leave, for each of several candidate
-// scales of a row: s = ratio * 2 absmax / max_code. gptq_pick: the candidate with the least, the first
-// of equals.
+// scales of a row: s = ratio * 2 absmax / max_code, ratios being of either sign. gptq_pick: the
+// candidate with the least, the first of equals.
 //
 // Layout   w, u and lanes as in gptq_block.cu, the group being a block of its own. ratios [y] f32.
 //          trials [ratios, rows] float2: a candidate's scale and its sum of err^2. scales [rows] f32.
@@ -8,7 +8,7 @@
 //          file_scale keeps every scale within fp16.
 // Launch   gptq_try: 256 threads, 64 rows a CTA, grid (rows / 64, ratios). gptq_pick: a thread a row.
 // Regime   issue. Bound: gptq_block's, 30 us for 28672 rows and 128 columns on 132 SMs, times the
-//          ratios: 34 of them take 1 ms, 65 ms for 28672 x 8192. Codes and errors are not stored, and
+//          ratios: 34 of them take 1 ms, 65 ms for 28672 x 8192; 68 of both signs twice that. Codes and errors are not stored, and
 //          W and U come from L2 after the first ratio.
 // Numerics as in gptq_block.cu; the four lanes of a row have the same sum.
 

@@ -2,7 +2,7 @@
 //
 //   group_scales         AutoGPTQ's find_params (symmetric): the range widened by zero, made symmetric
 //                        only where a value is negative, -1..1 where all are zero; / max_code.
-//   group_scales_search  s = ratio * 2 absmax / max_code for the ratio that minimizes
+//   group_scales_search  s = ratio * 2 absmax / max_code for the ratio, of either sign, that minimizes
 //                        sum diag (w - v)^2, v being w on the grid of s; the first of equals.
 //
 // Layout   w [rows, ld] f32 row-major, w at the first group's first column; diag f32 likewise. Groups

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision};
 use crate::error::Result;
-use crate::grid::{absmax_scale, clip_ratios, code, file_scale, searched_scale};
+use crate::grid::{absmax_scale, code, file_scale, searched_scale, signed_ratios};
 use crate::hessian::Factored;
 use crate::solved::{Quantized, Stored, group_index};
 use crate::spec::QuantSpec;
@@ -104,7 +104,7 @@ impl<'a> Solver<'a> {
             upper: factored.upper.as_host(),
             importance: &factored.importance,
             choices: spec.choices,
-            ratios: clip_ratios().to_vec(),
+            ratios: signed_ratios(spec.choices.signs),
             whole_rows: spec.group_size.is_none(),
             group: spec.group_columns(n),
             zero: f32::from(spec.zero()),
@@ -203,7 +203,7 @@ fn solve_block(
 ) {
     let n = band.weight.ncols();
     let mut current = vec![0.0_f32; columns.len()];
-    let mut trial = Trial::new();
+    let mut trial = Trial::new(solver.choices.signs);
     for (r, mut errors) in errors.axis_iter_mut(Axis(0)).enumerate() {
         let outer = band.weight.row(r);
         let Some(outer) = outer.as_slice() else { return };

@@ -226,7 +226,11 @@ fn the_other_choices_are_solved() {
     let upper = linalg::inverse_upper_factor(&plan.hessian(&gram)).unwrap();
     let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving: false };
-    let (search, tried) = (Some(search), Some(ClipSearch { by_solving: true, ..search }));
+    let tried = ClipSearch { by_solving: true, ..search };
+    let both = signed(&ratios);
+    let signed_search = Some(ClipSearch { ratios: &both, ..search });
+    let signed_tried = Some(ClipSearch { ratios: &both, ..tried });
+    let (search, tried) = (Some(search), Some(tried));
     for (name, group, search) in [
         ("fresh", Some(32), None),
         ("fresh, searched", Some(128), search),
@@ -237,6 +241,10 @@ fn the_other_choices_are_solved() {
         ("fresh, tried, small groups", Some(32), tried),
         ("fresh, tried, odd groups", Some(100), tried),
         ("fresh, tried as searched", Some(192), tried),
+        ("fresh, both signs searched", Some(192), signed_search),
+        ("fresh, both signs, one group", None, signed_search),
+        ("fresh, both signs tried", Some(128), signed_tried),
+        ("fresh, both signs tried, odd groups", Some(100), signed_tried),
     ] {
         let options = SolveOptions { fresh: true, half_scales: true, search, ..options(4, group) };
         let half_values = options.half_scales;
@@ -245,7 +253,12 @@ fn the_other_choices_are_solved() {
     }
 }
 
-/// The rule of both ends of fp16 is the host's: finite positive scales, the same ones where no column
+/// The same candidates with a negative sign as well.
+fn signed(ratios: &[f32]) -> Vec<f32> {
+    ratios.iter().copied().chain(ratios.iter().map(|ratio| -ratio)).collect()
+}
+
+/// The rule of both ends of fp16 is the host's: finite scales, none 0, the same ones where no column
 /// pays for another, and weights that fp16 holds.
 #[test]
 fn scales_fit_both_ends_of_fp16() {
@@ -257,9 +270,13 @@ fn scales_fit_both_ends_of_fp16() {
     let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving: false };
     let tried = ClipSearch { by_solving: true, ..search };
+    let both = signed(&ratios);
+    let signed = ClipSearch { ratios: &both, ..tried };
     for (bits, group) in [(2, Some(32)), (3, None), (4, Some(16)), (4, Some(48)), (8, Some(128))] {
-        for (half_scales, search) in
-            [(false, None), (true, None), (true, Some(search)), (true, Some(tried))]
+        for (half_scales, search) in [None, Some(search), Some(tried), Some(signed)]
+            .map(|search| (true, search))
+            .into_iter()
+            .chain([(false, None)])
         {
             let options = SolveOptions { fresh: true, half_scales, search, ..options(bits, group) };
             let title = format!("{bits} bits, group {group:?}, {search:?}");
@@ -270,7 +287,8 @@ fn scales_fit_both_ends_of_fp16() {
             let (least, most) = (2.0_f32.powi(-24), 65504.0 / (1_u32 << (bits - 1)) as f32);
             for &scale in &solved.scales {
                 let stored = f16::from_f32(scale).to_f32();
-                assert!((least..=most).contains(&stored), "{title}: {scale}");
+                let magnitude = if search.is_some() { stored.abs() } else { stored };
+                assert!((least..=most).contains(&magnitude), "{title}: {scale}");
             }
             let given = solved.weight.to_host().unwrap();
             assert!(given.iter().all(|v| v.is_finite()), "{title}");

@@ -35,7 +35,7 @@ const SCALE_ROWS: usize = 8;
 /// A search for the scale that loses least, weighted by the Hessian's diagonal.
 #[derive(Clone, Copy, Debug)]
 pub struct ClipSearch<'a> {
-    /// Candidates, as multiples of the scale 2 · absmax / (2^bits − 1).
+    /// Candidates, as multiples of the scale 2 · absmax / (2^bits − 1), of either sign.
     pub ratios: &'a [f32],
     /// diag(H) in solve order.
     pub importance: &'a [f32],
