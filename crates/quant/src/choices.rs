@@ -30,9 +30,9 @@ pub enum Clip {
     None,
     /// The scale, among fractions of the absmax one, that minimizes Σ diag(H) (w − ŵ)².
     Search,
-    /// Among the same, the scale under which solving the group's columns leaves the least error: for
-    /// groups of at most 128 columns with fresh weights, which are solved on their own; others as
-    /// [`Clip::Search`].
+    /// Among the same, the scale under which solving the group's columns leaves the least error. With
+    /// fresh weights; stale ones as [`Clip::Search`]. A group of more than 128 columns is tried in
+    /// blocks of 128 that do not know of each other.
     Solve,
 }
 

@@ -3,12 +3,14 @@
 //! The error that a scale leaves weight by weight is not what the solve leaves: within a group each
 //! column's error is passed on to those after it. Here every candidate is taken through the group's
 //! columns, and the one with the least Σ err² is kept: exactly what the group adds to
-//! tr((W − Ŵ) H (W − Ŵ)ᵀ).
+//! tr((W − Ŵ) H (W − Ŵ)ᵀ). A group of more than [`BLOCK`] columns is tried in blocks of so many, each
+//! as if the errors of the others did not reach it.
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, s};
 
 use crate::choices::Signs;
 use crate::grid::{CLIP_STEPS, ROUND, clip_base, file_scale, signed_ratios};
+use crate::host::BLOCK;
 
 /// Candidates side by side.
 type Lanes = [f32; CLIP_STEPS];
@@ -61,6 +63,24 @@ impl Trial {
         scales: &Lanes,
         (zero, max_code): (f32, f32),
     ) -> Lanes {
+        let mut losses = [0.0; CLIP_STEPS];
+        for start in (0..row.len()).step_by(BLOCK) {
+            let block = start..(start + BLOCK).min(row.len());
+            let upper = upper.slice(s![block.clone(), block.clone()]);
+            let left = self.block_losses(&row[block], upper, scales, (zero, max_code));
+            losses.iter_mut().zip(left).for_each(|(sum, loss)| *sum += loss);
+        }
+        losses
+    }
+
+    /// Σ err² of a block of columns under each scale.
+    fn block_losses(
+        &mut self,
+        row: &[f32],
+        upper: ArrayView2<'_, f32>,
+        scales: &Lanes,
+        (zero, max_code): (f32, f32),
+    ) -> Lanes {
         self.current.clear();
         self.current.extend(row.iter().map(|&w| [w; CLIP_STEPS]));
         let mut losses = [0.0; CLIP_STEPS];
@@ -98,7 +118,8 @@ mod tests {
             let steps = (now[i] / scale).round_ties_even().clamp(-zero, max_code - zero);
             let error = (now[i] - steps * scale) / f64::from(upper[[i, i]]);
             sum += error * error;
-            for (j, now) in now.iter_mut().enumerate().skip(i + 1) {
+            let end = (i / BLOCK + 1) * BLOCK;
+            for (j, now) in now.iter_mut().enumerate().take(end).skip(i + 1) {
                 *now -= error * f64::from(upper[[i, j]]);
             }
         }
@@ -107,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_trial_finds_what_the_solve_leaves_least_of() {
-        let shapes = [(37, 3), (128, 4), (1, 2), (32, 8)];
+        let shapes = [(37, 3), (128, 4), (1, 2), (32, 8), (300, 3)];
         let mut negative = 0;
         for (signs, (len, bits)) in
             [Signs::Positive, Signs::Both].into_iter().flat_map(|s| shapes.map(|shape| (s, shape)))

@@ -240,11 +240,14 @@ fn the_other_choices_are_solved() {
         ("fresh, tried", Some(128), tried),
         ("fresh, tried, small groups", Some(32), tried),
         ("fresh, tried, odd groups", Some(100), tried),
-        ("fresh, tried as searched", Some(192), tried),
+        ("fresh, tried, more than a block", Some(192), tried),
+        ("fresh, tried, one group", None, tried),
         ("fresh, both signs searched", Some(192), signed_search),
         ("fresh, both signs, one group", None, signed_search),
         ("fresh, both signs tried", Some(128), signed_tried),
         ("fresh, both signs tried, odd groups", Some(100), signed_tried),
+        ("fresh, both signs tried, more than a block", Some(200), signed_tried),
+        ("fresh, both signs tried, one group", None, signed_tried),
     ] {
         let options = SolveOptions { fresh: true, half_scales: true, search, ..options(4, group) };
         let half_values = options.half_scales;

@@ -162,9 +162,7 @@ impl Case<'_> {
             return larger(off - slack, 0.0);
         };
         let zero = (max_code + 1.0) / 2.0;
-        let fresh = self.options.fresh;
-        let tried =
-            search.by_solving && fresh && self.group() <= 128 && self.options.group_size.is_some();
+        let tried = search.by_solving && self.options.fresh;
         let loss = |s: f64| -> f64 {
             let value = |v: f64| s * (v / s).round_ties_even().clamp(-zero, max_code - zero);
             if tried {
@@ -182,7 +180,8 @@ impl Case<'_> {
 }
 
 impl Case<'_> {
-    /// Σ err² of solving the group whose weights are `w` with a grid that gives `value`.
+    /// Σ err² of solving the group whose weights are `w` with a grid that gives `value`, in blocks of
+    /// 128 columns that do not know of each other.
     fn trial(&self, w: &[f64], start: usize, value: impl Fn(f64) -> f64) -> f64 {
         let mut now = w.to_vec();
         let mut sum = 0.0;
@@ -194,7 +193,8 @@ impl Case<'_> {
             }
             let error = (now[i] - given) / upper(i);
             sum += error * error;
-            for (j, now) in now.iter_mut().enumerate().skip(i + 1) {
+            let end = (i / 128 + 1) * 128;
+            for (j, now) in now.iter_mut().enumerate().take(end).skip(i + 1) {
                 *now -= error * upper(j);
             }
         }
