@@ -39,12 +39,11 @@ static __device__ __forceinline__ float2 half2_to_floats(half2_t h) {
 // refuse. A negative scale is treated as its magnitude. crates/quant/src/grid.rs has the same rule, with
 // the reasons.
 static __device__ __forceinline__ float file_scale(float scale, float max_code, bool half_scales) {
-    const float magnitude = fabsf(scale);
-    const float rounded = half_to_float(float_to_half(magnitude));
+    const float rounded = half_to_float(float_to_half(scale));
     if (rounded == 0.0f) return copysignf(0x1p-24f, scale);
-    if (!(rounded <= 65504.0f)) return scale;
+    if (!(fabsf(rounded) <= 65504.0f)) return scale;
     const float most = __fdiv_rn(65504.0f, 0.5f * (max_code + 1.0f));
-    return copysignf(fminf(half_scales ? rounded : magnitude, most), scale);
+    return fmaxf(fminf(half_scales ? rounded : scale, most), -most);
 }
 
 // AutoGPTQ's scale of a group whose values reach from low to high, both widened by zero: symmetric only
