@@ -22,7 +22,7 @@ use std::time::Duration;
 use gptq_checkpoint::{Bits, GptqLinear};
 use gptq_compute::cuda::{self, ClipSearch, Cuda, PackedLinear, SolveOptions, Solved, Timer};
 use gptq_compute::{Device, Error, FloatType, HessianPrep, HostMatrix, Precision, Tensor, linalg};
-use gptq_quant::{QuantSpec, Recipe, rounded_weight};
+use gptq_quant::{QuantSpec, Recipe, Signs, rounded_weight};
 use half::f16;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
@@ -224,10 +224,10 @@ fn the_other_choices_are_solved() {
     let (w, gram) = (weights(rows, n), gram(n));
     let plan = Plan::new(&gram, true);
     let upper = linalg::inverse_upper_factor(&plan.hessian(&gram)).unwrap();
-    let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
+    let ratios = support::ratios(Signs::Positive);
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving: false };
     let tried = ClipSearch { by_solving: true, ..search };
-    let both = signed(&ratios);
+    let both = support::ratios(Signs::Both);
     let signed_search = Some(ClipSearch { ratios: &both, ..search });
     let signed_tried = Some(ClipSearch { ratios: &both, ..tried });
     let (search, tried) = (Some(search), Some(tried));
@@ -256,11 +256,6 @@ fn the_other_choices_are_solved() {
     }
 }
 
-/// The same candidates with a negative sign as well.
-fn signed(ratios: &[f32]) -> Vec<f32> {
-    ratios.iter().copied().chain(ratios.iter().map(|ratio| -ratio)).collect()
-}
-
 /// The rule of both ends of fp16 is the host's: finite scales, none 0, the same ones where no column
 /// pays for another, and weights that fp16 holds.
 #[test]
@@ -270,10 +265,10 @@ fn scales_fit_both_ends_of_fp16() {
     let w = weights_at_the_ends_of_fp16(n);
     let plan = Plan::new(&Array2::from_diag_elem(n, 3.0_f32), false);
     let upper = Array2::from_diag_elem(n, 0.5_f32);
-    let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
+    let ratios = support::ratios(Signs::Positive);
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving: false };
     let tried = ClipSearch { by_solving: true, ..search };
-    let both = signed(&ratios);
+    let both = support::ratios(Signs::Both);
     let signed = ClipSearch { ratios: &both, ..tried };
     for (bits, group) in [(2, Some(32)), (3, None), (4, Some(16)), (4, Some(48)), (8, Some(128))] {
         for (half_scales, search) in [None, Some(search), Some(tried), Some(signed)]
@@ -548,14 +543,14 @@ fn time_solve(
 ) {
     let weight = random_halves(device, 70, rows, n);
     let (order, dead) = (scattered(n), vec![false; n]);
-    let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
+    let ratios = support::ratios(Signs::Positive);
     let importance = vec![1.0; n];
     let search = ClipSearch { ratios: &ratios, importance: &importance, by_solving: false };
     let tried = ClipSearch { by_solving: true, ..search };
     let operations = rows as f64 * (n as f64).powi(2);
     let mut solved = None;
-    // A trial: 34 times the solver's kernel, 30 µs for 28672 rows and 128 columns.
-    let trial = plain + 34.0 * 0.03 * (rows * n) as f64 / (28672.0 * 128.0);
+    // A trial: 48 times the solver's kernel, 30 µs for 28672 rows and 128 columns.
+    let trial = plain + 48.0 * 0.03 * (rows * n) as f64 / (28672.0 * 128.0);
     for (what, search, predicted) in [
         ("solve", None, plain),
         ("solve, searched", Some(search), searched),

@@ -30,10 +30,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let factored = plan.factored(&upper, precision);
     let solved = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
 
-    let mut ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
-    if spec.choices.signs == Signs::Both {
-        ratios.extend(ratios.clone().iter().map(|ratio| -ratio));
-    }
+    let ratios = support::ratios(spec.choices.signs);
     let by_solving = spec.choices.clip == Clip::Solve;
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving };
     let half = spec.choices.scales == ScalePrecision::Half;

@@ -22,7 +22,7 @@ use super::factor::rows_launch;
 use super::matrix::Matrix;
 use super::pack;
 use super::permutation::SolveOrder;
-use super::plan::{BLOCK, Window, widest, windows};
+use super::plan::{Window, widest, windows};
 use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use gptq_compute::cuda::SolveOptions;
 use gptq_compute::{HessianPrep, Precision, Tensor};
-use gptq_quant::Factored;
+use gptq_quant::{Factored, Signs};
 use half::f16;
 use ndarray::Array2;
 
@@ -73,6 +73,15 @@ pub(crate) struct Replay {
     /// Relative error of a scale, or of the loss that a searched scale is left with.
     pub(crate) scale: f64,
     pub(crate) loss: f64,
+}
+
+/// The candidates of a search for scales, of either sign: multiples of the absmax scale.
+pub(crate) fn ratios(signs: Signs) -> Vec<f32> {
+    let ratios = (0..48).map(|i| 0.35 + 0.7 * i as f32 / 47.0);
+    match signs {
+        Signs::Positive => ratios.collect(),
+        Signs::Both => ratios.clone().chain(ratios.map(|ratio| -ratio)).collect(),
+    }
 }
 
 /// The inputs of a solve, on the host.
