@@ -21,8 +21,8 @@ use crate::error::{Error, Result};
 
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";
-const BUILT_IN_TEXT: &str = include_str!("../../../../configs/stablebeluga2.toml");
-const BUILT_IN_CARD: &str = include_str!("../../../../configs/cards/stablebeluga2.toml");
+const BUILT_IN_TEXT: &str = include_str!("../../configs/stablebeluga2.toml");
+const BUILT_IN_CARD: &str = include_str!("../../configs/cards/stablebeluga2.toml");
 
 /// Bytes of a branch's name: file systems take 255, and a folder that is being made has a longer one.
 const LONGEST_NAME: usize = 255 - PARTIAL_END.len();
