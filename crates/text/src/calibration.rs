@@ -18,8 +18,8 @@ use crate::tokens::TextTokenizer;
 
 /// Recipes that need no file, by the name they are asked for.
 const BUILT_IN: [(&str, &str); 2] = [
-    ("card", include_str!("../../../calib/card.toml")),
-    ("wikitext2", include_str!("../../../calib/wikitext2.toml")),
+    ("card", include_str!("../calib/card.toml")),
+    ("wikitext2", include_str!("../calib/wikitext2.toml")),
 ];
 
 /// What to calibrate on.

@@ -101,8 +101,8 @@ fn checks(probe: &Probe) -> Vec<Check> {
         let version = facts.version.clone().unwrap_or_else(|| "yes".to_owned());
         checks.push(Check {
             what: facts.library.file().to_owned(),
-            found: facts.present.then_some(version),
-            advice: if facts.present { None } else { Some(facts.library.hint()) },
+            found: facts.place.map(|place| format!("{version}, {place}")),
+            advice: facts.place.is_none().then(|| facts.library.hint()),
         });
     }
     for card in &probe.cards {

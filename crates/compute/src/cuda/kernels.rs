@@ -20,7 +20,7 @@ use crate::lock::lock;
 
 macro_rules! embedded {
     ($($name:literal),* $(,)?) => {
-        &[$(($name, include_str!(concat!("../../../../kernels/", $name)))),*]
+        &[$(($name, include_str!(concat!("../../kernels/", $name)))),*]
     };
 }
 

@@ -8,6 +8,7 @@ use cudarc::{cublaslt, cusolver, driver};
 
 use super::driver::{architecture_of, kind_of};
 use super::libraries::Library;
+use super::library_places::LibraryPlace;
 use super::{cache, nccl, nvrtc};
 
 /// What was found.
@@ -28,8 +29,8 @@ pub struct Probe {
 pub struct LibraryFacts {
     /// The library.
     pub library: Library,
-    /// True when it can be opened.
-    pub present: bool,
+    /// Where it was found; none when it cannot be used.
+    pub place: Option<&'static LibraryPlace>,
     /// Its version, where it has one to ask for.
     pub version: Option<String>,
 }
@@ -61,8 +62,8 @@ pub fn probe() -> Probe {
     let libraries = Library::ALL
         .into_iter()
         .map(|library| {
-            let present = library.is_present();
-            LibraryFacts { library, present, version: version(library).filter(|_| present) }
+            let place = library.place();
+            LibraryFacts { library, place, version: version(library) }
         })
         .collect();
     let cards = cards();

@@ -25,10 +25,10 @@ pub const BUILT_IN: &str = "stablebeluga2";
 pub const ANY_MODEL: &str = "nine";
 /// Configurations that need no file.
 const BUILT_IN_TEXTS: [(&str, &str); 2] = [
-    (BUILT_IN, include_str!("../../../../configs/stablebeluga2.toml")),
-    (ANY_MODEL, include_str!("../../../../configs/nine.toml")),
+    (BUILT_IN, include_str!("../../configs/stablebeluga2.toml")),
+    (ANY_MODEL, include_str!("../../configs/nine.toml")),
 ];
-const BUILT_IN_CARD: &str = include_str!("../../../../configs/cards/stablebeluga2.toml");
+const BUILT_IN_CARD: &str = include_str!("../../configs/cards/stablebeluga2.toml");
 
 /// Bytes of a branch's name: file systems take 255, and a folder that is being made has a longer one.
 const LONGEST_NAME: usize = 255 - PARTIAL_END.len();
