@@ -178,7 +178,7 @@ fn carried(source: &Path, made: &Path, rotated: bool, card: bool) {
     let config = source.config();
     let values = |checkpoint: &Checkpoint, name: &str| checkpoint.tensor(name).unwrap().to_f32();
     for block in 0..config.num_hidden_layers {
-        for linear in config.block_linears() {
+        for linear in config.block_linears(block) {
             let name = format!("model.layers.{block}.{}.bias", linear.name);
             assert_eq!(made.contains(&name), linear.bias || card, "{name}");
             if !made.contains(&name) {

@@ -12,9 +12,9 @@ use serde_json::{Map, Value};
 
 use crate::family::{Biases, Family};
 use crate::fields::Fields;
-use crate::names::{BLOCKS, CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
+use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
-use crate::{Error, LinearShape, Result, foreign, json};
+use crate::{Error, Result, foreign, json};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 const MAX_WIDTH: u64 = 1 << 20;
@@ -57,7 +57,7 @@ pub struct ModelConfig {
     ///
     /// [`Checkpoint::head`]: crate::Checkpoint::head
     pub tie_word_embeddings: bool,
-    biases: Biases,
+    pub(crate) biases: Biases,
     raw: Map<String, Value>,
 }
 
@@ -139,54 +139,6 @@ impl ModelConfig {
         &self.raw
     }
 
-    /// Names of a block's linears behind its prefix, in the order of [`Self::block_linears`].
-    pub const LINEARS: [&'static str; 7] = [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ];
-
-    /// The seven linears of a block: q, k, v, o, gate, up, down.
-    #[must_use]
-    pub fn block_linears(&self) -> [LinearShape; 7] {
-        let queries = self.num_attention_heads * self.head_dim;
-        let keys = self.num_key_value_heads * self.head_dim;
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        let [q, k, v, o, gate, up, down] = Self::LINEARS;
-        let mut linears = [
-            (q, hidden, queries),
-            (k, hidden, keys),
-            (v, hidden, keys),
-            (o, queries, hidden),
-            (gate, hidden, inner),
-            (up, hidden, inner),
-            (down, inner, hidden),
-        ]
-        .map(|(name, in_features, out_features)| LinearShape {
-            name,
-            in_features,
-            out_features,
-            bias: false,
-        });
-        self.biases.mark(&mut linears);
-        linears
-    }
-
-    /// Norms of a block and their sizes: before attention and the MLP, and those of heads.
-    #[must_use]
-    pub fn block_norms(&self) -> Vec<(&'static str, usize)> {
-        let hidden = self.hidden_size;
-        let mut norms = vec![("input_layernorm", hidden), ("post_attention_layernorm", hidden)];
-        if self.qk_norm {
-            norms.extend(["self_attn.q_norm", "self_attn.k_norm"].map(|n| (n, self.head_dim)));
-        }
-        norms
-    }
-
     /// Tokens of a window that the model was made for: its context, or less where attention slides
     /// earlier than that.
     #[must_use]
@@ -206,15 +158,6 @@ impl ModelConfig {
         (self.max_position_embeddings as f64 * factor) as usize
     }
 
-    /// Every linear of the model with its full name, block by block.
-    pub fn linears(&self) -> impl Iterator<Item = (String, LinearShape)> {
-        let shapes = self.block_linears();
-        (0..self.num_hidden_layers).flat_map(move |block| {
-            let prefix = Self::block_prefix(block);
-            shapes.map(|shape| (format!("{prefix}.{}", shape.name), shape))
-        })
-    }
-
     /// Every tensor of the dense model with its shape: embedding, blocks, final norm and head.
     #[must_use]
     pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
@@ -222,10 +165,10 @@ impl ModelConfig {
         let mut tensors = vec![(EMBEDDING.to_owned(), vec![vocab, hidden])];
         for block in 0..self.num_hidden_layers {
             let prefix = Self::block_prefix(block);
-            for (norm, size) in self.block_norms() {
-                tensors.push((format!("{prefix}.{norm}.weight"), vec![size]));
+            for norm in self.block_norms(block) {
+                tensors.push((format!("{prefix}.{}.weight", norm.name), vec![norm.size]));
             }
-            for linear in self.block_linears() {
+            for linear in self.block_linears(block) {
                 let (name, rows) = (format!("{prefix}.{}", linear.name), linear.out_features);
                 tensors.push((format!("{name}.weight"), vec![rows, linear.in_features]));
                 if linear.bias {
@@ -236,12 +179,6 @@ impl ModelConfig {
         tensors.push((FINAL_NORM.to_owned(), vec![hidden]));
         tensors.push((HEAD.to_owned(), vec![vocab, hidden]));
         tensors
-    }
-
-    /// Prefix of a block's tensors, `model.layers.{block}`.
-    #[must_use]
-    pub fn block_prefix(block: usize) -> String {
-        format!("{BLOCKS}{block}")
     }
 }
 
@@ -349,7 +286,9 @@ mod tests {
             let text = minimal(extra).replace("\"llama\"", &format!("\"{name}\""));
             parse(&text.replace("\"num_attention_heads\":4", "\"num_attention_heads\":32")).unwrap()
         };
-        let biased = |c: &ModelConfig| c.block_linears().map(|l| u8::from(l.bias));
+        let biased = |c: &ModelConfig| {
+            c.block_linears(0).iter().map(|l| u8::from(l.bias)).collect::<Vec<_>>()
+        };
         let llama = family("llama", r#","attention_bias":true"#);
         assert_eq!(biased(&llama), [1, 1, 1, 1, 0, 0, 0]);
         assert_eq!(biased(&family("llama", r#","mlp_bias":true"#)), [0, 0, 0, 0, 1, 1, 1]);
@@ -360,11 +299,11 @@ mod tests {
         assert_eq!(family("mistral", r#","num_key_value_heads":null"#).num_key_value_heads, 32);
         assert_eq!(biased(&mistral), [0; 7]);
         let qwen2 = family("qwen2", "");
-        assert_eq!((biased(&qwen2), qwen2.qk_norm), ([1, 1, 1, 0, 0, 0, 0], false));
+        assert_eq!((biased(&qwen2), qwen2.qk_norm), (vec![1, 1, 1, 0, 0, 0, 0], false));
         assert_eq!((qwen2.head_dim, qwen2.sliding_window, qwen2.context()), (2, None, 32_768));
         let qwen3 = family("qwen3", "");
-        assert_eq!((biased(&qwen3), qwen3.qk_norm, qwen3.head_dim), ([0; 7], true, 128));
-        let norms: Vec<&str> = qwen3.block_norms().iter().map(|n| n.0).collect();
+        assert_eq!((biased(&qwen3), qwen3.qk_norm, qwen3.head_dim), (vec![0; 7], true, 128));
+        let norms: Vec<&str> = qwen3.block_norms(1).iter().map(|n| n.name).collect();
         assert_eq!(norms[2..], ["self_attn.q_norm", "self_attn.k_norm"]);
         // Qwen's attention slides from a block on, if at all.
         for (extra, sliding) in [
@@ -391,7 +330,8 @@ mod tests {
     #[test]
     fn linears_follow_grouped_heads() {
         let c = parse(&minimal(r#","num_key_value_heads":2,"head_dim":32"#)).unwrap();
-        let linears = c.block_linears().map(|l| (l.in_features, l.out_features));
+        let linears: Vec<_> =
+            c.block_linears(1).iter().map(|l| (l.in_features, l.out_features)).collect();
         let expected = [(64, 128), (64, 64), (64, 64), (128, 64), (64, 128), (64, 128), (128, 64)];
         assert_eq!(linears, expected);
         assert_eq!(ModelConfig::block_prefix(7), "model.layers.7");

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use serde_json::Value;
 
 use crate::fields::Fields;
-use crate::{LinearShape, Result};
+use crate::{LinearId, Result};
 
 /// A `model_type` of transformers.
 #[derive(Debug)]
@@ -121,14 +121,13 @@ pub(crate) struct Biases {
 }
 
 impl Biases {
-    /// Marks the linears that have one.
-    pub(crate) fn mark(self, linears: &mut [LinearShape; 7]) {
-        let [q, k, v, o, mlp @ ..] = linears;
-        for linear in [q, k, v] {
-            linear.bias = self.qkv;
+    /// Whether a linear has one.
+    pub(crate) fn of(self, id: LinearId) -> bool {
+        match id {
+            LinearId::Q | LinearId::K | LinearId::V => self.qkv,
+            LinearId::O => self.output,
+            LinearId::Gate | LinearId::Up | LinearId::Down => self.mlp,
         }
-        o.bias = self.output;
-        mlp.iter_mut().for_each(|linear| linear.bias = self.mlp);
     }
 }
 

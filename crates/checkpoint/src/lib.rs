@@ -18,6 +18,7 @@ mod needs;
 
 mod arriving;
 mod bits;
+mod block_shape;
 mod cause;
 mod checkpoint_format;
 mod config;
@@ -74,7 +75,7 @@ pub use head::Head;
 pub use hub_cache::{hub_cache_root, hub_token_file, resolve_dataset, resolve_model};
 pub use json::text as json_text;
 pub use layout::Layout;
-pub use linear_shape::LinearShape;
+pub use linear_shape::{LinearId, LinearShape, NormId, NormShape};
 pub use names::{
     CARD_FILE, CONFIG_FILE, EMBEDDING, FINAL_NORM, G_IDX, HEAD, INDEX_END, LEAVES, MANIFEST_FILE,
     PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,

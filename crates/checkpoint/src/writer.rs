@@ -20,7 +20,7 @@ use crate::names::{
 use crate::partial::{Partial, check_space};
 use crate::weight_sum::{Sum, WeightSum, sum_of_pieces};
 use crate::{
-    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig, OutputError,
+    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, ModelConfig, OutputError,
     QuantizeConfig, Result, ShardPlan, TensorRef, TensorSpec, json as python_json, plan_files,
     side_files,
 };
@@ -245,8 +245,7 @@ impl CheckpointWriter {
 
     /// Whether the linear of this full name has a bias in the model.
     fn has_bias(&self, prefix: &str) -> bool {
-        let of = |linear: &LinearShape| linear.bias && prefix.ends_with(linear.name);
-        self.config.block_linears().iter().any(of)
+        self.config.linear_named(prefix).is_some_and(|linear| linear.bias)
     }
 
     /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold.

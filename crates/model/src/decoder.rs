@@ -9,7 +9,7 @@ use gptq_compute::{
 };
 use ndarray::{Array2, Axis};
 
-use crate::block::{Block, LinearId};
+use crate::block::{Block, Linear};
 use crate::error::{Error, Result};
 use crate::model::{Head, Model};
 use crate::values::{SourcePrecision, Values};
@@ -121,12 +121,10 @@ impl<'a> Decoder<'a> {
         };
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
-            let prefix = ModelConfig::block_prefix(index);
-            let load = |shape: &LinearShape| {
-                keep_linear(&model, &format!("{prefix}.{}", shape.name), shape)
-            };
-            let linears = config.block_linears().iter().map(load).collect::<Result<_>>()?;
-            blocks.push(Block::new(model.load_frame(index)?.with_linears(linears)));
+            let frame = model.load_frame(index)?;
+            let keep =
+                |linear: &Linear<LinearShape>| keep_linear(&model, &linear.name, &linear.weight);
+            blocks.push(Block::new(frame.with_weights(keep)?));
             progress(index);
         }
         Ok(Self { model, blocks, head, context })
@@ -148,7 +146,7 @@ impl<'a> Decoder<'a> {
     #[must_use]
     pub fn step_bytes(&self) -> usize {
         let block = |block: &Block<Resident>| -> usize {
-            LinearId::ALL.iter().map(|&id| block.linear(id).bytes()).sum()
+            block.linears().iter().map(|linear| linear.weight.bytes()).sum()
         };
         self.blocks.iter().map(block).sum::<usize>() + self.head.weight.bytes()
     }
@@ -165,13 +163,15 @@ impl<'a> Decoder<'a> {
         let shape = cache_shape(self.config(), slots, capacity);
         let blocks = self.blocks.iter().map(|_| Ok(self.device().kv_cache(shape)?));
         let blocks: Vec<KvCache> = blocks.collect::<Result<_>>()?;
-        let model = StepModel {
-            blocks: self.blocks.iter().zip(&blocks).map(|(block, kept)| block.step(kept)).collect(),
-            norm: &self.head.norm,
-            eps: self.head.eps,
-            rope: self.model.rope(self.context),
+        let steps = self.blocks.iter().zip(&blocks).map(|(block, kept)| block.step(kept));
+        let steps = match steps.collect::<Option<Vec<_>>>() {
+            Some(blocks) => {
+                let (norm, eps) = (&self.head.norm, self.head.eps);
+                let rope = self.model.rope(self.context);
+                self.device().steps(&StepModel { blocks, norm, eps, rope }, shape)?
+            }
+            None => None,
         };
-        let steps = self.device().steps(&model, shape)?;
         Ok(Cache { blocks, steps, lengths: vec![0; slots], capacity })
     }
 

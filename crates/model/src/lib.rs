@@ -11,11 +11,16 @@
 mod block;
 mod decoder;
 mod error;
+mod forward;
 mod model;
+mod stage;
 mod values;
 
-pub use block::{Block, BlockParts, LinearId, Stage, Weight};
+pub use block::{Block, BlockParts, BlockRule, Gains, Linear};
 pub use decoder::{Cache, Decoder, PASS_TOKENS, context_limit};
 pub use error::{Error, Result};
+pub use forward::Weight;
+pub use gptq_checkpoint::{LinearId, NormId};
 pub use model::{Head, Model};
+pub use stage::Stage;
 pub use values::SourcePrecision;

@@ -2,13 +2,13 @@
 
 use gptq_checkpoint::{
     Checkpoint, EMBEDDING, FINAL_NORM, GptqLinear, HEAD, LEAVES, LinearShape, ModelConfig,
-    RopeScaling, TensorRef,
+    NormShape, RopeScaling, TensorRef,
 };
 use gptq_compute::cuda::{PackedLinear, dequantize};
 use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
 use half::f16;
 
-use crate::block::{Block, BlockParts, LinearId};
+use crate::block::{Block, BlockParts, BlockRule, Gains, Linear};
 use crate::error::{Error, Result};
 use crate::values::{SourcePrecision, Values};
 
@@ -162,42 +162,39 @@ impl<'a> Model<'a> {
 
     /// As [`Self::load_block`], to another device than the one that runs the model.
     pub fn load_block_on(&self, device: &Device, index: usize) -> Result<Block> {
-        let prefix = ModelConfig::block_prefix(index);
-        let load = |shape: &LinearShape| {
-            self.load_linear(device, &format!("{prefix}.{}", shape.name), shape)
-        };
-        let linears = self.config().block_linears().iter().map(load).collect::<Result<_>>()?;
-        Ok(Block::new(self.load_frame(index)?.with_linears(linears)))
+        let frame = self.load_frame(index)?;
+        Ok(Block::new(frame.with_weights(|Linear { name, weight: shape, .. }| {
+            self.load_linear(device, name, shape)
+        })?))
     }
 
-    /// Loads a block without its linears' weights: none are in it.
+    /// Loads a block without its linears' weights, in whose places their shapes are.
     ///
     /// # Errors
     /// As [`Self::load_block`].
-    pub fn load_frame(&self, index: usize) -> Result<BlockParts> {
+    pub fn load_frame(&self, index: usize) -> Result<BlockParts<LinearShape>> {
         let config = self.config();
         let prefix = ModelConfig::block_prefix(index);
-        let mut biases = [const { None }; 7];
-        for (shape, bias) in config.block_linears().iter().zip(&mut biases) {
-            *bias = self.load_bias(&format!("{prefix}.{}", shape.name), shape)?;
-        }
-        let norm = |name: &str, size| self.vector(&format!("{prefix}.{name}.weight"), size);
-        let head_norm = |name| norm(name, config.head_dim);
-        let head_norms = match config.qk_norm {
-            true => Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
-            false => None,
+        let linear = |shape: LinearShape| {
+            let name = format!("{prefix}.{}", shape.name);
+            let bias = self.load_bias(&name, &shape)?;
+            Ok(Linear { id: shape.id, name, weight: shape, bias })
         };
+        let norm = |norm: NormShape| {
+            Ok((norm.id, self.vector(&format!("{prefix}.{}.weight", norm.name), norm.size)?))
+        };
+        let linears = config.block_linears(index).into_iter().map(linear);
+        let gains = config.block_norms(index).into_iter().map(norm);
         Ok(BlockParts {
             index,
-            linears: Vec::new(),
-            biases,
-            head_norms,
-            input_norm: norm("input_layernorm", config.hidden_size)?,
-            post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
-            norm_eps: config.rms_norm_eps,
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
+            linears: linears.collect::<Result<_>>()?,
+            gains: Gains::new(gains.collect::<Result<_>>()?),
+            rule: BlockRule {
+                norm_eps: config.rms_norm_eps,
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                head_dim: config.head_dim,
+            },
         })
     }
 
@@ -207,25 +204,24 @@ impl<'a> Model<'a> {
     /// # Errors
     /// A weight beyond fp16, for a GPU or with `exact`: what is made of it could not be held.
     pub fn place(&self, block: Block, exact: bool) -> Result<Block> {
-        let prefix = ModelConfig::block_prefix(block.index());
-        let shapes = self.config().block_linears();
-        let name = |id: LinearId| format!("{prefix}.{}.weight", shapes[id as usize].name);
+        let tensor = |linear: &Linear| format!("{}.weight", linear.name);
         let Device::Cuda(_) = self.device else {
-            for id in LinearId::ALL.into_iter().filter(|_| exact) {
+            for linear in block.linears().iter().filter(|_| exact) {
                 let beyond = |v: &&f32| !f16::from_f32(**v).is_finite();
-                let count = block.linear(id).as_host().iter().filter(beyond).count();
+                let count = linear.weight.as_host().iter().filter(beyond).count();
                 if count > 0 {
                     let source = gptq_compute::Error::HalfOverflow { count };
-                    return Err(Error::Overflow { tensor: name(id), source });
+                    return Err(Error::Overflow { tensor: tensor(linear), source });
                 }
             }
             return Ok(block);
         };
-        block.place(exact, |id, weight| {
+        block.place(exact, |linear| {
+            let weight = &linear.weight;
             let host = weight.as_host().as_standard_layout();
             let bytes = bytemuck::cast_slice(host.as_slice().unwrap_or_default());
             let matrix = HostMatrix::new(bytes, FloatType::F32, weight.rows(), weight.cols());
-            self.device.upload(matrix).map_err(|source| overflow(|| name(id), source))
+            self.device.upload(matrix).map_err(|source| overflow(|| tensor(linear), source))
         })
     }
 

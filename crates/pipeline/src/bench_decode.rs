@@ -10,7 +10,7 @@ use gptq_compute::{
     CacheShape, CodedMatrix, Device, FloatType, HostMatrix, KvCache, Resident, RopeTable, Span,
     StepModel,
 };
-use gptq_model::{Block, BlockParts, LinearId};
+use gptq_model::{Block, LinearId};
 use gptq_quant::split_mix;
 use half::f16;
 use ndarray::Array2;
@@ -172,7 +172,7 @@ fn product(
     tokens: &[usize],
     (reach, read_rate): (usize, f64),
 ) -> Result<Vec<Reading>> {
-    let sides: Vec<_> = ids.iter().map(|&id| width.linears()[id as usize]).collect();
+    let sides: Vec<_> = ids.iter().map(|&id| width.linear(id)).collect();
     let first = sides.iter().map(|&(rows, cols)| random(device, form, rows, cols));
     let first: Vec<Resident> = first.collect::<Result<_>>()?;
     let bytes: usize = first.iter().map(Resident::bytes).sum();
@@ -206,7 +206,12 @@ impl Stack {
         let caches = self.blocks.iter().map(|_| device.kv_cache(shape));
         let mut caches: Vec<KvCache> = caches.collect::<gptq_compute::Result<_>>()?;
         let model = StepModel {
-            blocks: self.blocks.iter().zip(&caches).map(|(b, cache)| b.step(cache)).collect(),
+            blocks: self
+                .blocks
+                .iter()
+                .zip(&caches)
+                .filter_map(|(b, cache)| b.step(cache))
+                .collect(),
             norm: &self.norm,
             eps: 1e-5,
             rope: &self.rope,
@@ -243,7 +248,7 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
     let (blocks, vocabulary) = width.depth();
     let head = random(device, FORMS[0], vocabulary, width.hidden())?;
     let first = block(device, form, width)?;
-    let of_block: usize = LinearId::ALL.iter().map(|&id| first.linear(id).bytes()).sum();
+    let of_block: usize = first.linears().iter().map(|linear| linear.weight.bytes()).sum();
     let fitting = match device {
         Device::Cpu => reach.div_ceil(of_block),
         // What is free takes the caches, too.
@@ -286,30 +291,15 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
 
 /// A block in memory of its own.
 fn copy(device: &Device, from: &Block<Resident>, width: Width) -> Result<Block<Resident>> {
-    let linears = LinearId::ALL.iter().map(|&id| Ok(device.copy_resident(from.linear(id))?));
-    Ok(Block::new(parts(width, linears.collect::<Result<_>>()?)))
+    let linears = from.linears().iter().map(|linear| Ok(device.copy_resident(&linear.weight)?));
+    Ok(width.block(linears.collect::<Result<_>>()?))
 }
 
 /// A block of random weights, so small that states stay finite.
 fn block(device: &Device, form: Form, width: Width) -> Result<Block<Resident>> {
-    let linears = width.linears();
+    let linears = width.sides();
     let linears = linears.iter().map(|&(rows, cols)| random(device, form, rows, cols));
-    Ok(Block::new(parts(width, linears.collect::<Result<_>>()?)))
-}
-
-fn parts(width: Width, linears: Vec<Resident>) -> BlockParts<Resident> {
-    BlockParts {
-        index: 0,
-        linears,
-        biases: [const { None }; 7],
-        head_norms: None,
-        input_norm: vec![1.0; width.hidden()],
-        post_attention_norm: vec![1.0; width.hidden()],
-        norm_eps: 1e-5,
-        heads: width.heads(),
-        kv_heads: width.kv_heads(),
-        head_dim: width.head_dim(),
-    }
+    Ok(width.block(linears.collect::<Result<_>>()?))
 }
 
 /// A weight of random values around 0.

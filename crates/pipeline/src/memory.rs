@@ -3,7 +3,7 @@
 //! Bytes are counted from the model's shape. Where a GPU cannot hold everything, inputs of o and
 //! down wait in host memory, as many of them as must, and then hidden states too.
 
-use gptq_checkpoint::ModelConfig;
+use gptq_checkpoint::{LinearShape, ModelConfig};
 use gptq_compute::{Device, FloatType};
 use gptq_quant::{QuantSpec, Rotate};
 use serde::Serialize;
@@ -71,10 +71,23 @@ impl BlockSizes {
         }
     }
 
-    /// Sizes of a model's blocks.
+    /// Sizes of a model's blocks; of blocks that differ, the largest of each.
     pub fn of(model: &ModelConfig) -> Self {
-        let linears = model.block_linears().map(|l| (l.out_features, l.in_features));
-        Self::new(model.hidden_size, model.intermediate_size, &linears)
+        let of_block = |block| {
+            let linears: Vec<_> =
+                model.block_linears(block).iter().map(LinearShape::sides).collect();
+            Self::new(model.hidden_size, model.intermediate_size, &linears)
+        };
+        let largest = |a: Self, b: Self| Self {
+            hidden: a.hidden.max(b.hidden),
+            intermediate: a.intermediate.max(b.intermediate),
+            weights: a.weights.max(b.weights),
+            widest: a.widest.max(b.widest),
+            largest: a.largest.max(b.largest),
+            rows: a.rows.max(b.rows),
+        };
+        let none = Self::new(model.hidden_size, model.intermediate_size, &[]);
+        (0..model.num_hidden_layers).map(of_block).fold(none, largest)
     }
 }
 

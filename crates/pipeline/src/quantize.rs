@@ -8,7 +8,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use gptq_checkpoint::{EMBEDDING, HEAD, REPORT_FILE, Sealed, Written};
-use gptq_model::{Block, LinearId, Model};
+use gptq_model::{Block, Model};
 use gptq_quant::round_to_nearest;
 use gptq_records::branch_report::{BranchReport, LinearRecord, TOOL};
 use gptq_records::manifest::{MadeFrom, Manifest};
@@ -258,9 +258,9 @@ fn rounded(
 ) -> Result<Calibrated> {
     let mut linears = Vec::new();
     let exact = block.take_exact();
-    for id in LinearId::ALL {
-        let name = block.linear_name(id);
-        let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
+    for (place, linear) in block.linears().iter().enumerate() {
+        let name = linear.name.clone();
+        let weight = exact.get(place).unwrap_or(&linear.weight);
         let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
         send(writer, &name, RowShards::whole(solved.stored))?;

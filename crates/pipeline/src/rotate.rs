@@ -10,7 +10,7 @@
 
 use gptq_checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef};
 use gptq_compute::Device;
-use gptq_model::{Block, LinearId};
+use gptq_model::{Block, Gains, LinearId, NormId, Stage};
 use gptq_quant::{Rotate, Rotation};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -74,17 +74,22 @@ impl FusedRotations {
 
     /// Turns the weights of a block on the CPU.
     pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
-        let gains = self.stream.is_some().then(|| block.take_gains());
-        for id in LinearId::ALL {
+        let gains = self.stream.is_some().then(|| block.gains().clone());
+        if self.stream.is_some() {
+            for norm in [NormId::BeforeAttention, NormId::BeforeMlp] {
+                block.take_gain(norm);
+            }
+        }
+        for id in block.ids() {
             if let (Some(rotation), Some(bias)) = (self.of_outputs(id), block.bias_mut(id)) {
                 turn_bias(rotation, bias);
             }
             if !self.turns(id) {
                 continue;
             }
-            let mut weight = block.linear(id).to_host()?;
+            let mut weight = block.linear(id).weight.to_host()?;
             self.weight(id, &mut weight, gains.as_ref());
-            block.set_linear(id, Device::Cpu.upload_f32(weight)?);
+            block.set_weight(id, Device::Cpu.upload_f32(weight)?);
         }
         Ok(())
     }
@@ -94,23 +99,14 @@ impl FusedRotations {
         self.stream.is_some() || matches!(id, LinearId::V | LinearId::O)
     }
 
-    /// Turns a linear's weights; `gains` are those of the block's two norms, folded into what follows
+    /// Turns a linear's weights; `gains` are those of the block's norms, folded into what follows
     /// them where the residual stream is turned.
-    pub(crate) fn weight(
-        &self,
-        id: LinearId,
-        weight: &mut Array2<f32>,
-        gains: Option<&[Vec<f32>; 2]>,
-    ) {
-        let reads = match id {
-            LinearId::Q | LinearId::K | LinearId::V => Some(0),
-            LinearId::Gate | LinearId::Up => Some(1),
-            LinearId::O | LinearId::Down => None,
-        };
+    pub(crate) fn weight(&self, id: LinearId, weight: &mut Array2<f32>, gains: Option<&Gains>) {
         if let (Some(stream), Some(gains)) = (&self.stream, gains) {
-            match reads {
-                Some(norm) => turn_inputs(stream, weight, Some(&gains[norm])),
-                None => stream.apply_outputs(weight),
+            match Stage::of(id) {
+                Stage::Qkv => turn_inputs(stream, weight, gains.get(NormId::BeforeAttention)),
+                Stage::GateUp => turn_inputs(stream, weight, gains.get(NormId::BeforeMlp)),
+                Stage::Output | Stage::Down => stream.apply_outputs(weight),
             }
         }
         match id {
@@ -151,9 +147,8 @@ impl FusedRotations {
 
     /// The bias `name` of a linear.
     fn bias(&self, source: &Checkpoint, name: &str, linear: &str) -> Result<Option<Vec<f16>>> {
-        let shapes = source.config().block_linears();
-        let shape = shapes.iter().zip(LinearId::ALL).find(|(s, _)| linear.ends_with(s.name));
-        let Some(rotation) = shape.and_then(|(_, id)| self.of_outputs(id)) else { return Ok(None) };
+        let shape = source.config().linear_named(linear);
+        let Some(rotation) = shape.and_then(|s| self.of_outputs(s.id)) else { return Ok(None) };
         let values = source.tensor(name)?.to_f16()?;
         let mut bias: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
         turn_bias(rotation, &mut bias);

@@ -270,6 +270,7 @@ impl Need {
             }),
             Self::EveryLinear => facts
                 .dense_linear
+                .as_ref()
                 .map(|linear| format!("{linear} is dense: it takes every linear for packed")),
             Self::StoredHead => unless(!facts.head_only_tied, || {
                 "tied head without lm_head.weight: it leaves both uninitialized".to_owned()

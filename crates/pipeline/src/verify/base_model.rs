@@ -59,8 +59,8 @@ const KEYS: [(&str, Told); 7] = [
     ("sliding_window", |c| c.sliding_window.map_or_else(|| "none".to_owned(), |w| w.to_string())),
     ("that attention slides in", |c| blocks(&c.sliding_blocks)),
     ("that there are biases of", |c| {
-        let biased = c.block_linears().into_iter().filter(|linear| linear.bias);
-        list(biased.map(|linear| linear.name.to_owned()))
+        let biased = c.block_linears(0).into_iter().filter(|linear| linear.bias);
+        list(biased.map(|linear| linear.name.into_owned()))
     }),
 ];
 

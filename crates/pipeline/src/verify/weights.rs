@@ -193,10 +193,10 @@ fn distance(
     let rotations = FusedRotations::new(model.config(), rotate);
     let pairs = Pairs { checkpoint, model, rotations: rotations.as_ref() };
     let frame = model.load_frame(index)?;
-    let gains = [frame.input_norm, frame.post_attention_norm];
     let mut sum = Some(0.0);
     for id in [LinearId::V, LinearId::Q, LinearId::O] {
-        let pair = pairs.read((index, id), &gains)?;
+        let Some(linear) = frame.linears.iter().find(|linear| linear.id == id) else { continue };
+        let pair = pairs.read(linear, &frame.gains)?;
         let (error, energy) = match &pair.packed {
             Some(packed) => energies(packed, &pair.base)?,
             None => dense::energies(checkpoint, &pair.name, &pair.base)?,

@@ -1,0 +1,32 @@
+//! The stages in which a block is computed and calibrated.
+
+use gptq_checkpoint::LinearId;
+
+/// Linears that read the same inputs; the order in which a block is calibrated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// q, k and v read the normed hidden states.
+    Qkv,
+    /// o reads the heads' contexts.
+    Output,
+    /// gate and up read the normed hidden states after attention.
+    GateUp,
+    /// down reads silu(gate) · up.
+    Down,
+}
+
+impl Stage {
+    /// The stages in forward order.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::Output, Self::GateUp, Self::Down];
+
+    /// The stage of a linear.
+    #[must_use]
+    pub fn of(linear: LinearId) -> Self {
+        match linear {
+            LinearId::Q | LinearId::K | LinearId::V => Self::Qkv,
+            LinearId::O => Self::Output,
+            LinearId::Gate | LinearId::Up => Self::GateUp,
+            LinearId::Down => Self::Down,
+        }
+    }
+}
