@@ -1,7 +1,10 @@
 //! One decoder block: its weights, and its forward pass cut between the linears.
 
 use gptq_checkpoint::ModelConfig;
-use gptq_compute::{AttentionShape, Device, KvCache, Resident, RopeTable, Span, StepBlock, Tensor};
+use gptq_compute::{
+    Activation, AttentionRule, AttentionShape, Device, KvCache, Resident, RopeTable, Span,
+    StepBlock, Tensor,
+};
 use half::f16;
 
 use crate::error::Result;
@@ -298,18 +301,19 @@ impl<W: Weight> Block<W> {
             q = device.rms_norm(&q, q_gain, self.parts.norm_eps)?;
             k = device.rms_norm(&k, k_gain, self.parts.norm_eps)?;
         }
+        let rule = AttentionRule::llama(self.parts.head_dim);
         match rows {
             Rows::Windows(rope, seq_len) => {
                 device.rope(&mut q, rope, *seq_len)?;
                 device.rope(&mut k, rope, *seq_len)?;
                 let BlockParts { heads, kv_heads, head_dim, .. } = self.parts;
                 let shape = AttentionShape { heads, kv_heads, head_dim, seq_len: *seq_len };
-                Ok(device.attention(&q, &k, &v, shape)?)
+                Ok(device.attention(&q, &k, &v, shape, &rule)?)
             }
             Rows::Spans(rope, spans, cache) => {
                 device.rope_spans(&mut q, rope, spans)?;
                 device.rope_spans(&mut k, rope, spans)?;
-                Ok(device.cached_attention(&q, &k, &v, cache, spans)?)
+                Ok(device.cached_attention(&q, &k, &v, cache, spans, &rule)?)
             }
         }
     }
@@ -318,7 +322,7 @@ impl<W: Weight> Block<W> {
     fn activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
         let gate = self.project(device, input, LinearId::Gate)?;
         let up = self.project(device, input, LinearId::Up)?;
-        Ok(device.silu_mul(gate, &up)?)
+        Ok(device.gated(gate, &up, Activation::Silu)?)
     }
 
     /// As [`Block::stage_input`], of any rows, from the inputs of the stage before where they are at hand.
