@@ -1,7 +1,9 @@
 //! The forward pass of a block, cut between its linears into stages.
 
 use gptq_checkpoint::{LinearId, NormId};
-use gptq_compute::{AttentionShape, Device, KvCache, Resident, RopeTable, Span, Tensor};
+use gptq_compute::{
+    Activation, AttentionRule, AttentionShape, Device, KvCache, Resident, RopeTable, Span, Tensor,
+};
 
 use crate::block::{Block, BlockRule, Linear};
 use crate::error::Result;
@@ -99,18 +101,19 @@ impl<W: Weight> Block<W> {
             q = self.norm(device, NormId::Queries, &q)?;
             k = self.norm(device, NormId::Keys, &k)?;
         }
+        let rule = AttentionRule::llama(self.rule().head_dim);
         match rows {
             Rows::Windows(rope, seq_len) => {
                 device.rope(&mut q, rope, *seq_len)?;
                 device.rope(&mut k, rope, *seq_len)?;
                 let BlockRule { heads, kv_heads, head_dim, .. } = *self.rule();
                 let shape = AttentionShape { heads, kv_heads, head_dim, seq_len: *seq_len };
-                Ok(device.attention(&q, &k, &v, shape)?)
+                Ok(device.attention(&q, &k, &v, shape, &rule)?)
             }
             Rows::Spans(rope, spans, cache) => {
                 device.rope_spans(&mut q, rope, spans)?;
                 device.rope_spans(&mut k, rope, spans)?;
-                Ok(device.cached_attention(&q, &k, &v, cache, spans)?)
+                Ok(device.cached_attention(&q, &k, &v, cache, spans, &rule)?)
             }
         }
     }
@@ -119,7 +122,7 @@ impl<W: Weight> Block<W> {
     fn activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
         let gate = self.project(device, input, LinearId::Gate)?;
         let up = self.project(device, input, LinearId::Up)?;
-        Ok(device.silu_mul(gate, &up)?)
+        Ok(device.gated(gate, &up, Activation::Silu)?)
     }
 
     /// As [`Block::stage_input`], of any rows, from the inputs of the stage before where they are at hand.

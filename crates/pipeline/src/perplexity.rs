@@ -156,7 +156,7 @@ impl Scored {
     pub fn losses(&self, model: &Model<'_>) -> Result<Vec<f32>> {
         let mut losses = Vec::new();
         for (hidden, targets) in &self.chunks {
-            losses.extend(model.device().token_nll(hidden, self.head.weight(), targets)?);
+            losses.extend(model.device().token_nll(hidden, self.head.weight(), targets, None)?);
         }
         Ok(losses)
     }
@@ -170,7 +170,7 @@ impl Scored {
         let mut all = Vec::new();
         for ((p, _), (q, _)) in base.chunks.iter().zip(&self.chunks) {
             let heads = (base.head.weight(), self.head.weight());
-            all.extend(model.device().token_kl((p, heads.0), (q, heads.1))?);
+            all.extend(model.device().token_kl((p, heads.0), (q, heads.1), None)?);
         }
         Ok(all)
     }

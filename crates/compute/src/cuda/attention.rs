@@ -7,6 +7,7 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 use super::context::Cuda;
 use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
+use crate::attention_rule::AttentionRule;
 use crate::attention_shape::AttentionShape;
 use crate::error::{Error, Result};
 
@@ -16,7 +17,13 @@ const KEYS: usize = 64;
 const THREADS: u32 = 128;
 
 /// softmax(q kᵀ / √`head_dim`) v, causal, window by window; the caller has checked the shapes.
-pub(crate) fn causal(q: &Matrix, k: &Matrix, v: &Matrix, shape: AttentionShape) -> Result<Matrix> {
+pub(crate) fn causal(
+    q: &Matrix,
+    k: &Matrix,
+    v: &Matrix,
+    shape: AttentionShape,
+    rule: &AttentionRule,
+) -> Result<Matrix> {
     const OP: &str = "attention";
     let seq_len = shape.seq_len;
     ensure_same_card(OP, &[q, k, v])?;
@@ -28,7 +35,7 @@ pub(crate) fn causal(q: &Matrix, k: &Matrix, v: &Matrix, shape: AttentionShape) 
     }
     let (from, to) = ([q, k, v].map(Matrix::address), out.address_mut()?);
     // SAFETY: rows are whole windows and columns whole heads, as the caller has checked.
-    unsafe { launch(cuda, (from, to), shape, q.rows() / seq_len, 0)? };
+    unsafe { launch(cuda, (from, to), shape, q.rows() / seq_len, 0, rule)? };
     Ok(out)
 }
 
@@ -42,7 +49,12 @@ pub(super) unsafe fn launch(
     shape: AttentionShape,
     windows: usize,
     past: usize,
+    rule: &AttentionRule,
 ) -> Result<()> {
+    if *rule != AttentionRule::llama(shape.head_dim) {
+        let reason = "its kernel is not written yet".into();
+        return Err(Error::Unsupported { op: "attention", reason });
+    }
     const OP: &str = "attention";
     let AttentionShape { heads, kv_heads, head_dim, seq_len } = shape;
     let shared = (QUERIES + 2 * KEYS) * (head_dim + 8) * 2;

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use half::f16;
 
+use super::block_parts::gelu_mul;
 use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::dense::int;
 use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use super::rope_table::DeviceTable;
+use crate::activation::Activation;
 use crate::error::Result;
 use crate::rope::RopeTable;
 
@@ -127,8 +129,15 @@ pub(crate) fn rope_rows(
     Ok(())
 }
 
-/// silu(gate) · up, in place of `gate`.
-pub(crate) fn silu_mul(mut gate: Matrix, up: &Matrix) -> Result<Matrix> {
+/// activation(gate) · up, in place of `gate`.
+pub(crate) fn gated(gate: Matrix, up: &Matrix, activation: Activation) -> Result<Matrix> {
+    match activation {
+        Activation::Silu => silu_mul(gate, up),
+        Activation::GeluTanh => gelu_mul(gate, up),
+    }
+}
+
+fn silu_mul(mut gate: Matrix, up: &Matrix) -> Result<Matrix> {
     const OP: &str = "silu_mul";
     ensure_same_card(OP, &[&gate, up])?;
     let cuda = Arc::clone(gate.cuda());
