@@ -1,6 +1,7 @@
 //! The tensors of a block: its linears and norms, by name and size. A block is asked for by its number,
 //! as not all blocks of a model need be alike.
 
+use crate::family::HeadNorms;
 use crate::names::BLOCKS;
 use crate::{LinearId, LinearShape, ModelConfig, NormId, NormShape};
 
@@ -15,6 +16,8 @@ impl LinearId {
             Self::Gate => "mlp.gate_proj",
             Self::Up => "mlp.up_proj",
             Self::Down => "mlp.down_proj",
+            Self::Qkv => "self_attn.qkv_proj",
+            Self::GateUp => "mlp.gate_up_proj",
         }
     }
 }
@@ -26,35 +29,48 @@ impl ModelConfig {
         let queries = self.num_attention_heads * self.head_dim;
         let keys = self.num_key_value_heads * self.head_dim;
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        [
-            (LinearId::Q, hidden, queries),
-            (LinearId::K, hidden, keys),
-            (LinearId::V, hidden, keys),
-            (LinearId::O, queries, hidden),
-            (LinearId::Gate, hidden, inner),
-            (LinearId::Up, hidden, inner),
-            (LinearId::Down, inner, hidden),
-        ]
-        .map(|(id, in_features, out_features)| {
+        let mut linears = match self.rules.fused_qkv {
+            true => vec![(LinearId::Qkv, hidden, queries + 2 * keys)],
+            false => vec![
+                (LinearId::Q, hidden, queries),
+                (LinearId::K, hidden, keys),
+                (LinearId::V, hidden, keys),
+            ],
+        };
+        linears.push((LinearId::O, queries, hidden));
+        match self.rules.fused_gate_up {
+            true => linears.push((LinearId::GateUp, hidden, 2 * inner)),
+            false => {
+                linears.extend([(LinearId::Gate, hidden, inner), (LinearId::Up, hidden, inner)]);
+            }
+        }
+        linears.push((LinearId::Down, inner, hidden));
+        let shape = |(id, in_features, out_features)| {
             let bias = self.biases.of(id);
             LinearShape { bias, ..LinearShape::new(id, in_features, out_features) }
-        })
-        .into()
+        };
+        linears.into_iter().map(shape).collect()
     }
 
-    /// The norms of a block: before attention and the MLP, and those of heads.
+    /// The norms of a block: those of hidden states, then those of queries and keys.
     #[must_use]
     pub fn block_norms(&self, _block: usize) -> Vec<NormShape> {
-        let (hidden, head) = (self.hidden_size, self.head_dim);
-        let mut norms = vec![
-            (NormId::BeforeAttention, "input_layernorm", hidden),
-            (NormId::BeforeMlp, "post_attention_layernorm", hidden),
+        let (heads, kv_heads, head) =
+            (self.num_attention_heads, self.num_key_value_heads, self.head_dim);
+        let of_states =
+            self.rules.norms.iter().map(|&(id, name)| (id, name, vec![self.hidden_size]));
+        let [queries, keys] = match self.head_norms {
+            HeadNorms::None => [vec![], vec![]],
+            HeadNorms::Heads => [vec![head], vec![head]],
+            HeadNorms::Whole => [vec![heads * head], vec![kv_heads * head]],
+            HeadNorms::EachIf(_) => [vec![heads, head], vec![kv_heads, head]],
+        };
+        let of_heads = [
+            (NormId::Queries, "self_attn.q_norm", queries),
+            (NormId::Keys, "self_attn.k_norm", keys),
         ];
-        if self.qk_norm {
-            norms.push((NormId::Queries, "self_attn.q_norm", head));
-            norms.push((NormId::Keys, "self_attn.k_norm", head));
-        }
-        norms.into_iter().map(|(id, name, size)| NormShape { id, name, size }).collect()
+        let norms = of_states.chain(of_heads).filter(|(.., shape)| !shape.is_empty());
+        norms.map(|(id, name, shape)| NormShape { id, name, shape }).collect()
     }
 
     /// Every linear of the model with its full name, block by block.

@@ -141,11 +141,11 @@ fn block_specs(
 ) {
     let prefix = ModelConfig::block_prefix(block);
     for norm in config.block_norms(block) {
-        specs.push(f16(format!("{prefix}.{}.weight", norm.name), &[norm.size]));
+        specs.push(f16(format!("{prefix}.{}.weight", norm.name), &norm.shape));
     }
     if layout == Layout::Card {
         let name = format!("{prefix}.self_attn.rotary_emb.inv_freq");
-        specs.push(TensorSpec { name, dtype: DType::F32, shape: vec![config.head_dim / 2] });
+        specs.push(TensorSpec { name, dtype: DType::F32, shape: vec![config.rope.dims / 2] });
     }
     for linear in config.block_linears(block) {
         let name = format!("{prefix}.{}", linear.name);

@@ -19,6 +19,10 @@ pub enum LinearId {
     Up,
     /// Down projection of the MLP.
     Down,
+    /// Queries, keys and values, one after the other.
+    Qkv,
+    /// Gate and up projection of the MLP, one after the other.
+    GateUp,
 }
 
 impl LinearId {
@@ -61,8 +65,12 @@ impl LinearShape {
 pub enum NormId {
     /// Of the hidden states before attention.
     BeforeAttention,
+    /// Of what attention gives, before it is added to the hidden states.
+    AfterAttention,
     /// Of the hidden states before the MLP.
     BeforeMlp,
+    /// Of what the MLP gives, before it is added to the hidden states.
+    AfterMlp,
     /// Of queries.
     Queries,
     /// Of keys.
@@ -76,6 +84,14 @@ pub struct NormShape {
     pub id: NormId,
     /// Name inside the block, such as `input_layernorm`.
     pub name: &'static str,
+    /// Dimensions of its gain.
+    pub shape: Vec<usize>,
+}
+
+impl NormShape {
     /// Values of its gain.
-    pub size: usize,
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.shape.iter().product()
+    }
 }

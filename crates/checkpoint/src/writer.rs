@@ -248,11 +248,11 @@ impl CheckpointWriter {
         self.config.linear_named(prefix).is_some_and(|linear| linear.bias)
     }
 
-    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold.
+    /// `theta^(-2i/dims)` in f32, the buffer that checkpoints of the `card` layout hold.
     /// Loaders of that time stretch the positions, and later ones compute it: it is not stretched
     /// itself.
     fn write_frequencies(&mut self) -> Result<()> {
-        let (theta, dim) = (self.config.rope.theta, self.config.head_dim);
+        let (theta, dim) = (self.config.rope.theta, self.config.rope.dims);
         let frequency = |i: usize| {
             // The exponent and the power are rounded to f32 as in the original computation.
             let exponent = (2 * i) as f32 / dim as f32;

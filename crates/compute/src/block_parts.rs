@@ -20,6 +20,15 @@ pub(crate) fn ensure_cap(op: &'static str, cap: Option<f32>) -> Result<()> {
 }
 
 impl Device {
+    /// A copy of `x` in the type that linears read: fp16 on a GPU, where values beyond become infinite. For
+    /// hidden states that no norm comes before.
+    pub fn activations(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(Tensor(match &x.0 {
+            Storage::Cpu(x) => Storage::Cpu(x.clone()),
+            Storage::Cuda(x) => Storage::Cuda(cuda::elementwise::to_f16(x)?),
+        }))
+    }
+
     /// A copy of some columns of `x`, in its type: one of the products that a fused weight has made.
     ///
     /// # Errors

@@ -63,7 +63,8 @@ impl RopeTable {
     }
 
     /// True when all of a head is rotated by halves: Llama's way.
-    pub(crate) fn is_plain(&self) -> bool {
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
         self.layout == RopeLayout::Half && 2 * self.half == self.head_dim
     }
 

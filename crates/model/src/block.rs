@@ -4,6 +4,7 @@ use gptq_checkpoint::{LinearId, NormId};
 use gptq_compute::{KvCache, Resident, StepBlock, Tensor};
 use half::f16;
 
+use crate::block_rule::BlockRule;
 use crate::error::Result;
 use crate::stage::Stage;
 
@@ -33,28 +34,39 @@ pub struct Linear<W = Tensor> {
     pub bias: Option<Vec<f32>>,
 }
 
-/// The gains of a block's norms.
+/// The gains of a block's norms, as they are multiplied with.
 #[derive(Clone, Debug, Default)]
-pub struct Gains(Vec<(NormId, Vec<f32>)>);
+pub struct Gains {
+    of: Vec<(NormId, Vec<f32>)>,
+    /// What files hold less of each.
+    offset: f32,
+}
 
 impl Gains {
-    /// These gains.
+    /// These gains, which files hold less `offset`.
     #[must_use]
-    pub fn new(gains: Vec<(NormId, Vec<f32>)>) -> Self {
-        Self(gains)
+    pub fn new(of: Vec<(NormId, Vec<f32>)>, offset: f32) -> Self {
+        Self { of, offset }
     }
 
     /// The gain of a norm, where the block has it.
     #[must_use]
     pub fn get(&self, id: NormId) -> Option<&[f32]> {
-        self.0.iter().find(|(norm, _)| *norm == id).map(|(_, gain)| gain.as_slice())
+        self.of.iter().find(|(norm, _)| *norm == id).map(|(_, gain)| gain.as_slice())
     }
 
     /// Replaces a gain by ones and returns it.
     fn take(&mut self, id: NormId) -> Option<Vec<f32>> {
-        let (_, gain) = self.0.iter_mut().find(|(norm, _)| *norm == id)?;
+        let (_, gain) = self.of.iter_mut().find(|(norm, _)| *norm == id)?;
         let ones = vec![1.0; gain.len()];
         Some(std::mem::replace(gain, ones))
+    }
+
+    /// Rounds them to what fp16 files hold.
+    fn round(&mut self) {
+        let offset = self.offset;
+        let gains = self.of.iter_mut().flat_map(|(_, gain)| gain);
+        gains.for_each(|gain| *gain = f16::from_f32(*gain - offset).to_f32() + offset);
     }
 }
 
@@ -71,19 +83,6 @@ pub struct BlockParts<W = Tensor> {
     pub gains: Gains,
     /// How they are put together.
     pub rule: BlockRule,
-}
-
-/// What a block computes with its parts.
-#[derive(Clone, Copy, Debug)]
-pub struct BlockRule {
-    /// Added to mean squares in norms.
-    pub norm_eps: f32,
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Features of a head.
-    pub head_dim: usize,
 }
 
 impl<W> BlockParts<W> {
@@ -135,6 +134,22 @@ impl<W> Block<W> {
     /// The linears of a stage, in the same order.
     pub fn stage(&self, stage: Stage) -> impl Iterator<Item = &Linear<W>> {
         self.linears().iter().filter(move |linear| Stage::of(linear.id) == stage)
+    }
+
+    /// Whether there is such a linear.
+    pub fn has(&self, id: LinearId) -> bool {
+        self.linears().iter().any(|linear| linear.id == id)
+    }
+
+    /// The norm whose values a stage's linears read; `None` where they read something else.
+    pub fn norm_before(&self, stage: Stage) -> Option<NormId> {
+        let id = match stage {
+            Stage::Qkv => NormId::BeforeAttention,
+            Stage::GateUp if self.rule().parallel => NormId::BeforeAttention,
+            Stage::GateUp => NormId::BeforeMlp,
+            Stage::Output | Stage::Down => return None,
+        };
+        self.gains().get(id).map(|_| id)
     }
 
     /// Place of a linear among [`Self::linears`].
@@ -220,7 +235,7 @@ impl Block {
 
     /// Rounds the gains of all norms to fp16, as files hold them.
     pub fn round_norms(&mut self) {
-        self.parts.gains.0.iter_mut().for_each(|(_, gain)| round(gain));
+        self.parts.gains.round();
     }
 }
 
@@ -228,13 +243,22 @@ impl Block<Resident> {
     /// What a device's program for steps is made of, with the cache that they go on with; `None` for a
     /// block that no such program computes.
     pub fn step<'a>(&'a self, cache: &'a KvCache) -> Option<StepBlock<'a>> {
+        if !self.rule().is_llama() {
+            return None;
+        }
         let linears = LinearId::LLAMA.map(|id| self.linears().iter().find(|l| l.id == id));
         let [Some(q), Some(k), Some(v), Some(o), Some(gate), Some(up), Some(down)] = linears else {
             return None;
         };
         let linears = [q, k, v, o, gate, up, down];
         let gains = self.gains();
+        let after = [NormId::AfterAttention, NormId::AfterMlp];
         let head_norms = gains.get(NormId::Queries).zip(gains.get(NormId::Keys));
+        let of_one_head = |gain: &[f32]| gain.len() == self.rule().head_dim;
+        let known = head_norms.is_none_or(|(q, k)| of_one_head(q) && of_one_head(k));
+        if !known || after.iter().any(|&id| gains.get(id).is_some()) {
+            return None;
+        }
         Some(StepBlock {
             linears: linears.map(|linear| &linear.weight),
             biases: linears.map(|linear| linear.bias.as_deref()),

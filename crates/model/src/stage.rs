@@ -11,7 +11,7 @@ pub enum Stage {
     Output,
     /// gate and up read the normed hidden states after attention.
     GateUp,
-    /// down reads silu(gate) · up.
+    /// down reads activation(gate) · up.
     Down,
 }
 
@@ -19,13 +19,21 @@ impl Stage {
     /// The stages in forward order.
     pub const ALL: [Self; 4] = [Self::Qkv, Self::Output, Self::GateUp, Self::Down];
 
+    /// The stage whose outputs this one's inputs are made of.
+    pub(crate) fn before(self) -> Self {
+        match self {
+            Self::Qkv | Self::Output => Self::Qkv,
+            Self::GateUp | Self::Down => Self::GateUp,
+        }
+    }
+
     /// The stage of a linear.
     #[must_use]
     pub fn of(linear: LinearId) -> Self {
         match linear {
-            LinearId::Q | LinearId::K | LinearId::V => Self::Qkv,
+            LinearId::Q | LinearId::K | LinearId::V | LinearId::Qkv => Self::Qkv,
             LinearId::O => Self::Output,
-            LinearId::Gate | LinearId::Up => Self::GateUp,
+            LinearId::Gate | LinearId::Up | LinearId::GateUp => Self::GateUp,
             LinearId::Down => Self::Down,
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use gptq_checkpoint::{LinearShape, ModelConfig, Rope, RopeScaling};
 use gptq_compute::{Agreement, Device, FloatType, HostMatrix, Ranks, RopeTable};
-use gptq_model::{Block, BlockParts, BlockRule, Gains, Linear, LinearId, NormId};
+use gptq_model::{Block, BlockParts, BlockRule, Gains, Linear, LinearId, NormId, Ropes};
 use gptq_quant::{QuantSpec, split_mix};
 use gptq_text::calibration::MOST_TOKENS;
 use half::f16;
@@ -140,13 +140,11 @@ impl Width {
         Block::new(BlockParts {
             index: 0,
             linears: self.linears().into_iter().zip(weights).map(linear).collect(),
-            gains: Gains::new(vec![(NormId::BeforeAttention, ones()), (NormId::BeforeMlp, ones())]),
-            rule: BlockRule {
-                norm_eps: 1e-5,
-                heads: self.heads,
-                kv_heads: self.kv_heads,
-                head_dim: self.head_dim(),
-            },
+            gains: Gains::new(
+                vec![(NormId::BeforeAttention, ones()), (NormId::BeforeMlp, ones())],
+                0.0,
+            ),
+            rule: BlockRule::llama(self.heads, self.kv_heads, self.head_dim(), 1e-5),
         })
     }
 
@@ -185,7 +183,9 @@ impl Width {
         match id {
             LinearId::Q | LinearId::O => (h, h),
             LinearId::K | LinearId::V => (kv, h),
+            LinearId::Qkv => (h + 2 * kv, h),
             LinearId::Gate | LinearId::Up => (i, h),
+            LinearId::GateUp => (2 * i, h),
             LinearId::Down => (h, i),
         }
     }
@@ -313,10 +313,10 @@ pub fn bench_block(
     let tokens = own.len() * seq_len;
     let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
     let offload = offload(device, sizes, &[work])?;
-    let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
-    let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
+    let rope = Rope { theta: 10_000.0, dims: width.head_dim(), scaling: RopeScaling::None };
+    let ropes = Ropes::shared(RopeTable::new(&rope.frequencies(seq_len), seq_len));
     let calibrator =
-        Calibrator { device, rope: &rope, spec, ranks, windows, offload, shared: None };
+        Calibrator { device, ropes: &ropes, spec, ranks, windows, offload, shared: None };
     let mut runs: Vec<(f64, StageSeconds)> = Vec::new();
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {
@@ -340,7 +340,7 @@ pub fn bench_block(
     let (seconds, stages) = runs.swap_remove(RUNS / 2);
     let cards = ranks.size() as f64;
     let gpu = matches!(device, Device::Cuda(_));
-    let counted = Operations::of_block(&linears, (windows, seq_len), reference);
+    let counted = Operations::of_block(&linears, None, (windows, seq_len), reference);
     let stages = stages
         .into_iter()
         .map(|(work, seconds)| {

@@ -5,12 +5,13 @@
 
 use std::time::Instant;
 
+use gptq_checkpoint::RopeKind;
 use gptq_compute::cuda::{MemoryInfo, read_rate as read_rate_of_card};
 use gptq_compute::{
     CacheShape, CodedMatrix, Device, FloatType, HostMatrix, KvCache, Resident, RopeTable, Span,
     StepModel,
 };
-use gptq_model::{Block, LinearId};
+use gptq_model::{Block, LinearId, Ropes};
 use gptq_quant::split_mix;
 use half::f16;
 use ndarray::Array2;
@@ -197,7 +198,7 @@ fn product(
 struct Stack {
     blocks: Vec<Block<Resident>>,
     norm: Vec<f32>,
-    rope: RopeTable,
+    ropes: Ropes,
 }
 
 impl Stack {
@@ -214,7 +215,7 @@ impl Stack {
                 .collect(),
             norm: &self.norm,
             eps: 1e-5,
-            rope: &self.rope,
+            rope: self.ropes.of_kind(RopeKind::Global),
         };
         let mut program = device.steps(&model, shape)?;
         let first = device.upload_f32(Array2::from_elem((1, self.norm.len()), 0.5))?;
@@ -225,7 +226,7 @@ impl Stack {
                 None => {
                     let mut hidden = first.clone();
                     for (block, cache) in self.blocks.iter().zip(&mut caches) {
-                        block.forward_spans(device, &mut hidden, &self.rope, &[span], cache)?;
+                        block.forward_spans(device, &mut hidden, &self.ropes, &[span], cache)?;
                     }
                 }
             }
@@ -264,8 +265,8 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
         Device::Cuda(_) => (CONTEXTS[1] + CARD_STEPS, CARD_STEPS),
     };
     let frequencies: Vec<f32> = (0..width.head_dim() / 2).map(|i| 0.9_f32.powi(i as i32)).collect();
-    let rope = RopeTable::new(&frequencies, longest);
-    let stack = Stack { blocks: stack, norm: vec![1.0; width.hidden()], rope };
+    let ropes = Ropes::shared(RopeTable::new(&frequencies, longest));
+    let stack = Stack { blocks: stack, norm: vec![1.0; width.hidden()], ropes };
     let hidden = device.upload_f32(Array2::from_elem((1, width.hidden()), 0.5))?;
     let mut found = Vec::new();
     for context in CONTEXTS {

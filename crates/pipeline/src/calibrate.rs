@@ -15,8 +15,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{Device, Gram, Ranks, RopeTable, StageTimer, Tensor};
-use gptq_model::{Block, Linear, LinearId, Stage};
+use gptq_compute::{Device, Gram, Ranks, StageTimer, Tensor};
+use gptq_model::{Block, Linear, LinearId, Ropes, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantized, factor, solve};
 use gptq_records::branch_report::LinearRecord;
 
@@ -87,7 +87,7 @@ pub(crate) type StageSeconds = BTreeMap<Work, f64>;
 /// What every block of a run shares.
 pub(crate) struct Calibrator<'a> {
     pub(crate) device: &'a Device,
-    pub(crate) rope: &'a RopeTable,
+    pub(crate) ropes: &'a Ropes,
     pub(crate) spec: &'a QuantSpec,
     /// Who else calibrates the block: each on its own windows, solving its own rows.
     pub(crate) ranks: &'a Ranks,
@@ -149,7 +149,8 @@ impl Calibrator<'_> {
 /// States on their way through the block that is being quantized.
 struct Stream<'s> {
     states: &'s mut States,
-    /// Inputs of o, then of down, from the stage that sees them to the one that needs their product.
+    /// Inputs of o, then of down, from the stage that sees them to the one that needs their product; in
+    /// a parallel block, whose down follows from states that are no more, those of gate between.
     kept: Option<ChunkStore>,
 }
 
@@ -164,17 +165,29 @@ impl Stream<'_> {
     ) -> Result<Tensor> {
         let device = all.device;
         let seq_len = self.states.seq_lens[chunk];
+        let parallel = block.rule().parallel;
         if stage == Stage::GateUp {
             let context = self.kept(all).take(chunk)?;
             let mut hidden = self.states.hidden.take(chunk)?;
+            if parallel {
+                let input = block.stage_input(device, stage, &hidden, all.ropes, seq_len)?;
+                block.stage_output(device, Stage::Output, &context, &mut hidden)?;
+                self.states.hidden.put(chunk, hidden)?;
+                self.kept(all).put(chunk, input.clone())?;
+                return Ok(input);
+            }
             block.stage_output(device, Stage::Output, &context, &mut hidden)?;
-            let input = block.stage_input(device, stage, &hidden, all.rope, seq_len)?;
+            let input = block.stage_input(device, stage, &hidden, all.ropes, seq_len)?;
             self.states.hidden.put(chunk, hidden)?;
             return Ok(input);
         }
+        if parallel && stage == Stage::Down {
+            let before = self.kept(all).take(chunk)?;
+            return Ok(block.next_input(device, stage, &before, all.ropes, seq_len)?);
+        }
         self.states
             .hidden
-            .read(chunk, |hidden| Ok(block.stage_input(device, stage, hidden, all.rope, seq_len)?))
+            .read(chunk, |hidden| Ok(block.stage_input(device, stage, hidden, all.ropes, seq_len)?))
     }
 
     /// Adds what one chunk of the residual stream lacks against `reference` before o's or down's
@@ -227,7 +240,14 @@ impl States {
     ) -> Result<Tensor> {
         let device = all.device;
         let mut hidden = self.hidden.take(chunk)?;
-        let input = dense.stage_input(device, stage, &hidden, all.rope, self.seq_lens[chunk])?;
+        if dense.rule().parallel {
+            // Its attention and MLP are added at once.
+            if stage == Stage::Down {
+                dense.forward(device, &mut hidden, all.ropes, self.seq_lens[chunk])?;
+            }
+            return Ok(hidden);
+        }
+        let input = dense.stage_input(device, stage, &hidden, all.ropes, self.seq_lens[chunk])?;
         dense.stage_output(device, stage, &input, &mut hidden)?;
         Ok(hidden)
     }
@@ -259,7 +279,7 @@ impl BlockRun<'_, '_, '_> {
             }
             None => Arc::new(self.gram(block, stage)?),
         };
-        if stage == Stage::GateUp {
+        if stage == Stage::GateUp && !block.rule().parallel {
             // All of o's inputs are used up; give their memory back before down's are made.
             self.stream.kept = None;
         }
@@ -316,6 +336,9 @@ impl BlockRun<'_, '_, '_> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };
         let Linear { weight, bias, .. } = first_of(dense, stage);
+        let factor = dense.rule().residual;
+        let bias: Option<Vec<f32>> =
+            bias.as_ref().map(|bias| bias.iter().map(|b| b * factor).collect());
         let shape = weight.shape();
         let wanted = all.spec.choices.residual > 0.0;
         let mut drift = wanted.then(|| all.device.zeros(shape.0, shape.1)).transpose()?;
@@ -330,6 +353,10 @@ impl BlockRun<'_, '_, '_> {
         }
         let Some(mut drift) = drift else { return Ok(None) };
         all.ranks.sum(&mut drift)?;
+        if factor != 1.0 {
+            // What the products would have to be before they are multiplied.
+            all.device.scale(&mut drift, 1.0 / factor)?;
+        }
         let rows = all.ranks.share(shape.0, SHARD_ROWS);
         let weight = rows_of(all.device, weight, rows.clone())?;
         let wanted = {

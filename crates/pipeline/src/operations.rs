@@ -25,10 +25,11 @@ pub struct Operations {
 }
 
 impl Operations {
-    /// Of a block with these linears over `windows` windows of `seq_len` tokens. With `reference`, the
-    /// unquantized model is walked too.
+    /// Of a block with these linears over `windows` windows of `seq_len` tokens, each of which attends
+    /// to `window` tokens at most. With `reference`, the unquantized model is walked too.
     pub(crate) fn of_block(
         linears: &[LinearShape],
+        window: Option<usize>,
         (windows, seq_len): (usize, usize),
         reference: bool,
     ) -> Self {
@@ -36,8 +37,15 @@ impl Operations {
         // Causal attention: half of the scores' square, and as much again for the contexts.
         let output = linears.iter().find(|linear| linear.id == LinearId::O);
         let width = output.map_or(0, |linear| linear.in_features);
-        let mut sum =
-            Self { forward: 2.0 * tokens * seq_len as f64 * width as f64, ..Self::default() };
+        let length = seq_len as f64;
+        let reach = match window {
+            Some(window) if window < seq_len => {
+                let window = window as f64;
+                2.0 * window - window * window / length
+            }
+            _ => length,
+        };
+        let mut sum = Self { forward: 2.0 * tokens * reach * width as f64, ..Self::default() };
         let mut counted = Vec::new();
         for linear in linears {
             let (rows, n) = (linear.out_features as f64, linear.in_features as f64);
@@ -61,16 +69,16 @@ impl Operations {
 
     /// Of all blocks of a model.
     pub(crate) fn of_model(model: &ModelConfig, tokens: (usize, usize), reference: bool) -> Self {
-        let mut kinds: Vec<(Vec<LinearShape>, usize)> = Vec::new();
+        let mut kinds: Vec<((Vec<LinearShape>, Option<usize>), usize)> = Vec::new();
         for block in 0..model.num_hidden_layers {
-            let linears = model.block_linears(block);
-            match kinds.iter_mut().find(|(kind, _)| *kind == linears) {
+            let found = (model.block_linears(block), model.block_attention(block).window);
+            match kinds.iter_mut().find(|(kind, _)| *kind == found) {
                 Some((_, count)) => *count += 1,
-                None => kinds.push((linears, 1)),
+                None => kinds.push((found, 1)),
             }
         }
-        let of_kind = |(linears, count): (Vec<LinearShape>, usize)| {
-            Self::of_block(&linears, tokens, reference).times(count as f64)
+        let of_kind = |((linears, window), count): ((Vec<LinearShape>, Option<usize>), usize)| {
+            Self::of_block(&linears, window, tokens, reference).times(count as f64)
         };
         kinds.into_iter().map(of_kind).reduce(Self::plus).unwrap_or_default()
     }
@@ -245,7 +253,7 @@ pub(crate) mod tests {
             [Work::Forward, Work::Gram, Work::Factor, Work::Solve, Work::Reference, Work::Shift];
         for (width, tokens, expected) in counted {
             let linears = width.parse::<Width>().unwrap().linears();
-            let block = Operations::of_block(&linears, tokens, true);
+            let block = Operations::of_block(&linears, None, tokens, true);
             assert_eq!(stages.map(|stage| block.of(stage)), expected, "{width}");
             assert_eq!((block.of(Work::Exchange), block.of(Work::Pack)), (0.0, 0.0));
         }

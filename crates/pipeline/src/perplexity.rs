@@ -156,7 +156,12 @@ impl Scored {
     pub fn losses(&self, model: &Model<'_>) -> Result<Vec<f32>> {
         let mut losses = Vec::new();
         for (hidden, targets) in &self.chunks {
-            losses.extend(model.device().token_nll(hidden, self.head.weight(), targets, None)?);
+            losses.extend(model.device().token_nll(
+                hidden,
+                self.head.weight(),
+                targets,
+                cap(model),
+            )?);
         }
         Ok(losses)
     }
@@ -170,10 +175,15 @@ impl Scored {
         let mut all = Vec::new();
         for ((p, _), (q, _)) in base.chunks.iter().zip(&self.chunks) {
             let heads = (base.head.weight(), self.head.weight());
-            all.extend(model.device().token_kl((p, heads.0), (q, heads.1), None)?);
+            all.extend(model.device().token_kl((p, heads.0), (q, heads.1), cap(model))?);
         }
         Ok(all)
     }
+}
+
+/// What logits stay below.
+fn cap(model: &Model<'_>) -> Option<f32> {
+    model.config().logit_softcap
 }
 
 /// What the scored tokens of all batches gave, in order.

@@ -23,6 +23,7 @@ use crate::job::{QuantizeJob, precision};
 use crate::memory::{BlockSizes, offload};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
+use crate::recipe_fit;
 use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
 use crate::rotate::FusedRotations;
 use crate::row_shards::RowShards;
@@ -81,6 +82,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
         return Err(Error::AlreadyQuantized(job.source.dir().to_owned()));
     }
     job.source.check_tensors()?;
+    recipe_fit::check(job.source.config(), &job.spec)?;
     let rotate = job.spec.choices.rotate;
     let rotations = FusedRotations::new(job.source.config(), rotate);
     let progress = if job.ranks.is_first() { progress } else { &Silent };
@@ -214,7 +216,7 @@ fn calibrator<'a>(
     let streams = Streams { quantized: states()?, reference };
     let calibrator = Calibrator {
         device: model.device(),
-        rope: model.rope(seq_len),
+        ropes: model.ropes(seq_len),
         spec: &job.spec,
         ranks: &job.ranks,
         windows: windows.len(),

@@ -69,7 +69,7 @@ impl From<&ModelConfig> for Architecture {
             family: config.family,
             linears: config.block_linears(0),
             grouped_heads: config.num_key_value_heads != config.num_attention_heads,
-            rope: config.rope,
+            rope: config.rope.clone(),
         }
     }
 }

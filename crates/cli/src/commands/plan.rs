@@ -60,8 +60,9 @@ struct Row {
 }
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
-    let config = SweepConfig::open(&args.config)?;
+    let mut config = SweepConfig::open(&args.config)?;
     let model = open_config(&args.model, printer)?;
+    config.fit(&model).iter().for_each(|note| printer.note(note));
     let rates = match &args.card {
         Some(card) => KnownRates::of_card(card),
         None => KnownRates::of_this_machine(printer),

@@ -142,8 +142,8 @@ fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<Vec<
     }
     for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
         let mut hidden = states.hidden.take(chunk)?;
-        let rope = model.rope(seq_len);
-        block.forward_looking(device, &mut hidden, rope, seq_len, |stage, input| {
+        let ropes = model.ropes(seq_len);
+        block.forward_looking(device, &mut hidden, ropes, seq_len, |stage, input| {
             Ok(device.gram_add(&mut grams[stage as usize], input)?)
         })?;
         states.hidden.put(chunk, hidden)?;
