@@ -145,6 +145,7 @@ const COHERE: Family = Family {
     norms: SHARED,
     head_norms: HeadNorms::EachIf("use_qk_norm"),
     parallel: true,
+    theta: 500_000.0,
     interleaved: true,
     logits: Factor::Key("logit_scale", 0.0625),
     ..LLAMA
@@ -232,6 +233,7 @@ pub(crate) const FAMILIES: [Family; 16] = [
         head_norms: HeadNorms::None,
         window: Window::Pattern { default: 4096, every: 4 },
         rotates: Rotates::Sliding,
+        theta: 10_000.0,
         ..COHERE
     },
 ];
