@@ -10,24 +10,13 @@
 //          step multiplies by K its V is on the way, and the next K while it multiplies by V.
 // Bound    2 * D * seq_len^2 operations a head and window (half of a full product): 0.035 PFLOP for
 //          64 heads of 128 and 128 windows of 4096, 0.1 s at 350 TFLOP/s.
-//
-// Rows of the shared tiles are padded by 16 bytes: D / 8 + 1 chunks of 16 bytes is odd for every D
-// here, so eight rows at one column touch all banks once.
-#include "mma.cuh"
+#include "attention.cuh"
 
 namespace {
 
-constexpr int WARPS = 4;
-constexpr int ROW_TILES = 2;  // 16-row tiles of a warp: each K and V fragment loaded serves both
-constexpr int QUERIES = WARPS * ROW_TILES * 16;
+constexpr int ROW_TILES = 2;
 constexpr int KEYS = 64;
-constexpr int THREADS = WARPS * 32;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+constexpr int QUERIES = WARPS * ROW_TILES * 16;
 
 // Queues the copy of ROWS rows of D values from `from` (row stride `stride`); rows from `rows` on
 // become zeros.
@@ -43,37 +32,6 @@ __device__ __forceinline__ void copy_tile(unsigned to, const half_t* from, long 
     }
 }
 
-// Scores of this warp's queries against KEYS keys.
-template <int D>
-__device__ __forceinline__ void scores(float (&s)[ROW_TILES][KEYS / 8][4], unsigned q, unsigned k,
-                                       int lane) {
-    constexpr int PITCH = (D / 8 + 1) * 16;
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[r][n][i] = 0.0f;
-    unsigned a_at = q + (lane % 16) * PITCH + (lane / 16) * 16;
-    unsigned b_at = k + (lane / 16 * 8 + lane % 8) * PITCH + (lane / 8 % 2) * 16;
-#pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-        unsigned a[ROW_TILES][4];
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++) load_tiles(a[r], a_at + r * 16 * PITCH + step * 32);
-#pragma unroll
-        for (int pair = 0; pair < KEYS / 16; pair++) {
-            unsigned b[4];
-            load_tiles(b, b_at + pair * 16 * PITCH + step * 32);
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; r++) {
-                multiply_add(s[r][2 * pair], a[r], b[0], b[1]);
-                multiply_add(s[r][2 * pair + 1], a[r], b[2], b[3]);
-            }
-        }
-    }
-}
-
 // Hides keys that a query may not see: later ones, and those past the window.
 __device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int first_query, int first_key, int keys,
                                      int lane) {
@@ -85,66 +43,6 @@ __device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int first_query, i
             int query = first_query + lane / 4 + i / 2 * 8;
             if (key > query || key >= keys) s[n][i] = -__int_as_float(0x7f800000);
         }
-}
-
-// Turns scores into weights exp2((s - max) * scale), with the running maximum and sum of each of the
-// two rows that this thread sees; earlier outputs are rescaled to the new maximum.
-template <int D>
-__device__ __forceinline__ void soften(float (&s)[KEYS / 8][4], float (&out)[D / 8][4], float (&top)[2],
-                                       float (&sum)[2], float scale) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float best = top[half];
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) best = fmaxf(best, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-        float shift = best * scale;
-        float fade = exp2_approx(top[half] * scale - shift);
-        top[half] = best;
-        sum[half] *= fade;
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; i++) {
-                s[n][i] = exp2_approx(fmaf(s[n][i], scale, -shift));
-                sum[half] += s[n][i];
-            }
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            out[n][2 * half] *= fade;
-            out[n][2 * half + 1] *= fade;
-        }
-    }
-}
-
-// out += weights · V; the accumulators of two 8-column tiles are the A operand of one 16-wide step.
-template <int D>
-__device__ __forceinline__ void weigh(float (&out)[ROW_TILES][D / 8][4],
-                                      float (&p)[ROW_TILES][KEYS / 8][4], unsigned v, int lane) {
-    constexpr int PITCH = (D / 8 + 1) * 16;
-    unsigned b_at = v + (lane % 16) * PITCH + (lane / 16) * 16;
-#pragma unroll
-    for (int step = 0; step < KEYS / 16; step++) {
-        unsigned a[ROW_TILES][4];
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float* pair = &p[r][2 * step + i / 2][2 * (i % 2)];
-                a[r][i] = floats_to_half2(pair[0], pair[1]);
-            }
-#pragma unroll
-        for (int pair = 0; pair < D / 16; pair++) {
-            unsigned b[4];
-            load_tiles_transposed(b, b_at + step * 16 * PITCH + pair * 32);
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; r++) {
-                multiply_add(out[r][2 * pair], a[r], b[0], b[1]);
-                multiply_add(out[r][2 * pair + 1], a[r], b[2], b[3]);
-            }
-        }
-    }
 }
 
 // Divides by the sums and writes the rows inside the window.
@@ -207,7 +105,7 @@ __device__ __forceinline__ void attention(const half_t* q, const half_t* k, cons
         __syncthreads();
         copy_tile<D, KEYS>(v_at, v + first_key * kv_stride, kv_stride, keys - first_key);
         copy_async_commit();
-        if (seen) scores<D>(s, my_q, k_at, lane);
+        if (seen) scores<D, ROW_TILES, KEYS>(s, my_q, k_at, lane);
         copy_async_wait<0>();
         __syncthreads();
         if (step + 1 < steps) {
@@ -220,9 +118,9 @@ __device__ __forceinline__ void attention(const half_t* q, const half_t* k, cons
         for (int r = 0; r < ROW_TILES; r++) {
             const int query = past + my_query + r * 16;  // as keys are counted
             if (first_key + KEYS > min(query + 1, keys)) mask(s[r], query, first_key, keys, lane);
-            soften<D>(s[r], sums[r], top[r], sum[r], scale);
+            soften<D, KEYS>(s[r], sums[r], top[r], sum[r], scale);
         }
-        weigh<D>(sums, s, v_at, lane);
+        weigh<D, ROW_TILES, KEYS>(sums, s, v_at, lane);
     }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {

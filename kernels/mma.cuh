@@ -14,6 +14,13 @@ static __device__ __forceinline__ void copy_async_16(unsigned shared, const void
                  : "memory");
 }
 
+// The same of 4 bytes.
+static __device__ __forceinline__ void copy_async_4(unsigned shared, const void* global, bool valid) {
+    int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+                 : "memory");
+}
+
 // Closes the group of copies queued by this thread since the last call.
 static __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

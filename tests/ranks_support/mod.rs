@@ -85,7 +85,7 @@ pub(crate) fn distances(a: &Path, b: &Path) -> Vec<Distance> {
     for block in 0..blocks {
         let prefix = ModelConfig::block_prefix(block);
         let pairs: Vec<(GptqLinear, GptqLinear)> = config
-            .block_linears()
+            .block_linears(block)
             .iter()
             .map(|shape| linears((&a, &b), &format!("{prefix}.{}", shape.name), shape))
             .collect();

@@ -3,24 +3,27 @@
 //!
 //! Only what the engine computes with becomes a field. The rest is kept as it was read, in order,
 //! because a quantized checkpoint carries the source's config on. What distinguishes the families is
-//! a table in `family`; what would need another forward pass is refused by name.
+//! a table in `families`; what would need another forward pass is refused by name.
 
 use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::family::{Biases, Family};
+use crate::block_attention::{self, BlockAttention};
+use crate::family::{Activation, Biases, Factor, Family, HeadNorms, NormKind};
 use crate::fields::Fields;
-use crate::names::{BLOCKS, CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
+use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
-use crate::{Error, LinearShape, Result, foreign, json};
+use crate::rope_settings::Reader;
+use crate::{Error, Result, foreign, json};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 24;
 const MAX_BLOCKS: u64 = 1 << 12;
 const MAX_CONTEXT: u64 = 1 << 40;
+const TIED: &str = "tie_word_embeddings";
 
 /// The shape of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,24 +44,47 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding and of the head.
     pub vocab_size: usize,
+    /// What norms compute.
+    pub norm: NormKind,
     /// Added to the mean square in norms.
-    pub rms_norm_eps: f32,
+    pub norm_eps: f32,
     /// Rotary position embeddings.
     pub rope: Rope,
-    /// Queries and keys are normed, head by head, before they are rotated.
-    pub qk_norm: bool,
+    /// Those of blocks whose attention slides, where they have others.
+    pub local_rope: Option<Rope>,
     /// Longest window that the model was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// Tokens that a token attends to at most; `None` where all blocks attend to all before it.
-    pub sliding_window: Option<usize>,
-    /// The blocks that this limit holds for.
-    pub sliding_blocks: Vec<usize>,
+    /// What the MLP does to its gate.
+    pub activation: Activation,
+    /// What embeddings, scores, what blocks add to the stream, and logits are multiplied by.
+    pub factors: Factors,
+    /// What scores of attention stay below.
+    pub attention_softcap: Option<f32>,
+    /// What logits stay below.
+    pub logit_softcap: Option<f32>,
     /// The head is the embedding, unless the weights hold another: [`Checkpoint::head`] knows.
     ///
     /// [`Checkpoint::head`]: crate::Checkpoint::head
     pub tie_word_embeddings: bool,
-    biases: Biases,
+    pub(crate) biases: Biases,
+    pub(crate) head_norms: HeadNorms,
+    pub(crate) rules: &'static Family,
+    blocks: Vec<BlockAttention>,
     raw: Map<String, Value>,
+}
+
+/// Constants that parts of a forward pass are multiplied by; 1 where a family has none.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Factors {
+    /// Embeddings. Gemma's files mean it rounded to the type of the embedding: see
+    /// [`ModelConfig::embedding_factor_is_rounded`].
+    pub embedding: f32,
+    /// Products of queries and keys.
+    pub attention: f32,
+    /// Products of o and down, before they are added to the hidden states.
+    pub residual: f32,
+    /// Logits.
+    pub logits: f32,
 }
 
 impl ModelConfig {
@@ -98,7 +124,13 @@ impl ModelConfig {
         // It is read again where it is needed; what is no token shows now.
         fields.token("bos_token_id")?;
         let context = fields.size("max_position_embeddings", Some(family.context), MAX_CONTEXT)?;
-        let sliding_window = family.sliding_window(&fields, layers)?;
+        let factor = |factor: Factor| factor.read(&fields, hidden_size, head_dim);
+        let (rope, local_rope) = Reader { fields: &fields, family, context, head_dim }.read()?;
+        let (eps_key, eps) = family.norm_eps;
+        let tie_word_embeddings = match fields.get(TIED) {
+            None => family.tied,
+            Some(_) => fields.flag(TIED)?,
+        };
         Ok(Self {
             family: family.name,
             hidden_size,
@@ -108,17 +140,25 @@ impl ModelConfig {
             num_key_value_heads: kv_heads,
             head_dim,
             vocab_size: fields.size("vocab_size", None, MAX_VOCAB)?,
-            rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-            rope: Rope::read(&fields, context)?,
-            qk_norm: family.qk_norm,
+            norm: family.norm,
+            norm_eps: fields.positive(eps_key)?.unwrap_or(eps) as f32,
+            rope,
+            local_rope,
             max_position_embeddings: context,
-            sliding_window,
-            sliding_blocks: match sliding_window {
-                Some(_) => family.sliding_blocks(&fields, layers)?,
-                None => Vec::new(),
+            activation: family.activation(&fields)?,
+            factors: Factors {
+                embedding: factor(family.embedding)?,
+                attention: factor(family.attention)?,
+                residual: factor(family.residual)?,
+                logits: factor(family.logits)?,
             },
-            tie_word_embeddings: fields.flag("tie_word_embeddings")?,
+            attention_softcap: Family::cap(&fields, family.attention_cap)?,
+            logit_softcap: Family::cap(&fields, family.logit_cap)?,
+            tie_word_embeddings,
             biases: family.biases(&fields)?,
+            head_norms: family.head_norms(&fields)?,
+            rules: family,
+            blocks: block_attention::read(&fields, family, layers)?,
             raw,
         })
     }
@@ -128,7 +168,7 @@ impl ModelConfig {
     pub fn untied(mut self) -> Self {
         if self.tie_word_embeddings {
             self.tie_word_embeddings = false;
-            self.raw.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
+            self.raw.insert(TIED.to_owned(), Value::Bool(false));
         }
         self
     }
@@ -139,80 +179,61 @@ impl ModelConfig {
         &self.raw
     }
 
-    /// Names of a block's linears behind its prefix, in the order of [`Self::block_linears`].
-    pub const LINEARS: [&'static str; 7] = [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ];
-
-    /// The seven linears of a block: q, k, v, o, gate, up, down.
+    /// How a block attends.
+    ///
+    /// # Panics
+    /// For a block that the model does not have.
     #[must_use]
-    pub fn block_linears(&self) -> [LinearShape; 7] {
-        let queries = self.num_attention_heads * self.head_dim;
-        let keys = self.num_key_value_heads * self.head_dim;
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        let [q, k, v, o, gate, up, down] = Self::LINEARS;
-        let mut linears = [
-            (q, hidden, queries),
-            (k, hidden, keys),
-            (v, hidden, keys),
-            (o, queries, hidden),
-            (gate, hidden, inner),
-            (up, hidden, inner),
-            (down, inner, hidden),
-        ]
-        .map(|(name, in_features, out_features)| LinearShape {
-            name,
-            in_features,
-            out_features,
-            bias: false,
-        });
-        self.biases.mark(&mut linears);
-        linears
+    pub fn block_attention(&self, block: usize) -> BlockAttention {
+        self.blocks[block]
     }
 
-    /// Norms of a block and their sizes: before attention and the MLP, and those of heads.
+    /// Tokens that a token attends to at most in the blocks of [`Self::sliding_blocks`]; `None` where
+    /// all attend to all before it.
     #[must_use]
-    pub fn block_norms(&self) -> Vec<(&'static str, usize)> {
-        let hidden = self.hidden_size;
-        let mut norms = vec![("input_layernorm", hidden), ("post_attention_layernorm", hidden)];
-        if self.qk_norm {
-            norms.extend(["self_attn.q_norm", "self_attn.k_norm"].map(|n| (n, self.head_dim)));
-        }
-        norms
+    pub fn sliding_window(&self) -> Option<usize> {
+        self.blocks.iter().find_map(|block| block.window)
     }
 
-    /// Tokens of a window that the model was made for: its context, or less where attention slides
-    /// earlier than that.
+    /// The blocks whose attention slides.
     #[must_use]
-    pub fn context(&self) -> usize {
-        let context = self.max_position_embeddings;
-        self.sliding_window.map_or(context, |window| window.min(context))
+    pub fn sliding_blocks(&self) -> Vec<usize> {
+        let blocks = self.blocks.iter().enumerate();
+        blocks.filter(|(_, block)| block.window.is_some()).map(|(index, _)| index).collect()
+    }
+
+    /// Attention and the MLP of a block read the same normed states.
+    #[must_use]
+    pub fn is_parallel(&self) -> bool {
+        self.rules.parallel
+    }
+
+    /// Rotated pairs of features lie beside each other, and not half the rotated features apart.
+    #[must_use]
+    pub fn is_interleaved(&self) -> bool {
+        self.rules.interleaved
+    }
+
+    /// The factor of embeddings is rounded to the type of the embedding.
+    #[must_use]
+    pub fn embedding_factor_is_rounded(&self) -> bool {
+        matches!(self.rules.embedding, Factor::RootOfWidth)
     }
 
     /// Tokens that rotary positions reach: the context, times the factor of a scaling whose config
-    /// states the context before it (`linear` and `dynamic`).
+    /// states the context before it (`linear` and `dynamic`, and `yarn` in some files).
     #[must_use]
     pub fn positions(&self) -> usize {
-        let factor = match self.rope.scaling {
-            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => factor,
-            RopeScaling::None | RopeScaling::Llama3 { .. } => 1.0,
-        };
-        (self.max_position_embeddings as f64 * factor) as usize
-    }
-
-    /// Every linear of the model with its full name, block by block.
-    pub fn linears(&self) -> impl Iterator<Item = (String, LinearShape)> {
-        let shapes = self.block_linears();
-        (0..self.num_hidden_layers).flat_map(move |block| {
-            let prefix = Self::block_prefix(block);
-            shapes.map(|shape| (format!("{prefix}.{}", shape.name), shape))
-        })
+        let context = self.max_position_embeddings;
+        match &self.rope.scaling {
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => {
+                (context as f64 * factor) as usize
+            }
+            RopeScaling::Yarn(yarn) => {
+                context.max((yarn.original_context as f64 * yarn.factor) as usize)
+            }
+            RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::LongRope(_) => context,
+        }
     }
 
     /// Every tensor of the dense model with its shape: embedding, blocks, final norm and head.
@@ -222,10 +243,10 @@ impl ModelConfig {
         let mut tensors = vec![(EMBEDDING.to_owned(), vec![vocab, hidden])];
         for block in 0..self.num_hidden_layers {
             let prefix = Self::block_prefix(block);
-            for (norm, size) in self.block_norms() {
-                tensors.push((format!("{prefix}.{norm}.weight"), vec![size]));
+            for norm in self.block_norms(block) {
+                tensors.push((format!("{prefix}.{}.weight", norm.name), norm.shape));
             }
-            for linear in self.block_linears() {
+            for linear in self.block_linears(block) {
                 let (name, rows) = (format!("{prefix}.{}", linear.name), linear.out_features);
                 tensors.push((format!("{name}.weight"), vec![rows, linear.in_features]));
                 if linear.bias {
@@ -236,12 +257,6 @@ impl ModelConfig {
         tensors.push((FINAL_NORM.to_owned(), vec![hidden]));
         tensors.push((HEAD.to_owned(), vec![vocab, hidden]));
         tensors
-    }
-
-    /// Prefix of a block's tensors, `model.layers.{block}`.
-    #[must_use]
-    pub fn block_prefix(block: usize) -> String {
-        format!("{BLOCKS}{block}")
     }
 }
 
@@ -299,15 +314,17 @@ mod tests {
     fn defaults_are_those_of_transformers() {
         let c = parse(&minimal("")).unwrap();
         assert_eq!((c.num_key_value_heads, c.head_dim), (4, 16));
-        assert_eq!((c.rope.theta, c.rms_norm_eps), (10_000.0, 1e-6));
-        assert_eq!((c.rope.scaling, c.sliding_window, c.qk_norm), (RopeScaling::None, None, false));
+        assert_eq!((c.rope.theta, c.rope.dims, c.norm_eps), (10_000.0, 16, 1e-6));
+        assert_eq!((&c.rope.scaling, c.sliding_window()), (&RopeScaling::None, None));
+        assert_eq!(c.block_norms(0).len(), 2);
         assert_eq!((c.max_position_embeddings, c.tie_word_embeddings), (2048, false));
     }
 
     #[test]
     fn both_forms_of_rope_are_read() {
         let rope = |extra: &str| parse(&minimal(extra)).unwrap().rope;
-        let plain = Rope { theta: 500_000.0, scaling: RopeScaling::None };
+        let of = |theta, scaling| Rope { theta, dims: 16, scaling };
+        let plain = of(500_000.0, RopeScaling::None);
         for extra in [
             r#","rope_theta":500000.0,"rope_scaling":null"#,
             r#","rope_parameters":{"rope_theta":500000.0,"rope_type":"default"}"#,
@@ -316,13 +333,13 @@ mod tests {
         ] {
             assert_eq!(rope(extra), plain, "{extra}");
         }
-        let linear = Rope { theta: 10_000.0, scaling: RopeScaling::Linear { factor: 2.0 } };
+        let linear = of(10_000.0, RopeScaling::Linear { factor: 2.0 });
         assert_eq!(rope(r#","rope_scaling":{"type":"linear","factor":2}"#), linear);
         let both = r#","rope_scaling":{"rope_type":"linear","factor":2.0},"rope_parameters":{}"#;
         assert_eq!(rope(both), linear);
         let dynamic = r#","rope_theta":7.0,"rope_scaling":{"type":"dynamic","factor":4.0}"#;
         let scaling = RopeScaling::Dynamic { factor: 4.0, context: 2048 };
-        assert_eq!(rope(dynamic), Rope { theta: 7.0, scaling });
+        assert_eq!(rope(dynamic), of(7.0, scaling));
         // As in Llama 3.1's file, whose original context may lie beside the settings, or be left out.
         let llama3 = r#"{"factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"rope_type":"llama3"ORIGINAL}"#;
         for (inner, outer, original_context) in [
@@ -349,22 +366,25 @@ mod tests {
             let text = minimal(extra).replace("\"llama\"", &format!("\"{name}\""));
             parse(&text.replace("\"num_attention_heads\":4", "\"num_attention_heads\":32")).unwrap()
         };
-        let biased = |c: &ModelConfig| c.block_linears().map(|l| u8::from(l.bias));
+        let biased = |c: &ModelConfig| {
+            c.block_linears(0).iter().map(|l| u8::from(l.bias)).collect::<Vec<_>>()
+        };
         let llama = family("llama", r#","attention_bias":true"#);
         assert_eq!(biased(&llama), [1, 1, 1, 1, 0, 0, 0]);
         assert_eq!(biased(&family("llama", r#","mlp_bias":true"#)), [0, 0, 0, 0, 1, 1, 1]);
         let mistral = family("mistral", "");
         assert_eq!((mistral.num_key_value_heads, mistral.max_position_embeddings), (8, 131_072));
-        assert_eq!((mistral.sliding_window, mistral.context()), (Some(4096), 4096));
-        assert_eq!(family("mistral", r#","sliding_window":null"#).context(), 131_072);
+        assert_eq!((mistral.sliding_window(), mistral.sliding_blocks()), (Some(4096), vec![0, 1]));
+        assert_eq!(family("mistral", r#","sliding_window":null"#).sliding_window(), None);
         assert_eq!(family("mistral", r#","num_key_value_heads":null"#).num_key_value_heads, 32);
-        assert_eq!(biased(&mistral), [0; 7]);
+        assert_eq!(biased(&mistral), vec![0; 7]);
         let qwen2 = family("qwen2", "");
-        assert_eq!((biased(&qwen2), qwen2.qk_norm), ([1, 1, 1, 0, 0, 0, 0], false));
-        assert_eq!((qwen2.head_dim, qwen2.sliding_window, qwen2.context()), (2, None, 32_768));
+        assert_eq!((biased(&qwen2), qwen2.block_norms(0).len()), (vec![1, 1, 1, 0, 0, 0, 0], 2));
+        assert_eq!((qwen2.head_dim, qwen2.sliding_window()), (2, None));
+        assert_eq!(qwen2.max_position_embeddings, 32_768);
         let qwen3 = family("qwen3", "");
-        assert_eq!((biased(&qwen3), qwen3.qk_norm, qwen3.head_dim), ([0; 7], true, 128));
-        let norms: Vec<&str> = qwen3.block_norms().iter().map(|n| n.0).collect();
+        assert_eq!((biased(&qwen3), qwen3.head_dim), (vec![0; 7], 128));
+        let norms: Vec<&str> = qwen3.block_norms(1).iter().map(|n| n.name).collect();
         assert_eq!(norms[2..], ["self_attn.q_norm", "self_attn.k_norm"]);
         // Qwen's attention slides from a block on, if at all.
         for (extra, sliding) in [
@@ -379,7 +399,7 @@ mod tests {
             ),
             (r#","layer_types":["full_attention","full_attention"]"#, None),
         ] {
-            assert_eq!(family("qwen2", extra).sliding_window, sliding, "{extra}");
+            assert_eq!(family("qwen2", extra).sliding_window(), sliding, "{extra}");
         }
         // Windows beyond the context are what linear and dynamic scaling are for.
         let positions = |extra: &str| family("llama", extra).positions();
@@ -391,7 +411,8 @@ mod tests {
     #[test]
     fn linears_follow_grouped_heads() {
         let c = parse(&minimal(r#","num_key_value_heads":2,"head_dim":32"#)).unwrap();
-        let linears = c.block_linears().map(|l| (l.in_features, l.out_features));
+        let linears: Vec<_> =
+            c.block_linears(1).iter().map(|l| (l.in_features, l.out_features)).collect();
         let expected = [(64, 128), (64, 64), (64, 64), (128, 64), (64, 128), (64, 128), (128, 64)];
         assert_eq!(linears, expected);
         assert_eq!(ModelConfig::block_prefix(7), "model.layers.7");
@@ -408,10 +429,14 @@ mod tests {
             (r#","rope_scaling":{"type":"linear"}"#, "rope_scaling.factor"),
             (r#","rope_scaling":{"type":"linear","factor":0.5}"#, "rope_scaling.factor"),
             (
-                r#","rope_scaling":{"type":"yarn","factor":4.0}"#,
-                "`rope_scaling.rope_type` is `\"yarn\"`",
+                r#","rope_scaling":{"type":"ntk","factor":4.0}"#,
+                "`rope_scaling.rope_type` is `\"ntk\"`",
             ),
-            (r#","rope_parameters":{"rope_type":"longrope"}"#, "rope_parameters.rope_type"),
+            (r#","rope_parameters":{"rope_type":"longrope"}"#, "rope_parameters.short_factor"),
+            (
+                r#","rope_parameters":{"rope_type":"longrope","short_factor":[1.0,2.0]}"#,
+                "list of 8 positive numbers",
+            ),
             (r#","rope_parameters":{"rope_type":3}"#, "rope_parameters.rope_type"),
             (r#","rope_parameters":{"full_attention":{"rope_type":"default"}}"#, "rope_parameters"),
             (r#","rope_parameters":{"rope_type":"llama3","factor":8.0}"#, "low_freq_factor"),
@@ -443,8 +468,8 @@ mod tests {
         }
         for (from, to) in [
             ("\"llama\"", "\"mamba\""),
-            ("\"llama\"", "\"gemma3_text\""),
-            ("\"llama\"", "\"phi3\""),
+            ("\"llama\"", "\"gemma3n_text\""),
+            ("\"llama\"", "\"phi\""),
             ("\"llama\"", "\"qwen3_moe\""),
             ("\"llama\"", "7"),
             ("\"hidden_size\":64", "\"hidden_size\":18446744073709551615"),

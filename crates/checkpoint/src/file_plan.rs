@@ -100,8 +100,7 @@ pub fn plan_files(
     max_shard_bytes: Option<u64>,
 ) -> Result<FilePlan> {
     quantize.check_writable()?;
-    for linear in config.block_linears() {
-        let name = format!("{}.{}", ModelConfig::block_prefix(0), linear.name);
+    for (name, linear) in config.linears() {
         check_sides(&name, linear.in_features, linear.out_features)?;
     }
     let metadata = metadata(quantize, layout, extra_metadata)?;
@@ -141,17 +140,17 @@ fn block_specs(
     specs: &mut Vec<TensorSpec>,
 ) {
     let prefix = ModelConfig::block_prefix(block);
-    for (norm, size) in config.block_norms() {
-        specs.push(f16(format!("{prefix}.{norm}.weight"), &[size]));
+    for norm in config.block_norms(block) {
+        specs.push(f16(format!("{prefix}.{}.weight", norm.name), &norm.shape));
     }
     if layout == Layout::Card {
         let name = format!("{prefix}.self_attn.rotary_emb.inv_freq");
-        specs.push(TensorSpec { name, dtype: DType::F32, shape: vec![config.head_dim / 2] });
+        specs.push(TensorSpec { name, dtype: DType::F32, shape: vec![config.rope.dims / 2] });
     }
-    for linear in config.block_linears() {
+    for linear in config.block_linears(block) {
         let name = format!("{prefix}.{}", linear.name);
         let (rows, cols) = (linear.in_features, linear.out_features);
-        if !quantize.quantizes(linear.name) {
+        if !quantize.quantizes(&linear.name) {
             specs.push(f16(format!("{name}.weight"), &[cols, rows]));
             specs.extend(linear.bias.then(|| f16(format!("{name}.bias"), &[cols])));
             continue;

@@ -18,11 +18,14 @@ mod needs;
 
 mod arriving;
 mod bits;
+mod block_attention;
+mod block_shape;
 mod cause;
 mod checkpoint_format;
 mod config;
 mod dtype;
 mod error;
+mod families;
 mod family;
 mod fault;
 mod fields;
@@ -49,6 +52,7 @@ mod quantize_config;
 mod quantize_keys;
 mod reader;
 mod rope;
+mod rope_settings;
 mod settings;
 mod side_files;
 mod small_file;
@@ -62,11 +66,13 @@ mod zip;
 
 pub use arriving::Bring;
 pub use bits::{Bits, pack_rows, pack_transposed, unpack_rows};
+pub use block_attention::{BlockAttention, RopeKind};
 pub use cause::Cause;
 pub use checkpoint_format::CheckpointFormat;
-pub use config::ModelConfig;
+pub use config::{Factors, ModelConfig};
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use family::{Activation, NormKind};
 pub use file_plan::{FilePlan, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
 pub use gptq::GptqLinear;
 pub use group_size::{BadGroupSize, GroupSize, MAX_GROUP_SIZE};
@@ -74,7 +80,7 @@ pub use head::Head;
 pub use hub_cache::{hub_cache_root, hub_token_file, resolve_dataset, resolve_model};
 pub use json::text as json_text;
 pub use layout::Layout;
-pub use linear_shape::LinearShape;
+pub use linear_shape::{LinearId, LinearShape, NormId, NormShape};
 pub use names::{
     CARD_FILE, CONFIG_FILE, EMBEDDING, FINAL_NORM, G_IDX, HEAD, INDEX_END, LEAVES, MANIFEST_FILE,
     PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,
@@ -85,7 +91,7 @@ pub use packed::{PackedGrid, PackedNotes, StoredZeros};
 pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
 pub use quantize_config::QuantizeConfig;
 pub use reader::{Checkpoint, StoredTensor};
-pub use rope::{Rope, RopeScaling};
+pub use rope::{LongRope, Rope, RopeScaling, Yarn};
 pub use small_file::{open_regular, read_small, read_small_text};
 pub use strays::Strays;
 pub use tensor::TensorRef;

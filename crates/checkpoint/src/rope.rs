@@ -1,25 +1,22 @@
-//! Rotary settings of config.json, in all their forms, and the frequencies that they mean.
+//! Rotary position embeddings: the frequencies that a model's settings mean.
 //!
 //! The rules are those of transformers (`modeling_rope_utils.py`).
 
 use std::f32::consts::TAU;
 
-use serde_json::{Map, Value};
-
-use crate::Result;
-use crate::fields::Fields;
-
-/// Rotary position embeddings of a model.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Rotary position embeddings of a model, or of some of its blocks.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
+    /// Features of a head that are rotated, the first of it; an even number.
+    pub dims: usize,
     /// How they are stretched to contexts longer than the model was first trained on.
     pub scaling: RopeScaling,
 }
 
 /// How rotary frequencies are stretched.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// They are not.
     None,
@@ -46,53 +43,65 @@ pub enum RopeScaling {
         /// Context of the first training, in tokens.
         original_context: usize,
     },
+    /// The same with a ramp over the pairs of features, and larger cosines and sines (Peng et al.,
+    /// arXiv 2309.00071).
+    Yarn(Yarn),
+    /// Every frequency divided by a factor of its own, by one of two sets (Ding et al.,
+    /// arXiv 2402.13753).
+    LongRope(LongRope),
 }
 
-const TYPES: &str = "one of the types `default`, `linear`, `dynamic` and `llama3`";
-const MAX_CONTEXT: u64 = 1 << 40;
+/// Settings of YaRN.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Yarn {
+    /// The divisor of low frequencies.
+    pub factor: f64,
+    /// Turns within the original context from which a frequency is kept.
+    pub beta_fast: f64,
+    /// Turns within the original context up to which a frequency is divided.
+    pub beta_slow: f64,
+    /// Context of the first training, in tokens.
+    pub original_context: usize,
+    /// The ramp begins and ends at whole pairs.
+    pub truncate: bool,
+    /// What cosines and sines are multiplied by.
+    pub attention_factor: f64,
+}
+
+/// Settings of LongRoPE.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRope {
+    /// Divisors for windows within the original context, one a frequency.
+    pub short_factor: Vec<f64>,
+    /// Divisors for longer windows.
+    pub long_factor: Vec<f64>,
+    /// Context of the first training, in tokens.
+    pub original_context: usize,
+    /// What cosines and sines are multiplied by.
+    pub attention_factor: f64,
+}
 
 impl Rope {
-    /// Reads the older form (`rope_theta`, `rope_scaling`) and that of transformers 5
-    /// (`rope_parameters`); `context` is `max_position_embeddings`.
-    pub(crate) fn read(fields: &Fields<'_>, context: usize) -> Result<Self> {
-        let older = fields.positive("rope_theta")?.unwrap_or(10_000.0);
-        // transformers takes the older key where a file has both.
-        for (key, within) in
-            [("rope_scaling", "rope_scaling."), ("rope_parameters", "rope_parameters.")]
-        {
-            let Some(value) = fields.get(key) else { continue };
-            let Value::Object(map) = value else {
-                return Err(fields.invalid(key, format!("is `{value}`, expected an object")));
-            };
-            if map.is_empty() {
-                continue;
-            }
-            let nested = Fields { raw: map, within, ..*fields };
-            // Scaling without a type is an error in transformers; parameters without one are plain.
-            if key == "rope_scaling" && kind(map).is_none() {
-                return Err(fields.unsupported(key, value, TYPES));
-            }
-            let theta = nested.positive("rope_theta")?.unwrap_or(older);
-            return Ok(Self { theta, scaling: RopeScaling::read(fields, &nested, context)? });
-        }
-        Ok(Self { theta: older, scaling: RopeScaling::None })
-    }
-
-    /// Angle of one position in radians for each of the `head_dim / 2` pairs of a head's features,
-    /// in windows of `seq_len` tokens: `theta^(-2i/head_dim)`, stretched.
+    /// Angle of one position in radians for each of the `dims / 2` pairs of a head's features, in
+    /// windows of `seq_len` tokens: `theta^(-2i/dims)`, stretched.
     #[must_use]
-    pub fn frequencies(&self, head_dim: usize, seq_len: usize) -> Vec<f32> {
-        let plain = || plain_frequencies(self.theta, head_dim);
-        match self.scaling {
+    pub fn frequencies(&self, seq_len: usize) -> Vec<f32> {
+        let plain = || plain_frequencies(self.theta, self.dims);
+        match &self.scaling {
             RopeScaling::None => plain(),
-            RopeScaling::Linear { factor } => divided(plain(), factor as f32),
-            RopeScaling::Dynamic { factor, context } => {
+            &RopeScaling::Linear { factor } => divided(plain(), factor as f32),
+            &RopeScaling::Dynamic { factor, context } => {
                 let stretch = seq_len.max(context) as f64 / context as f64;
-                let dim = head_dim as f64;
+                let dim = self.dims as f64;
                 let grown = (factor * stretch - (factor - 1.0)).powf(dim / (dim - 2.0));
-                plain_frequencies(self.theta * grown, head_dim)
+                plain_frequencies(self.theta * grown, self.dims)
             }
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            &RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            } => {
                 let [factor, low, high] =
                     [factor, low_freq_factor, high_freq_factor].map(|v| v as f32);
                 let context = original_context as f32;
@@ -109,59 +118,68 @@ impl Rope {
                 };
                 plain().into_iter().map(stretched).collect()
             }
-        }
-    }
-}
-
-impl RopeScaling {
-    /// Reads the settings `nested` in `fields`.
-    fn read(fields: &Fields<'_>, nested: &Fields<'_>, context: usize) -> Result<Self> {
-        let Some(value) = kind(nested.raw) else {
-            // One object of settings for each kind of layer would also come here.
-            return match nested.raw.values().find(|v| v.is_object()) {
-                Some(inner) => Err(fields.unsupported("rope_parameters", inner, TYPES)),
-                None => Ok(Self::None),
-            };
-        };
-        let factor = || match nested.required("factor")? {
-            factor if factor >= 1.0 => Ok(factor),
-            factor => Err(nested.invalid("factor", format!("is `{factor}`, expected 1 or more"))),
-        };
-        match value.as_str() {
-            Some("default") => Ok(Self::None),
-            Some("linear") => Ok(Self::Linear { factor: factor()? }),
-            Some("dynamic") => Ok(Self::Dynamic { factor: factor()?, context }),
-            Some("llama3") => {
-                let key = "original_max_position_embeddings";
-                // A key beside the settings wins in transformers.
-                let outer = fields.get(key).map(|_| fields.size(key, None, MAX_CONTEXT));
-                let original = match outer {
-                    Some(outer) => outer?,
-                    None => nested.size(key, Some(context), MAX_CONTEXT)?,
-                };
-                let low_freq_factor = nested.required("low_freq_factor")?;
-                let high_freq_factor = nested.required("high_freq_factor")?;
-                if high_freq_factor <= low_freq_factor {
-                    let reason =
-                        format!("is `{high_freq_factor}`, expected more than low_freq_factor");
-                    return Err(nested.invalid("high_freq_factor", reason));
-                }
-                let (factor, original_context) = (factor()?, original);
-                Ok(Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context })
+            RopeScaling::Yarn(yarn) => yarn.stretched(plain(), self.theta),
+            RopeScaling::LongRope(long) => {
+                let beyond = seq_len > long.original_context;
+                let factors = if beyond { &long.long_factor } else { &long.short_factor };
+                plain().into_iter().zip(factors).map(|(f, by)| f / *by as f32).collect()
             }
-            _ => Err(nested.unsupported("rope_type", value, TYPES)),
+        }
+    }
+
+    /// What cosines and sines are multiplied by.
+    #[must_use]
+    pub fn attention_factor(&self) -> f32 {
+        match &self.scaling {
+            RopeScaling::Yarn(yarn) => yarn.attention_factor as f32,
+            RopeScaling::LongRope(long) => long.attention_factor as f32,
+            _ => 1.0,
+        }
+    }
+
+    /// Windows of fewer tokens than this have the same frequencies whatever the model was prepared for;
+    /// `None` where all have. Of `dynamic` scaling that is what transformers does once it has seen a
+    /// longer one.
+    #[must_use]
+    pub fn changes_from(&self) -> Option<usize> {
+        match &self.scaling {
+            RopeScaling::Dynamic { context, .. } => Some(*context),
+            RopeScaling::LongRope(long) => Some(long.original_context + 1),
+            _ => None,
         }
     }
 }
 
-/// `rope_type`, or `type` as it was called first.
-fn kind(map: &Map<String, Value>) -> Option<&Value> {
-    ["rope_type", "type"].iter().find_map(|key| map.get(*key)).filter(|kind| !kind.is_null())
+impl Yarn {
+    /// Frequencies divided where they are low, by a ramp over the pairs.
+    fn stretched(&self, plain: Vec<f32>, theta: f64) -> Vec<f32> {
+        let pairs = plain.len();
+        let dims = 2.0 * pairs as f64;
+        // The pair that turns so often within the original context.
+        let pair = |turns: f64| {
+            let wavelength = self.original_context as f64 / (turns * std::f64::consts::TAU);
+            dims * wavelength.ln() / (2.0 * theta.ln())
+        };
+        let (mut low, mut high) = (pair(self.beta_fast), pair(self.beta_slow));
+        if self.truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        let (low, mut high) = (low.max(0.0), high.min(dims - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        let (low, span, factor) = (low as f32, (high - low) as f32, self.factor as f32);
+        let stretched = |(pair, frequency): (usize, f32)| {
+            let ramp = ((pair as f32 - low) / span).clamp(0.0, 1.0);
+            frequency / factor * ramp + frequency * (1.0 - ramp)
+        };
+        plain.into_iter().enumerate().map(stretched).collect()
+    }
 }
 
-/// `theta^(-2i/head_dim)`, rounded to f32 once.
-fn plain_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
-    (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32).collect()
+/// `theta^(-2i/dims)`, rounded to f32 once.
+fn plain_frequencies(theta: f64, dims: usize) -> Vec<f32> {
+    (0..dims / 2).map(|i| theta.powf(-2.0 * i as f64 / dims as f64) as f32).collect()
 }
 
 fn divided(mut frequencies: Vec<f32>, factor: f32) -> Vec<f32> {
@@ -174,7 +192,8 @@ mod tests {
     use super::*;
 
     fn close(scaling: RopeScaling, seq_len: usize, expected: [f32; 8]) {
-        let made = Rope { theta: 10_000.0, scaling }.frequencies(16, seq_len);
+        let made =
+            Rope { theta: 10_000.0, dims: 16, scaling: scaling.clone() }.frequencies(seq_len);
         for (made, expected) in made.iter().zip(expected) {
             let error = (made / expected - 1.0).abs();
             assert!(error < 3e-7, "{scaling:?}: {made}, expected {expected}");
@@ -200,7 +219,7 @@ mod tests {
         let dynamic = RopeScaling::Dynamic { factor: 2.0, context: 32 };
         let plain =
             [1.0, 0.316_227_76, 0.1, 0.031_622_78, 0.01, 0.003_162_277_9, 0.001, 3.162_277_6e-4];
-        close(dynamic, 32, plain);
+        close(dynamic.clone(), 32, plain);
         close(RopeScaling::None, 48, plain);
         let grown = [
             1.0,

@@ -129,8 +129,8 @@ impl Stored<'_> {
             return Role::Beyond;
         }
         let Some((module, leaf)) = part.rsplit_once('.') else { return Role::Other };
-        let linear = config.block_linears().iter().any(|linear| linear.name == module);
-        let norm = config.block_norms().iter().any(|(norm, _)| *norm == module);
+        let linear = config.block_linears(block).iter().any(|linear| linear.name == module);
+        let norm = config.block_norms(block).iter().any(|norm| norm.name == module);
         let packed = || {
             let full = name.rsplit_once('.').map_or(name, |(full, _)| full);
             linear && (self.packed)(full)

@@ -20,7 +20,7 @@ use crate::names::{
 use crate::partial::{Partial, check_space};
 use crate::weight_sum::{Sum, WeightSum, sum_of_pieces};
 use crate::{
-    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, LinearShape, ModelConfig, OutputError,
+    Checkpoint, DType, Error, FilePlan, GptqLinear, Layout, ModelConfig, OutputError,
     QuantizeConfig, Result, ShardPlan, TensorRef, TensorSpec, json as python_json, plan_files,
     side_files,
 };
@@ -245,15 +245,14 @@ impl CheckpointWriter {
 
     /// Whether the linear of this full name has a bias in the model.
     fn has_bias(&self, prefix: &str) -> bool {
-        let of = |linear: &LinearShape| linear.bias && prefix.ends_with(linear.name);
-        self.config.block_linears().iter().any(of)
+        self.config.linear_named(prefix).is_some_and(|linear| linear.bias)
     }
 
-    /// `theta^(-2i/head_dim)` in f32, the buffer that checkpoints of the `card` layout hold.
+    /// `theta^(-2i/dims)` in f32, the buffer that checkpoints of the `card` layout hold.
     /// Loaders of that time stretch the positions, and later ones compute it: it is not stretched
     /// itself.
     fn write_frequencies(&mut self) -> Result<()> {
-        let (theta, dim) = (self.config.rope.theta, self.config.head_dim);
+        let (theta, dim) = (self.config.rope.theta, self.config.rope.dims);
         let frequency = |i: usize| {
             // The exponent and the power are rounded to f32 as in the original computation.
             let exponent = (2 * i) as f32 / dim as f32;

@@ -26,7 +26,7 @@ fn write_model(dir: &Path) -> Vec<Vec<String>> {
         "tie_word_embeddings": false,
     });
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    let shapes = gptq_checkpoint::ModelConfig::load(dir).unwrap().block_linears();
+    let shapes = gptq_checkpoint::ModelConfig::load(dir).unwrap().block_linears(0);
     let mut shards = Vec::new();
     for block in 0..BLOCKS {
         let mut names: Vec<(String, Vec<usize>)> = shapes

@@ -71,10 +71,10 @@ fn linears(
 ) -> Vec<(String, LinearShape, GptqLinear)> {
     let mut all = Vec::new();
     for block in 0..config.num_hidden_layers {
-        for shape in config.block_linears() {
+        for shape in config.block_linears(0) {
             let seed = all.len();
             let name = format!("{}.{}", ModelConfig::block_prefix(block), shape.name);
-            all.push((name, shape, linear(quantize, shape, seed)));
+            all.push((name, shape.clone(), linear(quantize, shape, seed)));
         }
     }
     all
@@ -317,7 +317,7 @@ fn damage(change: impl Fn(&Path)) -> Error {
         Ok(read) => read,
         Err(error) => return error,
     };
-    let shape = read.config().block_linears()[0];
+    let shape = read.config().block_linears(0)[0].clone();
     read.gptq_linear("model.layers.0.self_attn.q_proj", &shape).unwrap_err()
 }
 
@@ -476,7 +476,7 @@ fn zeros_of_the_second_format_are_understood() {
 fn dense_checkpoints_have_no_quantized_linears() {
     let folder = source(false);
     let source = Checkpoint::open(folder.path()).unwrap();
-    let shape = source.config().block_linears()[0];
+    let shape = source.config().block_linears(0)[0].clone();
     let name = "model.layers.0.self_attn.q_proj";
     assert!(!source.has_gptq_linear(name));
     assert!(matches!(source.gptq_linear(name, &shape), Err(Error::NotQuantized { .. })));

@@ -1,13 +1,16 @@
 //! Where matrices live and who multiplies them.
 //!
-//! Every operation of a Llama block is a method here, dispatched on the device. Shapes are checked
-//! on entry, so that the code behind need not.
+//! Every operation of a Llama block is a method here, dispatched on the device; `block_parts.rs` has what
+//! blocks of other families need besides. Shapes are checked on entry, so that the code behind need not.
 
 use std::sync::Arc;
 
 use ndarray::Array2;
 
+use crate::activation::Activation;
+use crate::attention_rule::AttentionRule;
 use crate::attention_shape::AttentionShape;
+use crate::block_parts::ensure_cap;
 use crate::cpu;
 use crate::cuda::{self, Cuda, MemoryInfo, Offloaded, Prefetched};
 use crate::error::{Error, Result, ensure_shape};
@@ -252,16 +255,40 @@ impl Device {
         Ok(())
     }
 
-    /// Rotates each head of `x` `[windows · seq_len, heads · head_dim]` by its position in place.
+    /// (x − mean) / √(variance + eps) · gain over every run of `features` values of a row, fp16 on a GPU: a
+    /// norm without bias (arXiv 1607.06450). The gain has `features` values, or one for each column.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for columns that are no whole runs and gains of other lengths.
+    pub fn layer_norm(
+        &self,
+        x: &Tensor,
+        gain: &[f32],
+        features: usize,
+        eps: f32,
+    ) -> Result<Tensor> {
+        const OP: &str = "layer_norm";
+        let runs = features > 0 && x.cols().is_multiple_of(features);
+        ensure_shape(runs, OP, x.shape(), (1, features))?;
+        let gains = gain.len() == features || gain.len() == x.cols();
+        ensure_shape(gains, OP, x.shape(), (1, gain.len()))?;
+        Ok(Tensor(match &x.0 {
+            Storage::Cpu(a) => Storage::Cpu(cpu::elementwise::layer_norm(a, gain, features, eps)),
+            Storage::Cuda(m) => {
+                Storage::Cuda(cuda::block_parts::layer_norm(m, gain, features, eps)?)
+            }
+        }))
+    }
+
+    /// Rotates each head of `x` `[windows · seq_len, heads · head_dim]` by its position in place, as the
+    /// table has it.
     pub fn rope(&self, x: &mut Tensor, table: &RopeTable, seq_len: usize) -> Result<()> {
-        let need = (seq_len, 2 * table.half);
+        table.ensure_heads("rope", x.shape())?;
         ensure_shape(
-            seq_len <= table.positions()
-                && x.rows().is_multiple_of(seq_len)
-                && x.cols().is_multiple_of(2 * table.half),
+            seq_len <= table.positions() && x.rows().is_multiple_of(seq_len),
             "rope",
             x.shape(),
-            need,
+            (seq_len, table.head_dim),
         )?;
         match &mut x.0 {
             Storage::Cpu(a) => cpu::elementwise::rope(a, table, seq_len),
@@ -270,14 +297,20 @@ impl Device {
         Ok(())
     }
 
-    /// Causal attention per window: softmax(q kᵀ / √head_dim) v, `[tokens, heads · head_dim]`.
+    /// Causal attention per window of `seq_len` tokens, `[tokens, heads · head_dim]`.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`], and [`Error::Unsupported`] for a rule without weights and, on a GPU, for
+    /// heads as [`Self::check_heads`] refuses.
     pub fn attention(
         &self,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
         shape: AttentionShape,
+        rule: &AttentionRule,
     ) -> Result<Tensor> {
+        rule.check("attention")?;
         let queries = (q.rows(), shape.heads * shape.head_dim);
         let keys = (q.rows(), shape.kv_heads * shape.head_dim);
         ensure_shape(
@@ -290,32 +323,41 @@ impl Device {
         ensure_shape(v.shape() == keys, "attention", v.shape(), keys)?;
         match (&q.0, &k.0, &v.0) {
             (Storage::Cpu(q), Storage::Cpu(k), Storage::Cpu(v)) => {
-                Ok(Tensor(Storage::Cpu(cpu::attention::causal(q, k, v, shape))))
+                Ok(Tensor(Storage::Cpu(cpu::attention::causal(q, k, v, shape, rule))))
             }
             (Storage::Cuda(q), Storage::Cuda(k), Storage::Cuda(v)) => {
-                Ok(Tensor(Storage::Cuda(cuda::attention::causal(q, k, v, shape)?)))
+                Ok(Tensor(Storage::Cuda(cuda::attention::causal(q, k, v, shape, rule)?)))
             }
             _ => Err(Error::DeviceMismatch { op: "attention" }),
         }
     }
 
-    /// silu(gate) · up, element by element.
-    pub fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        ensure_shape(gate.shape() == up.shape(), "silu_mul", gate.shape(), up.shape())?;
+    /// activation(gate) · up, element by element.
+    pub fn gated(&self, gate: Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+        const OP: &str = "gated";
+        ensure_shape(gate.shape() == up.shape(), OP, gate.shape(), up.shape())?;
         match (gate.0, &up.0) {
             (Storage::Cpu(gate), Storage::Cpu(up)) => {
-                Ok(Tensor(Storage::Cpu(cpu::elementwise::silu_mul(gate, up))))
+                Ok(Tensor(Storage::Cpu(cpu::elementwise::gated(gate, up, activation))))
             }
             (Storage::Cuda(gate), Storage::Cuda(up)) => {
-                Ok(Tensor(Storage::Cuda(cuda::elementwise::silu_mul(gate, up)?)))
+                Ok(Tensor(Storage::Cuda(cuda::elementwise::gated(gate, up, activation)?)))
             }
-            _ => Err(Error::DeviceMismatch { op: "silu_mul" }),
+            _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }
 
     /// −log p(target) in nats for rows of final hidden states `[tokens, hidden]` under the head
-    /// `[vocab, hidden]`; `targets` has one id a row.
-    pub fn token_nll(&self, hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+    /// `[vocab, hidden]`; `targets` has one id a row. Logits go through [`Self::softcap`] where there is a
+    /// cap.
+    pub fn token_nll(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        targets: &[u32],
+        softcap: Option<f32>,
+    ) -> Result<Vec<f32>> {
+        ensure_cap("token_nll", softcap)?;
         ensure_shape(hidden.cols() == head.cols(), "token_nll", hidden.shape(), head.shape())?;
         ensure_shape(
             hidden.rows() == targets.len(),
@@ -327,15 +369,25 @@ impl Device {
             return Err(Error::RowOutOfRange { row: row as usize, rows: head.rows() });
         }
         match (&hidden.0, &head.0) {
-            (Storage::Cpu(h), Storage::Cpu(w)) => Ok(cpu::token_loss::token_nll(h, w, targets)),
-            (Storage::Cuda(h), Storage::Cuda(w)) => cuda::token_loss::token_nll(h, w, targets),
+            (Storage::Cpu(h), Storage::Cpu(w)) => {
+                Ok(cpu::token_loss::token_nll(h, w, targets, softcap))
+            }
+            (Storage::Cuda(h), Storage::Cuda(w)) => {
+                cuda::token_loss::token_nll(h, w, targets, softcap)
+            }
             _ => Err(Error::DeviceMismatch { op: "token_nll" }),
         }
     }
 
     /// KL(p‖q) in nats a row, p and q being the next-token distributions of two pairs of final
-    /// hidden states and heads over the same vocabulary.
-    pub fn token_kl(&self, p: (&Tensor, &Tensor), q: (&Tensor, &Tensor)) -> Result<Vec<f32>> {
+    /// hidden states and heads over the same vocabulary, both with the same cap on logits, if any.
+    pub fn token_kl(
+        &self,
+        p: (&Tensor, &Tensor),
+        q: (&Tensor, &Tensor),
+        softcap: Option<f32>,
+    ) -> Result<Vec<f32>> {
+        ensure_cap("token_kl", softcap)?;
         for (hidden, head) in [p, q] {
             ensure_shape(hidden.cols() == head.cols(), "token_kl", hidden.shape(), head.shape())?;
         }
@@ -343,10 +395,10 @@ impl Device {
         ensure_shape(p.1.rows() == q.1.rows(), "token_kl", p.1.shape(), q.1.shape())?;
         match (&p.0.0, &p.1.0, &q.0.0, &q.1.0) {
             (Storage::Cpu(ph), Storage::Cpu(pw), Storage::Cpu(qh), Storage::Cpu(qw)) => {
-                Ok(cpu::token_loss::token_kl((ph, pw), (qh, qw)))
+                Ok(cpu::token_loss::token_kl((ph, pw), (qh, qw), softcap))
             }
             (Storage::Cuda(ph), Storage::Cuda(pw), Storage::Cuda(qh), Storage::Cuda(qw)) => {
-                cuda::token_loss::token_kl((ph, pw), (qh, qw))
+                cuda::token_loss::token_kl((ph, pw), (qh, qw), softcap)
             }
             _ => Err(Error::DeviceMismatch { op: "token_kl" }),
         }

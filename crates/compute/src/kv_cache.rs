@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::attention_rule::AttentionRule;
 use crate::cpu;
 use crate::cuda::{self, Cuda};
 use crate::device::Device;
@@ -80,9 +81,9 @@ impl Device {
     /// does not have.
     pub fn rope_spans(&self, x: &mut Tensor, table: &RopeTable, spans: &[Span]) -> Result<()> {
         const OP: &str = "rope_spans";
-        let fits = x.cols().is_multiple_of(2 * table.half)
-            && spans.iter().all(|span| span.start + span.len <= table.positions());
-        ensure_shape(fits, OP, x.shape(), (table.positions(), 2 * table.half))?;
+        table.ensure_heads(OP, x.shape())?;
+        let fits = spans.iter().all(|span| span.start + span.len <= table.positions());
+        ensure_shape(fits, OP, x.shape(), (table.positions(), table.head_dim))?;
         ensure_rows(OP, x, spans)?;
         match &mut x.0 {
             Storage::Cpu(x) => {
@@ -94,12 +95,12 @@ impl Device {
     }
 
     /// Takes the spans' keys and values `[rows, kv_heads · head_dim]` into the cache, then lets each
-    /// row of `q` `[rows, heads · head_dim]` attend to its sequence up to itself: softmax(q kᵀ /
-    /// √head_dim) v. Keys are rotated already. A slot has at most one span.
+    /// row of `q` `[rows, heads · head_dim]` attend to its sequence up to itself, as the rule has it. Keys
+    /// are rotated already. A slot has at most one span.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] for operands of other rows or widths and spans beyond the cache,
-    /// [`Error::DeviceMismatch`].
+    /// [`Error::DeviceMismatch`], and [`Error::Unsupported`] as [`Self::attention`].
     pub fn cached_attention(
         &self,
         q: &Tensor,
@@ -107,8 +108,10 @@ impl Device {
         v: &Tensor,
         cache: &mut KvCache,
         spans: &[Span],
+        rule: &AttentionRule,
     ) -> Result<Tensor> {
         const OP: &str = "cached_attention";
+        rule.check(OP)?;
         let shape = cache.1;
         for (x, heads) in [(q, shape.heads), (k, shape.kv_heads), (v, shape.kv_heads)] {
             ensure_rows(OP, x, spans)?;
@@ -129,10 +132,10 @@ impl Device {
         }
         match (&q.0, &k.0, &v.0, &mut cache.0) {
             (Storage::Cpu(q), Storage::Cpu(k), Storage::Cpu(v), Kept::Cpu(cache)) => {
-                Ok(Tensor(Storage::Cpu(cache.attend(q, k, v, shape, spans))))
+                Ok(Tensor(Storage::Cpu(cache.attend(q, k, v, shape, spans, rule))))
             }
             (Storage::Cuda(q), Storage::Cuda(k), Storage::Cuda(v), Kept::Cuda(cache)) => {
-                Ok(Tensor(Storage::Cuda(cache.attend(q, k, v, shape, spans)?)))
+                Ok(Tensor(Storage::Cuda(cache.attend(q, k, v, shape, spans, rule)?)))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }

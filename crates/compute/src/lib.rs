@@ -1,11 +1,14 @@
-//! Devices, and the dozen matrix operations that a Llama block and GPTQ need.
+//! Devices, and the matrix operations that decoder blocks and GPTQ need.
 //!
 //! [`Device`] says where matrices live and who multiplies them; [`Tensor`] is a row-major matrix on
 //! one device. The CPU path computes in f32 with f64 factorizations: it is the oracle for every
 //! kernel and the fallback of every command. This crate knows nothing of files, models or recipes,
 //! and it is the only one that may hold `unsafe` code besides the readers' mmap.
 
+mod activation;
+mod attention_rule;
 mod attention_shape;
+mod block_parts;
 mod cpu;
 pub mod cuda;
 mod device;
@@ -27,6 +30,8 @@ mod tensor;
 #[cfg(test)]
 mod testing;
 
+pub use activation::Activation;
+pub use attention_rule::AttentionRule;
 pub use attention_shape::AttentionShape;
 pub use cpu::linalg;
 pub use cuda::cache_folder;
@@ -38,7 +43,7 @@ pub use host::{FloatType, HostMatrix};
 pub use kv_cache::{CacheShape, KvCache, Span};
 pub use ranks::{Agreement, Launch, LossWatch, RankHandle, Ranks, frames, greeting};
 pub use resident::{CodedMatrix, Resident};
-pub use rope::RopeTable;
+pub use rope::{RopeLayout, RopeTable};
 pub use share::share;
 pub use stage_timer::StageTimer;
 pub use steps::{StepBlock, StepModel, Steps};

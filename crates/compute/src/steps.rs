@@ -83,16 +83,20 @@ impl Steps {
 }
 
 impl Device {
-    /// A program for this model, whose caches all have this shape; `None` on the CPU, which has no need of
-    /// one.
+    /// A program for this model, whose blocks are Llama's and whose caches all have this shape; `None` on the
+    /// CPU, which has no need of one, and where its kernels do not have heads of this size or rotations of
+    /// this kind: such models take their steps block by block.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for heads of other sizes than attention has, [`Error::ShapeMismatch`] for
+    /// [`Error::Unsupported`] for query heads that do not share key heads evenly, [`Error::ShapeMismatch`] for
     /// parts that do not fit one another, [`Error::DeviceMismatch`], and memory that is not to be had.
     pub fn steps(&self, model: &StepModel<'_>, shape: CacheShape) -> Result<Option<Steps>> {
         const OP: &str = "steps";
         let Self::Cuda(cuda) = self else { return Ok(None) };
         cuda::attention::check_shape(shape.heads, shape.kv_heads, shape.head_dim)?;
+        if !cuda::attention::has_steps(shape.head_dim) || !model.rope.is_plain() {
+            return Ok(None);
+        }
         let width = model.norm.len();
         let positions = (model.rope.positions(), 2 * model.rope.half);
         ensure_shape(

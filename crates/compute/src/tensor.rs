@@ -95,7 +95,7 @@ impl Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AttentionShape, Device, RopeTable};
+    use crate::{Activation, AttentionRule, AttentionShape, Device, RopeTable};
 
     fn noise(rows: usize, cols: usize) -> Array2<f32> {
         Array2::from_shape_fn((rows, cols), |(i, j)| ((i * 31 + j * 17) % 23) as f32 / 7.0 - 1.5)
@@ -111,12 +111,13 @@ mod tests {
         assert!(turned == plain && !turned.is_standard_layout());
         let table = RopeTable::new(&[1.0, 0.5, 0.2, 0.1], 6);
         let shape = AttentionShape { heads: 2, kv_heads: 2, head_dim: 8, seq_len: 6 };
+        let rule = AttentionRule::llama(8);
         let results = |x: &Tensor| {
             let mut rotated = x.clone();
             device.rope(&mut rotated, &table, 6).unwrap();
             let normed = device.rms_norm(x, &[0.5; 16], 1e-5).unwrap();
-            let gated = device.silu_mul(x.clone(), x).unwrap();
-            let attended = device.attention(x, &rotated, x, shape).unwrap();
+            let gated = device.gated(x.clone(), x, Activation::Silu).unwrap();
+            let attended = device.attention(x, &rotated, x, shape, &rule).unwrap();
             [rotated, normed, gated, attended].map(Tensor::into_host)
         };
         let want = results(&Tensor::from_host(plain));

@@ -13,7 +13,10 @@ mod needs;
 mod support;
 
 use gptq_compute::cuda::Cuda;
-use gptq_compute::{AttentionShape, Device, Error, FloatType, HostMatrix, RopeTable, Tensor};
+use gptq_compute::{
+    Activation, AttentionRule, AttentionShape, Device, Error, FloatType, HostMatrix, RopeTable,
+    Tensor,
+};
 use gpus::gpu;
 use half::bf16;
 use ndarray::{Array2, s};
@@ -180,6 +183,7 @@ fn attention_matches() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     for head_dim in [16, 32, 64, 80, 96, 128] {
+        let rule = AttentionRule::llama(head_dim);
         for seq_len in [1, 5, 63, 64, 65, 127, 128, 129, 200, 513] {
             let (heads, kv_heads, windows) = if seq_len % 2 == 0 { (4, 4, 1) } else { (6, 2, 2) };
             let shape = AttentionShape { heads, kv_heads, head_dim, seq_len };
@@ -187,17 +191,20 @@ fn attention_matches() {
             let keys = |r: &mut Random| r.halves(windows * seq_len, kv_heads * head_dim, 2.0);
             let (k, k_there) = both(&gpu, &keys(&mut random));
             let (v, v_there) = both(&gpu, &keys(&mut random));
-            let want = Device::Cpu.attention(&q, &k, &v, shape).unwrap();
-            let got = gpu.attention(&q_there, &k_there, &v_there, shape).unwrap();
+            let want = Device::Cpu.attention(&q, &k, &v, shape, &rule).unwrap();
+            let got = gpu.attention(&q_there, &k_there, &v_there, shape, &rule).unwrap();
             let what = format!("attention {head_dim}×{heads}/{kv_heads}, {seq_len}");
             check(&what, &got, want.as_host(), SOME_ROUNDINGS);
-            let again = gpu.attention(&q_there, &k_there, &v_there, shape).unwrap();
+            let again = gpu.attention(&q_there, &k_there, &v_there, shape, &rule).unwrap();
             assert_eq!(got.to_host().unwrap(), again.to_host().unwrap(), "{what} changes");
         }
     }
-    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 24, seq_len: 4 };
-    let (_, x) = both(&gpu, &random.halves(4, 24, 1.0));
-    assert!(matches!(gpu.attention(&x, &x, &x, shape), Err(Error::Unsupported { .. })));
+    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 258, seq_len: 4 };
+    let (_, x) = both(&gpu, &random.halves(4, 258, 1.0));
+    assert!(matches!(
+        gpu.attention(&x, &x, &x, shape, &AttentionRule::llama(258)),
+        Err(Error::Unsupported { .. })
+    ));
 }
 
 #[test]
@@ -207,8 +214,8 @@ fn activations_match() {
     for (rows, cols) in [(1, 1), (3, 7), (37, 1536), (1, 28_672)] {
         let (gate, gate_there) = both(&gpu, &random.halves(rows, cols, 4.0));
         let (up, up_there) = both(&gpu, &random.halves(rows, cols, 2.0));
-        let want = Device::Cpu.silu_mul(gate, &up).unwrap();
-        let got = gpu.silu_mul(gate_there, &up_there).unwrap();
+        let want = Device::Cpu.gated(gate, &up, Activation::Silu).unwrap();
+        let got = gpu.gated(gate_there, &up_there, Activation::Silu).unwrap();
         check(&format!("silu_mul {rows}×{cols}"), &got, want.as_host(), ONE_ROUNDING);
     }
 }
@@ -249,11 +256,11 @@ fn losses_match() {
         let targets: Vec<u32> = (0..rows).map(|i| (i * 7919 % vocab) as u32).collect();
         let column = |v: Vec<f32>| Array2::from_shape_vec((rows, 1), v).unwrap();
         let there = |v: Vec<f32>| gpu.upload_f32(column(v)).unwrap();
-        let want = Device::Cpu.token_nll(&h, &w, &targets).unwrap();
-        let got = gpu.token_nll(&h_there, &w_there, &targets).unwrap();
+        let want = Device::Cpu.token_nll(&h, &w, &targets, None).unwrap();
+        let got = gpu.token_nll(&h_there, &w_there, &targets, None).unwrap();
         check(&format!("token_nll {rows}×{vocab}"), &there(got), &column(want), SUMS);
-        let want = Device::Cpu.token_kl((&h, &w), (&g, &w)).unwrap();
-        let got = gpu.token_kl((&h_there, &w_there), (&g_there, &w_there)).unwrap();
+        let want = Device::Cpu.token_kl((&h, &w), (&g, &w), None).unwrap();
+        let got = gpu.token_kl((&h_there, &w_there), (&g_there, &w_there), None).unwrap();
         check(&format!("token_kl {rows}×{vocab}"), &there(got), &column(want), SUMS);
     }
 }

@@ -13,8 +13,8 @@ mod needs;
 mod support;
 
 use gptq_compute::{
-    CacheShape, CodedMatrix, Device, FloatType, HostMatrix, KvCache, Resident, RopeTable, Span,
-    StepBlock, StepModel, Tensor,
+    Activation, AttentionRule, CacheShape, CodedMatrix, Device, FloatType, HostMatrix, KvCache,
+    Resident, RopeTable, Span, StepBlock, StepModel, Tensor,
 };
 use gpus::gpu;
 use half::f16;
@@ -187,6 +187,7 @@ fn attention_over_a_cache_matches() {
     for (heads, kv_heads, head_dim) in [(4, 4, 16), (9, 3, 64), (8, 1, 128), (6, 2, 80)] {
         let shape = CacheShape { slots: 3, capacity: 700, heads, kv_heads, head_dim };
         let rope = table(head_dim, shape.capacity);
+        let rule = AttentionRule::llama(head_dim);
         let devices = [Device::Cpu, gpu.clone()];
         let mut caches = devices.each_ref().map(|device| device.kv_cache(shape).unwrap());
         let mut lengths = [0; 3];
@@ -210,7 +211,7 @@ fn attention_over_a_cache_matches() {
                     let [mut q, mut k, v] = host.each_ref().map(up);
                     device.rope_spans(&mut q, &rope, &spans).unwrap();
                     device.rope_spans(&mut k, &rope, &spans).unwrap();
-                    device.cached_attention(&q, &k, &v, cache, &spans).unwrap()
+                    device.cached_attention(&q, &k, &v, cache, &spans, &rule).unwrap()
                 })
                 .collect();
             let what = format!("cached attention {head_dim}×{heads}/{kv_heads}, {lens:?}");
@@ -324,13 +325,15 @@ impl Small {
             }
             device.rope_spans(&mut q, rope, spans).unwrap();
             device.rope_spans(&mut k, rope, spans).unwrap();
-            let x = device.cached_attention(&q, &k, &v, cache, spans).unwrap();
+            let x = device
+                .cached_attention(&q, &k, &v, cache, spans, &AttentionRule::llama(q_gain.len()))
+                .unwrap();
             device.resident_linear_add(&x, &linears[3], &mut hidden).unwrap();
             if self.full {
                 device.add_bias(&mut hidden, &self.biases[3]).unwrap();
             }
             let x = device.rms_norm(&hidden, post, EPS).unwrap();
-            let x = device.silu_mul(project(&x, 4), &project(&x, 5)).unwrap();
+            let x = device.gated(project(&x, 4), &project(&x, 5), Activation::Silu).unwrap();
             device.resident_linear_add(&x, &linears[6], &mut hidden).unwrap();
             if self.full {
                 device.add_bias(&mut hidden, &self.biases[6]).unwrap();

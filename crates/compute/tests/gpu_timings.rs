@@ -13,7 +13,10 @@ mod support;
 use std::time::Instant;
 
 use gptq_compute::cuda::Timer;
-use gptq_compute::{AttentionShape, Device, FloatType, HostMatrix, RopeTable, StageTimer, Tensor};
+use gptq_compute::{
+    Activation, AttentionRule, AttentionShape, Device, FloatType, HostMatrix, RopeTable,
+    StageTimer, Tensor,
+};
 use gpus::gpu;
 use support::{Random, bytes_of};
 
@@ -81,7 +84,7 @@ fn timings() {
         let v = tensor(&gpu, random, TOKENS, kv_heads * head_dim);
         let work = 2.0 * (TOKENS * SEQ_LEN * heads * head_dim) as f64;
         time(&gpu, &format!("attention {heads}×{head_dim}, causal"), work, "TFLOP", || {
-            gpu.attention(&q, &k, &v, shape).unwrap();
+            gpu.attention(&q, &k, &v, shape, &AttentionRule::llama(head_dim)).unwrap();
         });
     }
     let gain = vec![1.0; HIDDEN];
@@ -100,14 +103,14 @@ fn timings() {
     let up = wide.clone();
     let mut gate = Some(gpu.select_rows(&wide, &(0..TOKENS as u32).collect::<Vec<_>>()).unwrap());
     time(&gpu, "silu_mul", 6.0 * (TOKENS * INTERMEDIATE) as f64, "TB", || {
-        gate = gate.take().map(|gate| gpu.silu_mul(gate, &up).unwrap());
+        gate = gate.take().map(|gate| gpu.gated(gate, &up, Activation::Silu).unwrap());
     });
     time(&gpu, "all_finite", 2.0 * values, "TB", || assert!(gpu.all_finite(&x).unwrap()));
     let head = tensor(&gpu, random, 32_000, HIDDEN);
     let targets = vec![7; TOKENS];
     let work = 2.0 * values * 32_000.0;
     time(&gpu, "token_nll, 32,000 words", work, "TFLOP", || {
-        gpu.token_nll(&x, &head, &targets).unwrap();
+        gpu.token_nll(&x, &head, &targets, None).unwrap();
     });
     copies(&gpu, random);
     upload_beside_work(&gpu, random, || {

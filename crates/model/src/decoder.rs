@@ -3,15 +3,16 @@
 //! The forward pass is that of [`crate::Block`]; what differs is where attention finds the tokens
 //! before, and that weights are kept as their file has them.
 
-use gptq_checkpoint::{Checkpoint, FINAL_NORM, HEAD, LinearShape, ModelConfig, RopeScaling};
+use gptq_checkpoint::{Checkpoint, HEAD, LinearShape, ModelConfig, RopeKind, RopeScaling};
 use gptq_compute::{
-    CacheShape, CodedMatrix, Device, KvCache, Resident, RopeTable, Span, StepModel, Steps, Tensor,
+    CacheShape, CodedMatrix, Device, KvCache, Resident, Span, StepModel, Steps, Tensor,
 };
 use ndarray::{Array2, Axis};
 
-use crate::block::{Block, LinearId};
+use crate::block::{Block, Linear};
+use crate::block_rule::Norm;
 use crate::error::{Error, Result};
-use crate::model::{Head, Model};
+use crate::model::{FinalNorm, Head, Model};
 use crate::values::{SourcePrecision, Values};
 
 /// Tokens of a prompt that go through the model at a time: what they take besides the weights is a few
@@ -21,19 +22,18 @@ pub const PASS_TOKENS: usize = 512;
 /// The most tokens that a sequence of this model can have, and what says so.
 #[must_use]
 pub fn context_limit(config: &ModelConfig) -> (usize, &'static str) {
-    let positions = match config.rope.scaling {
-        // Beyond, every new token would turn the keys that are there.
+    // Beyond, every new token would turn the keys that are there.
+    match &config.rope.scaling {
         RopeScaling::Dynamic { .. } => (
             config.max_position_embeddings,
             "a cache can hold of a model with `dynamic` rope_scaling",
         ),
+        RopeScaling::LongRope(long) if long.original_context < config.positions() => (
+            long.original_context,
+            "a cache can hold of a model with `longrope` rope_scaling \
+             (original_max_position_embeddings)",
+        ),
         _ => (config.positions(), "the model was made for (max_position_embeddings)"),
-    };
-    match config.sliding_window {
-        Some(window) if window < positions.0 => {
-            (window, "attention reaches (sliding_window); beyond is not available here")
-        }
-        _ => positions,
     }
 }
 
@@ -115,18 +115,15 @@ impl<'a> Decoder<'a> {
         )?;
         let model = Model::new(checkpoint, device, SourcePrecision::Stored, context)?;
         let head = Head {
-            norm: model.vector(FINAL_NORM, config.hidden_size)?,
-            eps: config.rms_norm_eps,
+            norm: model.final_norm()?,
             weight: keep(&model, HEAD, config.vocab_size, config.hidden_size)?,
         };
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
-            let prefix = ModelConfig::block_prefix(index);
-            let load = |shape: &LinearShape| {
-                keep_linear(&model, &format!("{prefix}.{}", shape.name), shape)
-            };
-            let linears = config.block_linears().iter().map(load).collect::<Result<_>>()?;
-            blocks.push(Block::new(model.load_frame(index)?.with_linears(linears)));
+            let frame = model.load_frame(index)?;
+            let keep =
+                |linear: &Linear<LinearShape>| keep_linear(&model, &linear.name, &linear.weight);
+            blocks.push(Block::new(frame.with_weights(keep)?));
             progress(index);
         }
         Ok(Self { model, blocks, head, context })
@@ -148,7 +145,7 @@ impl<'a> Decoder<'a> {
     #[must_use]
     pub fn step_bytes(&self) -> usize {
         let block = |block: &Block<Resident>| -> usize {
-            LinearId::ALL.iter().map(|&id| block.linear(id).bytes()).sum()
+            block.linears().iter().map(|linear| linear.weight.bytes()).sum()
         };
         self.blocks.iter().map(block).sum::<usize>() + self.head.weight.bytes()
     }
@@ -165,13 +162,16 @@ impl<'a> Decoder<'a> {
         let shape = cache_shape(self.config(), slots, capacity);
         let blocks = self.blocks.iter().map(|_| Ok(self.device().kv_cache(shape)?));
         let blocks: Vec<KvCache> = blocks.collect::<Result<_>>()?;
-        let model = StepModel {
-            blocks: self.blocks.iter().zip(&blocks).map(|(block, kept)| block.step(kept)).collect(),
-            norm: &self.head.norm,
-            eps: self.head.eps,
-            rope: self.model.rope(self.context),
+        // Other blocks than Llama's, and other rotations, go through the general forward.
+        let rope = self.model.ropes(self.context).of_kind(RopeKind::Global);
+        let steps = self.blocks.iter().zip(&blocks).map(|(block, kept)| block.step(kept));
+        let steps = match steps.collect::<Option<Vec<_>>>() {
+            Some(blocks) if rope.is_plain() => {
+                let FinalNorm { gain, rule: Norm { eps, .. } } = &self.head.norm;
+                self.device().steps(&StepModel { blocks, norm: gain, eps: *eps, rope }, shape)?
+            }
+            _ => None,
         };
-        let steps = self.device().steps(&model, shape)?;
         Ok(Cache { blocks, steps, lengths: vec![0; slots], capacity })
     }
 
@@ -227,16 +227,20 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// Those of the device.
     pub fn logits(&self, hidden: &Tensor) -> Result<Array2<f32>> {
-        Ok(self.device().resident_logits(hidden, &self.head.weight)?.to_host()?)
+        let mut logits = self.device().resident_logits(hidden, &self.head.weight)?;
+        if let Some(cap) = self.config().logit_softcap {
+            self.device().softcap(&mut logits, cap)?;
+        }
+        Ok(logits.to_host()?)
     }
 
     /// All blocks over `ids`, the rows of `spans`.
     fn pass(&self, cache: &mut Cache, ids: &[u32], spans: &[Span]) -> Result<Tensor> {
         let device = self.device();
         let mut hidden = self.model.embed(ids)?;
-        let rope: &RopeTable = self.model.rope(self.context);
+        let ropes = self.model.ropes(self.context);
         for (block, kept) in self.blocks.iter().zip(&mut cache.blocks) {
-            block.forward_spans(device, &mut hidden, rope, spans, kept)?;
+            block.forward_spans(device, &mut hidden, ropes, spans, kept)?;
         }
         cache.take(spans);
         self.head.norm(device, &hidden)

@@ -24,16 +24,6 @@ pub enum Error {
         /// The model's limit.
         max: usize,
     },
-    /// Windows longer than attention reaches.
-    #[error(
-        "Windows of {seq_len} tokens exceed the sliding window of {window} (sliding_window), beyond which attention is not available here"
-    )]
-    SlidingWindow {
-        /// Tokens of a window.
-        seq_len: usize,
-        /// The model's sliding window.
-        window: usize,
-    },
     /// A sequence would outgrow its cache.
     #[error("The context of {capacity} tokens is full")]
     ContextFull {
@@ -73,7 +63,7 @@ impl Error {
         match self {
             Self::Checkpoint(error) => error.hint(),
             Self::Compute(error) => error.hint(),
-            Self::ContextExceeded { max: most, .. } | Self::SlidingWindow { window: most, .. } => {
+            Self::ContextExceeded { max: most, .. } => {
                 Some(format!("use --seq-len {most} or less").into())
             }
             Self::ContextTooLong { most, .. } => {

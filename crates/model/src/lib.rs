@@ -9,13 +9,20 @@
 //! sequences that grow.
 
 mod block;
+mod block_rule;
 mod decoder;
 mod error;
+mod forward;
 mod model;
+mod stage;
 mod values;
 
-pub use block::{Block, BlockParts, LinearId, Stage, Weight};
+pub use block::{Block, BlockParts, Gains, Linear};
+pub use block_rule::{BlockRule, Norm, Ropes};
 pub use decoder::{Cache, Decoder, PASS_TOKENS, context_limit};
 pub use error::{Error, Result};
-pub use model::{Head, Model};
+pub use forward::Weight;
+pub use gptq_checkpoint::{LinearId, NormId};
+pub use model::{FinalNorm, Head, Model};
+pub use stage::Stage;
 pub use values::SourcePrecision;

@@ -2,13 +2,14 @@
 
 use gptq_checkpoint::{
     Checkpoint, EMBEDDING, FINAL_NORM, GptqLinear, HEAD, LEAVES, LinearShape, ModelConfig,
-    RopeScaling, TensorRef,
+    NormShape, TensorRef,
 };
 use gptq_compute::cuda::{PackedLinear, dequantize};
-use gptq_compute::{Device, FloatType, HostMatrix, Ranks, RopeTable, Tensor};
+use gptq_compute::{Device, FloatType, HostMatrix, Ranks, Tensor};
 use half::f16;
 
-use crate::block::{Block, BlockParts, LinearId};
+use crate::block::{Block, BlockParts, Gains, Linear};
+use crate::block_rule::{BlockRule, Norm, Ropes};
 use crate::error::{Error, Result};
 use crate::values::{SourcePrecision, Values};
 
@@ -19,25 +20,47 @@ pub struct Model<'a> {
     device: Device,
     precision: SourcePrecision,
     embedding: Values<'a>,
-    /// Angles for windows of the length prepared for.
-    rope: RopeTable,
-    /// Angles for windows within the context, where longer ones have others.
-    within_context: Option<RopeTable>,
+    /// Tokens of the longest windows.
+    seq_len: usize,
+    /// Angles for windows of that length.
+    ropes: Ropes,
+    /// Angles for windows shorter than this, where longer ones have others.
+    shorter: Option<(usize, Ropes)>,
     ranks: Ranks,
+}
+
+/// The norm before the head. What logits are multiplied by is in its gain.
+#[derive(Clone, Debug)]
+pub struct FinalNorm {
+    pub(crate) rule: Norm,
+    pub(crate) gain: Vec<f32>,
+}
+
+impl FinalNorm {
+    /// A model's, with this gain.
+    #[must_use]
+    pub fn new(config: &ModelConfig, mut gain: Vec<f32>) -> Self {
+        gain.iter_mut().for_each(|gain| *gain *= config.factors.logits);
+        Self { rule: Norm::of(config), gain }
+    }
+
+    /// Of hidden states `[tokens, hidden]`.
+    pub fn apply(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
+        self.rule.apply(device, hidden, &self.gain, hidden.cols())
+    }
 }
 
 /// Final norm and language-model head on a device.
 #[derive(Debug)]
 pub struct Head<W = Tensor> {
-    pub(crate) norm: Vec<f32>,
-    pub(crate) eps: f32,
+    pub(crate) norm: FinalNorm,
     pub(crate) weight: W,
 }
 
 impl<W> Head<W> {
     /// Final norm of hidden states `[tokens, hidden]`.
     pub fn norm(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
-        Ok(device.rms_norm(hidden, &self.norm, self.eps)?)
+        self.norm.apply(device, hidden)
     }
 
     /// The head's weights `[vocab, hidden]`.
@@ -50,8 +73,8 @@ impl<'a> Model<'a> {
     /// Prepares to run windows of up to `seq_len` tokens.
     ///
     /// # Errors
-    /// [`Error::ContextExceeded`] and [`Error::SlidingWindow`] when the windows are longer than the
-    /// model was made for, and as [`Checkpoint::check_tensors`].
+    /// [`Error::ContextExceeded`] when the windows are longer than the model was made for, and as
+    /// [`Checkpoint::check_tensors`].
     pub fn new(
         checkpoint: &'a Checkpoint,
         device: Device,
@@ -63,16 +86,8 @@ impl<'a> Model<'a> {
         if seq_len > max {
             return Err(Error::ContextExceeded { seq_len, max });
         }
-        if let Some(window) = config.sliding_window.filter(|&window| seq_len > window) {
-            return Err(Error::SlidingWindow { seq_len, window });
-        }
         checkpoint.check_tensors()?;
-        let table =
-            |seq_len| RopeTable::new(&config.rope.frequencies(config.head_dim, seq_len), seq_len);
-        let dynamic = matches!(config.rope.scaling, RopeScaling::Dynamic { .. });
-        let context = config.max_position_embeddings;
-        let within_context = (dynamic && seq_len > context).then(|| table(context));
-        let rope = table(seq_len);
+        let changes = config.rope.changes_from().filter(|&from| seq_len >= from);
         let table =
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
         table.check_finite()?;
@@ -83,8 +98,9 @@ impl<'a> Model<'a> {
             device,
             precision,
             embedding,
-            rope,
-            within_context,
+            seq_len,
+            ropes: Ropes::of(config, seq_len),
+            shorter: changes.map(|from| (from, Ropes::of(config, from - 1))),
             ranks: Ranks::alone(),
         })
     }
@@ -135,13 +151,13 @@ impl<'a> Model<'a> {
         self.checkpoint
     }
 
-    /// Rotary angles for windows of `seq_len` tokens. Of windows shorter than those prepared for,
-    /// only ones within the context differ, and only where the scaling is `dynamic`: what
+    /// Rotary angles for windows of `seq_len` tokens. Of windows shorter than those prepared for, only
+    /// ones within the context differ, and only where the scaling is `dynamic` or `longrope`: what
     /// transformers does after it has seen the longest.
-    pub fn rope(&self, seq_len: usize) -> &RopeTable {
-        match &self.within_context {
-            Some(table) if seq_len < self.config().max_position_embeddings => table,
-            _ => &self.rope,
+    pub fn ropes(&self, seq_len: usize) -> &Ropes {
+        match &self.shorter {
+            Some((from, ropes)) if seq_len < *from => ropes,
+            _ => &self.ropes,
         }
     }
 
@@ -149,7 +165,15 @@ impl<'a> Model<'a> {
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         let config = self.config();
         let table = self.embedding.matrix(config.vocab_size, config.hidden_size);
-        Ok(self.device.gather_rows(table, ids)?)
+        let mut rows = self.device.gather_rows(table, ids)?;
+        let factor = match config.embedding_factor_is_rounded() {
+            true => self.embedding.rounded(config.factors.embedding),
+            false => config.factors.embedding,
+        };
+        if factor != 1.0 {
+            self.device.scale(&mut rows, factor)?;
+        }
+        Ok(rows)
     }
 
     /// Loads one block; quantized linears are dequantized to what their file means.
@@ -162,42 +186,34 @@ impl<'a> Model<'a> {
 
     /// As [`Self::load_block`], to another device than the one that runs the model.
     pub fn load_block_on(&self, device: &Device, index: usize) -> Result<Block> {
-        let prefix = ModelConfig::block_prefix(index);
-        let load = |shape: &LinearShape| {
-            self.load_linear(device, &format!("{prefix}.{}", shape.name), shape)
-        };
-        let linears = self.config().block_linears().iter().map(load).collect::<Result<_>>()?;
-        Ok(Block::new(self.load_frame(index)?.with_linears(linears)))
+        let frame = self.load_frame(index)?;
+        Ok(Block::new(frame.with_weights(|Linear { name, weight: shape, .. }| {
+            self.load_linear(device, name, shape)
+        })?))
     }
 
-    /// Loads a block without its linears' weights: none are in it.
+    /// Loads a block without its linears' weights, in whose places their shapes are.
     ///
     /// # Errors
     /// As [`Self::load_block`].
-    pub fn load_frame(&self, index: usize) -> Result<BlockParts> {
+    pub fn load_frame(&self, index: usize) -> Result<BlockParts<LinearShape>> {
         let config = self.config();
         let prefix = ModelConfig::block_prefix(index);
-        let mut biases = [const { None }; 7];
-        for (shape, bias) in config.block_linears().iter().zip(&mut biases) {
-            *bias = self.load_bias(&format!("{prefix}.{}", shape.name), shape)?;
-        }
-        let norm = |name: &str, size| self.vector(&format!("{prefix}.{name}.weight"), size);
-        let head_norm = |name| norm(name, config.head_dim);
-        let head_norms = match config.qk_norm {
-            true => Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
-            false => None,
+        let linear = |shape: LinearShape| {
+            let name = format!("{prefix}.{}", shape.name);
+            let bias = self.load_bias(&name, &shape)?;
+            Ok(Linear { id: shape.id, name, weight: shape, bias })
         };
+        let norm = |norm: NormShape| {
+            Ok((norm.id, self.gain(&format!("{prefix}.{}.weight", norm.name), &norm.shape)?))
+        };
+        let linears = config.block_linears(index).into_iter().map(linear);
+        let gains = config.block_norms(index).into_iter().map(norm);
         Ok(BlockParts {
             index,
-            linears: Vec::new(),
-            biases,
-            head_norms,
-            input_norm: norm("input_layernorm", config.hidden_size)?,
-            post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
-            norm_eps: config.rms_norm_eps,
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
+            linears: linears.collect::<Result<_>>()?,
+            gains: Gains::new(gains.collect::<Result<_>>()?, config.norm.offset()),
+            rule: BlockRule::of(config, index, self.seq_len),
         })
     }
 
@@ -207,25 +223,24 @@ impl<'a> Model<'a> {
     /// # Errors
     /// A weight beyond fp16, for a GPU or with `exact`: what is made of it could not be held.
     pub fn place(&self, block: Block, exact: bool) -> Result<Block> {
-        let prefix = ModelConfig::block_prefix(block.index());
-        let shapes = self.config().block_linears();
-        let name = |id: LinearId| format!("{prefix}.{}.weight", shapes[id as usize].name);
+        let tensor = |linear: &Linear| format!("{}.weight", linear.name);
         let Device::Cuda(_) = self.device else {
-            for id in LinearId::ALL.into_iter().filter(|_| exact) {
+            for linear in block.linears().iter().filter(|_| exact) {
                 let beyond = |v: &&f32| !f16::from_f32(**v).is_finite();
-                let count = block.linear(id).as_host().iter().filter(beyond).count();
+                let count = linear.weight.as_host().iter().filter(beyond).count();
                 if count > 0 {
                     let source = gptq_compute::Error::HalfOverflow { count };
-                    return Err(Error::Overflow { tensor: name(id), source });
+                    return Err(Error::Overflow { tensor: tensor(linear), source });
                 }
             }
             return Ok(block);
         };
-        block.place(exact, |id, weight| {
+        block.place(exact, |linear| {
+            let weight = &linear.weight;
             let host = weight.as_host().as_standard_layout();
             let bytes = bytemuck::cast_slice(host.as_slice().unwrap_or_default());
             let matrix = HostMatrix::new(bytes, FloatType::F32, weight.rows(), weight.cols());
-            self.device.upload(matrix).map_err(|source| overflow(|| name(id), source))
+            self.device.upload(matrix).map_err(|source| overflow(|| tensor(linear), source))
         })
     }
 
@@ -233,8 +248,7 @@ impl<'a> Model<'a> {
     pub fn load_head(&self) -> Result<Head> {
         let config = self.config();
         Ok(Head {
-            norm: self.vector(FINAL_NORM, config.hidden_size)?,
-            eps: config.rms_norm_eps,
+            norm: self.final_norm()?,
             weight: self.matrix(&self.device, HEAD, config.vocab_size, config.hidden_size)?,
         })
     }
@@ -291,10 +305,19 @@ impl<'a> Model<'a> {
         Ok(Some(bias).filter(|bias| bias.iter().any(|&v| v != 0.0)))
     }
 
-    pub(crate) fn vector(&self, name: &str, size: usize) -> Result<Vec<f32>> {
-        let tensor = self.checkpoint.tensor_shaped(name, &[size])?;
+    /// The norm before the head.
+    pub(crate) fn final_norm(&self) -> Result<FinalNorm> {
+        let config = self.config();
+        Ok(FinalNorm::new(config, self.gain(FINAL_NORM, &[config.hidden_size])?))
+    }
+
+    /// Gain of a norm, as it is multiplied with.
+    fn gain(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let tensor = self.checkpoint.tensor_shaped(name, shape)?;
         tensor.check_finite()?;
-        let values = self.values(&tensor)?;
+        let mut values = self.values(&tensor)?;
+        let offset = self.config().norm.offset();
+        values.iter_mut().for_each(|value| *value += offset);
         self.checkpoint.release(name);
         Ok(values)
     }

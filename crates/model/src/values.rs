@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use gptq_checkpoint::{DType, TensorRef};
 use gptq_compute::{FloatType, HostMatrix};
-use half::f16;
+use half::{bf16, f16};
 
 use crate::error::{Error, Result};
 
@@ -40,6 +40,15 @@ impl<'a> Values<'a> {
             return Ok(Self::Half(tensor.to_f16()?));
         }
         Ok(Self::Stored(tensor.bytes, stored))
+    }
+
+    /// A factor in the precision of the values.
+    pub(crate) fn rounded(&self, factor: f32) -> f32 {
+        match self {
+            Self::Stored(_, FloatType::F32) => factor,
+            Self::Stored(_, FloatType::BF16) => bf16::from_f32(factor).to_f32(),
+            Self::Stored(_, FloatType::F16) | Self::Half(_) => f16::from_f32(factor).to_f32(),
+        }
     }
 
     /// The values as a `[rows, cols]` matrix; the tensor's shape was checked when it was read.

@@ -26,7 +26,7 @@ fn whole(checkpoint: &Checkpoint, ids: &[u32]) -> Array2<f32> {
     let mut hidden = model.embed(ids).unwrap();
     for index in 0..model.config().num_hidden_layers {
         let block = model.load_block(index).unwrap();
-        block.forward(model.device(), &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
+        block.forward(model.device(), &mut hidden, model.ropes(ids.len()), ids.len()).unwrap();
     }
     model.load_head().unwrap().norm(model.device(), &hidden).unwrap().into_host()
 }

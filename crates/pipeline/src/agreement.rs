@@ -16,7 +16,7 @@ use crate::job::QuantizeJob;
 pub(crate) fn quantize(job: &QuantizeJob<'_>) -> Result<Agreement> {
     let spec = &job.spec;
     let config = job.source.config();
-    let linears = config.block_linears().map(|l| (l.out_features, l.in_features));
+    let linears: Vec<_> = config.linears().map(|(_, linear)| linear.sides()).collect();
     let same = Agreement::new(words_of_block(config.hidden_size, &linears))
         .with("the command", "quantize")
         .with("the source model", source_digest(job.source)?)

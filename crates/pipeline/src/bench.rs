@@ -7,9 +7,9 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use gptq_checkpoint::{Rope, RopeScaling};
+use gptq_checkpoint::{LinearShape, ModelConfig, Rope, RopeScaling};
 use gptq_compute::{Agreement, Device, FloatType, HostMatrix, Ranks, RopeTable};
-use gptq_model::{Block, BlockParts, LinearId};
+use gptq_model::{Block, BlockParts, BlockRule, Gains, Linear, LinearId, NormId, Ropes};
 use gptq_quant::{QuantSpec, split_mix};
 use gptq_text::calibration::MOST_TOKENS;
 use half::f16;
@@ -117,9 +117,35 @@ impl Width {
         self.hidden
     }
 
-    /// Rows and columns of the linears, in the order of [`LinearId::ALL`].
-    pub(crate) fn linears(self) -> [(usize, usize); 7] {
-        LinearId::ALL.map(|id| self.linear(id))
+    /// The linears of Llama's block.
+    pub(crate) fn linears(self) -> [LinearShape; 7] {
+        LinearId::LLAMA.map(|id| {
+            let (rows, cols) = self.linear(id);
+            LinearShape::new(id, cols, rows)
+        })
+    }
+
+    /// Rows and columns of the same.
+    pub(crate) fn sides(self) -> [(usize, usize); 7] {
+        LinearId::LLAMA.map(|id| self.linear(id))
+    }
+
+    /// A block of these weights, in the order of [`LinearId::LLAMA`].
+    pub(crate) fn block<W>(self, weights: Vec<W>) -> Block<W> {
+        let linear = |(shape, weight): (LinearShape, W)| {
+            let name = format!("{}.{}", ModelConfig::block_prefix(0), shape.name);
+            Linear { id: shape.id, name, weight, bias: None }
+        };
+        let ones = || vec![1.0; self.hidden];
+        Block::new(BlockParts {
+            index: 0,
+            linears: self.linears().into_iter().zip(weights).map(linear).collect(),
+            gains: Gains::new(
+                vec![(NormId::BeforeAttention, ones()), (NormId::BeforeMlp, ones())],
+                0.0,
+            ),
+            rule: BlockRule::llama(self.heads, self.kv_heads, self.head_dim(), 1e-5),
+        })
     }
 
     /// A model of one such block, and of next to no words: its config.json.
@@ -152,12 +178,14 @@ impl Width {
     }
 
     /// Rows and columns of a linear.
-    fn linear(self, id: LinearId) -> (usize, usize) {
+    pub(crate) fn linear(self, id: LinearId) -> (usize, usize) {
         let (h, i, kv) = (self.hidden, self.intermediate, self.kv_heads * self.head_dim());
         match id {
             LinearId::Q | LinearId::O => (h, h),
             LinearId::K | LinearId::V => (kv, h),
+            LinearId::Qkv => (h + 2 * kv, h),
             LinearId::Gate | LinearId::Up => (i, h),
+            LinearId::GateUp => (2 * i, h),
             LinearId::Down => (h, i),
         }
     }
@@ -272,7 +300,7 @@ pub fn bench_block(
     let linears = width.linears();
     ranks.agree(|| {
         Ok::<_, Error>(
-            Agreement::new(words_of_block(width.hidden, &linears))
+            Agreement::new(words_of_block(width.hidden, &width.sides()))
                 .with("the command", "bench")
                 .with("width", width.name)
                 .with("windows", format!("{windows} × {seq_len} tokens"))
@@ -280,15 +308,15 @@ pub fn bench_block(
                 .with("choices", spec.choices),
         )
     })?;
-    let sizes = BlockSizes::new(width.hidden, width.intermediate, &linears);
+    let sizes = BlockSizes::new(width.hidden, width.intermediate, &width.sides());
     let own = ranks.share(windows, 1);
     let tokens = own.len() * seq_len;
     let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
     let offload = offload(device, sizes, &[work])?;
-    let rope = Rope { theta: 10_000.0, scaling: RopeScaling::None };
-    let rope = RopeTable::new(&rope.frequencies(width.head_dim(), seq_len), seq_len);
+    let rope = Rope { theta: 10_000.0, dims: width.head_dim(), scaling: RopeScaling::None };
+    let ropes = Ropes::shared(RopeTable::new(&rope.frequencies(seq_len), seq_len));
     let calibrator =
-        Calibrator { device, rope: &rope, spec, ranks, windows, offload, shared: None };
+        Calibrator { device, ropes: &ropes, spec, ranks, windows, offload, shared: None };
     let mut runs: Vec<(f64, StageSeconds)> = Vec::new();
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {
@@ -312,7 +340,7 @@ pub fn bench_block(
     let (seconds, stages) = runs.swap_remove(RUNS / 2);
     let cards = ranks.size() as f64;
     let gpu = matches!(device, Device::Cuda(_));
-    let counted = Operations::of_block(&linears, (windows, seq_len), reference);
+    let counted = Operations::of_block(&linears, None, (windows, seq_len), reference);
     let stages = stages
         .into_iter()
         .map(|(work, seconds)| {
@@ -365,26 +393,14 @@ fn floor_rate(work: Work) -> Option<f64> {
 }
 
 fn synthetic_block(device: &Device, width: Width) -> Result<Block> {
-    let mut linears = Vec::with_capacity(LinearId::ALL.len());
-    for (seed, id) in LinearId::ALL.into_iter().enumerate() {
-        let (rows, cols) = width.linear(id);
+    let mut linears = Vec::new();
+    for (seed, (rows, cols)) in width.sides().into_iter().enumerate() {
         // Outputs keep the size of inputs: standard deviation 1/√in.
         let values = halves(rows, cols, seed as u64, (3.0 / cols as f32).sqrt());
         let bytes = bytemuck::cast_slice(&values);
         linears.push(device.upload(HostMatrix::new(bytes, FloatType::F16, rows, cols))?);
     }
-    Ok(Block::new(BlockParts {
-        index: 0,
-        linears,
-        biases: [const { None }; 7],
-        head_norms: None,
-        input_norm: vec![1.0; width.hidden],
-        post_attention_norm: vec![1.0; width.hidden],
-        norm_eps: 1e-5,
-        heads: width.heads,
-        kv_heads: width.kv_heads,
-        head_dim: width.head_dim(),
-    }))
+    Ok(width.block(linears))
 }
 
 /// Hidden states as random rows of a random table, as embeddings are.

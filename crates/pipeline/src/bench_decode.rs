@@ -5,12 +5,13 @@
 
 use std::time::Instant;
 
+use gptq_checkpoint::RopeKind;
 use gptq_compute::cuda::{MemoryInfo, read_rate as read_rate_of_card};
 use gptq_compute::{
     CacheShape, CodedMatrix, Device, FloatType, HostMatrix, KvCache, Resident, RopeTable, Span,
     StepModel,
 };
-use gptq_model::{Block, BlockParts, LinearId};
+use gptq_model::{Block, LinearId, Ropes};
 use gptq_quant::split_mix;
 use half::f16;
 use ndarray::Array2;
@@ -172,7 +173,7 @@ fn product(
     tokens: &[usize],
     (reach, read_rate): (usize, f64),
 ) -> Result<Vec<Reading>> {
-    let sides: Vec<_> = ids.iter().map(|&id| width.linears()[id as usize]).collect();
+    let sides: Vec<_> = ids.iter().map(|&id| width.linear(id)).collect();
     let first = sides.iter().map(|&(rows, cols)| random(device, form, rows, cols));
     let first: Vec<Resident> = first.collect::<Result<_>>()?;
     let bytes: usize = first.iter().map(Resident::bytes).sum();
@@ -197,7 +198,7 @@ fn product(
 struct Stack {
     blocks: Vec<Block<Resident>>,
     norm: Vec<f32>,
-    rope: RopeTable,
+    ropes: Ropes,
 }
 
 impl Stack {
@@ -206,10 +207,15 @@ impl Stack {
         let caches = self.blocks.iter().map(|_| device.kv_cache(shape));
         let mut caches: Vec<KvCache> = caches.collect::<gptq_compute::Result<_>>()?;
         let model = StepModel {
-            blocks: self.blocks.iter().zip(&caches).map(|(b, cache)| b.step(cache)).collect(),
+            blocks: self
+                .blocks
+                .iter()
+                .zip(&caches)
+                .filter_map(|(b, cache)| b.step(cache))
+                .collect(),
             norm: &self.norm,
             eps: 1e-5,
-            rope: &self.rope,
+            rope: self.ropes.of_kind(RopeKind::Global),
         };
         let mut program = device.steps(&model, shape)?;
         let first = device.upload_f32(Array2::from_elem((1, self.norm.len()), 0.5))?;
@@ -220,7 +226,7 @@ impl Stack {
                 None => {
                     let mut hidden = first.clone();
                     for (block, cache) in self.blocks.iter().zip(&mut caches) {
-                        block.forward_spans(device, &mut hidden, &self.rope, &[span], cache)?;
+                        block.forward_spans(device, &mut hidden, &self.ropes, &[span], cache)?;
                     }
                 }
             }
@@ -243,7 +249,7 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
     let (blocks, vocabulary) = width.depth();
     let head = random(device, FORMS[0], vocabulary, width.hidden())?;
     let first = block(device, form, width)?;
-    let of_block: usize = LinearId::ALL.iter().map(|&id| first.linear(id).bytes()).sum();
+    let of_block: usize = first.linears().iter().map(|linear| linear.weight.bytes()).sum();
     let fitting = match device {
         Device::Cpu => reach.div_ceil(of_block),
         // What is free takes the caches, too.
@@ -259,8 +265,8 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
         Device::Cuda(_) => (CONTEXTS[1] + CARD_STEPS, CARD_STEPS),
     };
     let frequencies: Vec<f32> = (0..width.head_dim() / 2).map(|i| 0.9_f32.powi(i as i32)).collect();
-    let rope = RopeTable::new(&frequencies, longest);
-    let stack = Stack { blocks: stack, norm: vec![1.0; width.hidden()], rope };
+    let ropes = Ropes::shared(RopeTable::new(&frequencies, longest));
+    let stack = Stack { blocks: stack, norm: vec![1.0; width.hidden()], ropes };
     let hidden = device.upload_f32(Array2::from_elem((1, width.hidden()), 0.5))?;
     let mut found = Vec::new();
     for context in CONTEXTS {
@@ -286,30 +292,15 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
 
 /// A block in memory of its own.
 fn copy(device: &Device, from: &Block<Resident>, width: Width) -> Result<Block<Resident>> {
-    let linears = LinearId::ALL.iter().map(|&id| Ok(device.copy_resident(from.linear(id))?));
-    Ok(Block::new(parts(width, linears.collect::<Result<_>>()?)))
+    let linears = from.linears().iter().map(|linear| Ok(device.copy_resident(&linear.weight)?));
+    Ok(width.block(linears.collect::<Result<_>>()?))
 }
 
 /// A block of random weights, so small that states stay finite.
 fn block(device: &Device, form: Form, width: Width) -> Result<Block<Resident>> {
-    let linears = width.linears();
+    let linears = width.sides();
     let linears = linears.iter().map(|&(rows, cols)| random(device, form, rows, cols));
-    Ok(Block::new(parts(width, linears.collect::<Result<_>>()?)))
-}
-
-fn parts(width: Width, linears: Vec<Resident>) -> BlockParts<Resident> {
-    BlockParts {
-        index: 0,
-        linears,
-        biases: [const { None }; 7],
-        head_norms: None,
-        input_norm: vec![1.0; width.hidden()],
-        post_attention_norm: vec![1.0; width.hidden()],
-        norm_eps: 1e-5,
-        heads: width.heads(),
-        kv_heads: width.kv_heads(),
-        head_dim: width.head_dim(),
-    }
+    Ok(width.block(linears.collect::<Result<_>>()?))
 }
 
 /// A weight of random values around 0.

@@ -80,7 +80,7 @@ pub fn bench_disk(
     spec: &QuantSpec,
     dir: &Path,
 ) -> Result<[Transfer; 3]> {
-    let weights: usize = width.linears().iter().map(|(rows, cols)| rows * cols).sum();
+    let weights: usize = width.sides().iter().map(|(rows, cols)| rows * cols).sum();
     // In f32 as read on the CPU, its codes, and what was written.
     ensure("A block on its way from and to the disk", 6 * weights as u64, "use a smaller --width")?;
     let files = Files {
@@ -272,7 +272,7 @@ fn quantized(width: Width, spec: &QuantSpec) -> Result<Vec<(String, GptqLinear)>
         let linear = GptqLinear::symmetric(bits, [n, rows], codes, scales, g_idx)?;
         Ok::<_, Error>((format!("{prefix}.{}", shape.name), linear))
     };
-    model.block_linears().iter().map(linear).collect()
+    model.block_linears(0).iter().map(linear).collect()
 }
 
 #[cfg(test)]
@@ -287,7 +287,7 @@ mod tests {
         let spec = QuantSpec::new(4, Some(128), true, 0.01, Recipe::AutoGptq);
         let width: Width = "tiny".parse().unwrap();
         let [read, write, hash] = bench_disk(&Device::Cpu, width, &spec, dir.path()).unwrap();
-        let weights: usize = width.linears().iter().map(|(rows, n)| rows * n).sum();
+        let weights: usize = width.sides().iter().map(|(rows, n)| rows * n).sum();
         // fp16, and 4 bits with scales; tables, norms and headers beside them.
         let about = |bytes: u64, bits: f64| {
             let ratio = bytes as f64 * 8.0 / weights as f64 / bits;
@@ -323,8 +323,9 @@ mod tests {
         let model = Model::new(&made, Device::Cpu, SourcePrecision::Half, 1).unwrap();
         let block = model.load_block(0).unwrap();
         let (name, linear) = &files.linears[0];
-        assert_eq!(*name, block.linear_name(gptq_model::LinearId::Q));
-        let values = block.linear(gptq_model::LinearId::Q).as_host();
+        let q = block.linear(gptq_model::LinearId::Q);
+        assert_eq!(*name, q.name);
+        let values = q.weight.as_host();
         assert_eq!(values.iter().copied().collect::<Vec<f32>>(), linear.dequantize());
     }
 }

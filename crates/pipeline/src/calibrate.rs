@@ -15,8 +15,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{Device, Gram, Ranks, RopeTable, StageTimer, Tensor};
-use gptq_model::{Block, LinearId, Stage};
+use gptq_compute::{Device, Gram, Ranks, StageTimer, Tensor};
+use gptq_model::{Block, Linear, LinearId, Ropes, Stage};
 use gptq_quant::{Factored, QuantSpec, Quantized, factor, solve};
 use gptq_records::branch_report::LinearRecord;
 
@@ -87,7 +87,7 @@ pub(crate) type StageSeconds = BTreeMap<Work, f64>;
 /// What every block of a run shares.
 pub(crate) struct Calibrator<'a> {
     pub(crate) device: &'a Device,
-    pub(crate) rope: &'a RopeTable,
+    pub(crate) ropes: &'a Ropes,
     pub(crate) spec: &'a QuantSpec,
     /// Who else calibrates the block: each on its own windows, solving its own rows.
     pub(crate) ranks: &'a Ranks,
@@ -122,16 +122,16 @@ impl Calibrator<'_> {
         streams: &mut Streams,
         sink: &mut Sink<'_>,
     ) -> Result<Calibrated> {
-        let mut exact = block.take_exact().into_iter();
+        let exact = block.take_exact().into_iter().map(Some).collect();
         let dense = streams.reference.is_some().then(|| block.clone());
         let mut run = BlockRun {
             all: self,
             timer: StageTimer::start(self.device)?,
-            linears: Vec::with_capacity(LinearId::ALL.len()),
+            linears: Vec::with_capacity(block.linears().len()),
             sink,
             stream: Stream { states: &mut streams.quantized, kept: None },
             reference: dense.as_ref().zip(streams.reference.as_mut()),
-            exact: LinearId::ALL.map(|_| exact.next()),
+            exact,
         };
         for stage in Stage::ALL {
             run.stage(block, stage)?;
@@ -149,7 +149,8 @@ impl Calibrator<'_> {
 /// States on their way through the block that is being quantized.
 struct Stream<'s> {
     states: &'s mut States,
-    /// Inputs of o, then of down, from the stage that sees them to the one that needs their product.
+    /// Inputs of o, then of down, from the stage that sees them to the one that needs their product; in
+    /// a parallel block, whose down follows from states that are no more, those of gate between.
     kept: Option<ChunkStore>,
 }
 
@@ -164,17 +165,29 @@ impl Stream<'_> {
     ) -> Result<Tensor> {
         let device = all.device;
         let seq_len = self.states.seq_lens[chunk];
+        let parallel = block.rule().parallel;
         if stage == Stage::GateUp {
             let context = self.kept(all).take(chunk)?;
             let mut hidden = self.states.hidden.take(chunk)?;
+            if parallel {
+                let input = block.stage_input(device, stage, &hidden, all.ropes, seq_len)?;
+                block.stage_output(device, Stage::Output, &context, &mut hidden)?;
+                self.states.hidden.put(chunk, hidden)?;
+                self.kept(all).put(chunk, input.clone())?;
+                return Ok(input);
+            }
             block.stage_output(device, Stage::Output, &context, &mut hidden)?;
-            let input = block.stage_input(device, stage, &hidden, all.rope, seq_len)?;
+            let input = block.stage_input(device, stage, &hidden, all.ropes, seq_len)?;
             self.states.hidden.put(chunk, hidden)?;
             return Ok(input);
         }
+        if parallel && stage == Stage::Down {
+            let before = self.kept(all).take(chunk)?;
+            return Ok(block.next_input(device, stage, &before, all.ropes, seq_len)?);
+        }
         self.states
             .hidden
-            .read(chunk, |hidden| Ok(block.stage_input(device, stage, hidden, all.rope, seq_len)?))
+            .read(chunk, |hidden| Ok(block.stage_input(device, stage, hidden, all.ropes, seq_len)?))
     }
 
     /// Adds what one chunk of the residual stream lacks against `reference` before o's or down's
@@ -227,7 +240,14 @@ impl States {
     ) -> Result<Tensor> {
         let device = all.device;
         let mut hidden = self.hidden.take(chunk)?;
-        let input = dense.stage_input(device, stage, &hidden, all.rope, self.seq_lens[chunk])?;
+        if dense.rule().parallel {
+            // Its attention and MLP are added at once.
+            if stage == Stage::Down {
+                dense.forward(device, &mut hidden, all.ropes, self.seq_lens[chunk])?;
+            }
+            return Ok(hidden);
+        }
+        let input = dense.stage_input(device, stage, &hidden, all.ropes, self.seq_lens[chunk])?;
         dense.stage_output(device, stage, &input, &mut hidden)?;
         Ok(hidden)
     }
@@ -242,8 +262,9 @@ struct BlockRun<'r, 's, 'a> {
     stream: Stream<'r>,
     /// The unquantized block and its states.
     reference: Option<(&'r Block, &'r mut States)>,
-    /// In host memory, the weights that the block's are a rounding of, until they are solved.
-    exact: [Option<Tensor>; 7],
+    /// In host memory, the weights that the block's are a rounding of, until they are solved; in the
+    /// block's order, or empty.
+    exact: Vec<Option<Tensor>>,
 }
 
 impl BlockRun<'_, '_, '_> {
@@ -258,12 +279,12 @@ impl BlockRun<'_, '_, '_> {
             }
             None => Arc::new(self.gram(block, stage)?),
         };
-        if stage == Stage::GateUp {
+        if stage == Stage::GateUp && !block.rule().parallel {
             // All of o's inputs are used up; give their memory back before down's are made.
             self.stream.kept = None;
         }
         let scale = 2.0 / self.all.windows as f32;
-        let first = block.linear_name(stage.linears()[0]);
+        let first = first_of(block, stage).name.clone();
         let factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
             gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.clone() },
             source => Error::Solve { linear: first.clone(), source },
@@ -288,7 +309,7 @@ impl BlockRun<'_, '_, '_> {
     /// XᵀX of a stage's inputs over all chunks.
     fn gram(&mut self, block: &Block, stage: Stage) -> Result<Gram> {
         let device = self.all.device;
-        let mut gram = device.gram(block.linear(stage.linears()[0]).cols())?;
+        let mut gram = device.gram(first_of(block, stage).weight.cols())?;
         for chunk in 0..self.stream.states.seq_lens.len() {
             let input = self.stream.input(self.all, block, stage, chunk)?;
             self.timer.mark(Work::Forward)?;
@@ -314,7 +335,10 @@ impl BlockRun<'_, '_, '_> {
     fn shift(&mut self, stage: Stage, factored: &Factored, scale: f32) -> Result<Option<Tensor>> {
         let all = self.all;
         let Some((dense, states)) = &mut self.reference else { return Ok(None) };
-        let (weight, bias) = (dense.linear(stage.linears()[0]), dense.bias(stage.linears()[0]));
+        let Linear { weight, bias, .. } = first_of(dense, stage);
+        let factor = dense.rule().residual;
+        let bias: Option<Vec<f32>> =
+            bias.as_ref().map(|bias| bias.iter().map(|b| b * factor).collect());
         let shape = weight.shape();
         let wanted = all.spec.choices.residual > 0.0;
         let mut drift = wanted.then(|| all.device.zeros(shape.0, shape.1)).transpose()?;
@@ -322,13 +346,17 @@ impl BlockRun<'_, '_, '_> {
             let hidden = states.past(all, dense, stage, chunk)?;
             self.timer.mark(Work::Reference)?;
             if let Some(sum) = &mut drift {
-                self.stream.drift(all, chunk, bias, &hidden, sum)?;
+                self.stream.drift(all, chunk, bias.as_deref(), &hidden, sum)?;
                 self.timer.mark(Work::Shift)?;
             }
             states.hidden.put(chunk, hidden)?;
         }
         let Some(mut drift) = drift else { return Ok(None) };
         all.ranks.sum(&mut drift)?;
+        if factor != 1.0 {
+            // What the products would have to be before they are multiplied.
+            all.device.scale(&mut drift, 1.0 / factor)?;
+        }
         let rows = all.ranks.share(shape.0, SHARD_ROWS);
         let weight = rows_of(all.device, weight, rows.clone())?;
         let wanted = {
@@ -355,16 +383,17 @@ impl BlockRun<'_, '_, '_> {
     ) -> Result<()> {
         let Calibrator { device, ranks, .. } = *self.all;
         let mut numbers = Vec::with_capacity(2 * energies.len());
-        for (&id, &energy) in stage.linears().iter().zip(energies) {
-            let name = block.linear_name(id);
-            let rows = block.linear(id).rows();
+        let ids: Vec<LinearId> = block.stage(stage).map(|linear| linear.id).collect();
+        for (&id, &energy) in ids.iter().zip(energies) {
+            let linear = block.linear(id);
+            let (name, rows) = (linear.name.clone(), linear.weight.rows());
             let solved = self.solve_rows(block, id, &name, factored, shift)?;
             numbers.extend([solved.as_ref().map_or(0.0, |s| s.loss.unwrap_or(f64::NAN)), energy]);
             let (stored, weight) = match solved {
                 Some(solved) => (Some(solved.stored), solved.weight),
-                None => (None, rows_of(device, block.linear(id), 0..0)?.into_owned()),
+                None => (None, rows_of(device, &block.linear(id).weight, 0..0)?.into_owned()),
             };
-            block.set_linear(id, ranks.gather_rows(weight, rows, SHARD_ROWS)?);
+            block.set_weight(id, ranks.gather_rows(weight, rows, SHARD_ROWS)?);
             self.exchanged()?;
             if let Some(shards) = RowShards::collect(ranks, stored, rows)? {
                 (self.sink)(&name, shards)?;
@@ -372,8 +401,8 @@ impl BlockRun<'_, '_, '_> {
             self.timer.mark(Work::Pack)?;
         }
         let numbers = summed(ranks, numbers)?;
-        for (&id, number) in stage.linears().iter().zip(numbers.chunks_exact(2)) {
-            self.linears.push(report(block.linear_name(id), number[0], number[1], factored));
+        for (linear, number) in block.stage(stage).zip(numbers.chunks_exact(2)) {
+            self.linears.push(report(linear.name.clone(), number[0], number[1], factored));
         }
         Ok(())
     }
@@ -388,13 +417,14 @@ impl BlockRun<'_, '_, '_> {
         shift: Option<&(Tensor, f32)>,
     ) -> Result<Option<Quantized>> {
         let Calibrator { device, ranks, spec, .. } = *self.all;
-        let own = ranks.share(block.linear(id).rows(), SHARD_ROWS);
+        let weight = &block.linear(id).weight;
+        let own = ranks.share(weight.rows(), SHARD_ROWS);
         if own.is_empty() {
             return Ok(None);
         }
-        let mut rows = match self.exact_rows(id, own.clone())? {
+        let mut rows = match self.exact_rows(block.place_of(id), own.clone())? {
             Some(exact) => Cow::Owned(exact),
-            None => rows_of(device, block.linear(id), own)?,
+            None => rows_of(device, weight, own)?,
         };
         if let Some((shift, share)) = shift {
             rows = Cow::Owned(device.shifted(&rows, shift, *share)?);
@@ -407,8 +437,8 @@ impl BlockRun<'_, '_, '_> {
     }
 
     /// These rows of the weights that the block's are a rounding of, where it keeps them.
-    fn exact_rows(&mut self, id: LinearId, own: Range<usize>) -> Result<Option<Tensor>> {
-        let Some(exact) = self.exact[id as usize].take() else { return Ok(None) };
+    fn exact_rows(&mut self, place: usize, own: Range<usize>) -> Result<Option<Tensor>> {
+        let Some(exact) = self.exact.get_mut(place).and_then(Option::take) else { return Ok(None) };
         let whole = own.len() == exact.rows();
         let rows = if whole { exact } else { rows_of(&Device::Cpu, &exact, own)?.into_owned() };
         Ok(Some(self.all.device.upload_f32(rows.into_host())?))
@@ -424,13 +454,12 @@ impl BlockRun<'_, '_, '_> {
 
     /// This rank's part of `scale` · tr(W G Wᵀ) of a stage's linears.
     fn energies(&self, block: &Block, stage: Stage, gram: &Gram, scale: f32) -> Result<Vec<f64>> {
-        let energy = |&id| Ok(self.energy(block, id, gram)? * f64::from(scale));
-        stage.linears().iter().map(energy).collect()
+        let energy = |linear: &Linear| Ok(self.energy(&linear.weight, gram)? * f64::from(scale));
+        block.stage(stage).map(energy).collect()
     }
 
     /// tr(W G Wᵀ), from evenly spaced rows of W, which the ranks share.
-    fn energy(&self, block: &Block, id: LinearId, gram: &Gram) -> Result<f64> {
-        let weight = block.linear(id);
+    fn energy(&self, weight: &Tensor, gram: &Gram) -> Result<f64> {
         let rows = weight.rows();
         let count = rows.min(ENERGY_ROWS);
         let own = self.all.ranks.share(count, 1);
@@ -441,6 +470,15 @@ impl BlockRun<'_, '_, '_> {
         let sampled = self.all.device.select_rows(weight, &sample)?;
         Ok(gram.quadratic_form(&sampled)? * rows as f64 / count as f64)
     }
+}
+
+/// The first linear of a stage, whose inputs are those of all.
+///
+/// # Panics
+/// When the block has no linear in the stage.
+pub(crate) fn first_of(block: &Block, stage: Stage) -> &Linear {
+    let first = block.stage(stage).next();
+    first.unwrap_or_else(|| panic!("block {} has no linear in {stage:?}", block.index()))
 }
 
 /// An error is relative to an energy: a linear of zeros, which a shift may move all the same, has none.

@@ -12,6 +12,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// An error of a run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A choice of a recipe that the model does not allow.
+    #[error("A choice does not fit the model: {note}")]
+    Choice {
+        /// What would do, and why.
+        note: String,
+    },
     /// Datasets, tokenizers, calibration recipes.
     #[error(transparent)]
     Text(#[from] gptq_text::Error),

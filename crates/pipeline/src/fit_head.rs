@@ -6,7 +6,7 @@
 
 use gptq_checkpoint::HEAD;
 use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
-use gptq_model::Model;
+use gptq_model::{FinalNorm, Model};
 use gptq_quant::{QuantSpec, factor};
 use gptq_records::branch_report::LinearRecord;
 use half::f16;
@@ -27,7 +27,8 @@ pub(crate) fn fitted(
     streams: &mut Streams,
 ) -> Result<(Option<Vec<f16>>, LinearRecord)> {
     let gain = final_gain(model.checkpoint(), rotations)?;
-    let (map, report) = map(model, &gain, spec, windows, streams)?;
+    let norm = FinalNorm::new(model.config(), gain);
+    let (map, report) = map(model, &norm, spec, windows, streams)?;
     if !model.ranks().is_first() {
         return Ok((None, report));
     }
@@ -43,19 +44,18 @@ pub(crate) fn fitted(
 /// (X_fp − X)ᵀX H⁻¹ `[hidden, hidden]`.
 fn map(
     model: &Model<'_>,
-    gain: &[f32],
+    norm: &FinalNorm,
     spec: &QuantSpec,
     windows: usize,
     streams: &mut Streams,
 ) -> Result<(Tensor, LinearRecord)> {
-    let (device, width) = (model.device(), gain.len());
-    let eps = model.config().rms_norm_eps;
+    let (device, width) = (model.device(), model.config().hidden_size);
     let activations = || Error::Activations { linear: HEAD.to_owned() };
     let mut gram = device.gram(width)?;
     let mut lacking = device.zeros(width, width)?;
     if let Some(reference) = &mut streams.reference {
         for chunk in 0..reference.seq_lens.len() {
-            let norm = |hidden: &Tensor| Ok(device.rms_norm(hidden, gain, eps)?);
+            let norm = |hidden: &Tensor| Ok(norm.apply(device, hidden)?);
             let input = streams.quantized.hidden.read(chunk, norm)?;
             let drift = device.difference(&reference.hidden.read(chunk, norm)?, &input)?;
             device.gram_add(&mut gram, &input)?;

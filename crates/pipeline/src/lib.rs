@@ -36,6 +36,7 @@ pub mod quantize;
 pub mod rates;
 mod rates_file;
 mod read_ahead;
+pub mod recipe_fit;
 mod recording;
 mod rotate;
 mod row_shards;

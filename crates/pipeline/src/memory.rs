@@ -3,7 +3,7 @@
 //! Bytes are counted from the model's shape. Where a GPU cannot hold everything, inputs of o and
 //! down wait in host memory, as many of them as must, and then hidden states too.
 
-use gptq_checkpoint::ModelConfig;
+use gptq_checkpoint::{LinearId, LinearShape, ModelConfig};
 use gptq_compute::{Device, FloatType};
 use gptq_quant::{QuantSpec, Rotate};
 use serde::Serialize;
@@ -71,11 +71,30 @@ impl BlockSizes {
         }
     }
 
-    /// Sizes of a model's blocks.
+    /// Sizes of a model's blocks; of blocks that differ, the largest of each.
     pub fn of(model: &ModelConfig) -> Self {
-        let linears = model.block_linears().map(|l| (l.out_features, l.in_features));
-        Self::new(model.hidden_size, model.intermediate_size, &linears)
+        let of_block = |block| {
+            let linears: Vec<_> =
+                model.block_linears(block).iter().map(LinearShape::sides).collect();
+            Self::new(model.hidden_size, widest_of_mlp(model, block), &linears)
+        };
+        let largest = |a: Self, b: Self| Self {
+            hidden: a.hidden.max(b.hidden),
+            intermediate: a.intermediate.max(b.intermediate),
+            weights: a.weights.max(b.weights),
+            widest: a.widest.max(b.widest),
+            largest: a.largest.max(b.largest),
+            rows: a.rows.max(b.rows),
+        };
+        let none = Self::new(model.hidden_size, model.intermediate_size, &[]);
+        (0..model.num_hidden_layers).map(of_block).fold(none, largest)
     }
+}
+
+/// Width of the MLP, or of gate and up where they are one linear, whose halves are copied.
+fn widest_of_mlp(model: &ModelConfig, block: usize) -> usize {
+    let fused = model.block_linears(block).into_iter().find(|l| l.id == LinearId::GateUp);
+    fused.map_or(model.intermediate_size, |linear| linear.out_features)
 }
 
 /// Part of a card that a run may fill: the rest is for the context, kernels and fragments.

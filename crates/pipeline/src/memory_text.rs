@@ -25,15 +25,18 @@ impl TextMemory {
     /// Of symmetric codes of so many bits and groups, or with 16 bits of the dense model.
     #[must_use]
     pub fn of(model: &ModelConfig, bits: u8, group: Option<usize>, context: usize) -> Self {
-        let linears = model.block_linears();
-        let shapes = linears.iter().map(|linear| (linear.out_features, linear.in_features));
-        let block: usize = shapes.clone().map(|s| Resident::bytes_on_gpu(bits, s, group)).sum();
         let head = (model.vocab_size, model.hidden_size);
-        let weights = block * model.num_hidden_layers + Resident::bytes_on_gpu(16, head, None);
+        let linears = model.linears().map(|(_, linear)| linear.sides());
+        let linears: usize = linears.map(|s| Resident::bytes_on_gpu(bits, s, group)).sum();
+        let weights = linears + Resident::bytes_on_gpu(16, head, None);
         let keys = model.num_key_value_heads * model.head_dim;
-        let widest = shapes.clone().map(|(rows, cols)| rows * cols * HALF).max().unwrap_or(0);
+        let widest = model.linears().map(|(_, l)| l.out_features * l.in_features * HALF).max();
+        let widest = widest.unwrap_or(0);
         // Hidden states in f32, and the inputs and outputs of all linears of a block, as if at once.
-        let wide: usize = shapes.map(|(rows, cols)| rows + cols).sum();
+        let of_block = |block| -> usize {
+            model.block_linears(block).iter().map(|l| l.out_features + l.in_features).sum()
+        };
+        let wide = (0..model.num_hidden_layers).map(of_block).max().unwrap_or(0);
         let activations = PASS_TOKENS * (model.hidden_size * 4 + wide * HALF);
         Self {
             weights: weights as u64,

@@ -1,8 +1,8 @@
 //! Floating-point operations of calibrated blocks, by stage: what `plan` adds up, `bench` divides by
 //! seconds, and predictions divide by rates. They are counted here alone.
 
-use gptq_checkpoint::ModelConfig;
-use gptq_model::LinearId;
+use gptq_checkpoint::{LinearShape, ModelConfig};
+use gptq_model::{LinearId, Stage};
 use serde::Serialize;
 
 use crate::calibrate::Work;
@@ -25,31 +25,41 @@ pub struct Operations {
 }
 
 impl Operations {
-    /// Of a block with these linears, rows and columns each in the order of [`LinearId::ALL`], over
-    /// `windows` windows of `seq_len` tokens. With `reference`, the unquantized model is walked too.
+    /// Of a block with these linears over `windows` windows of `seq_len` tokens, each of which attends
+    /// to `window` tokens at most. With `reference`, the unquantized model is walked too.
     pub(crate) fn of_block(
-        linears: &[(usize, usize); 7],
+        linears: &[LinearShape],
+        window: Option<usize>,
         (windows, seq_len): (usize, usize),
         reference: bool,
     ) -> Self {
         let tokens = windows as f64 * seq_len as f64;
-        let linear = |id: LinearId| linears[id as usize];
         // Causal attention: half of the scores' square, and as much again for the contexts.
-        let (width, _) = linear(LinearId::Q);
-        let mut sum =
-            Self { forward: 2.0 * tokens * seq_len as f64 * width as f64, ..Self::default() };
-        for id in LinearId::ALL {
-            let (rows, n) = linear(id);
-            let (rows, n) = (rows as f64, n as f64);
+        let output = linears.iter().find(|linear| linear.id == LinearId::O);
+        let width = output.map_or(0, |linear| linear.in_features);
+        let length = seq_len as f64;
+        let reach = match window {
+            Some(window) if window < seq_len => {
+                let window = window as f64;
+                2.0 * window - window * window / length
+            }
+            _ => length,
+        };
+        let mut sum = Self { forward: 2.0 * tokens * reach * width as f64, ..Self::default() };
+        let mut counted = Vec::new();
+        for linear in linears {
+            let (rows, n) = (linear.out_features as f64, linear.in_features as f64);
+            let stage = Stage::of(linear.id);
             sum.forward += 2.0 * tokens * n * rows;
             sum.solve += rows * n * n;
             // k and v share q's inputs, and up shares gate's.
-            if !matches!(id, LinearId::K | LinearId::V | LinearId::Up) {
+            if !counted.contains(&stage) {
+                counted.push(stage);
                 sum.gram += tokens * n * n;
                 sum.factor += 2.0 / 3.0 * n * n * n;
             }
             // The drift times the inputs, taken over the Hessian as triangles.
-            if reference && matches!(id, LinearId::O | LinearId::Down) {
+            if reference && matches!(stage, Stage::Output | Stage::Down) {
                 sum.shift += rows * n * (2.0 * tokens + 2.0 * n);
             }
         }
@@ -59,8 +69,30 @@ impl Operations {
 
     /// Of all blocks of a model.
     pub(crate) fn of_model(model: &ModelConfig, tokens: (usize, usize), reference: bool) -> Self {
-        let linears = model.block_linears().map(|l| (l.out_features, l.in_features));
-        Self::of_block(&linears, tokens, reference).times(model.num_hidden_layers as f64)
+        let mut kinds: Vec<((Vec<LinearShape>, Option<usize>), usize)> = Vec::new();
+        for block in 0..model.num_hidden_layers {
+            let found = (model.block_linears(block), model.block_attention(block).window);
+            match kinds.iter_mut().find(|(kind, _)| *kind == found) {
+                Some((_, count)) => *count += 1,
+                None => kinds.push((found, 1)),
+            }
+        }
+        let of_kind = |((linears, window), count): ((Vec<LinearShape>, Option<usize>), usize)| {
+            Self::of_block(&linears, window, tokens, reference).times(count as f64)
+        };
+        kinds.into_iter().map(of_kind).reduce(Self::plus).unwrap_or_default()
+    }
+
+    /// Both.
+    fn plus(self, other: Self) -> Self {
+        Self {
+            forward: self.forward + other.forward,
+            gram: self.gram + other.gram,
+            factor: self.factor + other.factor,
+            solve: self.solve + other.solve,
+            reference: self.reference + other.reference,
+            shift: self.shift + other.shift,
+        }
     }
 
     /// Of so many.
@@ -221,7 +253,7 @@ pub(crate) mod tests {
             [Work::Forward, Work::Gram, Work::Factor, Work::Solve, Work::Reference, Work::Shift];
         for (width, tokens, expected) in counted {
             let linears = width.parse::<Width>().unwrap().linears();
-            let block = Operations::of_block(&linears, tokens, true);
+            let block = Operations::of_block(&linears, None, tokens, true);
             assert_eq!(stages.map(|stage| block.of(stage)), expected, "{width}");
             assert_eq!((block.of(Work::Exchange), block.of(Work::Pack)), (0.0, 0.0));
         }

@@ -2,7 +2,7 @@
 //! holds at once (see [`crate::batches`]).
 
 use gptq_compute::Tensor;
-use gptq_model::{Block, Head, LinearId, Model, SourcePrecision};
+use gptq_model::{Block, Head, Linear, Model, SourcePrecision};
 use gptq_quant::{QuantSpec, round_to_nearest, rounded_weight};
 use gptq_text::protocol::EvalWindow;
 use serde::{Deserialize, Serialize};
@@ -71,15 +71,15 @@ pub(crate) fn round(
     exact: &[Tensor],
     spec: &QuantSpec,
 ) -> Result<()> {
-    for id in LinearId::ALL {
-        let rounded = match exact.get(id as usize) {
+    for (place, id) in block.ids().into_iter().enumerate() {
+        let Linear { name, weight, .. } = block.linear(id);
+        let rounded = match exact.get(place) {
             // Wider than the device's: in host memory.
-            Some(weight) => round_to_nearest(model.device(), weight, spec).map(|q| q.weight),
-            None => rounded_weight(model.device(), block.linear(id), spec),
+            Some(exact) => round_to_nearest(model.device(), exact, spec).map(|q| q.weight),
+            None => rounded_weight(model.device(), weight, spec),
         };
-        let rounded =
-            rounded.map_err(|source| Error::Solve { linear: block.linear_name(id), source })?;
-        block.set_linear(id, rounded);
+        let rounded = rounded.map_err(|source| Error::Solve { linear: name.clone(), source })?;
+        block.set_weight(id, rounded);
     }
     Ok(())
 }
@@ -156,7 +156,12 @@ impl Scored {
     pub fn losses(&self, model: &Model<'_>) -> Result<Vec<f32>> {
         let mut losses = Vec::new();
         for (hidden, targets) in &self.chunks {
-            losses.extend(model.device().token_nll(hidden, self.head.weight(), targets)?);
+            losses.extend(model.device().token_nll(
+                hidden,
+                self.head.weight(),
+                targets,
+                cap(model),
+            )?);
         }
         Ok(losses)
     }
@@ -170,10 +175,15 @@ impl Scored {
         let mut all = Vec::new();
         for ((p, _), (q, _)) in base.chunks.iter().zip(&self.chunks) {
             let heads = (base.head.weight(), self.head.weight());
-            all.extend(model.device().token_kl((p, heads.0), (q, heads.1))?);
+            all.extend(model.device().token_kl((p, heads.0), (q, heads.1), cap(model))?);
         }
         Ok(all)
     }
+}
+
+/// What logits stay below.
+fn cap(model: &Model<'_>) -> Option<f32> {
+    model.config().logit_softcap
 }
 
 /// What the scored tokens of all batches gave, in order.

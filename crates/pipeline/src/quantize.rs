@@ -8,7 +8,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use gptq_checkpoint::{EMBEDDING, HEAD, REPORT_FILE, Sealed, Written};
-use gptq_model::{Block, LinearId, Model};
+use gptq_model::{Block, Model};
 use gptq_quant::round_to_nearest;
 use gptq_records::branch_report::{BranchReport, LinearRecord, TOOL};
 use gptq_records::manifest::{MadeFrom, Manifest};
@@ -23,6 +23,7 @@ use crate::job::{QuantizeJob, precision};
 use crate::memory::{BlockSizes, offload};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
+use crate::recipe_fit;
 use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
 use crate::rotate::FusedRotations;
 use crate::row_shards::RowShards;
@@ -81,6 +82,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
         return Err(Error::AlreadyQuantized(job.source.dir().to_owned()));
     }
     job.source.check_tensors()?;
+    recipe_fit::check(job.source.config(), &job.spec)?;
     let rotate = job.spec.choices.rotate;
     let rotations = FusedRotations::new(job.source.config(), rotate);
     let progress = if job.ranks.is_first() { progress } else { &Silent };
@@ -214,7 +216,7 @@ fn calibrator<'a>(
     let streams = Streams { quantized: states()?, reference };
     let calibrator = Calibrator {
         device: model.device(),
-        rope: model.rope(seq_len),
+        ropes: model.ropes(seq_len),
         spec: &job.spec,
         ranks: &job.ranks,
         windows: windows.len(),
@@ -258,9 +260,9 @@ fn rounded(
 ) -> Result<Calibrated> {
     let mut linears = Vec::new();
     let exact = block.take_exact();
-    for id in LinearId::ALL {
-        let name = block.linear_name(id);
-        let weight = exact.get(id as usize).unwrap_or_else(|| block.linear(id));
+    for (place, linear) in block.linears().iter().enumerate() {
+        let name = linear.name.clone();
+        let weight = exact.get(place).unwrap_or(&linear.weight);
         let solved = round_to_nearest(model.device(), weight, &job.spec)
             .map_err(|source| Error::Solve { linear: name.clone(), source })?;
         send(writer, &name, RowShards::whole(solved.stored))?;

@@ -255,7 +255,8 @@ pub fn keep(device: &Device, spec: &QuantSpec, bench: &BlockBench) -> Result<Opt
 fn measured(device: String, spec: &QuantSpec, bench: &BlockBench) -> Record {
     let reference = spec.choices.needs_reference();
     let linears = bench.width.linears();
-    let operations = Operations::of_block(&linears, (bench.windows, bench.seq_len), reference);
+    let operations =
+        Operations::of_block(&linears, None, (bench.windows, bench.seq_len), reference);
     let counted = bench.stages.iter().filter(|stage| stage.operations > 0.0);
     let counted: f64 = counted.map(|stage| stage.seconds).sum();
     // Packing and exchanges, which have no operations, are spread over what has.

@@ -111,7 +111,7 @@ fn a_benchmark_predicts_itself() {
     let bench = bench.unwrap();
     let record = measured(device_key(&device), &spec, &bench);
     assert!(record.device.contains("threads") && record.width == "tiny", "{record:?}");
-    let counted = Operations::of_block(&width.linears(), tokens, true);
+    let counted = Operations::of_block(&width.linears(), None, tokens, true);
     let seconds: f64 =
         by_stage(&counted, &spec).iter().map(|(stage, count)| count / record.rates[stage]).sum();
     assert!((seconds / bench.seconds - 1.0).abs() < 1e-6, "{seconds} {}", bench.seconds);

@@ -85,7 +85,7 @@ pub(crate) fn discard(source: &Checkpoint, index: usize) -> Result<()> {
 /// Names of the weights of a block's linears.
 pub(crate) fn linears(source: &Checkpoint, index: usize) -> impl Iterator<Item = String> {
     let prefix = ModelConfig::block_prefix(index);
-    let shapes = source.config().block_linears().into_iter();
+    let shapes = source.config().block_linears(index).into_iter();
     shapes.map(move |shape| format!("{prefix}.{}.weight", shape.name))
 }
 

@@ -10,11 +10,11 @@
 
 use gptq_checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef};
 use gptq_compute::Device;
-use gptq_model::{Block, LinearId};
+use gptq_model::{Block, Gains, LinearId, NormId, Stage};
 use gptq_quant::{Rotate, Rotation};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use ndarray::Array2;
+use ndarray::{Array2, s};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -30,9 +30,13 @@ pub(crate) struct FusedRotations {
     stream: Option<Rotation>,
     /// Over the features of a head.
     head: Rotation,
+    /// Where values begin among the outputs of a linear that makes queries and keys as well.
+    fused_values: usize,
+    /// What files hold less of gains.
+    offset: f32,
 }
 
-/// Gain of the norm before the head that is written.
+/// Gain of the norm before the head that is written, as it is multiplied with.
 pub(crate) fn final_gain(
     source: &Checkpoint,
     rotations: Option<&FusedRotations>,
@@ -43,7 +47,8 @@ pub(crate) fn final_gain(
     }
     let gain = source.tensor_shaped(FINAL_NORM, &[width])?;
     gain.check_finite()?;
-    Ok(gain.to_f16()?.iter().map(|v| v.to_f32()).collect())
+    let offset = source.config().norm.offset();
+    Ok(gain.to_f16()?.iter().map(|v| v.to_f32() + offset).collect())
 }
 
 /// The head `[vocab, hidden]` in the coordinates that are written.
@@ -63,69 +68,75 @@ pub(crate) fn dense_head(
 impl FusedRotations {
     /// The rotations asked for; `None` when there are none.
     pub(crate) fn new(config: &ModelConfig, rotate: Rotate) -> Option<Self> {
-        let stream = || Rotation::new(config.hidden_size, STREAM_SEED);
-        let head = || Rotation::new(config.head_dim, HEAD_SEED);
-        match rotate {
-            Rotate::None => None,
-            Rotate::Heads => Some(Self { stream: None, head: head() }),
-            Rotate::Full => Some(Self { stream: Some(stream()), head: head() }),
-        }
+        let stream = match rotate {
+            Rotate::None => return None,
+            Rotate::Heads => None,
+            Rotate::Full => Some(Rotation::new(config.hidden_size, STREAM_SEED)),
+        };
+        Some(Self {
+            stream,
+            head: Rotation::new(config.head_dim, HEAD_SEED),
+            fused_values: (config.num_attention_heads + config.num_key_value_heads)
+                * config.head_dim,
+            offset: config.norm.offset(),
+        })
     }
 
     /// Turns the weights of a block on the CPU.
     pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
-        let gains = self.stream.is_some().then(|| block.take_gains());
-        for id in LinearId::ALL {
-            if let (Some(rotation), Some(bias)) = (self.of_outputs(id), block.bias_mut(id)) {
-                turn_bias(rotation, bias);
+        let gains = self.stream.is_some().then(|| block.gains().clone());
+        if self.stream.is_some() {
+            for norm in [NormId::BeforeAttention, NormId::BeforeMlp] {
+                block.take_gain(norm);
+            }
+        }
+        for id in block.ids() {
+            if let (Some((rotation, first)), Some(bias)) = (self.of_outputs(id), block.bias_mut(id))
+            {
+                turn_bias(rotation, &mut bias[first..]);
             }
             if !self.turns(id) {
                 continue;
             }
-            let mut weight = block.linear(id).to_host()?;
+            let mut weight = block.linear(id).weight.to_host()?;
             self.weight(id, &mut weight, gains.as_ref());
-            block.set_linear(id, Device::Cpu.upload_f32(weight)?);
+            block.set_weight(id, Device::Cpu.upload_f32(weight)?);
         }
         Ok(())
     }
 
     /// Whether the weights of a linear are others than the source's.
     pub(crate) fn turns(&self, id: LinearId) -> bool {
-        self.stream.is_some() || matches!(id, LinearId::V | LinearId::O)
+        self.stream.is_some() || matches!(id, LinearId::V | LinearId::Qkv | LinearId::O)
     }
 
-    /// Turns a linear's weights; `gains` are those of the block's two norms, folded into what follows
+    /// Turns a linear's weights; `gains` are those of the block's norms, folded into what follows
     /// them where the residual stream is turned.
-    pub(crate) fn weight(
-        &self,
-        id: LinearId,
-        weight: &mut Array2<f32>,
-        gains: Option<&[Vec<f32>; 2]>,
-    ) {
-        let reads = match id {
-            LinearId::Q | LinearId::K | LinearId::V => Some(0),
-            LinearId::Gate | LinearId::Up => Some(1),
-            LinearId::O | LinearId::Down => None,
-        };
+    pub(crate) fn weight(&self, id: LinearId, weight: &mut Array2<f32>, gains: Option<&Gains>) {
         if let (Some(stream), Some(gains)) = (&self.stream, gains) {
-            match reads {
-                Some(norm) => turn_inputs(stream, weight, Some(&gains[norm])),
-                None => stream.apply_outputs(weight),
+            match Stage::of(id) {
+                Stage::Qkv => turn_inputs(stream, weight, gains.get(NormId::BeforeAttention)),
+                Stage::GateUp => turn_inputs(stream, weight, gains.get(NormId::BeforeMlp)),
+                Stage::Output | Stage::Down => stream.apply_outputs(weight.view_mut()),
             }
         }
         match id {
-            LinearId::V => self.head.apply_outputs(weight),
+            LinearId::V | LinearId::Qkv => {
+                let first = if id == LinearId::Qkv { self.fused_values } else { 0 };
+                self.head.apply_outputs(weight.slice_mut(s![first.., ..]));
+            }
             LinearId::O => turn_inputs(&self.head, weight, None),
             _ => {}
         }
     }
 
-    /// What the outputs of a linear are turned by.
-    fn of_outputs(&self, id: LinearId) -> Option<&Rotation> {
+    /// What the outputs of a linear are turned by, and the first that are.
+    fn of_outputs(&self, id: LinearId) -> Option<(&Rotation, usize)> {
         match id {
-            LinearId::V => Some(&self.head),
-            LinearId::O | LinearId::Down => self.stream.as_ref(),
-            LinearId::Q | LinearId::K | LinearId::Gate | LinearId::Up => None,
+            LinearId::V => Some((&self.head, 0)),
+            LinearId::Qkv => Some((&self.head, self.fused_values)),
+            LinearId::O | LinearId::Down => self.stream.as_ref().map(|stream| (stream, 0)),
+            LinearId::Q | LinearId::K | LinearId::Gate | LinearId::Up | LinearId::GateUp => None,
         }
     }
 
@@ -146,17 +157,17 @@ impl FusedRotations {
             return dense_head(source, Some(self)).map(Some);
         }
         let ones = source.tensor(name)?.shape.iter().product();
-        Ok(Some(vec![f16::ONE; ones]))
+        Ok(Some(vec![f16::from_f32(1.0 - self.offset); ones]))
     }
 
     /// The bias `name` of a linear.
     fn bias(&self, source: &Checkpoint, name: &str, linear: &str) -> Result<Option<Vec<f16>>> {
-        let shapes = source.config().block_linears();
-        let shape = shapes.iter().zip(LinearId::ALL).find(|(s, _)| linear.ends_with(s.name));
-        let Some(rotation) = shape.and_then(|(_, id)| self.of_outputs(id)) else { return Ok(None) };
+        let shape = source.config().linear_named(linear);
+        let turned = shape.and_then(|shape| self.of_outputs(shape.id));
+        let Some((rotation, first)) = turned else { return Ok(None) };
         let values = source.tensor(name)?.to_f16()?;
         let mut bias: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
-        turn_bias(rotation, &mut bias);
+        turn_bias(rotation, &mut bias[first..]);
         let turned: Vec<f16> = bias.into_iter().map(f16::from_f32).collect();
         if turned.iter().any(|v| !v.is_finite()) {
             return Err(Error::Rotated { tensor: name.to_owned() });
@@ -236,7 +247,7 @@ mod tests {
     use std::path::Path;
 
     use gptq_compute::{FloatType, HostMatrix};
-    use gptq_model::{Model, SourcePrecision};
+    use gptq_model::{FinalNorm, Model, SourcePrecision};
 
     use super::*;
 
@@ -263,10 +274,10 @@ mod tests {
             if let Some(rotations) = rotations {
                 rotations.block(&mut block).unwrap();
             }
-            block.forward(&device, &mut hidden, model.rope(ids.len()), ids.len()).unwrap();
+            block.forward(&device, &mut hidden, model.ropes(ids.len()), ids.len()).unwrap();
         }
         let gain = final_gain(source, rotations).unwrap();
-        let normed = device.rms_norm(&hidden, &gain, model.config().rms_norm_eps).unwrap();
+        let normed = FinalNorm::new(model.config(), gain).apply(&device, &hidden).unwrap();
         let head = dense_head(source, rotations).unwrap();
         let (rows, cols) = (model.config().vocab_size, model.config().hidden_size);
         let head = HostMatrix::new(bytemuck::cast_slice(&head), FloatType::F16, rows, cols);

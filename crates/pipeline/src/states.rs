@@ -46,7 +46,7 @@ pub(crate) fn chunk_ranges(windows: &[&[u32]], tokens: usize) -> Vec<std::ops::R
 pub(crate) fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<()> {
     for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
         let mut hidden = states.hidden.take(chunk)?;
-        block.forward(model.device(), &mut hidden, model.rope(seq_len), seq_len)?;
+        block.forward(model.device(), &mut hidden, model.ropes(seq_len), seq_len)?;
         states.hidden.put(chunk, hidden)?;
     }
     Ok(())

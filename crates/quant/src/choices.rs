@@ -102,6 +102,8 @@ impl Choices {
 
     /// Name of the choice of the head's share, for messages about it.
     pub const HEAD: &str = "head";
+    /// Name of the choice of the residual stream's share, likewise.
+    pub const RESIDUAL: &str = "residual";
 
     /// True when the unquantized model is walked beside the quantized one.
     pub fn needs_reference(&self) -> bool {
@@ -180,7 +182,7 @@ const TABLE: [Choice; 7] = [
         set: |choices, text| Signs::named(text).map(|v| choices.signs = v),
     },
     Choice {
-        key: "residual",
+        key: Choices::RESIDUAL,
         names: None,
         value: |choices| choices.residual.to_string(),
         set: |choices, text| share(text).map(|v| choices.residual = v),

@@ -7,7 +7,7 @@
 
 use std::f64::consts::TAU;
 
-use ndarray::{Array2, Axis};
+use ndarray::{ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 /// An orthogonal matrix R of order n.
@@ -45,7 +45,7 @@ impl Rotation {
 
     /// W ← (I ⊗ Rᵀ) W for a weight `[out, in]`: its outputs after Y ← Y R, with one R for every n
     /// rows.
-    pub fn apply_outputs(&self, weight: &mut Array2<f32>) {
+    pub fn apply_outputs(&self, mut weight: ArrayViewMut2<'_, f32>) {
         /// Columns that a task brings together: whole cache lines of every row.
         const PANEL: usize = 64;
         let panels: Vec<_> = weight.axis_chunks_iter_mut(Axis(1), PANEL).collect();
@@ -153,6 +153,8 @@ pub fn split_mix(state: &mut u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use ndarray::Array2;
+
     use super::*;
 
     /// The largest absolute value, or NaN where one is, which `max` would drop.
@@ -187,7 +189,7 @@ mod tests {
         let mut want = x.dot(&w.t());
         // Two runs of six outputs, each rotated.
         r.apply_rows(want.as_slice_mut().unwrap());
-        r.apply_outputs(&mut w);
+        r.apply_outputs(w.view_mut());
         let worst = largest(&(x.dot(&w.t()) - want));
         assert!(worst < 1e-4, "{worst}");
     }

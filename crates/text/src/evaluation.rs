@@ -94,7 +94,7 @@ pub fn evaluation_text(
     let protocol = spec.protocol;
     let glued = protocol.join().glued(&rows);
     let text = protocol.join().text(rows);
-    let context = config.context();
+    let context = config.max_position_embeddings;
     let seq_len = spec.seq_len.unwrap_or_else(|| protocol.default_seq_len(context));
     let enough = match spec.max_windows {
         Some(windows) if text.len() > COUNTED => protocol.tokens_of(windows, seq_len),

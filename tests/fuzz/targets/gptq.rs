@@ -52,7 +52,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Ok(checkpoint) = Checkpoint::open(dir) else { panic!("a sound file was refused") };
     let config = checkpoint.quantize_config().expect("a quantized folder");
     assert_eq!(config.bits, Bits::new(bits).expect("a width of the format"));
-    let shape: LinearShape = checkpoint.config().block_linears()[0];
+    let shape: LinearShape = checkpoint.config().block_linears(0)[0].clone();
     if let Ok(linear) = checkpoint.gptq_linear(PREFIX, &shape) {
         assert_eq!(linear.dequantize().len(), 64 * 64);
         assert_eq!(linear.unpack_zeros().len(), groups * 64);

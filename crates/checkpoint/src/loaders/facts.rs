@@ -24,7 +24,7 @@ pub struct LoaderFacts {
     /// The group indices that the file holds.
     pub group_index: GroupIndex,
     /// A linear of the first block that is not quantized.
-    pub dense_linear: Option<&'static str>,
+    pub dense_linear: Option<String>,
     /// The head is the embedding, and the file does not hold it under its own name.
     pub head_only_tied: bool,
     /// config.json asks for bfloat16.
@@ -67,9 +67,9 @@ impl From<&ModelConfig> for Architecture {
     fn from(config: &ModelConfig) -> Self {
         Self {
             family: config.family,
-            linears: config.block_linears().to_vec(),
+            linears: config.block_linears(0),
             grouped_heads: config.num_key_value_heads != config.num_attention_heads,
-            rope: config.rope,
+            rope: config.rope.clone(),
         }
     }
 }

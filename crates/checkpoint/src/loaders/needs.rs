@@ -232,7 +232,7 @@ impl Need {
                 "fewer key and value heads than query heads: it splits q, k and v evenly".to_owned()
             }),
             Self::RopeScaling(known) => {
-                let scaling = scaling_name(model.rope.scaling)?;
+                let scaling = scaling_name(&model.rope.scaling)?;
                 unless(known.contains(&scaling), || match known {
                     [] => format!("rotary scaling {scaling}: it reads none"),
                     _ => format!("rotary scaling {scaling}: it reads {} only", listed(known)),
@@ -270,6 +270,7 @@ impl Need {
             }),
             Self::EveryLinear => facts
                 .dense_linear
+                .as_ref()
                 .map(|linear| format!("{linear} is dense: it takes every linear for packed")),
             Self::StoredHead => unless(!facts.head_only_tied, || {
                 "tied head without lm_head.weight: it leaves both uninitialized".to_owned()
@@ -284,12 +285,14 @@ impl Need {
 }
 
 /// The scaling's name in config.json; `None` without one.
-fn scaling_name(scaling: RopeScaling) -> Option<&'static str> {
+fn scaling_name(scaling: &RopeScaling) -> Option<&'static str> {
     match scaling {
         RopeScaling::None => None,
         RopeScaling::Linear { .. } => Some("linear"),
         RopeScaling::Dynamic { .. } => Some("dynamic"),
         RopeScaling::Llama3 { .. } => Some("llama3"),
+        RopeScaling::Yarn(_) => Some("yarn"),
+        RopeScaling::LongRope(_) => Some("longrope"),
     }
 }
 

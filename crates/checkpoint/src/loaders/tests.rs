@@ -263,7 +263,7 @@ fn every_rule_has_its_reason() {
     for loader in ["AutoGPTQ 0.7", "transformers", "GPTQModel", "TGI"] {
         refuses(loader, &placeholder, "placeholder");
     }
-    let dense = with(&|f| f.dense_linear = Some("mlp.down_proj"));
+    let dense = with(&|f| f.dense_linear = Some("mlp.down_proj".to_owned()));
     refuses("GPTQModel", &dense, "mlp.down_proj is dense");
     assert!(verdict("transformers", &dense).loads);
     let tied = with(&|f| f.head_only_tied = true);

@@ -101,11 +101,13 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     Ok(Output {
         dir: checkpoint.dir().display().to_string(),
         model_type: config.family,
-        rope: match config.rope.scaling {
+        rope: match &config.rope.scaling {
             RopeScaling::None => "default",
             RopeScaling::Linear { .. } => "linear",
             RopeScaling::Dynamic { .. } => "dynamic",
             RopeScaling::Llama3 { .. } => "llama3",
+            RopeScaling::Yarn(_) => "yarn",
+            RopeScaling::LongRope(_) => "longrope",
         },
         blocks: config.num_hidden_layers,
         hidden_size: config.hidden_size,

@@ -12,6 +12,7 @@ use gptq_pipeline::plan::{Setting, plan_branch};
 use gptq_pipeline::progress::{BlockReport, Progress};
 use gptq_pipeline::quantize::quantize;
 use gptq_pipeline::rates::{KnownRates, Prediction, Source, compared};
+use gptq_pipeline::recipe_fit;
 use gptq_pipeline::sweep::config::BUILT_IN;
 use gptq_pipeline::write::planned_metadata;
 use gptq_quant::{QuantSpec, Recipe};
@@ -140,8 +141,8 @@ struct Settings {
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let start = Instant::now();
-    let settings = settings(args)?;
-    let spec = &settings.spec;
+    let mut settings = settings(args)?;
+    let spec = &mut settings.spec;
     spec.validate()?;
     if !spec.recipe.calibrates() && args.calibration.is_given() {
         let unused =
@@ -155,6 +156,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     } else {
         open_checkpoint(&args.model, printer)?
     };
+    recipe_fit::fit(source.config(), spec).iter().for_each(|note| printer.note(note));
     // What was downloaded is nobody's prediction.
     let opened = Instant::now();
     warn_of(&source, args.strict, printer)?;

@@ -95,11 +95,13 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     }
     config.calibration = config.calibration.clone().with(args.calibration.overrides())?;
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
-    let branches = selected(&config, &args.only)?;
+    selected(&config, &args.only)?;
     let (source, origin) = match args.discard_shards {
         true => open_arriving(&model, printer).map(|(source, of)| (source, Some(of)))?,
         false => (open_checkpoint(&model, printer)?, None),
     };
+    config.fit(source.config()).iter().for_each(|note| printer.note(note));
+    let branches = selected(&config, &args.only)?;
     warn_of(&source, args.strict, printer)?;
     if let Some(evaluation) = &config.evaluation {
         provide_text(&evaluation.dataset, printer)?;

@@ -8,11 +8,12 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use rayon::prelude::*;
 
-use super::attention::one_head;
+use super::attention::{one_head, weights};
 use super::dots::dot_f32;
 use super::rows::{slice, slice_mut};
 use super::simd;
 use super::tiles::tiles_mut;
+use crate::attention_rule::AttentionRule;
 use crate::kv_cache::{CacheShape, Span};
 
 /// New tokens from which on products of matrices pay.
@@ -39,6 +40,7 @@ impl Cache {
         v: &Array2<f32>,
         shape: CacheShape,
         spans: &[Span],
+        rule: &AttentionRule,
     ) -> Array2<f32> {
         let mut first = 0;
         for span in spans {
@@ -66,9 +68,9 @@ impl Cache {
             let (keys, values) = (&self.keys[seen.clone()], &self.values[seen]);
             let q = q.slice(s![first..first + span.len, tile.col..tile.col + shape.head_dim]);
             if span.len < MANY {
-                few(q, keys, values, span.start, tile.view);
+                few(q, (keys, values), span.start, tile.view, rule);
             } else {
-                one_head(q, matrix(keys, shape), matrix(values, shape), tile.view);
+                one_head(q, matrix(keys, shape), matrix(values, shape), tile.view, rule);
             }
         });
         out
@@ -103,23 +105,22 @@ fn append(to: &mut [f32], rows: ArrayView2<'_, f32>, shape: CacheShape, span: &S
 /// Attention of one head's new tokens, `q` and `out` `[tokens, head_dim]`, the first at `start`.
 fn few(
     q: ArrayView2<'_, f32>,
-    keys: &[f32],
-    values: &[f32],
+    (keys, values): (&[f32], &[f32]),
     start: usize,
     mut out: ArrayViewMut2<'_, f32>,
+    rule: &AttentionRule,
 ) {
     let head_dim = q.ncols();
-    let scale = 1.0 / (head_dim as f32).sqrt();
     let mut scores = Vec::with_capacity(keys.len() / head_dim);
     for (i, (q, mut out)) in q.rows().into_iter().zip(out.rows_mut()).enumerate() {
-        let seen = (start + i + 1) * head_dim;
+        let position = start + i;
+        let seen = rule.first_key(position) * head_dim..(position + 1) * head_dim;
         scores.clear();
-        let keys = keys[..seen].chunks_exact(head_dim);
-        scores.extend(keys.map(|key| scale * dot_f32(key, slice(q))));
-        let largest = simd::max(&scores);
-        let sum = simd::exp_sum(&mut scores, largest);
+        let keys = keys[seen.clone()].chunks_exact(head_dim);
+        scores.extend(keys.map(|key| rule.scale * dot_f32(key, slice(q))));
+        let sum = weights(&mut scores, rule);
         let out = slice_mut(&mut out);
-        simd::weighted_sum(&scores, &values[..seen], out);
+        simd::weighted_sum(&scores, &values[seen], out);
         out.iter_mut().for_each(|value| *value /= sum);
     }
 }
@@ -143,6 +144,13 @@ mod tests {
     /// Two sequences that grow by pieces of any length have what whole windows of them have.
     #[test]
     fn growing_sequences_have_what_windows_have() {
+        let plain = AttentionRule::llama(HEAD_DIM);
+        grow_by_pieces(&plain);
+        grow_by_pieces(&AttentionRule { scale: 0.2, softcap: Some(2.0), window: Some(20) });
+        grow_by_pieces(&AttentionRule { window: Some(3), ..plain });
+    }
+
+    fn grow_by_pieces(rule: &AttentionRule) {
         let shape = CacheShape {
             slots: 3,
             capacity: 170,
@@ -174,7 +182,7 @@ mod tests {
                 at[sequence] += len;
             }
             let [q, k, v] = rows.map(|rows| ndarray::concatenate(ndarray::Axis(0), &rows).unwrap());
-            let out = cache.attend(&q, &k, &v, shape, &spans);
+            let out = cache.attend(&q, &k, &v, shape, &spans, rule);
             let (first, second) = out.view().split_at(ndarray::Axis(0), piece[0]);
             for (found, rows) in found.iter_mut().zip([first, second]) {
                 found.extend(rows.iter().copied());
@@ -190,8 +198,8 @@ mod tests {
                 seq_len: lengths[sequence],
             };
             let found = Array2::from_shape_vec(q.dim(), found).unwrap();
-            let worst = largest(&(found - causal(q, k, v, shape)).mapv(f64::from));
-            assert!(worst < 3e-6, "sequence {sequence}: worst error {worst:e}");
+            let worst = largest(&(found - causal(q, k, v, shape, rule)).mapv(f64::from));
+            assert!(worst < 3e-6, "{rule:?}, sequence {sequence}: worst error {worst:e}");
         }
     }
 }

@@ -4,6 +4,7 @@
 //! do not depend on the number of threads.
 
 pub(crate) mod attention;
+pub(crate) mod block_parts;
 pub(crate) mod cached_attention;
 mod dots;
 #[cfg(target_arch = "x86_64")]

@@ -35,6 +35,12 @@ dispatch!(
     /// gate = silu(gate) · up.
     silu_mul(gate: &mut [f32], up: &[f32]), silu_mul_body);
 dispatch!(
+    /// gate = gelu(gate) · up, by the approximation with a hyperbolic tangent.
+    gelu_mul(gate: &mut [f32], up: &[f32]), gelu_mul_body);
+dispatch!(
+    /// Each value v becomes cap · tanh(v / cap).
+    softcap(values: &mut [f32], cap: f32), softcap_body);
+dispatch!(
     /// Σ wᵢ · rowᵢ, of rows as long as `out`.
     weighted_sum(weights: &[f32], rows: &[f32], out: &mut [f32]), weighted_sum_body);
 dispatch!(
@@ -119,6 +125,39 @@ fn silu_mul_body(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// x · Φ(x) with Φ(x) ≈ (1 + tanh u) / 2 = 1 / (1 + e^(−2u)), u = √(2/π) (x + 0.044715 x³) (Hendrycks and
+/// Gimpel, arXiv 1606.08415).
+#[inline(always)]
+fn gelu_mul_body(gate: &mut [f32], up: &[f32]) {
+    const TWICE: f32 = 2.0 * 0.797_884_56;
+    for (g, u) in gate.iter_mut().zip(up) {
+        let x = *g;
+        *g = x / (1.0 + exp(-(TWICE * (x + 0.044_715 * x * x * x)))) * u;
+    }
+}
+
+#[inline(always)]
+fn softcap_body(values: &mut [f32], cap: f32) {
+    for v in values {
+        *v = cap * tanh(*v / cap);
+    }
+}
+
+/// tanh x, relative error under 2.4e-7: a polynomial about 0, where 1 − 2 / (e^2x + 1) would cancel (Cephes,
+/// `tanhf`).
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let (size, square) = (x.abs(), x * x);
+    let mut p = -5.704_988_7e-3_f32;
+    p = p * square + 2.063_908_9e-2;
+    p = p * square - 5.373_971_6e-2;
+    p = p * square + 1.333_144_2e-1;
+    p = p * square - 3.333_328e-1;
+    let near = p * square * x + x;
+    let far = (1.0 - 2.0 / (exp(2.0 * size) + 1.0)).copysign(x);
+    if size < 0.625 { near } else { far }
+}
+
 #[inline(always)]
 fn log_sum_exp_body(values: &[f32]) -> f32 {
     let shift = max_body(values);
@@ -160,6 +199,27 @@ mod tests {
         }
         assert_eq!(exp(-200.0), 0.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+    }
+
+    #[test]
+    fn tanh_and_gelu_are_near_f64() {
+        for i in -40_000..=40_000 {
+            let x = i as f32 / 997.0;
+            let exact = f64::from(x).tanh();
+            let error = (f64::from(tanh(x)) - exact).abs();
+            assert!(error <= 2.4e-7 * exact.abs(), "tanh({x}) is off by {error:e}");
+            let wide = f64::from(x);
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
+            let exact = 0.5 * wide * (1.0 + inner.tanh()) * 3.0;
+            let mut gate = [x];
+            gelu_mul(&mut gate, &[3.0]);
+            let error = (f64::from(gate[0]) - exact).abs();
+            assert!(error <= 1e-6 * exact.abs() + 1e-7, "gelu({x}) is off by {error:e}");
+        }
+        let mut values = [f32::INFINITY, f32::NEG_INFINITY, 3e38, -0.0, f32::NAN];
+        softcap(&mut values, 30.0);
+        assert_eq!(values[..4], [30.0, -30.0, 30.0, -0.0]);
+        assert!(values[4].is_nan());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use ndarray::{Array2, ArrayView2, s};
 use rayon::prelude::*;
 
+use super::block_parts;
 use super::matmul::matmul_nt;
 use super::rows::slice;
 use super::simd;
@@ -13,8 +14,13 @@ use super::simd;
 const BAND: usize = 512;
 
 /// −log softmax(hidden · headᵀ)[target], one value a row.
-pub(crate) fn token_nll(hidden: &Array2<f32>, head: &Array2<f32>, targets: &[u32]) -> Vec<f32> {
-    let mut room = Logits::new(hidden, head);
+pub(crate) fn token_nll(
+    hidden: &Array2<f32>,
+    head: &Array2<f32>,
+    targets: &[u32],
+    softcap: Option<f32>,
+) -> Vec<f32> {
+    let mut room = Logits::new(hidden, head, softcap);
     let mut losses = Vec::with_capacity(targets.len());
     for (band, targets) in targets.chunks(BAND).enumerate() {
         let logits = room.band(band, hidden, head);
@@ -30,8 +36,10 @@ pub(crate) fn token_nll(hidden: &Array2<f32>, head: &Array2<f32>, targets: &[u32
 pub(crate) fn token_kl(
     (p_hidden, p_head): (&Array2<f32>, &Array2<f32>),
     (q_hidden, q_head): (&Array2<f32>, &Array2<f32>),
+    softcap: Option<f32>,
 ) -> Vec<f32> {
-    let (mut p_room, mut q_room) = (Logits::new(p_hidden, p_head), Logits::new(q_hidden, q_head));
+    let mut p_room = Logits::new(p_hidden, p_head, softcap);
+    let mut q_room = Logits::new(q_hidden, q_head, softcap);
     let mut divergences = Vec::with_capacity(p_hidden.nrows());
     for band in 0..p_hidden.nrows().div_ceil(BAND) {
         let p = p_room.band(band, p_hidden, p_head);
@@ -45,11 +53,14 @@ pub(crate) fn token_kl(
 }
 
 /// Room for one band of logits, used again for the next.
-struct Logits(Array2<f32>);
+struct Logits {
+    room: Array2<f32>,
+    softcap: Option<f32>,
+}
 
 impl Logits {
-    fn new(hidden: &Array2<f32>, head: &Array2<f32>) -> Self {
-        Self(Array2::zeros((BAND.min(hidden.nrows()), head.nrows())))
+    fn new(hidden: &Array2<f32>, head: &Array2<f32>, softcap: Option<f32>) -> Self {
+        Self { room: Array2::zeros((BAND.min(hidden.nrows()), head.nrows())), softcap }
     }
 
     /// Logits of the band's rows.
@@ -62,8 +73,12 @@ impl Logits {
         let start = band * BAND;
         let end = (start + BAND).min(hidden.nrows());
         let rows = hidden.slice(s![start..end, ..]);
-        matmul_nt(rows, head.view(), 0.0, self.0.slice_mut(s![..end - start, ..]));
-        self.0.slice(s![..end - start, ..])
+        let mut logits = self.room.slice_mut(s![..end - start, ..]);
+        matmul_nt(rows, head.view(), 0.0, logits.view_mut());
+        if let Some(cap) = self.softcap {
+            block_parts::softcap(logits, cap);
+        }
+        self.room.slice(s![..end - start, ..])
     }
 }
 
@@ -80,24 +95,29 @@ mod tests {
         let other = Array2::from_shape_fn((rows, 12), |(i, j)| value(5 + i * 12 + j));
         let head = Array2::from_shape_fn((101, 12), |(i, j)| value(9 + i * 12 + j));
         let targets: Vec<u32> = (0..rows).map(|i| (i * 37 % 101) as u32).collect();
-        let log_softmax = |h: &Array2<f32>| {
-            let mut l = h.mapv(f64::from).dot(&head.mapv(f64::from).t());
-            for mut row in l.rows_mut() {
-                let norm = row.iter().map(|v| v.exp()).sum::<f64>().ln();
-                row.mapv_inplace(|v| v - norm);
+        let column = |v: Vec<f32>| Array2::from_shape_vec((rows, 1), v).unwrap().mapv(f64::from);
+        for softcap in [None, Some(2.0)] {
+            let log_softmax = |h: &Array2<f32>| {
+                let mut l = h.mapv(f64::from).dot(&head.mapv(f64::from).t());
+                if let Some(cap) = softcap.map(f64::from) {
+                    l.mapv_inplace(|v| (v / cap).tanh() * cap);
+                }
+                for mut row in l.rows_mut() {
+                    let norm = row.iter().map(|v| v.exp()).sum::<f64>().ln();
+                    row.mapv_inplace(|v| v - norm);
+                }
+                l
+            };
+            let (p, q) = (log_softmax(&hidden), log_softmax(&other));
+            let losses = column(token_nll(&hidden, &head, &targets, softcap));
+            let found = column(token_kl((&hidden, &head), (&other, &head), softcap));
+            for i in 0..rows {
+                let nll = losses[[i, 0]];
+                assert!((nll + p[[i, targets[i] as usize]]).abs() < 1e-5, "{softcap:?}, {i}");
+                let kl: f64 = p.row(i).iter().zip(q.row(i)).map(|(a, b)| a.exp() * (a - b)).sum();
+                let got = found[[i, 0]];
+                assert!((got - kl).abs() < 1e-5, "{softcap:?}, row {i}: {got} {kl}");
             }
-            l
-        };
-        let (p, q) = (log_softmax(&hidden), log_softmax(&other));
-        let (losses, divergences) =
-            (token_nll(&hidden, &head, &targets), token_kl((&hidden, &head), (&other, &head)));
-        assert_eq!((losses.len(), divergences.len()), (rows, rows));
-        for (i, nll) in losses.iter().enumerate() {
-            assert!((f64::from(*nll) + p[[i, targets[i] as usize]]).abs() < 1e-5);
-        }
-        for (i, kl) in divergences.iter().enumerate() {
-            let exact: f64 = p.row(i).iter().zip(q.row(i)).map(|(a, b)| a.exp() * (a - b)).sum();
-            assert!((f64::from(*kl) - exact).abs() < 1e-5, "row {i}: {kl} {exact}");
         }
     }
 }

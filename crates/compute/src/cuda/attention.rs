@@ -1,22 +1,25 @@
-//! Launch of the causal attention kernel.
+//! Launches of the causal attention kernels.
 
 use std::sync::Arc;
 
 use cudarc::driver::{LaunchConfig, PushKernelArg};
 
 use super::context::Cuda;
+use super::dense::int;
 use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
+use crate::attention_rule::AttentionRule;
 use crate::attention_shape::AttentionShape;
 use crate::error::{Error, Result};
 
-/// Queries and keys of a block, and threads; as in `attention.cu`.
-const QUERIES: usize = 128;
-const KEYS: usize = 64;
-const THREADS: u32 = 128;
-
-/// softmax(q kᵀ / √`head_dim`) v, causal, window by window; the caller has checked the shapes.
-pub(crate) fn causal(q: &Matrix, k: &Matrix, v: &Matrix, shape: AttentionShape) -> Result<Matrix> {
+/// Causal attention by the rule, window by window; the caller has checked shapes and rule.
+pub(crate) fn causal(
+    q: &Matrix,
+    k: &Matrix,
+    v: &Matrix,
+    shape: AttentionShape,
+    rule: &AttentionRule,
+) -> Result<Matrix> {
     const OP: &str = "attention";
     let seq_len = shape.seq_len;
     ensure_same_card(OP, &[q, k, v])?;
@@ -28,11 +31,11 @@ pub(crate) fn causal(q: &Matrix, k: &Matrix, v: &Matrix, shape: AttentionShape) 
     }
     let (from, to) = ([q, k, v].map(Matrix::address), out.address_mut()?);
     // SAFETY: rows are whole windows and columns whole heads, as the caller has checked.
-    unsafe { launch(cuda, (from, to), shape, q.rows() / seq_len, 0)? };
+    unsafe { launch(cuda, (from, to), shape, q.rows() / seq_len, 0, rule)? };
     Ok(out)
 }
 
-/// Queues the kernel: windows of `seq_len` queries each; of one window, `past` keys come before them.
+/// Queues a kernel: windows of `seq_len` queries each; of one window, `past` keys come before them.
 ///
 /// # Safety
 /// The addresses are those of fp16 matrices q, k, v and out of so many rows and of the shape's heads.
@@ -42,46 +45,120 @@ pub(super) unsafe fn launch(
     shape: AttentionShape,
     windows: usize,
     past: usize,
+    rule: &AttentionRule,
 ) -> Result<()> {
     const OP: &str = "attention";
     let AttentionShape { heads, kv_heads, head_dim, seq_len } = shape;
-    let shared = (QUERIES + 2 * KEYS) * (head_dim + 8) * 2;
-    let function = cuda.kernel_with_shared("attention.cu", kernel_name(head_dim)?, shared)?;
+    check_shape(heads, kv_heads, head_dim)?;
+    let keys = past + seq_len;
+    // A window that reaches to the first key hides none.
+    let window = rule.window.filter(|&window| window < keys);
+    let kernel = Kernel::of(head_dim, rule.softcap.is_some() || window.is_some())?;
+    let function = cuda.kernel_with_shared(kernel.file, kernel.name, kernel.shared())?;
     let config = LaunchConfig {
-        grid_dim: (seq_len.div_ceil(QUERIES) as u32, heads as u32, windows as u32),
+        grid_dim: (seq_len.div_ceil(kernel.queries) as u32, heads as u32, windows as u32),
         block_dim: (THREADS, 1, 1),
-        shared_mem_bytes: shared as u32,
+        shared_mem_bytes: kernel.shared() as u32,
     };
-    let (heads, kv_heads) = (heads as i32, kv_heads as i32);
-    let (window, past) = (seq_len as i32, past as i32);
-    // The kernel's exponential is of base 2.
-    let scale = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
+    let (heads, kv_heads, dim) = (int(heads)?, int(kv_heads)?, int(head_dim)?);
+    let (rows, past, window) = (int(seq_len)?, int(past)?, int(window.unwrap_or(keys))?);
+    let (inner, outer) = exponents(rule, head_dim);
     let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(&q).arg(&k).arg(&v).arg(&out);
-    launch.arg(&heads).arg(&kv_heads).arg(&window).arg(&past).arg(&scale);
+    launch.arg(&q).arg(&k).arg(&v).arg(&out).arg(&heads).arg(&kv_heads);
+    if kernel.file == RULED {
+        launch.arg(&dim).arg(&rows).arg(&past).arg(&window).arg(&inner).arg(&outer);
+    } else {
+        launch.arg(&rows).arg(&past).arg(&outer);
+    }
     // SAFETY: the arguments are the kernel's; the caller vouches for what is at the addresses.
     unsafe { launch.launch(config) }.stage(OP)?;
     Ok(())
 }
 
-fn kernel_name(head_dim: usize) -> Result<&'static str> {
-    match head_dim {
-        16 => Ok("attention_16"),
-        32 => Ok("attention_32"),
-        64 => Ok("attention_64"),
-        80 => Ok("attention_80"),
-        96 => Ok("attention_96"),
-        128 => Ok("attention_128"),
-        _ => Err(Error::Unsupported {
-            op: "attention",
-            reason: format!("head_dim {head_dim} is none of 16, 32, 64, 80, 96, 128"),
-        }),
+/// What products are multiplied by before a cap, and what scores are after it: the kernels' exponential is of
+/// base 2, and so is that of their hyperbolic tangent.
+fn exponents(rule: &AttentionRule, head_dim: usize) -> (f32, f32) {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    match rule.softcap {
+        Some(cap) => (2.0 * LOG2_E * (rule.scale / cap), LOG2_E * cap),
+        // One rounding, as ever; the product with the scale has two.
+        None if rule.scale == AttentionRule::llama(head_dim).scale => {
+            (0.0, LOG2_E / (head_dim as f32).sqrt())
+        }
+        None => (0.0, LOG2_E * rule.scale),
     }
+}
+
+const THREADS: u32 = 128;
+const PLAIN: &str = "attention.cu";
+const RULED: &str = "attention_ruled.cu";
+
+/// A kernel, with what its file says of it.
+struct Kernel {
+    file: &'static str,
+    name: &'static str,
+    /// Columns of its tiles.
+    columns: usize,
+    /// Queries of a block.
+    queries: usize,
+}
+
+impl Kernel {
+    /// Keys of a step at most.
+    const KEYS: usize = 64;
+
+    /// The kernel for heads of so many features; with a cap or a window where scores are `ruled`.
+    fn of(head_dim: usize, ruled: bool) -> Result<Self> {
+        if !ruled && let Some(name) = plain(head_dim) {
+            return Ok(Self { file: PLAIN, name, columns: head_dim, queries: 128 });
+        }
+        let (name, columns, queries) = match (head_dim, head_dim % 8) {
+            (2..=32, 0) => ("attention_ruled_32", 32, 128),
+            (33..=64, 0) => ("attention_ruled_64", 64, 128),
+            (65..=80, 0) => ("attention_ruled_80", 80, 128),
+            (81..=96, 0) => ("attention_ruled_96", 96, 128),
+            (97..=112, 0) => ("attention_ruled_112", 112, 128),
+            (113..=128, 0) => ("attention_ruled_128", 128, 128),
+            (129..=160, 0) => ("attention_ruled_160", 160, 64),
+            (161..=192, 0) => ("attention_ruled_192", 192, 64),
+            (193..=256, 0) => ("attention_ruled_256", 256, 64),
+            (2..=128, 2 | 4 | 6) => ("attention_words_128", 128, 64),
+            (129..=256, 2 | 4 | 6) => ("attention_words_256", 256, 64),
+            _ => {
+                let reason = format!("head_dim {head_dim} is no even number up to 256");
+                return Err(Error::Unsupported { op: "attention", reason });
+            }
+        };
+        Ok(Self { file: RULED, name, columns, queries })
+    }
+
+    /// Bytes of shared memory, rows being padded by eight values.
+    fn shared(&self) -> usize {
+        (self.queries + 2 * Self::KEYS) * (self.columns + 8) * 2
+    }
+}
+
+/// The kernel for scores without cap and window, of the sizes that most models have.
+fn plain(head_dim: usize) -> Option<&'static str> {
+    match head_dim {
+        16 => Some("attention_16"),
+        32 => Some("attention_32"),
+        64 => Some("attention_64"),
+        80 => Some("attention_80"),
+        96 => Some("attention_96"),
+        128 => Some("attention_128"),
+        _ => None,
+    }
+}
+
+/// That the step's kernels have heads of this size.
+pub(crate) fn has_steps(head_dim: usize) -> bool {
+    plain(head_dim).is_some()
 }
 
 /// That heads are of a size that the kernels have, and that query heads share key heads evenly.
 pub(crate) fn check_shape(heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
-    kernel_name(head_dim)?;
+    Kernel::of(head_dim, true)?;
     if kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads) {
         return Ok(());
     }

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use half::f16;
 
+use super::block_parts::gelu_mul;
 use super::buffer::{Buffer, Values};
 use super::context::Cuda;
 use super::dense::int;
 use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use super::rope_table::DeviceTable;
-use crate::error::Result;
-use crate::rope::RopeTable;
+use crate::activation::Activation;
+use crate::error::{Error, Result};
+use crate::rope::{RopeLayout, RopeTable};
 
 /// A block of 256 threads for each of `rows` rows.
 pub(super) fn block_per_row(rows: usize) -> LaunchConfig {
@@ -114,21 +116,41 @@ pub(crate) fn rope_rows(
     }
     let config = LaunchConfig { block_dim: (128, 1, 1), ..block_per_row(rows.len()) };
     let cols = x.cols();
-    let heads = (cols / (2 * table.half)) as i32;
-    let (half, seq_len, first) = (table.half as i32, seq_len as i32, first as i32);
-    let function = cuda.kernel("rope.cu", "rope")?;
+    let heads = int(cols / table.head_dim)?;
+    let (half, dim) = (int(table.half)?, int(table.head_dim)?);
+    let (seq_len, first) = (seq_len as i32, first as i32);
+    let (file, name) = match table.layout {
+        RopeLayout::Half if table.is_plain() => ("rope.cu", "rope"),
+        RopeLayout::Half => ("rope_part.cu", "rope_halves"),
+        RopeLayout::Interleaved => ("rope_part.cu", "rope_pairs"),
+    };
+    if table.layout == RopeLayout::Interleaved && !table.head_dim.is_multiple_of(2) {
+        let reason = format!("heads of {} features are not made of pairs", table.head_dim);
+        return Err(Error::Unsupported { op: OP, reason });
+    }
+    let function = cuda.kernel(file, name)?;
     let mut values = x.f16_mut(OP)?.slice_mut(rows.start * cols..rows.end * cols);
     let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(&mut values).arg(angles.cos.slice()).arg(angles.sin.slice());
-    launch.arg(&heads).arg(&half).arg(&seq_len).arg(&first);
-    // SAFETY: the arguments are the kernel's; the caller has checked that cols is heads × 2 half
-    // and that the table covers the positions.
+    launch.arg(&mut values).arg(angles.cos.slice()).arg(angles.sin.slice()).arg(&heads);
+    if !table.is_plain() {
+        launch.arg(&dim);
+    }
+    launch.arg(&half).arg(&seq_len).arg(&first);
+    // SAFETY: the arguments are the kernel's; the caller has checked that cols is whole heads, which have
+    // at least 2 half features, and that the table covers the positions.
     unsafe { launch.launch(config) }.stage(OP)?;
     Ok(())
 }
 
-/// silu(gate) · up, in place of `gate`.
-pub(crate) fn silu_mul(mut gate: Matrix, up: &Matrix) -> Result<Matrix> {
+/// activation(gate) · up, in place of `gate`.
+pub(crate) fn gated(gate: Matrix, up: &Matrix, activation: Activation) -> Result<Matrix> {
+    match activation {
+        Activation::Silu => silu_mul(gate, up),
+        Activation::GeluTanh => gelu_mul(gate, up),
+    }
+}
+
+fn silu_mul(mut gate: Matrix, up: &Matrix) -> Result<Matrix> {
     const OP: &str = "silu_mul";
     ensure_same_card(OP, &[&gate, up])?;
     let cuda = Arc::clone(gate.cuda());

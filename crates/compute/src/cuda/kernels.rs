@@ -28,6 +28,7 @@ macro_rules! embedded {
 const SOURCES: &[(&str, &str)] = embedded![
     "add_bias.cu",
     "attention.cu",
+    "attention_ruled.cu",
     "coded_linear_16.cu",
     "coded_linear_2.cu",
     "coded_linear_3.cu",
@@ -41,10 +42,12 @@ const SOURCES: &[(&str, &str)] = embedded![
     "dot.cu",
     "finite.cu",
     "gather_columns.cu",
+    "gelu_mul.cu",
     "gptq_block.cu",
     "gptq_try.cu",
     "group_scales.cu",
     "hessian_prep.cu",
+    "layer_norm.cu",
     "nll.cu",
     "pack.cu",
     "permute_columns.cu",
@@ -52,9 +55,13 @@ const SOURCES: &[(&str, &str)] = embedded![
     "reverse.cu",
     "rms_norm.cu",
     "rope.cu",
+    "rope_part.cu",
     "round_groups.cu",
+    "scaled_sum.cu",
+    "select_columns.cu",
     "select_rows.cu",
     "silu_mul.cu",
+    "softcap.cu",
     "step_attention.cu",
     "step_norm.cu",
     "step_silu.cu",
@@ -64,11 +71,13 @@ const SOURCES: &[(&str, &str)] = embedded![
 
 /// Files that kernels may include.
 const HEADERS: &[(&str, &str)] = embedded![
+    "attention.cuh",
     "coded.cuh",
     "coded_linear.cuh",
     "dependent.cuh",
     "gptq.cuh",
     "half.cuh",
+    "load.cuh",
     "mma.cuh",
     "ordered.cuh",
     "reduce.cuh"

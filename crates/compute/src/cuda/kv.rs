@@ -12,6 +12,7 @@ use super::elementwise::rope_rows;
 use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use super::transfer::address;
+use crate::attention_rule::AttentionRule;
 use crate::attention_shape::AttentionShape;
 use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, Span};
@@ -55,6 +56,7 @@ impl Cache {
         v: &Matrix,
         shape: CacheShape,
         spans: &[Span],
+        rule: &AttentionRule,
     ) -> Result<Matrix> {
         const OP: &str = "cached_attention";
         ensure_same_card(OP, &[q, k, v])?;
@@ -81,7 +83,7 @@ impl Cache {
             let shape = AttentionShape { heads, kv_heads, head_dim, seq_len: span.len };
             if span.len > 0 {
                 // SAFETY: q and out hold the span's rows, the cache all up to its last.
-                unsafe { attention::launch(&self.cuda, operands, shape, 1, span.start)? };
+                unsafe { attention::launch(&self.cuda, operands, shape, 1, span.start, rule)? };
             }
             first += span.len as u64;
         }

@@ -18,6 +18,7 @@
 #![expect(unsafe_code, reason = "kernel launches and C libraries; each use states why it is sound")]
 
 pub(crate) mod attention;
+pub(crate) mod block_parts;
 pub(crate) mod buffer;
 mod cache;
 pub(crate) mod coded;

@@ -2,6 +2,7 @@
 
 use cudarc::driver::PushKernelArg;
 
+use super::block_parts;
 use super::elementwise::{block_per_row, to_f16};
 use super::error::StageContext;
 use super::gemm::logits;
@@ -12,7 +13,12 @@ use crate::error::Result;
 const LOGITS: usize = 256 << 20;
 
 /// −log p(target) a row; waits for all queued work.
-pub(crate) fn token_nll(hidden: &Matrix, head: &Matrix, targets: &[u32]) -> Result<Vec<f32>> {
+pub(crate) fn token_nll(
+    hidden: &Matrix,
+    head: &Matrix,
+    targets: &[u32],
+    softcap: Option<f32>,
+) -> Result<Vec<f32>> {
     const OP: &str = "token_nll";
     let (hidden, head) = (to_f16(hidden)?, to_f16(head)?);
     let (cuda, rows) = (hidden.cuda(), hidden.rows());
@@ -21,7 +27,7 @@ pub(crate) fn token_nll(hidden: &Matrix, head: &Matrix, targets: &[u32]) -> Resu
     let vocab = head.rows() as i32;
     let function = cuda.kernel("nll.cu", "nll")?;
     for chunk in chunks(rows, head.rows()) {
-        let logits = logits(&hidden, &head, chunk.clone())?;
+        let logits = capped_logits((&hidden, &head), chunk.clone(), softcap)?;
         let targets = targets.slice().slice(chunk.clone());
         let mut losses = out.make_mut()?.slice_mut(chunk.clone());
         let mut launch = cuda.stream().launch_builder(&function);
@@ -34,7 +40,11 @@ pub(crate) fn token_nll(hidden: &Matrix, head: &Matrix, targets: &[u32]) -> Resu
 }
 
 /// KL(p‖q) a row; waits for all queued work.
-pub(crate) fn token_kl(p: (&Matrix, &Matrix), q: (&Matrix, &Matrix)) -> Result<Vec<f32>> {
+pub(crate) fn token_kl(
+    p: (&Matrix, &Matrix),
+    q: (&Matrix, &Matrix),
+    softcap: Option<f32>,
+) -> Result<Vec<f32>> {
     const OP: &str = "token_kl";
     ensure_same_card(OP, &[p.0, p.1, q.0, q.1])?;
     let (p_hidden, p_head) = (to_f16(p.0)?, to_f16(p.1)?);
@@ -44,8 +54,8 @@ pub(crate) fn token_kl(p: (&Matrix, &Matrix), q: (&Matrix, &Matrix)) -> Result<V
     let vocab = p_head.rows() as i32;
     let function = cuda.kernel("nll.cu", "kl")?;
     for chunk in chunks(rows, p_head.rows()) {
-        let p_logits = logits(&p_hidden, &p_head, chunk.clone())?;
-        let q_logits = logits(&q_hidden, &q_head, chunk.clone())?;
+        let p_logits = capped_logits((&p_hidden, &p_head), chunk.clone(), softcap)?;
+        let q_logits = capped_logits((&q_hidden, &q_head), chunk.clone(), softcap)?;
         let mut values = out.make_mut()?.slice_mut(chunk.clone());
         let mut launch = cuda.stream().launch_builder(&function);
         launch.arg(p_logits.f32(OP)?).arg(q_logits.f32(OP)?).arg(&mut values).arg(&vocab);
@@ -53,6 +63,19 @@ pub(crate) fn token_kl(p: (&Matrix, &Matrix), q: (&Matrix, &Matrix)) -> Result<V
         unsafe { launch.launch(block_per_row(chunk.len())) }.stage(OP)?;
     }
     cuda.read(OP, out.slice(), rows)
+}
+
+/// Logits of some rows of hidden states under a head.
+fn capped_logits(
+    (hidden, head): (&Matrix, &Matrix),
+    rows: std::ops::Range<usize>,
+    softcap: Option<f32>,
+) -> Result<Matrix> {
+    let mut logits = logits(hidden, head, rows)?;
+    if let Some(cap) = softcap {
+        block_parts::softcap(&mut logits, cap)?;
+    }
+    Ok(logits)
 }
 
 /// Ranges of rows whose logits fit in [`LOGITS`].

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::{GroupSize, Layout, PARTIAL_END};
+use gptq_checkpoint::{GroupSize, Layout, ModelConfig, PARTIAL_END};
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::source_dtype::SourceDtype;
 use gptq_report::card_facts::CardFacts;
@@ -18,6 +18,7 @@ use gptq_text::protocol::Protocol;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::recipe_fit;
 
 /// Name of the configuration that `--branch` uses when no file is given.
 pub const BUILT_IN: &str = "stablebeluga2";
@@ -115,6 +116,19 @@ pub struct Branch {
 }
 
 impl SweepConfig {
+    /// Leaves out of every branch what the model does not allow; a sentence on each thing.
+    pub fn fit(&mut self, model: &ModelConfig) -> Vec<String> {
+        let mut notes = Vec::new();
+        for branch in &mut self.branches {
+            for note in recipe_fit::fit(model, &mut branch.spec) {
+                if !notes.contains(&note) {
+                    notes.push(note);
+                }
+            }
+        }
+        notes
+    }
+
     /// Reads a configuration file, or the built-in one of that name.
     ///
     /// # Errors

@@ -6,7 +6,7 @@
 //! change nothing that is computed are left out: sizes ([`super::base::check_base`]), the activation
 //! (there is one), whether the head is tied (the values of the head show it), the context, types.
 
-use gptq_checkpoint::{CONFIG_FILE, Checkpoint, ModelConfig, RopeScaling, TOKENIZER_FILE};
+use gptq_checkpoint::{CONFIG_FILE, Checkpoint, ModelConfig, Rope, RopeScaling, TOKENIZER_FILE};
 use gptq_text::tokens::TextTokenizer;
 
 use super::findings::{Check, Findings};
@@ -51,24 +51,49 @@ fn differences(mine: &ModelConfig, theirs: &ModelConfig) -> Vec<(&'static str, S
 type Told = fn(&ModelConfig) -> String;
 
 /// What is compared, each as text that is equal where the computation is.
-const KEYS: [(&str, Told); 7] = [
+const KEYS: [(&str, Told); 13] = [
     ("model_type", |c| c.family.to_owned()),
-    ("rms_norm_eps", |c| format!("{:?}", c.rms_norm_eps)),
+    ("rms_norm_eps", |c| format!("{:?}", c.norm_eps)),
     ("rope_theta", |c| format!("{:?}", c.rope.theta)),
-    ("rope_scaling", |c| scaling(c.rope.scaling)),
-    ("sliding_window", |c| c.sliding_window.map_or_else(|| "none".to_owned(), |w| w.to_string())),
-    ("that attention slides in", |c| blocks(&c.sliding_blocks)),
+    ("rope_scaling", |c| scaling(&c.rope.scaling)),
+    ("that of a head are rotated", |c| c.rope.dims.to_string()),
+    ("for rotary settings of sliding blocks", |c| c.local_rope.as_ref().map_or_else(none, local)),
+    ("sliding_window", |c| c.sliding_window().map_or_else(none, |w| w.to_string())),
+    ("that attention slides in", |c| blocks(&c.sliding_blocks())),
+    ("that there is no rotation in", |c| blocks(&unrotated(c))),
+    ("for factors", |c| format!("{:?}", c.factors)),
+    ("for caps on scores and logits", |c| {
+        format!("{:?} and {:?}", c.attention_softcap, c.logit_softcap)
+    }),
+    ("that there are norms of", |c| {
+        list(c.block_norms(0).into_iter().map(|norm| norm.name.to_owned()))
+    }),
     ("that there are biases of", |c| {
-        let biased = c.block_linears().into_iter().filter(|linear| linear.bias);
-        list(biased.map(|linear| linear.name.to_owned()))
+        let biased = c.block_linears(0).into_iter().filter(|linear| linear.bias);
+        list(biased.map(|linear| linear.name.into_owned()))
     }),
 ];
 
+fn none() -> String {
+    "none".to_owned()
+}
+
+/// Base and stretch of other settings.
+fn local(rope: &Rope) -> String {
+    format!("base {:?}, scaling {}", rope.theta, scaling(&rope.scaling))
+}
+
+/// Blocks that do not rotate queries and keys.
+fn unrotated(config: &ModelConfig) -> Vec<usize> {
+    let plain = |&block: &usize| config.block_attention(block).rope.is_none();
+    (0..config.num_hidden_layers).filter(plain).collect()
+}
+
 /// A factor of 1 stretches nothing.
-fn scaling(scaling: RopeScaling) -> String {
+fn scaling(scaling: &RopeScaling) -> String {
     match scaling {
         RopeScaling::None => "none".to_owned(),
-        RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } if factor == 1.0 => {
+        RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } if *factor == 1.0 => {
             "none".to_owned()
         }
         RopeScaling::Linear { factor } => format!("linear, factor {factor}"),
@@ -81,6 +106,8 @@ fn scaling(scaling: RopeScaling) -> String {
                  original context {original_context}"
             )
         }
+        RopeScaling::Yarn(yarn) => format!("{yarn:?}"),
+        RopeScaling::LongRope(long) => format!("{long:?}"),
     }
 }
 

@@ -3,8 +3,8 @@
 //! Where no rotation changes a linear its rows come from the mapped file as they are needed, so that
 //! nothing of it is copied; one that is turned is brought to host memory, by itself.
 
-use gptq_checkpoint::{LinearShape, ModelConfig, TensorRef};
-use gptq_model::{LinearId, Model};
+use gptq_checkpoint::{LinearShape, TensorRef};
+use gptq_model::{Gains, Linear, Model};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
@@ -22,16 +22,15 @@ pub(super) enum BaseWeight<'a> {
 }
 
 impl<'a> BaseWeight<'a> {
-    /// Of a block; `gains` are those of its norms ([`FusedRotations::weight`]).
+    /// Of a linear; `gains` are those of its block's norms ([`FusedRotations::weight`]).
     pub(super) fn read(
         model: &'a Model<'_>,
         rotations: Option<&FusedRotations>,
-        (index, id): (usize, LinearId),
-        gains: &[Vec<f32>; 2],
+        linear: &Linear<LinearShape>,
+        gains: &Gains,
     ) -> Result<Self> {
-        let LinearShape { in_features, out_features, name, .. } =
-            model.config().block_linears()[id as usize];
-        let name = format!("{}.{name}.weight", ModelConfig::block_prefix(index));
+        let (id, (out_features, in_features)) = (linear.id, linear.weight.sides());
+        let name = format!("{}.weight", linear.name);
         let base = model.checkpoint();
         let stored = Self::Stored(base.tensor_shaped(&name, &[out_features, in_features])?);
         let Some(rotations) = rotations.filter(|rotations| rotations.turns(id)) else {

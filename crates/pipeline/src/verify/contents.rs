@@ -64,8 +64,8 @@ pub(super) fn check(
 ) -> Values {
     let mut values = Values { shared_order: true, ..Values::default() };
     let config = checkpoint.config();
-    let shapes = config.block_linears();
     for block in 0..config.num_hidden_layers {
+        let shapes = config.block_linears(block);
         let prefix = ModelConfig::block_prefix(block);
         let name = |shape: &LinearShape| format!("{prefix}.{}", shape.name);
         for shape in shapes.iter().filter(|shape| checkpoint.has_gptq_linear(&name(shape))) {
@@ -237,18 +237,19 @@ fn fused_orders(
 ) -> bool {
     let mut shared = true;
     for stage in Stage::ALL {
-        let fused = stage.linears();
-        let Some(Some(first)) = linears.get(fused[0] as usize) else { continue };
-        for &id in &fused[1..] {
-            let Some(Some(other)) = linears.get(id as usize) else { continue };
+        let mut fused =
+            shapes.iter().zip(linears).filter(|(shape, _)| Stage::of(shape.id) == stage);
+        let Some((of_first, Some(first))) = fused.next() else { continue };
+        for (shape, other) in fused {
+            let Some(other) = other else { continue };
             findings.examine(Check::FusedOrder, 1);
             let differ = first.g_idx.iter().zip(&other.g_idx).position(|(a, b)| a != b);
             if let Some(column) = differ {
                 shared = false;
-                let place = format!("{prefix}.{}.g_idx", shapes[id as usize].name);
+                let place = format!("{prefix}.{}.g_idx", shape.name);
                 let message = format!(
                     "differs from that of {} at column {column}: loaders that fuse them keep one",
-                    shapes[fused[0] as usize].name
+                    of_first.name
                 );
                 findings.add(Check::FusedOrder, place, message);
             }

@@ -9,15 +9,17 @@ use std::cmp::Ordering;
 
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
-use gptq_model::{Block, LinearId, Model, SourcePrecision, Stage};
+use gptq_model::{Block, Model, SourcePrecision, Stage};
 use gptq_text::evaluation::{EvalText, EvaluationSpec, evaluation_text};
 use ndarray::Array2;
 use serde::Serialize;
 
 use super::findings::{Check, Findings};
 use super::job::VerifyJob;
+use super::pairs::block_starts;
 use super::weights::Weights;
 use crate::batches::{Batch, Batches, Beside};
+use crate::calibrate::first_of;
 use crate::error::{Error, Result};
 use crate::perplexity::{Perplexity, Scored, Tally, begin, score};
 use crate::progress::Progress;
@@ -114,14 +116,13 @@ impl Run<'_> {
         std::thread::scope(|scope| {
             let ahead = read_ahead(scope, model, None, false, None);
             let ahead_of_base = read_ahead(scope, dense, self.rotations.as_ref(), false, None);
-            for index in 0..blocks {
+            for first in block_starts(dense.config()).take(blocks) {
                 let (block, wanted) = (next_block(&ahead)?, next_block(&ahead_of_base)?);
                 let grams = forward(model, &block, &mut states)?;
-                for (stage, gram) in Stage::ALL.into_iter().zip(&grams) {
-                    for &id in stage.linears() {
-                        let at = index * LinearId::ALL.len() + id as usize;
-                        errors[at].add(model, (block.linear(id), wanted.linear(id)), gram)?;
-                    }
+                let linears = block.linears().iter().zip(wanted.linears());
+                for ((given, wanted), error) in linears.zip(&mut errors[first..]) {
+                    let gram = &grams[Stage::of(given.id) as usize];
+                    error.add(model, (&given.weight, &wanted.weight), gram)?;
                 }
                 progress.step();
             }
@@ -135,15 +136,14 @@ impl Run<'_> {
 /// Runs a whole block over every chunk; gives XᵀX of the inputs of each stage.
 fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<Vec<Gram>> {
     let device = model.device();
-    let order = |stage: Stage| block.linear(stage.linears()[0]).cols();
     let mut grams = Vec::with_capacity(Stage::ALL.len());
     for stage in Stage::ALL {
-        grams.push(device.gram(order(stage))?);
+        grams.push(device.gram(first_of(block, stage).weight.cols())?);
     }
     for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
         let mut hidden = states.hidden.take(chunk)?;
-        let rope = model.rope(seq_len);
-        block.forward_looking(device, &mut hidden, rope, seq_len, |stage, input| {
+        let ropes = model.ropes(seq_len);
+        block.forward_looking(device, &mut hidden, ropes, seq_len, |stage, input| {
             Ok(device.gram_add(&mut grams[stage as usize], input)?)
         })?;
         states.hidden.put(chunk, hidden)?;

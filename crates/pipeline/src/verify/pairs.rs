@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 
-use gptq_checkpoint::{Checkpoint, GptqLinear, LEAVES, ModelConfig};
-use gptq_model::{LinearId, Model};
+use gptq_checkpoint::{Checkpoint, GptqLinear, LEAVES, LinearShape, ModelConfig};
+use gptq_model::{Gains, Linear, LinearId, Model};
 
 use super::base_weight::BaseWeight;
 use crate::error::Result;
@@ -50,6 +50,7 @@ impl<'a> Pairs<'a> {
         progress: &dyn Progress,
     ) -> Result<Vec<T>> {
         let failed = AtomicBool::new(false);
+        let ends: Vec<usize> = block_starts(self.model.config()).skip(1).collect();
         let mut made: Vec<Option<Result<T>>> = Vec::new();
         std::thread::scope(|scope| {
             // A rendezvous: nothing waits but the pair that was read last.
@@ -80,7 +81,7 @@ impl<'a> Pairs<'a> {
             for (count, (at, result)) in told.into_iter().enumerate() {
                 made.resize_with(made.len().max(at + 1), || None);
                 made[at] = Some(result);
-                if (count + 1) % LinearId::ALL.len() == 0 {
+                if ends.contains(&(count + 1)) {
                     progress.step();
                 }
             }
@@ -93,21 +94,20 @@ impl<'a> Pairs<'a> {
     fn read_all(self, sender: SyncSender<(usize, Result<Pair<'a>>)>, failed: &AtomicBool) {
         let blocks = self.model.config().num_hidden_layers;
         self.announce(0);
-        for index in 0..blocks {
+        for (index, first) in (0..blocks).zip(block_starts(self.model.config())) {
             if index + 1 < blocks {
                 self.announce(index + 1);
             }
-            let first = index * LinearId::ALL.len();
-            let gains = match self.model.load_frame(index) {
-                Ok(frame) => [frame.input_norm, frame.post_attention_norm],
+            let frame = match self.model.load_frame(index) {
+                Ok(frame) => frame,
                 Err(error) => {
                     // Nobody who takes it means that the walk has failed elsewhere.
                     drop(sender.send((first, Err(error.into()))));
                     return;
                 }
             };
-            for (place, id) in LinearId::ALL.into_iter().enumerate() {
-                let pair = self.read((index, id), &gains);
+            for (place, linear) in frame.linears.iter().enumerate() {
+                let pair = self.read(linear, &frame.gains);
                 let stop = pair.is_err() || failed.load(Ordering::Relaxed);
                 let sent = sender.send((first + place, pair));
                 if stop || sent.is_err() {
@@ -120,26 +120,31 @@ impl<'a> Pairs<'a> {
     /// Has the system read what a block needs.
     fn announce(self, index: usize) {
         let prefix = ModelConfig::block_prefix(index);
-        for name in ModelConfig::LINEARS.map(|name| format!("{prefix}.{name}")) {
+        for shape in self.model.config().block_linears(index) {
+            let name = format!("{prefix}.{}", shape.name);
             LEAVES.iter().for_each(|leaf| self.checkpoint.announce(&format!("{name}.{leaf}")));
             self.model.checkpoint().announce(&format!("{name}.weight"));
         }
     }
 
-    /// A linear of both; `gains` are those of the base's norms in this block.
-    pub(super) fn read(
-        self,
-        (index, id): (usize, LinearId),
-        gains: &[Vec<f32>; 2],
-    ) -> Result<Pair<'a>> {
-        let shape = self.model.config().block_linears()[id as usize];
-        let name = format!("{}.{}", ModelConfig::block_prefix(index), shape.name);
+    /// A linear of both; `gains` are those of the base's norms in its block.
+    pub(super) fn read(self, linear: &Linear<LinearShape>, gains: &Gains) -> Result<Pair<'a>> {
+        let (id, name, shape) = (linear.id, linear.name.clone(), &linear.weight);
         let packed = match self.checkpoint.has_gptq_linear(&name) {
-            true => Some(self.checkpoint.gptq_linear(&name, &shape)?),
+            true => Some(self.checkpoint.gptq_linear(&name, shape)?),
             false => None,
         };
         LEAVES.iter().for_each(|leaf| self.checkpoint.release(&format!("{name}.{leaf}")));
-        let base = BaseWeight::read(self.model, self.rotations, (index, id), gains)?;
+        let base = BaseWeight::read(self.model, self.rotations, linear, gains)?;
         Ok(Pair { id, name, packed, base })
     }
+}
+
+/// Where the linears of each block begin among those of the whole model, and where the last one's end.
+pub(super) fn block_starts(config: &ModelConfig) -> impl Iterator<Item = usize> {
+    let counts = (0..config.num_hidden_layers).map(|block| config.block_linears(block).len());
+    std::iter::once(0).chain(counts).scan(0, |sum, count| {
+        *sum += count;
+        Some(*sum)
+    })
 }

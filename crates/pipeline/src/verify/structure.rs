@@ -302,7 +302,7 @@ fn check_tensor(checkpoint: &Checkpoint, spec: &TensorSpec, findings: &mut Findi
 /// columns is known without it.
 fn missing(checkpoint: &Checkpoint, stored: &QuantizeConfig, name: &str) -> Option<String> {
     let Some(linear) = name.strip_suffix(".g_idx") else { return Some("is missing".to_owned()) };
-    let (_, shape) = checkpoint.config().linears().find(|(name, _)| name == linear)?;
+    let shape = checkpoint.config().linear_named(linear)?;
     stored.order_is_stored(shape.in_features).then(|| {
         "is missing: with act-order only it says which group a column belongs to".to_owned()
     })
@@ -376,9 +376,9 @@ pub(super) fn loader_facts(
         zeros_of_zero: values.zeros_of_zero,
         gptqmodel_stamp: files.found.values().flatten().any(gptqmodel_made),
         group_index: values.group_index(),
-        dense_linear: checkpoint.config().block_linears().iter().find_map(|shape| {
+        dense_linear: checkpoint.config().block_linears(0).into_iter().find_map(|shape| {
             let name = format!("{}.{}", ModelConfig::block_prefix(0), shape.name);
-            (!checkpoint.has_gptq_linear(&name)).then_some(shape.name)
+            (!checkpoint.has_gptq_linear(&name)).then(|| shape.name.into_owned())
         }),
         head_only_tied: checkpoint.head().is_ok_and(|head| head == Head::Tied),
         bfloat16: asks_for_bfloat16(checkpoint.config()),

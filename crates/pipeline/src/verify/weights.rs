@@ -19,6 +19,7 @@ use super::head::HeadChange;
 use super::pairs::{Pair, Pairs};
 use crate::error::Result;
 use crate::progress::Progress;
+use crate::recipe_fit::unrotatable;
 use crate::rotate::FusedRotations;
 
 /// Comparison with the base.
@@ -165,7 +166,8 @@ fn rotation(
     for index in 0..blocks {
         let mut all_known = true;
         nearest.0 = f64::INFINITY;
-        let mut rotations = [Rotate::None, Rotate::Heads, Rotate::Full];
+        let mut rotations = vec![Rotate::None, Rotate::Heads];
+        rotations.extend(unrotatable(model.config()).is_none().then_some(Rotate::Full));
         rotations.sort_by_key(|&rotate| Some(rotate) != recorded);
         for rotate in rotations {
             let distance = distance(checkpoint, model, (index, rotate))?;
@@ -193,10 +195,10 @@ fn distance(
     let rotations = FusedRotations::new(model.config(), rotate);
     let pairs = Pairs { checkpoint, model, rotations: rotations.as_ref() };
     let frame = model.load_frame(index)?;
-    let gains = [frame.input_norm, frame.post_attention_norm];
     let mut sum = Some(0.0);
-    for id in [LinearId::V, LinearId::Q, LinearId::O] {
-        let pair = pairs.read((index, id), &gains)?;
+    for id in [LinearId::V, LinearId::Q, LinearId::Qkv, LinearId::O] {
+        let Some(linear) = frame.linears.iter().find(|linear| linear.id == id) else { continue };
+        let pair = pairs.read(linear, &frame.gains)?;
         let (error, energy) = match &pair.packed {
             Some(packed) => energies(packed, &pair.base)?,
             None => dense::energies(checkpoint, &pair.name, &pair.base)?,
@@ -204,7 +206,7 @@ fn distance(
         let error = relative(error, energy).map(|error| error.min(UNRELATED));
         sum = match (sum, error) {
             (Some(sum), Some(error)) => Some(sum + error),
-            (_, None) if id == LinearId::V => None,
+            (_, None) if matches!(id, LinearId::V | LinearId::Qkv) => None,
             (sum, _) => sum,
         };
     }

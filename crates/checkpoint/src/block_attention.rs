@@ -1,0 +1,122 @@
+//! What distinguishes a block's attention from that of other blocks: how far it reaches, and how it is
+//! rotated.
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::family::{Family, Rotates, Window};
+use crate::fields::Fields;
+
+/// Larger than any window.
+const MAX_WINDOW: u64 = 1 << 40;
+const KINDS: &str = "a list of `full_attention` and `sliding_attention`, one a block";
+
+/// Attention of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockAttention {
+    /// Tokens that a token attends to at most, itself included; `None`: all before it.
+    pub window: Option<usize>,
+    /// How queries and keys are rotated; `None`: they are not.
+    pub rope: Option<RopeKind>,
+}
+
+/// Which of a model's rotary settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeKind {
+    /// Those of blocks that attend to everything, and of all where there are no others.
+    Global,
+    /// Those of blocks whose attention slides.
+    Local,
+}
+
+/// The attention of every block.
+pub(crate) fn read(
+    fields: &Fields<'_>,
+    family: &Family,
+    blocks: usize,
+) -> Result<Vec<BlockAttention>> {
+    let rotated = rotated(fields, family, blocks)?;
+    let slides = slides(fields, family, &rotated)?;
+    let window = window(fields, family)?;
+    let block = |(rotates, slides): (bool, bool)| {
+        let rotates = match family.rotates {
+            Rotates::Sliding => slides,
+            Rotates::All | Rotates::Listed => rotates,
+        };
+        let local = slides && family.local_rope.is_some();
+        BlockAttention {
+            window: window.filter(|_| slides),
+            rope: rotates.then_some(if local { RopeKind::Local } else { RopeKind::Global }),
+        }
+    };
+    Ok(rotated.into_iter().zip(slides).map(block).collect())
+}
+
+/// The window of the blocks that slide.
+fn window(fields: &Fields<'_>, family: &Family) -> Result<Option<usize>> {
+    const KEY: &str = "sliding_window";
+    if family.window.is_optional() && !fields.flag("use_sliding_window")? {
+        return Ok(None);
+    }
+    match fields.raw.get(KEY) {
+        None => Ok(family.window.default()),
+        Some(Value::Null) => Ok(None),
+        Some(_) => fields.size(KEY, None, MAX_WINDOW).map(Some),
+    }
+}
+
+/// Which blocks slide, if the model has a window.
+fn slides(fields: &Fields<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<bool>> {
+    let blocks = rotated.len();
+    let listed = layer_types(fields, blocks)?;
+    let default = match family.window {
+        // The list is only looked at: these families have one kind of attention.
+        Window::All { .. } => return Ok(vec![true; blocks]),
+        Window::From { .. } => {
+            let first = fields.raw.get("max_window_layers").and_then(Value::as_u64);
+            let first = first.map_or(28, |first| first as usize);
+            (0..blocks).map(|block| block >= first).collect()
+        }
+        Window::Pattern { every, .. } => {
+            let every = fields.size("sliding_window_pattern", Some(every), MAX_WINDOW)?;
+            (0..blocks).map(|block| !(block + 1).is_multiple_of(every)).collect()
+        }
+        Window::Unrotated => rotated.iter().map(|rotates| !rotates).collect(),
+    };
+    Ok(listed.unwrap_or(default))
+}
+
+/// Which blocks rotate queries and keys, by the config's list or by the family's default.
+fn rotated(fields: &Fields<'_>, family: &Family, blocks: usize) -> Result<Vec<bool>> {
+    const KEY: &str = "no_rope_layers";
+    if family.rotates != Rotates::Listed {
+        return Ok(vec![true; blocks]);
+    }
+    let Some(value) = fields.get(KEY) else {
+        let every = fields.size("no_rope_layer_interval", Some(4), MAX_WINDOW)?;
+        return Ok((0..blocks).map(|block| !(block + 1).is_multiple_of(every)).collect());
+    };
+    // Despite its name the list has a 1 for every block that rotates.
+    let flags: Option<Vec<bool>> = value.as_array().and_then(|list| {
+        list.iter().map(|flag| flag.as_u64().filter(|&f| f < 2).map(|f| f == 1)).collect()
+    });
+    flags.filter(|flags| flags.len() == blocks).ok_or_else(|| {
+        fields.invalid(KEY, format!("is `{value}`, expected 0 or 1 for each of {blocks} blocks"))
+    })
+}
+
+/// Whether each block slides, where the config lists kinds of attention. A list that is too short, as
+/// older files have one, leaves the other blocks full.
+fn layer_types(fields: &Fields<'_>, blocks: usize) -> Result<Option<Vec<bool>>> {
+    const KEY: &str = "layer_types";
+    let Some(value) = fields.get(KEY) else { return Ok(None) };
+    let Some(kinds) = value.as_array() else {
+        return Err(fields.unsupported(KEY, value, KINDS));
+    };
+    let known = |kind: &Value| kind == "full_attention" || kind == "sliding_attention";
+    if let Some(kind) = kinds.iter().find(|kind| !known(kind)) {
+        return Err(fields.unsupported(KEY, kind, KINDS));
+    }
+    let slides = |block| kinds.get(block).is_some_and(|kind: &Value| kind == "sliding_attention");
+    Ok(Some((0..blocks).map(slides).collect()))
+}

@@ -1,0 +1,40 @@
+//! The stages in which a block is computed and calibrated.
+
+use gptq_checkpoint::LinearId;
+
+/// Linears that read the same inputs; the order in which a block is calibrated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// q, k and v read the normed hidden states.
+    Qkv,
+    /// o reads the heads' contexts.
+    Output,
+    /// gate and up read the normed hidden states after attention.
+    GateUp,
+    /// down reads activation(gate) · up.
+    Down,
+}
+
+impl Stage {
+    /// The stages in forward order.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::Output, Self::GateUp, Self::Down];
+
+    /// The stage whose outputs this one's inputs are made of.
+    pub(crate) fn before(self) -> Self {
+        match self {
+            Self::Qkv | Self::Output => Self::Qkv,
+            Self::GateUp | Self::Down => Self::GateUp,
+        }
+    }
+
+    /// The stage of a linear.
+    #[must_use]
+    pub fn of(linear: LinearId) -> Self {
+        match linear {
+            LinearId::Q | LinearId::K | LinearId::V | LinearId::Qkv => Self::Qkv,
+            LinearId::O => Self::Output,
+            LinearId::Gate | LinearId::Up | LinearId::GateUp => Self::GateUp,
+            LinearId::Down => Self::Down,
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Which choices of a recipe a model allows.
+//!
+//! A rotation of the residual stream needs norms that commute with it, and linears behind each norm that
+//! can take its gain over: RMS norms, and none of what attention or the MLP gives. A shift of o and down
+//! needs their products to reach the residual stream as they are, but for a factor. Everything else of a
+//! recipe looks at one linear and its inputs, and holds for all.
+
+use gptq_checkpoint::{ModelConfig, NormId, NormKind};
+use gptq_quant::{Choices, QuantSpec, Rotate};
+
+use crate::error::{Error, Result};
+
+/// Why the residual stream cannot be rotated; `None` where it can.
+#[must_use]
+pub fn unrotatable(model: &ModelConfig) -> Option<&'static str> {
+    if model.norm == NormKind::Layer {
+        return Some("its norms take means off, which a rotation changes");
+    }
+    norms_results(model).then_some("it norms what attention and the MLP give")
+}
+
+/// Why o and down cannot be shifted to make up for what the residual stream lacks; `None` where they
+/// can.
+#[must_use]
+pub fn unshiftable(model: &ModelConfig) -> Option<&'static str> {
+    if model.is_parallel() {
+        return Some("attention and the MLP are added to it at once");
+    }
+    norms_results(model).then_some("it norms what attention and the MLP give")
+}
+
+/// Leaves out what the model does not allow; a sentence on each.
+pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
+    if !spec.recipe.calibrates() {
+        return Vec::new();
+    }
+    let (family, choices) = (model.family, &mut spec.choices);
+    let mut notes = Vec::new();
+    if let (Rotate::Full, Some(why)) = (choices.rotate, unrotatable(model)) {
+        choices.rotate = Rotate::Heads;
+        notes.push(format!(
+            "{}={} instead of {}: the residual stream of a {family} model cannot be rotated, as {why}",
+            Rotate::KEY,
+            Rotate::Heads.name(),
+            Rotate::Full.name()
+        ));
+    }
+    if let (true, Some(why)) = (choices.residual > 0.0, unshiftable(model)) {
+        notes.push(format!(
+            "{}=0 instead of {}: o and down of a {family} model cannot make up for what the residual \
+             stream lacks, as {why}",
+            Choices::RESIDUAL,
+            choices.residual
+        ));
+        choices.residual = 0.0;
+    }
+    notes
+}
+
+/// Refuses choices that [`fit`] would leave out.
+pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
+    let mut fitted = spec.clone();
+    match fit(model, &mut fitted).into_iter().next() {
+        Some(note) => Err(Error::Choice { note }),
+        None => Ok(()),
+    }
+}
+
+/// Whether some block norms what is added to the residual stream.
+fn norms_results(model: &ModelConfig) -> bool {
+    let after = |id| matches!(id, NormId::AfterAttention | NormId::AfterMlp);
+    let blocks = 0..model.num_hidden_layers;
+    blocks.flat_map(|block| model.block_norms(block)).any(|norm| after(norm.id))
+}
