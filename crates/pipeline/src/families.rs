@@ -14,7 +14,7 @@ const YES: &str = "✓";
 fn smallest(family: &str) -> Result<ModelConfig> {
     let text = format!(
         r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":32,
-        "num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":2,"head_dim":32}}"#
+        "num_hidden_layers":4,"num_attention_heads":2,"num_key_value_heads":2,"head_dim":32}}"#
     );
     Ok(ModelConfig::parse(&text, Path::new(family))?)
 }
@@ -38,20 +38,25 @@ pub fn table() -> Result<String> {
 
 /// What `best` does without, and why.
 fn best(model: &ModelConfig) -> String {
-    let without = [
-        unrotatable(model).map(|why| format!("rotations of heads only: {why}")),
-        unshiftable(model).map(|why| format!("no `residual`: {why}")),
-    ];
-    let without: Vec<String> = without.into_iter().flatten().collect();
-    if without.is_empty() { YES.to_owned() } else { format!("{YES} {}", without.join("; ")) }
+    let (rotation, shift) = (unrotatable(model), unshiftable(model));
+    match (rotation, shift) {
+        (None, None) => YES.to_owned(),
+        (Some(one), Some(other)) if one == other => {
+            format!("{YES}, without `rotate=full` and `residual`: {one}")
+        }
+        _ => {
+            let of = |choice: &str, why: Option<_>| why.map(|why| format!("`{choice}`: {why}"));
+            let without = [of("rotate=full", rotation), of("residual", shift)];
+            let without: Vec<String> = without.into_iter().flatten().collect();
+            format!("{YES}, without {}", without.join("; "))
+        }
+    }
 }
 
 /// How text is made on a GPU.
 fn generate(model: &ModelConfig) -> String {
     match has_step_program(model, 1) {
         true => YES.to_owned(),
-        false => {
-            format!("{YES} on a GPU operation by operation: its program knows Llama's block only")
-        }
+        false => format!("{YES}; on a GPU without its program for whole steps"),
     }
 }
