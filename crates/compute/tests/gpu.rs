@@ -4,8 +4,6 @@
 //! Each check prints its error as a fraction of its tolerance. Without a GPU the tests say why they
 //! are skipped. `timings` is measured, not checked: run it with `--ignored --nocapture`.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
-
 #[path = "../../../tests/util/gpus.rs"]
 mod gpus;
 #[path = "../../../tests/util/needs.rs"]
@@ -20,21 +18,7 @@ use gptq_compute::{
 use gpus::gpu;
 use half::bf16;
 use ndarray::{Array2, s};
-use support::{Random, bytes_of, check, round_to_half};
-
-/// Relative errors of results rounded to fp16 once (2⁻¹¹ at most, 2⁻¹²·√(4/3) on average), and of
-/// results that also hold rounded intermediates.
-const ONE_ROUNDING: f64 = 5e-4;
-const SOME_ROUNDINGS: f64 = 1.5e-3;
-/// Sums in f32 of exact products; tensor cores truncate where the CPU rounds.
-const SUMS: f64 = 1e-4;
-
-/// Values on both devices: hidden states in f32, everything else as a checkpoint's fp16.
-fn both(gpu: &Device, values: &Array2<f32>) -> (Tensor, Tensor) {
-    let bytes = bytes_of(values, FloatType::F16);
-    let matrix = HostMatrix::new(&bytes, FloatType::F16, values.nrows(), values.ncols());
-    (Device::Cpu.upload(matrix).unwrap(), gpu.upload(matrix).unwrap())
-}
+use support::{ONE_ROUNDING, Random, SOME_ROUNDINGS, SUMS, both, bytes_of, check, round_to_half};
 
 /// Neither side of a comparison may be NaN: an error that is NaN exceeds nothing.
 #[test]

@@ -87,6 +87,24 @@ fn timings() {
             gpu.attention(&q, &k, &v, shape, &AttentionRule::llama(head_dim)).unwrap();
         });
     }
+    let (window, softcap) = (Some(SEQ_LEN / 4), Some(50.0));
+    for (head_dim, heads, kv_heads, window, softcap) in
+        [(128, 64, 8, window, None), (128, 64, 8, None, softcap), (256, 16, 8, None, softcap)]
+    {
+        let shape = AttentionShape { heads, kv_heads, head_dim, seq_len: SEQ_LEN };
+        let rule = AttentionRule { window, softcap, ..AttentionRule::llama(head_dim) };
+        let q = tensor(&gpu, random, TOKENS, heads * head_dim);
+        let k = tensor(&gpu, random, TOKENS, kv_heads * head_dim);
+        let v = tensor(&gpu, random, TOKENS, kv_heads * head_dim);
+        // Keys that a query sees, on average.
+        let most = window.unwrap_or(SEQ_LEN);
+        let seen = (most * (SEQ_LEN - most) + most * most / 2) as f64 / SEQ_LEN as f64;
+        let work = 4.0 * (TOKENS * heads * head_dim) as f64 * seen;
+        let what = format!("attention {heads}×{head_dim}, window {window:?}, cap {softcap:?}");
+        time(&gpu, &what, work, "TFLOP", || {
+            gpu.attention(&q, &k, &v, shape, &rule).unwrap();
+        });
+    }
     let gain = vec![1.0; HIDDEN];
     time(&gpu, "rms_norm", 6.0 * values, "TB", || {
         gpu.rms_norm(&hidden, &gain, 1e-5).unwrap();

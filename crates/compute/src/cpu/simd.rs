@@ -129,7 +129,7 @@ fn silu_mul_body(gate: &mut [f32], up: &[f32]) {
 /// Gimpel, arXiv 1606.08415).
 #[inline(always)]
 fn gelu_mul_body(gate: &mut [f32], up: &[f32]) {
-    const TWICE: f32 = 2.0 * 0.797_884_56;
+    const TWICE: f32 = 2.0 * 0.797_884_6;
     for (g, u) in gate.iter_mut().zip(up) {
         let x = *g;
         *g = x / (1.0 + exp(-(TWICE * (x + 0.044_715 * x * x * x)))) * u;
@@ -149,7 +149,7 @@ fn softcap_body(values: &mut [f32], cap: f32) {
 fn tanh(x: f32) -> f32 {
     let (size, square) = (x.abs(), x * x);
     let mut p = -5.704_988_7e-3_f32;
-    p = p * square + 2.063_908_9e-2;
+    p = p * square + 2.063_909e-2;
     p = p * square - 5.373_971_6e-2;
     p = p * square + 1.333_144_2e-1;
     p = p * square - 3.333_328e-1;

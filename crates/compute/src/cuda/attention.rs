@@ -165,3 +165,52 @@ pub(crate) fn check_shape(heads: usize, kv_heads: usize, head_dim: usize) -> Res
     let reason = format!("{heads} query heads do not share {kv_heads} key heads evenly");
     Err(Error::Unsupported { op: "attention", reason })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shared memory that a block may ask for on every card since `sm_80`.
+    const LEAST_SHARED: usize = 99 << 10;
+
+    #[test]
+    fn every_even_size_has_a_kernel_that_it_fits() {
+        let text = include_str!("../../../../kernels/attention_ruled.cu");
+        for head_dim in 0..300 {
+            for ruled in [false, true] {
+                let Ok(kernel) = Kernel::of(head_dim, ruled) else {
+                    assert!(head_dim % 2 == 1 || head_dim == 0 || head_dim > 256, "{head_dim}");
+                    continue;
+                };
+                assert!(head_dim % 2 == 0 && (2..=kernel.columns).contains(&head_dim));
+                assert!(kernel.shared() <= LEAST_SHARED, "{head_dim}");
+                let pieces = if kernel.name.contains("words") { 2 } else { 8 };
+                assert_eq!(head_dim % pieces, 0, "{}", kernel.name);
+                if kernel.file == RULED {
+                    let (name, columns) = (kernel.name, kernel.columns);
+                    let made = format!("ATTENTION({name}, {columns}, {})", pieces == 2);
+                    assert!(text.contains(&made), "{made}");
+                    let two = columns <= 128 && pieces == 8;
+                    assert_eq!(kernel.queries, if two { 128 } else { 64 }, "{name}");
+                } else {
+                    assert_eq!(head_dim, kernel.columns);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_capped_score_is_what_the_rule_says() {
+        let rule = AttentionRule { scale: 0.07, softcap: Some(30.0), window: None };
+        let (inner, outer) = exponents(&rule, 64);
+        for product in [-900.0_f64, -3.0, 0.5, 400.0] {
+            // As the kernel has it: 1 − 2 / (2^(product · inner) + 1), times outer, to the base 2.
+            let tanh = 1.0 - 2.0 / ((product * f64::from(inner)).exp2() + 1.0);
+            let weight = (tanh * f64::from(outer)).exp2();
+            let want = ((product * 0.07 / 30.0).tanh() * 30.0).exp();
+            assert!((weight / want - 1.0).abs() < 1e-5, "{product}: {weight} {want}");
+        }
+        let plain = exponents(&AttentionRule::llama(80), 80);
+        assert_eq!(plain, (0.0, std::f32::consts::LOG2_E / 80.0_f32.sqrt()));
+    }
+}

@@ -8,9 +8,16 @@ mod split_mix;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use gptq_compute::{FloatType, Tensor};
+use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
 use half::{bf16, f16};
 use ndarray::Array2;
+
+/// Relative errors of results rounded to fp16 once (2⁻¹¹ at most, 2⁻¹²·√(4/3) on average), and of
+/// results that also hold rounded intermediates.
+pub const ONE_ROUNDING: f64 = 5e-4;
+pub const SOME_ROUNDINGS: f64 = 1.5e-3;
+/// Sums in f32 of exact products; tensor cores truncate where the CPU rounds.
+pub const SUMS: f64 = 1e-4;
 
 /// A small generator (`SplitMix64`), seeded by the clock; the seed is printed.
 pub struct Random(u64);
@@ -57,6 +64,13 @@ pub fn bytes_of(values: &Array2<f32>, dtype: FloatType) -> Vec<u8> {
         }
     }
     bytes
+}
+
+/// Values on both devices: hidden states in f32, everything else as a checkpoint's fp16.
+pub fn both(gpu: &Device, values: &Array2<f32>) -> (Tensor, Tensor) {
+    let bytes = bytes_of(values, FloatType::F16);
+    let matrix = HostMatrix::new(&bytes, FloatType::F16, values.nrows(), values.ncols());
+    (Device::Cpu.upload(matrix).unwrap(), gpu.upload(matrix).unwrap())
 }
 
 /// Compares with the CPU's result: the root of the summed squared error, and a fifth of the largest
