@@ -159,6 +159,10 @@ fn quantized_families_stay_near_the_dense_model() {
             println!("{out:>28}: perplexity {perplexity:.3}, KL {kl:.4}");
             assert!(perplexity.is_finite() && kl < 1e-3, "{out}: {perplexity}, KL {kl}");
             carried(&source, &dir.path(&out), recipe == "best", layout == "card");
+            if layout == "modern" {
+                let verify = ["verify", out.as_str(), "--base", name, "--json"];
+                dir.gptq(&verify).ok();
+            }
         }
     }
 }
@@ -205,6 +209,14 @@ fn carried(source: &Path, made: &Path, best: bool, card: bool) {
             }
         }
     }
+}
+
+/// What holds for which family is what the code decides by.
+#[test]
+fn the_readme_has_the_table_of_families() {
+    let table = gptq_pipeline::families::table().unwrap();
+    let readme = fs::read_to_string(util::repository().join("README.md")).unwrap();
+    assert!(readme.contains(&table), "README.md lacks this table:\n{table}");
 }
 
 #[test]

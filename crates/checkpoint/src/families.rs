@@ -151,6 +151,11 @@ const COHERE: Family = Family {
     ..LLAMA
 };
 
+/// `model_type` of every family whose blocks the engine computes.
+pub fn family_names() -> impl Iterator<Item = &'static str> {
+    FAMILIES.into_iter().map(|family| family.name)
+}
+
 pub(crate) const FAMILIES: [Family; 16] = [
     LLAMA,
     Family {

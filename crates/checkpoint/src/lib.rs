@@ -72,6 +72,7 @@ pub use checkpoint_format::CheckpointFormat;
 pub use config::{Factors, ModelConfig};
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use families::family_names;
 pub use family::{Activation, NormKind};
 pub use file_plan::{FilePlan, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
 pub use gptq::GptqLinear;

@@ -63,8 +63,7 @@ impl RopeTable {
     }
 
     /// True when all of a head is rotated by halves: Llama's way.
-    #[must_use]
-    pub fn is_plain(&self) -> bool {
+    pub(crate) fn is_plain(&self) -> bool {
         self.layout == RopeLayout::Half && 2 * self.half == self.head_dim
     }
 

@@ -241,24 +241,16 @@ impl Block {
 
 impl Block<Resident> {
     /// What a device's program for steps is made of, with the cache that they go on with; `None` for a
-    /// block that no such program computes.
+    /// block of other parts. Whether the program computes what the block does is
+    /// [`has_step_program`](crate::has_step_program)'s matter.
     pub fn step<'a>(&'a self, cache: &'a KvCache) -> Option<StepBlock<'a>> {
-        if !self.rule().is_llama() {
-            return None;
-        }
         let linears = LinearId::LLAMA.map(|id| self.linears().iter().find(|l| l.id == id));
         let [Some(q), Some(k), Some(v), Some(o), Some(gate), Some(up), Some(down)] = linears else {
             return None;
         };
         let linears = [q, k, v, o, gate, up, down];
         let gains = self.gains();
-        let after = [NormId::AfterAttention, NormId::AfterMlp];
         let head_norms = gains.get(NormId::Queries).zip(gains.get(NormId::Keys));
-        let of_one_head = |gain: &[f32]| gain.len() == self.rule().head_dim;
-        let known = head_norms.is_none_or(|(q, k)| of_one_head(q) && of_one_head(k));
-        if !known || after.iter().any(|&id| gains.get(id).is_some()) {
-            return None;
-        }
         Some(StepBlock {
             linears: linears.map(|linear| &linear.weight),
             biases: linears.map(|linear| linear.bias.as_deref()),

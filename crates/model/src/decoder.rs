@@ -3,14 +3,16 @@
 //! The forward pass is that of [`crate::Block`]; what differs is where attention finds the tokens
 //! before, and that weights are kept as their file has them.
 
-use gptq_checkpoint::{Checkpoint, HEAD, LinearShape, ModelConfig, RopeKind, RopeScaling};
+use gptq_checkpoint::{
+    Checkpoint, HEAD, LinearId, LinearShape, ModelConfig, NormId, NormShape, RopeKind, RopeScaling,
+};
 use gptq_compute::{
     CacheShape, CodedMatrix, Device, KvCache, Resident, Span, StepModel, Steps, Tensor,
 };
 use ndarray::{Array2, Axis};
 
 use crate::block::{Block, Linear};
-use crate::block_rule::Norm;
+use crate::block_rule::{BlockRule, Norm};
 use crate::error::{Error, Result};
 use crate::model::{FinalNorm, Head, Model};
 use crate::values::{SourcePrecision, Values};
@@ -35,6 +37,24 @@ pub fn context_limit(config: &ModelConfig) -> (usize, &'static str) {
         ),
         _ => (config.positions(), "the model was made for (max_position_embeddings)"),
     }
+}
+
+/// Whether a GPU has a program for whole steps of this model in sequences of up to `context` tokens:
+/// where norms, rotations and attention are Llama's. Others go through the forward operation by operation.
+#[must_use]
+pub fn has_step_program(config: &ModelConfig, context: usize) -> bool {
+    let llama = |norm: &NormShape| match norm.id {
+        NormId::Queries | NormId::Keys => norm.size() == config.head_dim,
+        NormId::BeforeAttention | NormId::BeforeMlp => true,
+        NormId::AfterAttention | NormId::AfterMlp => false,
+    };
+    let block = |block| {
+        BlockRule::of(config, block, context).is_llama()
+            && config.block_norms(block).iter().all(llama)
+            && config.block_linears(block).iter().map(|linear| linear.id).eq(LinearId::LLAMA)
+    };
+    let rotates_all = config.rope.dims == config.head_dim && !config.is_interleaved();
+    rotates_all && (0..config.num_hidden_layers).all(block)
 }
 
 /// A model whose blocks all stay on the device.
@@ -162,11 +182,10 @@ impl<'a> Decoder<'a> {
         let shape = cache_shape(self.config(), slots, capacity);
         let blocks = self.blocks.iter().map(|_| Ok(self.device().kv_cache(shape)?));
         let blocks: Vec<KvCache> = blocks.collect::<Result<_>>()?;
-        // Other blocks than Llama's, and other rotations, go through the general forward.
         let rope = self.model.ropes(self.context).of_kind(RopeKind::Global);
         let steps = self.blocks.iter().zip(&blocks).map(|(block, kept)| block.step(kept));
         let steps = match steps.collect::<Option<Vec<_>>>() {
-            Some(blocks) if rope.is_plain() => {
+            Some(blocks) if has_step_program(self.config(), self.context) => {
                 let FinalNorm { gain, rule: Norm { eps, .. } } = &self.head.norm;
                 self.device().steps(&StepModel { blocks, norm: gain, eps: *eps, rope }, shape)?
             }

@@ -19,7 +19,7 @@ mod values;
 
 pub use block::{Block, BlockParts, Gains, Linear};
 pub use block_rule::{BlockRule, Norm, Ropes};
-pub use decoder::{Cache, Decoder, PASS_TOKENS, context_limit};
+pub use decoder::{Cache, Decoder, PASS_TOKENS, context_limit, has_step_program};
 pub use error::{Error, Result};
 pub use forward::Weight;
 pub use gptq_checkpoint::{LinearId, NormId};

@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "../../../tests/util/family_models.rs"]
+mod family_models;
+
 use std::path::Path;
 
 use gptq_checkpoint::Checkpoint;
@@ -75,6 +78,42 @@ fn sequences_that_grow_have_what_whole_windows_have() {
     cache.truncate(0, 17);
     let again = decoder.feed(&mut cache, 0, &texts[0][17..30]).unwrap().into_host();
     close(&again, &wanted[0].slice(ndarray::s![17..30, ..]).to_owned());
+}
+
+/// Every kind of block of every family: a prompt in two parts, then token by token, beyond the windows of
+/// attention that slides.
+#[test]
+fn sequences_of_every_family_grow_as_whole_windows() {
+    const LENGTH: usize = 48;
+    let mut kinds = 0;
+    for name in family_models::names() {
+        let dir = tempfile::tempdir().unwrap();
+        family_models::assemble(dir.path(), name);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let length = LENGTH.min(gptq_model::context_limit(checkpoint.config()).0);
+        let ids: Vec<u32> = (0..length as u32).map(|i| 2 + (i * 7919 + 5) % 62).collect();
+        let wanted = whole(&checkpoint, &ids);
+        let decoder = Decoder::load(&checkpoint, Device::Cpu, length, |_| ()).unwrap();
+        let mut cache = decoder.cache(1, length).unwrap();
+        let mut found = vec![
+            decoder.feed(&mut cache, 0, &ids[..13]).unwrap().into_host(),
+            decoder.feed(&mut cache, 0, &ids[13..20]).unwrap().into_host(),
+        ];
+        for &id in &ids[20..] {
+            found.push(decoder.step(&mut cache, &[(0, id)]).unwrap().into_host());
+        }
+        let views: Vec<_> = found.iter().map(|part| part.view()).collect();
+        let found = ndarray::concatenate(Axis(0), &views).unwrap();
+        close(&found, &wanted);
+        // Logits are those of the head, with its cap.
+        let row = decoder
+            .last_row(&decoder.feed(&mut decoder.cache(1, length).unwrap(), 0, &ids).unwrap());
+        let logits = decoder.logits(&row.unwrap()).unwrap();
+        let most = decoder.config().logit_softcap.unwrap_or(f32::INFINITY);
+        assert!(logits.iter().all(|v| v.abs() <= most), "{name}");
+        kinds += 1;
+    }
+    assert!(kinds > 40, "{kinds}");
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod calibrate;
 pub mod cards;
 mod chunk_store;
 mod error;
+pub mod families;
 pub mod first_gram;
 mod fit_head;
 pub mod host_memory;

@@ -14,9 +14,9 @@ use crate::error::{Error, Result};
 #[must_use]
 pub fn unrotatable(model: &ModelConfig) -> Option<&'static str> {
     if model.norm == NormKind::Layer {
-        return Some("its norms take means off, which a rotation changes");
+        return Some("norms take means off");
     }
-    norms_results(model).then_some("it norms what attention and the MLP give")
+    norms_results(model).then_some("what attention and the MLP give is normed")
 }
 
 /// Why o and down cannot be shifted to make up for what the residual stream lacks; `None` where they
@@ -24,9 +24,9 @@ pub fn unrotatable(model: &ModelConfig) -> Option<&'static str> {
 #[must_use]
 pub fn unshiftable(model: &ModelConfig) -> Option<&'static str> {
     if model.is_parallel() {
-        return Some("attention and the MLP are added to it at once");
+        return Some("attention and the MLP are added at once");
     }
-    norms_results(model).then_some("it norms what attention and the MLP give")
+    norms_results(model).then_some("what attention and the MLP give is normed")
 }
 
 /// Leaves out what the model does not allow; a sentence on each.
