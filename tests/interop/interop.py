@@ -43,6 +43,9 @@ MATRIX = [
     for group, act in (("32", True), ("64", True), ("128", True), ("128", False), ("none", True))
     for layout, recipe in (("modern", "best"), ("modern", "autogptq"), ("card", "autogptq"))
 ] + [
+    (bits, group, True, "card", "best")
+    for bits, group in ((4, "32"), (4, "128"), (3, "64"), (3, "none"), (2, "64"))
+] + [
     (bits, group, act, layout, recipe)
     for bits in (2, 8)
     for group, act, layout, recipe in (
@@ -111,6 +114,12 @@ def windows_of(folder, options):
     return [ids[i * length:(i + 1) * length] for i in range(options.windows)]
 
 
+def negative_share(folder):
+    """Share of a file's scales that are negative: about half by the recipe `best`, none by others."""
+    scales = [t.flatten() for name, t in readers.tensors(folder).items() if name.endswith(".scales")]
+    return (torch.cat(scales) < 0).float().mean().item()
+
+
 def losses_of(rows, window):
     """Loss of each token but the first, from the logits of a window."""
     return torch.nn.functional.cross_entropy(
@@ -130,7 +139,7 @@ def compare(folder, ours, windows, reference=None):
     for window, rows in zip(windows, ours, strict=True):
         assert window[1:] == [token for token, _ in rows], "the tokens differ"
     mine = [loss for rows in ours for _, loss in rows]
-    found = {"ours": {"perplexity": math.exp(sum(mine) / len(mine))}}
+    found = {"ours": {"perplexity": math.exp(sum(mine) / len(mine)), "negative_scales": negative_share(folder)}}
     for name in READERS if reference is None else ("dense", reference):
         try:
             model = READERS[name](folder)
@@ -271,6 +280,9 @@ def main():
             mine = ours.losses(folder)
             found = compare(folder, mine, windows, reference)
             found |= outside.compare(folder, mine)
+            # Else the case would not show that a reader takes scales of either sign.
+            share = found["ours"]["negative_scales"]
+            found["ours"]["agrees"] = 0.4 < share < 0.6 if name.endswith("-best") else share == 0
             verified, table = ours.verify(folder, options.model)
             hold_to_table(found, table, bits)
         except Exception as error:
@@ -318,7 +330,7 @@ def write(options, cases, outside):
     }
     result = {**facts, "cases": cases}
     options.record.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    head = ["checkpoint", "gptq", "dense: loss", "GPTQModel: loss", "logit", "transformers: ppl",
+    head = ["checkpoint", "negative scales", "gptq", "dense: loss", "GPTQModel: loss", "logit", "transformers: ppl",
             "loss", "logit", *(f"{name}: loss" for name in outside), "verify", ""]
     lines = [
         f"# {options.model.name}: {facts['text']}; calibrated on {facts['calibration']}",
@@ -345,7 +357,7 @@ def write(options, cases, outside):
         loss, logit = "largest_loss_difference", "largest_logit_difference"
         verified = "ok" if case["verify"] == "ok" else f"{len(case['verify'])} findings"
         lines.append("| " + " | ".join([
-            case["case"], cell("ours", "perplexity", ".4f"), cell("dense", loss, ".1e"),
+            case["case"], cell("ours", "negative_scales", ".3f"), cell("ours", "perplexity", ".4f"), cell("dense", loss, ".1e"),
             cell("gptqmodel", loss, ".1e"), cell("gptqmodel", logit, ".1e"),
             cell("transformers", "perplexity", ".4f"), cell("transformers", loss, ".3f"),
             cell("transformers", logit, ".3f"),
