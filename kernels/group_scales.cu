@@ -2,7 +2,7 @@
 //
 //   group_scales         AutoGPTQ's find_params (symmetric): the range widened by zero, made symmetric
 //                        only where a value is negative, -1..1 where all are zero; / max_code.
-//   group_scales_search  s = ratio * 2 absmax / max_code for the ratio that minimizes
+//   group_scales_search  s = ratio * 2 absmax / max_code for the ratio, of either sign, that minimizes
 //                        sum diag (w - v)^2, v being w on the grid of s; the first of equals.
 //
 // Layout   w [rows, ld] f32 row-major, w at the first group's first column; diag f32 likewise. Groups
@@ -11,8 +11,8 @@
 //          scale within fp16.
 // Launch   256 threads, a warp a row and group; grid (rows / 8, groups).
 // Regime   group_scales: memory, W once (0.94 GB or 0.31 ms for 28672 x 8192). The search: issue,
-//          34 candidates * about 24 instructions an element, 7 ms for 28672 x 8192 on 132 SMs; W and
-//          diag are read 1 + 34/17 times, all but the first from L1.
+//          24 instructions or so an element and candidate, 20 ms for 96 of them and 28672 x 8192 on 132
+//          SMs; W and diag are read 1 + 96/16 times, all but the first from L1.
 // Numerics IEEE division, ties to even. The sum runs over a lane's columns, then over lanes by xor
 //          shuffles: always the same order.
 
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRatios = 17;  // candidates summed in one pass: half of 34, all in registers
+constexpr int kRatios = 16;  // candidates summed in one pass: a third of a sign's, all in registers
 
 struct Range {
     float low, high;  // both widened by zero

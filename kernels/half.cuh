@@ -36,13 +36,14 @@ static __device__ __forceinline__ float2 half2_to_floats(half2_t h) {
 
 // A scale as the solver is to use it: one that the file can hold. What fp16 rounds to 0 is lifted to
 // 2^-24, and no code may mean more than 65504; what fp16 cannot hold at all is left for the host to
-// refuse. crates/quant/src/grid.rs has the same rule, with the reasons.
+// refuse. A negative scale is treated as its magnitude. crates/quant/src/grid.rs has the same rule, with
+// the reasons.
 static __device__ __forceinline__ float file_scale(float scale, float max_code, bool half_scales) {
     const float rounded = half_to_float(float_to_half(scale));
-    if (rounded == 0.0f) return 0x1p-24f;
-    if (!(rounded <= 65504.0f)) return scale;
+    if (rounded == 0.0f) return copysignf(0x1p-24f, scale);
+    if (!(fabsf(rounded) <= 65504.0f)) return scale;
     const float most = __fdiv_rn(65504.0f, 0.5f * (max_code + 1.0f));
-    return fminf(half_scales ? rounded : scale, most);
+    return fmaxf(fminf(half_scales ? rounded : scale, most), -most);
 }
 
 // AutoGPTQ's scale of a group whose values reach from low to high, both widened by zero: symmetric only

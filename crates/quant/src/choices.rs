@@ -30,10 +30,20 @@ pub enum Clip {
     None,
     /// The scale, among fractions of the absmax one, that minimizes Σ diag(H) (w − ŵ)².
     Search,
-    /// Among the same, the scale under which solving the group's columns leaves the least error: for
-    /// groups of at most 128 columns with fresh weights, which are solved on their own; others as
-    /// [`Clip::Search`].
+    /// Among the same, the scale under which solving the group's columns leaves the least error. With
+    /// fresh weights; stale ones as [`Clip::Search`]. A group of more than 128 columns is tried in
+    /// blocks of 128 that do not know of each other.
     Solve,
+}
+
+/// Which signs a group's scale may have. Codes reach one step further below 0 than above it, so a
+/// negative scale gives that step to the positive weights; loaders multiply by what the file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signs {
+    /// Positive, as AutoGPTQ's.
+    Positive,
+    /// Whichever loses less, among the candidates of [`Clip::Search`] or [`Clip::Solve`].
+    Both,
 }
 
 /// Orthogonal matrices folded into the weights before they are quantized.
@@ -56,6 +66,8 @@ pub struct Choices {
     pub scales: ScalePrecision,
     /// Search for scales.
     pub clip: Clip,
+    /// Signs of the scales that the search tries.
+    pub signs: Signs,
     /// Share of what the residual stream lacks that o and down make up for: 0 aims at their weights
     /// as they are. This share and the next need a walk of the unquantized model beside the quantized
     /// one.
@@ -72,6 +84,7 @@ impl Choices {
         group_weights: GroupWeights::Stale,
         scales: ScalePrecision::F32,
         clip: Clip::None,
+        signs: Signs::Positive,
         residual: 0.0,
         head: 0.0,
         rotate: Rotate::None,
@@ -81,6 +94,7 @@ impl Choices {
         group_weights: GroupWeights::Fresh,
         scales: ScalePrecision::Half,
         clip: Clip::Solve,
+        signs: Signs::Both,
         residual: 0.5,
         head: 1.0,
         rotate: Rotate::Full,
@@ -140,7 +154,7 @@ struct Choice {
 }
 
 /// All choices, in the order in which they are printed.
-const TABLE: [Choice; 6] = [
+const TABLE: [Choice; 7] = [
     Choice {
         key: "group-weights",
         names: Some(names::<GroupWeights>),
@@ -158,6 +172,12 @@ const TABLE: [Choice; 6] = [
         names: Some(names::<Clip>),
         value: |choices| choices.clip.name().to_owned(),
         set: |choices, text| Clip::named(text).map(|v| choices.clip = v),
+    },
+    Choice {
+        key: "signs",
+        names: Some(names::<Signs>),
+        value: |choices| choices.signs.name().to_owned(),
+        set: |choices, text| Signs::named(text).map(|v| choices.signs = v),
     },
     Choice {
         key: "residual",
@@ -216,6 +236,7 @@ macro_rules! named {
 named!(GroupWeights: Stale = "stale", Fresh = "fresh");
 named!(ScalePrecision: F32 = "f32", Half = "fp16");
 named!(Clip: None = "none", Search = "search", Solve = "solve");
+named!(Signs: Positive = "positive", Both = "both");
 named!(Rotate: None = "none", Heads = "heads", Full = "full");
 
 impl Rotate {
@@ -270,8 +291,8 @@ mod tests {
     fn every_choice_is_listed_with_its_values() {
         assert_eq!(
             Choices::help(),
-            "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, residual=0..1, \
-             head=0..1, rotate=none|heads|full"
+            "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, \
+             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full"
         );
     }
 
@@ -280,10 +301,11 @@ mod tests {
         for (setting, hint) in [
             ("clip", "clip=none, =search or =solve"),
             ("clip=maybe", "clip=none, =search or =solve"),
+            ("signs=negative", "signs=positive or =both"),
             ("residual=2", "residual=0 to =1"),
             ("residual=NaN", "residual=0 to =1"),
             ("head=-1", "head=0 to =1"),
-            ("speed=fast", "use group-weights, scales, clip, residual, head or rotate"),
+            ("speed=fast", "use group-weights, scales, clip, signs, residual, head or rotate"),
             ("scales=bf16", "scales=f32 or =fp16"),
         ] {
             let error = Choices::BEST.clone().set(setting).unwrap_err();

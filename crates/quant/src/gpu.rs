@@ -6,7 +6,7 @@ use gptq_compute::cuda::{self, ClipSearch, SolveOptions};
 
 use crate::choices::{Clip, GroupWeights, ScalePrecision};
 use crate::error::{Error, Result};
-use crate::grid::clip_ratios;
+use crate::grid::signed_ratios;
 use crate::hessian::Factored;
 use crate::solved::{Codes, Quantized, Stored, group_index, stored_scales};
 use crate::spec::QuantSpec;
@@ -14,7 +14,7 @@ use crate::spec::QuantSpec;
 /// Quantizes `weight` `[out, in]` in device memory; see [`crate::solve`].
 pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     let choices = &spec.choices;
-    let ratios = clip_ratios();
+    let ratios = signed_ratios(choices.signs);
     let by_solving = choices.clip == Clip::Solve;
     let search = ClipSearch { ratios: &ratios, importance: &factored.importance, by_solving };
     let options = SolveOptions {

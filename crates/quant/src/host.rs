@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision};
 use crate::error::Result;
-use crate::grid::{absmax_scale, clip_ratios, code, file_scale, searched_scale};
+use crate::grid::{absmax_scale, code, file_scale, searched_scale, signed_ratios};
 use crate::hessian::Factored;
 use crate::solved::{Quantized, Stored, group_index};
 use crate::spec::QuantSpec;
@@ -21,7 +21,7 @@ use crate::trial::Trial;
 /// Columns whose errors are spread one by one; the columns after them get one product per block.
 /// AutoGPTQ's value, and part of its numerics: group scales are read from weights updated only at
 /// block ends.
-const BLOCK: usize = 128;
+pub(crate) const BLOCK: usize = 128;
 /// Rows of a task: a fixed size, so that sums do not depend on the number of threads.
 const ROWS_PER_TASK: usize = 64;
 
@@ -104,7 +104,7 @@ impl<'a> Solver<'a> {
             upper: factored.upper.as_host(),
             importance: &factored.importance,
             choices: spec.choices,
-            ratios: clip_ratios().to_vec(),
+            ratios: signed_ratios(spec.choices.signs),
             whole_rows: spec.group_size.is_none(),
             group: spec.group_columns(n),
             zero: f32::from(spec.zero()),
@@ -125,13 +125,17 @@ impl<'a> Solver<'a> {
         }
     }
 
-    /// Whether groups get their scales by trial: they lie within blocks, and are solved from weights
-    /// that are all corrected.
-    fn tries(&self) -> bool {
-        self.choices.clip == Clip::Solve
-            && self.choices.group_weights == GroupWeights::Fresh
-            && !self.whole_rows
-            && self.group <= BLOCK
+    /// Scale of a group whose members start at column `first` of the solve, by trial where the
+    /// weights are all corrected.
+    fn chosen(&self, trial: &mut Trial, members: &[f32], first: usize) -> f32 {
+        let fresh = self.choices.group_weights == GroupWeights::Fresh;
+        if self.choices.clip != Clip::Solve || !fresh {
+            return self.scale(members, first);
+        }
+        let half = self.choices.scales == ScalePrecision::Half;
+        let columns = first..first + members.len();
+        let upper = self.upper.slice(s![columns.clone(), columns]);
+        trial.scale(members, upper, (self.zero, self.max_code), half)
     }
 
     /// End of the block of columns that begins at `start`. With fresh weights a group that would
@@ -182,13 +186,14 @@ fn solve_band(w: ArrayView2<'_, f32>, factored: &Factored, spec: &QuantSpec) -> 
 /// were zeroed.
 fn row_scales(band: &mut Band, w: ArrayView2<'_, f32>, solver: &Solver<'_>, factored: &Factored) {
     let stale = solver.choices.group_weights == GroupWeights::Stale;
+    let mut trial = Trial::new(solver.choices.signs);
     for (r, scales) in band.scales.iter_mut().enumerate() {
         let row: Vec<f32> = if stale {
             factored.order.iter().map(|&column| w[[r, column as usize]]).collect()
         } else {
             band.weight.row(r).to_vec()
         };
-        scales.push(solver.scale(&row, 0));
+        scales.push(solver.chosen(&mut trial, &row, 0));
     }
 }
 
@@ -203,7 +208,7 @@ fn solve_block(
 ) {
     let n = band.weight.ncols();
     let mut current = vec![0.0_f32; columns.len()];
-    let mut trial = Trial::new();
+    let mut trial = Trial::new(solver.choices.signs);
     for (r, mut errors) in errors.axis_iter_mut(Axis(0)).enumerate() {
         let outer = band.weight.row(r);
         let Some(outer) = outer.as_slice() else { return };
@@ -218,14 +223,7 @@ fn solve_block(
                 } else {
                     &outer[j..until]
                 };
-                let scale = if solver.tries() {
-                    let half = solver.choices.scales == ScalePrecision::Half;
-                    let upper = solver.upper.slice(s![j..until, j..until]);
-                    trial.scale(members, upper, (solver.zero, solver.max_code), half)
-                } else {
-                    solver.scale(members, j)
-                };
-                band.scales[r].push(scale);
+                band.scales[r].push(solver.chosen(&mut trial, members, j));
             }
             let scale = band.scales[r][j / solver.group];
             let w = current[i];

@@ -18,7 +18,7 @@ mod solver;
 mod spec;
 mod trial;
 
-pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision};
+pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision, Signs};
 pub use error::{Error, Result};
 pub use hessian::{Factored, factor};
 pub use rotation::{Rotation, split_mix};

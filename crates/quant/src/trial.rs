@@ -3,28 +3,32 @@
 //! The error that a scale leaves weight by weight is not what the solve leaves: within a group each
 //! column's error is passed on to those after it. Here every candidate is taken through the group's
 //! columns, and the one with the least Σ err² is kept: exactly what the group adds to
-//! tr((W − Ŵ) H (W − Ŵ)ᵀ).
+//! tr((W − Ŵ) H (W − Ŵ)ᵀ). A group of more than [`BLOCK`] columns is tried in blocks of so many, each
+//! as if the errors of the others did not reach it.
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, s};
 
-use crate::grid::{CLIP_STEPS, ROUND, clip_base, clip_ratios, file_scale};
+use crate::choices::Signs;
+use crate::grid::{CLIP_STEPS, ROUND, clip_base, file_scale, signed_ratios};
+use crate::host::BLOCK;
 
 /// Candidates side by side.
 type Lanes = [f32; CLIP_STEPS];
 
 /// Memory of the trials of one thread.
 pub(crate) struct Trial {
-    ratios: Lanes,
+    /// Candidates of one sign at a time.
+    ratios: Vec<Lanes>,
     /// The group's weights under each candidate, corrected as the trial proceeds.
     current: Vec<Lanes>,
 }
 
 impl Trial {
-    pub(crate) fn new() -> Self {
-        Self { ratios: clip_ratios(), current: Vec::new() }
+    pub(crate) fn new(signs: Signs) -> Self {
+        Self { ratios: signed_ratios(signs).as_chunks().0.to_vec(), current: Vec::new() }
     }
 
-    /// The scale among [`clip_ratios`] · 2 · absmax / max_code under which solving `row` along U's
+    /// The scale among [`signed_ratios`] · 2 · absmax / max_code under which solving `row` along U's
     /// block `upper` `[len, len]` leaves the least Σ err², the first of equals; `half` rounds each
     /// candidate to fp16 first.
     pub(crate) fn scale(
@@ -35,12 +39,17 @@ impl Trial {
         half: bool,
     ) -> f32 {
         let base = clip_base(row, max_code);
-        let scales = self.ratios.map(|ratio| file_scale(ratio * base, max_code, half));
-        let losses = self.losses(row, upper, &scales, (zero, max_code));
-        let (mut best, mut least) = (scales[0], f32::INFINITY);
-        for (&scale, &loss) in scales.iter().zip(&losses) {
-            if loss < least {
-                (best, least) = (scale, loss);
+        let (mut best, mut least) = (0.0, f32::INFINITY);
+        for lanes in 0..self.ratios.len() {
+            let scales = self.ratios[lanes].map(|ratio| file_scale(ratio * base, max_code, half));
+            let losses = self.losses(row, upper, &scales, (zero, max_code));
+            if lanes == 0 {
+                best = scales[0];
+            }
+            for (&scale, &loss) in scales.iter().zip(&losses) {
+                if loss < least {
+                    (best, least) = (scale, loss);
+                }
             }
         }
         best
@@ -48,6 +57,24 @@ impl Trial {
 
     /// Σ err² of the group under each scale.
     fn losses(
+        &mut self,
+        row: &[f32],
+        upper: ArrayView2<'_, f32>,
+        scales: &Lanes,
+        (zero, max_code): (f32, f32),
+    ) -> Lanes {
+        let mut losses = [0.0; CLIP_STEPS];
+        for start in (0..row.len()).step_by(BLOCK) {
+            let block = start..(start + BLOCK).min(row.len());
+            let upper = upper.slice(s![block.clone(), block.clone()]);
+            let left = self.block_losses(&row[block], upper, scales, (zero, max_code));
+            losses.iter_mut().zip(left).for_each(|(sum, loss)| *sum += loss);
+        }
+        losses
+    }
+
+    /// Σ err² of a block of columns under each scale.
+    fn block_losses(
         &mut self,
         row: &[f32],
         upper: ArrayView2<'_, f32>,
@@ -91,7 +118,8 @@ mod tests {
             let steps = (now[i] / scale).round_ties_even().clamp(-zero, max_code - zero);
             let error = (now[i] - steps * scale) / f64::from(upper[[i, i]]);
             sum += error * error;
-            for (j, now) in now.iter_mut().enumerate().skip(i + 1) {
+            let end = (i / BLOCK + 1) * BLOCK;
+            for (j, now) in now.iter_mut().enumerate().take(end).skip(i + 1) {
                 *now -= error * f64::from(upper[[i, j]]);
             }
         }
@@ -100,8 +128,12 @@ mod tests {
 
     #[test]
     fn the_trial_finds_what_the_solve_leaves_least_of() {
-        let mut trial = Trial::new();
-        for (len, bits) in [(37, 3), (128, 4), (1, 2), (32, 8)] {
+        let shapes = [(37, 3), (128, 4), (1, 2), (32, 8), (300, 3)];
+        let mut negative = 0;
+        for (signs, (len, bits)) in
+            [Signs::Positive, Signs::Both].into_iter().flat_map(|s| shapes.map(|shape| (s, shape)))
+        {
+            let mut trial = Trial::new(signs);
             let noise = |i: usize| ((i * 2_654_435_761) % 1009) as f32 / 504.5 - 1.0;
             let row: Vec<f32> = (0..len).map(|i| noise(i + 7).powi(3)).collect();
             let upper = Array2::from_shape_fn((len, len), |(i, j)| match i.cmp(&j) {
@@ -112,17 +144,26 @@ mod tests {
             let (zero, max_code) = ((1 << (bits - 1)) as f32, ((1 << bits) - 1) as f32);
             let grid = (f64::from(zero), f64::from(max_code));
             for half in [false, true] {
-                let found = trial.scale(&row, upper.view(), (zero, max_code), half);
-                let absmax = row.iter().fold(0.0_f32, |a, &v| a.max(v.abs()));
-                let candidates =
-                    clip_ratios().map(|r| file_scale(r * 2.0 * absmax / max_code, max_code, half));
-                let least = candidates.map(|s| loss(&row, &upper, s, grid));
-                let least = least.into_iter().fold(f64::INFINITY, f64::min);
-                assert!(candidates.contains(&found));
-                // A tie may round the other way in f64 and change all that follows.
-                assert!(loss(&row, &upper, found, grid) <= least * 1.02, "{len} {bits} {half}");
+                for side in [1.0, -1.0] {
+                    let row: Vec<f32> = row.iter().map(|w| w * side).collect();
+                    let found = trial.scale(&row, upper.view(), (zero, max_code), half);
+                    let absmax = row.iter().fold(0.0_f32, |a, &v| a.max(v.abs()));
+                    let base = 2.0 * absmax / max_code;
+                    let candidates: Vec<f32> = signed_ratios(signs)
+                        .iter()
+                        .map(|r| file_scale(r * base, max_code, half))
+                        .collect();
+                    let least = candidates.iter().map(|&s| loss(&row, &upper, s, grid));
+                    let least = least.fold(f64::INFINITY, f64::min);
+                    assert!(candidates.contains(&found));
+                    // A tie may round the other way in f64 and change all that follows.
+                    assert!(loss(&row, &upper, found, grid) <= least * 1.02, "{len} {bits} {half}");
+                    negative += usize::from(found < 0.0);
+                }
             }
         }
+        assert!(negative > 0, "a row or its mirror image gains by a negative scale");
+        let mut trial = Trial::new(Signs::Both);
         // Zeros and what cannot be solved have a scale all the same.
         let one = Array2::eye(3);
         assert!(trial.scale(&[0.0; 3], one.view(), (8.0, 15.0), true) > 0.0);

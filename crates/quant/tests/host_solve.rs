@@ -11,7 +11,7 @@ mod support;
 use gptq_compute::cuda::{ClipSearch, SolveOptions};
 use gptq_compute::{Device, Gram, Tensor};
 use gptq_quant::{
-    Choices, Clip, Codes, GroupWeights, QuantSpec, Recipe, ScalePrecision, factor,
+    Choices, Clip, Codes, GroupWeights, QuantSpec, Recipe, ScalePrecision, Signs, factor,
     round_to_nearest, solve,
 };
 use ndarray::Array2;
@@ -30,7 +30,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let factored = plan.factored(&upper, precision);
     let solved = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
 
-    let ratios: Vec<f32> = (0..34).map(|i| 0.5 + 0.55 * i as f32 / 33.0).collect();
+    let ratios = support::ratios(spec.choices.signs);
     let by_solving = spec.choices.clip == Clip::Solve;
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving };
     let half = spec.choices.scales == ScalePrecision::Half;
@@ -93,6 +93,7 @@ fn every_choice_is_solved_as_its_definition_says() {
         ("searched", Choices { clip: Clip::Search, ..plain }),
         ("fresh", Choices { group_weights: Choices::BEST.group_weights, ..plain }),
         ("fresh, searched", Choices { clip: Clip::Search, ..Choices::BEST }),
+        ("best, positive scales", Choices { signs: Signs::Positive, ..Choices::BEST }),
         ("best", Choices::BEST),
     ];
     for (name, choices) in cases {
@@ -111,7 +112,7 @@ fn every_choice_is_solved_as_its_definition_says() {
     }
 }
 
-/// Whatever finite weights there are, every recipe writes scales that are finite and positive, and
+/// Whatever finite weights there are, every recipe writes scales that are finite and not 0, and
 /// codes that mean no more than fp16 holds; and what is tiny is rounded to the nearest that fp16 has.
 #[test]
 fn scales_fit_both_ends_of_fp16_in_every_recipe() {
@@ -138,7 +139,11 @@ fn scales_fit_both_ends_of_fp16_in_every_recipe() {
             for ((row, column), &wanted) in w.indexed_iter() {
                 let group = solved.g_idx[column] as usize;
                 let scale = solved.scales[group * rows + row];
-                assert!(scale.is_finite() && scale.to_f32() > 0.0, "{title}, row {row}: {scale}");
+                let sound = match spec.choices.signs {
+                    Signs::Positive => scale.to_f32() > 0.0,
+                    Signs::Both => scale.to_f32() != 0.0,
+                };
+                assert!(scale.is_finite() && sound, "{title}, row {row}: {scale}");
                 let steps = f32::from(codes[row * n + column]) - f32::from(spec.zero());
                 let given = scale.to_f32() * steps;
                 assert!(given.abs() <= 65504.0, "{title}, row {row}: {given}");

@@ -22,7 +22,7 @@ use super::factor::rows_launch;
 use super::matrix::Matrix;
 use super::pack;
 use super::permutation::SolveOrder;
-use super::plan::{BLOCK, Window, widest, windows};
+use super::plan::{Window, widest, windows};
 use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
 
@@ -35,12 +35,12 @@ const SCALE_ROWS: usize = 8;
 /// A search for the scale that loses least, weighted by the Hessian's diagonal.
 #[derive(Clone, Copy, Debug)]
 pub struct ClipSearch<'a> {
-    /// Candidates, as multiples of the scale 2 · absmax / (2^bits − 1).
+    /// Candidates, as multiples of the scale 2 · absmax / (2^bits − 1), of either sign.
     pub ratios: &'a [f32],
     /// diag(H) in solve order.
     pub importance: &'a [f32],
-    /// A group that is a block of its own is judged by what solving it leaves, not by its weights'
-    /// errors weighted with `importance`.
+    /// A group's candidates are judged by what solving it leaves, in blocks of 128 columns that do not
+    /// know of each other, not by its weights' errors weighted with `importance`. With fresh weights.
     pub by_solving: bool,
 }
 
@@ -178,10 +178,7 @@ impl<'a> Solver<'a> {
             group,
             groups,
             upper: upper.f32(OP)?,
-            search: options
-                .search
-                .map(|s| Search::upload(cuda, s, (rows, fresh && group <= BLOCK)))
-                .transpose()?,
+            search: options.search.map(|s| Search::upload(cuda, s, (rows, fresh))).transpose()?,
             weight: cuda.uninit(OP, rows * n)?,
             errors: cuda.uninit(OP, rows * width)?,
             width,
@@ -203,7 +200,7 @@ impl<'a> Solver<'a> {
             return self.permute(source, order, order.dead.slice());
         }
         self.permute(source, order, order.dead.slice())?;
-        if whole_rows { self.write_scales(0, 1) } else { Ok(()) }
+        if whole_rows { self.choose_scales(0..1) } else { Ok(()) }
     }
 
     fn permute(&mut self, source: &Matrix, order: &SolveOrder, dead: &CudaSlice<u8>) -> Result<()> {
@@ -265,11 +262,7 @@ impl<'a> Solver<'a> {
         for block in &window.blocks {
             let groups = block.start.div_ceil(self.group)..block.end.div_ceil(self.group);
             if self.options.group_size.is_some() && !groups.is_empty() {
-                if self.search.as_ref().is_some_and(|s| s.trials.is_some()) {
-                    self.try_scales(block.start, block.end)?;
-                } else {
-                    self.write_scales(groups.start, groups.len())?;
-                }
+                self.choose_scales(groups)?;
             }
             self.solve_block(block.start, block.end, block.start - window.start())?;
             self.spread(block.start..block.end, window.start(), block.end..window.near_end)?;
@@ -277,14 +270,24 @@ impl<'a> Solver<'a> {
         self.spread(window.start()..window.end(), window.start(), window.near_end..self.n)
     }
 
-    /// The scale of the group that is columns `start .. end`, by solving it with every candidate.
-    fn try_scales(&mut self, start: usize, end: usize) -> Result<()> {
+    /// Scales of these groups, of which the first begins where the solve has come to.
+    fn choose_scales(&mut self, groups: std::ops::Range<usize>) -> Result<()> {
+        if self.search.as_ref().is_none_or(|search| search.trials.is_none()) {
+            return self.write_scales(groups.start, groups.len());
+        }
+        // Fresh weights: a block begins at most one group.
+        groups.into_iter().try_for_each(|group| self.try_scales(group))
+    }
+
+    /// The scale of a group, by solving it with every candidate.
+    fn try_scales(&mut self, group: usize) -> Result<()> {
+        let (start, end) = (group * self.group, ((group + 1) * self.group).min(self.n));
         let (zero, max_code) = self.grid();
         let weight = Block::of_mut(self.cuda, self.weight.make_mut()?, self.n);
         let scales = Block::of_mut(self.cuda, self.scales.make_mut()?, self.rows);
-        let (weight, scales) = (weight.at(0, start), scales.at(start / self.group, 0));
+        let (weight, scales) = (weight.at(0, start), scales.at(group, 0));
         let upper = Block::of(self.cuda, self.upper, self.n).at(start, start);
-        let (rows, ld, width) = (int(self.rows)?, int(self.n)?, int(end - start)?);
+        let (rows, ld, columns) = (int(self.rows)?, int(self.n)?, int(end - start)?);
         let half_scales = i32::from(self.options.half_scales);
         let Some(Search { ratios, count, trials: Some(trials), .. }) = &mut self.search else {
             return Ok(());
@@ -293,7 +296,7 @@ impl<'a> Solver<'a> {
         let kernel = self.cuda.kernel("gptq_try.cu", "gptq_try")?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
         launch.arg(weight.address()).arg(upper.address()).arg(ratios.slice()).arg(&mut *trials);
-        launch.arg(&rows).arg(&ld).arg(&width).arg(&zero).arg(&max_code);
+        launch.arg(&rows).arg(&ld).arg(&columns).arg(&zero).arg(&max_code);
         launch.arg(&half_scales);
         let config = |blocks: usize, candidates: i32| LaunchConfig {
             grid_dim: (blocks as u32, candidates as u32, 1),
@@ -392,10 +395,10 @@ impl<'a> Solver<'a> {
 }
 
 impl Search {
-    /// `alone` says that every group is a block of its own, of so many rows.
-    fn upload(cuda: &Cuda, search: ClipSearch<'_>, (rows, alone): (usize, bool)) -> Result<Self> {
+    /// `fresh` says that groups of so many rows are corrected when their scales are chosen.
+    fn upload(cuda: &Cuda, search: ClipSearch<'_>, (rows, fresh): (usize, bool)) -> Result<Self> {
         let count = search.ratios.len();
-        let tries = search.by_solving && alone;
+        let tries = search.by_solving && fresh;
         Ok(Self {
             ratios: cuda.copied(OP, search.ratios)?,
             count: int(count)?,

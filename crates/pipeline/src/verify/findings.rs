@@ -25,7 +25,7 @@ pub enum Check {
     GroupIndex,
     /// Linears that loaders fuse have one group index.
     FusedOrder,
-    /// Scales are finite and positive.
+    /// Scales are finite, and positive unless a linear's are of both signs.
     Scales,
     /// Norms, embeddings, head and the architecture's biases are finite, biases that AutoGPTQ adds
     /// zero.

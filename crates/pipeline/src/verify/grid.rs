@@ -139,7 +139,7 @@ impl<'a> Grid<'a> {
             for (row, (scale, &zero)) in scales.iter().zip(zeros).enumerate() {
                 let scale = scale.to_f32();
                 // What rounding of a scale near fp16's end makes of the last code, in steps.
-                let slack = self.max * f32::max(SMALLEST_HALF / scale, 1.0 / 1024.0) / 2.0;
+                let slack = self.max * f32::max(SMALLEST_HALF / scale.abs(), 1.0 / 1024.0) / 2.0;
                 let cell = Cell { scale, zero: f32::from(zero), exact: slack < 0.2 };
                 desk.cells[row * groups + group] = cell;
             }

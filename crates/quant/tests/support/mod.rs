@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use gptq_compute::cuda::SolveOptions;
 use gptq_compute::{HessianPrep, Precision, Tensor};
-use gptq_quant::Factored;
+use gptq_quant::{Factored, Signs};
 use half::f16;
 use ndarray::Array2;
 
@@ -73,6 +73,15 @@ pub(crate) struct Replay {
     /// Relative error of a scale, or of the loss that a searched scale is left with.
     pub(crate) scale: f64,
     pub(crate) loss: f64,
+}
+
+/// The candidates of a search for scales, of either sign: multiples of the absmax scale.
+pub(crate) fn ratios(signs: Signs) -> Vec<f32> {
+    let ratios = (0..48).map(|i| 0.35 + 0.7 * i as f32 / 47.0);
+    match signs {
+        Signs::Positive => ratios.collect(),
+        Signs::Both => ratios.clone().chain(ratios.map(|ratio| -ratio)).collect(),
+    }
 }
 
 /// The inputs of a solve, on the host.
@@ -162,9 +171,7 @@ impl Case<'_> {
             return larger(off - slack, 0.0);
         };
         let zero = (max_code + 1.0) / 2.0;
-        let fresh = self.options.fresh;
-        let tried =
-            search.by_solving && fresh && self.group() <= 128 && self.options.group_size.is_some();
+        let tried = search.by_solving && self.options.fresh;
         let loss = |s: f64| -> f64 {
             let value = |v: f64| s * (v / s).round_ties_even().clamp(-zero, max_code - zero);
             if tried {
@@ -182,7 +189,8 @@ impl Case<'_> {
 }
 
 impl Case<'_> {
-    /// Σ err² of solving the group whose weights are `w` with a grid that gives `value`.
+    /// Σ err² of solving the group whose weights are `w` with a grid that gives `value`, in blocks of
+    /// 128 columns that do not know of each other.
     fn trial(&self, w: &[f64], start: usize, value: impl Fn(f64) -> f64) -> f64 {
         let mut now = w.to_vec();
         let mut sum = 0.0;
@@ -194,7 +202,8 @@ impl Case<'_> {
             }
             let error = (now[i] - given) / upper(i);
             sum += error * error;
-            for (j, now) in now.iter_mut().enumerate().skip(i + 1) {
+            let end = (i / 128 + 1) * 128;
+            for (j, now) in now.iter_mut().enumerate().take(end).skip(i + 1) {
                 *now -= error * upper(j);
             }
         }
