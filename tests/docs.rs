@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[allow(dead_code, reason = "the tests of the command line use the rest of it")]
 mod docs_support;
 
 use std::fs;
@@ -105,9 +106,9 @@ fn links_lead_to_files() {
         let text = fs::read_to_string(&page).unwrap();
         let folder = page.parent().unwrap();
         let inline = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
-        let defined = text.lines().filter_map(|line| {
-            line.strip_prefix('[')?.split_once("]: ").map(|(_, target)| target)
-        });
+        let defined = text
+            .lines()
+            .filter_map(|line| line.strip_prefix('[')?.split_once("]: ").map(|(_, target)| target));
         for target in inline.chain(defined) {
             let file = target.split('#').next().unwrap();
             if !file.starts_with("https://") && !file.is_empty() {
@@ -115,4 +116,17 @@ fn links_lead_to_files() {
             }
         }
     }
+}
+
+/// The table of results stands in README and on the page that explains it.
+#[test]
+fn results_are_the_same_wherever_they_stand() {
+    let table = |page: &str| {
+        let text = fs::read_to_string(repository().join(page)).unwrap();
+        let rows = text.lines().skip_while(|line| !line.starts_with("| | `autogptq`, 4-bit"));
+        rows.take_while(|line| line.starts_with('|')).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let rows = table("README.md");
+    assert_eq!(rows.len(), 7, "{rows:?}");
+    assert_eq!(rows, table("crates/cli/docs/recipes.md"));
 }

@@ -109,17 +109,16 @@ fn opened(words: &str, page: &str, line: usize) -> Option<Block> {
 
 /// The words of every program that a block starts, as bash takes its text apart, without starting any:
 /// with nothing in PATH, each is a command that is not found, which bash hands to a function.
-#[allow(dead_code, reason = "the test that runs the blocks runs them")]
 pub(crate) fn recorded_commands(block: &Block) -> Vec<Vec<String>> {
-    const HANDLER: &str =
-        "command_not_found_handle() { printf '%s\\0' \"$@\" $'\\x1e' >> \"$RECORD\"; }\n";
+    const HANDLER: &str = r#"PATH=/nonexistent
+        command_not_found_handle() { printf '%s\0' "$@" $'\x1e' >> "$RECORD"; }
+"#;
     let dir = tempfile::tempdir().unwrap();
     let record = dir.path().join("record");
     fs::write(&record, "").unwrap();
     let output = Command::new("bash")
         .args(["--norc", "-uc", &(HANDLER.to_owned() + &block.script() + "\nwait\n")])
         .current_dir(dir.path())
-        .env("PATH", "/nonexistent")
         .env("HOME", dir.path())
         .env("RECORD", &record)
         .output()

@@ -35,6 +35,7 @@ macro_rules! pages {
 pages! { install nine_branches choosing sources recipes calibration formats verify gpus text json }
 
 #[cfg(test)]
+#[allow(dead_code, reason = "tests/docs.rs uses the rest of it")]
 #[path = "../../../tests/docs_support/mod.rs"]
 mod docs_support;
 
