@@ -4,6 +4,8 @@
 //! user's input (or their disk), 2 a fault of the program itself.
 
 mod args;
+#[cfg(any(doc, test))]
+mod book;
 mod child;
 mod commands;
 mod exit;
