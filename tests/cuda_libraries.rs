@@ -45,8 +45,9 @@ fn doctor(program: &Path, env: &[(&str, &Path)], library: &str) -> Value {
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    let checks: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
-    checks.into_iter().find(|check| check["what"] == library).unwrap()
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let checks = printed["checks"].as_array().unwrap();
+    checks.iter().find(|check| check["what"] == library).unwrap().clone()
 }
 
 /// Puts the packages' folder of libraries into an environment.
