@@ -6,8 +6,8 @@ use std::process::Command;
 
 /// What a block may say that it needs, behind `needs=` and parted by commas. The computer that runs the
 /// tests has none of it.
-const NEEDS: [&str; 8] =
-    ["gpu", "gpus", "hosts", "network", "minutes", "install", "lm_eval", "server"];
+const NEEDS: [&str; 9] =
+    ["gpu", "gpus", "hosts", "network", "minutes", "install", "wheel", "lm_eval", "server"];
 
 /// A fenced block that begins with ```` ```sh ```` or ```` ```console ````.
 pub(crate) struct Block {
