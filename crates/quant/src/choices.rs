@@ -42,7 +42,8 @@ pub enum Clip {
 pub enum Signs {
     /// Positive, as AutoGPTQ's.
     Positive,
-    /// Whichever loses less, among the candidates of [`Clip::Search`] or [`Clip::Solve`].
+    /// Whichever loses less, among the candidates of [`Clip::Search`] or [`Clip::Solve`]; of 8 bits
+    /// positive all the same ([`QuantSpec::signs`](crate::QuantSpec::signs)).
     Both,
 }
 

@@ -14,7 +14,7 @@ use crate::spec::QuantSpec;
 /// Quantizes `weight` `[out, in]` in device memory; see [`crate::solve`].
 pub(crate) fn solve(weight: &Tensor, factored: &Factored, spec: &QuantSpec) -> Result<Quantized> {
     let choices = &spec.choices;
-    let ratios = signed_ratios(choices.signs);
+    let ratios = signed_ratios(spec.signs());
     let by_solving = choices.clip == Clip::Solve;
     let search = ClipSearch { ratios: &ratios, importance: &factored.importance, by_solving };
     let options = SolveOptions {

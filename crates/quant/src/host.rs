@@ -10,7 +10,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision};
+use crate::choices::{Choices, Clip, GroupWeights, ScalePrecision, Signs};
 use crate::error::Result;
 use crate::grid::{absmax_scale, code, file_scale, searched_scale, signed_ratios};
 use crate::hessian::Factored;
@@ -90,6 +90,7 @@ struct Solver<'a> {
     upper: &'a Array2<f32>,
     importance: &'a [f32],
     choices: Choices,
+    signs: Signs,
     ratios: Vec<f32>,
     /// One group a row.
     whole_rows: bool,
@@ -104,7 +105,8 @@ impl<'a> Solver<'a> {
             upper: factored.upper.as_host(),
             importance: &factored.importance,
             choices: spec.choices,
-            ratios: signed_ratios(spec.choices.signs),
+            signs: spec.signs(),
+            ratios: signed_ratios(spec.signs()),
             whole_rows: spec.group_size.is_none(),
             group: spec.group_columns(n),
             zero: f32::from(spec.zero()),
@@ -186,7 +188,7 @@ fn solve_band(w: ArrayView2<'_, f32>, factored: &Factored, spec: &QuantSpec) -> 
 /// were zeroed.
 fn row_scales(band: &mut Band, w: ArrayView2<'_, f32>, solver: &Solver<'_>, factored: &Factored) {
     let stale = solver.choices.group_weights == GroupWeights::Stale;
-    let mut trial = Trial::new(solver.choices.signs);
+    let mut trial = Trial::new(solver.signs);
     for (r, scales) in band.scales.iter_mut().enumerate() {
         let row: Vec<f32> = if stale {
             factored.order.iter().map(|&column| w[[r, column as usize]]).collect()
@@ -208,7 +210,7 @@ fn solve_block(
 ) {
     let n = band.weight.ncols();
     let mut current = vec![0.0_f32; columns.len()];
-    let mut trial = Trial::new(solver.choices.signs);
+    let mut trial = Trial::new(solver.signs);
     for (r, mut errors) in errors.axis_iter_mut(Axis(0)).enumerate() {
         let outer = band.weight.row(r);
         let Some(outer) = outer.as_slice() else { return };

@@ -3,7 +3,7 @@
 use gptq_checkpoint::GroupSize;
 use serde::{Deserialize, Serialize};
 
-use crate::choices::Choices;
+use crate::choices::{Choices, Signs};
 use crate::error::{Error, Result};
 
 /// A named set of solver choices.
@@ -123,6 +123,11 @@ impl QuantSpec {
     /// Largest code.
     pub fn max_code(&self) -> f32 {
         ((1_u32 << self.bits) - 1) as f32
+    }
+
+    /// Signs that a search for scales tries: of 8 bits, where a step is 1 in 255, positive ones.
+    pub fn signs(&self) -> Signs {
+        if self.bits == 8 { Signs::Positive } else { self.choices.signs }
     }
 
     /// Code of 0.0 on the symmetric grid.

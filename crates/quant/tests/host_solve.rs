@@ -30,7 +30,7 @@ fn check(name: &str, spec: &QuantSpec, (rows, n): (usize, usize)) {
     let factored = plan.factored(&upper, precision);
     let solved = solve(&Tensor::from_host(w.clone()), &factored, spec).unwrap();
 
-    let ratios = support::ratios(spec.choices.signs);
+    let ratios = support::ratios(spec.signs());
     let by_solving = spec.choices.clip == Clip::Solve;
     let search = ClipSearch { ratios: &ratios, importance: &plan.importance, by_solving };
     let half = spec.choices.scales == ScalePrecision::Half;
@@ -139,7 +139,7 @@ fn scales_fit_both_ends_of_fp16_in_every_recipe() {
             for ((row, column), &wanted) in w.indexed_iter() {
                 let group = solved.g_idx[column] as usize;
                 let scale = solved.scales[group * rows + row];
-                let sound = match spec.choices.signs {
+                let sound = match spec.signs() {
                     Signs::Positive => scale.to_f32() > 0.0,
                     Signs::Both => scale.to_f32() != 0.0,
                 };
