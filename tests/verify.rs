@@ -474,12 +474,17 @@ fn a_bias_where_the_model_has_none_is_a_finding_with_and_without_a_base() {
 #[test]
 fn swapped_scale_rows_are_found_against_the_base() {
     let dir = Workdir::new();
-    for (name, settings) in [
-        ("a", ["--bits", "4", "--recipe", "autogptq", "--group-size", "64"].as_slice()),
-        ("b", &["--bits", "3", "--recipe", "best", "--group-size", "128"]),
+    let tensor = format!("{BLOCK_1_UP}.scales");
+    let swapped = [tensor.as_str(), "gives group 0 scales that are those of group 1"];
+    // Scales of the other sign turn half of the weights around.
+    let turned = [BLOCK_1_UP, "has no column near the base's"];
+    let best = "--bits 3 --recipe best --group-size 128";
+    for (name, settings, found) in [
+        ("a", "--bits 4 --recipe autogptq --group-size 64", swapped),
+        ("b", &format!("{best} --set signs=positive"), swapped),
+        ("c", best, turned),
     ] {
-        quantize(&dir, name, settings);
-        let tensor = format!("{BLOCK_1_UP}.scales");
+        quantize(&dir, name, &settings.split(' ').collect::<Vec<_>>());
         let swap = |file: &mut File| {
             let [_, outputs] = file.shape(&tensor);
             let (first, second) = file.tensor(&tensor).split_at_mut(2 * outputs);
@@ -487,10 +492,7 @@ fn swapped_scale_rows_are_found_against_the_base() {
         };
         with_damage(&dir, name, swap, || {
             dir.gptq(&["verify", name, "-q"]).ok();
-            finds(
-                &against_base(&dir, name),
-                &[&tensor, "gives group 0 scales that are those of group 1"],
-            );
+            finds(&against_base(&dir, name), &found);
         });
     }
 }

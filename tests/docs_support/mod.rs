@@ -4,8 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What a block may say that it needs, behind `needs=` and parted by commas. The computer that runs the
-/// tests has none of it.
+/// What a block may say that it needs, behind `needs-`. The computer that runs the tests lacks it.
 const NEEDS: [&str; 9] =
     ["gpu", "gpus", "hosts", "network", "minutes", "install", "wheel", "lm_eval", "server"];
 
@@ -98,11 +97,9 @@ fn opened(words: &str, page: &str, line: usize) -> Option<Block> {
         assert!(known.contains(&kind), "{page}:{line}: a block of `{kind}`");
         return None;
     }
-    let needs = attributes.strip_prefix("needs=");
+    let needs = attributes.strip_prefix("needs-");
     assert_eq!(needs.is_none(), attributes.is_empty(), "{page}:{line}: {attributes}");
-    for need in needs.into_iter().flat_map(|needs| needs.split(',')) {
-        assert!(NEEDS.contains(&need), "{page}:{line}: needs={need}");
-    }
+    assert!(needs.is_none_or(|need| NEEDS.contains(&need)), "{page}:{line}: {attributes}");
     let (page, needs) = (page.to_owned(), needs.is_some());
     Some(Block { page, line, console: kind == "console", needs, text: String::new() })
 }

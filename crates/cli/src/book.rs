@@ -14,7 +14,7 @@
 //!
 //! The pages are the files of `crates/cli/docs`. Blocks marked `sh` are run by `tests/docs.rs` on the
 //! embedded model, in the root of the repository as a page shows them, one after the other; what needs
-//! more than a computer says so behind `needs=`, and its options are held against the command line by a
+//! more than a computer says so behind `needs-`, and its options are held against the command line by a
 //! test of this module.
 
 /// A page from its file. In the files, links to other pages are `[text][page]`, with `[page]: page.md`
@@ -22,10 +22,10 @@
 #[cfg(doc)]
 macro_rules! pages {
     ($($page:ident)*) => { $(
-        #[doc = "[install]: super::install\n[nine_branches]: super::nine_branches"]
-        #[doc = "[choosing]: super::choosing\n[sources]: super::sources\n[recipes]: super::recipes"]
-        #[doc = "[calibration]: super::calibration\n[formats]: super::formats\n[verify]: super::verify"]
-        #[doc = "[gpus]: super::gpus\n[text]: super::text\n[json]: super::json\n"]
+        #[doc = "[install]: self::install\n[nine_branches]: self::nine_branches"]
+        #[doc = "[choosing]: self::choosing\n[sources]: self::sources\n[recipes]: self::recipes"]
+        #[doc = "[calibration]: self::calibration\n[formats]: self::formats\n[verify]: self::verify"]
+        #[doc = "[gpus]: self::gpus\n[text]: self::text\n[json]: self::json\n"]
         #[doc = include_str!(concat!("../docs/", stringify!($page), ".md"))]
         mod $page {}
     )* };
