@@ -24,6 +24,13 @@ pub struct Operations {
     pub shift: f64,
 }
 
+/// What the operations of a block follow from.
+#[derive(PartialEq)]
+struct BlockKind {
+    linears: Vec<LinearShape>,
+    window: Option<usize>,
+}
+
 impl Operations {
     /// Of a block with these linears over `windows` windows of `seq_len` tokens, each of which attends
     /// to `window` tokens at most. With `reference`, the unquantized model is walked too.
@@ -69,15 +76,16 @@ impl Operations {
 
     /// Of all blocks of a model.
     pub(crate) fn of_model(model: &ModelConfig, tokens: (usize, usize), reference: bool) -> Self {
-        let mut kinds: Vec<((Vec<LinearShape>, Option<usize>), usize)> = Vec::new();
+        let mut kinds: Vec<(BlockKind, usize)> = Vec::new();
         for block in 0..model.num_hidden_layers {
-            let found = (model.block_linears(block), model.block_attention(block).window);
+            let window = model.block_attention(block).window;
+            let found = BlockKind { linears: model.block_linears(block), window };
             match kinds.iter_mut().find(|(kind, _)| *kind == found) {
                 Some((_, count)) => *count += 1,
                 None => kinds.push((found, 1)),
             }
         }
-        let of_kind = |((linears, window), count): ((Vec<LinearShape>, Option<usize>), usize)| {
+        let of_kind = |(BlockKind { linears, window }, count): (BlockKind, usize)| {
             Self::of_block(&linears, window, tokens, reference).times(count as f64)
         };
         kinds.into_iter().map(of_kind).reduce(Self::plus).unwrap_or_default()
