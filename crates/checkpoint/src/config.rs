@@ -480,5 +480,31 @@ mod tests {
             assert!(parse(&minimal("").replace(from, to)).is_err(), "{to}");
         }
         assert!(matches!(parse("[]"), Err(Error::Json { .. })));
+        for (family, extra, named) in [
+            (
+                "gemma3_text",
+                r#","rope_parameters":{"rope_theta":7.0}"#,
+                "for each of `full_attention`",
+            ),
+            ("gemma3_text", r#","rope_parameters":{"sliding_attention":7}"#, "rope_parameters"),
+            ("gemma3_text", r#","attn_logit_softcapping":50.0"#, "attn_logit_softcapping"),
+            ("gemma2", r#","attn_logit_softcapping":-1"#, "attn_logit_softcapping"),
+            ("gemma2", r#","query_pre_attn_scalar":1e300"#, "query_pre_attn_scalar"),
+            ("gemma2", r#","use_bidirectional_attention":true"#, "use_bidirectional_attention"),
+            ("gemma2", r#","hidden_activation":"gelu""#, "only `gelu_pytorch_tanh` is"),
+            ("phi3", r#","partial_rotary_factor":1.5"#, "partial_rotary_factor"),
+            ("phi3", r#","partial_rotary_factor":0.2"#, "rotates 3 of 16 features"),
+            ("phi3", r#","rope_scaling":{"type":"yarn","factor":4.0}"#, "short_factor"),
+            ("smollm3", r#","no_rope_layers":[1]"#, "0 or 1 for each of 2 blocks"),
+            ("smollm3", r#","no_rope_layers":[1,2]"#, "no_rope_layers"),
+            ("smollm3", r#","no_rope_layer_interval":0"#, "no_rope_layer_interval"),
+            ("granite", r#","residual_multiplier":0"#, "residual_multiplier"),
+            ("cohere", r#","use_qk_norm":"yes""#, "use_qk_norm"),
+            ("cohere2", r#","use_qk_norm":true"#, "use_qk_norm"),
+        ] {
+            let text = minimal(extra).replace("\"llama\"", &format!("\"{family}\""));
+            let message = parse(&text).unwrap_err().to_string();
+            assert!(message.contains(named), "{family}, {extra}: {message}");
+        }
     }
 }

@@ -61,3 +61,19 @@ impl<'a> Values<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gemma's factor of 3072 features, √3072 = 55.4256, as transformers has it in each type.
+    #[test]
+    fn factors_have_the_precision_of_the_values() {
+        let factor = 3072.0_f32.sqrt();
+        let stored = |dtype| Values::Stored(Cow::Borrowed(&[]), dtype).rounded(factor);
+        assert_eq!(stored(FloatType::F32), factor);
+        assert_eq!(stored(FloatType::BF16), 55.5);
+        assert_eq!(stored(FloatType::F16), 55.4375);
+        assert_eq!(Values::Half(Vec::new()).rounded(factor), 55.4375);
+    }
+}

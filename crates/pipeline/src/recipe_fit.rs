@@ -72,3 +72,50 @@ fn norms_results(model: &ModelConfig) -> bool {
     let blocks = 0..model.num_hidden_layers;
     blocks.flat_map(|block| model.block_norms(block)).any(|norm| after(norm.id))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use gptq_quant::Recipe;
+
+    use super::*;
+
+    fn fitted(family: &str, recipe: Recipe) -> (Choices, Vec<String>) {
+        let text = format!(
+            r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":32,
+            "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
+        );
+        let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
+        let mut spec = QuantSpec::new(4, None, true, 0.01, recipe);
+        let asked = spec.clone();
+        let notes = fit(&model, &mut spec);
+        assert_eq!(check(&model, &asked).is_err(), !notes.is_empty(), "{family}");
+        check(&model, &spec).unwrap();
+        (spec.choices, notes)
+    }
+
+    #[test]
+    fn what_a_model_does_not_allow_is_left_out_and_said() {
+        let best = Choices::BEST;
+        for family in ["llama", "gemma", "phi3", "granite", "glm", "smollm3"] {
+            assert_eq!(fitted(family, Recipe::Best), (best, vec![]), "{family}");
+        }
+        for (family, why) in [
+            ("gemma2", "is normed"),
+            ("olmo3", "is normed"),
+            ("glm4", "is normed"),
+            ("cohere", "norms take means off"),
+            ("cohere2", "added at once"),
+        ] {
+            let (choices, notes) = fitted(family, Recipe::Best);
+            let without = Choices { rotate: Rotate::Heads, residual: 0.0, ..best };
+            assert_eq!((choices, notes.len()), (without, 2), "{family}");
+            assert!(notes.iter().any(|note| note.contains(why)), "{family}: {notes:?}");
+            assert!(notes[0].starts_with("rotate=heads instead of full"), "{notes:?}");
+            for recipe in [Recipe::AutoGptq, Recipe::Rtn] {
+                assert_eq!(fitted(family, recipe), (Choices::AUTOGPTQ, vec![]), "{family}");
+            }
+        }
+    }
+}
