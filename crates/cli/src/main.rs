@@ -2,6 +2,8 @@
 //!
 //! Results go to stdout; progress, warnings and errors to stderr. Exit codes: 0 success, 1 the
 //! user's input (or their disk), 2 a fault of the program itself.
+//!
+//! How to use it is told by [the book](book).
 
 mod args;
 #[cfg(any(doc, test))]
