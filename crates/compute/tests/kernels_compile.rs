@@ -3,6 +3,8 @@
 //! Needs NVRTC but no GPU: name the folder of `libnvrtc.so.13` in `GPTQ_CUDA_LIB` or in
 //! `LD_LIBRARY_PATH`.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+
 #[path = "../../../tests/util/needs.rs"]
 mod needs;
 
