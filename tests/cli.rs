@@ -285,7 +285,7 @@ fn a_run_is_summarized() {
     heads       4 query, 2 key/value
     vocabulary  64
     head        a tensor of its own
-    weights     52.6 kB (52608 bytes)
+    weights     52.6 kB (52616 bytes)
     tensors     63 (21 F16, 42 I32)
     quantized   3 bits, group size 128, act-order yes, damp 0.03
     linears     14 in 29.0 kB, 3.777 bits a weight
