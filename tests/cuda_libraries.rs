@@ -1,5 +1,7 @@
 //! Where the command finds CUDA's libraries, with those of a Python environment in its place.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 #[path = "util/needs.rs"]
 mod needs;
 
