@@ -70,7 +70,7 @@ impl Device {
         }
     }
 
-    /// Row `rows[i]` of the residual += weights[i] · row i of `x`, which is of any type: what an expert adds to
+    /// Row `rows[i]` of the residual += `weights[i]` · row i of `x`, which is of any type: what an expert adds to
     /// the tokens that were sent to it. Sums have one order, for no row is named twice.
     ///
     /// # Errors
