@@ -36,7 +36,7 @@ from family_configs import SEEDED, SHORT_TOO
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "families"
 VOCABULARY = 64
 SEQ_LEN = 48
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 
 COMMON = {
     "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -166,11 +166,16 @@ def load(folder, tensors=None):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = load_torch(folder / "model.safetensors") if tensors is None else tensors
+    stored = next(tensor.dtype for name, tensor in tensors.items() if "embed_tokens" in name)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     missing = [m for m in missing if not (m == "lm_head.weight" and config.tie_word_embeddings)]
     assert not missing and not unexpected, (missing, unexpected)
     model.tie_weights()
+    # Gemma's factor has the type of the embeddings, which are widened here after they were read.
+    for module in model.modules():
+        if isinstance(getattr(module, "embed_scale", None), torch.Tensor):
+            module.embed_scale = module.embed_scale.to(stored).float()
     return model
 
 
@@ -260,13 +265,16 @@ def losses_of_transformers(model, ids, seq_len):
     return np.concatenate(losses)
 
 
+def unpacked(words, bits):
+    """Values of so many bits along the rows of words, the lowest bits first; at 3 bits some cross words."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    return stream.reshape(words.shape[0], -1, bits) @ (1 << np.arange(bits))
+
+
 def dequantized(folder):
     """A GPTQ folder's tensors as those of a dense model, by the format's definition."""
     settings = json.loads((folder / "quantize_config.json").read_text())
     bits = settings["bits"]
-    assert 32 % bits == 0, "values that cross words are not needed here"
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    mask = np.uint32(2**bits - 1)
     stored = load_file(folder / "model.safetensors")
     tensors = {}
     for name, value in stored.items():
@@ -275,11 +283,8 @@ def dequantized(folder):
             if leaf != "inv_freq":
                 tensors[name] = torch.from_numpy(value)
         elif leaf == "qweight":
-            words = value.view(np.uint32)
-            codes = (words[:, None, :] >> shifts[None, :, None]) & mask
-            codes = codes.reshape(-1, words.shape[1])
-            zeros = stored[f"{prefix}.qzeros"].view(np.uint32)
-            zeros = ((zeros[:, :, None] >> shifts) & mask).reshape(zeros.shape[0], -1) + 1
+            codes = unpacked(value.T, bits).T
+            zeros = unpacked(stored[f"{prefix}.qzeros"], bits) + 1
             group = stored[f"{prefix}.g_idx"]
             scales = stored[f"{prefix}.scales"].astype(np.float32)
             weight = scales[group] * (codes.astype(np.float32) - zeros[group].astype(np.float32))
@@ -306,6 +311,11 @@ def compare(what, ours, theirs):
           f" perplexity {np.exp(theirs.mean()):9.4f}", flush=True)
     assert error < TOLERANCE, f"{what}: {error}"
     return np.exp(theirs.mean())
+
+
+# Width, recipe and layout.
+CHECKED = [(4, "autogptq", "card"), (4, "best", "modern"), (4, "best", "card"), (3, "autogptq", "modern"),
+           (3, "best", "card")]
 
 
 def check(gptq, seed, only):
@@ -335,16 +345,17 @@ def check_family(gptq, name, folder, dense, seed):
         assert tokens == [t for i, t in enumerate(ids[:len(ids) // seq_len * seq_len])
                           if i % seq_len]
         base = compare(f"{name}, windows of {seq_len}", ours, theirs)
-    for recipe, layout in [("autogptq", "card"), ("best", "modern"), ("best", "card")]:
-        out = work / f"{name}-{recipe}-{layout}"
+    for bits, recipe, layout in CHECKED:
+        out = work / f"{name}-{bits}-{recipe}-{layout}"
         run(gptq, "quantize", folder, "--out", out, "--recipe", recipe, "--layout", layout,
-            "--group-size", 32, "--device", "cpu", "--calib-dataset", train, "--windows", 32,
+            "--bits", bits, "--group-size", 32, "--device", "cpu", "--calib-dataset", train, "--windows", 32,
             "--seq-len", SEQ_LEN, "--seed", 0)
+        run(gptq, "verify", out, "--base", folder)
         ours, _ = losses_of_gptq(gptq, out, text, SEQ_LEN)
         tensors = without_zero_biases(dequantized(out), dense)
         theirs = losses_of_transformers(load(out, tensors), ids, SEQ_LEN)
-        made = compare(f"{name}, {recipe}, {layout}", ours, theirs)
-        assert abs(np.log(made / base)) < 0.1, f"{name}, {recipe}: perplexity {made} from {base}"
+        made = compare(f"{name}, {bits} bits, {recipe}, {layout}", ours, theirs)
+        assert abs(np.log(made / base)) < (0.1 if bits == 4 else 0.3), f"{name}, {recipe}: perplexity {made} from {base}"
 
 
 def main():
