@@ -75,6 +75,7 @@ const HEADERS: &[(&str, &str)] = embedded![
     "coded.cuh",
     "coded_linear.cuh",
     "dependent.cuh",
+    "gated.cuh",
     "gptq.cuh",
     "half.cuh",
     "load.cuh",
