@@ -6,8 +6,10 @@
 //! and it is the only one that may hold `unsafe` code besides the readers' mmap.
 
 mod activation;
+mod adam;
 mod attention_rule;
 mod attention_shape;
+mod backward;
 mod block_parts;
 mod cpu;
 pub mod cuda;
@@ -23,6 +25,7 @@ mod ranks;
 mod resident;
 mod residual_shift;
 mod rope;
+mod scaled_codes;
 mod share;
 mod stage_timer;
 mod steps;
@@ -31,6 +34,7 @@ mod tensor;
 mod testing;
 
 pub use activation::Activation;
+pub use adam::Adam;
 pub use attention_rule::AttentionRule;
 pub use attention_shape::AttentionShape;
 pub use cpu::linalg;
@@ -44,6 +48,7 @@ pub use kv_cache::{CacheShape, KvCache, Span};
 pub use ranks::{Agreement, Launch, LossWatch, RankHandle, Ranks, frames, greeting};
 pub use resident::{CodedMatrix, Resident};
 pub use rope::{RopeLayout, RopeTable};
+pub use scaled_codes::{PackedCodes, ScaledCodes};
 pub use share::share;
 pub use stage_timer::StageTimer;
 pub use steps::{StepBlock, StepModel, Steps};

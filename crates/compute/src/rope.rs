@@ -1,5 +1,7 @@
 //! Rotary position embedding tables.
 
+use std::sync::OnceLock;
+
 use crate::cuda::DeviceTableCell;
 use crate::error::{Result, ensure_shape};
 
@@ -24,6 +26,8 @@ pub struct RopeTable {
     pub(crate) layout: RopeLayout,
     /// The copy of the first GPU that used the table.
     pub(crate) on_cuda: DeviceTableCell,
+    /// The same with every angle's sign turned, made when it is first asked for.
+    pub(crate) back: OnceLock<Box<RopeTable>>,
 }
 
 impl RopeTable {
@@ -54,12 +58,22 @@ impl RopeTable {
                 sin.push(angle.sin() as f32 * factor);
             }
         }
-        Self { cos, sin, half, head_dim, layout, on_cuda: DeviceTableCell::new() }
+        let (on_cuda, back) = (DeviceTableCell::new(), OnceLock::new());
+        Self { cos, sin, half, head_dim, layout, on_cuda, back }
     }
 
     /// Number of positions covered.
     pub fn positions(&self) -> usize {
         self.cos.len() / self.half
+    }
+
+    /// The transposed rotations, by which gradients go back.
+    pub(crate) fn reversed(&self) -> &Self {
+        self.back.get_or_init(|| {
+            let sin = self.sin.iter().map(|sin| -sin).collect();
+            let (on_cuda, back) = (DeviceTableCell::new(), OnceLock::new());
+            Box::new(Self { sin, cos: self.cos.clone(), on_cuda, back, ..*self })
+        })
     }
 
     /// True when all of a head is rotated by halves: Llama's way.

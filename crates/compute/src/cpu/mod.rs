@@ -4,6 +4,8 @@
 //! do not depend on the number of threads.
 
 pub(crate) mod attention;
+pub(crate) mod attention_backward;
+pub(crate) mod backward;
 pub(crate) mod block_parts;
 pub(crate) mod cached_attention;
 mod dots;
@@ -15,6 +17,7 @@ pub mod linalg;
 pub(crate) mod matmul;
 pub(crate) mod resident;
 pub(crate) mod rows;
+pub(crate) mod scaled_codes;
 mod simd;
 mod tiles;
 pub(crate) mod token_loss;

@@ -38,6 +38,12 @@ dispatch!(
     /// gate = gelu(gate) · up, by the approximation with a hyperbolic tangent.
     gelu_mul(gate: &mut [f32], up: &[f32]), gelu_mul_body);
 dispatch!(
+    /// The gradients of silu(gate) · up, in place of gate and up.
+    silu_mul_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]), silu_mul_backward_body);
+dispatch!(
+    /// The same of gelu(gate) · up.
+    gelu_mul_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]), gelu_mul_backward_body);
+dispatch!(
     /// Each value v becomes cap · tanh(v / cap).
     softcap(values: &mut [f32], cap: f32), softcap_body);
 dispatch!(
@@ -133,6 +139,30 @@ fn gelu_mul_body(gate: &mut [f32], up: &[f32]) {
     for (g, u) in gate.iter_mut().zip(up) {
         let x = *g;
         *g = x / (1.0 + exp(-(TWICE * (x + 0.044_715 * x * x * x)))) * u;
+    }
+}
+
+/// With s = 1 / (1 + e^(−x)), the slope of x · s is s + x · s (1 − s).
+#[inline(always)]
+fn silu_mul_backward_body(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+        let x = *g;
+        let s = 1.0 / (1.0 + exp(-x));
+        *g = dy * *u * (s + x * s * (1.0 - s));
+        *u = dy * x * s;
+    }
+}
+
+/// With s = 1 / (1 + e^(−2u)), the slope of x · s is s + x · s (1 − s) · 2u′.
+#[inline(always)]
+fn gelu_mul_backward_body(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    const TWICE: f32 = 2.0 * 0.797_884_6;
+    for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+        let x = *g;
+        let s = 1.0 / (1.0 + exp(-(TWICE * (x + 0.044_715 * x * x * x))));
+        let slope = TWICE * (1.0 + 3.0 * 0.044_715 * x * x);
+        *g = dy * *u * (s + x * s * (1.0 - s) * slope);
+        *u = dy * x * s;
     }
 }
 

@@ -1,11 +1,11 @@
 //! The language-model head: losses and divergences without holding all logits.
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
 
 use super::block_parts;
 use super::matmul::matmul_nt;
-use super::rows::slice;
+use super::rows::{slice, slice_mut};
 use super::simd;
 
 /// Rows of logits held at a time, by all threads together: 512 × 49,152 values are 100 MiB. A
@@ -50,6 +50,38 @@ pub(crate) fn token_kl(
         }));
     }
     divergences
+}
+
+/// KL(p‖q) of every row, and the gradient of scale · Σ KL by the hidden states of q: with softmaxes p and q,
+/// scale · (q − p) · q_head, each logit's part times what its cap lets through.
+pub(crate) fn kl_backward(
+    (p_hidden, p_head): (&Array2<f32>, &Array2<f32>),
+    (q_hidden, q_head): (&Array2<f32>, &Array2<f32>),
+    softcap: Option<f32>,
+    scale: f32,
+) -> (Vec<f32>, Array2<f32>) {
+    let mut p_room = Logits::new(p_hidden, p_head, softcap);
+    let mut q_room = Logits::new(q_hidden, q_head, softcap);
+    let mut divergences = Vec::with_capacity(p_hidden.nrows());
+    let mut dx = Array2::zeros(q_hidden.dim());
+    for (band, mut dx) in dx.axis_chunks_iter_mut(Axis(0), BAND).enumerate() {
+        let p = p_room.band(band, p_hidden, p_head);
+        q_room.band(band, q_hidden, q_head);
+        let mut q = q_room.room.slice_mut(s![..p.nrows(), ..]);
+        let mut rows: Vec<_> = q.axis_iter_mut(Axis(0)).collect();
+        divergences.par_extend(rows.par_iter_mut().enumerate().map(|(i, q)| {
+            let (p, q) = (slice(p.row(i)), slice_mut(q));
+            let (p_norm, q_norm) = (simd::log_sum_exp(p), simd::log_sum_exp(q));
+            let divergence = simd::kl(p, p_norm, q, q_norm) as f32;
+            for (q, p) in q.iter_mut().zip(p) {
+                let slope = softcap.map_or(1.0, |cap| 1.0 - (*q / cap) * (*q / cap));
+                *q = scale * slope * ((*q - q_norm).exp() - (p - p_norm).exp());
+            }
+            divergence
+        }));
+        matmul_nt(q.view(), q_head.t(), 0.0, dx.view_mut());
+    }
+    (divergences, dx)
 }
 
 /// Room for one band of logits, used again for the next.

@@ -8,7 +8,7 @@ mod split_mix;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use gptq_compute::{Device, FloatType, HostMatrix, Tensor};
+use gptq_compute::{Device, FloatType, HostMatrix, PackedCodes, Tensor};
 use half::{bf16, f16};
 use ndarray::Array2;
 
@@ -45,6 +45,61 @@ impl Random {
             let bits = self.next();
             let sum: f32 = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65536.0).sum();
             f16::from_f32((sum - 2.0) * 1.732 * deviation).to_f32()
+        })
+    }
+}
+
+/// A quantized weight with groups of columns in an order of their own.
+pub struct CodedWeight {
+    pub bits: u8,
+    pub shape: (usize, usize),
+    pub codes: Array2<u8>,
+    pub zero: u8,
+    /// `[groups, rows]`, of either sign.
+    pub scales: Vec<f16>,
+    pub g_idx: Vec<u32>,
+    words: Vec<u32>,
+}
+
+impl CodedWeight {
+    /// Groups of `group` columns of a random order; the last may be smaller.
+    pub fn random(random: &mut Random, bits: u8, shape: (usize, usize), group: usize) -> Self {
+        let (rows, cols) = shape;
+        let codes = Array2::from_shape_simple_fn(shape, || (random.next() % (1 << bits)) as u8);
+        let scale = || f16::from_f32(random.halves(1, 1, 0.1)[[0, 0]] + 0.01);
+        let scales = std::iter::repeat_with(scale).take(rows * cols.div_ceil(group)).collect();
+        let mut g_idx: Vec<u32> = (0..cols).map(|column| (column / group) as u32).collect();
+        for i in (1..cols).rev() {
+            g_idx.swap(i, random.below(i + 1));
+        }
+        let width = usize::from(bits);
+        let mut words = vec![0_u32; cols / 32 * width * rows];
+        for ((row, column), &code) in codes.indexed_iter() {
+            for bit in 0..width {
+                let at = column * width + bit;
+                words[at / 32 * rows + row] |= u32::from(code >> bit & 1) << (at % 32);
+            }
+        }
+        let zero = 1 << (bits - 1);
+        Self { bits, shape, codes, zero, scales, g_idx, words }
+    }
+
+    pub fn packed(&self) -> PackedCodes<'_> {
+        let &Self { bits, shape: (rows, cols), zero, .. } = self;
+        let (words, scales, g_idx) = (&self.words, &self.scales, &self.g_idx);
+        PackedCodes { bits, rows, cols, words, zero, scales, g_idx }
+    }
+
+    /// What it means.
+    pub fn values(&self) -> Array2<f32> {
+        self.values_of(&self.scales)
+    }
+
+    /// What it means with other scales.
+    pub fn values_of(&self, scales: &[f16]) -> Array2<f32> {
+        Array2::from_shape_fn(self.shape, |(row, column)| {
+            let scale = scales[self.g_idx[column] as usize * self.shape.0 + row].to_f32();
+            scale * (f32::from(self.codes[[row, column]]) - f32::from(self.zero))
         })
     }
 }
