@@ -11,12 +11,14 @@
 //          norms, deltas [windows, heads, seq_len] f32: of every query, the binary logarithm of the sum of its weights
 //          before they are divided by it, and its delta; made by the first kernel for the second.
 // Launch   attention_backward_queries_D, for norms, deltas and dq: grid (query tiles, heads, windows), 128 threads: 4 warps
-//          of 16 queries; dynamic shared memory (128 + 2 * KEYS) * (D + 8) halves, KEYS being 64 or, for D above 128, 32.
+//          of 16 queries; dynamic shared memory (128 + 2 * KEYS * STAGES) * (D + 8) halves, KEYS being 64 or, for D above
+//          64, 32, and STAGES 2 or, for D above 128, 1.
 //          attention_backward_keys_D, for dk and dv: grid (key tiles, kv_heads * parts, windows), 128 threads: 4 warps of 16
-//          keys; dynamic shared memory 192 * (D + 8) halves. Parts are 2 for D above 128, of D / 2 columns of dk and dv.
+//          keys; dynamic shared memory (128 + 64 * STAGES) * (D + 8) halves. Parts are 2 for D above 128, of D / 2 columns
+//          of dk and dv.
 // Regime   tensor cores. A block of queries walks over its keys twice, for the norms and for dq; a block of keys walks over
-//          the queries of all heads that read them, so that no sum is made by two blocks and its order is fixed. Latency
-//          is hidden by the blocks that share a multiprocessor.
+//          the queries of all heads that read them, so that no sum is made by two blocks and its order is fixed. With two
+//          stages a step is on the way while the one before is computed.
 // Bound    16 * D operations a query and key that it sees, of which 10 * D are the least: 4.4 TFLOP, 25 ms at 180 TFLOP/s,
 //          for 64 heads of 128 and 4 windows of 4096. Above 128 columns the two parts make scores twice.
 #include "attention.cuh"
@@ -26,6 +28,12 @@ namespace {
 
 constexpr int TILE = WARPS * 16;  // queries or keys of a block
 constexpr int STEP = 32;          // queries of a step over them: one a lane, for norms and deltas
+
+// What shared memory and registers allow: keys of a step over them, and steps that have a place.
+template <int D>
+constexpr int kKeys = D > 64 ? 32 : 64;
+template <int D>
+constexpr int kStages = D > 128 ? 1 : 2;
 
 struct Shape {
     int heads, kv_heads, dim, seq_len, window;
@@ -109,7 +117,7 @@ __device__ __forceinline__ void queries(const half_t* q, const half_t* k, const 
                                         float inner, float outer, float scale) {
     extern __shared__ uint4 shared[];
     constexpr int PITCH = (D / 8 + 1) * 16;
-    constexpr int KEYS = D > 128 ? 32 : 64;  // what shared memory and registers allow
+    constexpr int KEYS = kKeys<D>, STAGES = kStages<D>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = (gridDim.x - 1 - blockIdx.x) * TILE;
     const long long q_stride = (long long)of.heads * of.dim, kv_stride = (long long)of.kv_heads * of.dim;
@@ -121,7 +129,7 @@ __device__ __forceinline__ void queries(const half_t* q, const half_t* k, const 
     v += first_row * kv_stride + kv_head * of.dim;
 
     const unsigned q_at = shared_address(shared), dout_at = q_at + TILE * PITCH;
-    const unsigned k_at = dout_at + TILE * PITCH, v_at = k_at + KEYS * PITCH;
+    const unsigned places = dout_at + TILE * PITCH;
     const unsigned my_q = q_at + warp * 16 * PITCH, my_dout = dout_at + warp * 16 * PITCH;
     const int my_query = tile + warp * 16, my_rows = of.seq_len - my_query;
     const int first_step = max(tile - of.window + 1, 0) / KEYS;
@@ -138,27 +146,27 @@ __device__ __forceinline__ void queries(const half_t* q, const half_t* k, const 
             hide<KEYS>(s[0], my_query, first_key, of.seq_len, of.window, lane);
         }
     };
+    const auto copy_step = [&](unsigned to, const half_t* from, int step) {
+        copy_rows<D, KEYS>(to, from + (long long)step * KEYS * kv_stride, kv_stride, of.seq_len - step * KEYS, of.dim);
+    };
 
     float top[2] = {minus_infinity(), minus_infinity()}, norm[2] = {}, delta[2];
     copy_rows<D, TILE>(q_at, q, q_stride, of.seq_len - tile, of.dim);
     copy_rows<D, TILE>(dout_at, dout, q_stride, of.seq_len - tile, of.dim);
-    copy_rows<D, KEYS>(k_at, k + (long long)first_step * KEYS * kv_stride, kv_stride, of.seq_len - first_step * KEYS,
-                       of.dim);
+    copy_step(places, k, first_step);
     copy_async_commit();
     products(delta, out + warp * 16 * q_stride, dout + warp * 16 * q_stride, q_stride, my_rows, of.dim, lane);
     for (int step = first_step; step < steps; step++) {
         // Keys take turns in the places of keys and values.
-        const bool odd = (step - first_step) % 2;
-        const int first_key = step * KEYS, next = first_key + KEYS;
+        const int turn = (step - first_step) % 2;
+        const unsigned here = places + turn * KEYS * PITCH, other = places + (1 - turn) * KEYS * PITCH;
         copy_async_wait<0>();
         __syncthreads();
-        if (step + 1 < steps) {
-            copy_rows<D, KEYS>(odd ? k_at : v_at, k + next * kv_stride, kv_stride, of.seq_len - next, of.dim);
-        }
+        if (step + 1 < steps) copy_step(other, k, step + 1);
         copy_async_commit();
-        if (!seen(first_key)) continue;
+        if (!seen(step * KEYS)) continue;
         float s[1][KEYS / 8][4];
-        make_scores(s, odd ? v_at : k_at, first_key);
+        make_scores(s, here, step * KEYS);
         join<KEYS>(s[0], top, norm, outer);
     }
 #pragma unroll
@@ -175,14 +183,21 @@ __device__ __forceinline__ void queries(const half_t* q, const half_t* k, const 
     }
 
     float sums[1][D / 8][4] = {};
-    for (int step = first_step; step < steps; step++) {
-        const int first_key = step * KEYS;
-        __syncthreads();
-        copy_rows<D, KEYS>(k_at, k + first_key * kv_stride, kv_stride, of.seq_len - first_key, of.dim);
-        copy_rows<D, KEYS>(v_at, v + first_key * kv_stride, kv_stride, of.seq_len - first_key, of.dim);
+    const auto copy_stage = [&](int stage, int step) {
+        copy_step(places + 2 * stage * KEYS * PITCH, k, step);
+        copy_step(places + (2 * stage + 1) * KEYS * PITCH, v, step);
         copy_async_commit();
+    };
+    __syncthreads();
+    if (STAGES == 2) copy_stage(0, first_step);
+    for (int step = first_step; step < steps; step++) {
+        const int first_key = step * KEYS, stage = STAGES == 2 ? (step - first_step) % 2 : 0;
+        const unsigned k_at = places + 2 * stage * KEYS * PITCH, v_at = k_at + KEYS * PITCH;
+        if (STAGES == 1 && step > first_step) __syncthreads();
+        if (STAGES == 1) copy_stage(0, step);
         copy_async_wait<0>();
         __syncthreads();
+        if (STAGES == 2 && step + 1 < steps) copy_stage(1 - stage, step + 1);
         if (!seen(first_key)) continue;
         float s[1][KEYS / 8][4], dp[1][KEYS / 8][4];
         make_scores(s, k_at, first_key);
@@ -206,7 +221,7 @@ __device__ __forceinline__ void keys(const half_t* q, const half_t* k, const hal
                                      float outer, float scale) {
     extern __shared__ uint4 shared[];
     constexpr int PITCH = (D / 8 + 1) * 16;
-    constexpr int PARTS = D > 128 ? 2 : 1, C = D / PARTS;
+    constexpr int PARTS = D > 128 ? 2 : 1, C = D / PARTS, STAGES = kStages<D>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = blockIdx.x * TILE;
     const long long q_stride = (long long)of.heads * of.dim, kv_stride = (long long)of.kv_heads * of.dim;
@@ -220,49 +235,60 @@ __device__ __forceinline__ void keys(const half_t* q, const half_t* k, const hal
     deltas += ((long long)blockIdx.z * of.heads + kv_head * together) * of.seq_len;
 
     const unsigned k_at = shared_address(shared), v_at = k_at + TILE * PITCH;
-    const unsigned q_at = v_at + TILE * PITCH, dout_at = q_at + STEP * PITCH;
+    const unsigned places = v_at + TILE * PITCH;
     const unsigned my_k = k_at + warp * 16 * PITCH, my_v = v_at + warp * 16 * PITCH;
     const int my_key = tile + warp * 16, my_rows = of.seq_len - my_key;
     // No query before the tile sees it, and none past its last key's window.
     const int end = min(of.seq_len, tile + TILE + min(of.window, of.seq_len) - 1);
 
+    // The queries of one head after those of another.
+    const int turns_of_head = (end - tile + STEP - 1) / STEP, turns = turns_of_head * together;
+    const auto copy_stage = [&](int stage, int turn) {
+        const int head = turn / turns_of_head, first = tile + turn % turns_of_head * STEP;
+        const unsigned to = places + 2 * stage * STEP * PITCH;
+        const long long from = first * q_stride + head * of.dim;
+        copy_rows<D, STEP>(to, q + from, q_stride, of.seq_len - first, of.dim);
+        copy_rows<D, STEP>(to + STEP * PITCH, dout + from, q_stride, of.seq_len - first, of.dim);
+        copy_async_commit();
+    };
+
     float by_k[1][C / 8][4] = {}, by_v[1][C / 8][4] = {};
     copy_rows<D, TILE>(k_at, k, kv_stride, of.seq_len - tile, of.dim);
     copy_rows<D, TILE>(v_at, v, kv_stride, of.seq_len - tile, of.dim);
-    for (int head = 0; head < together; head++) {
-        for (int first = tile; first < end; first += STEP) {
-            const long long from = first * q_stride + head * of.dim;
-            __syncthreads();
-            copy_rows<D, STEP>(q_at, q + from, q_stride, of.seq_len - first, of.dim);
-            copy_rows<D, STEP>(dout_at, dout + from, q_stride, of.seq_len - first, of.dim);
-            copy_async_commit();
-            const bool there = first + lane < of.seq_len;
-            const long long place = (long long)head * of.seq_len + first + lane;
-            const float norm = there ? norms[place] : 0.0f, delta = there ? deltas[place] : 0.0f;
-            copy_async_wait<0>();
-            __syncthreads();
-            if (my_rows <= 0 || my_key >= first + STEP || first - (my_key + 15) >= of.window) continue;
-            float p[1][STEP / 8][4], ds[1][STEP / 8][4];
-            scores<D, 1, STEP>(p, my_k, q_at, lane);
-            if (inner > 0.0f) cap<STEP>(p[0], inner);
-            scores<D, 1, STEP>(ds, my_v, dout_at, lane);
+    if (STAGES == 2) copy_stage(0, 0);
+    for (int turn = 0; turn < turns; turn++) {
+        const int stage = STAGES == 2 ? turn % 2 : 0;
+        const unsigned q_at = places + 2 * stage * STEP * PITCH, dout_at = q_at + STEP * PITCH;
+        const int head = turn / turns_of_head, first = tile + turn % turns_of_head * STEP;
+        const bool there = first + lane < of.seq_len;
+        const long long place = (long long)head * of.seq_len + first + lane;
+        const float norm = there ? norms[place] : 0.0f, delta = there ? deltas[place] : 0.0f;
+        if (STAGES == 1 && turn > 0) __syncthreads();
+        if (STAGES == 1) copy_stage(0, turn);
+        copy_async_wait<0>();
+        __syncthreads();
+        if (STAGES == 2 && turn + 1 < turns) copy_stage(1 - stage, turn + 1);
+        if (my_rows <= 0 || my_key >= first + STEP || first - (my_key + 15) >= of.window) continue;
+        float p[1][STEP / 8][4], ds[1][STEP / 8][4];
+        scores<D, 1, STEP>(p, my_k, q_at, lane);
+        if (inner > 0.0f) cap<STEP>(p[0], inner);
+        scores<D, 1, STEP>(ds, my_v, dout_at, lane);
 #pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
+        for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int column = n * 8 + lane % 4 * 2 + i % 2;
-                    const int query = first + column, key = my_key + lane / 4 + i / 2 * 8;
-                    const float its_norm = __shfl_sync(0xffffffffu, norm, column);
-                    const float its_delta = __shfl_sync(0xffffffffu, delta, column);
-                    const bool seen = key <= query && query - key < of.window && query < of.seq_len;
-                    const float score = p[0][n][i];
-                    const float weight = seen ? exp2_approx(fmaf(score, outer, -its_norm)) : 0.0f;
-                    p[0][n][i] = weight;
-                    ds[0][n][i] = weight * (ds[0][n][i] - its_delta) * slope(score, inner);
-                }
-            weigh<D, 1, STEP, C>(by_v, p, dout_at + part * 2, lane);
-            weigh<D, 1, STEP, C>(by_k, ds, q_at + part * 2, lane);
-        }
+            for (int i = 0; i < 4; i++) {
+                const int column = n * 8 + lane % 4 * 2 + i % 2;
+                const int query = first + column, key = my_key + lane / 4 + i / 2 * 8;
+                const float its_norm = __shfl_sync(0xffffffffu, norm, column);
+                const float its_delta = __shfl_sync(0xffffffffu, delta, column);
+                const bool seen = key <= query && query - key < of.window && query < of.seq_len;
+                const float score = p[0][n][i];
+                const float weight = seen ? exp2_approx(fmaf(score, outer, -its_norm)) : 0.0f;
+                p[0][n][i] = weight;
+                ds[0][n][i] = weight * (ds[0][n][i] - its_delta) * slope(score, inner);
+            }
+        weigh<D, 1, STEP, C>(by_v, p, dout_at + part * 2, lane);
+        weigh<D, 1, STEP, C>(by_k, ds, q_at + part * 2, lane);
     }
     dk += warp * 16 * kv_stride, dv += warp * 16 * kv_stride;
     store<C>(dk, kv_stride, by_k[0], scale, my_rows, of.dim - part, lane);

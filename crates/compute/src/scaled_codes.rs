@@ -128,9 +128,7 @@ impl Device {
         codes.check()?;
         Ok(ScaledCodes(match self {
             Self::Cpu => Kept::Cpu(cpu::scaled_codes::ScaledCodes::new(&codes)),
-            Self::Cuda(cuda) => {
-                Kept::Cuda(cuda::scaled_codes::ScaledCodes::new(cuda, &codes)?)
-            }
+            Self::Cuda(cuda) => Kept::Cuda(cuda::scaled_codes::ScaledCodes::new(cuda, &codes)?),
         }))
     }
 

@@ -78,7 +78,8 @@ pub(crate) fn causal(
     });
     launch.arg(&window).arg(&inner).arg(&outer).arg(&rule.scale);
     // SAFETY: as above.
-    unsafe { launch.launch(config(kv_heads * kernels.parts(), kernels.keys_shared())) }.stage(OP)?;
+    unsafe { launch.launch(config(kv_heads * kernels.parts(), kernels.keys_shared())) }
+        .stage(OP)?;
     Ok([dq, dk, dv])
 }
 
@@ -121,12 +122,17 @@ impl Kernels {
 
     /// Bytes of shared memory, rows being padded by eight values.
     fn queries_shared(&self) -> usize {
-        let keys = if self.columns > 128 { 32 } else { 64 };
-        (2 * TILE + 2 * keys) * (self.columns + 8) * 2
+        let keys = if self.columns > 64 { 32 } else { 64 };
+        (2 * TILE + 2 * keys * self.stages()) * (self.columns + 8) * 2
     }
 
     fn keys_shared(&self) -> usize {
-        (2 * TILE + 2 * STEP) * (self.columns + 8) * 2
+        (2 * TILE + 2 * STEP * self.stages()) * (self.columns + 8) * 2
+    }
+
+    /// Steps that have a place in shared memory.
+    fn stages(&self) -> usize {
+        if self.columns > 128 { 1 } else { 2 }
     }
 }
 
