@@ -318,7 +318,7 @@ CHECKED = [(4, "autogptq", "card"), (4, "best", "modern"), (4, "best", "card"), 
            (3, "best", "card")]
 
 
-def check(gptq, seed, only):
+def check(gptq, seed, only, gptqmodel):
     with tempfile.TemporaryDirectory() as work:
         configs = {name: config for name, (_, config) in FAMILIES.items()} | SEEDED
         for number, (name, config) in enumerate(configs.items()):
@@ -330,10 +330,22 @@ def check(gptq, seed, only):
             tensors = random_weights(AutoConfig.from_pretrained(folder), 100 * seed + number)
             write_folder(folder, config, tensors)
             write_tokenizer(folder)
-            check_family(gptq, name, folder, tensors, seed)
+            check_family(gptq, name, folder, tensors, seed, gptqmodel)
 
 
-def check_family(gptq, name, folder, dense, seed):
+def held_by_gptqmodel(what, folder, ids, ours):
+    """Its Torch kernel on the file as it is; what it refuses is printed in its own words."""
+    import readers
+
+    try:
+        model = readers.gptqmodel(folder)
+    except Exception as error:
+        print(f"{what:34}  GPTQModel refuses it: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
+        return
+    compare(f"{what}, GPTQModel", ours, losses_of_transformers(model, ids, SEQ_LEN))
+
+
+def check_family(gptq, name, folder, dense, seed, gptqmodel):
     work = folder.parent
     text, train = work / f"{name}.txt", work / f"{name}-train.txt"
     ids = ids_of(8 * SEQ_LEN, 7 * seed)
@@ -355,6 +367,8 @@ def check_family(gptq, name, folder, dense, seed):
         tensors = without_zero_biases(dequantized(out), dense)
         theirs = losses_of_transformers(load(out, tensors), ids, SEQ_LEN)
         made = compare(f"{name}, {bits} bits, {recipe}, {layout}", ours, theirs)
+        if gptqmodel:
+            held_by_gptqmodel(f"{name}, {bits} bits, {recipe}, {layout}", out, ids, ours)
         assert abs(np.log(made / base)) < (0.1 if bits == 4 else 0.3), f"{name}, {recipe}: perplexity {made} from {base}"
 
 
@@ -366,13 +380,14 @@ def main():
     checking.add_argument("--gptq", default="target/debug/gptq", help="the binary")
     checking.add_argument("--seed", type=int, default=1, help="of weights and texts")
     checking.add_argument("--only", nargs="*", help="names of families")
+    checking.add_argument("--gptqmodel", action="store_true", help="let GPTQModel read every file, too")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)
     if args.command == "fixtures":
         fixtures()
     else:
-        check(args.gptq, args.seed, args.only)
+        check(args.gptq, args.seed, args.only, args.gptqmodel)
         print("all families agree")
     return 0
 
