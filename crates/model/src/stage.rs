@@ -9,9 +9,10 @@ pub enum Stage {
     Qkv,
     /// o reads the heads' contexts.
     Output,
-    /// gate and up read the normed hidden states after attention.
+    /// gate and up read the normed hidden states after attention; those of experts read the rows of the tokens
+    /// that go through them.
     GateUp,
-    /// down reads activation(gate) · up.
+    /// down reads activation(gate) · up; those of experts read what theirs give.
     Down,
 }
 
@@ -34,7 +35,9 @@ impl Stage {
             LinearId::Q | LinearId::K | LinearId::V | LinearId::Qkv => Self::Qkv,
             LinearId::O => Self::Output,
             LinearId::Gate | LinearId::Up | LinearId::GateUp => Self::GateUp,
-            LinearId::Down => Self::Down,
+            LinearId::ExpertGate(_) | LinearId::ExpertUp(_) => Self::GateUp,
+            LinearId::SharedGate | LinearId::SharedUp => Self::GateUp,
+            LinearId::Down | LinearId::ExpertDown(_) | LinearId::SharedDown => Self::Down,
         }
     }
 }
