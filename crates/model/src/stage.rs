@@ -1,9 +1,9 @@
 //! The stages in which a block is computed and calibrated.
 
-use gptq_checkpoint::LinearId;
+use gptq_checkpoint::{Expert, LinearId};
 
 /// Linears that read the same inputs; the order in which a block is calibrated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     /// q, k and v read the normed hidden states.
     Qkv,
@@ -39,5 +39,29 @@ impl Stage {
             LinearId::SharedGate | LinearId::SharedUp => Self::GateUp,
             LinearId::Down | LinearId::ExpertDown(_) | LinearId::SharedDown => Self::Down,
         }
+    }
+}
+
+/// Linears that read the very same rows: those of a stage, or an expert's part of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Reading {
+    /// The stage.
+    pub stage: Stage,
+    /// The expert, where the linears are of one.
+    pub expert: Option<Expert>,
+}
+
+impl Reading {
+    /// What a linear reads.
+    #[must_use]
+    pub fn of(linear: LinearId) -> Self {
+        Self { stage: Stage::of(linear), expert: linear.expert() }
+    }
+}
+
+impl From<Stage> for Reading {
+    /// That of a stage's linears that are of no expert.
+    fn from(stage: Stage) -> Self {
+        Self { stage, expert: None }
     }
 }

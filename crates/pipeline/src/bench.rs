@@ -144,6 +144,7 @@ impl Width {
                 vec![(NormId::BeforeAttention, ones()), (NormId::BeforeMlp, ones())],
                 0.0,
             ),
+            mixture: None,
             rule: BlockRule::llama(self.heads, self.kv_heads, self.head_dim(), 1e-5),
         })
     }
