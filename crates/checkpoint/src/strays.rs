@@ -129,7 +129,10 @@ impl Stored<'_> {
             return Role::Beyond;
         }
         let Some((module, leaf)) = part.rsplit_once('.') else { return Role::Other };
-        let linear = config.block_linears(block).iter().any(|linear| linear.name == module);
+        if config.block_dense(block).iter().any(|dense| dense.name == part) {
+            return Role::Part;
+        }
+        let linear = config.block_linear(block, module).is_some();
         let norm = config.block_norms(block).iter().any(|norm| norm.name == module);
         let packed = || {
             let full = name.rsplit_once('.').map_or(name, |(full, _)| full);

@@ -144,6 +144,7 @@ impl Width {
                 vec![(NormId::BeforeAttention, ones()), (NormId::BeforeMlp, ones())],
                 0.0,
             ),
+            mixture: None,
             rule: BlockRule::llama(self.heads, self.kv_heads, self.head_dim(), 1e-5),
         })
     }
@@ -185,8 +186,10 @@ impl Width {
             LinearId::K | LinearId::V => (kv, h),
             LinearId::Qkv => (h + 2 * kv, h),
             LinearId::Gate | LinearId::Up => (i, h),
+            LinearId::ExpertGate(_) | LinearId::ExpertUp(_) => (i, h),
+            LinearId::SharedGate | LinearId::SharedUp => (i, h),
             LinearId::GateUp => (2 * i, h),
-            LinearId::Down => (h, i),
+            LinearId::Down | LinearId::ExpertDown(_) | LinearId::SharedDown => (h, i),
         }
     }
 }

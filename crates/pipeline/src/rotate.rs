@@ -135,8 +135,12 @@ impl FusedRotations {
         match id {
             LinearId::V => Some((&self.head, 0)),
             LinearId::Qkv => Some((&self.head, self.fused_values)),
-            LinearId::O | LinearId::Down => self.stream.as_ref().map(|stream| (stream, 0)),
+            LinearId::O | LinearId::Down | LinearId::ExpertDown(_) | LinearId::SharedDown => {
+                self.stream.as_ref().map(|stream| (stream, 0))
+            }
             LinearId::Q | LinearId::K | LinearId::Gate | LinearId::Up | LinearId::GateUp => None,
+            LinearId::ExpertGate(_) | LinearId::ExpertUp(_) => None,
+            LinearId::SharedGate | LinearId::SharedUp => None,
         }
     }
 
