@@ -141,6 +141,16 @@ pub enum Error {
         /// Damping of the attempt.
         damp: f64,
     },
+    /// An expert that saw too few tokens, under `--strict`.
+    #[error(
+        "`{linear}` saw {tokens} tokens, fewer than it has inputs, and was calibrated on all tokens of its block, which --strict forbids"
+    )]
+    StrictTokens {
+        /// The linear's prefix.
+        linear: String,
+        /// Tokens that were routed to it.
+        tokens: u64,
+    },
     /// What would be a warning about the source, under `--strict`.
     #[error("{0} (--strict)")]
     StrictSource(&'static str),
@@ -261,6 +271,7 @@ impl Error {
             Self::Strict { .. } | Self::StrictPrecision { .. } => {
                 "raise --damp or calibrate on more windows".into()
             }
+            Self::StrictTokens { .. } => "calibrate on more windows".into(),
             Self::AlreadyQuantized(_) => "quantize the dense model that it was made from".into(),
             Self::QuantizedBase(_) => "give --base the dense model that was quantized".into(),
             Self::Config { advice, .. } => advice.as_deref()?.into(),

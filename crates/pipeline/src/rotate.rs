@@ -2,15 +2,18 @@
 //!
 //! With R orthogonal and norms without gains, norm(x R) = norm(x) R, so the residual stream may be
 //! turned: embeddings become E R, linears that read the stream W R, linears that write it Rᵀ W. The
-//! gains move into the linears that follow; the final norm's moves into the head. A second rotation
+//! gains move into the linears that follow, and into what routes tokens to experts, which reads what gate
+//! reads; the final norm's moves into the head. A second rotation
 //! turns the outputs of every head's v and the inputs of o. Biases turn with the outputs that they
 //! are added to; norms of query and key heads stay, as nothing before or after them is turned. Large
 //! features are spread over all others, and every linear becomes easier to quantize (QuaRot, Ashkboos
 //! et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
-use gptq_checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef};
+use gptq_checkpoint::{
+    Checkpoint, DenseId, DenseShape, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef,
+};
 use gptq_compute::Device;
-use gptq_model::{Block, Gains, LinearId, NormId, Stage};
+use gptq_model::{Block, Gains, LinearId, Mixture, NormId, Stage};
 use gptq_quant::{Rotate, Rotation};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -90,6 +93,16 @@ impl FusedRotations {
                 block.take_gain(norm);
             }
         }
+        if let (Some(stream), Some(gains), Some(mixture)) =
+            (&self.stream, &gains, block.mixture_mut())
+        {
+            let gain = gains.get(NormId::BeforeMlp);
+            let Mixture { router, shared_gate, .. } = mixture;
+            for weight in [Some(router), shared_gate.as_mut()].into_iter().flatten() {
+                let turned = self.turned_router(stream, weight.to_host()?, gain);
+                *weight = Device::Cpu.upload_f32(turned.mapv(f16::to_f32))?;
+            }
+        }
         for id in block.ids() {
             if let (Some((rotation, first)), Some(bias)) = (self.of_outputs(id), block.bias_mut(id))
             {
@@ -144,11 +157,57 @@ impl FusedRotations {
         }
     }
 
-    /// A tensor outside of the blocks, or a block's norm or bias, as the file holds it; `None` when
-    /// it is the source's own.
+    /// What routes tokens, `[experts, hidden]`, with the gain of the norm before it and turned, from values
+    /// and gains in fp16 and in fp16: what is calibrated is what will run.
+    fn turned_router(
+        &self,
+        stream: &Rotation,
+        mut weight: Array2<f32>,
+        gain: Option<&[f32]>,
+    ) -> Array2<f16> {
+        weight.mapv_inplace(|v| f16::from_f32(v).to_f32());
+        let stored = |gain: &f32| f16::from_f32(gain - self.offset).to_f32() + self.offset;
+        let gain: Option<Vec<f32>> = gain.map(|gain| gain.iter().map(stored).collect());
+        turn_inputs(stream, &mut weight, gain.as_deref());
+        weight.mapv(f16::from_f32)
+    }
+
+    /// As [`Self::turned_router`], from the source; `None` where nothing is turned, and for what is added
+    /// to the router's scores.
+    fn router(&self, source: &Checkpoint, name: &str, of: &DenseShape) -> Result<Option<Vec<f16>>> {
+        let (Some(stream), &[rows, cols], DenseId::Router | DenseId::SharedGate) =
+            (&self.stream, of.shape.as_slice(), of.id)
+        else {
+            return Ok(None);
+        };
+        let tensor = source.tensor_shaped(name, &of.shape)?;
+        tensor.check_finite()?;
+        let values = tensor.to_f16()?;
+        let values = Array2::from_shape_fn((rows, cols), |(i, j)| values[i * cols + j].to_f32());
+        let prefix = name.strip_suffix(of.name.as_str()).unwrap_or_default();
+        // All blocks have the same norms of hidden states.
+        let norms = source.config().block_norms(0).into_iter();
+        let norm = norms.filter(|norm| norm.id == NormId::BeforeMlp).map(|norm| {
+            let gain =
+                source.tensor_shaped(&format!("{prefix}{}.weight", norm.name), &norm.shape)?;
+            Ok::<Vec<f32>, Error>(gain.to_f32().iter().map(|gain| gain + self.offset).collect())
+        });
+        let gain = norm.last().transpose()?;
+        let turned = self.turned_router(stream, values, gain.as_deref());
+        if turned.iter().any(|v| !v.is_finite()) {
+            return Err(Error::Rotated { tensor: name.to_owned() });
+        }
+        Ok(Some(turned.into_raw_vec_and_offset().0))
+    }
+
+    /// A tensor outside of the blocks, or a block's norm, bias or router, as the file holds it; `None`
+    /// when it is the source's own.
     pub(crate) fn tensor(&self, source: &Checkpoint, name: &str) -> Result<Option<Vec<f16>>> {
         if let Some(linear) = name.strip_suffix(".bias") {
             return self.bias(source, name, linear);
+        }
+        if let Some(dense) = source.config().dense_named(name) {
+            return self.router(source, name, &dense);
         }
         let of_heads = name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight");
         if self.stream.is_none() || of_heads {

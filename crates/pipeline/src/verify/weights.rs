@@ -6,7 +6,7 @@
 
 use gptq_checkpoint::{Checkpoint, ModelConfig, QuantizeConfig};
 use gptq_compute::Device;
-use gptq_model::{LinearId, Model, SourcePrecision, Stage};
+use gptq_model::{LinearId, Model, SourcePrecision};
 use gptq_quant::{Choices, Recipe, Rotate};
 use gptq_records::branch_report::BranchReport;
 use serde::Serialize;
@@ -114,7 +114,8 @@ impl Judged {
             }
             Some(packed) => {
                 let fit = Fit::new(packed, &pair.base)?;
-                let moves = matches!(Stage::of(pair.id), Stage::Output | Stage::Down);
+                // Those of experts are not shifted.
+                let moves = matches!(pair.id, LinearId::O | LinearId::Down);
                 let faults = fit.faults(&pair.name, moves && choices.residual > 0.0);
                 (Some(faults), fit.error, fit.energy)
             }
