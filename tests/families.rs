@@ -234,7 +234,8 @@ fn what_mixtures_hold_besides_is_said_or_refused() {
     with("model.layers.3.enorm.weight", 64, "glm4-moe");
     let run = ppl("glm4-moe");
     run.ok();
-    let said = "1 tensor of layers that predict further tokens, such as `model.layers.3.enorm.weight`";
+    let said =
+        "1 tensor of layers that predict further tokens, such as `model.layers.3.enorm.weight`";
     assert!(run.stderr.contains(said), "{}", run.stderr);
     let inspected = dir.gptq(&["inspect", "glm4-moe", "--json"]).json();
     assert_eq!(inspected["left_out"], json!(["model.layers.3.enorm.weight"]));

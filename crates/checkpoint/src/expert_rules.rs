@@ -363,7 +363,7 @@ mod tests {
             assert!(message.contains(named), "{family}, {extra}: {message}");
         }
         let many = r#"{"model_type":"mixtral","hidden_size":64,"intermediate_size":128,"vocab_size":96,
-            "num_hidden_layers":4096,"num_attention_heads":4,"num_local_experts":64}"#;
+            "num_hidden_layers":4096,"num_attention_heads":8,"num_local_experts":64}"#;
         let error = ModelConfig::parse(many, Path::new("config.json")).unwrap_err();
         assert!(error.to_string().contains("too many for each of 4096 blocks"), "{error}");
     }
