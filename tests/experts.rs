@@ -131,7 +131,8 @@ fn several_ranks_make_experts_together() {
             assert!(one.is_empty() || total(one) == 3 * 3 * 33 * 48, "{name}: {one:?}");
         }
         let apart = kl(&dir, "two", "one");
-        assert!(apart < 1e-3, "{name}: {apart}");
+        // As in `families`: next to equal experts.
+        assert!(apart < 1e-2, "{name}: {apart}");
         for out in ["one", "two", "again"] {
             fs::remove_dir_all(dir.path(out)).unwrap();
         }

@@ -64,7 +64,7 @@ pub struct WidthExperts {
     pub per_token: usize,
 }
 
-const WIDTHS: [Width; 7] = [
+const WIDTHS: [Width; 8] = [
     Width {
         name: "tiny",
         hidden: 256,
@@ -119,6 +119,17 @@ const WIDTHS: [Width; 7] = [
         experts: None,
         blocks: 80,
         vocabulary: 32_000,
+    },
+    Width {
+        name: "tiny-moe",
+        hidden: 256,
+        intermediate: 128,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        experts: Some(WidthExperts { count: 8, per_token: 2 }),
+        blocks: 5,
+        vocabulary: 2048,
     },
     Width {
         name: "mixtral-8x7b",
