@@ -15,7 +15,7 @@ mod util;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::{Checkpoint, DType, LinearId, NormId};
+use gptq_checkpoint::{Checkpoint, DType, DenseId, LinearId, ModelConfig, NormId};
 use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::recipe_fit::unrotatable;
@@ -158,9 +158,10 @@ fn quantized_families_stay_near_the_dense_model() {
             dir.gptq(&args.split(' ').collect::<Vec<_>>()).ok();
             let (perplexity, kl) = measured(&dir, &out, name);
             println!("{out:>28}: perplexity {perplexity:.3}, KL {kl:.4}");
-            // Where two experts are next to equal, a token goes through the other one.
-            let mixed = Checkpoint::open(&source).unwrap().config().any_experts().is_some();
-            let most = if mixed { 1e-2 } else { 1e-3 };
+            // Of two experts that are next to equal for a token the smallest rounding takes the other: half
+            // of the tokens of the models with experts move by less than 0.02 nats, a hundredth by more
+            // than 0.2, with 8 bits of any recipe.
+            let most = if has_experts(&source) { 1e-2 } else { 1e-3 };
             assert!(perplexity.is_finite() && kl < most, "{out}: {perplexity}, KL {kl}");
             carried(&source, &dir.path(&out), recipe == "best", layout == "card");
             if layout == "modern" {
@@ -169,6 +170,11 @@ fn quantized_families_stay_near_the_dense_model() {
             }
         }
     }
+}
+
+fn has_experts(folder: &Path) -> bool {
+    let config = ModelConfig::load(folder).unwrap();
+    (0..config.num_hidden_layers).any(|block| config.experts(block).is_some())
 }
 
 /// Biases and norms lie in a made folder as they are in the source, but for those that a rotation turns
@@ -200,6 +206,14 @@ fn carried(source: &Path, made: &Path, best: bool, card: bool) {
             } else {
                 assert_eq!(values(&made, &name), values(&source, &name), "{name}");
             }
+        }
+        for dense in config.block_dense(block) {
+            let name = format!("model.layers.{block}.{}", dense.name);
+            let found = made.tensor(&name).unwrap();
+            let dtype = if dense.exact { DType::F32 } else { DType::F16 };
+            assert_eq!((found.shape, found.dtype), (dense.shape.as_slice(), dtype), "{name}");
+            let same = values(&made, &name) == values(&source, &name);
+            assert_eq!(same, !rotated || dense.id == DenseId::Correction, "{name}");
         }
         for norm in config.block_norms(block) {
             let name = format!("model.layers.{block}.{}.weight", norm.name);

@@ -119,6 +119,12 @@ pub enum Error {
         /// Tokens of a window.
         seq_len: usize,
     },
+    /// Steps of a block with experts, which `gptq bench --decode` does not measure.
+    #[error("`--decode` measures no blocks with experts, and `{width}` has them")]
+    DecodeExperts {
+        /// The width asked for.
+        width: &'static str,
+    },
     /// Damping had to be raised under `--strict`.
     #[error(
         "The Hessian of `{linear}` needed damping {damp:?} instead of {asked:?}, which --strict forbids"
@@ -268,6 +274,7 @@ impl Error {
             Self::Fitted { .. } => format!("use --set {}=0", Choices::HEAD).into(),
             Self::HostMemory { advice, .. } => (*advice).into(),
             Self::TooManyTokens { .. } => "use fewer windows, or shorter ones".into(),
+            Self::DecodeExperts { .. } => "use another --width".into(),
             Self::Strict { .. } | Self::StrictPrecision { .. } => {
                 "raise --damp or calibrate on more windows".into()
             }

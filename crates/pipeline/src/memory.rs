@@ -467,6 +467,65 @@ mod tests {
         assert!(gpu(0).host_bytes >= without.host_bytes + table as u64);
     }
 
+    /// Mixtral 8x7B and Qwen3 30B-A3B: of a token gate's inputs wait and two even shares of an expert's
+    /// activations, where a dense block of as many weights would keep its down's.
+    #[test]
+    fn experts_keep_what_gate_reads_and_one_experts_activations() {
+        let model = |text: &str| {
+            let text = format!(
+                r#"{{{text},"vocab_size":32000,"max_position_embeddings":32768,
+                "num_attention_heads":32,"num_hidden_layers":2,"head_dim":128}}"#
+            );
+            ModelConfig::parse(&text, std::path::Path::new("config.json")).unwrap()
+        };
+        let mixtral = model(
+            r#""model_type":"mixtral","hidden_size":4096,"intermediate_size":14336,
+            "num_key_value_heads":8,"num_local_experts":8,"num_experts_per_tok":2"#,
+        );
+        let qwen3 = model(
+            r#""model_type":"qwen3_moe","hidden_size":2048,"intermediate_size":6144,
+            "moe_intermediate_size":768,"num_key_value_heads":4,"num_experts":128,
+            "num_experts_per_tok":8"#,
+        );
+        let sizes = BlockSizes::of(&mixtral);
+        assert_eq!((sizes.kept, sizes.widest), (4096 + 14336 / 2, 14336));
+        assert_eq!((sizes.intermediate, sizes.per_token), (14336, 2));
+        let attention = 2 * 4096 * 4096 + 2 * 1024 * 4096;
+        assert_eq!(sizes.weights, attention + 8 * 3 * 4096 * 14336);
+        let sizes = BlockSizes::of(&qwen3);
+        // o's inputs are wider than both.
+        assert_eq!((sizes.kept, sizes.widest, sizes.intermediate), (4096, 4096, 768));
+        let experts = qwen3.experts(0).unwrap();
+        assert_eq!(kept_activations(experts, 262_144), 262_144 / 8 * 768);
+        // No expert sees more than all tokens.
+        let mut few = experts.clone();
+        (few.count, few.per_token) = (3, 2);
+        assert_eq!(kept_activations(&few, 100), 100 * 768);
+        let work = Workload {
+            tokens: 128 * 2048,
+            seq_len: 2048,
+            reference: true,
+            exact: false,
+            shared_grams: 0,
+        };
+        for model in [mixtral, qwen3] {
+            let block = BlockSizes::of(&model);
+            let plan = |gib: u64| plan_gpu(block, &[work], Tables::default(), gib << 30);
+            assert_eq!(plan(79).offload, Offload::default());
+            let all = plan(79).device_bytes;
+            let kept = 2 * work.tokens as u64 * block.kept as u64;
+            // What is kept is what goes first.
+            let less = plan_gpu(block, &[work], Tables::default(), all);
+            assert!(less.offload.inputs > 0.0 && less.offload.hidden == 0.0, "{less:?}");
+            assert!(less.device_bytes <= all && all - less.device_bytes <= kept, "{less:?}");
+            // A block without experts has no routes to keep in host memory.
+            let dense = BlockSizes { per_token: 0, ..block };
+            let dense = plan_gpu(dense, &[work], Tables::default(), 79 << 30);
+            let routes = 8 * work.tokens as u64 * (block.per_token as u64 + 1);
+            assert_eq!(plan(79).host_bytes - dense.host_bytes, routes);
+        }
+    }
+
     /// A window is never cut, so a chunk of one that is longer than a chunk takes more.
     #[test]
     fn long_windows_take_larger_chunks() {
