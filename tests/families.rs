@@ -15,11 +15,12 @@ mod util;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::{Checkpoint, DType, LinearId, NormId};
+use gptq_checkpoint::{Checkpoint, DType, DenseId, LinearId, ModelConfig, NormId};
 use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::recipe_fit::unrotatable;
 use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use util::{TinyLlama, Workdir, words};
 
@@ -157,7 +158,11 @@ fn quantized_families_stay_near_the_dense_model() {
             dir.gptq(&args.split(' ').collect::<Vec<_>>()).ok();
             let (perplexity, kl) = measured(&dir, &out, name);
             println!("{out:>28}: perplexity {perplexity:.3}, KL {kl:.4}");
-            assert!(perplexity.is_finite() && kl < 1e-3, "{out}: {perplexity}, KL {kl}");
+            // Of two experts that are next to equal for a token the smallest rounding takes the other: half
+            // of the tokens of the models with experts move by less than 0.02 nats, a hundredth by more
+            // than 0.2, with 8 bits of any recipe.
+            let most = if has_experts(&source) { 1e-2 } else { 1e-3 };
+            assert!(perplexity.is_finite() && kl < most, "{out}: {perplexity}, KL {kl}");
             carried(&source, &dir.path(&out), recipe == "best", layout == "card");
             if layout == "modern" {
                 let verify = ["verify", out.as_str(), "--base", name, "--json"];
@@ -165,6 +170,11 @@ fn quantized_families_stay_near_the_dense_model() {
             }
         }
     }
+}
+
+fn has_experts(folder: &Path) -> bool {
+    let config = ModelConfig::load(folder).unwrap();
+    (0..config.num_hidden_layers).any(|block| config.experts(block).is_some())
 }
 
 /// Biases and norms lie in a made folder as they are in the source, but for those that a rotation turns
@@ -197,6 +207,14 @@ fn carried(source: &Path, made: &Path, best: bool, card: bool) {
                 assert_eq!(values(&made, &name), values(&source, &name), "{name}");
             }
         }
+        for dense in config.block_dense(block) {
+            let name = format!("model.layers.{block}.{}", dense.name);
+            let found = made.tensor(&name).unwrap();
+            let dtype = if dense.exact { DType::F32 } else { DType::F16 };
+            assert_eq!((found.shape, found.dtype), (dense.shape.as_slice(), dtype), "{name}");
+            let same = values(&made, &name) == values(&source, &name);
+            assert_eq!(same, !rotated || dense.id == DenseId::Correction, "{name}");
+        }
         for norm in config.block_norms(block) {
             let name = format!("model.layers.{block}.{}.weight", norm.name);
             let found = made.tensor(&name).unwrap();
@@ -209,6 +227,41 @@ fn carried(source: &Path, made: &Path, best: bool, card: bool) {
             }
         }
     }
+}
+
+/// Layers behind the blocks, of published files, and experts as transformers has them in memory.
+#[test]
+fn what_mixtures_hold_besides_is_said_or_refused() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(110));
+    let ppl = |model: &str| {
+        dir.gptq(&["ppl", model, "--device=cpu", "--dataset", "text.txt", "--seq-len=48"])
+    };
+    let with = |tensor: &str, values: usize, name: &str| {
+        let folder = assemble(&dir, name);
+        let file = folder.join("model.safetensors");
+        let bytes = fs::read(&file).unwrap();
+        let stored = SafeTensors::deserialize(&bytes).unwrap();
+        let zeros = vec![0; 4 * values];
+        let more = TensorView::new(safetensors::Dtype::F32, vec![values], &zeros).unwrap();
+        let all = stored.tensors().into_iter().chain([(tensor.to_owned(), more)]);
+        fs::write(file, safetensors::serialize(all, None).unwrap()).unwrap();
+    };
+    // The config says one layer of these.
+    with("model.layers.3.enorm.weight", 64, "glm4-moe");
+    let run = ppl("glm4-moe");
+    run.ok();
+    let said =
+        "1 tensor of layers that predict further tokens, such as `model.layers.3.enorm.weight`";
+    assert!(run.stderr.contains(said), "{}", run.stderr);
+    let inspected = dir.gptq(&["inspect", "glm4-moe", "--json"]).json();
+    assert_eq!(inspected["left_out"], json!(["model.layers.3.enorm.weight"]));
+    with("model.layers.4.enorm.weight", 64, "glm4-moe");
+    assert!(ppl("glm4-moe").stderr.contains("of blocks beyond"));
+
+    let fused = "model.layers.1.mlp.experts.gate_up_proj";
+    with(fused, 64, "qwen3-moe");
+    ppl("qwen3-moe").refused(&[fused, "holds all experts of a block"]);
 }
 
 /// What holds for which family is what the code decides by.

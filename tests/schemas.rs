@@ -128,6 +128,10 @@ fn plans_and_machines_print_what_their_schemas_say() {
     let block = ["--windows=1", "--seq-len=64", "--recipe=autogptq", "--blocks=."];
     assert!(holds(&dir, &[&bench[..], &block].concat())["disk"][0].is_object());
     assert!(holds(&dir, &[&bench[..], &["--decode"]].concat())["steps"][0].is_object());
+    let mixture = ["bench", "--width=tiny-moe", "--device=cpu"];
+    let made = holds(&dir, &[&mixture[..], &block[..3], &["--blocks=."]].concat());
+    assert_eq!(made["block"]["width"]["experts"]["count"], 8);
+    dir.gptq(&[&mixture[..], &["--decode"]].concat()).refused(&["--decode", "tiny-moe"]);
 }
 
 #[test]

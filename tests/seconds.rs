@@ -46,7 +46,7 @@ fn runs_are_held_against_what_bench_measured() {
     let made = quantize("known", &[]);
     let said = made.ok().lines().find(|line| line.starts_with("predicted ")).unwrap();
     // The model is a quarter as wide as the block.
-    let parts = [" s, estimated from a block of another width; took ", " s ("];
+    let parts = [" s, estimated from a block of another shape; took ", " s ("];
     assert!(parts.iter().all(|part| said.contains(part)) && said.ends_with(" %)"), "{said}");
     let made = quantize("json", &["--json"]).json();
     assert!(made["predicted_seconds"].as_f64().unwrap() > 0.3, "{made}");
@@ -96,7 +96,7 @@ fn sweeps_say_how_long_they_will_take_and_took() {
     assert!((seconds(&together) / seconds(&alone) - 1.0).abs() < 1e-9 && seconds(&alone) > both);
     let text = sweep(&["--dry-run"]).ok().to_owned();
     assert!(text.contains(" s for the whole sweep. Time: "), "{text}");
-    assert!(text.contains("made, estimated from a block of another width.\n"), "{text}");
+    assert!(text.contains("made, estimated from a block of another shape.\n"), "{text}");
     let made = sweep(&[]);
     assert!(made.ok().contains("\na branch: predicted "), "{}", made.stdout);
     let table = fs::read_to_string(dir.path("branches/sweep.json")).unwrap();

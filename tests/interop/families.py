@@ -89,19 +89,50 @@ def random_weights(config, seed):
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     tensors = {}
-    for name, parameter in sorted(model.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
+    for name, shape in sorted(stored_shapes(model).items()):
+        noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             value = usual_gain(config) + 0.3 * noise
         elif name.endswith(".bias"):
             value = 0.5 * noise
         elif name.startswith("model.embed_tokens"):
             # Where the head is tied, logits are of the size of one.
-            value = noise / parameter.shape[1] ** 0.5
+            value = noise / shape[-1] ** 0.5
         else:
-            value = 1.3 * noise / parameter.shape[1] ** 0.5
+            value = 1.3 * noise / shape[-1] ** 0.5
         tensors[name] = value.half()
     return tensors
+
+
+def stored_shapes(model):
+    """The tensors of a checkpoint: in memory the experts of a block are two tensors, and Mixtral's have other
+    names."""
+    shapes = {}
+    kept = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    for name, parameter in [*model.named_parameters(), *kept]:
+        block, _, leaf = name.rpartition(".experts.")
+        if not block:
+            shapes[stored_name(model, name)] = tuple(parameter.shape)
+            continue
+        count, rows, cols = parameter.shape
+        for expert in range(count):
+            parts = ["gate", "up"] if leaf == "gate_up_proj" else ["down"]
+            for part in parts:
+                tensor = f"{block}.experts.{expert}.{part}_proj.weight"
+                shapes[stored_name(model, tensor)] = (rows // len(parts), cols)
+    return shapes
+
+
+def stored_name(model, name):
+    if model.config.model_type != "mixtral":
+        return name
+    for here, there in [(".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")]:
+        name = name.replace(here, there)
+    return name
+
+
+def has_experts(config):
+    return getattr(config, "num_experts_per_tok", None) is not None
 
 
 def usual_gain(config):
@@ -125,17 +156,17 @@ def seeded(name, count):
 def seeded_weights(config):
     """As `random_weights`, from the names of the tensors alone: tests/families.rs makes the same."""
     tensors = {}
-    for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters():
-        noise = seeded(name, parameter.numel())
+    for name, shape in stored_shapes(AutoModelForCausalLM.from_config(config)).items():
+        noise = seeded(name, int(np.prod(shape)))
         if name.endswith("norm.weight"):
             value = np.float32(usual_gain(config)) + np.float32(0.5) * noise
         elif name.endswith(".bias"):
             value = np.float32(0.8) * noise
         elif name.startswith("model.embed_tokens"):
-            value = np.float32(1.7 / parameter.shape[1] ** 0.5) * noise
+            value = np.float32(1.7 / shape[-1] ** 0.5) * noise
         else:
-            value = np.float32(2.2 / parameter.shape[1] ** 0.5) * noise
-        value = value.astype(np.float16).astype(np.float32).reshape(parameter.shape)
+            value = np.float32(2.2 / shape[-1] ** 0.5) * noise
+        value = value.astype(np.float16).astype(np.float32).reshape(shape)
         tensors[name] = torch.from_numpy(value)
     return tensors
 
@@ -164,6 +195,8 @@ def load(folder, tensors=None):
     # Dequantized weights are an ordinary model's.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if has_experts(config):
+        return load_experts(folder, config, tensors)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = load_torch(folder / "model.safetensors") if tensors is None else tensors
     stored = next(tensor.dtype for name, tensor in tensors.items() if "embed_tokens" in name)
@@ -177,6 +210,21 @@ def load(folder, tensors=None):
         if isinstance(getattr(module, "embed_scale", None), torch.Tensor):
             module.embed_scale = module.embed_scale.to(stored).float()
     return model
+
+
+def load_experts(folder, config, tensors):
+    """transformers itself puts experts together while it reads a file."""
+    with tempfile.TemporaryDirectory() as work:
+        config.save_pretrained(work)
+        tensors = load_torch(folder / "model.safetensors") if tensors is None else tensors
+        tensors = {name: tensor.float().contiguous().numpy() for name, tensor in tensors.items()}
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        save_file(tensors, Path(work) / "model.safetensors", metadata={"format": "pt"})
+        model, info = AutoModelForCausalLM.from_pretrained(
+            work, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    assert not any(info[of] for of in ["missing_keys", "unexpected_keys", "mismatched_keys"]), info
+    return model.eval()
 
 
 @torch.no_grad()
@@ -218,9 +266,9 @@ def fixtures():
     print(f"{sum(f.stat().st_size for f in FIXTURES.iterdir())} bytes in {FIXTURES}")
 
 
-def seeded_fixtures():
+def seeded_fixtures(only=SEEDED):
     """Config, ids and logits; the weights follow from names."""
-    for name, config in SEEDED.items():
+    for name, config in ((name, SEEDED[name]) for name in only):
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work)
             text = json.dumps(config, indent=2) + "\n"
@@ -375,7 +423,8 @@ def check_family(gptq, name, folder, dense, seed, gptqmodel):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("fixtures", help="make tests/fixtures/families again")
+    making = commands.add_parser("fixtures", help="make tests/fixtures/families again")
+    making.add_argument("--only", nargs="*", help="names of models whose weights follow from names; the others stay")
     checking = commands.add_parser("check", help="compare gptq with transformers")
     checking.add_argument("--gptq", default="target/debug/gptq", help="the binary")
     checking.add_argument("--seed", type=int, default=1, help="of weights and texts")
@@ -384,7 +433,9 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    if args.command == "fixtures":
+    if args.command == "fixtures" and args.only:
+        seeded_fixtures(args.only)
+    elif args.command == "fixtures":
         fixtures()
     else:
         check(args.gptq, args.seed, args.only, args.gptqmodel)

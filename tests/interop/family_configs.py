@@ -84,6 +84,30 @@ def cohere2(**keys):
                   **keys)
 
 
+def mixtral(**keys):
+    return config("MixtralForCausalLM", "mixtral", num_local_experts=4, num_experts_per_tok=2, **keys)
+
+
+def qwen2_moe(**keys):
+    return config("Qwen2MoeForCausalLM", "qwen2_moe", num_hidden_layers=4, num_experts=6, num_experts_per_tok=3,
+                  moe_intermediate_size=32, shared_expert_intermediate_size=64, **keys)
+
+
+def qwen3_moe(**keys):
+    return config("Qwen3MoeForCausalLM", "qwen3_moe", num_hidden_layers=3, num_experts=8, num_experts_per_tok=3,
+                  moe_intermediate_size=32, head_dim=32, **keys)
+
+
+def olmoe(**keys):
+    return config("OlmoeForCausalLM", "olmoe", num_experts=8, num_experts_per_tok=3, **keys)
+
+
+def glm4_moe(**keys):
+    keys = {"num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3, "head_dim": 16,
+            "moe_intermediate_size": 32, "num_nextn_predict_layers": 1} | keys
+    return config("Glm4MoeForCausalLM", "glm4_moe", **keys)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
         "rope_theta": 1000.0}
 FACTORS = [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8]
@@ -145,6 +169,29 @@ SEEDED = {
     "cohere-plain": cohere(rope_theta=500.0, logit_scale=1.5),
     "cohere2": cohere2(logit_scale=0.4, tie_word_embeddings=True),
     "cohere2-pattern": cohere2(logit_scale=1.5, sliding_window_pattern=2, attention_bias=True),
+}
+SEEDED |= {
+    "seed-oss": config("SeedOssForCausalLM", "seed_oss", head_dim=32, attention_out_bias=True, mlp_bias=True),
+    "seed-oss-plain": config("SeedOssForCausalLM", "seed_oss", head_dim=16, attention_bias=False,
+                             tie_word_embeddings=True, rope_parameters=YARN),
+}
+# Mixtures of experts: normed weights and not, groups, shared experts, blocks without experts.
+SEEDED |= {
+    "mixtral": mixtral(),
+    "mixtral-sliding": mixtral(sliding_window=12, rope_theta=5000.0, tie_word_embeddings=True),
+    "qwen2-moe": qwen2_moe(mlp_only_layers=[1], norm_topk_prob=False, rope_theta=500.0),
+    "qwen2-moe-normed": qwen2_moe(decoder_sparse_step=2, norm_topk_prob=True, qkv_bias=False,
+                                  use_sliding_window=True, sliding_window=10, max_window_layers=3),
+    "qwen3-moe": qwen3_moe(mlp_only_layers=[0], norm_topk_prob=True, attention_bias=True,
+                           tie_word_embeddings=True),
+    "qwen3-moe-sliding": qwen3_moe(decoder_sparse_step=1, norm_topk_prob=False, use_sliding_window=True,
+                                   sliding_window=10),
+    "olmoe": olmoe(norm_topk_prob=False, clip_qkv=None, num_key_value_heads=4),
+    "olmoe-normed": olmoe(norm_topk_prob=True, attention_bias=True, rope_theta=500.0),
+    "glm4-moe": glm4_moe(first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+                         n_shared_experts=2, norm_topk_prob=True, use_qk_norm=True, attention_bias=True),
+    "glm4-moe-plain": glm4_moe(first_k_dense_replace=0, n_shared_experts=1, norm_topk_prob=False, rope_parameters={
+        "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75}),
 }
 # Windows within the context of the first training, and beyond it.
 SHORT_TOO = ["llama-longrope", "phi3-long"]

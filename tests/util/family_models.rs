@@ -24,7 +24,7 @@ pub(crate) const STORED: [(&str, &str); 11] = [
 ];
 
 /// Models whose weights follow from names: SEEDED of tests/interop/family_configs.py.
-pub(crate) const SEEDED: [&str; 34] = [
+pub(crate) const SEEDED: [&str; 46] = [
     "llama-yarn",
     "llama-yarn-mscale",
     "llama-yarn-factor",
@@ -59,6 +59,18 @@ pub(crate) const SEEDED: [&str; 34] = [
     "cohere-plain",
     "cohere2",
     "cohere2-pattern",
+    "seed-oss",
+    "seed-oss-plain",
+    "mixtral",
+    "mixtral-sliding",
+    "qwen2-moe",
+    "qwen2-moe-normed",
+    "qwen3-moe",
+    "qwen3-moe-sliding",
+    "olmoe",
+    "olmoe-normed",
+    "glm4-moe",
+    "glm4-moe-plain",
 ];
 
 /// A file of tests/fixtures/families.

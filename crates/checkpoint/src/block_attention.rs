@@ -71,11 +71,14 @@ fn slides(fields: &Fields<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<
     let listed = layer_types(fields, blocks)?;
     let default = match family.window {
         // The list is only looked at: these families have one kind of attention.
-        Window::All { .. } => return Ok(vec![true; blocks]),
+        Window::All { .. } | Window::AllIf { .. } => return Ok(vec![true; blocks]),
         Window::From { .. } => {
-            let first = fields.raw.get("max_window_layers").and_then(Value::as_u64);
-            let first = first.map_or(28, |first| first as usize);
+            let first = max_window_layers(fields);
             (0..blocks).map(|block| block >= first).collect()
+        }
+        Window::OddBefore { .. } => {
+            let end = max_window_layers(fields);
+            (0..blocks).map(|block| block.is_multiple_of(2) && block < end).collect()
         }
         Window::Pattern { every, .. } => {
             let every = fields.size("sliding_window_pattern", Some(every), MAX_WINDOW)?;
@@ -84,6 +87,12 @@ fn slides(fields: &Fields<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<
         Window::Unrotated => rotated.iter().map(|rotates| !rotates).collect(),
     };
     Ok(listed.unwrap_or(default))
+}
+
+/// Qwen's number of blocks on one side of which attention slides.
+fn max_window_layers(fields: &Fields<'_>) -> usize {
+    let blocks = fields.raw.get("max_window_layers").and_then(Value::as_u64);
+    blocks.map_or(28, |blocks| blocks as usize)
 }
 
 /// Which blocks rotate queries and keys, by the config's list or by the family's default.

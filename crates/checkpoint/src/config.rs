@@ -11,6 +11,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::block_attention::{self, BlockAttention};
+use crate::experts::Experts;
 use crate::family::{Activation, Biases, Factor, Family, HeadNorms, NormKind};
 use crate::fields::Fields;
 use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
@@ -32,7 +33,7 @@ pub struct ModelConfig {
     pub family: &'static str,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the MLP.
+    /// Width of the MLP, in blocks that have one for all tokens.
     pub intermediate_size: usize,
     /// Decoder blocks.
     pub num_hidden_layers: usize,
@@ -66,6 +67,8 @@ pub struct ModelConfig {
     ///
     /// [`Checkpoint::head`]: crate::Checkpoint::head
     pub tie_word_embeddings: bool,
+    /// Mixtures of experts in the place of MLPs, in the blocks that have them.
+    pub(crate) experts: Option<Experts>,
     pub(crate) biases: Biases,
     pub(crate) head_norms: HeadNorms,
     pub(crate) rules: &'static Family,
@@ -131,10 +134,12 @@ impl ModelConfig {
             None => family.tied,
             Some(_) => fields.flag(TIED)?,
         };
+        let intermediate_size = fields.size("intermediate_size", None, MAX_WIDTH)?;
+        let experts = family.experts.map(|rules| rules.read(&fields, intermediate_size, layers));
         Ok(Self {
             family: family.name,
             hidden_size,
-            intermediate_size: fields.size("intermediate_size", None, MAX_WIDTH)?,
+            intermediate_size,
             num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
@@ -155,6 +160,7 @@ impl ModelConfig {
             attention_softcap: Family::cap(&fields, family.attention_cap)?,
             logit_softcap: Family::cap(&fields, family.logit_cap)?,
             tie_word_embeddings,
+            experts: experts.transpose()?,
             biases: family.biases(&fields)?,
             head_norms: family.head_norms(&fields)?,
             rules: family,
@@ -245,6 +251,9 @@ impl ModelConfig {
             let prefix = Self::block_prefix(block);
             for norm in self.block_norms(block) {
                 tensors.push((format!("{prefix}.{}.weight", norm.name), norm.shape));
+            }
+            for dense in self.block_dense(block) {
+                tensors.push((format!("{prefix}.{}", dense.name), dense.shape));
             }
             for linear in self.block_linears(block) {
                 let (name, rows) = (format!("{prefix}.{}", linear.name), linear.out_features);
@@ -470,7 +479,7 @@ mod tests {
             ("\"llama\"", "\"mamba\""),
             ("\"llama\"", "\"gemma3n_text\""),
             ("\"llama\"", "\"phi\""),
-            ("\"llama\"", "\"qwen3_moe\""),
+            ("\"llama\"", "\"qwen3_next\""),
             ("\"llama\"", "7"),
             ("\"hidden_size\":64", "\"hidden_size\":18446744073709551615"),
             ("\"hidden_size\":64", "\"hidden_size\":66"),

@@ -3,6 +3,8 @@
 //! transformers' `configuration_*.py` and `modeling_*.py`.
 
 use crate::NormId;
+use crate::expert_rules::{BlocksRule, ExpertRules, SharedRule};
+use crate::experts::{ExpertNames, LLAMA_NAMES, Scores};
 use crate::family::{
     Activation, Factor, Family, HeadNorms, LocalRope, NormKind, Part, Rotates, Window,
 };
@@ -51,6 +53,7 @@ const LLAMA: Family = Family {
     qkv_bias: Part::Flag("attention_bias", false),
     output_bias: Part::Flag("attention_bias", false),
     mlp_bias: Part::Flag("mlp_bias", false),
+    experts: None,
     fused_qkv: false,
     fused_gate_up: false,
     norm: NormKind::Rms,
@@ -151,12 +154,63 @@ const COHERE: Family = Family {
     ..LLAMA
 };
 
+const MIXTRAL: ExpertRules = ExpertRules {
+    names: ExpertNames { module: "block_sparse_moe", leaves: ["w1", "w3", "w2"], ..LLAMA_NAMES },
+    count: (&["num_local_experts", "num_experts"], 8),
+    per_token: 2,
+    width: None,
+    scores: Scores::Softmax,
+    normalize: Part::Always,
+    grouped: false,
+    shared: SharedRule::None,
+    blocks: BlocksRule::All,
+};
+
+const QWEN2_MOE: ExpertRules = ExpertRules {
+    names: LLAMA_NAMES,
+    count: (&["num_experts"], 60),
+    per_token: 4,
+    width: Some((&["moe_intermediate_size"], 1408)),
+    normalize: Part::Flag("norm_topk_prob", false),
+    shared: SharedRule::Gated((&["shared_expert_intermediate_size"], 5632)),
+    blocks: BlocksRule::Unlisted,
+    ..MIXTRAL
+};
+
+const QWEN3_MOE: ExpertRules = ExpertRules {
+    count: (&["num_experts", "num_local_experts"], 128),
+    per_token: 8,
+    width: Some((&["moe_intermediate_size"], 768)),
+    shared: SharedRule::None,
+    ..QWEN2_MOE
+};
+
+const OLMOE: ExpertRules = ExpertRules {
+    names: LLAMA_NAMES,
+    count: (&["num_experts", "num_local_experts"], 64),
+    per_token: 8,
+    normalize: Part::Flag("norm_topk_prob", false),
+    ..MIXTRAL
+};
+
+const GLM4_MOE: ExpertRules = ExpertRules {
+    names: ExpertNames { shared: "shared_experts", ..LLAMA_NAMES },
+    count: (&["n_routed_experts", "num_local_experts"], 128),
+    per_token: 8,
+    width: Some((&["moe_intermediate_size"], 1408)),
+    scores: Scores::Sigmoid,
+    normalize: Part::Flag("norm_topk_prob", true),
+    grouped: true,
+    shared: SharedRule::Times((&["n_shared_experts"], 1)),
+    blocks: BlocksRule::After((&["first_k_dense_replace"], 1)),
+};
+
 /// `model_type` of every family whose blocks the engine computes.
 pub fn family_names() -> impl Iterator<Item = &'static str> {
     FAMILIES.into_iter().map(|family| family.name)
 }
 
-pub(crate) const FAMILIES: [Family; 16] = [
+pub(crate) const FAMILIES: [Family; 22] = [
     LLAMA,
     Family {
         name: "mistral",
@@ -240,5 +294,65 @@ pub(crate) const FAMILIES: [Family; 16] = [
         rotates: Rotates::Sliding,
         theta: 10_000.0,
         ..COHERE
+    },
+    Family {
+        name: "seed_oss",
+        context: 524_288,
+        kv_heads: Some(8),
+        head_dim: Some(128),
+        qkv_bias: Part::Flag("attention_bias", true),
+        output_bias: Part::Flag("attention_out_bias", false),
+        ..LLAMA
+    },
+    Family {
+        name: "mixtral",
+        context: 4096 * 32,
+        kv_heads: Some(8),
+        qkv_bias: Part::Never,
+        output_bias: Part::Never,
+        mlp_bias: Part::Never,
+        experts: Some(&MIXTRAL),
+        norm_eps: ("rms_norm_eps", 1e-5),
+        theta: 1_000_000.0,
+        ..LLAMA
+    },
+    Family {
+        name: "qwen2_moe",
+        kv_heads: Some(16),
+        qkv_bias: Part::Flag("qkv_bias", true),
+        experts: Some(&QWEN2_MOE),
+        window: Window::OddBefore { default: 4096 },
+        ..QWEN2
+    },
+    Family {
+        name: "qwen3_moe",
+        kv_heads: Some(4),
+        qkv_bias: Part::Flag("attention_bias", false),
+        output_bias: Part::Flag("attention_bias", false),
+        experts: Some(&QWEN3_MOE),
+        head_norms: HeadNorms::Heads,
+        window: Window::AllIf { default: 4096 },
+        ..QWEN2
+    },
+    Family {
+        name: "olmoe",
+        context: 4096,
+        mlp_bias: Part::Never,
+        experts: Some(&OLMOE),
+        norm_eps: ("rms_norm_eps", 1e-5),
+        head_norms: HeadNorms::Whole,
+        ..LLAMA
+    },
+    Family {
+        name: "glm4_moe",
+        context: 131_072,
+        kv_heads: Some(8),
+        output_bias: Part::Never,
+        mlp_bias: Part::Never,
+        experts: Some(&GLM4_MOE),
+        norm_eps: ("rms_norm_eps", 1e-5),
+        head_norms: HeadNorms::HeadsIf("use_qk_norm"),
+        partial: Some(0.5),
+        ..LLAMA
     },
 ];

@@ -4,6 +4,7 @@ use std::sync::LazyLock;
 
 use serde_json::Value;
 
+use crate::expert_rules::ExpertRules;
 use crate::families::FAMILIES;
 use crate::fields::Fields;
 use crate::{LinearId, NormId, Result};
@@ -31,6 +32,8 @@ pub(crate) struct Family {
     pub(crate) output_bias: Part,
     /// Biases of gate, up and down.
     pub(crate) mlp_bias: Part,
+    /// Mixtures of experts in the place of MLPs.
+    pub(crate) experts: Option<&'static ExpertRules>,
     /// q, k and v are one linear.
     pub(crate) fused_qkv: bool,
     /// gate and up are one linear.
@@ -84,6 +87,20 @@ pub(crate) enum Part {
     Flag(&'static str, bool),
 }
 
+impl Part {
+    /// Whether a model has it.
+    pub(crate) fn read(self, fields: &Fields<'_>) -> Result<bool> {
+        match self {
+            Self::Never => Ok(false),
+            Self::Always => Ok(true),
+            Self::Flag(key, default) => match fields.get(key) {
+                None => Ok(default),
+                Some(_) => fields.flag(key),
+            },
+        }
+    }
+}
+
 /// What the norms of a model compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {
@@ -118,6 +135,8 @@ pub(crate) enum HeadNorms {
     None,
     /// Every head by itself, all with one gain.
     Heads,
+    /// The same, if this key is true.
+    HeadsIf(&'static str),
     /// All heads together.
     Whole,
     /// Every head by itself, each with a gain of its own, if this key is true.
@@ -129,6 +148,11 @@ pub(crate) enum HeadNorms {
 pub(crate) enum Window {
     /// All, where there is a window.
     All { default: Option<usize> },
+    /// All, if `use_sliding_window` says so.
+    AllIf { default: usize },
+    /// If `use_sliding_window` says so every other one, from the first on, before `max_window_layers` (by
+    /// default 28).
+    OddBefore { default: usize },
     /// If `use_sliding_window` says so those from `max_window_layers` (by default 28) on.
     From { default: usize },
     /// All but every so many-th.
@@ -140,14 +164,17 @@ pub(crate) enum Window {
 impl Window {
     /// Without a flag there is none.
     pub(crate) fn is_optional(self) -> bool {
-        matches!(self, Self::From { .. } | Self::Unrotated)
+        !matches!(self, Self::All { .. } | Self::Pattern { .. })
     }
 
     /// Tokens where the config says nothing.
     pub(crate) fn default(self) -> Option<usize> {
         match self {
             Self::All { default } => default,
-            Self::From { default } | Self::Pattern { default, .. } => Some(default),
+            Self::AllIf { default }
+            | Self::OddBefore { default }
+            | Self::From { default }
+            | Self::Pattern { default, .. } => Some(default),
             Self::Unrotated => None,
         }
     }
@@ -220,11 +247,11 @@ impl Factor {
 }
 
 /// Keys by which relatives of these families change the forward pass, and the number that changes
-/// nothing. transformers would ignore them in a Llama's config; a model that has one needs it.
+/// nothing (of one that is not a number, none does). transformers would ignore them in a Llama's config; a model that has one needs it.
 const NEUTRAL: [(&str, f64); 16] = [
     ("partial_rotary_factor", 1.0),
     ("rope_interleaved", 0.0),
-    ("clip_qkv", 0.0),
+    ("clip_qkv", f64::NAN),
     ("qk_layernorm", 0.0),
     ("use_qk_norm", 0.0),
     ("use_bidirectional_attention", 0.0),
@@ -255,6 +282,9 @@ impl Biases {
             LinearId::Q | LinearId::K | LinearId::V | LinearId::Qkv => self.qkv,
             LinearId::O => self.output,
             LinearId::Gate | LinearId::Up | LinearId::GateUp | LinearId::Down => self.mlp,
+            // No family has any there.
+            LinearId::ExpertGate(_) | LinearId::ExpertUp(_) | LinearId::ExpertDown(_) => false,
+            LinearId::SharedGate | LinearId::SharedUp | LinearId::SharedDown => false,
         }
     }
 }
@@ -285,6 +315,7 @@ impl Family {
                 let supported = match neutral {
                     _ if value.is_boolean() => "`false`",
                     0.0 => "`0`",
+                    _ if neutral.is_nan() => "`null`",
                     _ => "`1`",
                 };
                 return Err(fields.unsupported(key, value, supported));
@@ -298,7 +329,8 @@ impl Family {
         let factors = [self.embedding, self.attention, self.residual, self.logits];
         let caps = [self.attention_cap, self.logit_cap];
         (key == "partial_rotary_factor" && self.partial.is_some())
-            || self.head_norms == HeadNorms::EachIf("use_qk_norm") && key == "use_qk_norm"
+            || matches!(self.head_norms, HeadNorms::EachIf(read) | HeadNorms::HeadsIf(read) if read == key)
+            || self.experts.is_some_and(|experts| experts.reads(key))
             || factors.into_iter().filter_map(Factor::key).any(|read| read == key)
             || caps.into_iter().flatten().any(|(read, _)| read == key)
     }
@@ -321,25 +353,19 @@ impl Family {
 
     /// The linears that have biases.
     pub(crate) fn biases(&self, fields: &Fields<'_>) -> Result<Biases> {
-        let part = |part| match part {
-            Part::Never => Ok(false),
-            Part::Always => Ok(true),
-            Part::Flag(key, default) => match fields.get(key) {
-                None => Ok(default),
-                Some(_) => fields.flag(key),
-            },
-        };
         Ok(Biases {
-            qkv: part(self.qkv_bias)?,
-            output: part(self.output_bias)?,
-            mlp: part(self.mlp_bias)?,
+            qkv: self.qkv_bias.read(fields)?,
+            output: self.output_bias.read(fields)?,
+            mlp: self.mlp_bias.read(fields)?,
         })
     }
 
     /// The norms of queries and keys that the model has.
     pub(crate) fn head_norms(&self, fields: &Fields<'_>) -> Result<HeadNorms> {
         match self.head_norms {
-            HeadNorms::EachIf(key) if !fields.flag(key)? => Ok(HeadNorms::None),
+            HeadNorms::EachIf(key) | HeadNorms::HeadsIf(key) if !fields.flag(key)? => {
+                Ok(HeadNorms::None)
+            }
             norms => Ok(norms),
         }
     }

@@ -14,8 +14,8 @@ use crate::names::{
     SCALES, is_file_name,
 };
 use crate::{
-    CheckpointFormat, DType, Error, Layout, ModelConfig, OutputError, QuantizeConfig, Result,
-    header,
+    CheckpointFormat, DType, DenseShape, Error, Layout, ModelConfig, OutputError, QuantizeConfig,
+    Result, header,
 };
 
 /// A tensor to be written.
@@ -142,6 +142,10 @@ fn block_specs(
     let prefix = ModelConfig::block_prefix(block);
     for norm in config.block_norms(block) {
         specs.push(f16(format!("{prefix}.{}.weight", norm.name), &norm.shape));
+    }
+    for DenseShape { name, shape, exact, .. } in config.block_dense(block) {
+        let dtype = if exact { DType::F32 } else { DType::F16 };
+        specs.push(TensorSpec { name: format!("{prefix}.{name}"), dtype, shape });
     }
     if layout == Layout::Card {
         let name = format!("{prefix}.self_attn.rotary_emb.inv_freq");

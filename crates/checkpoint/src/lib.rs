@@ -25,6 +25,8 @@ mod checkpoint_format;
 mod config;
 mod dtype;
 mod error;
+mod expert_rules;
+mod experts;
 mod families;
 mod family;
 mod fault;
@@ -72,6 +74,7 @@ pub use checkpoint_format::CheckpointFormat;
 pub use config::{Factors, ModelConfig};
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use experts::{Experts, Router, Scores, SharedExpert};
 pub use families::family_names;
 pub use family::{Activation, NormKind};
 pub use file_plan::{FilePlan, PlacedTensor, ShardPlan, TensorSpec, plan_files, tensor_specs};
@@ -81,7 +84,7 @@ pub use head::Head;
 pub use hub_cache::{hub_cache_root, hub_token_file, resolve_dataset, resolve_model};
 pub use json::text as json_text;
 pub use layout::Layout;
-pub use linear_shape::{LinearId, LinearShape, NormId, NormShape};
+pub use linear_shape::{DenseId, DenseShape, Expert, LinearId, LinearShape, NormId, NormShape};
 pub use names::{
     CARD_FILE, CONFIG_FILE, EMBEDDING, FINAL_NORM, G_IDX, HEAD, INDEX_END, LEAVES, MANIFEST_FILE,
     PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,

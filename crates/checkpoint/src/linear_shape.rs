@@ -23,12 +23,75 @@ pub enum LinearId {
     Qkv,
     /// Gate and up projection of the MLP, one after the other.
     GateUp,
+    /// Gate of an expert, by its number.
+    ExpertGate(u16),
+    /// Up projection of an expert.
+    ExpertUp(u16),
+    /// Down projection of an expert.
+    ExpertDown(u16),
+    /// Gate of the expert that every token goes through.
+    SharedGate,
+    /// Its up projection.
+    SharedUp,
+    /// Its down projection.
+    SharedDown,
 }
 
 impl LinearId {
     /// The linears of Llama's block.
     pub const LLAMA: [Self; 7] =
         [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// The expert that it is a part of, if it is of one.
+    #[must_use]
+    pub fn expert(self) -> Option<Expert> {
+        match self {
+            Self::ExpertGate(expert) | Self::ExpertUp(expert) | Self::ExpertDown(expert) => {
+                Some(Expert::Routed(expert))
+            }
+            Self::SharedGate | Self::SharedUp | Self::SharedDown => Some(Expert::Shared),
+            Self::Q | Self::K | Self::V | Self::O | Self::Qkv => None,
+            Self::Gate | Self::Up | Self::Down | Self::GateUp => None,
+        }
+    }
+}
+
+/// An MLP of a mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Expert {
+    /// One that a router sends tokens to, by its number.
+    Routed(u16),
+    /// The one that every token goes through.
+    Shared,
+}
+
+impl Expert {
+    /// Its gate.
+    #[must_use]
+    pub fn gate(self) -> LinearId {
+        match self {
+            Self::Routed(expert) => LinearId::ExpertGate(expert),
+            Self::Shared => LinearId::SharedGate,
+        }
+    }
+
+    /// Its up projection.
+    #[must_use]
+    pub fn up(self) -> LinearId {
+        match self {
+            Self::Routed(expert) => LinearId::ExpertUp(expert),
+            Self::Shared => LinearId::SharedUp,
+        }
+    }
+
+    /// Its down projection.
+    #[must_use]
+    pub fn down(self) -> LinearId {
+        match self {
+            Self::Routed(expert) => LinearId::ExpertDown(expert),
+            Self::Shared => LinearId::SharedDown,
+        }
+    }
 }
 
 /// A linear of a block.
@@ -50,7 +113,7 @@ impl LinearShape {
     /// A linear of its usual name, without a bias.
     #[must_use]
     pub fn new(id: LinearId, in_features: usize, out_features: usize) -> Self {
-        Self { id, name: id.name().into(), in_features, out_features, bias: false }
+        Self { id, name: id.name(), in_features, out_features, bias: false }
     }
 
     /// Rows and columns of the weight.
@@ -94,4 +157,29 @@ impl NormShape {
     pub fn size(&self) -> usize {
         self.shape.iter().product()
     }
+}
+
+/// A tensor of a block that is neither a linear nor a norm, and is never quantized: what decides how much of
+/// which expert a token gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenseId {
+    /// The router's weights.
+    Router,
+    /// What is added to the router's scores while experts are chosen.
+    Correction,
+    /// The weights of the shared expert's own gate.
+    SharedGate,
+}
+
+/// Such a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DenseShape {
+    /// Which one.
+    pub id: DenseId,
+    /// Name inside the block with its last part, such as `mlp.gate.weight`.
+    pub name: String,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// Written as f32, and not as fp16: values that are compared with each other.
+    pub exact: bool,
 }

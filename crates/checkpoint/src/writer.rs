@@ -110,13 +110,14 @@ impl CheckpointWriter {
         Ok(writer)
     }
 
-    /// Names of the dense tensors (embedding, norms, the model's own biases, head) that are still
+    /// Names of the dense tensors (embedding, norms, routers, the model's own biases, head) that are still
     /// to be written, sorted.
     #[must_use]
     pub fn missing(&self) -> Vec<String> {
         let dense = |name: &str| {
             !name.starts_with(BLOCKS)
                 || name.ends_with("norm.weight")
+                || self.config.dense_named(name).is_some()
                 || name.strip_suffix(".bias").is_some_and(|linear| self.has_bias(linear))
         };
         let missing = self.slots.iter().filter(|(name, slot)| slot.sum.is_none() && dense(name));
@@ -167,7 +168,8 @@ impl CheckpointWriter {
         self.put(name, bytes(values))
     }
 
-    /// Writes a tensor of the source as fp16, rounded to nearest, ties to even.
+    /// Writes a tensor of the source as fp16, rounded to nearest, ties to even; one that is planned as f32 as
+    /// such.
     ///
     /// # Errors
     /// As [`CheckpointWriter::write_f16`], with [`Error::Shape`] for another shape than planned,
@@ -176,6 +178,10 @@ impl CheckpointWriter {
         if !tensor.dtype.is_float() {
             let (tensor, found) = (tensor.name.to_owned(), tensor.dtype.name());
             return Err(Error::DType { tensor, expected: "F32, F16 or BF16", found });
+        }
+        if self.slots.get(name).is_some_and(|slot| slot.spec.dtype == DType::F32) {
+            self.slot(name, DType::F32, Some(tensor.shape))?;
+            return self.put(name, bytes(&tensor.to_f32()));
         }
         let slot = self.slot(name, DType::F16, Some(tensor.shape))?;
         let (file, offset) = (slot.file, slot.offset);

@@ -42,6 +42,26 @@ impl Device {
         }))
     }
 
+    /// x · wᵀ: `[tokens, in] · [out, in]ᵀ → [tokens, out]`, in f32 on every device: products that are compared
+    /// with each other, for a router.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`], [`Error::DeviceMismatch`], and on a GPU [`Error::WrongType`] for operands
+    /// that are not fp16.
+    pub fn logits(&self, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+        match &x.0 {
+            Storage::Cpu(_) => self.linear(x, w),
+            Storage::Cuda(x) => {
+                const OP: &str = "logits";
+                ensure_shape(x.cols() == w.cols(), OP, x.shape(), w.shape())?;
+                let Storage::Cuda(w) = &w.0 else {
+                    return Err(Error::DeviceMismatch { op: OP });
+                };
+                Ok(Tensor(Storage::Cuda(cuda::gemm::logits(x, w, 0..x.rows())?)))
+            }
+        }
+    }
+
     /// x ·= factor, in the type of `x`.
     pub fn scale(&self, x: &mut Tensor, factor: f32) -> Result<()> {
         match &mut x.0 {

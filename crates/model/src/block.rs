@@ -6,6 +6,7 @@ use half::f16;
 
 use crate::block_rule::BlockRule;
 use crate::error::Result;
+use crate::experts::Mixture;
 use crate::stage::Stage;
 
 /// To the nearest fp16 values.
@@ -81,6 +82,8 @@ pub struct BlockParts<W = Tensor> {
     pub linears: Vec<Linear<W>>,
     /// Gains of the norms.
     pub gains: Gains,
+    /// What routes tokens to experts, in a block that has them.
+    pub mixture: Option<Mixture>,
     /// How they are put together.
     pub rule: BlockRule,
 }
@@ -94,7 +97,7 @@ impl<W> BlockParts<W> {
         self,
         mut make: impl FnMut(&Linear<W>) -> std::result::Result<V, E>,
     ) -> std::result::Result<BlockParts<V>, E> {
-        let Self { index, linears, gains, rule } = self;
+        let Self { index, linears, gains, mixture, rule } = self;
         let linears = linears.into_iter().map(|linear| {
             let weight = make(&linear)?;
             Ok(Linear { id: linear.id, name: linear.name, weight, bias: linear.bias })
@@ -103,6 +106,7 @@ impl<W> BlockParts<W> {
             index,
             linears: linears.collect::<std::result::Result<_, E>>()?,
             gains,
+            mixture,
             rule,
         })
     }
@@ -178,6 +182,11 @@ impl<W> Block<W> {
     pub fn gains(&self) -> &Gains {
         &self.parts.gains
     }
+
+    /// What routes tokens to experts; `None` in a block that has one MLP for all tokens.
+    pub fn mixture(&self) -> Option<&Mixture> {
+        self.parts.mixture.as_ref()
+    }
 }
 
 impl Block {
@@ -199,15 +208,25 @@ impl Block {
         self.parts.linears[place].bias.as_deref_mut()
     }
 
+    /// What routes tokens to experts, for rotations to turn.
+    pub fn mixture_mut(&mut self) -> Option<&mut Mixture> {
+        self.parts.mixture.as_mut()
+    }
+
     /// Moves every weight through `place`, to a device that rounds it; `keep` holds on to what goes
     /// in.
     pub(crate) fn place(
         mut self,
         keep: bool,
-        place: impl Fn(&Linear) -> Result<Tensor>,
+        place: impl Fn(&str, &Tensor) -> Result<Tensor>,
     ) -> Result<Self> {
+        if let Some(Mixture { router, shared_gate, .. }) = &mut self.parts.mixture {
+            for weight in [Some(router), shared_gate.as_mut()].into_iter().flatten() {
+                *weight = place("router", weight)?;
+            }
+        }
         for linear in &mut self.parts.linears {
-            let placed = place(linear)?;
+            let placed = place(&linear.name, &linear.weight)?;
             let exact = std::mem::replace(&mut linear.weight, placed);
             if keep {
                 self.exact.push(exact);
@@ -233,9 +252,19 @@ impl Block {
         biases.for_each(|bias| round(bias));
     }
 
-    /// Rounds the gains of all norms to fp16, as files hold them.
-    pub fn round_norms(&mut self) {
+    /// Rounds the gains of all norms and what routes tokens to fp16, as files hold them; for a block in host
+    /// memory.
+    ///
+    /// # Panics
+    /// For a block with experts on another device.
+    pub fn round_dense(&mut self) {
         self.parts.gains.round();
+        if let Some(Mixture { router, shared_gate, .. }) = &mut self.parts.mixture {
+            for weight in [Some(router), shared_gate.as_mut()].into_iter().flatten() {
+                *weight =
+                    Tensor::from_host(weight.as_host().mapv(|value| f16::from_f32(value).to_f32()));
+            }
+        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! before, and that weights are kept as their file has them.
 
 use gptq_checkpoint::{
-    Checkpoint, HEAD, LinearId, LinearShape, ModelConfig, NormId, NormShape, RopeKind, RopeScaling,
+    Checkpoint, Expert, HEAD, LinearId, LinearShape, ModelConfig, NormId, NormShape, RopeKind,
+    RopeScaling,
 };
 use gptq_compute::{
     CacheShape, CodedMatrix, Device, KvCache, Resident, Span, StepModel, Steps, Tensor,
@@ -161,11 +162,19 @@ impl<'a> Decoder<'a> {
         self.model.device()
     }
 
-    /// Bytes of weights that one step reads.
+    /// Bytes of weights that one step of one sequence reads: of experts those of one token.
     #[must_use]
     pub fn step_bytes(&self) -> usize {
         let block = |block: &Block<Resident>| -> usize {
-            block.linears().iter().map(|linear| linear.weight.bytes()).sum()
+            let bytes = |linear: &Linear<Resident>| linear.weight.bytes();
+            let routed = |l: &&Linear<_>| matches!(l.id.expert(), Some(Expert::Routed(_)));
+            let all: usize = block.linears().iter().map(bytes).sum();
+            let Some(mixture) = block.mixture() else { return all };
+            let of_experts: usize = block.linears().iter().filter(routed).map(bytes).sum();
+            let experts = &mixture.experts;
+            let router =
+                mixture.router.bytes() + mixture.shared_gate.as_ref().map_or(0, Tensor::bytes);
+            all - of_experts + of_experts / experts.count * experts.per_token + router
         };
         self.blocks.iter().map(block).sum::<usize>() + self.head.weight.bytes()
     }

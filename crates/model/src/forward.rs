@@ -6,7 +6,7 @@ use gptq_compute::{AttentionShape, Device, KvCache, Resident, Span, Tensor};
 use crate::block::{Block, Linear};
 use crate::block_rule::{BlockRule, Ropes};
 use crate::error::Result;
-use crate::stage::Stage;
+use crate::stage::{Reading, Stage};
 
 /// A weight `[out, in]` in a form that tokens can be multiplied with.
 pub trait Weight {
@@ -53,7 +53,8 @@ enum Rows<'a> {
 
 impl Block {
     /// Inputs of a stage's linears, `[tokens, in_features]`, from the hidden states that the stages
-    /// before have left, over whole windows of `seq_len` tokens.
+    /// before have left, over whole windows of `seq_len` tokens. Where gate and up are those of experts, these
+    /// read rows of them: see [`Self::routes`].
     ///
     /// For o and down the norm before q or gate is computed once more, since it is not at hand: one
     /// pass over memory against holding all of it. In a parallel block gate, up and down read the
@@ -78,7 +79,8 @@ impl Block {
     /// Inputs of o from those of q, or of down from those of gate.
     ///
     /// # Panics
-    /// For other stages, whose inputs come from hidden states.
+    /// For other stages, whose inputs come from hidden states, and for the down projections of experts, each of
+    /// which has inputs of its own: [`Self::expert_activation`].
     pub fn next_input(
         &self,
         device: &Device,
@@ -97,7 +99,7 @@ impl Block {
 
 impl<W: Weight> Block<W> {
     /// Outputs of a linear with its bias.
-    fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
+    pub(crate) fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
         let Linear { weight, bias, .. } = self.linear(id);
         let mut output = weight.multiply(device, input)?;
         if let Some(bias) = bias {
@@ -194,7 +196,8 @@ impl<W: Weight> Block<W> {
     }
 
     /// Adds what a stage gives to the hidden states: the products of o or down, normed and scaled where
-    /// the block does so. Those of the other linears go into the next stage's inputs alone.
+    /// the block does so. Those of the other linears go into the next stage's inputs alone. For experts there is
+    /// [`Self::expert_output`].
     pub fn stage_output(
         &self,
         device: &Device,
@@ -232,14 +235,15 @@ impl<W: Weight> Block<W> {
         self.forward_looking(device, hidden, ropes, seq_len, |_, _| Ok(()))
     }
 
-    /// As [`Self::forward`], showing `look` the inputs of every stage's linears.
+    /// As [`Self::forward`], showing `look` the inputs of every stage's linears, of experts one expert's after the
+    /// other's; experts that no token goes through read nothing.
     pub fn forward_looking(
         &self,
         device: &Device,
         hidden: &mut Tensor,
         ropes: &Ropes,
         seq_len: usize,
-        look: impl FnMut(Stage, &Tensor) -> Result<()>,
+        look: impl FnMut(Reading, &Tensor) -> Result<()>,
     ) -> Result<()> {
         self.pass(device, hidden, ropes, Rows::Windows(seq_len), look)
     }
@@ -267,12 +271,12 @@ impl<W: Weight> Block<W> {
         hidden: &mut Tensor,
         ropes: &Ropes,
         mut rows: Rows<'_>,
-        mut look: impl FnMut(Stage, &Tensor) -> Result<()>,
+        mut look: impl FnMut(Reading, &Tensor) -> Result<()>,
     ) -> Result<()> {
         let input = self.normed(device, Stage::Qkv, hidden)?;
-        look(Stage::Qkv, &input)?;
+        look(Stage::Qkv.into(), &input)?;
         let contexts = self.attention(device, &input, ropes, &mut rows)?;
-        look(Stage::Output, &contexts)?;
+        look(Stage::Output.into(), &contexts)?;
         let shared = self.rule().parallel.then_some(input);
         self.stage_output(device, Stage::Output, &contexts, hidden)?;
         drop(contexts);
@@ -280,10 +284,13 @@ impl<W: Weight> Block<W> {
             Some(input) => input,
             None => self.normed(device, Stage::GateUp, hidden)?,
         };
-        look(Stage::GateUp, &input)?;
+        if self.mixture().is_some() {
+            return self.mixed(device, &input, hidden, &mut look);
+        }
+        look(Stage::GateUp.into(), &input)?;
         let activation = self.activation(device, &input)?;
         drop(input);
-        look(Stage::Down, &activation)?;
+        look(Stage::Down.into(), &activation)?;
         self.stage_output(device, Stage::Down, &activation, hidden)
     }
 }

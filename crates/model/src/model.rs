@@ -1,8 +1,8 @@
 //! A checkpoint as a model: embeddings, blocks one at a time, final norm and head.
 
 use gptq_checkpoint::{
-    Checkpoint, EMBEDDING, FINAL_NORM, GptqLinear, HEAD, LEAVES, LinearShape, ModelConfig,
-    NormShape, TensorRef,
+    Checkpoint, DenseId, DenseShape, EMBEDDING, Experts, FINAL_NORM, GptqLinear, HEAD, LEAVES,
+    LinearShape, ModelConfig, NormShape, TensorRef,
 };
 use gptq_compute::cuda::{PackedLinear, dequantize};
 use gptq_compute::{Device, FloatType, HostMatrix, Ranks, Tensor};
@@ -11,6 +11,7 @@ use half::f16;
 use crate::block::{Block, BlockParts, Gains, Linear};
 use crate::block_rule::{BlockRule, Norm, Ropes};
 use crate::error::{Error, Result};
+use crate::experts::Mixture;
 use crate::values::{SourcePrecision, Values};
 
 /// A checkpoint, dense or GPTQ, and the device to run it on.
@@ -186,7 +187,7 @@ impl<'a> Model<'a> {
 
     /// As [`Self::load_block`], to another device than the one that runs the model.
     pub fn load_block_on(&self, device: &Device, index: usize) -> Result<Block> {
-        let frame = self.load_frame(index)?;
+        let frame = self.load_frame_on(device, index)?;
         Ok(Block::new(frame.with_weights(|Linear { name, weight: shape, .. }| {
             self.load_linear(device, name, shape)
         })?))
@@ -197,6 +198,10 @@ impl<'a> Model<'a> {
     /// # Errors
     /// As [`Self::load_block`].
     pub fn load_frame(&self, index: usize) -> Result<BlockParts<LinearShape>> {
+        self.load_frame_on(&self.device, index)
+    }
+
+    fn load_frame_on(&self, device: &Device, index: usize) -> Result<BlockParts<LinearShape>> {
         let config = self.config();
         let prefix = ModelConfig::block_prefix(index);
         let linear = |shape: LinearShape| {
@@ -213,8 +218,36 @@ impl<'a> Model<'a> {
             index,
             linears: linears.collect::<Result<_>>()?,
             gains: Gains::new(gains.collect::<Result<_>>()?, config.norm.offset()),
+            mixture: config.experts(index).map(|e| self.mixture(device, index, e)).transpose()?,
             rule: BlockRule::of(config, index, self.seq_len),
         })
+    }
+
+    /// Loads what routes tokens to the experts of a block.
+    fn mixture(&self, device: &Device, index: usize, experts: &Experts) -> Result<Mixture> {
+        let config = self.config();
+        let prefix = ModelConfig::block_prefix(index);
+        let (mut router, mut correction, mut shared_gate) = (None, None, None);
+        for DenseShape { id, name, shape, .. } in config.block_dense(index) {
+            let name = format!("{prefix}.{name}");
+            match (id, shape.as_slice()) {
+                (DenseId::Router, &[rows, cols]) => {
+                    router = Some(self.matrix(device, &name, rows, cols)?);
+                }
+                (DenseId::SharedGate, &[rows, cols]) => {
+                    shared_gate = Some(self.matrix(device, &name, rows, cols)?);
+                }
+                (_, shape) => {
+                    let tensor = self.checkpoint.tensor_shaped(&name, shape)?;
+                    tensor.check_finite()?;
+                    correction = Some(tensor.to_f32());
+                    self.checkpoint.release(&name);
+                }
+            }
+        }
+        // The first of the tensors listed.
+        let Some(router) = router else { unreachable!("every block with experts has a router") };
+        Ok(Mixture { experts: experts.clone(), router, correction, shared_gate })
     }
 
     /// Brings a block in host memory to the device: as it is on the CPU, its weights rounded to fp16
@@ -223,24 +256,23 @@ impl<'a> Model<'a> {
     /// # Errors
     /// A weight beyond fp16, for a GPU or with `exact`: what is made of it could not be held.
     pub fn place(&self, block: Block, exact: bool) -> Result<Block> {
-        let tensor = |linear: &Linear| format!("{}.weight", linear.name);
+        let tensor = |name: &str| format!("{name}.weight");
         let Device::Cuda(_) = self.device else {
             for linear in block.linears().iter().filter(|_| exact) {
                 let beyond = |v: &&f32| !f16::from_f32(**v).is_finite();
                 let count = linear.weight.as_host().iter().filter(beyond).count();
                 if count > 0 {
                     let source = gptq_compute::Error::HalfOverflow { count };
-                    return Err(Error::Overflow { tensor: tensor(linear), source });
+                    return Err(Error::Overflow { tensor: tensor(&linear.name), source });
                 }
             }
             return Ok(block);
         };
-        block.place(exact, |linear| {
-            let weight = &linear.weight;
+        block.place(exact, |name, weight| {
             let host = weight.as_host().as_standard_layout();
             let bytes = bytemuck::cast_slice(host.as_slice().unwrap_or_default());
             let matrix = HostMatrix::new(bytes, FloatType::F32, weight.rows(), weight.cols());
-            self.device.upload(matrix).map_err(|source| overflow(|| tensor(linear), source))
+            self.device.upload(matrix).map_err(|source| overflow(|| tensor(name), source))
         })
     }
 

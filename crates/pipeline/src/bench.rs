@@ -5,11 +5,12 @@
 //! a GPU are held against what one H100 80GB reaches on the stage's operations (see `floor_rate`).
 
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use gptq_checkpoint::{LinearShape, ModelConfig, Rope, RopeScaling};
+use gptq_checkpoint::{CONFIG_FILE, Expert, Experts, LinearShape, ModelConfig, Rope, RopeScaling};
 use gptq_compute::{Agreement, Device, FloatType, HostMatrix, Ranks, RopeTable};
-use gptq_model::{Block, BlockParts, BlockRule, Gains, Linear, LinearId, NormId, Ropes};
+use gptq_model::{Block, BlockParts, BlockRule, Gains, Linear, LinearId, Mixture, NormId, Ropes};
 use gptq_quant::{QuantSpec, split_mix};
 use gptq_text::calibration::MOST_TOKENS;
 use half::f16;
@@ -23,7 +24,7 @@ use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::memory::{BlockSizes, Offload, Workload, offload};
-use crate::operations::Operations;
+use crate::operations::{BlockKind, Operations, Routing};
 use crate::row_shards::largest;
 use crate::states::States;
 
@@ -41,6 +42,11 @@ pub struct Width {
     intermediate: usize,
     heads: usize,
     kv_heads: usize,
+    #[serde(skip)]
+    head_dim: usize,
+    /// The experts that such an MLP is one of; all tokens go through it where there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<WidthExperts>,
     /// Blocks of the model that it is of.
     #[serde(skip)]
     blocks: usize,
@@ -49,13 +55,24 @@ pub struct Width {
     vocabulary: usize,
 }
 
-const WIDTHS: [Width; 5] = [
+/// Experts of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct WidthExperts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token goes through.
+    pub per_token: usize,
+}
+
+const WIDTHS: [Width; 8] = [
     Width {
         name: "tiny",
         hidden: 256,
         intermediate: 768,
         heads: 4,
         kv_heads: 2,
+        head_dim: 64,
+        experts: None,
         blocks: 5,
         vocabulary: 2048,
     },
@@ -65,6 +82,8 @@ const WIDTHS: [Width; 5] = [
         intermediate: 1536,
         heads: 9,
         kv_heads: 3,
+        head_dim: 64,
+        experts: None,
         blocks: 30,
         vocabulary: 49_152,
     },
@@ -74,6 +93,8 @@ const WIDTHS: [Width; 5] = [
         intermediate: 11008,
         heads: 32,
         kv_heads: 32,
+        head_dim: 128,
+        experts: None,
         blocks: 32,
         vocabulary: 32_000,
     },
@@ -83,6 +104,8 @@ const WIDTHS: [Width; 5] = [
         intermediate: 13824,
         heads: 40,
         kv_heads: 40,
+        head_dim: 128,
+        experts: None,
         blocks: 40,
         vocabulary: 32_000,
     },
@@ -92,8 +115,43 @@ const WIDTHS: [Width; 5] = [
         intermediate: 28672,
         heads: 64,
         kv_heads: 8,
+        head_dim: 128,
+        experts: None,
         blocks: 80,
         vocabulary: 32_000,
+    },
+    Width {
+        name: "tiny-moe",
+        hidden: 256,
+        intermediate: 128,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        experts: Some(WidthExperts { count: 8, per_token: 2 }),
+        blocks: 5,
+        vocabulary: 2048,
+    },
+    Width {
+        name: "mixtral-8x7b",
+        hidden: 4096,
+        intermediate: 14336,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        experts: Some(WidthExperts { count: 8, per_token: 2 }),
+        blocks: 32,
+        vocabulary: 32_000,
+    },
+    Width {
+        name: "qwen3-30b-a3b",
+        hidden: 2048,
+        intermediate: 768,
+        heads: 32,
+        kv_heads: 4,
+        head_dim: 128,
+        experts: Some(WidthExperts { count: 128, per_token: 8 }),
+        blocks: 48,
+        vocabulary: 151_936,
     },
 ];
 
@@ -110,28 +168,57 @@ impl std::str::FromStr for Width {
 
 impl Width {
     /// The one that cards are compared on.
-    pub(crate) const LARGEST: Self = WIDTHS[WIDTHS.len() - 1];
+    pub(crate) const LARGEST: Self = WIDTHS[4];
 
     /// Width of the residual stream.
     pub(crate) fn hidden(self) -> usize {
         self.hidden
     }
 
-    /// The linears of Llama's block.
-    pub(crate) fn linears(self) -> [LinearShape; 7] {
-        LinearId::LLAMA.map(|id| {
+    /// Whether its MLP is a mixture of experts.
+    pub(crate) fn has_experts(self) -> bool {
+        self.experts.is_some()
+    }
+
+    /// The linears of the block: Llama's, or of experts each one's gate, up and down.
+    pub(crate) fn ids(self) -> Vec<LinearId> {
+        let Some(WidthExperts { count, .. }) = self.experts else {
+            return LinearId::LLAMA.to_vec();
+        };
+        let of_expert = |number| {
+            let expert = Expert::Routed(number);
+            [expert.gate(), expert.up(), expert.down()]
+        };
+        let attention = [LinearId::Q, LinearId::K, LinearId::V, LinearId::O];
+        attention.into_iter().chain((0..count as u16).flat_map(of_expert)).collect()
+    }
+
+    /// Their shapes.
+    pub(crate) fn linears(self) -> Vec<LinearShape> {
+        let shape = |id| {
             let (rows, cols) = self.linear(id);
             LinearShape::new(id, cols, rows)
-        })
+        };
+        self.ids().into_iter().map(shape).collect()
     }
 
     /// Rows and columns of the same.
-    pub(crate) fn sides(self) -> [(usize, usize); 7] {
-        LinearId::LLAMA.map(|id| self.linear(id))
+    pub(crate) fn sides(self) -> Vec<(usize, usize)> {
+        self.ids().into_iter().map(|id| self.linear(id)).collect()
     }
 
-    /// A block of these weights, in the order of [`LinearId::LLAMA`].
-    pub(crate) fn block<W>(self, weights: Vec<W>) -> Block<W> {
+    /// What its operations follow from.
+    pub(crate) fn kind(self) -> BlockKind {
+        let routing = self.experts.map(|WidthExperts { count, per_token }| Routing {
+            count,
+            per_token,
+            rows: count,
+        });
+        BlockKind { linears: self.linears(), window: None, routing }
+    }
+
+    /// A block of these weights, in the order of [`Self::ids`], and of what routes tokens.
+    pub(crate) fn block<W>(self, weights: Vec<W>, mixture: Option<Mixture>) -> Block<W> {
         let linear = |(shape, weight): (LinearShape, W)| {
             let name = format!("{}.{}", ModelConfig::block_prefix(0), shape.name);
             Linear { id: shape.id, name, weight, bias: None }
@@ -144,15 +231,24 @@ impl Width {
                 vec![(NormId::BeforeAttention, ones()), (NormId::BeforeMlp, ones())],
                 0.0,
             ),
-            rule: BlockRule::llama(self.heads, self.kv_heads, self.head_dim(), 1e-5),
+            mixture,
+            rule: BlockRule::llama(self.heads, self.kv_heads, self.head_dim, 1e-5),
         })
     }
 
     /// A model of one such block, and of next to no words: its config.json.
     pub(crate) fn config_text(self) -> String {
-        let Self { hidden, intermediate, heads, kv_heads, .. } = self;
+        let Self { hidden, intermediate, heads, kv_heads, head_dim, .. } = self;
+        let mlp = match self.experts {
+            None => format!(r#""model_type":"llama","intermediate_size":{intermediate}"#),
+            Some(WidthExperts { count, per_token }) => format!(
+                r#""model_type":"qwen3_moe","intermediate_size":{intermediate},
+                "moe_intermediate_size":{intermediate},"num_experts":{count},
+                "num_experts_per_tok":{per_token},"norm_topk_prob":true"#
+            ),
+        };
         format!(
-            r#"{{"model_type":"llama","hidden_size":{hidden},"intermediate_size":{intermediate},
+            r#"{{{mlp},"hidden_size":{hidden},"head_dim":{head_dim},
             "num_hidden_layers":1,"num_attention_heads":{heads},"num_key_value_heads":{kv_heads},
             "vocab_size":32,"max_position_embeddings":2048,"torch_dtype":"float16"}}"#
         )
@@ -174,19 +270,23 @@ impl Width {
     }
 
     pub(crate) fn head_dim(self) -> usize {
-        self.hidden / self.heads
+        self.head_dim
     }
 
     /// Rows and columns of a linear.
     pub(crate) fn linear(self, id: LinearId) -> (usize, usize) {
-        let (h, i, kv) = (self.hidden, self.intermediate, self.kv_heads * self.head_dim());
+        let (h, i, kv) = (self.hidden, self.intermediate, self.kv_heads * self.head_dim);
+        let q = self.heads * self.head_dim;
         match id {
-            LinearId::Q | LinearId::O => (h, h),
+            LinearId::Q => (q, h),
+            LinearId::O => (h, q),
             LinearId::K | LinearId::V => (kv, h),
-            LinearId::Qkv => (h + 2 * kv, h),
+            LinearId::Qkv => (q + 2 * kv, h),
             LinearId::Gate | LinearId::Up => (i, h),
+            LinearId::ExpertGate(_) | LinearId::ExpertUp(_) => (i, h),
+            LinearId::SharedGate | LinearId::SharedUp => (i, h),
             LinearId::GateUp => (2 * i, h),
-            LinearId::Down => (h, i),
+            LinearId::Down | LinearId::ExpertDown(_) | LinearId::SharedDown => (h, i),
         }
     }
 }
@@ -297,7 +397,8 @@ pub fn bench_block(
 ) -> Result<BlockBench> {
     check_tokens(windows, seq_len)?;
     let reference = spec.choices.needs_reference();
-    let linears = width.linears();
+    let config = ModelConfig::parse(&width.config_text(), Path::new(CONFIG_FILE))?;
+    let experts = config.experts(0);
     ranks.agree(|| {
         Ok::<_, Error>(
             Agreement::new(words_of_block(width.hidden, &width.sides()))
@@ -309,6 +410,7 @@ pub fn bench_block(
         )
     })?;
     let sizes = BlockSizes::new(width.hidden, width.intermediate, &width.sides());
+    let sizes = experts.map_or(sizes, |experts| sizes.with_experts(experts, &width.linears()));
     let own = ranks.share(windows, 1);
     let tokens = own.len() * seq_len;
     let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
@@ -320,7 +422,7 @@ pub fn bench_block(
     let mut runs: Vec<(f64, StageSeconds)> = Vec::new();
     // The first run compiles, allocates and fills caches.
     for run in 0..=RUNS {
-        let mut block = synthetic_block(device, width)?;
+        let mut block = synthetic_block(device, width, experts)?;
         let states = || synthetic_states(device, width, (own.clone(), seq_len), offload);
         let reference = reference.then(states).transpose()?;
         let mut streams = Streams { quantized: states()?, reference };
@@ -340,7 +442,7 @@ pub fn bench_block(
     let (seconds, stages) = runs.swap_remove(RUNS / 2);
     let cards = ranks.size() as f64;
     let gpu = matches!(device, Device::Cuda(_));
-    let counted = Operations::of_block(&linears, None, (windows, seq_len), reference);
+    let counted = Operations::of_block(&width.kind(), (windows, seq_len), reference);
     let stages = stages
         .into_iter()
         .map(|(work, seconds)| {
@@ -392,15 +494,28 @@ fn floor_rate(work: Work) -> Option<f64> {
     }
 }
 
-fn synthetic_block(device: &Device, width: Width) -> Result<Block> {
-    let mut linears = Vec::new();
-    for (seed, (rows, cols)) in width.sides().into_iter().enumerate() {
-        // Outputs keep the size of inputs: standard deviation 1/√in.
+fn synthetic_block(device: &Device, width: Width, experts: Option<&Experts>) -> Result<Block> {
+    // Outputs keep the size of inputs: standard deviation 1/√in.
+    let weight = |seed: usize, rows: usize, cols: usize| {
         let values = halves(rows, cols, seed as u64, (3.0 / cols as f32).sqrt());
         let bytes = bytemuck::cast_slice(&values);
-        linears.push(device.upload(HostMatrix::new(bytes, FloatType::F16, rows, cols))?);
+        device.upload(HostMatrix::new(bytes, FloatType::F16, rows, cols))
+    };
+    let mut linears = Vec::new();
+    for (seed, (rows, cols)) in width.sides().into_iter().enumerate() {
+        linears.push(weight(seed, rows, cols)?);
     }
-    Ok(width.block(linears))
+    let mixture = |experts: &Experts| {
+        let router = weight(linears.len(), experts.count, width.hidden)?;
+        Ok::<_, Error>(Mixture {
+            experts: experts.clone(),
+            router,
+            correction: None,
+            shared_gate: None,
+        })
+    };
+    let mixture = experts.map(mixture).transpose()?;
+    Ok(width.block(linears, mixture))
 }
 
 /// Hidden states as random rows of a random table, as embeddings are.

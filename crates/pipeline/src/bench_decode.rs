@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::bench::Width;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What is read at a time, at least; of the smallest width less, which nobody measures a machine by.
 const BYTES: usize = 256 << 20;
@@ -115,8 +115,11 @@ pub struct DecodeBench {
 /// Measures the products and steps of a model of this width.
 ///
 /// # Errors
-/// Those of the device.
+/// Those of the device, and a width with experts.
 pub fn bench_decode(device: &Device, width: Width) -> Result<DecodeBench> {
+    if width.has_experts() {
+        return Err(Error::DecodeExperts { width: width.name });
+    }
     let reach = match (width.name, device) {
         ("tiny", _) => FEW_BYTES,
         (_, Device::Cpu) => BYTES,
@@ -293,14 +296,14 @@ fn stepping(device: &Device, form: Form, width: Width, reach: usize) -> Result<V
 /// A block in memory of its own.
 fn copy(device: &Device, from: &Block<Resident>, width: Width) -> Result<Block<Resident>> {
     let linears = from.linears().iter().map(|linear| Ok(device.copy_resident(&linear.weight)?));
-    Ok(width.block(linears.collect::<Result<_>>()?))
+    Ok(width.block(linears.collect::<Result<_>>()?, None))
 }
 
 /// A block of random weights, so small that states stay finite.
 fn block(device: &Device, form: Form, width: Width) -> Result<Block<Resident>> {
     let linears = width.sides();
     let linears = linears.iter().map(|&(rows, cols)| random(device, form, rows, cols));
-    Ok(width.block(linears.collect::<Result<_>>()?))
+    Ok(width.block(linears.collect::<Result<_>>()?, None))
 }
 
 /// A weight of random values around 0.

@@ -9,6 +9,9 @@
 //! differ by becomes a shift of the weights before they are solved (see [`Device::over_hessian`]).
 //! Shifting the other linears by the drift of their inputs as well was tried: a percent of KL for
 //! seven of time (tests/bench).
+//!
+//! Blocks with experts have the same two stages of attention, o's shift included; what comes after them is
+//! in `experts`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -27,6 +30,8 @@ use crate::memory::Offload;
 use crate::recording::solved;
 use crate::row_shards::{RowShards, SHARD_ROWS, rows_of, summed};
 use crate::states::States;
+
+mod experts;
 
 /// Rows of a weight from which the energy of its outputs is estimated: the exact figure costs as
 /// much as two solves, and it only scales an error in a report.
@@ -133,11 +138,18 @@ impl Calibrator<'_> {
             reference: dense.as_ref().zip(streams.reference.as_mut()),
             exact,
         };
-        for stage in Stage::ALL {
+        for stage in [Stage::Qkv, Stage::Output] {
             run.stage(block, stage)?;
         }
-        run.stream.output(self, block)?;
-        run.timer.mark(Work::Forward)?;
+        if block.mixture().is_some() {
+            run.experts(block)?;
+        } else {
+            for stage in [Stage::GateUp, Stage::Down] {
+                run.stage(block, stage)?;
+            }
+            run.stream.output(self, block)?;
+            run.timer.mark(Work::Forward)?;
+        }
         let mut stages = StageSeconds::new();
         for (work, time) in run.timer.finish()? {
             *stages.entry(work).or_insert(0.0) += time.as_secs_f64();
@@ -247,8 +259,13 @@ impl States {
             }
             return Ok(hidden);
         }
-        let input = dense.stage_input(device, stage, &hidden, all.ropes, self.seq_lens[chunk])?;
-        dense.stage_output(device, stage, &input, &mut hidden)?;
+        let of =
+            if stage == Stage::Down && dense.mixture().is_some() { Stage::GateUp } else { stage };
+        let input = dense.stage_input(device, of, &hidden, all.ropes, self.seq_lens[chunk])?;
+        match of {
+            Stage::GateUp => experts::add_all(device, dense, &input, &mut hidden)?,
+            _ => dense.stage_output(device, stage, &input, &mut hidden)?,
+        }
         Ok(hidden)
     }
 }
@@ -283,13 +300,11 @@ impl BlockRun<'_, '_, '_> {
             // All of o's inputs are used up; give their memory back before down's are made.
             self.stream.kept = None;
         }
-        let scale = 2.0 / self.all.windows as f32;
+        let scale = self.scale();
         let first = first_of(block, stage).name.clone();
-        let factored = factor(&gram, scale, self.all.spec).map_err(|source| match source {
-            gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.clone() },
-            source => Error::Solve { linear: first.clone(), source },
-        })?;
-        let energies = self.energies(block, stage, &gram, scale)?;
+        let ids: Vec<LinearId> = block.stage(stage).map(|linear| linear.id).collect();
+        let factored = self.factor(&gram, &first)?;
+        let energies = self.energies(block, &ids, &gram)?;
         // The shift needs the room.
         drop(gram);
         self.timer.mark(Work::Factor)?;
@@ -303,7 +318,21 @@ impl BlockRun<'_, '_, '_> {
             return Err(Error::Activations { linear: first });
         }
         let share = scale * self.all.spec.choices.residual;
-        self.solve(block, stage, &factored, shift.map(|s| (s, share)).as_ref(), &energies)
+        self.solve(block, &ids, &factored, shift.map(|s| (s, share)).as_ref(), &energies)
+    }
+
+    /// s of every Hessian s XᵀX: one for all linears, an expert's too, however few tokens it sees. Damping
+    /// is relative to H, so that it changes no code; errors and energies of all linears are of one unit.
+    fn scale(&self) -> f32 {
+        2.0 / self.all.windows as f32
+    }
+
+    /// The factored Hessian of the inputs of `first` and what else reads them.
+    fn factor(&self, gram: &Gram, first: &str) -> Result<Factored> {
+        factor(gram, self.scale(), self.all.spec).map_err(|source| match source {
+            gptq_quant::Error::NotFinite { .. } => Error::Activations { linear: first.to_owned() },
+            source => Error::Solve { linear: first.to_owned(), source },
+        })
     }
 
     /// XᵀX of a stage's inputs over all chunks.
@@ -372,18 +401,17 @@ impl BlockRun<'_, '_, '_> {
         Ok(Some(shift))
     }
 
-    /// One solve for each linear of a stage.
+    /// One solve for each of the linears that read what was factored.
     fn solve(
         &mut self,
         block: &mut Block,
-        stage: Stage,
+        ids: &[LinearId],
         factored: &Factored,
         shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
         let Calibrator { device, ranks, .. } = *self.all;
         let mut numbers = Vec::with_capacity(2 * energies.len());
-        let ids: Vec<LinearId> = block.stage(stage).map(|linear| linear.id).collect();
         for (&id, &energy) in ids.iter().zip(energies) {
             let linear = block.linear(id);
             let (name, rows) = (linear.name.clone(), linear.weight.rows());
@@ -401,8 +429,9 @@ impl BlockRun<'_, '_, '_> {
             self.timer.mark(Work::Pack)?;
         }
         let numbers = summed(ranks, numbers)?;
-        for (linear, number) in block.stage(stage).zip(numbers.chunks_exact(2)) {
-            self.linears.push(report(linear.name.clone(), number[0], number[1], factored));
+        for (&id, number) in ids.iter().zip(numbers.chunks_exact(2)) {
+            let name = block.linear(id).name.clone();
+            self.linears.push(report(name, number[0], number[1], factored));
         }
         Ok(())
     }
@@ -452,10 +481,11 @@ impl BlockRun<'_, '_, '_> {
         Ok(())
     }
 
-    /// This rank's part of `scale` · tr(W G Wᵀ) of a stage's linears.
-    fn energies(&self, block: &Block, stage: Stage, gram: &Gram, scale: f32) -> Result<Vec<f64>> {
-        let energy = |linear: &Linear| Ok(self.energy(&linear.weight, gram)? * f64::from(scale));
-        block.stage(stage).map(energy).collect()
+    /// This rank's part of tr(W H Wᵀ) of linears that read the same, H undamped.
+    fn energies(&self, block: &Block, ids: &[LinearId], gram: &Gram) -> Result<Vec<f64>> {
+        let scale = f64::from(self.scale());
+        let energy = |&id: &LinearId| Ok(self.energy(&block.linear(id).weight, gram)? * scale);
+        ids.iter().map(energy).collect()
     }
 
     /// tr(W G Wᵀ), from evenly spaced rows of W, which the ranks share.

@@ -109,7 +109,7 @@ impl Card {
         let [reference, ..] = CARDS;
         let scaled = |of: &Self| of.measured.map(|seconds| seconds * of.promised / self.promised);
         let seconds = self.measured.or(scaled(&reference)).unwrap_or(f64::INFINITY);
-        let operations = Operations::of_block(&Width::LARGEST.linears(), None, MEASURED_WITH, true);
+        let operations = Operations::of_block(&Width::LARGEST.kind(), MEASURED_WITH, true);
         // The four stages of `autogptq`, which the block's seconds are of; what no stage counts is
         // spread over them.
         let of_block: f64 = STAGE_SECONDS[..4].iter().map(|(_, seconds)| seconds).sum();
@@ -118,6 +118,7 @@ impl Card {
         };
         Entry {
             hidden: Width::LARGEST.hidden(),
+            experts: false,
             ranks: 1,
             rates: STAGE_SECONDS.iter().map(rate).collect(),
             from: if self.measured.is_some() { Source::Table } else { Source::DataSheet },

@@ -119,6 +119,12 @@ pub enum Error {
         /// Tokens of a window.
         seq_len: usize,
     },
+    /// Steps of a block with experts, which `gptq bench --decode` does not measure.
+    #[error("`--decode` measures no blocks with experts, and `{width}` has them")]
+    DecodeExperts {
+        /// The width asked for.
+        width: &'static str,
+    },
     /// Damping had to be raised under `--strict`.
     #[error(
         "The Hessian of `{linear}` needed damping {damp:?} instead of {asked:?}, which --strict forbids"
@@ -140,6 +146,16 @@ pub enum Error {
         linear: String,
         /// Damping of the attempt.
         damp: f64,
+    },
+    /// An expert that saw too few tokens, under `--strict`.
+    #[error(
+        "`{linear}` saw {tokens} tokens, fewer than it has inputs, and was calibrated on all tokens of its block, which --strict forbids"
+    )]
+    StrictTokens {
+        /// The linear's prefix.
+        linear: String,
+        /// Tokens that were routed to it.
+        tokens: u64,
     },
     /// What would be a warning about the source, under `--strict`.
     #[error("{0} (--strict)")]
@@ -258,9 +274,11 @@ impl Error {
             Self::Fitted { .. } => format!("use --set {}=0", Choices::HEAD).into(),
             Self::HostMemory { advice, .. } => (*advice).into(),
             Self::TooManyTokens { .. } => "use fewer windows, or shorter ones".into(),
+            Self::DecodeExperts { .. } => "use another --width".into(),
             Self::Strict { .. } | Self::StrictPrecision { .. } => {
                 "raise --damp or calibrate on more windows".into()
             }
+            Self::StrictTokens { .. } => "calibrate on more windows".into(),
             Self::AlreadyQuantized(_) => "quantize the dense model that it was made from".into(),
             Self::QuantizedBase(_) => "give --base the dense model that was quantized".into(),
             Self::Config { advice, .. } => advice.as_deref()?.into(),

@@ -6,7 +6,7 @@ use gptq_checkpoint::{ModelConfig, family_names};
 use gptq_model::has_step_program;
 
 use crate::error::Result;
-use crate::recipe_fit::{unrotatable, unshiftable};
+use crate::recipe_fit::{has_experts, unrotatable, unshiftable};
 
 const YES: &str = "✓";
 
@@ -40,6 +40,9 @@ pub fn table() -> Result<String> {
 fn best(model: &ModelConfig) -> String {
     let (rotation, shift) = (unrotatable(model), unshiftable(model));
     match (rotation, shift) {
+        (None, None) if has_experts(model) => {
+            format!("{YES}; `residual` for o, not for downs of experts")
+        }
         (None, None) => YES.to_owned(),
         (Some(one), Some(other)) if one == other => {
             format!("{YES}, without `rotate=full` and `residual`: {one}")

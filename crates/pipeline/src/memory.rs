@@ -1,9 +1,10 @@
 //! How much memory a run needs, and what is kept where so that it fits.
 //!
 //! Bytes are counted from the model's shape. Where a GPU cannot hold everything, inputs of o and
-//! down wait in host memory, as many of them as must, and then hidden states too.
+//! down wait in host memory, as many of them as must, and then hidden states too. Of a block with experts
+//! what gate and up read waits in their place, and what one expert makes of its tokens.
 
-use gptq_checkpoint::{LinearId, LinearShape, ModelConfig};
+use gptq_checkpoint::{Experts, LinearId, LinearShape, ModelConfig};
 use gptq_compute::{Device, FloatType};
 use gptq_quant::{QuantSpec, Rotate};
 use serde::Serialize;
@@ -14,7 +15,7 @@ use crate::host_memory::ensure;
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Offload {
-    /// Of the inputs of o and of down.
+    /// Of the inputs of o and of down; of experts, of those of gate and up and one's activations.
     pub inputs: f64,
     /// Of the hidden states.
     pub hidden: f64,
@@ -46,6 +47,22 @@ pub struct BlockSizes {
     pub largest: usize,
     /// Largest out_features.
     pub rows: usize,
+    /// Values of a token that are kept from one stage to the next.
+    pub kept: usize,
+    /// Experts that a token goes through; 0 where it goes through none.
+    pub per_token: usize,
+}
+
+/// How many times its even share of the tokens an expert may see before its activations are made twice
+/// and not kept.
+const EVEN_SHARES: usize = 2;
+
+/// Values of activations of `tokens` tokens that are kept of one expert, from the Gram to the product of
+/// its down: those of [`EVEN_SHARES`]. What sees more, as the shared expert does, makes them again, which
+/// takes the time of two products, where kept ones would take the room of a dense MLP's.
+pub(crate) fn kept_activations(experts: &Experts, tokens: usize) -> usize {
+    let Experts { count, per_token, intermediate_size, .. } = *experts;
+    (tokens * EVEN_SHARES * per_token / count.max(1)).min(tokens) * intermediate_size
 }
 
 /// Bytes that an evaluation holds beside branches that are made from the same reading.
@@ -68,15 +85,34 @@ impl BlockSizes {
             widest: max(|l| l.1),
             largest: max(|l| l.0 * l.1),
             rows: max(|l| l.0),
+            kept: max(|l| l.1),
+            per_token: 0,
+        }
+    }
+
+    /// The same of a block with experts: in the place of down's inputs it keeps gate's, and an expert's
+    /// activations.
+    #[must_use]
+    pub fn with_experts(self, experts: &Experts, linears: &[LinearShape]) -> Self {
+        /// Tokens for a share that is exact enough.
+        const MANY: usize = 1 << 20;
+        let output = linears.iter().find(|linear| linear.id == LinearId::O);
+        let of_experts = self.hidden + kept_activations(experts, MANY).div_ceil(MANY);
+        Self {
+            intermediate: experts.all().map(|e| experts.width(e)).max().unwrap_or(0),
+            kept: of_experts.max(output.map_or(0, |output| output.in_features)),
+            per_token: experts.per_token,
+            ..self
         }
     }
 
     /// Sizes of a model's blocks; of blocks that differ, the largest of each.
     pub fn of(model: &ModelConfig) -> Self {
         let of_block = |block| {
-            let linears: Vec<_> =
-                model.block_linears(block).iter().map(LinearShape::sides).collect();
-            Self::new(model.hidden_size, widest_of_mlp(model, block), &linears)
+            let linears = model.block_linears(block);
+            let sides: Vec<_> = linears.iter().map(LinearShape::sides).collect();
+            let sizes = Self::new(model.hidden_size, widest_of_mlp(model, &linears), &sides);
+            model.experts(block).map_or(sizes, |experts| sizes.with_experts(experts, &linears))
         };
         let largest = |a: Self, b: Self| Self {
             hidden: a.hidden.max(b.hidden),
@@ -85,15 +121,17 @@ impl BlockSizes {
             widest: a.widest.max(b.widest),
             largest: a.largest.max(b.largest),
             rows: a.rows.max(b.rows),
+            kept: a.kept.max(b.kept),
+            per_token: a.per_token.max(b.per_token),
         };
-        let none = Self::new(model.hidden_size, model.intermediate_size, &[]);
+        let none = Self::new(model.hidden_size, 0, &[]);
         (0..model.num_hidden_layers).map(of_block).fold(none, largest)
     }
 }
 
 /// Width of the MLP, or of gate and up where they are one linear, whose halves are copied.
-fn widest_of_mlp(model: &ModelConfig, block: usize) -> usize {
-    let fused = model.block_linears(block).into_iter().find(|l| l.id == LinearId::GateUp);
+fn widest_of_mlp(model: &ModelConfig, linears: &[LinearShape]) -> usize {
+    let fused = linears.iter().find(|l| l.id == LinearId::GateUp);
     fused.map_or(model.intermediate_size, |linear| linear.out_features)
 }
 
@@ -162,6 +200,12 @@ impl Workload {
     fn streams(self) -> usize {
         1 + usize::from(self.reference)
     }
+
+    /// Which expert each token goes through and how much of it gets, in host memory: a row and a weight
+    /// each, and a row and a weight for the shared one.
+    fn route_bytes(self, block: BlockSizes) -> usize {
+        if block.per_token == 0 { 0 } else { 8 * self.tokens * (block.per_token + 1) }
+    }
 }
 
 /// Plans calibrated runs that take turns on a GPU of `budget` bytes, one of which is the usual number.
@@ -223,7 +267,7 @@ pub(crate) fn device_budget(device: &Device) -> Result<Option<u64>> {
 
 /// Values of hidden states, and of one stage's inputs, of all tokens.
 fn states_of(block: BlockSizes, work: Workload) -> usize {
-    work.tokens * (work.streams() * block.hidden + block.widest)
+    work.tokens * (work.streams() * block.hidden + block.kept)
 }
 
 /// Bytes on a GPU: fp16 weights and activations, f32 hidden states and matrices.
@@ -251,7 +295,9 @@ impl GpuBytes {
         // A chunk in flight: gate, up and their product, hidden states coming and going; with a
         // reference, states of both streams and their difference.
         let lacking = if reference { 10 * block.hidden } else { 0 };
-        let flight = chunk * (3 * 2 * block.intermediate + 3 * 4 * block.hidden + lacking);
+        // With experts also the rows of one, and what it gives them.
+        let rows = if block.per_token > 0 { 2 * 2 * block.hidden } else { 0 };
+        let flight = chunk * (3 * 2 * block.intermediate + 3 * 4 * block.hidden + lacking + rows);
         // The Gram, U, and a quarter of it for the factor's workspace; then the solve (see
         // `gptq_compute`): f32 weights, new fp16 weights, codes twice, a window of errors. A shift
         // is gathered beside U, and the shifted weights are solved from f32.
@@ -260,16 +306,20 @@ impl GpuBytes {
         let wide = if exact { 4 * block.largest } else { 0 };
         let solve = 8 * block.largest + 4 * 1024 * block.rows + wide;
         let gathering = 4 * square + flight + shift;
+        // The Gram of all tokens and its factor, for experts that see too few.
+        let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
         let solving = (9 * square + solve).max(4 * square + solve + 3 * shift);
         Self {
-            fixed: blocks + gathering.max(solving) + work.shared_bytes(block),
+            fixed: blocks + gathering.max(solving) + all_tokens + work.shared_bytes(block),
             // The unquantized model's are used at once.
-            inputs: 2 * tokens * block.widest,
+            inputs: 2 * tokens * block.kept,
             hidden: 4 * tokens * block.hidden * streams,
-            moving: 3 * chunk * (2 * block.widest + 4 * block.hidden),
+            moving: 3 * chunk * (2 * block.kept + 4 * block.hidden),
             // Uploads go through pinned buffers; packed results wait for the writer; a block whose
             // rotations are folded is turned in f32, and one more waits to be solved from it.
-            host: (2 + 4 + if exact { 4 } else { 0 }) * block.weights + STAGING,
+            host: (2 + 4 + if exact { 4 } else { 0 }) * block.weights
+                + STAGING
+                + work.route_bytes(block),
         }
     }
 
@@ -322,11 +372,14 @@ pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
     // One chunk's gate and up; with a reference states of both streams and their difference.
     let lacking = if reference { 3 * block.hidden } else { 0 };
     let chunk = Device::CPU_CHUNK_TOKENS.max(seq_len).min(tokens);
-    let flight = chunk * (2 * block.intermediate + lacking);
+    let rows = if block.per_token > 0 { 2 * block.hidden } else { 0 };
+    let flight = chunk * (2 * block.intermediate + lacking + rows);
     // Weights in solve order, values twice, codes; Gram, Hessian and U in f32, the factor in f64.
     // Shifts and shifted weights come when the factor's room is free again.
     let square = if tokens > 0 { 20 * block.widest * block.widest } else { 0 };
-    let solve = square + 13 * block.largest;
+    // With experts also the Gram of all tokens and its factor, and routes.
+    let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
+    let solve = square + 13 * block.largest + all_tokens + work.route_bytes(block);
     let walking = 4 * ((1 + streams) * block.weights + states + flight) + solve + tables.walking;
     let writing = 4 * tokens * streams * block.hidden + tables.writing;
     (fixed + walking.max(writing)) as u64
@@ -412,6 +465,65 @@ mod tests {
         assert_eq!(gpu(2).device_bytes - gpu(0).device_bytes, 2 * 4 * 4096 * 4096);
         let without = plan_gpu(block, &[work(many, 0)], Tables::default(), 80 << 30);
         assert!(gpu(0).host_bytes >= without.host_bytes + table as u64);
+    }
+
+    /// Mixtral 8x7B and Qwen3 30B-A3B: of a token gate's inputs wait and two even shares of an expert's
+    /// activations, where a dense block of as many weights would keep its down's.
+    #[test]
+    fn experts_keep_what_gate_reads_and_one_experts_activations() {
+        let model = |text: &str| {
+            let text = format!(
+                r#"{{{text},"vocab_size":32000,"max_position_embeddings":32768,
+                "num_attention_heads":32,"num_hidden_layers":2,"head_dim":128}}"#
+            );
+            ModelConfig::parse(&text, std::path::Path::new("config.json")).unwrap()
+        };
+        let mixtral = model(
+            r#""model_type":"mixtral","hidden_size":4096,"intermediate_size":14336,
+            "num_key_value_heads":8,"num_local_experts":8,"num_experts_per_tok":2"#,
+        );
+        let qwen3 = model(
+            r#""model_type":"qwen3_moe","hidden_size":2048,"intermediate_size":6144,
+            "moe_intermediate_size":768,"num_key_value_heads":4,"num_experts":128,
+            "num_experts_per_tok":8"#,
+        );
+        let sizes = BlockSizes::of(&mixtral);
+        assert_eq!((sizes.kept, sizes.widest), (4096 + 14336 / 2, 14336));
+        assert_eq!((sizes.intermediate, sizes.per_token), (14336, 2));
+        let attention = 2 * 4096 * 4096 + 2 * 1024 * 4096;
+        assert_eq!(sizes.weights, attention + 8 * 3 * 4096 * 14336);
+        let sizes = BlockSizes::of(&qwen3);
+        // o's inputs are wider than both.
+        assert_eq!((sizes.kept, sizes.widest, sizes.intermediate), (4096, 4096, 768));
+        let experts = qwen3.experts(0).unwrap();
+        assert_eq!(kept_activations(experts, 262_144), 262_144 / 8 * 768);
+        // No expert sees more than all tokens.
+        let mut few = experts.clone();
+        (few.count, few.per_token) = (3, 2);
+        assert_eq!(kept_activations(&few, 100), 100 * 768);
+        let work = Workload {
+            tokens: 128 * 2048,
+            seq_len: 2048,
+            reference: true,
+            exact: false,
+            shared_grams: 0,
+        };
+        for model in [mixtral, qwen3] {
+            let block = BlockSizes::of(&model);
+            let plan = |gib: u64| plan_gpu(block, &[work], Tables::default(), gib << 30);
+            assert_eq!(plan(79).offload, Offload::default());
+            let all = plan(79).device_bytes;
+            let kept = 2 * work.tokens as u64 * block.kept as u64;
+            // What is kept is what goes first.
+            let less = plan_gpu(block, &[work], Tables::default(), all);
+            assert!(less.offload.inputs > 0.0 && less.offload.hidden == 0.0, "{less:?}");
+            assert!(less.device_bytes <= all && all - less.device_bytes <= kept, "{less:?}");
+            // A block without experts has no routes to keep in host memory.
+            let dense = BlockSizes { per_token: 0, ..block };
+            let dense = plan_gpu(dense, &[work], Tables::default(), 79 << 30);
+            let routes = 8 * work.tokens as u64 * (block.per_token as u64 + 1);
+            assert_eq!(plan(79).host_bytes - dense.host_bytes, routes);
+        }
     }
 
     /// A window is never cut, so a chunk of one that is longer than a chunk takes more.

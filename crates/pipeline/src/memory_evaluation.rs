@@ -4,8 +4,11 @@
 //! what is left of these in the end are the normed states of the scored positions, which wait for
 //! the head, beside another model's where two are compared.
 
+use std::collections::BTreeMap;
+
 use gptq_checkpoint::ModelConfig;
 use gptq_compute::Device;
+use gptq_model::Reading;
 
 use crate::error::{Error, Result};
 use crate::host_memory::available;
@@ -51,11 +54,21 @@ pub(crate) struct Room {
     hidden: usize,
 }
 
+/// Bytes of the Grams of what a block's linears read, of the block that has most.
+fn grams_of(model: &ModelConfig) -> usize {
+    let of_block = |block| {
+        let linears = model.block_linears(block).into_iter();
+        let orders: BTreeMap<Reading, usize> =
+            linears.map(|l| (Reading::of(l.id), l.in_features)).collect();
+        orders.into_values().map(|order| 4 * order * order).sum::<usize>()
+    };
+    (0..model.num_hidden_layers).map(of_block).max().unwrap_or(0)
+}
+
 impl EvaluationSizes {
     pub(crate) fn of(model: &ModelConfig, longest: usize, beside: Beside) -> Self {
         let block = BlockSizes::of(model);
-        let (h, widest) = (block.hidden, block.widest);
-        let grams = if beside.grams { 4 * (3 * h * h + widest * widest) } else { 0 };
+        let grams = if beside.grams { grams_of(model) } else { 0 };
         let models = 1 + usize::from(beside.base);
         Self { block, vocab: model.vocab_size, longest, models, grams }
     }

@@ -1,5 +1,7 @@
 //! Memory of a GPU that makes text, from config.json alone.
 
+use std::collections::BTreeMap;
+
 use gptq_checkpoint::ModelConfig;
 use gptq_compute::Resident;
 use gptq_model::PASS_TOKENS;
@@ -32,9 +34,18 @@ impl TextMemory {
         let keys = model.num_key_value_heads * model.head_dim;
         let widest = model.linears().map(|(_, l)| l.out_features * l.in_features * HALF).max();
         let widest = widest.unwrap_or(0);
-        // Hidden states in f32, and the inputs and outputs of all linears of a block, as if at once.
+        // Hidden states in f32, and the inputs and outputs of all linears of a block, as if at once; of
+        // experts those of the widest, which are used one after the other.
         let of_block = |block| -> usize {
-            model.block_linears(block).iter().map(|l| l.out_features + l.in_features).sum()
+            let (mut always, mut experts) = (0, BTreeMap::new());
+            for linear in model.block_linears(block) {
+                let values = linear.out_features + linear.in_features;
+                match linear.id.expert() {
+                    Some(expert) => *experts.entry(expert).or_insert(0) += values,
+                    None => always += values,
+                }
+            }
+            always + experts.into_values().max().unwrap_or(0)
         };
         let wide = (0..model.num_hidden_layers).map(of_block).max().unwrap_or(0);
         let activations = PASS_TOKENS * (model.hidden_size * 4 + wide * HALF);

@@ -1,8 +1,10 @@
 //! Floating-point operations of calibrated blocks, by stage: what `plan` adds up, `bench` divides by
 //! seconds, and predictions divide by rates. They are counted here alone.
 
-use gptq_checkpoint::{LinearShape, ModelConfig};
-use gptq_model::{LinearId, Stage};
+use std::collections::BTreeSet;
+
+use gptq_checkpoint::{Expert, Experts, LinearShape, ModelConfig};
+use gptq_model::{LinearId, Reading, Stage};
 use serde::Serialize;
 
 use crate::calibrate::Work;
@@ -25,49 +27,101 @@ pub struct Operations {
 }
 
 /// What the operations of a block follow from.
-#[derive(PartialEq)]
-struct BlockKind {
-    linears: Vec<LinearShape>,
-    window: Option<usize>,
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct BlockKind {
+    pub(crate) linears: Vec<LinearShape>,
+    /// Tokens that a token attends to at most.
+    pub(crate) window: Option<usize>,
+    pub(crate) routing: Option<Routing>,
+}
+
+/// How a router spreads tokens over experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Routing {
+    /// Experts that it chooses from.
+    pub(crate) count: usize,
+    /// How many it chooses.
+    pub(crate) per_token: usize,
+    /// Rows of its weights, and of the shared expert's own gate.
+    pub(crate) rows: usize,
+}
+
+impl Routing {
+    fn of(experts: &Experts) -> Self {
+        let Experts { count, per_token, shared, .. } = *experts;
+        let rows = count + usize::from(shared.is_some_and(|shared| shared.gated));
+        Self { count, per_token, rows }
+    }
+}
+
+impl BlockKind {
+    /// That of a model's block.
+    pub(crate) fn of(model: &ModelConfig, block: usize) -> Self {
+        Self {
+            linears: model.block_linears(block),
+            window: model.block_attention(block).window,
+            routing: model.experts(block).map(Routing::of),
+        }
+    }
+
+    /// Of all tokens, those that a linear sees where a router spreads them evenly.
+    fn share(&self, linear: LinearId) -> f64 {
+        match (linear.expert(), self.routing) {
+            (Some(Expert::Routed(_)), Some(Routing { count, per_token, .. })) => {
+                per_token as f64 / count as f64
+            }
+            _ => 1.0,
+        }
+    }
+
+    /// Operations that route a token.
+    fn routed(&self) -> f64 {
+        let Some(routing) = self.routing else { return 0.0 };
+        let inputs = self.linears.iter().find(|linear| Stage::of(linear.id) == Stage::GateUp);
+        2.0 * routing.rows as f64 * inputs.map_or(0, |linear| linear.in_features) as f64
+    }
 }
 
 impl Operations {
-    /// Of a block with these linears over `windows` windows of `seq_len` tokens, each of which attends
-    /// to `window` tokens at most. With `reference`, the unquantized model is walked too.
+    /// Of a block over `windows` windows of `seq_len` tokens, of which each expert sees as many. With
+    /// `reference`, the unquantized model is walked too.
     pub(crate) fn of_block(
-        linears: &[LinearShape],
-        window: Option<usize>,
+        block: &BlockKind,
         (windows, seq_len): (usize, usize),
         reference: bool,
     ) -> Self {
+        let BlockKind { linears, window, .. } = block;
         let tokens = windows as f64 * seq_len as f64;
         // Causal attention: half of the scores' square, and as much again for the contexts.
         let output = linears.iter().find(|linear| linear.id == LinearId::O);
         let width = output.map_or(0, |linear| linear.in_features);
         let length = seq_len as f64;
         let reach = match window {
-            Some(window) if window < seq_len => {
-                let window = window as f64;
+            Some(window) if *window < seq_len => {
+                let window = *window as f64;
                 2.0 * window - window * window / length
             }
             _ => length,
         };
         let mut sum = Self { forward: 2.0 * tokens * reach * width as f64, ..Self::default() };
-        let mut counted = Vec::new();
+        sum.forward += tokens * block.routed();
+        let mut counted = BTreeSet::new();
         for linear in linears {
             let (rows, n) = (linear.out_features as f64, linear.in_features as f64);
             let stage = Stage::of(linear.id);
+            let all_tokens = tokens;
+            let tokens = tokens * block.share(linear.id);
             sum.forward += 2.0 * tokens * n * rows;
             sum.solve += rows * n * n;
-            // k and v share q's inputs, and up shares gate's.
-            if !counted.contains(&stage) {
-                counted.push(stage);
+            // k and v share q's inputs, and up shares gate's; every expert has its own.
+            if counted.insert(Reading::of(linear.id)) {
                 sum.gram += tokens * n * n;
                 sum.factor += 2.0 / 3.0 * n * n * n;
             }
             // The drift times the inputs, taken over the Hessian as triangles.
-            if reference && matches!(stage, Stage::Output | Stage::Down) {
-                sum.shift += rows * n * (2.0 * tokens + 2.0 * n);
+            let moves = matches!(stage, Stage::Output | Stage::Down);
+            if reference && moves && linear.id.expert().is_none() {
+                sum.shift += rows * n * (2.0 * all_tokens + 2.0 * n);
             }
         }
         sum.reference = if reference { sum.forward } else { 0.0 };
@@ -78,15 +132,14 @@ impl Operations {
     pub(crate) fn of_model(model: &ModelConfig, tokens: (usize, usize), reference: bool) -> Self {
         let mut kinds: Vec<(BlockKind, usize)> = Vec::new();
         for block in 0..model.num_hidden_layers {
-            let window = model.block_attention(block).window;
-            let found = BlockKind { linears: model.block_linears(block), window };
+            let found = BlockKind::of(model, block);
             match kinds.iter_mut().find(|(kind, _)| *kind == found) {
                 Some((_, count)) => *count += 1,
                 None => kinds.push((found, 1)),
             }
         }
-        let of_kind = |(BlockKind { linears, window }, count): (BlockKind, usize)| {
-            Self::of_block(&linears, window, tokens, reference).times(count as f64)
+        let of_kind = |(kind, count): (BlockKind, usize)| {
+            Self::of_block(&kind, tokens, reference).times(count as f64)
         };
         kinds.into_iter().map(of_kind).reduce(Self::plus).unwrap_or_default()
     }
@@ -260,10 +313,41 @@ pub(crate) mod tests {
         let stages =
             [Work::Forward, Work::Gram, Work::Factor, Work::Solve, Work::Reference, Work::Shift];
         for (width, tokens, expected) in counted {
-            let linears = width.parse::<Width>().unwrap().linears();
-            let block = Operations::of_block(&linears, None, tokens, true);
+            let kind = width.parse::<Width>().unwrap().kind();
+            let block = Operations::of_block(&kind, tokens, true);
             assert_eq!(stages.map(|stage| block.of(stage)), expected, "{width}");
             assert_eq!((block.of(Work::Exchange), block.of(Work::Pack)), (0.0, 0.0));
         }
+    }
+
+    /// Counted by hand: Mixtral's block, of whose tokens each expert sees a quarter.
+    #[test]
+    fn experts_see_their_share_and_are_solved_each() {
+        let mixtral = model(
+            r#"{"model_type":"mixtral","hidden_size":4096,"intermediate_size":14336,
+            "num_hidden_layers":32,"num_attention_heads":32,"num_key_value_heads":8,
+            "num_local_experts":8,"num_experts_per_tok":2,
+            "vocab_size":32000,"max_position_embeddings":32768}"#,
+        );
+        let (windows, seq_len) = (128, 2048);
+        let tokens = (windows * seq_len) as f64;
+        let (h, kv, inner) = (4096.0, 1024.0, 14336.0);
+        let attention = 2.0 * tokens * 2048.0 * h;
+        let projections = 2.0 * tokens * (2.0 * h * h + 2.0 * h * kv);
+        let router = 2.0 * tokens * h * 8.0;
+        let routed = 2.0 * 2.0 * tokens * 3.0 * h * inner;
+        let all = Operations::of_model(&mixtral, (windows, seq_len), true);
+        let near = |found: f64, of_block: f64| {
+            let wanted = 32.0 * of_block;
+            assert!((found / wanted - 1.0).abs() < 1e-12, "{found} {wanted}");
+        };
+        near(all.forward, attention + projections + router + routed);
+        near(all.reference, attention + projections + router + routed);
+        near(all.gram, tokens * (2.0 * h * h + 2.0 * (h * h + inner * inner)));
+        near(all.factor, 2.0 / 3.0 * (2.0 * h.powi(3) + 8.0 * (h.powi(3) + inner.powi(3))));
+        let solve_of_experts = 8.0 * (2.0 * inner * h * h + h * inner * inner);
+        near(all.solve, (2.0 * h + 2.0 * kv) * h * h + solve_of_experts);
+        // o alone.
+        near(all.shift, h * h * (2.0 * tokens + 2.0 * h));
     }
 }

@@ -24,7 +24,9 @@ use crate::memory::{BlockSizes, offload};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
 use crate::recipe_fit;
-use crate::recording::{branch_report, refuse_retries, retries, rounded as rounded_record};
+use crate::recording::{
+    branch_report, few_tokens, refuse_fallbacks, retries, rounded as rounded_record,
+};
 use crate::rotate::FusedRotations;
 use crate::row_shards::RowShards;
 use crate::states::embed;
@@ -41,6 +43,8 @@ pub struct QuantizeOutcome {
     pub damp_retries: u32,
     /// Linears whose Hessian a GPU had to factor in f64.
     pub f64_retries: u32,
+    /// Linears of experts that saw too few tokens, and were calibrated on all tokens of their blocks.
+    pub few_tokens: u32,
 }
 
 /// A branch that was made, in its working folder still.
@@ -65,8 +69,9 @@ pub fn quantize(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option
                 made_from.insert("the number of ranks".to_owned(), job.ranks.size().to_string());
             }
             Manifest::list(&sealed.folder, &sealed.files, &made_from, &report)?;
-            let BranchReport { damp_retries, f64_retries, .. } = report;
-            Some(QuantizeOutcome { written: sealed.publish()?, blocks, damp_retries, f64_retries })
+            let BranchReport { damp_retries, f64_retries, few_tokens, .. } = report;
+            let written = sealed.publish()?;
+            Some(QuantizeOutcome { written, blocks, damp_retries, f64_retries, few_tokens })
         }
         None => None,
     };
@@ -117,7 +122,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
             let _turn = job.turn();
             let (head, report) =
                 fit_head::fitted(&model, rotations, &job.spec, job.windows().len(), streams)?;
-            check_retries(job, std::slice::from_ref(&report), progress)?;
+            check_fallbacks(job, std::slice::from_ref(&report), progress)?;
             (head, Some(report))
         }
         _ => (None, None),
@@ -183,7 +188,7 @@ fn walk(
             None => rounded(model, &mut block, job, writer)?,
         };
         drop(turn);
-        check_retries(job, &done.linears, progress)?;
+        check_fallbacks(job, &done.linears, progress)?;
         let report = BlockReport {
             block: index,
             seconds: start.elapsed().as_secs_f64(),
@@ -236,18 +241,20 @@ fn check_head(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<()> {
     Ok(())
 }
 
-/// Warns of Hessians that needed more than the damping asked for; refuses them under `--strict`.
-fn check_retries(
+/// Warns of Hessians that needed more than the damping asked for, and of experts that saw too few tokens
+/// for one; refuses them under `--strict`.
+fn check_fallbacks(
     job: &QuantizeJob<'_>,
     linears: &[LinearRecord],
     progress: &dyn Progress,
 ) -> Result<()> {
     for linear in linears {
         if job.strict {
-            refuse_retries(linear, job.spec.damp)?;
+            refuse_fallbacks(linear, job.spec.damp)?;
         }
         retries(linear, job.spec.damp).iter().for_each(|warning| progress.warn(warning));
     }
+    few_tokens(linears).iter().for_each(|warning| progress.warn(warning));
     Ok(())
 }
 

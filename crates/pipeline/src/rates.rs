@@ -23,7 +23,7 @@ use gptq_compute::cuda::probe;
 use gptq_quant::{Clip, QuantSpec};
 use serde::Serialize;
 
-use crate::bench::BlockBench;
+use crate::bench::{BlockBench, Width};
 use crate::cards::Card;
 use crate::error::{Result, with_causes, with_hints};
 use crate::memory::Offload;
@@ -31,6 +31,7 @@ use crate::operations::Operations;
 use crate::plan::BranchPlan;
 use crate::progress::Progress;
 use crate::rates_file::{self, Record};
+use crate::recipe_fit::has_experts;
 pub use crate::stage_rates::Source;
 use crate::stage_rates::{Entry, Rates, Stage};
 
@@ -168,7 +169,7 @@ impl KnownRates {
         };
         let answer = |entry: &Entry| {
             let mut from = entry.from;
-            if far(entry) > NEAR {
+            if far(entry) > NEAR || entry.experts != has_experts(model) {
                 from = from.max(Source::OtherWidth);
             }
             let shared = if entry.ranks == self.ranks { 1 } else { self.ranks };
@@ -202,8 +203,9 @@ fn entries(key: &str, card: Option<&Card>, progress: &dyn Progress) -> Vec<Entry
         None => Vec::new(),
     };
     let measured = records.into_iter().filter(|record| record.device == key).map(|record| {
-        let Record { hidden, ranks, rates, .. } = record;
-        Entry { hidden, ranks, rates, from: Source::Bench }
+        let Record { hidden, ranks, rates, width, .. } = record;
+        let experts = width.parse().is_ok_and(Width::has_experts);
+        Entry { hidden, experts, ranks, rates, from: Source::Bench }
     });
     measured.chain(card.map(Card::entry)).collect()
 }
@@ -254,9 +256,8 @@ pub fn keep(device: &Device, spec: &QuantSpec, bench: &BlockBench) -> Result<Opt
 /// The record of a benchmark.
 fn measured(device: String, spec: &QuantSpec, bench: &BlockBench) -> Record {
     let reference = spec.choices.needs_reference();
-    let linears = bench.width.linears();
     let operations =
-        Operations::of_block(&linears, None, (bench.windows, bench.seq_len), reference);
+        Operations::of_block(&bench.width.kind(), (bench.windows, bench.seq_len), reference);
     let counted = bench.stages.iter().filter(|stage| stage.operations > 0.0);
     let counted: f64 = counted.map(|stage| stage.seconds).sum();
     // Packing and exchanges, which have no operations, are spread over what has.

@@ -78,6 +78,7 @@ fn benchmarks_come_first_where_they_are_of_about_the_width() {
     let mut known = KnownRates::of_card(&"H100".parse().unwrap());
     let twice = |hidden: usize, ranks: usize| Entry {
         hidden,
+        experts: false,
         ranks,
         rates: known.entries[0].rates.iter().map(|(&stage, rate)| (stage, rate * 2.0)).collect(),
         from: Source::Bench,
@@ -111,7 +112,7 @@ fn a_benchmark_predicts_itself() {
     let bench = bench.unwrap();
     let record = measured(device_key(&device), &spec, &bench);
     assert!(record.device.contains("threads") && record.width == "tiny", "{record:?}");
-    let counted = Operations::of_block(&width.linears(), None, tokens, true);
+    let counted = Operations::of_block(&width.kind(), tokens, true);
     let seconds: f64 =
         by_stage(&counted, &spec).iter().map(|(stage, count)| count / record.rates[stage]).sum();
     assert!((seconds / bench.seconds - 1.0).abs() < 1e-6, "{seconds} {}", bench.seconds);

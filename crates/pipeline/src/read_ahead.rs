@@ -69,7 +69,7 @@ fn load(
         rotations.block(&mut block)?;
     }
     if exact {
-        block.round_norms();
+        block.round_dense();
     }
     Ok(model.place(block, exact)?)
 }

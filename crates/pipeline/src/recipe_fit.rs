@@ -4,6 +4,10 @@
 //! can take its gain over: RMS norms, and none of what attention or the MLP gives. A shift of o and down
 //! needs their products to reach the residual stream as they are, but for a factor. Everything else of a
 //! recipe looks at one linear and its inputs, and holds for all.
+//!
+//! Experts are no obstacle: what routes tokens to them reads what gate reads, and is turned with it. Of a
+//! shift their downs have no part, as none of them gives a token all that its MLP does: in blocks with
+//! experts o alone makes up for what the stream lacks, which [`fit`] says.
 
 use gptq_checkpoint::{ModelConfig, NormId, NormKind};
 use gptq_quant::{Choices, QuantSpec, Rotate};
@@ -29,7 +33,14 @@ pub fn unshiftable(model: &ModelConfig) -> Option<&'static str> {
     norms_results(model).then_some("what attention and the MLP give is normed")
 }
 
-/// Leaves out what the model does not allow; a sentence on each.
+/// Whether some block has experts.
+#[must_use]
+pub(crate) fn has_experts(model: &ModelConfig) -> bool {
+    (0..model.num_hidden_layers).any(|block| model.experts(block).is_some())
+}
+
+/// Leaves out what the model does not allow, and of the rest says what holds for a part of it; a sentence
+/// on each.
 pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
     if !spec.recipe.calibrates() {
         return Vec::new();
@@ -54,13 +65,22 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
         ));
         choices.residual = 0.0;
     }
+    if choices.residual > 0.0 && has_experts(model) {
+        notes.push(format!(
+            "{}={} holds for o, and for down where there are no experts: no expert gives a token all that \
+             the block does",
+            Choices::RESIDUAL,
+            choices.residual
+        ));
+    }
     notes
 }
 
 /// Refuses choices that [`fit`] would leave out.
 pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
     let mut fitted = spec.clone();
-    match fit(model, &mut fitted).into_iter().next() {
+    let note = fit(model, &mut fitted).into_iter().next();
+    match note.filter(|_| fitted.choices != spec.choices) {
         Some(note) => Err(Error::Choice { note }),
         None => Ok(()),
     }
@@ -90,7 +110,7 @@ mod tests {
         let mut spec = QuantSpec::new(4, None, true, 0.01, recipe);
         let asked = spec.clone();
         let notes = fit(&model, &mut spec);
-        assert_eq!(check(&model, &asked).is_err(), !notes.is_empty(), "{family}");
+        assert_eq!(check(&model, &asked).is_err(), asked.choices != spec.choices, "{family}");
         check(&model, &spec).unwrap();
         (spec.choices, notes)
     }
@@ -116,6 +136,17 @@ mod tests {
             for recipe in [Recipe::AutoGptq, Recipe::Rtn] {
                 assert_eq!(fitted(family, recipe), (Choices::AUTOGPTQ, vec![]), "{family}");
             }
+        }
+    }
+
+    /// The choices stay, and whom they are for is said.
+    #[test]
+    fn experts_take_everything_but_the_shift_of_down() {
+        for family in ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"] {
+            let (choices, notes) = fitted(family, Recipe::Best);
+            assert_eq!((choices, notes.len()), (Choices::BEST, 1), "{family}: {notes:?}");
+            assert!(notes[0].starts_with("residual=") && notes[0].contains("experts"), "{notes:?}");
+            assert_eq!(fitted(family, Recipe::AutoGptq), (Choices::AUTOGPTQ, vec![]), "{family}");
         }
     }
 }

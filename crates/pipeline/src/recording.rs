@@ -23,12 +23,13 @@ pub(crate) fn solved(
         damp: Some(factored.damp),
         damp_retries: factored.damp_retries,
         f64_retries: u32::from(factored.precision == Precision::RetriedInF64),
+        ..LinearRecord::default()
     }
 }
 
 /// Of a linear that was rounded without calibration.
 pub(crate) fn rounded(name: String) -> LinearRecord {
-    LinearRecord { name, relative_error: None, damp: None, damp_retries: 0, f64_retries: 0 }
+    LinearRecord { name, ..LinearRecord::default() }
 }
 
 /// What its Hessian needed beside what was asked for, damping `asked`, one line each.
@@ -49,9 +50,25 @@ pub(crate) fn retries(linear: &LinearRecord, asked: f64) -> Vec<String> {
     warnings
 }
 
-/// Refuses what [`retries`] says, for `--strict`.
-pub(crate) fn refuse_retries(linear: &LinearRecord, asked: f64) -> Result<()> {
+/// The linears of a block that saw too few tokens, in one line: experts may be hundreds.
+pub(crate) fn few_tokens(linears: &[LinearRecord]) -> Option<String> {
+    let few = || linears.iter().filter(|linear| linear.few_tokens);
+    let seen = |linear: &&LinearRecord| linear.tokens.unwrap_or(0);
+    let LinearRecord { name, tokens, .. } = few().min_by_key(seen)?;
+    let (count, tokens) = (few().count(), tokens.unwrap_or(0));
+    let (linears, were) = if count == 1 { ("linear", "was") } else { ("linears", "were") };
+    Some(format!(
+        "{count} {linears} of experts saw fewer tokens than they have inputs and {were} calibrated on all \
+         tokens of the block; fewest, {tokens}: `{name}`"
+    ))
+}
+
+/// Refuses what [`retries`] and [`few_tokens`] say, for `--strict`.
+pub(crate) fn refuse_fallbacks(linear: &LinearRecord, asked: f64) -> Result<()> {
     let (name, damp) = (linear.name.clone(), linear.damp.unwrap_or(asked));
+    if linear.few_tokens {
+        return Err(Error::StrictTokens { linear: name, tokens: linear.tokens.unwrap_or(0) });
+    }
     match (linear.damp_retries, linear.f64_retries) {
         (0, 0) => Ok(()),
         (0, _) => Err(Error::StrictPrecision { linear: name, damp }),
@@ -104,6 +121,7 @@ pub(crate) fn branch_report(
         calibration: job.calibration.filter(|_| calibrates).map(calibration_record),
         damp_retries: count(&linears, |l| l.damp_retries),
         f64_retries: count(&linears, |l| l.f64_retries),
+        few_tokens: count(&linears, |l| u32::from(l.few_tokens)),
         blocks: blocks.iter().map(record).collect(),
         head,
         evaluations: Vec::new(),
@@ -123,9 +141,10 @@ mod tests {
             damp: Some(damp),
             damp_retries,
             f64_retries,
+            ..LinearRecord::default()
         };
         let usual = linear(0.01, 0, 0);
-        assert!(retries(&usual, 0.01).is_empty() && refuse_retries(&usual, 0.01).is_ok());
+        assert!(retries(&usual, 0.01).is_empty() && refuse_fallbacks(&usual, 0.01).is_ok());
         for (linear, words) in [
             (linear(0.1, 1, 0), &["used 0.1"][..]),
             (linear(0.01, 0, 1), &["in f32 at damping 0.01; factored it in f64"]),
@@ -136,7 +155,7 @@ mod tests {
             for (line, words) in warnings.iter().zip(words) {
                 assert!(line.contains("`q_proj`") && line.contains(words), "{line}");
             }
-            let refused = refuse_retries(&linear, 0.01).unwrap_err().to_string();
+            let refused = refuse_fallbacks(&linear, 0.01).unwrap_err().to_string();
             assert!(refused.contains("`q_proj`") && refused.contains("--strict"), "{refused}");
         }
     }
@@ -147,6 +166,29 @@ mod tests {
         let twice = LinearRecord { damp_retries: 2, ..once.clone() };
         let none = rounded("q_proj".to_owned());
         assert_eq!(count(&[&once, &twice, &none], |l| l.damp_retries), 2);
-        assert!(refuse_retries(&none, 0.01).is_ok() && refuse_retries(&once, 0.01).is_err());
+        assert!(refuse_fallbacks(&none, 0.01).is_ok() && refuse_fallbacks(&once, 0.01).is_err());
+    }
+
+    #[test]
+    fn experts_that_saw_too_few_tokens_are_one_warning() {
+        let linear = |expert: u32, tokens, few_tokens| LinearRecord {
+            name: format!("model.layers.0.mlp.experts.{expert}.up_proj"),
+            tokens: Some(tokens),
+            few_tokens,
+            ..LinearRecord::default()
+        };
+        let (one, two, enough) = (linear(1, 30, true), linear(2, 7, true), linear(3, 5000, false));
+        assert_eq!(few_tokens(std::slice::from_ref(&enough)), None);
+        let warning = few_tokens(&[one.clone(), two.clone(), enough.clone()]).unwrap();
+        assert!(warning.starts_with("2 linears of experts saw fewer"), "{warning}");
+        assert!(
+            warning.ends_with("fewest, 7: `model.layers.0.mlp.experts.2.up_proj`"),
+            "{warning}"
+        );
+        assert!(few_tokens(std::slice::from_ref(&one)).unwrap().contains("1 linear of"));
+        let refused = refuse_fallbacks(&two, 0.01).unwrap_err().to_string();
+        assert!(refused.contains("saw 7 tokens") && refused.contains("--strict"), "{refused}");
+        assert!(refuse_fallbacks(&enough, 0.01).is_ok());
+        assert_eq!(count(&[&one, &two, &enough], |l| u32::from(l.few_tokens)), 2);
     }
 }

@@ -49,7 +49,7 @@ pub enum Source {
     Bench,
     /// This project's measurements of such a card.
     Table,
-    /// Those of a block of quite another width.
+    /// Those of a block of quite another width, or of one without experts for one that has them.
     OtherWidth,
     /// Those of one device, for several.
     OneDevice,
@@ -72,7 +72,7 @@ impl Source {
         match self {
             Self::Bench => "by what gptq bench measured on it",
             Self::Table => "as such cards were measured",
-            Self::OtherWidth => "estimated from a block of another width",
+            Self::OtherWidth => "estimated from a block of another shape",
             Self::OneDevice => "estimated from one device's rates",
             Self::Offloaded => "estimated from a run whose activations stay on the device",
             Self::DataSheet => "estimated from an H100's by data sheets",
@@ -85,6 +85,8 @@ impl Source {
 pub(crate) struct Entry {
     /// Width of the residual stream.
     pub(crate) hidden: usize,
+    /// Whether its MLP was a mixture of experts, whose products are many and small.
+    pub(crate) experts: bool,
     /// Devices that worked together.
     pub(crate) ranks: usize,
     pub(crate) rates: Rates,

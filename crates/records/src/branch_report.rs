@@ -59,6 +59,10 @@ pub struct BranchReport {
     /// Linears whose Hessian a GPU had to factor in f64; 0 in reports of versions that did not count.
     #[serde(default)]
     pub f64_retries: u32,
+    /// Linears of experts that saw fewer tokens than they have inputs, and were calibrated on all tokens
+    /// of their blocks. Left out where there are none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub few_tokens: u32,
     /// Every block, in order.
     pub blocks: Vec<BlockRecord>,
     /// What the Hessian of a fitted head needed; `null` where none was fitted, and in reports of
@@ -78,6 +82,14 @@ fn one() -> usize {
 
 fn is_one(ranks: &usize) -> bool {
     *ranks == 1
+}
+
+fn is_zero(count: &u32) -> bool {
+    *count == 0
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// Calibration windows.
@@ -105,7 +117,7 @@ pub struct BlockRecord {
 }
 
 /// A quantized linear in a report.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LinearRecord {
     /// Prefix in the checkpoint.
     pub name: String,
@@ -120,6 +132,39 @@ pub struct LinearRecord {
     /// were written before it was counted.
     #[serde(default)]
     pub f64_retries: u32,
+    /// Tokens that were routed to it, of a linear of an expert; left out of those that see all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
+    /// Whether these were too few, and it was calibrated on all tokens of its block instead; left out
+    /// where they were not.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub few_tokens: bool,
+}
+
+impl LinearRecord {
+    /// What it is called where linears of one kind are looked at together: `q` of
+    /// `model.layers.3.self_attn.q_proj`, and `experts.gate` of
+    /// `model.layers.3.mlp.experts.17.gate_proj`, whichever the expert.
+    #[must_use]
+    pub fn kind(&self) -> String {
+        kind_of(&self.name)
+    }
+}
+
+/// [`LinearRecord::kind`] of a linear of this prefix.
+#[must_use]
+pub fn kind_of(prefix: &str) -> String {
+    let mut parts = prefix.rsplit('.');
+    let last = parts.next().unwrap_or(prefix);
+    let last = last.strip_suffix("_proj").unwrap_or(last);
+    let above: Vec<&str> = parts.take(2).collect();
+    match above[..] {
+        [number, "experts"] if number.bytes().all(|b| b.is_ascii_digit()) => {
+            format!("experts.{last}")
+        }
+        [shared, _] if shared.starts_with("shared_expert") => format!("shared.{last}"),
+        _ => last.to_owned(),
+    }
 }
 
 /// Perplexity of the file on one text.
@@ -281,6 +326,7 @@ mod tests {
             }),
             damp_retries: 0,
             f64_retries: 1,
+            few_tokens: 0,
             blocks: vec![BlockRecord {
                 block: 0,
                 linears: vec![LinearRecord {
@@ -290,6 +336,7 @@ mod tests {
                     damp: Some(0.01),
                     damp_retries: 0,
                     f64_retries: 1,
+                    ..LinearRecord::default()
                 }],
             }],
             head: None,
@@ -349,6 +396,36 @@ mod tests {
         assert!(!text(1).contains("ranks"));
     }
 
+    /// Reports of models without experts are the bytes that they were before there were any.
+    #[test]
+    fn tokens_of_experts_are_said_where_there_are_experts() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = report();
+        let text = String::from_utf8(report.to_bytes().unwrap()).unwrap();
+        assert!(!text.contains("few_tokens") && !text.contains("\"tokens\": null"), "{text}");
+        let linear = &mut report.blocks[0].linears[0];
+        (linear.tokens, linear.few_tokens, report.few_tokens) = (Some(3), true, 1);
+        write(&report, dir.path());
+        assert_eq!(BranchReport::read(dir.path()).unwrap(), report);
+    }
+
+    #[test]
+    fn linears_of_experts_are_of_one_kind() {
+        for (prefix, kind) in [
+            ("model.layers.3.self_attn.q_proj", "q"),
+            ("model.layers.3.self_attn.qkv_proj", "qkv"),
+            ("model.layers.3.mlp.gate_up_proj", "gate_up"),
+            ("model.layers.3.mlp.experts.17.gate_proj", "experts.gate"),
+            ("model.layers.3.block_sparse_moe.experts.0.w2", "experts.w2"),
+            ("model.layers.3.mlp.shared_expert.down_proj", "shared.down"),
+            ("model.layers.3.mlp.shared_experts.up_proj", "shared.up"),
+            ("lm_head.weight", "weight"),
+            ("", ""),
+        ] {
+            assert_eq!(kind_of(prefix), kind, "{prefix}");
+        }
+    }
+
     #[test]
     fn reports_from_before_f64_and_the_head_were_counted_are_read() {
         let dir = tempfile::tempdir().unwrap();
@@ -376,7 +453,7 @@ mod tests {
             relative_error: None,
             damp: Some(0.1),
             damp_retries: 1,
-            f64_retries: 0,
+            ..LinearRecord::default()
         };
         report.head = Some(head.clone());
         let all: Vec<&LinearRecord> = report.linears().collect();

@@ -1,7 +1,7 @@
 //! Where in the model the error is: a line for each branch over the blocks, and a map of every
 //! linear for each branch.
 
-use gptq_records::branch_report::{BlockRecord, BranchReport};
+use gptq_records::branch_report::{BlockRecord, BranchReport, LinearRecord, kind_of};
 use serde::Serialize;
 
 use crate::axis::{Axis, Tick, pixel};
@@ -15,6 +15,8 @@ const SHADES: usize = 12;
 /// Pixels of a map: its linears' names are on the left.
 const MAP_WIDTH: f64 = 300.0;
 const MAP_LEFT: f64 = 38.0;
+/// The same where there are experts, whose names are longer.
+const MAP_LEFT_OF_EXPERTS: f64 = 84.0;
 const MAP_ROW: f64 = 13.0;
 
 /// Mean relative error of each block.
@@ -165,7 +167,7 @@ pub(crate) struct Map {
     pub(crate) worst: Option<Worst>,
 }
 
-/// A linear's row.
+/// A linear's row; all experts' linears of one kind have one.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct MapRow {
     pub(crate) y: f64,
@@ -202,8 +204,12 @@ pub(crate) struct Maps {
 impl Maps {
     /// Lays the maps out. `None` without a branch that was calibrated.
     pub(crate) fn new(sources: &[Source<'_>]) -> Option<Self> {
-        let errors = sources.iter().flat_map(|s| &s.branch.blocks).flat_map(|b| &b.linears);
-        let errors = errors.filter_map(|l| l.relative_error).filter(|&e| e > 0.0);
+        let cells: Vec<Vec<Vec<Cell<'_>>>> = sources
+            .iter()
+            .map(|source| source.branch.blocks.iter().map(Cell::of_block).collect())
+            .collect();
+        let all = || cells.iter().flatten().flatten();
+        let errors = all().filter_map(|cell| cell.mean).filter(|&e| e > 0.0);
         let (low, high) = errors.fold((f64::INFINITY, 0.0_f64), |(l, h), e| (l.min(e), h.max(e)));
         if low > high {
             return None;
@@ -214,9 +220,11 @@ impl Maps {
             ((share * SHADES as f64) as usize).min(SHADES - 1)
         };
         let calibrated = |s: &&Source<'_>| s.branch.blocks.iter().any(|b| mean(b).is_some());
-        let maps = sources.iter().filter(calibrated).map(|s| map(s, &shade)).collect();
+        let left = if all().any(|c| c.linears > 1) { MAP_LEFT_OF_EXPERTS } else { MAP_LEFT };
+        let shown = sources.iter().zip(&cells).filter(|(source, _)| calibrated(source));
+        let maps = shown.map(|(source, cells)| map(source, cells, left, &shade)).collect();
         let (lightest, darkest) = (share(low), share(high));
-        Some(Self { maps, lightest, darkest, row: MAP_ROW, left: MAP_LEFT })
+        Some(Self { maps, lightest, darkest, row: MAP_ROW, left })
     }
 }
 
@@ -230,15 +238,60 @@ fn opacity(shade: usize) -> f64 {
     ((0.07 + 0.93 * share) * 100.0).round() / 100.0
 }
 
-fn map(source: &Source<'_>, shade: &dyn Fn(f64) -> usize) -> Map {
+/// The linears of a block that share a row.
+struct Cell<'a> {
+    kind: String,
+    linears: usize,
+    /// Mean of their errors, where they have one.
+    mean: Option<f64>,
+    /// The largest and whose it is.
+    worst: Option<(f64, &'a str)>,
+}
+
+impl<'a> Cell<'a> {
+    fn of_block(block: &'a BlockRecord) -> Vec<Self> {
+        let mut kinds: Vec<(String, Vec<&LinearRecord>)> = Vec::new();
+        for linear in &block.linears {
+            let kind = linear.kind();
+            match kinds.iter_mut().find(|(known, _)| *known == kind) {
+                Some((_, linears)) => linears.push(linear),
+                None => kinds.push((kind, vec![linear])),
+            }
+        }
+        kinds.into_iter().map(|(kind, linears)| Self::new(kind, &linears)).collect()
+    }
+
+    fn new(kind: String, linears: &[&'a LinearRecord]) -> Self {
+        let errors = || linears.iter().filter_map(|l| Some((l.relative_error?, l.name.as_str())));
+        let count = errors().count();
+        let mean = errors().map(|(error, _)| error).sum::<f64>() / count as f64;
+        Self {
+            kind,
+            linears: linears.len(),
+            mean: (count > 0).then_some(mean),
+            worst: errors().max_by(|a, b| a.0.total_cmp(&b.0)),
+        }
+    }
+}
+
+fn map(
+    source: &Source<'_>,
+    cells: &[Vec<Cell<'_>>],
+    left: f64,
+    shade: &dyn Fn(f64) -> usize,
+) -> Map {
     let branch = source.branch;
     let blocks = &branch.blocks;
-    let names: Vec<&str> = blocks
-        .first()
-        .map_or_else(Vec::new, |b| b.linears.iter().map(|l| linear_name(&l.name)).collect());
-    let cell = (MAP_WIDTH - MAP_LEFT) / blocks.len().max(1) as f64;
+    // Blocks with and without experts have others.
+    let mut names: Vec<&str> = Vec::new();
+    for cell in cells.iter().flatten() {
+        if !names.contains(&cell.kind.as_str()) {
+            names.push(&cell.kind);
+        }
+    }
+    let cell = (MAP_WIDTH - left) / blocks.len().max(1) as f64;
     // A hair of overlap would show as a darker line, a gap as a lighter one: cells meet on tenths.
-    let x = |column: usize| pixel(MAP_LEFT + column as f64 * cell);
+    let x = |column: usize| pixel(left + column as f64 * cell);
     let mut paths = vec![String::new(); SHADES];
     let mut rows: Vec<MapRow> = Vec::new();
     let mut worst: Option<(f64, Worst)> = None;
@@ -246,9 +299,11 @@ fn map(source: &Source<'_>, shade: &dyn Fn(f64) -> usize) -> Map {
         let y = pixel(row as f64 * MAP_ROW);
         let mut least = f64::INFINITY;
         let mut most = (0.0_f64, 0);
-        for (column, block) in blocks.iter().enumerate() {
-            let linear = block.linears.iter().find(|l| linear_name(&l.name) == name);
-            let Some(error) = linear.and_then(|l| l.relative_error) else { continue };
+        for (column, (block, cells)) in blocks.iter().zip(cells).enumerate() {
+            let cell = cells.iter().find(|cell| cell.kind == name);
+            let Some((error, (most_of_all, whose))) = cell.and_then(|c| c.mean.zip(c.worst)) else {
+                continue;
+            };
             least = least.min(error);
             if error >= most.0 {
                 most = (error, block.block);
@@ -256,9 +311,10 @@ fn map(source: &Source<'_>, shade: &dyn Fn(f64) -> usize) -> Map {
             let width = pixel(x(column + 1) - x(column));
             paths[shade(error)]
                 .push_str(&format!("M{} {y}h{width}v{MAP_ROW}h-{width}z", x(column)));
-            if worst.as_ref().is_none_or(|(known, _)| error > *known) {
-                let text = format!("worst: {name} of block {}, {}", block.block, share(error));
-                worst = Some((error, Worst { x: x(column), y, width, text }));
+            if worst.as_ref().is_none_or(|(known, _)| most_of_all > *known) {
+                let (name, error) = (linear_name(whose), share(most_of_all));
+                let text = format!("worst: {name} of block {}, {error}", block.block);
+                worst = Some((most_of_all, Worst { x: x(column), y, width, text }));
             }
         }
         let title = match least.is_finite() {
@@ -270,7 +326,7 @@ fn map(source: &Source<'_>, shade: &dyn Fn(f64) -> usize) -> Map {
         rows.push(MapRow { y, name: name.to_owned(), title });
     }
     let step = blocks.len().div_ceil(6).max(1);
-    let middle = |column: usize| pixel(MAP_LEFT + (column as f64 + 0.5) * cell);
+    let middle = |column: usize| pixel(left + (column as f64 + 0.5) * cell);
     let ticks = blocks.iter().enumerate().step_by(step);
     let shades = paths.into_iter().enumerate().filter(|(_, path)| !path.is_empty());
     Map {
@@ -286,10 +342,15 @@ fn map(source: &Source<'_>, shade: &dyn Fn(f64) -> usize) -> Map {
     }
 }
 
-/// `q` of `model.layers.3.self_attn.q_proj`.
-fn linear_name(prefix: &str) -> &str {
-    let last = prefix.rsplit('.').next().unwrap_or(prefix);
-    last.strip_suffix("_proj").unwrap_or(last)
+/// `q` of `model.layers.3.self_attn.q_proj`, `gate of expert 17` of `model.layers.3.mlp.experts.17.gate_proj`.
+fn linear_name(prefix: &str) -> String {
+    let kind = kind_of(prefix);
+    match kind.strip_prefix("experts.") {
+        Some(last) => {
+            format!("{last} of expert {}", prefix.rsplit('.').nth(1).unwrap_or_default())
+        }
+        None => kind,
+    }
 }
 
 #[cfg(test)]
@@ -343,6 +404,31 @@ mod tests {
         assert_eq!((maps.lightest.as_str(), maps.darkest.as_str()), ("1.0 %", "3.0 %"));
         assert_eq!(maps.maps[0].worst.as_ref().unwrap().text, "worst: down of block 0, 3.0 %");
         assert_eq!(maps.maps[0].shades.last().unwrap().opacity, 1.0);
+    }
+
+    #[test]
+    fn experts_share_a_row_and_the_worst_is_named() {
+        let mut one = branch("one", 4, Some(32), 19.0, 0.01);
+        for block in &mut one.blocks {
+            let of = |expert: usize, error: f64| LinearRecord {
+                name: format!("model.layers.{}.mlp.experts.{expert}.up_proj", block.block),
+                relative_error: Some(error),
+                ..LinearRecord::default()
+            };
+            let experts: Vec<_> =
+                (0..60).map(|e| of(e, if e == 7 { 0.08 } else { 0.02 })).collect();
+            block.linears.extend(experts);
+        }
+        let source = Source { index: 0, label: "32g", branch: &one };
+        let maps = Maps::new(&[source]).unwrap();
+        let names: Vec<&str> = maps.maps[0].rows.iter().map(|r| r.name.as_str()).collect();
+        assert_eq!(names, ["q", "down", "experts.up"]);
+        let cells: usize = maps.maps[0].shades.iter().map(|s| s.path.matches('z').count()).sum();
+        assert_eq!((cells, maps.left), (6, MAP_LEFT_OF_EXPERTS));
+        let worst = &maps.maps[0].worst.as_ref().unwrap().text;
+        assert_eq!(worst, "worst: up of expert 7 of block 0, 8.0 %");
+        // 59 of 2 % and one of 8 %.
+        assert!(maps.maps[0].rows[2].title.starts_with("experts.up: 2.1 % to 2.1 %"));
     }
 
     #[test]

@@ -27,8 +27,7 @@ pub(crate) fn branch(
         name: format!("model.layers.{block}.{linear}"),
         relative_error: Some(error * kl),
         damp: Some(0.01),
-        damp_retries: 0,
-        f64_retries: 0,
+        ..LinearRecord::default()
     };
     let blocks = (0..2).map(|block| BlockRecord {
         block,
@@ -62,6 +61,7 @@ pub(crate) fn branch(
         }),
         damp_retries: 0,
         f64_retries: 0,
+        few_tokens: 0,
         blocks: blocks.collect(),
         head: None,
         evaluations: vec![EvaluationRecord {

@@ -148,6 +148,13 @@ pub(crate) fn warnings(comparison: &Comparison<'_>) -> Vec<String> {
             row.branch.branch, row.branch.damp, row.branch.damp_retries
         ));
     }
+    for row in comparison.rows.iter().filter(|row| row.branch.few_tokens > 0) {
+        warnings.push(format!(
+            "{}: {} linears of experts saw fewer tokens than they have inputs, and were calibrated on \
+             all tokens of their blocks.",
+            row.branch.branch, row.branch.few_tokens
+        ));
+    }
     warnings
 }
 

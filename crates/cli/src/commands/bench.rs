@@ -28,7 +28,8 @@ use crate::printer::Printer;
   gptq bench --width 7b --blocks=/data
   gptq bench --width 7b --decode")]
 pub(crate) struct Args {
-    /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b
+    /// Shapes of the block: tiny, smollm2, 7b, 13b or 70b; with experts tiny-moe,
+    /// mixtral-8x7b or qwen3-30b-a3b
     #[arg(long, default_value = "smollm2")]
     width: Width,
     /// Calibration windows

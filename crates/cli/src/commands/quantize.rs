@@ -85,8 +85,8 @@ pub(crate) struct Args {
     /// disk smaller than the model; shards that the Hub's cache holds already stay
     #[arg(long)]
     discard_shards: bool,
-    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
-    /// a GPU
+    /// Treat as errors: warnings about the source, a Hessian that needs more damping, or f64 on a
+    /// GPU, and an expert that sees fewer tokens than it has inputs
     #[arg(long)]
     strict: bool,
     #[command(flatten)]
@@ -120,6 +120,7 @@ struct Output<'a> {
     peak_device_bytes: Option<usize>,
     damp_retries: u32,
     f64_retries: u32,
+    few_tokens: u32,
     blocks: &'a [BlockReport],
 }
 
@@ -219,6 +220,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         peak_device_bytes: device.memory()?.map(|m| m.peak),
         damp_retries: outcome.damp_retries,
         f64_retries: outcome.f64_retries,
+        few_tokens: outcome.few_tokens,
         blocks: &outcome.blocks,
     };
     if args.json { print_json(&output) } else { print_result(&summary(&output, took)) }
@@ -352,6 +354,12 @@ fn summary(output: &Output<'_>, took: f64) -> String {
     if output.f64_retries > 0 {
         let count = output.f64_retries;
         text.push_str(&format!("\nthe Hessians of {count} linears were factored in f64"));
+    }
+    if output.few_tokens > 0 {
+        let count = output.few_tokens;
+        text.push_str(&format!(
+            "\n{count} linears of experts saw too few tokens and were calibrated on all of their blocks'"
+        ));
     }
     text.push_str(&format!("\nMeasure it: gptq ppl {dir}\n"));
     text

@@ -69,8 +69,8 @@ pub(crate) struct Args {
     source_dtype: Option<SourceDtype>,
     #[command(flatten)]
     calibration: CalibrationArgs,
-    /// Treat as errors: warnings about the source, and a Hessian that needs more damping, or f64 on
-    /// a GPU
+    /// Treat as errors: warnings about the source, a Hessian that needs more damping, or f64 on a
+    /// GPU, and an expert that sees fewer tokens than it has inputs
     #[arg(long)]
     strict: bool,
     #[command(flatten)]

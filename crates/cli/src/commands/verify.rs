@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use gptq_checkpoint::loaders::Seen;
 use gptq_compute::Device;
-use gptq_pipeline::verify::{Check, Limits, VerifyJob, VerifyReport, verify};
+use gptq_pipeline::verify::{Check, Limits, LinearError, VerifyJob, VerifyReport, verify};
 use gptq_quant::Rotate;
 use gptq_text::dataset::DatasetSpec;
 use gptq_text::evaluation::EvaluationSpec;
@@ -185,23 +185,24 @@ fn findings(report: &VerifyReport) -> String {
 fn errors(report: &VerifyReport) -> Option<String> {
     let weights = report.weights.as_ref()?;
     let measured = weights.linears.iter().any(|l| l.output_error.is_some());
-    let kind = |name: &str| name.splitn(4, '.').nth(3).unwrap_or(name).to_owned();
-    let mut kinds: Vec<String> = Vec::new();
+    let mut kinds: Vec<(String, Vec<&LinearError>)> = Vec::new();
     for linear in &weights.linears {
-        if !kinds.contains(&kind(&linear.name)) {
-            kinds.push(kind(&linear.name));
+        let kind = kind(&linear.name);
+        match kinds.iter_mut().find(|(of, _)| *of == kind) {
+            Some((_, linears)) => linears.push(linear),
+            None => kinds.push((kind, vec![linear])),
         }
     }
     let rows: Vec<Vec<String>> = kinds
         .into_iter()
-        .map(|of| {
-            let linears = || weights.linears.iter().filter(|l| kind(&l.name) == of);
-            let mut row = vec![of.clone()];
-            let weights = linears().filter_map(|l| Some((l.name.as_str(), l.weight_error?)));
-            row.extend(spread(weights));
+        .map(|(of, linears)| {
+            let mut row = vec![of];
+            let named = |error: fn(&LinearError) -> Option<f64>| {
+                linears.iter().filter_map(move |l| Some((l.name.as_str(), error(l)?)))
+            };
+            row.extend(spread(named(|l| l.weight_error)));
             if measured {
-                let outputs = linears().filter_map(|l| Some((l.name.as_str(), l.output_error?)));
-                row.extend(spread(outputs));
+                row.extend(spread(named(|l| l.output_error)));
             }
             row
         })
@@ -217,6 +218,18 @@ fn errors(report: &VerifyReport) -> Option<String> {
         }
     };
     Some(format!("{}{how}\n", table(&header, 1, &rows)))
+}
+
+/// Name of a linear in its block, with a star for the number of an expert: there may be hundreds.
+fn kind(name: &str) -> String {
+    let name = name.splitn(4, '.').nth(3).unwrap_or(name);
+    let Some((before, numbered)) = name.split_once("experts.") else { return name.to_owned() };
+    match numbered.split_once('.') {
+        Some((number, last)) if number.bytes().all(|b| b.is_ascii_digit()) => {
+            format!("{before}experts.*.{last}")
+        }
+        _ => name.to_owned(),
+    }
 }
 
 /// Mean, worst, and the block of the worst; dashes where no linear has an error.

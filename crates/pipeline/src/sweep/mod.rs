@@ -43,7 +43,7 @@ pub fn sweep(job: &SweepJob<'_>, progress: &dyn Progress) -> Result<SweepReport>
     let survey = Survey::new(job, progress)?;
     announce(job, &survey, progress);
     if job.strict {
-        survey.forbid_retries()?;
+        survey.forbid_fallbacks()?;
     }
     let names = job.config.branches.iter().map(|b| b.name.as_str()).collect();
     let log = SweepLog::new(job.out, names);

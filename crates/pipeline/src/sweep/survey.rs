@@ -9,7 +9,7 @@ use super::source_digest::{check_unread, known_digest};
 use super::sweep_job::SweepJob;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::recording::refuse_retries;
+use crate::recording::refuse_fallbacks;
 
 /// What a sweep would do, before anything is done.
 #[derive(Clone, Debug)]
@@ -62,11 +62,11 @@ impl Survey {
     }
 
     /// What is reused must pass what is made now.
-    pub(super) fn forbid_retries(&self) -> Result<()> {
+    pub(super) fn forbid_fallbacks(&self) -> Result<()> {
         let reports = self.branches.iter().filter_map(|b| b.state.report());
         for report in reports {
             for linear in report.linears() {
-                refuse_retries(linear, report.damp)?;
+                refuse_fallbacks(linear, report.damp)?;
             }
         }
         Ok(())

@@ -1,13 +1,13 @@
 //! Values that have a rule of their own: zeros, group indices, scales, and all that is not quantized.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use gptq_checkpoint::loaders::GroupIndex;
 use gptq_checkpoint::{
     Checkpoint, CheckpointFormat, LEAVES, LinearShape, ModelConfig, PackedGrid, QuantizeConfig,
     StoredZeros, unpack_rows,
 };
-use gptq_model::Stage;
+use gptq_model::Reading;
 use rayon::prelude::*;
 
 use super::findings::{Check, Findings};
@@ -228,7 +228,8 @@ fn scales(name: &str, linear: &PackedGrid, faults: &mut LinearFaults) {
     faults.list.push((Check::Scales, format!("{name}.scales"), message));
 }
 
-/// q, k and v, and gate and up, are fused by some loaders, which keep one group index.
+/// q, k and v, and gate and up, are fused by some loaders, which keep one group index; those of an expert
+/// are such a pair of their own.
 fn fused_orders(
     prefix: &str,
     shapes: &[LinearShape],
@@ -236,9 +237,12 @@ fn fused_orders(
     findings: &mut Findings,
 ) -> bool {
     let mut shared = true;
-    for stage in Stage::ALL {
-        let mut fused =
-            shapes.iter().zip(linears).filter(|(shape, _)| Stage::of(shape.id) == stage);
+    let mut readers: BTreeMap<Reading, Vec<(&LinearShape, &Option<PackedGrid>)>> = BTreeMap::new();
+    for (shape, linear) in shapes.iter().zip(linears) {
+        readers.entry(Reading::of(shape.id)).or_default().push((shape, linear));
+    }
+    for fused in readers.into_values() {
+        let mut fused = fused.into_iter();
         let Some((of_first, Some(first))) = fused.next() else { continue };
         for (shape, other) in fused {
             let Some(other) = other else { continue };

@@ -1,6 +1,8 @@
 //! What is not quantized against the base's, in the same coordinates.
 
-use gptq_checkpoint::{Checkpoint, HEAD, LEAVES, Layout, QuantizeConfig, tensor_specs};
+use gptq_checkpoint::{
+    Checkpoint, DType, HEAD, LEAVES, Layout, QuantizeConfig, TensorSpec, tensor_specs,
+};
 use half::f16;
 use rayon::prelude::*;
 
@@ -12,7 +14,7 @@ use crate::rotate::FusedRotations;
 /// Values that a task compares.
 const BATCH: usize = 1 << 16;
 
-/// Embeddings, norms and the architecture's own biases: everything but the head, which a recipe may
+/// Embeddings, norms, routers and the architecture's own biases: everything but the head, which a recipe may
 /// have fitted.
 pub(super) fn check(
     checkpoint: &Checkpoint,
@@ -22,7 +24,7 @@ pub(super) fn check(
 ) -> Result<()> {
     let specs = tensor_specs(base.config(), stored, Layout::Modern).into_iter();
     let quantized = |name: &str| name.rsplit('.').next().is_some_and(|leaf| LEAVES.contains(&leaf));
-    for name in specs.map(|spec| spec.name).filter(|name| !quantized(name) && name != HEAD) {
+    for TensorSpec { name, dtype, .. } in specs.filter(|s| !quantized(&s.name) && s.name != HEAD) {
         findings.examine(Check::DenseWeights, 1);
         let Ok(found) = checkpoint.tensor(&name) else {
             // The checkpoint's own configuration does without it.
@@ -31,6 +33,13 @@ pub(super) fn check(
         };
         let turned = rotations.map(|f| f.tensor(base, &name)).transpose()?.flatten();
         let exact = turned.is_none();
+        if dtype == DType::F32 {
+            let wanted = base.tensor(&name)?.to_f32();
+            let given = found.to_f32();
+            let wrong = given.iter().zip(&wanted).filter(|(a, b)| a != b).count();
+            report(&name, wrong, (found.len(), wanted.len()), findings);
+            continue;
+        }
         let expected = match turned {
             Some(values) => values,
             None => base.tensor(&name)?.to_f16()?,
@@ -46,12 +55,17 @@ pub(super) fn check(
             given.iter().zip(expected).filter(|(a, b)| !near(**a, b.to_f32())).count()
         };
         let wrong: usize = expected.par_chunks(BATCH).enumerate().map(wrong).sum();
-        if wrong > 0 || found.len() != expected.len() {
-            let message = format!("has {wrong} values of {} that the base does not", found.len());
-            findings.add(Check::DenseWeights, name, message);
-        }
+        report(&name, wrong, (found.len(), expected.len()), findings);
     }
     Ok(())
+}
+
+/// Says that values of a tensor are not the base's, if some are not.
+fn report(name: &str, wrong: usize, (found, expected): (usize, usize), findings: &mut Findings) {
+    if wrong > 0 || found != expected {
+        let message = format!("has {wrong} values of {found} that the base does not");
+        findings.add(Check::DenseWeights, name, message);
+    }
 }
 
 /// How far a linear that was left dense is from the base's: energy of the difference, and the base's.

@@ -6,10 +6,12 @@
 //! base's, whose coordinates may be others; logits are.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
-use gptq_model::{Block, Model, SourcePrecision, Stage};
+use gptq_model::{Block, Model, Reading, SourcePrecision};
 use gptq_text::evaluation::{EvalText, EvaluationSpec, evaluation_text};
 use ndarray::Array2;
 use serde::Serialize;
@@ -19,7 +21,6 @@ use super::job::VerifyJob;
 use super::pairs::block_starts;
 use super::weights::Weights;
 use crate::batches::{Batch, Batches, Beside};
-use crate::calibrate::first_of;
 use crate::error::{Error, Result};
 use crate::perplexity::{Perplexity, Scored, Tally, begin, score};
 use crate::progress::Progress;
@@ -121,8 +122,9 @@ impl Run<'_> {
                 let grams = forward(model, &block, &mut states)?;
                 let linears = block.linears().iter().zip(wanted.linears());
                 for ((given, wanted), error) in linears.zip(&mut errors[first..]) {
-                    let gram = &grams[Stage::of(given.id) as usize];
-                    error.add(model, (&given.weight, &wanted.weight), gram)?;
+                    if let Some(gram) = grams.get(&Reading::of(given.id)) {
+                        error.add(model, (&given.weight, &wanted.weight), gram)?;
+                    }
                 }
                 progress.step();
             }
@@ -133,18 +135,24 @@ impl Run<'_> {
     }
 }
 
-/// Runs a whole block over every chunk; gives XᵀX of the inputs of each stage.
-fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<Vec<Gram>> {
+/// Runs a whole block over every chunk; gives XᵀX of the inputs of each stage, of experts those that tokens go
+/// through.
+fn forward(
+    model: &Model<'_>,
+    block: &Block,
+    states: &mut States,
+) -> Result<BTreeMap<Reading, Gram>> {
     let device = model.device();
-    let mut grams = Vec::with_capacity(Stage::ALL.len());
-    for stage in Stage::ALL {
-        grams.push(device.gram(first_of(block, stage).weight.cols())?);
-    }
+    let mut grams = BTreeMap::new();
     for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
         let mut hidden = states.hidden.take(chunk)?;
         let ropes = model.ropes(seq_len);
-        block.forward_looking(device, &mut hidden, ropes, seq_len, |stage, input| {
-            Ok(device.gram_add(&mut grams[stage as usize], input)?)
+        block.forward_looking(device, &mut hidden, ropes, seq_len, |reading, input| {
+            let gram = match grams.entry(reading) {
+                Entry::Vacant(place) => place.insert(device.gram(input.cols())?),
+                Entry::Occupied(gram) => gram.into_mut(),
+            };
+            Ok(device.gram_add(gram, input)?)
         })?;
         states.hidden.put(chunk, hidden)?;
     }

@@ -114,6 +114,7 @@ impl Judged {
             }
             Some(packed) => {
                 let fit = Fit::new(packed, &pair.base)?;
+                // Those of experts are not shifted.
                 let moves = matches!(pair.id, LinearId::O | LinearId::Down);
                 let faults = fit.faults(&pair.name, moves && choices.residual > 0.0);
                 (Some(faults), fit.error, fit.energy)
