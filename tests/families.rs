@@ -20,6 +20,7 @@ use gptq_compute::Device;
 use gptq_model::{Model, SourcePrecision};
 use gptq_pipeline::recipe_fit::unrotatable;
 use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use util::{TinyLlama, Workdir, words};
 
@@ -226,6 +227,41 @@ fn carried(source: &Path, made: &Path, best: bool, card: bool) {
             }
         }
     }
+}
+
+/// Layers behind the blocks, of published files, and experts as transformers has them in memory.
+#[test]
+fn what_mixtures_hold_besides_is_said_or_refused() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(110));
+    let ppl = |model: &str| {
+        dir.gptq(&["ppl", model, "--device=cpu", "--dataset", "text.txt", "--seq-len=48"])
+    };
+    let with = |tensor: &str, values: usize, name: &str| {
+        let folder = assemble(&dir, name);
+        let file = folder.join("model.safetensors");
+        let bytes = fs::read(&file).unwrap();
+        let stored = SafeTensors::deserialize(&bytes).unwrap();
+        let zeros = vec![0; 4 * values];
+        let more = TensorView::new(safetensors::Dtype::F32, vec![values], &zeros).unwrap();
+        let all = stored.tensors().into_iter().chain([(tensor.to_owned(), more)]);
+        fs::write(file, safetensors::serialize(all, None).unwrap()).unwrap();
+    };
+    // The config says one layer of these.
+    with("model.layers.3.enorm.weight", 64, "glm4-moe");
+    let run = ppl("glm4-moe");
+    run.ok();
+    let said =
+        "1 tensor of layers that predict further tokens, such as `model.layers.3.enorm.weight`";
+    assert!(run.stderr.contains(said), "{}", run.stderr);
+    let inspected = dir.gptq(&["inspect", "glm4-moe", "--json"]).json();
+    assert_eq!(inspected["left_out"], json!(["model.layers.3.enorm.weight"]));
+    with("model.layers.4.enorm.weight", 64, "glm4-moe");
+    assert!(ppl("glm4-moe").stderr.contains("of blocks beyond"));
+
+    let fused = "model.layers.1.mlp.experts.gate_up_proj";
+    with(fused, 64, "qwen3-moe");
+    ppl("qwen3-moe").refused(&[fused, "holds all experts of a block"]);
 }
 
 /// What holds for which family is what the code decides by.

@@ -170,6 +170,11 @@ SEEDED = {
     "cohere2": cohere2(logit_scale=0.4, tie_word_embeddings=True),
     "cohere2-pattern": cohere2(logit_scale=1.5, sliding_window_pattern=2, attention_bias=True),
 }
+SEEDED |= {
+    "seed-oss": config("SeedOssForCausalLM", "seed_oss", head_dim=32, attention_out_bias=True, mlp_bias=True),
+    "seed-oss-plain": config("SeedOssForCausalLM", "seed_oss", head_dim=16, attention_bias=False,
+                             tie_word_embeddings=True, rope_parameters=YARN),
+}
 # Mixtures of experts: normed weights and not, groups, shared experts, blocks without experts.
 SEEDED |= {
     "mixtral": mixtral(),

@@ -24,7 +24,7 @@ pub(crate) const STORED: [(&str, &str); 11] = [
 ];
 
 /// Models whose weights follow from names: SEEDED of tests/interop/family_configs.py.
-pub(crate) const SEEDED: [&str; 44] = [
+pub(crate) const SEEDED: [&str; 46] = [
     "llama-yarn",
     "llama-yarn-mscale",
     "llama-yarn-factor",
@@ -59,6 +59,8 @@ pub(crate) const SEEDED: [&str; 44] = [
     "cohere-plain",
     "cohere2",
     "cohere2-pattern",
+    "seed-oss",
+    "seed-oss-plain",
     "mixtral",
     "mixtral-sliding",
     "qwen2-moe",

@@ -3,6 +3,8 @@
 
 use std::borrow::Cow;
 
+use serde_json::Value;
+
 use crate::experts::{Experts, LLAMA_NAMES};
 use crate::family::HeadNorms;
 use crate::names::BLOCKS;
@@ -82,6 +84,18 @@ impl ModelConfig {
     #[must_use]
     pub fn experts(&self, block: usize) -> Option<&Experts> {
         self.experts.as_ref().filter(|experts| experts.are_in(block))
+    }
+
+    /// The experts of the first block that has them: all such blocks of a model have the same.
+    #[must_use]
+    pub fn any_experts(&self) -> Option<&Experts> {
+        (0..self.num_hidden_layers).find_map(|block| self.experts(block))
+    }
+
+    /// Layers behind the blocks that predict one more token each, which nothing else needs.
+    pub(crate) fn prediction_layers(&self) -> usize {
+        let layers = self.raw().get("num_nextn_predict_layers").and_then(Value::as_u64);
+        layers.and_then(|layers| usize::try_from(layers).ok()).unwrap_or(0)
     }
 
     /// The tensors of a block that are neither linears nor norms: what routes tokens to experts.

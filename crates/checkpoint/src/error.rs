@@ -202,6 +202,12 @@ pub enum Error {
         /// The model's family.
         family: &'static str,
     },
+    /// The experts of a block lie in one tensor, as transformers has them in memory.
+    #[error("Tensor `{tensor}` holds all experts of a block; they are read one by one only")]
+    FusedExperts {
+        /// The tensor.
+        tensor: String,
+    },
     /// A block holds a part of an adapter.
     #[error("Tensor `{tensor}` is of an adapter that was not merged into the model")]
     Adapter {

@@ -205,3 +205,166 @@ fn key(fields: &Fields<'_>, keys: &'static [&'static str]) -> &'static str {
     let there = keys.iter().find(|key| fields.get(key).is_some());
     there.or(keys.first()).copied().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::{Bits, DType, Expert, Layout, Scores, tensor_specs};
+    use crate::{LinearId, ModelConfig, QuantizeConfig, Result};
+
+    fn parse(family: &str, extra: &str) -> Result<ModelConfig> {
+        let text = format!(
+            r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":128,"num_hidden_layers":4,
+            "num_attention_heads":16,"num_key_value_heads":4,"vocab_size":96{extra}}}"#
+        );
+        ModelConfig::parse(&text, Path::new("config.json"))
+    }
+
+    fn with(family: &str, extra: &str) -> ModelConfig {
+        parse(family, extra).unwrap()
+    }
+
+    fn mixed(config: &ModelConfig) -> Vec<usize> {
+        (0..4).filter(|&block| config.experts(block).is_some()).collect()
+    }
+
+    #[test]
+    fn defaults_are_those_of_transformers() {
+        for (family, count, per_token, width, shared, first) in [
+            ("mixtral", 8, 2, 128, None, 0),
+            ("qwen2_moe", 60, 4, 1408, Some((5632, true)), 0),
+            ("qwen3_moe", 128, 8, 768, None, 0),
+            ("olmoe", 64, 8, 128, None, 0),
+            ("glm4_moe", 128, 8, 1408, Some((1408, false)), 1),
+        ] {
+            let config = with(family, "");
+            let experts = config.any_experts().unwrap();
+            let found = experts.shared.map(|shared| (shared.intermediate_size, shared.gated));
+            assert_eq!((experts.count, experts.per_token), (count, per_token), "{family}");
+            assert_eq!((experts.intermediate_size, found), (width, shared), "{family}");
+            assert_eq!(mixed(&config), (first..4).collect::<Vec<_>>(), "{family}");
+            let router = experts.router;
+            assert_eq!(router.normalize, matches!(family, "mixtral" | "glm4_moe"), "{family}");
+            assert_eq!(router.scores == Scores::Sigmoid, family == "glm4_moe", "{family}");
+            assert_eq!((router.scale, router.groups, router.groups_per_token), (1.0, 1, 1));
+        }
+        assert_eq!(with("mixtral", "").rope.theta, 1_000_000.0);
+        assert_eq!(with("qwen2_moe", "").rope.theta, 10_000.0);
+    }
+
+    #[test]
+    fn blocks_without_experts_have_an_mlp() {
+        assert_eq!(mixed(&with("qwen3_moe", r#","mlp_only_layers":[1,9]"#)), [0, 2, 3]);
+        assert_eq!(mixed(&with("qwen2_moe", r#","decoder_sparse_step":2"#)), [1, 3]);
+        let both = r#","decoder_sparse_step":2,"mlp_only_layers":[3]"#;
+        assert_eq!(mixed(&with("qwen2_moe", both)), [1]);
+        assert_eq!(mixed(&with("glm4_moe", r#","first_k_dense_replace":3"#)), [3]);
+        assert_eq!(mixed(&with("glm4_moe", r#","first_k_dense_replace":0"#)), [0, 1, 2, 3]);
+        let config = with("glm4_moe", "");
+        let ids = |block| config.block_linears(block).into_iter().map(|linear| linear.id);
+        assert!(ids(0).eq(LinearId::LLAMA));
+        assert_eq!(ids(1).count(), 4 + 3 * 129);
+        assert_eq!(config.block_dense(0), []);
+        assert!(with("llama", "").any_experts().is_none());
+    }
+
+    /// Those of published files, which AutoGPTQ, GPTQModel and vLLM know.
+    #[test]
+    fn names_are_those_of_published_files() {
+        let shape = |config: &ModelConfig, name: &str| {
+            config.linear_named(name).map(|l| (l.id, l.in_features, l.out_features))
+        };
+        let mixtral = with("mixtral", "");
+        for (leaf, wanted) in [
+            ("w1", (LinearId::ExpertGate(7), 64, 128)),
+            ("w2", (LinearId::ExpertDown(7), 128, 64)),
+            ("w3", (LinearId::ExpertUp(7), 64, 128)),
+        ] {
+            let name = format!("model.layers.1.block_sparse_moe.experts.7.{leaf}");
+            assert_eq!(shape(&mixtral, &name), Some(wanted));
+        }
+        for none in ["experts.8.w1", "experts.07.w1", "experts.7.w4", "gate", "experts.+7.w1"] {
+            let name = format!("model.layers.1.block_sparse_moe.{none}");
+            assert_eq!(shape(&mixtral, &name), None, "{name}");
+        }
+        assert_eq!(shape(&mixtral, "model.layers.4.block_sparse_moe.experts.0.w1"), None);
+        assert_eq!(mixtral.block_dense(0)[0].name, "block_sparse_moe.gate.weight");
+        let qwen = with("qwen2_moe", "");
+        let of = |name: &str| shape(&qwen, &format!("model.layers.0.mlp.{name}"));
+        assert_eq!(of("experts.59.up_proj"), Some((LinearId::ExpertUp(59), 64, 1408)));
+        assert_eq!(of("shared_expert.down_proj"), Some((LinearId::SharedDown, 5632, 64)));
+        assert_eq!(of("down_proj"), None);
+        assert_eq!(qwen.block_dense(0)[1].name, "mlp.shared_expert_gate.weight");
+        assert_eq!(qwen.block_dense(0)[1].shape, [1, 64]);
+        let glm = with("glm4_moe", r#","n_shared_experts":2"#);
+        let shared = "model.layers.1.mlp.shared_experts.gate_proj";
+        assert_eq!(shape(&glm, shared), Some((LinearId::SharedGate, 64, 2 * 1408)));
+        // Every linear is found by its name, and belongs to one expert.
+        for (name, shape) in glm.linears().chain(qwen.linears()).chain(mixtral.linears()) {
+            let config = [&glm, &qwen, &mixtral].into_iter();
+            let found = config.filter_map(|config| config.linear_named(&name));
+            assert!(found.into_iter().any(|found| found == shape), "{name}");
+            let expert = shape.id.expert();
+            let ids = expert.map(|expert: Expert| [expert.gate(), expert.up(), expert.down()]);
+            assert!(ids.is_none_or(|ids| ids.contains(&shape.id)), "{name}");
+        }
+    }
+
+    #[test]
+    fn routers_are_written_and_what_corrects_them_exactly() {
+        let quantize = QuantizeConfig::new(Bits::Four, Some(32), 0.01, false);
+        let sizes = r#","n_routed_experts":4,"num_experts_per_tok":2,"moe_intermediate_size":32"#;
+        let config = with("glm4_moe", sizes);
+        let specs = tensor_specs(&config, &quantize, Layout::Modern);
+        let of = |name: &str| {
+            let found = specs.iter().find(|spec| spec.name == name);
+            found.map(|spec| (spec.dtype, spec.shape.clone()))
+        };
+        let gate = "model.layers.3.mlp.gate";
+        assert_eq!(of(&format!("{gate}.weight")), Some((DType::F16, vec![4, 64])));
+        let correction = format!("{gate}.e_score_correction_bias");
+        assert_eq!(of(&correction), Some((DType::F32, vec![4])));
+        assert_eq!(of("model.layers.0.mlp.gate.weight"), None);
+        assert!(config.dense_named(&correction).is_some_and(|dense| dense.exact));
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        for (family, extra, named) in [
+            ("mixtral", r#","num_local_experts":0"#, "num_local_experts"),
+            ("mixtral", r#","num_experts":5000"#, "`num_experts` is `5000`, expected 1 to 4096"),
+            ("mixtral", r#","num_experts_per_tok":9"#, "a token chooses from 8 experts"),
+            ("qwen3_moe", r#","num_experts":"many""#, "num_experts"),
+            ("qwen3_moe", r#","moe_intermediate_size":0"#, "moe_intermediate_size"),
+            ("qwen3_moe", r#","norm_topk_prob":1"#, "norm_topk_prob"),
+            ("qwen3_moe", r#","mlp_only_layers":3"#, "expected a list of blocks"),
+            ("qwen3_moe", r#","mlp_only_layers":[-1]"#, "expected a list of blocks"),
+            ("qwen3_moe", r#","decoder_sparse_step":0"#, "decoder_sparse_step"),
+            ("qwen3_moe", r#","n_routed_experts":4"#, "n_routed_experts"),
+            ("qwen2_moe", r#","shared_expert_intermediate_size":-1"#, "shared_expert"),
+            (
+                "olmoe",
+                r#","clip_qkv":8.0"#,
+                "`clip_qkv` is `8.0`, which is not supported; only `null`",
+            ),
+            ("olmoe", r#","clip_qkv":0"#, "clip_qkv"),
+            ("glm4_moe", r#","n_group":3"#, "which are no 3 groups of 2 or more"),
+            ("glm4_moe", r#","n_group":128"#, "which are no 128 groups"),
+            ("glm4_moe", r#","topk_group":2"#, "topk_group"),
+            ("glm4_moe", r#","n_group":32"#, "a token chooses from 4 experts"),
+            ("glm4_moe", r#","routed_scaling_factor":-1"#, "routed_scaling_factor"),
+            ("glm4_moe", r#","routed_scaling_factor":1e-60"#, "routed_scaling_factor"),
+            ("glm4_moe", r#","n_shared_experts":4096"#, "n_shared_experts"),
+            ("glm4_moe", r#","n_shared_experts":0"#, "n_shared_experts"),
+            ("llama", r#","num_experts":8"#, "num_experts"),
+        ] {
+            let message = parse(family, extra).unwrap_err().to_string();
+            assert!(message.contains(named), "{family}, {extra}: {message}");
+        }
+        let many = r#"{"model_type":"mixtral","hidden_size":64,"intermediate_size":128,"vocab_size":96,
+            "num_hidden_layers":4096,"num_attention_heads":8,"num_local_experts":64}"#;
+        let error = ModelConfig::parse(many, Path::new("config.json")).unwrap_err();
+        assert!(error.to_string().contains("too many for each of 4096 blocks"), "{error}");
+    }
+}

@@ -210,7 +210,7 @@ pub fn family_names() -> impl Iterator<Item = &'static str> {
     FAMILIES.into_iter().map(|family| family.name)
 }
 
-pub(crate) const FAMILIES: [Family; 21] = [
+pub(crate) const FAMILIES: [Family; 22] = [
     LLAMA,
     Family {
         name: "mistral",
@@ -294,6 +294,15 @@ pub(crate) const FAMILIES: [Family; 21] = [
         rotates: Rotates::Sliding,
         theta: 10_000.0,
         ..COHERE
+    },
+    Family {
+        name: "seed_oss",
+        context: 524_288,
+        kv_heads: Some(8),
+        head_dim: Some(128),
+        qkv_bias: Part::Flag("attention_bias", true),
+        output_bias: Part::Flag("attention_out_bias", false),
+        ..LLAMA
     },
     Family {
         name: "mixtral",

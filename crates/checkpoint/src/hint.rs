@@ -21,6 +21,9 @@ impl Error {
             Self::Adapter { .. } => {
                 "merge the adapter (PEFT: `merge_and_unload`) and save the result".into()
             }
+            Self::FusedExperts { .. } => {
+                "save the model by `save_pretrained` of transformers, which parts them".into()
+            }
             Self::F16Underflow { .. } => "quantize the dense model again".into(),
             Self::PackedHead { .. } => {
                 "quantize the dense model without its head and embedding".into()

@@ -17,6 +17,10 @@ enum Role {
     Frequencies,
     /// Of a block that config.json does not count.
     Beyond,
+    /// Of a layer behind the blocks that predicts one more token, as config.json counts them.
+    Prediction,
+    /// All experts of a block in one tensor.
+    Fused,
     /// A weight inside of a block that no linear or norm of the family uses: the model would
     /// compute with it.
     Weight,
@@ -31,6 +35,8 @@ enum Role {
 pub struct Strays {
     /// Those of blocks beyond `num_hidden_layers`.
     pub beyond: Vec<String>,
+    /// Those of layers behind the blocks that predict one more token (`num_nextn_predict_layers`).
+    pub prediction: Vec<String>,
     /// Dense weights of linears that are packed as well.
     pub dense: Vec<String>,
     /// All others but rotary frequencies.
@@ -47,6 +53,13 @@ impl Strays {
                  as `{first}`: they are left out, so the model is cut short",
                 config.num_hidden_layers,
                 tensors(self.beyond.len())
+            ));
+        }
+        if let Some(first) = self.prediction.first() {
+            warnings.push(format!(
+                "the weights hold {} of layers that predict further tokens, such as `{first}`: they are \
+                 left out, as nothing that the model says needs them",
+                tensors(self.prediction.len())
             ));
         }
         if let Some(first) = self.dense.first() {
@@ -95,19 +108,25 @@ impl Stored<'_> {
             match self.role(name) {
                 Role::Part | Role::Frequencies => {}
                 Role::Beyond => strays.beyond.push(name.to_owned()),
+                Role::Prediction => strays.prediction.push(name.to_owned()),
                 Role::Dense => strays.dense.push(name.to_owned()),
-                Role::Weight | Role::Other => strays.others.push(name.to_owned()),
+                Role::Weight | Role::Fused | Role::Other => strays.others.push(name.to_owned()),
             }
         }
         strays
     }
 
-    /// Refuses weights of blocks that the family does not have.
-    pub(crate) fn check<'n>(&self, mut names: impl Iterator<Item = &'n str>) -> Result<()> {
-        let Some(tensor) = names.find(|name| self.role(name) == Role::Weight) else {
-            return Ok(());
-        };
-        let tensor = tensor.to_owned();
+    /// Refuses weights of blocks that the family does not have, and experts that are stored as one.
+    pub(crate) fn check<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<()> {
+        let mut unknown = None;
+        for name in names {
+            match self.role(name) {
+                Role::Fused => return Err(Error::FusedExperts { tensor: name.to_owned() }),
+                Role::Weight if unknown.is_none() => unknown = Some(name.to_owned()),
+                _ => {}
+            }
+        }
+        let Some(tensor) = unknown else { return Ok(()) };
         if is_adapter(&tensor) {
             return Err(Error::Adapter { tensor });
         }
@@ -126,7 +145,12 @@ impl Stored<'_> {
         let Ok(block) = block.parse::<usize>() else { return Role::Other };
         let config = self.config;
         if block >= config.num_hidden_layers {
-            return Role::Beyond;
+            let predicts = block - config.num_hidden_layers < config.prediction_layers();
+            return if predicts { Role::Prediction } else { Role::Beyond };
+        }
+        let fused = [".experts.gate_up_proj", ".experts.down_proj"];
+        if config.experts(block).is_some() && fused.iter().any(|end| part.ends_with(end)) {
+            return Role::Fused;
         }
         let Some((module, leaf)) = part.rsplit_once('.') else { return Role::Other };
         if config.block_dense(block).iter().any(|dense| dense.name == part) {

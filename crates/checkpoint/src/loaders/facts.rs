@@ -55,8 +55,10 @@ pub struct LoaderFacts {
 pub struct Architecture {
     /// `model_type`.
     pub family: &'static str,
-    /// The linears of a block, with whether they have a bias.
+    /// The linears of a block of each kind, with whether they have a bias.
     pub linears: Vec<LinearShape>,
+    /// Which blocks have experts.
+    pub experts: InBlocks,
     /// Fewer key and value heads than query heads.
     pub grouped_heads: bool,
     /// Rotary position embeddings.
@@ -65,13 +67,33 @@ pub struct Architecture {
 
 impl From<&ModelConfig> for Architecture {
     fn from(config: &ModelConfig) -> Self {
+        let blocks = 0..config.num_hidden_layers;
+        let mixed = |block: usize| config.experts(block).is_some();
+        let other = blocks.clone().find(|&block| mixed(block) != mixed(0));
+        let linears = [0].into_iter().chain(other).flat_map(|block| config.block_linears(block));
         Self {
             family: config.family,
-            linears: config.block_linears(0),
+            linears: linears.collect(),
+            experts: match (other, mixed(0)) {
+                (Some(_), _) => InBlocks::Some,
+                (None, true) => InBlocks::All,
+                (None, false) => InBlocks::None,
+            },
             grouped_heads: config.num_key_value_heads != config.num_attention_heads,
             rope: config.rope.clone(),
         }
     }
+}
+
+/// In how many blocks something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InBlocks {
+    /// In none.
+    None,
+    /// In some, but not in all.
+    Some,
+    /// In all.
+    All,
 }
 
 /// The group indices of a checkpoint.

@@ -12,7 +12,7 @@ mod table;
 
 use table::LOADERS;
 
-pub use facts::{Architecture, Bias, GroupIndex, LoaderFacts, asks_for_bfloat16};
+pub use facts::{Architecture, Bias, GroupIndex, InBlocks, LoaderFacts, asks_for_bfloat16};
 pub use rules::{LoaderVerdict, Seen};
 
 /// Every loader's verdict, in the table's order.

@@ -4,7 +4,7 @@ use crate::LinearShape;
 use crate::checkpoint_format::CheckpointFormat;
 use crate::rope::RopeScaling;
 
-use super::facts::{Architecture, Bias, GroupIndex, LoaderFacts};
+use super::facts::{Architecture, Bias, GroupIndex, InBlocks, LoaderFacts};
 
 /// What vLLM's and TGI's Marlin kernels take.
 pub(super) const MARLIN_SHAPES: [Need; 4] =
@@ -14,6 +14,12 @@ pub(super) const MARLIN_SHAPES: [Need; 4] =
 pub(super) enum Need {
     /// A model of one of these families.
     Family(&'static [&'static str]),
+    /// No experts, or those of a family that was tried; without families none was.
+    Experts(&'static [&'static str]),
+    /// No experts: it keeps those of a block together.
+    NoExperts,
+    /// Experts in no block, or in all.
+    ExpertsInAll,
     /// No linear of the architecture has a bias.
     NoBiases,
     /// As many key and value heads as query heads.
@@ -222,6 +228,23 @@ impl Need {
         match *self {
             Self::Family(known) => unless(known.contains(&model.family), || {
                 format!("{}: it computes {} only", model.family, listed(known))
+            }),
+            Self::Experts(known) if model.experts != InBlocks::None => {
+                unless(known.contains(&model.family), || match known {
+                    [] => format!("{}: mixtures of experts were not tried", model.family),
+                    _ => format!(
+                        "{}: of mixtures of experts it computes {} only",
+                        model.family,
+                        listed(known)
+                    ),
+                })
+            }
+            Self::NoExperts => unless(model.experts == InBlocks::None, || {
+                "experts: it keeps those of a block in one tensor, and leaves packed ones out"
+                    .to_owned()
+            }),
+            Self::ExpertsInAll => unless(model.experts != InBlocks::Some, || {
+                "blocks without experts: it leaves their packed MLPs out".to_owned()
             }),
             Self::NoBiases => model
                 .linears

@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
 fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     checkpoint.check_tensors()?;
     let config = checkpoint.config();
-    let Strays { beyond, dense, others } = checkpoint.strays();
+    let Strays { beyond, prediction, dense, others } = checkpoint.strays();
     let mut dtypes = BTreeMap::new();
     let mut tensors = 0;
     for name in checkpoint.names() {
@@ -120,7 +120,7 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
         file_bytes: checkpoint.total_bytes(),
         tensors,
         dtypes,
-        left_out: [beyond, dense, others].concat(),
+        left_out: [beyond, prediction, dense, others].concat(),
         quantization: quantization(checkpoint)?,
         checksum: None,
     })

@@ -6,7 +6,9 @@
 //! change nothing that is computed are left out: sizes ([`super::base::check_base`]), the activation
 //! (there is one), whether the head is tied (the values of the head show it), the context, types.
 
-use gptq_checkpoint::{CONFIG_FILE, Checkpoint, ModelConfig, Rope, RopeScaling, TOKENIZER_FILE};
+use gptq_checkpoint::{
+    CONFIG_FILE, Checkpoint, Experts, ModelConfig, Rope, RopeScaling, TOKENIZER_FILE,
+};
 use gptq_text::tokens::TextTokenizer;
 
 use super::findings::{Check, Findings};
@@ -51,7 +53,7 @@ fn differences(mine: &ModelConfig, theirs: &ModelConfig) -> Vec<(&'static str, S
 type Told = fn(&ModelConfig) -> String;
 
 /// What is compared, each as text that is equal where the computation is.
-const KEYS: [(&str, Told); 13] = [
+const KEYS: [(&str, Told); 14] = [
     ("model_type", |c| c.family.to_owned()),
     ("rms_norm_eps", |c| format!("{:?}", c.norm_eps)),
     ("rope_theta", |c| format!("{:?}", c.rope.theta)),
@@ -65,6 +67,7 @@ const KEYS: [(&str, Told); 13] = [
     ("for caps on scores and logits", |c| {
         format!("{:?} and {:?}", c.attention_softcap, c.logit_softcap)
     }),
+    ("for experts", |c| c.any_experts().map_or_else(none, |experts| routing(c, experts))),
     ("that there are norms of", |c| {
         list(c.block_norms(0).into_iter().map(|norm| norm.name.to_owned()))
     }),
@@ -76,6 +79,13 @@ const KEYS: [(&str, Told); 13] = [
 
 fn none() -> String {
     "none".to_owned()
+}
+
+/// How tokens are routed, and in which blocks.
+fn routing(config: &ModelConfig, experts: &Experts) -> String {
+    let mixed = |&block: &usize| config.experts(block).is_some();
+    let of: Vec<usize> = (0..config.num_hidden_layers).filter(mixed).collect();
+    format!("{} a token by {:?} in {}", experts.per_token, experts.router, blocks(&of))
 }
 
 /// Base and stretch of other settings.
