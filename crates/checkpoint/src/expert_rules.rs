@@ -4,6 +4,7 @@
 use serde_json::Value;
 
 use crate::Result;
+use crate::config::{MAX_BLOCKS, MAX_WIDTH};
 use crate::experts::{ExpertNames, Experts, Router, Scores, SharedExpert};
 use crate::family::Part;
 use crate::fields::Fields;
@@ -12,8 +13,6 @@ use crate::fields::Fields;
 const MAX_EXPERTS: u64 = 1 << 12;
 /// The most experts of all blocks together, for their linears are listed.
 const MAX_IN_ALL: usize = 1 << 17;
-const MAX_WIDTH: u64 = 1 << 20;
-const MAX_BLOCKS: u64 = 1 << 12;
 
 /// Keys that mean the same, the usual one first, and the value where there is none of them.
 pub(crate) type Size = (&'static [&'static str], usize);
