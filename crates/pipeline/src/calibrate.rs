@@ -14,7 +14,6 @@
 //! in `experts`.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -30,64 +29,13 @@ use crate::memory::Offload;
 use crate::recording::solved;
 use crate::row_shards::{RowShards, SHARD_ROWS, rows_of, summed};
 use crate::states::States;
+use crate::work::{StageSeconds, Work};
 
 mod experts;
 
 /// Rows of a weight from which the energy of its outputs is estimated: the exact figure costs as
 /// much as two solves, and it only scales an error in a report.
 const ENERGY_ROWS: usize = 512;
-
-/// What a block's time goes to, in the order of the names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Work {
-    /// Between ranks.
-    Exchange,
-    /// Hessians and their factors.
-    Factor,
-    /// Inputs of linears.
-    Forward,
-    /// XᵀX of these.
-    Gram,
-    /// Codes on their way to the file.
-    Pack,
-    /// The unquantized model's states.
-    Reference,
-    /// Moving the weights of o and down.
-    Shift,
-    /// Choosing codes.
-    Solve,
-}
-
-impl Work {
-    /// All of them.
-    pub(crate) const ALL: [Self; 8] = [
-        Self::Exchange,
-        Self::Factor,
-        Self::Forward,
-        Self::Gram,
-        Self::Pack,
-        Self::Reference,
-        Self::Shift,
-        Self::Solve,
-    ];
-
-    /// The name in reports.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Exchange => "exchange",
-            Self::Factor => "factor",
-            Self::Forward => "forward",
-            Self::Gram => "gram",
-            Self::Pack => "pack",
-            Self::Reference => "reference",
-            Self::Shift => "shift",
-            Self::Solve => "solve",
-        }
-    }
-}
-
-/// Seconds by what they went to.
-pub(crate) type StageSeconds = BTreeMap<Work, f64>;
 
 /// What every block of a run shares.
 pub(crate) struct Calibrator<'a> {

@@ -45,6 +45,8 @@ mod stage_rates;
 mod states;
 pub mod sweep;
 pub mod verify;
+mod width;
+mod work;
 pub mod write;
 
 pub use error::{Error, Result, hint_of};

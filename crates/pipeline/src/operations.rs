@@ -7,7 +7,7 @@ use gptq_checkpoint::{Expert, Experts, LinearShape, ModelConfig};
 use gptq_model::{LinearId, Reading, Stage};
 use serde::Serialize;
 
-use crate::calibrate::Work;
+use crate::work::Work;
 
 /// Operations, one multiply-add being two.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]

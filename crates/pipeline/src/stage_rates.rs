@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::calibrate::Work;
+use crate::work::Work;
 
 /// What is counted, and has a rate of its own. The solver's operations are counted alike whatever it
 /// tries for a group's scales, which takes it longer.
