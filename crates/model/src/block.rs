@@ -178,6 +178,22 @@ impl<W> Block<W> {
     pub fn gains(&self) -> &Gains {
         &self.parts.gains
     }
+
+    /// The block without its weights, for others to be put in their places.
+    pub fn frame(&self) -> BlockParts<()> {
+        let linear = |linear: &Linear<W>| Linear {
+            id: linear.id,
+            name: linear.name.clone(),
+            weight: (),
+            bias: linear.bias.clone(),
+        };
+        BlockParts {
+            index: self.index(),
+            linears: self.linears().iter().map(linear).collect(),
+            gains: self.gains().clone(),
+            rule: *self.rule(),
+        }
+    }
 }
 
 impl Block {

@@ -22,6 +22,14 @@ pub struct Operations {
     pub reference: f64,
     /// Shifted weights: the products that compare the two models.
     pub shift: f64,
+    /// Tuning the scales of the whole model, where a recipe does.
+    #[serde(skip_serializing_if = "is_none")]
+    pub tune: f64,
+}
+
+/// Plans of recipes that do not tune stay as they were before there was tuning.
+fn is_none(count: &f64) -> bool {
+    *count == 0.0
 }
 
 /// What the operations of a block follow from.
@@ -100,6 +108,7 @@ impl Operations {
             solve: self.solve + other.solve,
             reference: self.reference + other.reference,
             shift: self.shift + other.shift,
+            tune: self.tune + other.tune,
         }
     }
 
@@ -112,6 +121,7 @@ impl Operations {
             solve: self.solve * blocks,
             reference: self.reference * blocks,
             shift: self.shift * blocks,
+            tune: self.tune * blocks,
         }
     }
 
@@ -130,7 +140,8 @@ impl Operations {
 
     /// The sum.
     pub fn total(&self) -> f64 {
-        self.forward + self.gram + self.factor + self.solve + self.reference + self.shift
+        let walk = self.forward + self.gram + self.factor + self.solve;
+        walk + self.reference + self.shift + self.tune
     }
 }
 

@@ -7,7 +7,8 @@
 //!
 //! Blocks are read and written beside the work, which hides both unless the disk is slower than the
 //! device; that, and the head that `best` fits (a tenth of a block or so), are left out. Recipes that
-//! do not calibrate have no operations that are counted, and no prediction.
+//! do not calibrate have no operations that are counted, and no prediction. Tuning is counted at the rate of
+//! a forward.
 //!
 //! Rates are, in this order, those that `gptq bench` has measured on the device with a block of about
 //! the model's width; those of a table of cards; and those of a benchmark of another width. Whatever
@@ -130,13 +131,23 @@ impl KnownRates {
         let stages = by_stage(&plan.work, spec);
         let blocks = self.best(model, |rates| {
             let seconds = |&(stage, count): &(Stage, f64)| Some(count / rates.get(&stage)?);
-            stages.iter().filter(|(_, count)| *count > 0.0).map(seconds).sum()
+            let walk: f64 = stages
+                .iter()
+                .filter(|(_, count)| *count > 0.0)
+                .map(seconds)
+                .sum::<Option<f64>>()?;
+            Some(walk + plan.work.tune / rates.get(&Stage::Forward)?)
         })?;
+        let tuned = plan.work.tune > 0.0;
         let offloads = self.gpu && plan.gpu.offload != Offload::default();
         let tables = 2.0 * 2.0 * model.vocab_size as f64 * model.hidden_size as f64;
         Some(Prediction {
             seconds: blocks.seconds + tables / TABLES_RATE,
-            from: if offloads { blocks.from.max(Source::Offloaded) } else { blocks.from },
+            from: match (offloads, tuned) {
+                (true, _) => blocks.from.max(Source::Offloaded),
+                (false, true) => blocks.from.max(Source::ForwardRate),
+                (false, false) => blocks.from,
+            },
         })
     }
 

@@ -3,7 +3,7 @@
 use gptq_compute::Precision;
 use gptq_quant::Factored;
 use gptq_records::branch_report::{
-    BlockRecord, BranchReport, CalibrationRecord, LinearRecord, REPORT_FORMAT, TOOL,
+    BlockRecord, BranchReport, CalibrationRecord, LinearRecord, REPORT_FORMAT, TOOL, TuningRecord,
 };
 use gptq_text::calibration::Calibration;
 
@@ -80,6 +80,7 @@ pub(crate) fn branch_report(
     file_bytes: u64,
     blocks: &[BlockReport],
     head: Option<LinearRecord>,
+    tuning: Option<TuningRecord>,
 ) -> BranchReport {
     let spec = &job.spec;
     let calibrates = spec.recipe.calibrates();
@@ -106,6 +107,7 @@ pub(crate) fn branch_report(
         f64_retries: count(&linears, |l| l.f64_retries),
         blocks: blocks.iter().map(record).collect(),
         head,
+        tuning,
         evaluations: Vec::new(),
         tasks: Vec::new(),
     }

@@ -53,6 +53,8 @@ pub enum Source {
     OtherWidth,
     /// Those of one device, for several.
     OneDevice,
+    /// Those of a forward, for passes back.
+    ForwardRate,
     /// Those of a run that holds all on the device, for one that does not.
     Offloaded,
     /// Those of the table's first card, by what data sheets promise of both.
@@ -74,6 +76,7 @@ impl Source {
             Self::Table => "as such cards were measured",
             Self::OtherWidth => "estimated from a block of another width",
             Self::OneDevice => "estimated from one device's rates",
+            Self::ForwardRate => "estimated from the rate of a forward",
             Self::Offloaded => "estimated from a run whose activations stay on the device",
             Self::DataSheet => "estimated from an H100's by data sheets",
         }

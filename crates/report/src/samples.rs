@@ -64,6 +64,7 @@ pub(crate) fn branch(
         f64_retries: 0,
         blocks: blocks.collect(),
         head: None,
+        tuning: None,
         evaluations: vec![EvaluationRecord {
             protocol: "paper".to_owned(),
             dataset: text("heldout.txt"),

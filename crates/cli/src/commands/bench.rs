@@ -85,6 +85,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     };
     let mut spec = QuantSpec::new(4, Some(128), true, args.recipe.damp(), args.recipe);
     spec.set(&args.set)?;
+    ensure!(spec.choices.tune == 0, "A block is measured alone, and tuning is of the whole model");
     let (device, opened) = (local_ranks.name(), local_ranks.device().clone());
     let work = (args.windows, args.seq_len);
     let block = local_ranks
