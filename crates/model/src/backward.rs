@@ -226,3 +226,7 @@ impl Block {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "backward_tests.rs"]
+mod tests;
