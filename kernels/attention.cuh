@@ -1,4 +1,4 @@
-// Pieces of attention on tensor cores, which attention.cu and attention_ruled.cu put together: scores of a warp's
+// Pieces of attention on tensor cores, which attention*.cu put together: scores of a warp's
 // queries against a step of keys, their weights, and the weighted sum of values. Nothing of them is in memory.
 //
 // A warp has ROW_TILES tiles of 16 queries: each K and V fragment loaded serves all of them. Rows of the shared tiles
@@ -81,9 +81,10 @@ __device__ __forceinline__ void soften(float (&s)[KEYS / 8][4], float (&out)[D /
     }
 }
 
-// out += weights · V; the accumulators of two 8-column tiles are the A operand of one 16-wide step.
-template <int D, int ROW_TILES, int KEYS>
-__device__ __forceinline__ void weigh(float (&out)[ROW_TILES][D / 8][4],
+// out += weights · V over the C columns of V, which has D, that start at v; the accumulators of two 8-column tiles are
+// the A operand of one 16-wide step.
+template <int D, int ROW_TILES, int KEYS, int C = D>
+__device__ __forceinline__ void weigh(float (&out)[ROW_TILES][C / 8][4],
                                       float (&p)[ROW_TILES][KEYS / 8][4], unsigned v, int lane) {
     constexpr int PITCH = (D / 8 + 1) * 16;
     unsigned b_at = v + (lane % 16) * PITCH + (lane / 16) * 16;
@@ -98,7 +99,7 @@ __device__ __forceinline__ void weigh(float (&out)[ROW_TILES][D / 8][4],
                 a[r][i] = floats_to_half2(pair[0], pair[1]);
             }
 #pragma unroll
-        for (int pair = 0; pair < D / 16; pair++) {
+        for (int pair = 0; pair < C / 16; pair++) {
             unsigned b[4];
             load_tiles_transposed(b, b_at + step * 16 * PITCH + pair * 32);
 #pragma unroll
@@ -107,6 +108,49 @@ __device__ __forceinline__ void weigh(float (&out)[ROW_TILES][D / 8][4],
                 multiply_add(out[r][2 * pair + 1], a[r], b[2], b[3]);
             }
         }
+    }
+}
+
+// Queues the copy of ROWS rows of `dim` values from `from` (row stride `stride`), in pieces of 16 bytes or, of
+// heads that start at other addresses, of 4; rows from `rows` on and columns from `dim` on become zeros.
+template <int D, int ROWS, bool WORDS>
+__device__ __forceinline__ void copy_heads(unsigned to, const half_t* from, long long stride, int rows, int dim) {
+    constexpr int SIZE = WORDS ? 2 : 8, PIECES = D / SIZE, PITCH = D * 2 + 16;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+        const int row = i / PIECES, column = i % PIECES * SIZE;
+        const bool valid = row < rows && column < dim;
+        const half_t* piece = from + (valid ? row * stride + column : 0);
+        if (WORDS) copy_async_4(to + row * PITCH + column * 2, piece, valid);
+        if (!WORDS) copy_async_16(to + row * PITCH + column * 2, piece, valid);
+    }
+}
+
+// Turns products into tanh(product * scale / cap).
+template <int KEYS>
+__device__ __forceinline__ void cap(float (&s)[KEYS / 8][4], float inner) {
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[n][i] = 1.0f - __fdividef(2.0f, exp2_approx(s[n][i] * inner) + 1.0f);
+}
+
+// Hides keys that a query may not see: later ones, those before its window, and those past the last.
+template <int KEYS>
+__device__ __forceinline__ void hide(float (&s)[KEYS / 8][4], int first_query, int first_key, int keys, int window,
+                                     int lane) {
+    const int place = first_key + lane % 4 * 2;  // of this thread's first key
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int query = first_query + lane / 4 + half * 8;
+        const int newest = min(query, keys - 1) - place, oldest = query - window + 1 - place;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int key = n * 8 + i;
+                if (key > newest || key < oldest) s[n][2 * half + i] = -__int_as_float(0x7f800000);
+            }
     }
 }
 

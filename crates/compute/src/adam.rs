@@ -1,6 +1,7 @@
 //! Steps along a gradient.
 
 use crate::cpu;
+use crate::cuda;
 use crate::device::Device;
 use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
@@ -59,6 +60,9 @@ impl Device {
             (Storage::Cpu(g), Storage::Cpu(m), Storage::Cpu(v), Storage::Cpu(x)) => {
                 cpu::backward::adam_step(g, (m, v), x, adam);
                 Ok(())
+            }
+            (Storage::Cuda(g), Storage::Cuda(m), Storage::Cuda(v), Storage::Cuda(x)) => {
+                cuda::backward::adam_step(g, (m, v), x, adam)
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }

@@ -12,6 +12,7 @@ use crate::attention_rule::AttentionRule;
 use crate::attention_shape::AttentionShape;
 use crate::block_parts::ensure_cap;
 use crate::cpu;
+use crate::cuda;
 use crate::device::Device;
 use crate::error::{Error, Result, ensure_shape};
 use crate::rope::RopeTable;
@@ -31,6 +32,9 @@ impl Device {
                 cpu::matmul::matmul_nt(dy.view(), w.t(), 0.0, dx.view_mut());
                 Ok(Tensor(Storage::Cpu(dx)))
             }
+            (Storage::Cuda(dy), Storage::Cuda(w)) => {
+                Ok(Tensor(Storage::Cuda(cuda::backward::linear(dy, w)?)))
+            }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }
@@ -48,6 +52,9 @@ impl Device {
             (Storage::Cpu(dy), Storage::Cpu(w), Storage::Cpu(dx)) => {
                 cpu::matmul::matmul_nt(dy.view(), w.t(), 1.0, dx.view_mut());
                 Ok(())
+            }
+            (Storage::Cuda(dy), Storage::Cuda(w), Storage::Cuda(dx)) => {
+                cuda::backward::linear_add(dy, w, dx)
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
@@ -72,6 +79,9 @@ impl Device {
                 let mut dx = Array2::zeros(x.dim());
                 cpu::backward::rms_norm_add(x, gain, eps, dy, &mut dx);
                 Ok(Tensor(Storage::Cpu(dx)))
+            }
+            (Storage::Cuda(x), Storage::Cuda(dy)) => {
+                Ok(Tensor(Storage::Cuda(cuda::backward::rms_norm(x, gain, eps, dy)?)))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
@@ -98,6 +108,9 @@ impl Device {
                 cpu::backward::rms_norm_add(x, gain, eps, dy, dx);
                 Ok(())
             }
+            (Storage::Cuda(x), Storage::Cuda(dy), Storage::Cuda(dx)) => {
+                cuda::backward::rms_norm_add(x, gain, eps, dy, dx)
+            }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }
@@ -120,6 +133,10 @@ impl Device {
             (Storage::Cpu(gate), Storage::Cpu(up), Storage::Cpu(dy)) => {
                 let (gate, up) = cpu::backward::gated(gate.clone(), up.clone(), dy, activation);
                 Ok((Tensor(Storage::Cpu(gate)), Tensor(Storage::Cpu(up))))
+            }
+            (Storage::Cuda(gate), Storage::Cuda(up), Storage::Cuda(dy)) => {
+                let (gate, up) = cuda::backward::gated(gate, up, dy, activation)?;
+                Ok((Tensor(Storage::Cuda(gate)), Tensor(Storage::Cuda(up))))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
@@ -170,6 +187,17 @@ impl Device {
                 let gradients = cpu::attention_backward::causal(&of, shape, rule);
                 Ok(gradients.map(|gradient| Tensor(Storage::Cpu(gradient))))
             }
+            (
+                Storage::Cuda(q),
+                Storage::Cuda(k),
+                Storage::Cuda(v),
+                Storage::Cuda(out),
+                Storage::Cuda(dout),
+            ) => {
+                let of = cuda::attention_backward::Operands { q, k, v, out, dout };
+                let gradients = cuda::attention_backward::causal(&of, shape, rule)?;
+                Ok(gradients.map(|gradient| Tensor(Storage::Cuda(gradient))))
+            }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }
@@ -197,6 +225,10 @@ impl Device {
             (Storage::Cpu(ph), Storage::Cpu(pw), Storage::Cpu(qh), Storage::Cpu(qw)) => {
                 let (kl, dx) = cpu::token_loss::kl_backward((ph, pw), (qh, qw), softcap, scale);
                 Ok((kl, Tensor(Storage::Cpu(dx))))
+            }
+            (Storage::Cuda(ph), Storage::Cuda(pw), Storage::Cuda(qh), Storage::Cuda(qw)) => {
+                let (kl, dx) = cuda::backward::kl((ph, pw), (qh, qw), softcap, scale)?;
+                Ok((kl, Tensor(Storage::Cuda(dx))))
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }

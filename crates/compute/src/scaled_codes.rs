@@ -7,6 +7,7 @@
 use half::f16;
 
 use crate::cpu;
+use crate::cuda;
 use crate::device::Device;
 use crate::error::{Error, Result, ensure_shape};
 use crate::tensor::{Storage, Tensor};
@@ -79,6 +80,7 @@ pub struct ScaledCodes(Kept);
 #[derive(Debug)]
 enum Kept {
     Cpu(cpu::scaled_codes::ScaledCodes),
+    Cuda(cuda::scaled_codes::ScaledCodes),
 }
 
 impl ScaledCodes {
@@ -87,6 +89,7 @@ impl ScaledCodes {
     pub fn shape(&self) -> (usize, usize) {
         match &self.0 {
             Kept::Cpu(kept) => kept.shape(),
+            Kept::Cuda(kept) => kept.shape(),
         }
     }
 
@@ -95,6 +98,7 @@ impl ScaledCodes {
     pub fn groups(&self) -> usize {
         match &self.0 {
             Kept::Cpu(kept) => kept.groups(),
+            Kept::Cuda(kept) => kept.groups(),
         }
     }
 
@@ -103,6 +107,7 @@ impl ScaledCodes {
     pub fn bytes(&self) -> usize {
         match &self.0 {
             Kept::Cpu(kept) => kept.bytes(),
+            Kept::Cuda(kept) => kept.bytes(),
         }
     }
 
@@ -123,7 +128,7 @@ impl Device {
         codes.check()?;
         Ok(ScaledCodes(match self {
             Self::Cpu => Kept::Cpu(cpu::scaled_codes::ScaledCodes::new(&codes)),
-            Self::Cuda(_) => return Err(Error::DeviceMismatch { op: "scaled_codes" }),
+            Self::Cuda(cuda) => Kept::Cuda(cuda::scaled_codes::ScaledCodes::new(cuda, &codes)?),
         }))
     }
 
@@ -138,6 +143,7 @@ impl Device {
         codes.ensure_factors(OP, log_factors)?;
         match (&codes.0, &log_factors.0) {
             (Kept::Cpu(codes), Storage::Cpu(m)) => Ok(Tensor(Storage::Cpu(codes.weight(m)))),
+            (Kept::Cuda(codes), Storage::Cuda(m)) => Ok(Tensor(Storage::Cuda(codes.weight(m)?))),
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }
@@ -152,6 +158,7 @@ impl Device {
         codes.ensure_factors(OP, log_factors)?;
         let scales = match (&codes.0, &log_factors.0) {
             (Kept::Cpu(codes), Storage::Cpu(m)) => codes.scales(m),
+            (Kept::Cuda(codes), Storage::Cuda(m)) => codes.scales(m)?,
             _ => return Err(Error::DeviceMismatch { op: OP }),
         };
         match scales.iter().filter(|scale| !scale.is_finite()).count() {
@@ -190,6 +197,13 @@ impl Device {
                 codes.add_gradient(dy, x, w, sum);
                 Ok(())
             }
+            (
+                Storage::Cuda(dy),
+                Storage::Cuda(x),
+                Kept::Cuda(codes),
+                Storage::Cuda(w),
+                Storage::Cuda(sum),
+            ) => codes.add_gradient(dy, x, w, sum),
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
     }

@@ -14,11 +14,11 @@ use std::time::Instant;
 
 use gptq_compute::cuda::Timer;
 use gptq_compute::{
-    Activation, AttentionRule, AttentionShape, Device, FloatType, HostMatrix, RopeTable,
+    Activation, Adam, AttentionRule, AttentionShape, Device, FloatType, HostMatrix, RopeTable,
     StageTimer, Tensor,
 };
 use gpus::gpu;
-use support::{Random, bytes_of};
+use support::{CodedWeight, Random, bytes_of};
 
 const HIDDEN: usize = 8192;
 const INTERMEDIATE: usize = 28_672;
@@ -133,6 +133,87 @@ fn timings() {
     copies(&gpu, random);
     upload_beside_work(&gpu, random, || {
         gpu.linear(&x, &weight).unwrap();
+    });
+}
+
+/// Gradients of a block's operations.
+#[test]
+#[ignore = "measures; run it alone"]
+fn backward_timings() {
+    let Some(gpu) = gpu() else { return };
+    println!("{}", gpu.name());
+    let mut random = Random::new();
+    let random = &mut random;
+    let narrow = tensor(&gpu, random, TOKENS, HIDDEN);
+    let wide = tensor(&gpu, random, TOKENS, INTERMEDIATE);
+    let values = (TOKENS * HIDDEN) as f64;
+    let product = 2.0 * values * INTERMEDIATE as f64;
+
+    let coded = CodedWeight::random(random, 4, (HIDDEN, INTERMEDIATE), 128);
+    let codes = gpu.scaled_codes(coded.packed()).unwrap();
+    let groups = codes.groups();
+    let mut factors = gpu.zeros(HIDDEN, groups).unwrap();
+    let weights = (HIDDEN * INTERMEDIATE) as f64;
+    time(&gpu, "rescaled 8192×28672, 4 bits", 2.5 * weights, "TB", || {
+        gpu.rescaled(&codes, &factors).unwrap();
+    });
+    let weight = gpu.rescaled(&codes, &factors).unwrap();
+    time(&gpu, "linear_backward 8192→28672", product, "TFLOP", || {
+        gpu.linear_backward(&narrow, &weight).unwrap();
+    });
+    let mut sum = gpu.zeros(HIDDEN, groups).unwrap();
+    time(&gpu, "scale_gradient 8192×28672", product, "TFLOP", || {
+        gpu.scale_gradient(&narrow, &wide, &codes, &weight, &mut sum).unwrap();
+    });
+    let [mut mean, mut square] = [(); 2].map(|()| gpu.zeros(HIDDEN, groups).unwrap());
+    let adam = Adam {
+        learning_rate: 1e-3,
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-8,
+        step: 1,
+        gradient_factor: 1.0,
+    };
+    time(&gpu, "adam_step", 28.0 * (HIDDEN * groups) as f64, "TB", || {
+        gpu.adam_step(&sum, [&mut mean, &mut square], &mut factors, &adam).unwrap();
+    });
+    let mut hidden = gpu.upload_f32(ndarray::Array2::zeros((TOKENS, HIDDEN))).unwrap();
+    let x = gpu.upload_f32(ndarray::Array2::ones((TOKENS, HIDDEN))).unwrap();
+    time(&gpu, "rms_norm_backward_add", 14.0 * values, "TB", || {
+        gpu.rms_norm_backward_add(&x, &[1.0; HIDDEN], 1e-5, &narrow, &mut hidden).unwrap();
+    });
+    time(&gpu, "gated_backward", 10.0 * (TOKENS * INTERMEDIATE) as f64, "TB", || {
+        gpu.gated_backward(&wide, &wide, &wide, Activation::Silu).unwrap();
+    });
+    let frequencies: Vec<f32> = (0..64).map(|i| 1e4_f32.powf(-(i as f32) / 64.0)).collect();
+    let table = RopeTable::new(&frequencies, SEQ_LEN);
+    let mut q = narrow.clone();
+    time(&gpu, "rope_backward", 4.0 * values, "TB", || {
+        gpu.rope_backward(&mut q, &table, SEQ_LEN).unwrap();
+    });
+    for (head_dim, heads, kv_heads, seq_len) in [
+        (128, 64, 8, SEQ_LEN),
+        (128, 64, 8, SEQ_LEN / 2),
+        (64, 32, 8, SEQ_LEN),
+        (256, 16, 8, SEQ_LEN),
+    ] {
+        let shape = AttentionShape { heads, kv_heads, head_dim, seq_len };
+        let rule = AttentionRule::llama(head_dim);
+        let q = tensor(&gpu, random, TOKENS, heads * head_dim);
+        let k = tensor(&gpu, random, TOKENS, kv_heads * head_dim);
+        let v = tensor(&gpu, random, TOKENS, kv_heads * head_dim);
+        let out = gpu.attention(&q, &k, &v, shape, &rule).unwrap();
+        // What the kernels do: eight products of the half of all scores.
+        let work = 8.0 * (TOKENS * seq_len * heads * head_dim) as f64;
+        let what = format!("attention_backward {heads}×{head_dim}, {seq_len}");
+        time(&gpu, &what, work, "TFLOP", || {
+            gpu.attention_backward([&q, &k, &v], &out, &q, shape, &rule).unwrap();
+        });
+    }
+    let head = tensor(&gpu, random, 32_000, HIDDEN);
+    let other = gpu.linear_backward(&narrow, &tensor(&gpu, random, HIDDEN, HIDDEN)).unwrap();
+    time(&gpu, "kl_backward, 32,000 words", 6.0 * values * 32_000.0, "TFLOP", || {
+        gpu.kl_backward((&other, &head), (&narrow, &head), None, 1024.0).unwrap();
     });
 }
 

@@ -77,7 +77,7 @@ pub(super) unsafe fn launch(
 
 /// What products are multiplied by before a cap, and what scores are after it: the kernels' exponential is of
 /// base 2, and so is that of their hyperbolic tangent.
-fn exponents(rule: &AttentionRule, head_dim: usize) -> (f32, f32) {
+pub(super) fn exponents(rule: &AttentionRule, head_dim: usize) -> (f32, f32) {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     match rule.softcap {
         Some(cap) => (2.0 * LOG2_E * (rule.scale / cap), LOG2_E * cap),

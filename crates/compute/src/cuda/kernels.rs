@@ -26,8 +26,10 @@ macro_rules! embedded {
 
 /// One operation per file.
 const SOURCES: &[(&str, &str)] = embedded![
+    "adam.cu",
     "add_bias.cu",
     "attention.cu",
+    "attention_backward.cu",
     "attention_ruled.cu",
     "coded_linear_16.cu",
     "coded_linear_2.cu",
@@ -41,6 +43,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "diagonal.cu",
     "dot.cu",
     "finite.cu",
+    "gated_backward.cu",
     "gather_columns.cu",
     "gelu_mul.cu",
     "gptq_block.cu",
@@ -54,9 +57,11 @@ const SOURCES: &[(&str, &str)] = embedded![
     "read_memory.cu",
     "reverse.cu",
     "rms_norm.cu",
+    "rms_norm_backward.cu",
     "rope.cu",
     "rope_part.cu",
     "round_groups.cu",
+    "scale_gradient.cu",
     "scaled_sum.cu",
     "select_columns.cu",
     "select_rows.cu",

@@ -18,6 +18,8 @@
 #![expect(unsafe_code, reason = "kernel launches and C libraries; each use states why it is sound")]
 
 pub(crate) mod attention;
+pub(crate) mod attention_backward;
+pub(crate) mod backward;
 pub(crate) mod block_parts;
 pub(crate) mod buffer;
 mod cache;
@@ -51,6 +53,7 @@ pub(crate) mod product;
 mod read_rate;
 pub(crate) mod residual_shift;
 mod rope_table;
+pub(crate) mod scaled_codes;
 mod solve;
 mod split;
 mod staging;

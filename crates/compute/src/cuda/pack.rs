@@ -49,8 +49,34 @@ pub fn dequantize(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor>
     let qzeros = cuda.copied(STAGE, packed.qzeros)?;
     let scales = cuda.copied(STAGE, packed.scales)?;
     let g_idx = cuda.copied(STAGE, packed.g_idx)?;
-    let mut weight = cuda.uninit::<f16>(STAGE, rows * cols)?;
-    let name = match packed.bits {
+    let parts = Packed { words: &qweight, zeros: &qzeros, scales: &scales, g_idx: &g_idx };
+    // SAFETY: `check` has compared every length and index.
+    unsafe { unpacked(cuda, packed.bits, (rows, cols), &parts) }
+        .map(|weight| Tensor(Storage::Cuda(weight)))
+}
+
+/// The tensors of a packed linear on the card.
+pub(super) struct Packed<'a> {
+    pub(super) words: &'a Buffer<u32>,
+    pub(super) zeros: &'a Buffer<u32>,
+    pub(super) scales: &'a Buffer<f16>,
+    pub(super) g_idx: &'a Buffer<i32>,
+}
+
+/// The weights `[rows, cols]` in fp16.
+///
+/// # Safety
+/// The parts are as long as [`PackedLinear`] says for sides that are multiples of 32, and every entry of `g_idx` is
+/// a group of theirs.
+pub(super) unsafe fn unpacked(
+    cuda: &Arc<Cuda>,
+    bits: u8,
+    (rows, cols): (usize, usize),
+    parts: &Packed<'_>,
+) -> Result<Matrix> {
+    const STAGE: &str = "dequantizing";
+    let mut weight = Matrix::uninit_f16(cuda, STAGE, (rows, cols))?;
+    let name = match bits {
         2 => "dequant_2",
         3 => "dequant_3",
         4 => "dequant_4",
@@ -59,11 +85,11 @@ pub fn dequantize(cuda: &Arc<Cuda>, packed: &PackedLinear<'_>) -> Result<Tensor>
     let kernel = cuda.kernel("dequant.cu", name)?;
     let (height, width) = (int(rows)?, int(cols)?);
     let mut launch = cuda.stream().launch_builder(&kernel);
-    launch.arg(qweight.slice()).arg(qzeros.slice()).arg(scales.slice()).arg(g_idx.slice());
-    launch.arg(weight.make_mut()?).arg(&height).arg(&width);
-    // SAFETY: the arguments are the kernel's, and `check` has compared every length and index.
+    launch.arg(parts.words.slice()).arg(parts.zeros.slice()).arg(parts.scales.slice());
+    launch.arg(parts.g_idx.slice()).arg(weight.f16_mut(STAGE)?).arg(&height).arg(&width);
+    // SAFETY: the arguments are the kernel's; the caller vouches for the parts.
     unsafe { launch.launch(tiles(rows, cols)) }.stage(STAGE)?;
-    Ok(Tensor(Storage::Cuda(Matrix::from_f16(cuda, (rows, cols), weight))))
+    Ok(weight)
 }
 
 fn check(packed: &PackedLinear<'_>) -> Result<()> {

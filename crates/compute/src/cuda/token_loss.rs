@@ -66,7 +66,7 @@ pub(crate) fn token_kl(
 }
 
 /// Logits of some rows of hidden states under a head.
-fn capped_logits(
+pub(super) fn capped_logits(
     (hidden, head): (&Matrix, &Matrix),
     rows: std::ops::Range<usize>,
     softcap: Option<f32>,
@@ -79,7 +79,7 @@ fn capped_logits(
 }
 
 /// Ranges of rows whose logits fit in [`LOGITS`].
-fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+pub(super) fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     let size = (LOGITS / (vocab.max(1) * size_of::<f32>())).max(1);
     (0..rows).step_by(size).map(move |start| start..(start + size).min(rows))
 }
