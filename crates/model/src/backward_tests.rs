@@ -110,3 +110,69 @@ fn gradients_are_the_slopes_of_the_forward_pass() {
     // All but Cohere's.
     assert_eq!(with, family_models::names().count() - 4);
 }
+
+/// Rows, each multiplied by cosines that go on from row to row, and summed.
+fn summed(gradient: &Array2<f32>) -> Vec<f64> {
+    let mut place = 0.0;
+    let mut of_row = |row: ndarray::ArrayView1<'_, f32>| {
+        row.iter().fold(0.0, |sum, &value| {
+            place += 1.0;
+            sum + f64::from(value) * f64::cos(place)
+        })
+    };
+    gradient.rows().into_iter().map(&mut of_row).collect()
+}
+
+/// What tests/fixtures/block_gradients_oracle.py had PyTorch compute in f64.
+#[test]
+fn gradients_are_those_of_pytorch() {
+    let path = family_models::fixture("../block_gradients.json");
+    let oracle: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let numbers = |value: &serde_json::Value| -> Vec<f64> {
+        value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+    };
+    for (name, want) in oracle.as_object().unwrap() {
+        let dir = tempfile::tempdir().unwrap();
+        family_models::assemble(dir.path(), name);
+        let source = Checkpoint::open(dir.path()).unwrap();
+        let ids: Vec<u32> = numbers(&want["ids"]).into_iter().map(|id| id as u32).collect();
+        let model = Model::new(&source, DEVICE, SourcePrecision::Stored, ids.len()).unwrap();
+        let ropes = model.ropes(ids.len());
+        let last = source.config().num_hidden_layers - 1;
+        let mut hidden = model.embed(&ids).unwrap();
+        for index in 0..last {
+            let block = model.load_block(index).unwrap();
+            block.forward(&DEVICE, &mut hidden, ropes, ids.len()).unwrap();
+        }
+        let width = source.config().hidden_size;
+        let sines = Array2::from_shape_fn((ids.len(), width), |(row, column)| {
+            f64::sin((row * width + column + 1) as f64) as f32
+        });
+        let mut gradient = Tensor::from_host(sines);
+        let block = model.load_block(last).unwrap();
+        let mut seen = 0;
+        let close = |what: &str, got: Vec<f64>, want: Vec<f64>| {
+            let size = want.iter().map(|v| v * v).sum::<f64>().sqrt() / (want.len() as f64).sqrt();
+            assert_eq!(got.len(), want.len(), "{name}, {what}");
+            for (got, want) in got.into_iter().zip(want) {
+                assert!(
+                    (got - want).abs() < 2e-4 * size,
+                    "{name}, {what}: {got}, PyTorch's {want}"
+                );
+            }
+        };
+        let mut sink = |id: LinearId, x: &Tensor, dy: &Tensor| {
+            let mut sum = DEVICE.zeros(dy.cols(), x.cols())?;
+            DEVICE.cross_add(&mut sum, dy, x)?;
+            let prefix = gptq_checkpoint::ModelConfig::block_prefix(last);
+            let of = block.linear(id).name.strip_prefix(&format!("{prefix}.")).unwrap().to_owned();
+            let want = &want["weights"][format!("{of}.weight")];
+            close(&of, summed(sum.as_host()), numbers(want));
+            seen += 1;
+            Ok(())
+        };
+        block.backward(&DEVICE, &hidden, &mut gradient, ropes, ids.len(), &mut sink).unwrap();
+        assert_eq!(seen, want["weights"].as_object().unwrap().len(), "{name}");
+        close("states", summed(gradient.as_host()), numbers(&want["states"]));
+    }
+}

@@ -244,7 +244,7 @@ fn turned_table(
 
 #[cfg(test)]
 #[path = "../../../tests/util/family_models.rs"]
-mod family_models;
+pub(crate) mod family_models;
 
 #[cfg(test)]
 mod tests {

@@ -79,6 +79,8 @@ pub struct Choices {
     pub rotate: Rotate,
     /// Steps of tuning all group scales by the finished model's KL to the unquantized one; 0 for none.
     pub tune: u32,
+    /// How far the first of these steps moves the logarithm of a scale, about; later ones move it less.
+    pub tune_rate: f32,
 }
 
 impl Choices {
@@ -92,6 +94,7 @@ impl Choices {
         head: 0.0,
         rotate: Rotate::None,
         tune: 0,
+        tune_rate: Self::TUNE_RATE,
     };
     /// The lowest loss in the same file.
     pub const BEST: Self = Self {
@@ -103,11 +106,16 @@ impl Choices {
         head: 1.0,
         rotate: Rotate::Full,
         tune: 0,
+        tune_rate: Self::TUNE_RATE,
     };
     /// Those, and tuned scales.
     pub const TUNED: Self = Self { tune: 64, ..Self::BEST };
-    /// Steps of tuning that may be asked for: at 70B a month.
+    /// The rate of tuning where none is asked for.
+    pub const TUNE_RATE: f32 = 2e-3;
+    /// Steps of tuning that may be asked for.
     pub const MOST_STEPS: u32 = 100_000;
+    /// The largest rate: a tenth of a scale a step.
+    pub const MOST_RATE: f32 = 0.1;
 
     /// Name of the choice of the head's share, for messages about it.
     pub const HEAD: &str = "head";
@@ -115,6 +123,8 @@ impl Choices {
     pub const RESIDUAL: &str = "residual";
     /// Name of the choice of tuning steps, likewise.
     pub const TUNE: &str = "tune";
+    /// Name of the choice of their rate, likewise.
+    pub const RATE: &str = "tune-rate";
 
     /// True when the unquantized model is walked beside the quantized one.
     pub fn needs_reference(&self) -> bool {
@@ -141,6 +151,7 @@ impl Choices {
             Values::Names(names) => format!("{}={}", choice.key, names().join("|")),
             Values::Share => format!("{}=0..1", choice.key),
             Values::Steps => format!("{}=STEPS", choice.key),
+            Values::Rate => format!("{}=0..{}", choice.key, Choices::MOST_RATE),
         };
         TABLE.iter().map(help).collect::<Vec<_>>().join(", ")
     }
@@ -149,7 +160,8 @@ impl Choices {
 impl Display for Choices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Files of before there was tuning say nothing of it; those without stay as they are.
-        let said = TABLE.iter().filter(|choice| self.tune > 0 || choice.key != Self::TUNE);
+        let of_tuning = |choice: &&Choice| [Self::TUNE, Self::RATE].contains(&choice.key);
+        let said = TABLE.iter().filter(|choice| self.tune > 0 || !of_tuning(choice));
         for (i, choice) in said.enumerate() {
             let space = if i == 0 { "" } else { " " };
             write!(f, "{space}{}={}", choice.key, (choice.value)(self))?;
@@ -177,10 +189,12 @@ enum Values {
     Share,
     /// A number of steps.
     Steps,
+    /// A rate of tuning.
+    Rate,
 }
 
 /// All choices, in the order in which they are printed.
-const TABLE: [Choice; 8] = [
+const TABLE: [Choice; 9] = [
     Choice {
         key: "group-weights",
         values: Values::Names(names::<GroupWeights>),
@@ -229,6 +243,12 @@ const TABLE: [Choice; 8] = [
         value: |choices| choices.tune.to_string(),
         set: |choices, text| steps(text).map(|v| choices.tune = v),
     },
+    Choice {
+        key: Choices::RATE,
+        values: Values::Rate,
+        value: |choices| choices.tune_rate.to_string(),
+        set: |choices, text| rate(text).map(|v| choices.tune_rate = v),
+    },
 ];
 
 impl Choice {
@@ -240,6 +260,7 @@ impl Choice {
             }
             Values::Share => format!("{}=0 to =1", self.key),
             Values::Steps => format!("{}=0 to ={}", self.key, Choices::MOST_STEPS),
+            Values::Rate => format!("{}=0 to ={}, but not 0", self.key, Choices::MOST_RATE),
         }
     }
 }
@@ -300,6 +321,11 @@ fn steps(text: &str) -> Option<u32> {
     text.parse().ok().filter(|steps| *steps <= Choices::MOST_STEPS)
 }
 
+/// A rate above 0.
+fn rate(text: &str) -> Option<f32> {
+    text.parse().ok().filter(|rate| *rate > 0.0 && *rate <= Choices::MOST_RATE)
+}
+
 /// `a, b or c`.
 fn listed(words: impl Iterator<Item = String>) -> String {
     let words: Vec<String> = words.collect();
@@ -333,7 +359,7 @@ mod tests {
     #[test]
     fn what_is_not_tuned_says_nothing_of_it() {
         assert!(!Choices::BEST.to_string().contains("tune"));
-        assert!(Choices::TUNED.to_string().ends_with(" rotate=full tune=64"));
+        assert!(Choices::TUNED.to_string().ends_with(" rotate=full tune=64 tune-rate=0.002"));
     }
 
     #[test]
@@ -341,7 +367,8 @@ mod tests {
         assert_eq!(
             Choices::help(),
             "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, \
-             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, tune=STEPS"
+             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, tune=STEPS, \
+             tune-rate=0..0.1"
         );
     }
 
@@ -357,9 +384,12 @@ mod tests {
             ("tune=-1", "tune=0 to =100000"),
             ("tune=100001", "tune=0 to =100000"),
             ("tune=1.5", "tune=0 to =100000"),
+            ("tune-rate=0", "=0 to =0.1, but not 0"),
+            ("tune-rate=0.2", "=0 to =0.1, but not 0"),
+            ("tune-rate=NaN", "=0 to =0.1, but not 0"),
             (
                 "speed=fast",
-                "use group-weights, scales, clip, signs, residual, head, rotate or tune",
+                "use group-weights, scales, clip, signs, residual, head, rotate, tune or tune-rate",
             ),
             ("scales=bf16", "scales=f32 or =fp16"),
         ] {

@@ -122,6 +122,9 @@ impl QuantSpec {
         if !(self.damp > 0.0 && self.damp < 1.0) {
             return Err(Error::Damp { damp: self.damp });
         }
+        if self.choices.tune == 0 && self.choices.tune_rate != Choices::TUNE_RATE {
+            return Err(Error::NothingTuned);
+        }
         Ok(())
     }
 
@@ -151,6 +154,15 @@ mod tests {
     use gptq_checkpoint::MAX_GROUP_SIZE;
 
     use super::*;
+
+    #[test]
+    fn a_rate_needs_something_to_tune() {
+        let mut spec = QuantSpec::new(4, None, true, 0.01, Recipe::Tuned);
+        spec.set(&["tune-rate=0.01".to_owned()]).unwrap();
+        spec.validate().unwrap();
+        spec.set(&["tune=0".to_owned()]).unwrap();
+        assert!(matches!(spec.validate(), Err(Error::NothingTuned)));
+    }
 
     #[test]
     fn groups_that_no_file_can_say_are_refused() {

@@ -124,12 +124,12 @@ pub(crate) fn tune(
     let mut teacher = Teacher::new(model, rotations, (windows, &split), reference, head)?;
     let offloaded = cost::offloaded(model, job)?;
     let mut student = Student::new(model, frames, writer, offloaded)?;
-    let steps = job.spec.choices.tune;
+    let (steps, rate) = (job.spec.choices.tune, job.spec.choices.tune_rate);
     progress.begin_steps("tune", steps as usize);
     let before = student.judge(model, &mut teacher)?;
     let mut best = Best { step: 0, kl: before, scales: Vec::new() };
     for step in 0..steps {
-        student.train(model, &mut teacher, split.batch(step), schedule::step(step, steps))?;
+        student.train(model, &mut teacher, split.batch(step), schedule::step(rate, step, steps))?;
         if (step + 1) % split.epoch() == 0 || step + 1 == steps {
             let kl = student.judge(model, &mut teacher)?;
             if kl < best.kl {
@@ -164,3 +164,6 @@ struct Best {
     /// Of every linear, in order; none where nothing is better than the start.
     scales: Vec<Vec<f16>>,
 }
+
+#[cfg(test)]
+mod tests;
