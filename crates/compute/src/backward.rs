@@ -1,7 +1,7 @@
 //! Gradients of a block's operations with respect to their inputs: what training group scales needs.
 //!
-//! Each takes the gradient of the loss by the operation's output, dy, and gives that by its inputs. Weights, gains
-//! and biases have none: only scales are trained, whose gradient is [`Device::scale_gradient`]. On a GPU gradients of
+//! Each takes the gradient of the loss by the operation's output, dy, and gives that by its inputs. Weights and
+//! biases have none: what is trained are scales, whose gradient is [`Device::scale_gradient`], and gains. On a GPU gradients of
 //! activations are fp16, those of hidden states f32; a caller multiplies the loss by a power of two that keeps
 //! small ones above fp16's least, and looks for overflow by [`Device::all_finite`].
 
@@ -110,6 +110,35 @@ impl Device {
             }
             (Storage::Cuda(x), Storage::Cuda(dy), Storage::Cuda(dx)) => {
                 cuda::backward::rms_norm_add(x, gain, eps, dy, dx)
+            }
+            _ => Err(Error::DeviceMismatch { op: OP }),
+        }
+    }
+
+    /// Adds to `sum` `[1, features]`, f32, the gradient by the gain of [`Self::rms_norm`] of `x` with this eps: the sum
+    /// over rows, and over the runs of `features` values of each, of dy · x / rms(x). Sums run in a fixed order.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`], [`Error::DeviceMismatch`], and [`Error::WrongType`] for a `sum` of fp16.
+    pub fn rms_norm_gain_gradient(
+        &self,
+        x: &Tensor,
+        eps: f32,
+        dy: &Tensor,
+        sum: &mut Tensor,
+    ) -> Result<()> {
+        const OP: &str = "rms_norm_gain_gradient";
+        let features = sum.cols();
+        let fits = sum.rows() == 1 && features > 0 && x.cols().is_multiple_of(features);
+        ensure_shape(fits, OP, x.shape(), sum.shape())?;
+        ensure_shape(x.shape() == dy.shape(), OP, x.shape(), dy.shape())?;
+        match (&x.0, &dy.0, &mut sum.0) {
+            (Storage::Cpu(x), Storage::Cpu(dy), Storage::Cpu(sum)) => {
+                cpu::backward::add_gain_gradient(x, eps, dy, sum);
+                Ok(())
+            }
+            (Storage::Cuda(x), Storage::Cuda(dy), Storage::Cuda(sum)) => {
+                cuda::backward::add_gain_gradient(x, eps, dy, sum)
             }
             _ => Err(Error::DeviceMismatch { op: OP }),
         }
