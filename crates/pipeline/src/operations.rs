@@ -134,6 +134,7 @@ impl Operations {
             Work::Solve => self.solve,
             Work::Reference => self.reference,
             Work::Shift => self.shift,
+            Work::Tune => self.tune,
             Work::Exchange | Work::Pack => 0.0,
         }
     }

@@ -22,6 +22,7 @@ pub(crate) enum Stage {
     SolveTrial,
     Reference,
     Shift,
+    Tune,
 }
 
 impl Stage {
@@ -34,6 +35,7 @@ impl Stage {
             Self::Solve | Self::SolveSearch | Self::SolveTrial => Work::Solve,
             Self::Reference => Work::Reference,
             Self::Shift => Work::Shift,
+            Self::Tune => Work::Tune,
         }
     }
 }

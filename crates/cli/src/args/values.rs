@@ -8,11 +8,8 @@ pub(crate) const RETRIES: u32 = 5;
 /// A recipe that calibrates.
 pub(crate) fn parse_calibrated(text: &str) -> Result<Recipe, String> {
     match text.parse::<Recipe>()? {
-        Recipe::Tuned => {
-            Err("blocks are measured alone, and tuning is of the whole model; use best".to_owned())
-        }
         recipe if recipe.calibrates() => Ok(recipe),
-        _ => Err("round to nearest does not calibrate; use best or autogptq".to_owned()),
+        _ => Err("round to nearest does not calibrate; use best, tuned or autogptq".to_owned()),
     }
 }
 

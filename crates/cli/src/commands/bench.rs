@@ -37,7 +37,7 @@ pub(crate) struct Args {
     /// Tokens of a window
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = parse_count)]
     seq_len: usize,
-    /// Solver choices: best or autogptq; 4 bits, group size 128, act-order
+    /// Solver choices: best, tuned or autogptq; 4 bits, group size 128, act-order
     #[arg(long, value_name = "RECIPE", default_value = "best", value_parser = parse_calibrated)]
     recipe: Recipe,
     /// Change one choice of the recipe, as for gptq quantize; may be repeated
@@ -85,7 +85,6 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     };
     let mut spec = QuantSpec::new(4, Some(128), true, args.recipe.damp(), args.recipe);
     spec.set(&args.set)?;
-    ensure!(spec.choices.tune == 0, "A block is measured alone, and tuning is of the whole model");
     let (device, opened) = (local_ranks.name(), local_ranks.device().clone());
     let work = (args.windows, args.seq_len);
     let block = local_ranks

@@ -14,6 +14,8 @@ use crate::operations::Operations;
 
 /// Logits of both models and what becomes of them, some rows at a time, on a GPU.
 const LOGITS: usize = 3 << 28;
+/// Gradients of weights that a GPU holds at a time.
+const GRADIENTS: usize = 128 << 20;
 /// Rows of logits that the CPU has at a time.
 const CPU_ROWS: usize = 512;
 
@@ -51,10 +53,11 @@ impl TuneBytes {
             columns += cols;
         }
         let (hidden, vocab) = (model.hidden_size, model.vocab_size);
-        // A code packed, or a byte; groups of columns and columns of groups; fp16 scales. Log factors, their
-        // moments and gradients are f32.
-        let codes = if gpu { weights / 8 * usize::from(spec.bits) } else { weights };
-        let codes = codes + 8 * columns + 2 * scales + 16 * scales;
+        // A code packed, with zeros, or a byte; groups of columns and columns of groups; fp16 scales. Log
+        // factors, their moments and gradients are f32.
+        let bits = usize::from(spec.bits);
+        let codes = if gpu { (weights + scales) / 8 * bits } else { weights };
+        let codes = codes + 12 * columns + 2 * scales + 16 * scales;
         let value = if gpu { 2 } else { 4 };
         let tables = 1 + usize::from(spec.choices.head > 0.0);
         let heads = tables * value * vocab * hidden;
@@ -70,7 +73,8 @@ impl TuneBytes {
         let flight = chunk * (value * activations + 4 * 5 * hidden);
         let logits = if gpu { LOGITS } else { 4 * 3 * CPU_ROWS.min(chunk) * vocab };
         // A gradient by a weight is summed over groups some rows at a time.
-        let working = value * block.weights + 4 * block.largest + flight + logits;
+        let band = if gpu { GRADIENTS } else { 4 * block.largest };
+        let working = value * block.weights + band + flight + logits;
         let reference = value * windows * seq_len * hidden;
         Some(Self {
             fixed: codes + heads + working,
@@ -146,14 +150,24 @@ pub(crate) fn operations(
     spec: &QuantSpec,
     (windows, seq_len): (usize, usize),
 ) -> f64 {
-    let split = Split::of(windows).filter(|_| spec.recipe.calibrates() && spec.choices.tune > 0);
-    let Some(split) = split else { return 0.0 };
-    let (steps, epoch) = (f64::from(spec.choices.tune), f64::from(split.epoch()));
+    let Some((trained, judged)) = passes(spec, windows) else { return 0.0 };
     let forward = Operations::of_model(model, (1, seq_len), false).forward;
     let head = 2.0 * seq_len as f64 * (model.vocab_size * model.hidden_size) as f64;
+    trained * (4.0 * forward + 3.0 * head) + judged * (forward + 2.0 * head)
+}
+
+/// Those of one block, a window of which takes `forward`; 0 where nothing is tuned.
+pub(super) fn of_block(forward: f64, spec: &QuantSpec, windows: usize) -> f64 {
+    passes(spec, windows).map_or(0.0, |(trained, judged)| (4.0 * trained + judged) * forward)
+}
+
+/// Windows that are trained on and judged by, each as often as it is; `None` where nothing is tuned.
+fn passes(spec: &QuantSpec, windows: usize) -> Option<(f64, f64)> {
+    let split = Split::of(windows).filter(|_| spec.recipe.calibrates() && spec.choices.tune > 0)?;
+    let (steps, epoch) = (f64::from(spec.choices.tune), f64::from(split.epoch()));
     let trained = steps * split.trained() as f64 / epoch;
     let judged = (1.0 + (steps / epoch).ceil()) * split.held_out() as f64;
-    trained * (4.0 * forward + 3.0 * head) + judged * (forward + 2.0 * head)
+    Some((trained, judged))
 }
 
 #[cfg(test)]

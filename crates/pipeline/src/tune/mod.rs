@@ -15,6 +15,8 @@
 //!   measure no file becomes worse.
 //! - Batches have a fixed order and sums a fixed one, so that the same windows give the same scales.
 
+mod bench;
+mod block;
 mod cost;
 mod schedule;
 mod split;
@@ -35,6 +37,7 @@ use crate::job::QuantizeJob;
 use crate::progress::Progress;
 use crate::rotate::FusedRotations;
 use crate::states::States;
+pub(crate) use bench::{bench_tuning, check_tuning};
 pub(crate) use cost::{TuneBytes, operations};
 use split::Split;
 use student::Student;

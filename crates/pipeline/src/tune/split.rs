@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 /// Windows of a batch.
-const BATCH: usize = 8;
+pub(super) const BATCH: usize = 8;
 /// One window of so many is held out.
 const HELD_OUT: usize = 8;
 

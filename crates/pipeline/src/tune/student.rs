@@ -1,10 +1,11 @@
-//! The quantized model as it is tuned: codes on the device, a log factor a scale, and how they are moved.
+//! The quantized model as it is tuned.
 
-use gptq_checkpoint::{CheckpointWriter, GptqLinear};
-use gptq_compute::{Adam, Device, PackedCodes, ScaledCodes, Tensor};
-use gptq_model::{Block, BlockParts, Model};
+use gptq_checkpoint::CheckpointWriter;
+use gptq_compute::{Adam, Device, Tensor};
+use gptq_model::{BlockParts, Model};
 use half::f16;
 
+use super::block::TunedBlock;
 use super::teacher::{Chunk, Teacher};
 use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
@@ -15,21 +16,9 @@ const LOSS_SCALE: f32 = 1024.0;
 /// The least; gradients that are still infinite are no matter of scale.
 const LEAST_LOSS_SCALE: f32 = 1.0 / 1024.0;
 
-/// A linear whose scales are tuned.
-struct TunedLinear {
-    name: String,
-    codes: ScaledCodes,
-    /// `[out, groups]` in f32, as the next ones.
-    log_factors: Tensor,
-    moments: [Tensor; 2],
-    gradient: Tensor,
-}
-
 /// The quantized model.
 pub(super) struct Student {
-    frames: Vec<BlockParts<()>>,
-    /// Linears of every block, in the frames' order.
-    blocks: Vec<Vec<TunedLinear>>,
+    blocks: Vec<TunedBlock>,
     /// Share of the states between blocks that waits in host memory.
     offloaded: f64,
     loss_scale: f32,
@@ -43,27 +32,23 @@ impl Student {
         writer: &CheckpointWriter,
         offloaded: f64,
     ) -> Result<Self> {
-        let mut blocks = Vec::with_capacity(frames.len());
-        for frame in &frames {
-            let linears = frame.linears.iter().map(|linear| {
-                let written = writer.read_linear(&linear.name)?;
-                TunedLinear::new(model.device(), linear.name.clone(), &written)
-            });
-            blocks.push(linears.collect::<Result<_>>()?);
-        }
-        Ok(Self { frames, blocks, offloaded, loss_scale: LOSS_SCALE })
+        let block = |frame: BlockParts<()>| {
+            let names: Vec<String> = frame.linears.iter().map(|l| l.name.clone()).collect();
+            let linears = names.iter().map(|name| Ok(writer.read_linear(name)?));
+            TunedBlock::new(model.device(), frame, linears)
+        };
+        let blocks = frames.into_iter().map(block).collect::<Result<_>>()?;
+        Ok(Self { blocks, offloaded, loss_scale: LOSS_SCALE })
     }
 
     /// Names of all linears, in order.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.blocks.iter().flatten().map(|linear| linear.name.as_str())
+        self.blocks.iter().flat_map(TunedBlock::names)
     }
 
     /// Scales of all linears, in order, as a file holds them.
     pub(super) fn scales(&self, device: &Device) -> Result<Vec<Vec<f16>>> {
-        let scales =
-            |linear: &TunedLinear| Ok(device.file_scales(&linear.codes, &linear.log_factors)?);
-        self.blocks.iter().flatten().map(scales).collect()
+        self.blocks.iter().flat_map(|block| block.scales(device)).collect()
     }
 
     /// Mean KL in nats a token on what is held out.
@@ -98,11 +83,7 @@ impl Student {
             }
         }
         let step = Adam { gradient_factor: 1.0 / self.loss_scale, ..step };
-        for linear in self.blocks.iter_mut().flatten() {
-            let TunedLinear { gradient, moments: [first, second], log_factors, .. } = linear;
-            model.device().adam_step(gradient, [first, second], log_factors, &step)?;
-        }
-        Ok(())
+        self.blocks.iter_mut().try_for_each(|block| block.step(model.device(), &step))
     }
 
     /// Sums the gradients of a batch; `false` where they are not finite.
@@ -112,12 +93,10 @@ impl Student {
         teacher: &mut Teacher,
         batch: usize,
     ) -> Result<bool> {
-        for linear in self.blocks.iter_mut().flatten() {
-            let (rows, groups) = linear.gradient.shape();
-            linear.gradient = model.device().zeros(rows, groups)?;
-        }
+        self.blocks.iter_mut().try_for_each(|block| block.clear(model.device()))?;
         for place in teacher.batch(batch) {
             let gradient = self.backward(model, teacher, place)?;
+            // What is infinite on the way makes all before it so.
             if !model.device().all_finite(&gradient)? {
                 return Ok(false);
             }
@@ -133,9 +112,8 @@ impl Student {
         place: usize,
     ) -> Result<Tensor> {
         let device = model.device();
-        let count = self.frames.len();
         let chunk = teacher.train_chunk(place).clone();
-        let mut between = ChunkStore::new(device, count, self.offloaded);
+        let mut between = ChunkStore::new(device, self.blocks.len(), self.offloaded);
         let hidden = self.forward(model, &chunk, Some(&mut between))?;
         let normed = teacher.norm.apply(device, &hidden)?;
         let of_normed = teacher.gradient(device, place, &normed, self.loss_scale)?;
@@ -143,23 +121,9 @@ impl Student {
         let mut gradient = teacher.norm.backward(device, &hidden, &of_normed)?;
         drop((hidden, of_normed));
         let ropes = model.ropes(chunk.seq_len);
-        for index in (0..count).rev() {
-            let block = self.block(device, index)?;
-            let hidden = between.take(count - 1 - index)?;
-            let linears = &mut self.blocks[index];
-            block.backward(
-                device,
-                &hidden,
-                &mut gradient,
-                ropes,
-                chunk.seq_len,
-                &mut |id, x, dy| {
-                    let place = block.place_of(id);
-                    let TunedLinear { codes, gradient, .. } = &mut linears[place];
-                    let weight = &block.linears()[place].weight;
-                    Ok(device.scale_gradient(dy, x, codes, weight, gradient)?)
-                },
-            )?;
+        for (behind, block) in self.blocks.iter_mut().rev().enumerate() {
+            let hidden = between.take(behind)?;
+            block.backward(device, &hidden, &mut gradient, ropes, chunk.seq_len)?;
         }
         Ok(gradient)
     }
@@ -173,43 +137,16 @@ impl Student {
         mut between: Option<&mut ChunkStore>,
     ) -> Result<Tensor> {
         let device = model.device();
-        let count = self.frames.len();
+        let count = self.blocks.len();
         let mut hidden = model.embed(&chunk.ids)?;
-        for index in 0..count {
+        for (index, block) in self.blocks.iter().enumerate() {
             if let Some(between) = &mut between {
                 between.put(count - 1 - index, hidden.clone())?;
             }
-            let block = self.block(device, index)?;
-            block.forward(device, &mut hidden, model.ropes(chunk.seq_len), chunk.seq_len)?;
+            let ropes = model.ropes(chunk.seq_len);
+            block.block(device)?.forward(device, &mut hidden, ropes, chunk.seq_len)?;
         }
         Ok(hidden)
-    }
-
-    /// A block with the weights that its scales now give.
-    fn block(&self, device: &Device, index: usize) -> Result<Block> {
-        let mut linears = self.blocks[index].iter();
-        let parts = self.frames[index].clone().with_weights(|_| match linears.next() {
-            Some(linear) => Ok(device.rescaled(&linear.codes, &linear.log_factors)?),
-            None => Err(Error::Thread("tuning")),
-        })?;
-        Ok(Block::new(parts))
-    }
-}
-
-impl TunedLinear {
-    fn new(device: &Device, name: String, written: &GptqLinear) -> Result<Self> {
-        let codes = device.scaled_codes(PackedCodes {
-            bits: written.bits.get(),
-            rows: written.out_features,
-            cols: written.in_features,
-            words: &written.qweight,
-            zero: written.bits.symmetric_zero(),
-            scales: &written.scales,
-            g_idx: &written.g_idx,
-        })?;
-        let zeros = || device.zeros(written.out_features, written.groups);
-        let (log_factors, moments, gradient) = (zeros()?, [zeros()?, zeros()?], zeros()?);
-        Ok(Self { name, codes, log_factors, moments, gradient })
     }
 }
 

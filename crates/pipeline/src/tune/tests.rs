@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use gptq_checkpoint::{Checkpoint, Layout};
 use gptq_compute::{Device, Ranks, Tensor};
 use gptq_model::{Head, SourcePrecision};
-use gptq_quant::{QuantSpec, Recipe};
+use gptq_quant::{QuantSpec, Recipe, split_mix};
 use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
@@ -96,7 +96,7 @@ fn a_tuned_file_is_nearer_to_its_base_on_text_that_it_has_not_seen() {
     let recipe = |windows, seed| {
         let overrides = CalibrationOverrides {
             windows: Some(windows),
-            seq_len: Some(96),
+            seq_len: Some(64),
             seed: Some(seed),
             ..CalibrationOverrides::default()
         };
@@ -104,21 +104,21 @@ fn a_tuned_file_is_nearer_to_its_base_on_text_that_it_has_not_seen() {
         let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
         recipe.with(overrides).unwrap().sample(&tokenizer).unwrap()
     };
-    let calibration = recipe(9, 0);
+    let calibration = recipe(64, 0);
     let folder = tempfile::tempdir().unwrap();
     let mut spec = QuantSpec::new(3, Some(64), true, 0.03, Recipe::Tuned);
-    spec.choices.tune = 10;
+    spec.choices.tune = 14;
     let out = folder.path().join("tuned");
     let tuned = quantize(&job(&source, &calibration, spec, &out), &Silent).unwrap().unwrap();
     let record = tuned.tuned.unwrap().record;
-    assert_eq!((record.steps, record.windows, record.held_out), (10, 8, 1));
+    assert_eq!((record.steps, record.windows, record.held_out), (14, 56, 8));
     assert!(record.kl_after < 0.97 * record.kl_before && record.best_step > 0, "{record:?}");
 
     // What was trained is what the file holds, and the start is `best`.
     let best = folder.path().join("best");
     let spec = QuantSpec::new(3, Some(64), true, 0.03, Recipe::Best);
     quantize(&job(&source, &calibration, spec, &best), &Silent).unwrap();
-    let held_out = &calibration.windows[8..];
+    let held_out = &calibration.windows[56..];
     for (dir, said) in [(&best, record.kl_before), (&out, record.kl_after)] {
         let measured = kl(&base, dir, held_out);
         assert!((measured / said - 1.0).abs() < 0.02, "{}: {measured}, {said}", dir.display());
@@ -146,16 +146,19 @@ fn a_tuned_file_is_nearer_to_its_base_on_text_that_it_has_not_seen() {
 /// Fused and separate linears, biases, norms of heads, factors, norms behind sublayers; codes are those of `best`.
 #[test]
 fn the_same_windows_give_the_same_scales_and_no_other_codes() {
-    let window = |start: u32| (0..48).map(|i| (start + i * 7) % 64).collect::<Vec<u32>>();
-    let calibration = windows_of((0..10).map(|i| window(i * 5)).collect());
+    let mut state = 1;
+    let mut token = || (split_mix(&mut state) % 64) as u32;
+    let windows = (0..64).map(|_| (0..24).map(|_| token()).collect());
+    let calibration = windows_of(windows.collect());
     for name in ["llama-biases", "qwen3", "phi3", "granite", "gemma2", "olmo2"] {
         let folder = tempfile::tempdir().unwrap();
         family_models::assemble(&folder.path().join("source"), name);
         let source = Checkpoint::open(&folder.path().join("source")).unwrap();
         let made = |recipe, out: &str| {
-            let mut spec = QuantSpec::new(4, Some(32), true, 0.1, recipe);
+            let mut spec = QuantSpec::new(3, Some(32), true, 0.1, recipe);
             if recipe == Recipe::Tuned {
-                spec.choices.tune = 5;
+                spec.choices.tune = 7;
+                spec.choices.tune_rate = 1e-3;
             }
             crate::recipe_fit::fit(source.config(), &mut spec);
             let out = folder.path().join(out);
