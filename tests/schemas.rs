@@ -66,6 +66,7 @@ fn what_makes_and_measures_checkpoints_prints_what_its_schema_says() {
         holds(&dir, &[&fixed[..], &CALIBRATION].concat())
     };
     assert!(quantize("out", "best")["calibration"].is_object());
+    assert!(quantize("tuned", "tuned")["tuning"].is_object());
     // Without calibration most of it is absent.
     assert!(quantize("rounded", "rtn")["calibration"].is_null());
     let text = ["--dataset=other.txt", "--device=cpu"];

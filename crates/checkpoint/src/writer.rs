@@ -154,6 +154,49 @@ impl CheckpointWriter {
         Ok(())
     }
 
+    /// Reads back a quantized linear that was written; `prefix` is its full name.
+    ///
+    /// # Errors
+    /// [`OutputError::UnplannedTensor`] for a name of no linear, [`OutputError::MissingTensors`] for one
+    /// that is not written yet, and [`Error::Io`].
+    pub fn read_linear(&self, prefix: &str) -> Result<GptqLinear> {
+        let name = |leaf: &str| format!("{prefix}.{leaf}");
+        let unplanned = || OutputError::UnplannedTensor { tensor: name(QWEIGHT) };
+        let shape = self.config.linear_named(prefix).ok_or_else(unplanned)?;
+        let (out_features, in_features) = (shape.out_features, shape.in_features);
+        let scales: Vec<f16> = self.read(&name(SCALES))?;
+        let linear = GptqLinear {
+            bits: self.quantize.bits,
+            in_features,
+            out_features,
+            groups: scales.len() / out_features,
+            qweight: self.read(&name(QWEIGHT))?,
+            qzeros: self.read(&name(QZEROS))?,
+            scales,
+            g_idx: self.read(&name(G_IDX))?,
+        };
+        linear.check(prefix)?;
+        Ok(linear)
+    }
+
+    /// Writes other scales `[groups, out]` over those of a quantized linear that was written.
+    ///
+    /// # Errors
+    /// As [`CheckpointWriter::read_linear`], [`Error::Length`], and [`Error::NonFinite`].
+    pub fn replace_scales(&mut self, prefix: &str, scales: &[f16]) -> Result<()> {
+        let name = format!("{prefix}.{SCALES}");
+        let slot = self.written(&name)?;
+        let expected = slot.spec.shape.iter().product();
+        if scales.len() != expected {
+            return Err(Error::Length { what: name, expected, found: scales.len() });
+        }
+        if let Some(index) = scales.iter().position(|scale| !scale.is_finite()) {
+            let value = scales[index].to_f32();
+            return Err(Error::NonFinite { tensor: name, index, value });
+        }
+        self.put(&name, bytes(scales))
+    }
+
     /// Writes a dense F16 tensor, row-major in its planned shape.
     ///
     /// # Errors
@@ -294,6 +337,33 @@ impl CheckpointWriter {
             }
             _ => Ok(slot),
         }
+    }
+
+    /// The slot of a tensor that was written.
+    fn written(&self, name: &str) -> Result<&Slot> {
+        self.check_alive()?;
+        let unplanned = || OutputError::UnplannedTensor { tensor: name.to_owned() };
+        let slot = self.slots.get(name).ok_or_else(unplanned)?;
+        if slot.sum.is_none() {
+            return Err(
+                OutputError::MissingTensors { count: 1, examples: format!("`{name}`") }.into()
+            );
+        }
+        Ok(slot)
+    }
+
+    /// The values of a tensor that was written, of the type that it is stored in.
+    fn read<T: bytemuck::Pod>(&self, name: &str) -> Result<Vec<T>> {
+        let slot = self.written(name)?;
+        let mut values = vec![T::zeroed(); slot.spec.shape.iter().product()];
+        let file = &self.files[slot.file];
+        file.read_exact_at(bytemuck::cast_slice_mut(&mut values), slot.offset).map_err(
+            |source| {
+                let path = self.partial.path().join(&self.plan.shards[slot.file].file_name);
+                Error::Io { action: "read", path, source }
+            },
+        )?;
+        Ok(values)
     }
 
     /// Writes a checked tensor's bytes at their place.

@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 
 use gptq_checkpoint::{
     Bits, Checkpoint, CheckpointWriter, DType, Error, GptqLinear, Layout, LinearShape, ModelConfig,
-    OutputError, QuantizeConfig, Sealed, plan_files,
+    OutputError, QuantizeConfig, Sealed, plan_files, sum_of_pieces, weight_pieces,
 };
 use half::f16;
 use proptest::prelude::*;
 use safetensors::tensor::TensorView;
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 const CONFIG: &str = r#"{"_name_or_path": "x", "model_type": "llama", "hidden_size": 64,
@@ -284,6 +285,49 @@ fn every_tensor_is_written_exactly_once_and_right() {
     let message = writer.seal().and_then(Sealed::publish).unwrap_err().to_string();
     assert!(message.contains("`lm_head.weight`") && message.contains("58 tensors"), "{message}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn written_linears_are_read_back_and_take_other_scales() {
+    let folder = source(false);
+    let source = Checkpoint::open(folder.path()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let quantize = four_bits();
+    let out = dir.path().join("out");
+    let mut writer = create(&out, &source, &quantize, Layout::Card, None).unwrap();
+    let all = linears(source.config(), &quantize);
+    let (name, shape, linear) = &all[1];
+    let early = writer.read_linear(name).unwrap_err();
+    assert!(matches!(early, Error::Output(OutputError::MissingTensors { .. })), "{early}");
+    let none = writer.read_linear("model.layers.9.mlp.up_proj").unwrap_err();
+    assert!(matches!(none, Error::Output(OutputError::UnplannedTensor { .. })), "{none}");
+    let early = writer.replace_scales(name, &linear.scales).unwrap_err();
+    assert!(matches!(early, Error::Output(OutputError::MissingTensors { .. })), "{early}");
+    fill(&mut writer, &source, &quantize);
+    assert_eq!(writer.read_linear(name).unwrap(), *linear);
+    let mut scales: Vec<f16> = linear.scales.iter().map(|&s| s * f16::from_f32(1.5)).collect();
+    let short = writer.replace_scales(name, &scales[1..]).unwrap_err();
+    assert!(matches!(short, Error::Length { .. }), "{short}");
+    scales[3] = f16::INFINITY;
+    let infinite = writer.replace_scales(name, &scales).unwrap_err();
+    assert!(matches!(infinite, Error::NonFinite { index: 3, .. }), "{infinite}");
+    scales[3] = f16::NEG_ONE;
+    writer.replace_scales(name, &scales).unwrap();
+    let want = GptqLinear { scales, ..linear.clone() };
+    assert_eq!(writer.read_linear(name).unwrap(), want);
+    // The sum is that of the bytes that are there.
+    let sealed = writer.seal().unwrap();
+    let sealed_files = sealed.files.clone();
+    let dir = sealed.publish().unwrap().dir;
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    assert_eq!(checkpoint.gptq_linear(name, shape).unwrap(), want);
+    for file in &sealed_files {
+        let bytes = fs::read(dir.join(&file.file_name)).unwrap();
+        let pieces = weight_pieces(&dir.join(&file.file_name)).unwrap().into_iter();
+        let piece = |at: std::ops::Range<u64>| &bytes[at.start as usize..at.end as usize];
+        let again = sum_of_pieces(pieces.map(|at| Sha256::digest(piece(at)).into()));
+        assert_eq!(again, file.sum, "{}", file.file_name);
+    }
 }
 
 #[test]

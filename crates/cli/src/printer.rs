@@ -26,16 +26,20 @@ struct Phase {
     last_line: Instant,
     done: usize,
     steps: usize,
+    /// What a step is.
+    unit: &'static str,
     /// Blocks done of each of several branches.
     branches: BTreeMap<String, usize>,
 }
 
 /// How a bar looks.
-fn template() -> &'static str {
+fn template(unit: &str) -> String {
     // What does not fit into a line is broken into several, of which only the last is drawn over.
     match width(&std::io::stderr()) {
-        Some(columns) if columns < 72 => "{prefix} {pos}/{len}, {eta} left",
-        _ => "{prefix:>12} {wide_bar} block {pos}/{len}  {elapsed} elapsed, {eta} left",
+        Some(columns) if columns < 72 => "{prefix} {pos}/{len}, {eta} left".to_owned(),
+        _ => format!(
+            "{{prefix:>12}} {{wide_bar}} {unit} {{pos}}/{{len}}  {{elapsed}} elapsed, {{eta}} left"
+        ),
     }
 }
 
@@ -52,7 +56,7 @@ impl Phase {
     fn show(&mut self, branch: &str, block: usize) {
         if self.branches.is_empty()
             && let Ok(style) =
-                ProgressStyle::with_template(&format!("{}\n{{wide_msg}}", template()))
+                ProgressStyle::with_template(&format!("{}\n{{wide_msg}}", template(self.unit)))
         {
             self.bar.set_style(style);
         }
@@ -70,8 +74,8 @@ impl Phase {
         self.last_line = Instant::now();
         let elapsed = self.start.elapsed().as_secs_f64();
         let left = elapsed / self.done as f64 * self.steps.saturating_sub(self.done) as f64;
-        let (name, done, steps) = (&self.name, self.done, self.steps);
-        Some(format!("{name}: block {done}/{steps}  {elapsed:.0} s, {left:.0} s left"))
+        let (name, unit, done, steps) = (&self.name, self.unit, self.done, self.steps);
+        Some(format!("{name}: {unit} {done}/{steps}  {elapsed:.0} s, {left:.0} s left"))
     }
 }
 
@@ -113,6 +117,24 @@ impl Printer {
         Status(bar)
     }
 
+    /// Begins a phase of so many steps, each of them a `unit`.
+    fn begin_phase(&self, phase: &str, steps: usize, unit: &'static str) {
+        let target =
+            if self.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(steps as u64), target);
+        if let Ok(style) = ProgressStyle::with_template(&template(unit)) {
+            bar.set_style(style);
+        }
+        bar.set_prefix(phase.to_owned());
+        if self.bars {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        let (name, start) = (phase.to_owned(), Instant::now());
+        let branches = BTreeMap::new();
+        *self.phase() =
+            Some(Phase { name, bar, start, last_line: start, done: 0, steps, unit, branches });
+    }
+
     fn line(&self, message: &str) {
         let phase = self.phase();
         match phase.as_ref() {
@@ -151,20 +173,11 @@ pub(crate) fn write_stderr(message: &str) {
 
 impl Progress for Printer {
     fn begin(&self, phase: &str, steps: usize) {
-        let target =
-            if self.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(Some(steps as u64), target);
-        if let Ok(style) = ProgressStyle::with_template(template()) {
-            bar.set_style(style);
-        }
-        bar.set_prefix(phase.to_owned());
-        if self.bars {
-            bar.enable_steady_tick(Duration::from_millis(200));
-        }
-        let (name, start) = (phase.to_owned(), Instant::now());
-        let branches = BTreeMap::new();
-        *self.phase() =
-            Some(Phase { name, bar, start, last_line: start, done: 0, steps, branches });
+        self.begin_phase(phase, steps, "block");
+    }
+
+    fn begin_steps(&self, phase: &str, steps: usize) {
+        self.begin_phase(phase, steps, "step");
     }
 
     fn step(&self) {
@@ -200,9 +213,10 @@ impl Progress for Printer {
         let Some(phase) = self.phase().take() else { return };
         phase.bar.finish_and_clear();
         self.note(&format!(
-            "{}: {} blocks in {:.1} s",
+            "{}: {} {}s in {:.1} s",
             phase.name,
             phase.done,
+            phase.unit,
             phase.start.elapsed().as_secs_f64()
         ));
     }

@@ -19,6 +19,14 @@ pub(crate) fn ensure_cap(op: &'static str, cap: Option<f32>) -> Result<()> {
     }
 }
 
+/// What all tensors hold, where all are of the same kind.
+fn each<'a, T>(
+    tensors: &[&'a Tensor],
+    of_kind: impl Fn(&'a Storage) -> Option<&'a T>,
+) -> Option<Vec<&'a T>> {
+    tensors.iter().map(|tensor| of_kind(&tensor.0)).collect()
+}
+
 impl Device {
     /// A copy of `x` in the type that linears read: fp16 on a GPU, where values beyond become infinite. For
     /// hidden states that no norm comes before.
@@ -60,6 +68,31 @@ impl Device {
                 Ok(Tensor(Storage::Cuda(cuda::gemm::logits(x, w, 0..x.rows())?)))
             }
         }
+    }
+
+    /// Matrices of one type and as many rows side by side: what [`Self::columns`] takes apart.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for other rows and for no matrix, [`Error::DeviceMismatch`], and
+    /// [`Error::WrongType`] for matrices of two types.
+    pub fn joined(&self, parts: &[&Tensor]) -> Result<Tensor> {
+        const OP: &str = "joined";
+        let shape = parts.first().map_or((0, 0), |part| part.shape());
+        let alike = !parts.is_empty() && parts.iter().all(|part| part.rows() == shape.0);
+        ensure_shape(alike, OP, shape, (shape.0, parts.len()))?;
+        let cols = parts.iter().map(|part| part.cols()).sum();
+        if let Some(parts) = each(parts, |storage| match storage {
+            Storage::Cpu(part) => Some(part),
+            Storage::Cuda(_) => None,
+        }) {
+            return Ok(Tensor(Storage::Cpu(cpu::block_parts::joined(&parts, cols))));
+        }
+        let parts = each(parts, |storage| match storage {
+            Storage::Cuda(part) => Some(part),
+            Storage::Cpu(_) => None,
+        });
+        let parts = parts.ok_or(Error::DeviceMismatch { op: OP })?;
+        Ok(Tensor(Storage::Cuda(cuda::block_parts::joined(&parts, cols)?)))
     }
 
     /// x ·= factor, in the type of `x`.
@@ -169,6 +202,12 @@ mod tests {
             assert_eq!(part, a.slice(s![.., columns]));
         }
         assert!(matches!(device.columns(&x, 5..10), Err(Error::ShapeMismatch { .. })));
+        let parts = [0..4, 4..4, 4..9].map(|range| device.columns(&x, range).unwrap());
+        let whole = device.joined(&parts.each_ref()).unwrap().into_host();
+        assert_eq!(whole, a);
+        let short = Tensor::from_host(b.slice(s![1.., ..]).to_owned());
+        assert!(matches!(device.joined(&[&x, &short]), Err(Error::ShapeMismatch { .. })));
+        assert!(matches!(device.joined(&[]), Err(Error::ShapeMismatch { .. })));
 
         let mut sum = x.clone();
         device.add_scaled(&mut sum, &Tensor::from_host(b.clone()), 0.25).unwrap();

@@ -186,7 +186,7 @@ fn both_types(gpu: &Device, x: &Array2<f32>) -> [(&'static str, Tensor); 2] {
 }
 
 #[test]
-fn columns_are_copied() {
+fn columns_are_copied_and_joined() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     for (rows, cols, ranges) in
@@ -198,6 +198,10 @@ fn columns_are_copied() {
                 let got = gpu.columns(&there, range.clone()).unwrap().to_host().unwrap();
                 assert_eq!(got, x.slice(s![.., range.clone()]), "{kind} {rows}×{cols} {range:?}");
             }
+            let cut = ranges[0].end;
+            let parts = [0..cut, cut..cut, cut..cols].map(|r| gpu.columns(&there, r).unwrap());
+            let joined = gpu.joined(&parts.each_ref()).unwrap().to_host().unwrap();
+            assert_eq!(joined, x, "{kind} {rows}×{cols} at {cut}");
         }
     }
 }

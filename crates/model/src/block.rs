@@ -187,6 +187,23 @@ impl<W> Block<W> {
     pub fn mixture(&self) -> Option<&Mixture> {
         self.parts.mixture.as_ref()
     }
+
+    /// The block without its weights, for others to be put in their places.
+    pub fn frame(&self) -> BlockParts<()> {
+        let linear = |linear: &Linear<W>| Linear {
+            id: linear.id,
+            name: linear.name.clone(),
+            weight: (),
+            bias: linear.bias.clone(),
+        };
+        BlockParts {
+            index: self.index(),
+            linears: self.linears().iter().map(linear).collect(),
+            gains: self.gains().clone(),
+            mixture: self.mixture().cloned(),
+            rule: *self.rule(),
+        }
+    }
 }
 
 impl Block {

@@ -40,6 +40,14 @@ pub enum Error {
         /// What says so.
         why: &'static str,
     },
+    /// A part of a model that nothing can be trained through.
+    #[error("{what} has no backward pass: {why}")]
+    NoBackward {
+        /// A block, or the head.
+        what: String,
+        /// What of it has none.
+        why: &'static str,
+    },
     /// A weight holds integers.
     #[error("Tensor `{tensor}` holds I32 values where a floating-point weight is needed")]
     IntegerWeight {

@@ -109,7 +109,7 @@ impl<W: Weight> Block<W> {
     }
 
     /// The normed values of a norm, `None` where the block has none such.
-    fn norm(&self, device: &Device, id: NormId, x: &Tensor) -> Result<Option<Tensor>> {
+    pub(crate) fn norm(&self, device: &Device, id: NormId, x: &Tensor) -> Result<Option<Tensor>> {
         let Some(gain) = self.gains().get(id) else { return Ok(None) };
         let rule = self.rule();
         let features = match id {
@@ -120,7 +120,7 @@ impl<W: Weight> Block<W> {
     }
 
     /// What q or gate reads: the hidden states, normed where the block has a norm before it.
-    fn normed(&self, device: &Device, stage: Stage, hidden: &Tensor) -> Result<Tensor> {
+    pub(crate) fn normed(&self, device: &Device, stage: Stage, hidden: &Tensor) -> Result<Tensor> {
         let normed = match self.norm_before(stage) {
             Some(id) => self.norm(device, id, hidden)?,
             None => None,
@@ -132,7 +132,11 @@ impl<W: Weight> Block<W> {
     }
 
     /// Queries, keys and values.
-    fn queries_keys_values(&self, device: &Device, input: &Tensor) -> Result<[Tensor; 3]> {
+    pub(crate) fn queries_keys_values(
+        &self,
+        device: &Device,
+        input: &Tensor,
+    ) -> Result<[Tensor; 3]> {
         if !self.has(LinearId::Qkv) {
             let project = |id| self.project(device, input, id);
             return Ok([project(LinearId::Q)?, project(LinearId::K)?, project(LinearId::V)?]);
@@ -180,18 +184,20 @@ impl<W: Weight> Block<W> {
         }
     }
 
+    /// Outputs of gate and up.
+    pub(crate) fn gate_up(&self, device: &Device, input: &Tensor) -> Result<[Tensor; 2]> {
+        if !self.has(LinearId::GateUp) {
+            let project = |id| self.project(device, input, id);
+            return Ok([project(LinearId::Gate)?, project(LinearId::Up)?]);
+        }
+        let fused = self.project(device, input, LinearId::GateUp)?;
+        let (inner, all) = (fused.cols() / 2, fused.cols());
+        Ok([device.columns(&fused, 0..inner)?, device.columns(&fused, inner..all)?])
+    }
+
     /// Input of down: activation(gate(input)) · up(input), `[tokens, intermediate]`.
     fn activation(&self, device: &Device, input: &Tensor) -> Result<Tensor> {
-        let [gate, up] = if self.has(LinearId::GateUp) {
-            let fused = self.project(device, input, LinearId::GateUp)?;
-            let (inner, all) = (fused.cols() / 2, fused.cols());
-            [device.columns(&fused, 0..inner)?, device.columns(&fused, inner..all)?]
-        } else {
-            [
-                self.project(device, input, LinearId::Gate)?,
-                self.project(device, input, LinearId::Up)?,
-            ]
-        };
+        let [gate, up] = self.gate_up(device, input)?;
         Ok(device.gated(gate, &up, self.rule().activation)?)
     }
 

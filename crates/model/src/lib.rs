@@ -8,6 +8,7 @@
 //! holds every block, its weights as the file has them, and takes the same stages over the ends of
 //! sequences that grow.
 
+mod backward;
 mod block;
 mod block_rule;
 mod decoder;
@@ -18,6 +19,7 @@ mod model;
 mod stage;
 mod values;
 
+pub use backward::{LinearSink, without_backward};
 pub use block::{Block, BlockParts, Gains, Linear};
 pub use block_rule::{BlockRule, Norm, Ropes};
 pub use decoder::{Cache, Decoder, PASS_TOKENS, context_limit, has_step_program};

@@ -45,6 +45,22 @@ impl FinalNorm {
         Self { rule: Norm::of(config), gain }
     }
 
+    /// Takes the gradient of the normed states, which [`Self::apply`] gives for `hidden`, to that of `hidden`, in
+    /// f32; both `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// Those of the device, and [`Error::NoBackward`] for a norm that takes means off.
+    pub fn backward(&self, device: &Device, hidden: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        if self.rule.layer {
+            let why = "the last norm takes means off";
+            return Err(Error::NoBackward { what: "The head".to_owned(), why });
+        }
+        let mut of_hidden = device.zeros(hidden.rows(), hidden.cols())?;
+        let (gain, eps) = (&self.gain, self.rule.eps);
+        device.rms_norm_backward_add(hidden, gain, eps, gradient, &mut of_hidden)?;
+        Ok(of_hidden)
+    }
+
     /// Of hidden states `[tokens, hidden]`.
     pub fn apply(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
         self.rule.apply(device, hidden, &self.gain, hidden.cols())

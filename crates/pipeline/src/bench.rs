@@ -29,9 +29,10 @@ use crate::row_shards::largest;
 use crate::states::States;
 pub use crate::width::{Width, WidthExperts};
 use crate::work::{StageSeconds, Work};
+use crate::tune::{bench_tuning, check_tuning};
 
 /// Runs of each measurement, at least.
-const RUNS: usize = 3;
+pub(crate) const RUNS: usize = 3;
 /// Two matrix products are compared for so long.
 const ENOUGH: Duration = Duration::from_secs(1);
 
@@ -53,7 +54,7 @@ pub struct Measurement {
 }
 
 impl Measurement {
-    fn new(
+    pub(crate) fn new(
         operation: &str,
         shape: String,
         seconds: f64,
@@ -140,6 +141,7 @@ pub fn bench_block(
     spec: &QuantSpec,
 ) -> Result<BlockBench> {
     check_tokens(windows, seq_len)?;
+    check_tuning(spec, ranks, windows)?;
     let reference = spec.choices.needs_reference();
     let config = ModelConfig::parse(&width.config_text(), Path::new(CONFIG_FILE))?;
     let experts = config.experts(0);
@@ -187,7 +189,7 @@ pub fn bench_block(
     let cards = ranks.size() as f64;
     let gpu = matches!(device, Device::Cuda(_));
     let counted = Operations::of_block(&width.kind(), (windows, seq_len), reference);
-    let stages = stages
+    let mut stages: Vec<Measurement> = stages
         .into_iter()
         .map(|(work, seconds)| {
             let operations = counted.of(work);
@@ -195,6 +197,9 @@ pub fn bench_block(
             Measurement::new(work.name(), String::new(), seconds, operations, floor)
         })
         .collect();
+    let tune = bench_tuning(&calibrator, width, (windows, seq_len))?;
+    let seconds = seconds + tune.as_ref().map_or(0.0, |tune| tune.seconds);
+    stages.extend(tune);
     Ok(BlockBench {
         width,
         windows,
@@ -234,11 +239,11 @@ fn floor_rate(work: Work) -> Option<f64> {
         Work::Gram => Some(0.54e15 / 0.78),
         Work::Factor => Some(16.8e12 / 0.45),
         Work::Solve => Some(12.0e12 / 0.38),
-        Work::Exchange | Work::Pack | Work::Shift => None,
+        Work::Exchange | Work::Pack | Work::Shift | Work::Tune => None,
     }
 }
 
-fn synthetic_block(device: &Device, width: Width, experts: Option<&Experts>) -> Result<Block> {
+pub(crate) fn synthetic_block(device: &Device, width: Width, experts: Option<&Experts>) -> Result<Block> {
     // Outputs keep the size of inputs: standard deviation 1/√in.
     let weight = |seed: usize, rows: usize, cols: usize| {
         let values = halves(rows, cols, seed as u64, (3.0 / cols as f32).sqrt());
@@ -263,7 +268,7 @@ fn synthetic_block(device: &Device, width: Width, experts: Option<&Experts>) -> 
 }
 
 /// Hidden states as random rows of a random table, as embeddings are.
-fn synthetic_states(
+pub(crate) fn synthetic_states(
     device: &Device,
     width: Width,
     (windows, seq_len): (Range<usize>, usize),

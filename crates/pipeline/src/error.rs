@@ -111,6 +111,18 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
     },
+    /// A quantized model that is larger than the device that should tune it.
+    #[error(
+        "Tuning the scales of the whole model would take {} of device memory, and it may hold {}",
+        gigabytes(*needed),
+        gigabytes(*available)
+    )]
+    TuneMemory {
+        /// Bytes that it would take at least.
+        needed: u64,
+        /// Bytes that may be held.
+        available: u64,
+    },
     /// A benchmark of more tokens than can be counted with.
     #[error("{windows} windows × {seq_len} tokens are more than 2^40 tokens")]
     TooManyTokens {
@@ -272,6 +284,9 @@ impl Error {
                 format!("use --set {}={}", Rotate::KEY, Rotate::Heads.name()).into()
             }
             Self::Fitted { .. } => format!("use --set {}=0", Choices::HEAD).into(),
+            Self::TuneMemory { .. } => {
+                "use the recipe best, larger groups, or a card with more memory".into()
+            }
             Self::HostMemory { advice, .. } => (*advice).into(),
             Self::TooManyTokens { .. } => "use fewer windows, or shorter ones".into(),
             Self::DecodeExperts { .. } => "use another --width".into(),

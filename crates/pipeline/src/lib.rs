@@ -44,6 +44,7 @@ mod row_shards;
 mod stage_rates;
 mod states;
 pub mod sweep;
+pub mod tune;
 pub mod verify;
 mod width;
 mod work;

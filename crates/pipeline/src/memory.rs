@@ -196,6 +196,13 @@ impl Workload {
         4 * self.shared_grams * block.hidden * block.hidden
     }
 
+    /// Device memory of `together` branches alike but for the one whose turn it is: their hidden states, a block
+    /// at hand and one read ahead.
+    pub(crate) fn waiting(self, block: BlockSizes, together: usize) -> usize {
+        let each = 4 * self.tokens * block.hidden * self.streams() + 2 * 2 * block.weights;
+        each * together.saturating_sub(1)
+    }
+
     /// Walks whose states are held.
     fn streams(self) -> usize {
         1 + usize::from(self.reference)

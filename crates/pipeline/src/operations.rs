@@ -24,6 +24,14 @@ pub struct Operations {
     pub reference: f64,
     /// Shifted weights: the products that compare the two models.
     pub shift: f64,
+    /// Tuning the scales of the whole model, where a recipe does.
+    #[serde(skip_serializing_if = "is_none")]
+    pub tune: f64,
+}
+
+/// Plans of recipes that do not tune stay as they were before there was tuning.
+fn is_none(count: &f64) -> bool {
+    *count == 0.0
 }
 
 /// What the operations of a block follow from.
@@ -153,6 +161,7 @@ impl Operations {
             solve: self.solve + other.solve,
             reference: self.reference + other.reference,
             shift: self.shift + other.shift,
+            tune: self.tune + other.tune,
         }
     }
 
@@ -165,6 +174,7 @@ impl Operations {
             solve: self.solve * blocks,
             reference: self.reference * blocks,
             shift: self.shift * blocks,
+            tune: self.tune * blocks,
         }
     }
 
@@ -177,13 +187,15 @@ impl Operations {
             Work::Solve => self.solve,
             Work::Reference => self.reference,
             Work::Shift => self.shift,
+            Work::Tune => self.tune,
             Work::Exchange | Work::Pack => 0.0,
         }
     }
 
     /// The sum.
     pub fn total(&self) -> f64 {
-        self.forward + self.gram + self.factor + self.solve + self.reference + self.shift
+        let walk = self.forward + self.gram + self.factor + self.solve;
+        walk + self.reference + self.shift + self.tune
     }
 }
 

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
 pub use crate::memory_text::TextMemory;
 use crate::operations::Operations;
+use crate::tune::{TuneBytes, operations};
 use crate::write::quantize_config;
 
 /// Tokens of the text that is planned for, unless the model was made for fewer.
@@ -68,13 +69,24 @@ pub fn plan_branch(
     let held = Workload { tokens, seq_len, reference, exact, shared_grams };
     // Weights that stay as wide as they are stored are read where the file is mapped.
     let tables = Tables::of(model, spec, stored(model), !exact);
+    let walk = plan_gpu(block, &vec![held; together], tables, gpu_memory);
+    let walk_of_cpu = plan_cpu(block, held, tables);
+    let tuning = |gpu| TuneBytes::of(model, spec, (windows, seq_len), gpu);
+    let gpu = match tuning(true) {
+        Some(bytes) => bytes.after(walk, gpu_memory, held.waiting(block, together)),
+        None => walk,
+    };
+    let cpu_bytes = tuning(false).map_or(0, |bytes| bytes.of_cpu()).max(walk_of_cpu);
     Ok(BranchPlan {
         file_bytes: files.total_bytes,
-        cpu_bytes: plan_cpu(block, held, tables) * together.max(1) as u64,
-        gpu: plan_gpu(block, &vec![held; together], tables, gpu_memory),
+        cpu_bytes: cpu_bytes * together.max(1) as u64,
+        gpu,
         text: TextMemory::of(model, spec.bits, spec.group_size, TEXT_TOKENS.min(model.positions())),
         work: match calibrates {
-            true => Operations::of_model(model, (windows, seq_len), reference),
+            true => Operations {
+                tune: operations(model, spec, (windows, seq_len)),
+                ..Operations::of_model(model, (windows, seq_len), reference)
+            },
             false => Operations::default(),
         },
     })

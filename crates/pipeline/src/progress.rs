@@ -34,6 +34,7 @@ pub struct Silent;
 
 impl Progress for Silent {
     fn begin(&self, _phase: &str, _steps: usize) {}
+    fn begin_steps(&self, _phase: &str, _steps: usize) {}
     fn step(&self) {}
     fn block(&self, _report: &BlockReport) {}
     fn block_of(&self, _branch: &str, _report: &BlockReport, _blocks: usize) {}
@@ -44,9 +45,11 @@ impl Progress for Silent {
 
 /// Listens to a run.
 pub trait Progress: Sync {
-    /// A phase of `steps` steps begins.
+    /// A phase of `steps` blocks begins.
     fn begin(&self, phase: &str, steps: usize);
-    /// One step of the phase is done.
+    /// A phase of `steps` steps that are no blocks begins.
+    fn begin_steps(&self, phase: &str, steps: usize);
+    /// One block or step of the phase is done.
     fn step(&self);
     /// A block was quantized: also a step.
     fn block(&self, report: &BlockReport);

@@ -8,7 +8,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use gptq_checkpoint::{EMBEDDING, HEAD, REPORT_FILE, Sealed, Written};
-use gptq_model::{Block, Model};
+use gptq_model::{Block, BlockParts, Model};
 use gptq_quant::round_to_nearest;
 use gptq_records::branch_report::{BranchReport, LinearRecord, TOOL};
 use gptq_records::manifest::{MadeFrom, Manifest};
@@ -30,6 +30,7 @@ use crate::recording::{
 use crate::rotate::FusedRotations;
 use crate::row_shards::RowShards;
 use crate::states::embed;
+use crate::tune::{self, Tuned, Walked};
 use crate::write::{Outbox, copy_ahead, copy_dense, join, send, write_behind, writer};
 
 /// A branch that was made.
@@ -45,6 +46,8 @@ pub struct QuantizeOutcome {
     pub f64_retries: u32,
     /// Linears of experts that saw too few tokens, and were calibrated on all tokens of their blocks.
     pub few_tokens: u32,
+    /// What tuning did, where scales were tuned.
+    pub tuned: Option<Tuned>,
 }
 
 /// A branch that was made, in its working folder still.
@@ -52,6 +55,7 @@ pub(crate) struct Made {
     pub(crate) sealed: Sealed,
     pub(crate) report: BranchReport,
     blocks: Vec<BlockReport>,
+    tuned: Option<Tuned>,
     /// The states after the last block, which should be those that the file gives.
     #[cfg(test)]
     streams: Option<Streams>,
@@ -62,7 +66,7 @@ pub(crate) struct Made {
 pub fn quantize(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option<QuantizeOutcome>> {
     job.ranks.agree(|| agreement::quantize(job))?;
     let outcome = match make(job, progress)? {
-        Some(Made { sealed, report, blocks, .. }) => {
+        Some(Made { sealed, report, blocks, tuned, .. }) => {
             // The sums by which verify finds what has changed since.
             let mut made_from = MadeFrom::from([("tool".to_owned(), TOOL.to_owned())]);
             if job.ranks.size() > 1 {
@@ -71,7 +75,7 @@ pub fn quantize(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Option
             Manifest::list(&sealed.folder, &sealed.files, &made_from, &report)?;
             let BranchReport { damp_retries, f64_retries, few_tokens, .. } = report;
             let written = sealed.publish()?;
-            Some(QuantizeOutcome { written, blocks, damp_retries, f64_retries, few_tokens })
+            Some(QuantizeOutcome { written, blocks, damp_retries, f64_retries, few_tokens, tuned })
         }
         None => None,
     };
@@ -88,6 +92,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     }
     job.source.check_tensors()?;
     recipe_fit::check(job.source.config(), &job.spec)?;
+    tune::check(job)?;
     let rotate = job.spec.choices.rotate;
     let rotations = FusedRotations::new(job.source.config(), rotate);
     let progress = if job.ranks.is_first() { progress } else { &Silent };
@@ -116,7 +121,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
         let writer = join(writing)?;
         Ok::<_, Error>((walked?, writer))
     })?;
-    let (blocks, mut streams) = walked;
+    let Walk { blocks, mut streams, frames } = walked;
     let (head, head_report) = match &mut streams {
         Some(streams) if job.spec.choices.head > 0.0 => {
             let _turn = job.turn();
@@ -132,17 +137,28 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
         // Only now are both of its tables there.
         check_head(job, progress)?;
     }
+    let to_tune = streams.take_if(|_| job.spec.choices.tune > 0);
+    let tuned = match to_tune {
+        Some(streams) => {
+            let _turn = job.turn();
+            let walked = Walked::of(streams, frames, head.as_deref());
+            Some(tune::tune(&model, rotations, job, walked, &mut writer, progress)?)
+        }
+        None => None,
+    };
     if let Some(values) = head {
         writer.write_f16(HEAD, &values)?;
     }
     copy_dense(job.source, rotations, |_| true, &mut writer)?;
     let sealed = writer.seal()?;
-    let report = branch_report(job, sealed.bytes, &blocks, head_report);
+    let tuning = tuned.as_ref().map(|tuned| tuned.record);
+    let report = branch_report(job, sealed.bytes, &blocks, head_report, tuning);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
     Ok(Some(Made {
         sealed,
         report,
         blocks,
+        tuned,
         #[cfg(test)]
         streams,
     }))
@@ -162,20 +178,29 @@ fn written_embedding(
     }
 }
 
-/// All blocks in order; each is read while the one before is computed. Returns the states after the
-/// last, too.
+/// What a walk over all blocks leaves.
+struct Walk {
+    blocks: Vec<BlockReport>,
+    /// The states after the last block, where the recipe calibrates.
+    streams: Option<Streams>,
+    /// The blocks without their weights, where these are tuned.
+    frames: Vec<BlockParts<()>>,
+}
+
+/// All blocks in order; each is read while the one before is computed.
 fn walk(
     ahead: &Receiver<Result<Block>>,
     model: &Model<'_>,
     job: &QuantizeJob<'_>,
     writer: &Outbox,
     progress: &dyn Progress,
-) -> Result<(Vec<BlockReport>, Option<Streams>)> {
+) -> Result<Walk> {
     let blocks = model.config().num_hidden_layers;
     progress.begin("quantize", blocks);
     let calibrates = job.spec.recipe.calibrates();
     let mut calibration = calibrates.then(|| calibrator(model, job)).transpose()?;
     let mut reports = Vec::with_capacity(blocks);
+    let mut frames = Vec::new();
     for index in 0..blocks {
         let start = Instant::now();
         let mut block = next_block(ahead)?;
@@ -188,6 +213,9 @@ fn walk(
             None => rounded(model, &mut block, job, writer)?,
         };
         drop(turn);
+        if job.spec.choices.tune > 0 {
+            frames.push(block.frame());
+        }
         check_fallbacks(job, &done.linears, progress)?;
         let report = BlockReport {
             block: index,
@@ -199,7 +227,7 @@ fn walk(
         reports.push(report);
     }
     progress.end();
-    Ok((reports, calibration.map(|(_, streams)| streams)))
+    Ok(Walk { blocks: reports, streams: calibration.map(|(_, streams)| streams), frames })
 }
 
 /// What calibrates every block of a job, and this rank's windows, embedded.

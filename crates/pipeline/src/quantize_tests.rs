@@ -23,6 +23,7 @@ struct Quiet;
 
 impl Progress for Quiet {
     fn begin(&self, _: &str, _: usize) {}
+    fn begin_steps(&self, _: &str, _: usize) {}
     fn step(&self) {}
     fn block(&self, _: &BlockReport) {}
     fn block_of(&self, _: &str, _: &BlockReport, _: usize) {}

@@ -7,7 +7,8 @@
 //!
 //! Blocks are read and written beside the work, which hides both unless the disk is slower than the
 //! device; that, and the head that `best` fits (a tenth of a block or so), are left out. Recipes that
-//! do not calibrate have no operations that are counted, and no prediction.
+//! do not calibrate have no operations that are counted, and no prediction. Tuning that was not
+//! measured (`gptq bench --recipe tuned`) is taken to go at the rate of a forward.
 //!
 //! Rates are, in this order, those that `gptq bench` has measured on the device with a block of about
 //! the model's width; those of a table of cards; and those of a benchmark of another width. Whatever
@@ -36,7 +37,7 @@ pub use crate::stage_rates::Source;
 use crate::stage_rates::{Entry, Rates, Stage};
 
 /// A block's operations by stage, those of the solver as a recipe solves.
-fn by_stage(operations: &Operations, spec: &QuantSpec) -> [(Stage, f64); 6] {
+fn by_stage(operations: &Operations, spec: &QuantSpec) -> Vec<(Stage, f64)> {
     let solve = match spec.choices.clip {
         Clip::None => Stage::Solve,
         Clip::Search => Stage::SolveSearch,
@@ -44,7 +45,9 @@ fn by_stage(operations: &Operations, spec: &QuantSpec) -> [(Stage, f64); 6] {
     };
     let stages =
         [Stage::Forward, Stage::Gram, Stage::Factor, solve, Stage::Reference, Stage::Shift];
-    stages.map(|stage| (stage, operations.of(stage.work())))
+    let tunes = (operations.tune > 0.0).then_some(Stage::Tune);
+    let stages = stages.into_iter().chain(tunes);
+    stages.map(|stage| (stage, operations.of(stage.work()))).collect()
 }
 
 /// What something will take.
@@ -129,15 +132,27 @@ impl KnownRates {
             return None;
         }
         let stages = by_stage(&plan.work, spec);
-        let blocks = self.best(model, |rates| {
-            let seconds = |&(stage, count): &(Stage, f64)| Some(count / rates.get(&stage)?);
-            stages.iter().filter(|(_, count)| *count > 0.0).map(seconds).sum()
-        })?;
+        let blocks = |tuning: Stage| {
+            let timed_as = |stage| if stage == Stage::Tune { tuning } else { stage };
+            self.best(model, |rates| {
+                let seconds =
+                    |&(stage, count): &(Stage, f64)| Some(count / rates.get(&timed_as(stage))?);
+                stages.iter().filter(|(_, count)| *count > 0.0).map(seconds).sum()
+            })
+        };
+        let (blocks, as_forward) = match blocks(Stage::Tune) {
+            Some(blocks) => (blocks, false),
+            None => (blocks(Stage::Forward)?, plan.work.tune > 0.0),
+        };
         let offloads = self.gpu && plan.gpu.offload != Offload::default();
         let tables = 2.0 * 2.0 * model.vocab_size as f64 * model.hidden_size as f64;
         Some(Prediction {
             seconds: blocks.seconds + tables / TABLES_RATE,
-            from: if offloads { blocks.from.max(Source::Offloaded) } else { blocks.from },
+            from: match (offloads, as_forward) {
+                (true, _) => blocks.from.max(Source::Offloaded),
+                (false, true) => blocks.from.max(Source::ForwardRate),
+                (false, false) => blocks.from,
+            },
         })
     }
 
@@ -267,6 +282,8 @@ fn measured(device: String, spec: &QuantSpec, bench: &BlockBench) -> Record {
         let measured = bench.stages.iter().find(|m| m.operation == name && m.operations > 0.0)?;
         Some((stage, count / measured.seconds * beside))
     };
+    let tune = bench.stages.iter().find(|m| m.operation == Work::Tune.name());
+    let operations = Operations { tune: tune.map_or(0.0, |m| m.operations), ..operations };
     Record {
         device,
         width: bench.width.name.to_owned(),

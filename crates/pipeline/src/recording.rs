@@ -3,7 +3,7 @@
 use gptq_compute::Precision;
 use gptq_quant::Factored;
 use gptq_records::branch_report::{
-    BlockRecord, BranchReport, CalibrationRecord, LinearRecord, REPORT_FORMAT, TOOL,
+    BlockRecord, BranchReport, CalibrationRecord, LinearRecord, REPORT_FORMAT, TOOL, TuningRecord,
 };
 use gptq_text::calibration::Calibration;
 
@@ -97,6 +97,7 @@ pub(crate) fn branch_report(
     file_bytes: u64,
     blocks: &[BlockReport],
     head: Option<LinearRecord>,
+    tuning: Option<TuningRecord>,
 ) -> BranchReport {
     let spec = &job.spec;
     let calibrates = spec.recipe.calibrates();
@@ -124,6 +125,7 @@ pub(crate) fn branch_report(
         few_tokens: count(&linears, |l| u32::from(l.few_tokens)),
         blocks: blocks.iter().map(record).collect(),
         head,
+        tuning,
         evaluations: Vec::new(),
         tasks: Vec::new(),
     }

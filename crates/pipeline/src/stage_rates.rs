@@ -22,6 +22,7 @@ pub(crate) enum Stage {
     SolveTrial,
     Reference,
     Shift,
+    Tune,
 }
 
 impl Stage {
@@ -34,6 +35,7 @@ impl Stage {
             Self::Solve | Self::SolveSearch | Self::SolveTrial => Work::Solve,
             Self::Reference => Work::Reference,
             Self::Shift => Work::Shift,
+            Self::Tune => Work::Tune,
         }
     }
 }
@@ -53,6 +55,8 @@ pub enum Source {
     OtherWidth,
     /// Those of one device, for several.
     OneDevice,
+    /// Those of a forward, for passes back.
+    ForwardRate,
     /// Those of a run that holds all on the device, for one that does not.
     Offloaded,
     /// Those of the table's first card, by what data sheets promise of both.
@@ -74,6 +78,7 @@ impl Source {
             Self::Table => "as such cards were measured",
             Self::OtherWidth => "estimated from a block of another shape",
             Self::OneDevice => "estimated from one device's rates",
+            Self::ForwardRate => "estimated from the rate of a forward",
             Self::Offloaded => "estimated from a run whose activations stay on the device",
             Self::DataSheet => "estimated from an H100's by data sheets",
         }

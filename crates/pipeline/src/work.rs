@@ -21,11 +21,13 @@ pub(crate) enum Work {
     Shift,
     /// Choosing codes.
     Solve,
+    /// Training the scales of the whole model, after its blocks.
+    Tune,
 }
 
 impl Work {
     /// All of them.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Exchange,
         Self::Factor,
         Self::Forward,
@@ -34,6 +36,7 @@ impl Work {
         Self::Reference,
         Self::Shift,
         Self::Solve,
+        Self::Tune,
     ];
 
     /// The name in reports.
@@ -47,6 +50,7 @@ impl Work {
             Self::Reference => "reference",
             Self::Shift => "shift",
             Self::Solve => "solve",
+            Self::Tune => "tune",
         }
     }
 }

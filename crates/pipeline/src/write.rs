@@ -174,7 +174,7 @@ pub(crate) fn join(thread: Writing<'_>) -> Result<Option<CheckpointWriter>> {
 }
 
 /// A solved linear in the file's form.
-fn packed(shards: RowShards, spec: &QuantSpec) -> Result<GptqLinear> {
+pub(crate) fn packed(shards: RowShards, spec: &QuantSpec) -> Result<GptqLinear> {
     let Stored { out_features, in_features, codes, scales, g_idx, .. } = shards.join();
     let bits = Bits::new(spec.bits)?;
     let qweight = match codes {

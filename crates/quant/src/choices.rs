@@ -77,6 +77,10 @@ pub struct Choices {
     pub head: f32,
     /// Rotations folded into the weights.
     pub rotate: Rotate,
+    /// Steps of tuning all group scales by the finished model's KL to the unquantized one; 0 for none.
+    pub tune: u32,
+    /// How far the first of these steps moves the logarithm of a scale, about; later ones move it less.
+    pub tune_rate: f32,
 }
 
 impl Choices {
@@ -89,6 +93,8 @@ impl Choices {
         residual: 0.0,
         head: 0.0,
         rotate: Rotate::None,
+        tune: 0,
+        tune_rate: Self::TUNE_RATE,
     };
     /// The lowest loss in the same file.
     pub const BEST: Self = Self {
@@ -99,16 +105,30 @@ impl Choices {
         residual: 0.5,
         head: 1.0,
         rotate: Rotate::Full,
+        tune: 0,
+        tune_rate: Self::TUNE_RATE,
     };
+    /// Those, and tuned scales.
+    pub const TUNED: Self = Self { tune: 64, ..Self::BEST };
+    /// The rate of tuning where none is asked for.
+    pub const TUNE_RATE: f32 = 2e-3;
+    /// Steps of tuning that may be asked for.
+    pub const MOST_STEPS: u32 = 100_000;
+    /// The largest rate: a tenth of a scale a step.
+    pub const MOST_RATE: f32 = 0.1;
 
     /// Name of the choice of the head's share, for messages about it.
     pub const HEAD: &str = "head";
     /// Name of the choice of the residual stream's share, likewise.
     pub const RESIDUAL: &str = "residual";
+    /// Name of the choice of tuning steps, likewise.
+    pub const TUNE: &str = "tune";
+    /// Name of the choice of their rate, likewise.
+    pub const RATE: &str = "tune-rate";
 
     /// True when the unquantized model is walked beside the quantized one.
     pub fn needs_reference(&self) -> bool {
-        self.residual > 0.0 || self.head > 0.0
+        self.residual > 0.0 || self.head > 0.0 || self.tune > 0
     }
 
     /// Sets one choice from `KEY=VALUE`, in the form that [`Choices`] prints.
@@ -127,9 +147,11 @@ impl Choices {
 
     /// Every choice with its values, as help texts show them.
     pub fn help() -> String {
-        let help = |choice: &Choice| match choice.names {
-            Some(names) => format!("{}={}", choice.key, names().join("|")),
-            None => format!("{}=0..1", choice.key),
+        let help = |choice: &Choice| match choice.values {
+            Values::Names(names) => format!("{}={}", choice.key, names().join("|")),
+            Values::Share => format!("{}=0..1", choice.key),
+            Values::Steps => format!("{}=STEPS", choice.key),
+            Values::Rate => format!("{}=0..{}", choice.key, Choices::MOST_RATE),
         };
         TABLE.iter().map(help).collect::<Vec<_>>().join(", ")
     }
@@ -137,7 +159,10 @@ impl Choices {
 
 impl Display for Choices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, choice) in TABLE.iter().enumerate() {
+        // Files of before there was tuning say nothing of it; those without stay as they are.
+        let of_tuning = |choice: &&Choice| [Self::TUNE, Self::RATE].contains(&choice.key);
+        let said = TABLE.iter().filter(|choice| self.tune > 0 || !of_tuning(choice));
+        for (i, choice) in said.enumerate() {
             let space = if i == 0 { "" } else { " " };
             write!(f, "{space}{}={}", choice.key, (choice.value)(self))?;
         }
@@ -148,65 +173,95 @@ impl Display for Choices {
 /// A choice by name: the one place that knows how it is written.
 struct Choice {
     key: &'static str,
-    /// Names of its values; `None` for a share from 0 to 1.
-    names: Option<fn() -> Vec<&'static str>>,
+    values: Values,
     /// Its value as text.
     value: fn(&Choices) -> String,
     /// Takes a value from text, if there is such a one.
     set: fn(&mut Choices, &str) -> Option<()>,
 }
 
+/// The values that a choice takes.
+#[derive(Clone, Copy)]
+enum Values {
+    /// One of these names.
+    Names(fn() -> Vec<&'static str>),
+    /// A share from 0 to 1.
+    Share,
+    /// A number of steps.
+    Steps,
+    /// A rate of tuning.
+    Rate,
+}
+
 /// All choices, in the order in which they are printed.
-const TABLE: [Choice; 7] = [
+const TABLE: [Choice; 9] = [
     Choice {
         key: "group-weights",
-        names: Some(names::<GroupWeights>),
+        values: Values::Names(names::<GroupWeights>),
         value: |choices| choices.group_weights.name().to_owned(),
         set: |choices, text| GroupWeights::named(text).map(|v| choices.group_weights = v),
     },
     Choice {
         key: "scales",
-        names: Some(names::<ScalePrecision>),
+        values: Values::Names(names::<ScalePrecision>),
         value: |choices| choices.scales.name().to_owned(),
         set: |choices, text| ScalePrecision::named(text).map(|v| choices.scales = v),
     },
     Choice {
         key: "clip",
-        names: Some(names::<Clip>),
+        values: Values::Names(names::<Clip>),
         value: |choices| choices.clip.name().to_owned(),
         set: |choices, text| Clip::named(text).map(|v| choices.clip = v),
     },
     Choice {
         key: "signs",
-        names: Some(names::<Signs>),
+        values: Values::Names(names::<Signs>),
         value: |choices| choices.signs.name().to_owned(),
         set: |choices, text| Signs::named(text).map(|v| choices.signs = v),
     },
     Choice {
         key: Choices::RESIDUAL,
-        names: None,
+        values: Values::Share,
         value: |choices| choices.residual.to_string(),
         set: |choices, text| share(text).map(|v| choices.residual = v),
     },
     Choice {
         key: Choices::HEAD,
-        names: None,
+        values: Values::Share,
         value: |choices| choices.head.to_string(),
         set: |choices, text| share(text).map(|v| choices.head = v),
     },
     Choice {
         key: Rotate::KEY,
-        names: Some(names::<Rotate>),
+        values: Values::Names(names::<Rotate>),
         value: |choices| choices.rotate.name().to_owned(),
         set: |choices, text| Rotate::named(text).map(|v| choices.rotate = v),
+    },
+    Choice {
+        key: Choices::TUNE,
+        values: Values::Steps,
+        value: |choices| choices.tune.to_string(),
+        set: |choices, text| steps(text).map(|v| choices.tune = v),
+    },
+    Choice {
+        key: Choices::RATE,
+        values: Values::Rate,
+        value: |choices| choices.tune_rate.to_string(),
+        set: |choices, text| rate(text).map(|v| choices.tune_rate = v),
     },
 ];
 
 impl Choice {
     /// Its settings, for a person: `clip=none, =search or =solve`.
     fn possible(&self) -> String {
-        let Some(names) = self.names else { return format!("{}=0 to =1", self.key) };
-        format!("{}{}", self.key, listed(names().iter().map(|name| format!("={name}"))))
+        match self.values {
+            Values::Names(names) => {
+                format!("{}{}", self.key, listed(names().iter().map(|name| format!("={name}"))))
+            }
+            Values::Share => format!("{}=0 to =1", self.key),
+            Values::Steps => format!("{}=0 to ={}", self.key, Choices::MOST_STEPS),
+            Values::Rate => format!("{}=0 to ={}, but not 0", self.key, Choices::MOST_RATE),
+        }
     }
 }
 
@@ -261,6 +316,16 @@ fn share(text: &str) -> Option<f32> {
     text.parse().ok().filter(|share| (0.0..=1.0).contains(share))
 }
 
+/// A number of steps.
+fn steps(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|steps| *steps <= Choices::MOST_STEPS)
+}
+
+/// A rate above 0.
+fn rate(text: &str) -> Option<f32> {
+    text.parse().ok().filter(|rate| *rate > 0.0 && *rate <= Choices::MOST_RATE)
+}
+
 /// `a, b or c`.
 fn listed(words: impl Iterator<Item = String>) -> String {
     let words: Vec<String> = words.collect();
@@ -277,8 +342,9 @@ mod tests {
 
     #[test]
     fn what_is_printed_can_be_set() {
-        for choices in [Choices::AUTOGPTQ, Choices::BEST] {
-            let other = if choices == Choices::BEST { Choices::AUTOGPTQ } else { Choices::BEST };
+        for choices in [Choices::AUTOGPTQ, Choices::BEST, Choices::TUNED] {
+            let other =
+                if choices == Choices::AUTOGPTQ { Choices::BEST } else { Choices::AUTOGPTQ };
             let mut set = other;
             for setting in choices.to_string().split(' ') {
                 set.set(setting).unwrap();
@@ -291,11 +357,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_tuned_says_nothing_of_it() {
+        assert!(!Choices::BEST.to_string().contains("tune"));
+        assert!(Choices::TUNED.to_string().ends_with(" rotate=full tune=64 tune-rate=0.002"));
+    }
+
+    #[test]
     fn every_choice_is_listed_with_its_values() {
         assert_eq!(
             Choices::help(),
             "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, \
-             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full"
+             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, tune=STEPS, \
+             tune-rate=0..0.1"
         );
     }
 
@@ -308,7 +381,16 @@ mod tests {
             ("residual=2", "residual=0 to =1"),
             ("residual=NaN", "residual=0 to =1"),
             ("head=-1", "head=0 to =1"),
-            ("speed=fast", "use group-weights, scales, clip, signs, residual, head or rotate"),
+            ("tune=-1", "tune=0 to =100000"),
+            ("tune=100001", "tune=0 to =100000"),
+            ("tune=1.5", "tune=0 to =100000"),
+            ("tune-rate=0", "=0 to =0.1, but not 0"),
+            ("tune-rate=0.2", "=0 to =0.1, but not 0"),
+            ("tune-rate=NaN", "=0 to =0.1, but not 0"),
+            (
+                "speed=fast",
+                "use group-weights, scales, clip, signs, residual, head, rotate, tune or tune-rate",
+            ),
             ("scales=bf16", "scales=f32 or =fp16"),
         ] {
             let error = Choices::BEST.clone().set(setting).unwrap_err();

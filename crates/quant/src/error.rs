@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use crate::choices::Choices;
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -37,6 +39,9 @@ pub enum Error {
         /// What was asked for.
         setting: String,
     },
+    /// A rate of tuning without tuning.
+    #[error("`{}` has no meaning without `{}`", Choices::RATE, Choices::TUNE)]
+    NothingTuned,
     /// The Hessian has no Cholesky factor at any damping that was tried.
     #[error("The Hessian is not positive definite even with damping {damp:?}")]
     NotPositiveDefinite {
@@ -73,6 +78,7 @@ impl Error {
         match self {
             Self::Bits { .. } => Some("use 2, 3, 4 or 8".into()),
             Self::Damp { .. } => Some("use a number above 0 and below 1".into()),
+            Self::NothingTuned => Some("use the recipe tuned".into()),
             Self::UnknownChoice { possible, .. } => Some(format!("use {possible}").into()),
             Self::Compute(error) => error.hint(),
             _ => None,

@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 pub enum Recipe {
     /// The lowest loss that the same file can hold.
     Best,
+    /// That, with scales tuned by the whole model's KL to the unquantized one.
+    Tuned,
     /// AutoGPTQ 0.3–0.7's numerics, oddities included.
     AutoGptq,
     /// Round to nearest: no calibration.
@@ -23,6 +25,7 @@ impl Recipe {
     pub fn name(self) -> &'static str {
         match self {
             Self::Best => "best",
+            Self::Tuned => "tuned",
             Self::AutoGptq => "autogptq",
             Self::Rtn => "rtn",
         }
@@ -32,6 +35,7 @@ impl Recipe {
     pub fn choices(self) -> Choices {
         match self {
             Self::Best => Choices::BEST,
+            Self::Tuned => Choices::TUNED,
             Self::AutoGptq | Self::Rtn => Choices::AUTOGPTQ,
         }
     }
@@ -40,7 +44,7 @@ impl Recipe {
     /// H⁻¹ bears more than AutoGPTQ's 0.01 (tests/bench/2026-11-24-best.md).
     pub fn damp(self) -> f64 {
         match self {
-            Self::Best => 0.03,
+            Self::Best | Self::Tuned => 0.03,
             Self::AutoGptq | Self::Rtn => 0.01,
         }
     }
@@ -57,9 +61,10 @@ impl std::str::FromStr for Recipe {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text {
             "best" => Ok(Self::Best),
+            "tuned" => Ok(Self::Tuned),
             "autogptq" => Ok(Self::AutoGptq),
             "rtn" => Ok(Self::Rtn),
-            _ => Err(format!("`{text}` is no recipe; use best, autogptq or rtn")),
+            _ => Err(format!("`{text}` is no recipe; use best, tuned, autogptq or rtn")),
         }
     }
 }
@@ -117,6 +122,9 @@ impl QuantSpec {
         if !(self.damp > 0.0 && self.damp < 1.0) {
             return Err(Error::Damp { damp: self.damp });
         }
+        if self.choices.tune == 0 && self.choices.tune_rate != Choices::TUNE_RATE {
+            return Err(Error::NothingTuned);
+        }
         Ok(())
     }
 
@@ -146,6 +154,15 @@ mod tests {
     use gptq_checkpoint::MAX_GROUP_SIZE;
 
     use super::*;
+
+    #[test]
+    fn a_rate_needs_something_to_tune() {
+        let mut spec = QuantSpec::new(4, None, true, 0.01, Recipe::Tuned);
+        spec.set(&["tune-rate=0.01".to_owned()]).unwrap();
+        spec.validate().unwrap();
+        spec.set(&["tune=0".to_owned()]).unwrap();
+        assert!(matches!(spec.validate(), Err(Error::NothingTuned)));
+    }
 
     #[test]
     fn groups_that_no_file_can_say_are_refused() {

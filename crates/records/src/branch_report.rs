@@ -69,6 +69,9 @@ pub struct BranchReport {
     /// versions that did not say.
     #[serde(default)]
     pub head: Option<LinearRecord>,
+    /// What tuning the scales of the whole model did; left out where nothing was tuned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<TuningRecord>,
     /// Measurements from the file; empty until there is one.
     pub evaluations: Vec<EvaluationRecord>,
     /// Results on tasks of a harness, by task and metric; left out until there is one.
@@ -165,6 +168,23 @@ pub fn kind_of(prefix: &str) -> String {
         [shared, _] if shared.starts_with("shared_expert") => format!("shared.{last}"),
         _ => last.to_owned(),
     }
+}
+
+/// Scales that were tuned by the quantized model's KL to the unquantized one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TuningRecord {
+    /// Steps that were made.
+    pub steps: u32,
+    /// Calibration windows that were trained on.
+    pub windows: usize,
+    /// Calibration windows that were not, and by which the best step was found.
+    pub held_out: usize,
+    /// Mean KL in nats a token on these before the first step.
+    pub kl_before: f64,
+    /// With the scales that were kept.
+    pub kl_after: f64,
+    /// Steps behind which these were; 0 where nothing was better than the start.
+    pub best_step: u32,
 }
 
 /// Perplexity of the file on one text.
@@ -340,6 +360,7 @@ mod tests {
                 }],
             }],
             head: None,
+            tuning: None,
             evaluations: vec![EvaluationRecord {
                 protocol: "paper".to_owned(),
                 dataset,

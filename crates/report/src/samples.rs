@@ -64,6 +64,7 @@ pub(crate) fn branch(
         few_tokens: 0,
         blocks: blocks.collect(),
         head: None,
+        tuning: None,
         evaluations: vec![EvaluationRecord {
             protocol: "paper".to_owned(),
             dataset: text("heldout.txt"),

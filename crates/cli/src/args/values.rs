@@ -9,7 +9,7 @@ pub(crate) const RETRIES: u32 = 5;
 pub(crate) fn parse_calibrated(text: &str) -> Result<Recipe, String> {
     match text.parse::<Recipe>()? {
         recipe if recipe.calibrates() => Ok(recipe),
-        _ => Err("round to nearest does not calibrate; use best or autogptq".to_owned()),
+        _ => Err("round to nearest does not calibrate; use best, tuned or autogptq".to_owned()),
     }
 }
 

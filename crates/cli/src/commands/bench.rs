@@ -38,7 +38,7 @@ pub(crate) struct Args {
     /// Tokens of a window
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = parse_count)]
     seq_len: usize,
-    /// Solver choices: best or autogptq; 4 bits, group size 128, act-order
+    /// Solver choices: best, tuned or autogptq; 4 bits, group size 128, act-order
     #[arg(long, value_name = "RECIPE", default_value = "best", value_parser = parse_calibrated)]
     recipe: Recipe,
     /// Change one choice of the recipe, as for gptq quantize; may be repeated

@@ -16,7 +16,7 @@ use gptq_pipeline::recipe_fit;
 use gptq_pipeline::sweep::config::BUILT_IN;
 use gptq_pipeline::write::planned_metadata;
 use gptq_quant::{QuantSpec, Recipe};
-use gptq_records::branch_report::model_name;
+use gptq_records::branch_report::{TuningRecord, model_name};
 use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::{Calibration, CalibrationRecipe};
 use gptq_text::tokens::TextTokenizer;
@@ -54,10 +54,11 @@ pub(crate) struct Args {
     /// Solve columns in order of importance [default: true]
     #[arg(long, alias = "desc-act", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     act_order: Option<bool>,
-    /// Fraction of the Hessian's mean diagonal added to it [default: 0.03 (best), 0.01]
+    /// Fraction of the Hessian's mean diagonal added to it [default: 0.03 (best, tuned), 0.01]
     #[arg(long, alias = "percdamp", alias = "damp-percent")]
     damp: Option<f64>,
-    /// Solver choices: best, autogptq, or rtn (round to nearest, no calibration) [default: best]
+    /// Solver choices: best, tuned (best, then all scales by the whole model's KL), autogptq, or rtn (round
+    /// to nearest, no calibration) [default: best]
     #[arg(long)]
     recipe: Option<Recipe>,
     #[arg(long, value_name = "KEY=VALUE", help = set_help())]
@@ -121,7 +122,16 @@ struct Output<'a> {
     damp_retries: u32,
     f64_retries: u32,
     few_tokens: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tuning: Option<TuningOutput>,
     blocks: &'a [BlockReport],
+}
+
+#[derive(Serialize)]
+struct TuningOutput {
+    #[serde(flatten)]
+    record: TuningRecord,
+    seconds: f64,
 }
 
 #[derive(Serialize)]
@@ -221,6 +231,10 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         damp_retries: outcome.damp_retries,
         f64_retries: outcome.f64_retries,
         few_tokens: outcome.few_tokens,
+        tuning: outcome
+            .tuned
+            .as_ref()
+            .map(|tuned| TuningOutput { record: tuned.record, seconds: tuned.seconds }),
         blocks: &outcome.blocks,
     };
     if args.json { print_json(&output) } else { print_result(&summary(&output, took)) }
@@ -359,6 +373,13 @@ fn summary(output: &Output<'_>, took: f64) -> String {
         let count = output.few_tokens;
         text.push_str(&format!(
             "\n{count} linears of experts saw too few tokens and were calibrated on all of their blocks'"
+        ));
+    }
+    if let Some(TuningOutput { record, seconds }) = &output.tuning {
+        text.push_str(&format!(
+            "\nscales were tuned in {seconds:.1} s: KL {:.4} before and {:.4} after {} of {} steps, on {} held-out \
+             windows",
+            record.kl_before, record.kl_after, record.best_step, record.steps, record.held_out
         ));
     }
     text.push_str(&format!("\nMeasure it: gptq ppl {dir}\n"));

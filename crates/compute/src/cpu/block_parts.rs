@@ -12,6 +12,17 @@ pub(crate) fn columns(x: &Array2<f32>, columns: std::ops::Range<usize>) -> Array
     x.slice(s![.., columns]).as_standard_layout().into_owned()
 }
 
+/// Matrices of as many rows side by side.
+pub(crate) fn joined(parts: &[&Array2<f32>], cols: usize) -> Array2<f32> {
+    let mut out = Array2::zeros((parts[0].nrows(), cols));
+    let mut to = 0;
+    for part in parts {
+        out.slice_mut(s![.., to..to + part.ncols()]).assign(part);
+        to += part.ncols();
+    }
+    out
+}
+
 /// x ·= factor.
 pub(crate) fn scale(x: &mut Array2<f32>, factor: f32) {
     by_rows(x.view_mut(), |_, row| row.iter_mut().for_each(|v| *v *= factor));

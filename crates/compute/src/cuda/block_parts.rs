@@ -61,27 +61,61 @@ pub(crate) fn gelu_mul(mut gate: Matrix, up: &Matrix) -> Result<Matrix> {
 /// Columns of x, in x's type; the caller has checked the range.
 pub(crate) fn columns(x: &Matrix, columns: Range<usize>) -> Result<Matrix> {
     const OP: &str = "columns";
-    let cuda = x.cuda();
-    let shape = (x.rows(), columns.len());
-    let (mut out, size) = match x.values() {
-        Values::F16(_) => (Matrix::uninit_f16(cuda, OP, shape)?, size_of::<f16>()),
-        Values::F32(_) => (Matrix::uninit_f32(cuda, OP, shape)?, size_of::<f32>()),
-    };
-    if x.rows() == 0 || columns.is_empty() {
-        return Ok(out);
+    let mut out = uninit_as(x, OP, (x.rows(), columns.len()))?;
+    copy_columns(OP, x, columns, &mut out, 0)?;
+    Ok(out)
+}
+
+/// Matrices of as many rows side by side, in the type of all; the caller has checked the rows.
+pub(crate) fn joined(parts: &[&Matrix], cols: usize) -> Result<Matrix> {
+    const OP: &str = "joined";
+    ensure_same_card(OP, parts)?;
+    let mut out = uninit_as(parts[0], OP, (parts[0].rows(), cols))?;
+    let mut to = 0;
+    for part in parts {
+        copy_columns(OP, part, 0..part.cols(), &mut out, to)?;
+        to += part.cols();
     }
-    let [stride, first, bytes] =
-        [x.cols(), columns.start, columns.len()].map(|columns| (columns * size) as i64);
+    Ok(out)
+}
+
+/// A matrix of x's type, whose values the caller queues the writing of.
+fn uninit_as(x: &Matrix, op: &'static str, shape: (usize, usize)) -> Result<Matrix> {
+    match x.values() {
+        Values::F16(_) => Matrix::uninit_f16(x.cuda(), op, shape),
+        Values::F32(_) => Matrix::uninit_f32(x.cuda(), op, shape),
+    }
+}
+
+/// Copies columns of x to those of `out` from `to` on; the caller has checked that both have them.
+fn copy_columns(
+    op: &'static str,
+    x: &Matrix,
+    columns: Range<usize>,
+    out: &mut Matrix,
+    to: usize,
+) -> Result<()> {
+    if x.rows() == 0 || columns.is_empty() {
+        return Ok(());
+    }
+    let cuda = Arc::clone(x.cuda());
+    let size = match x.values() {
+        Values::F16(_) => size_of::<f16>(),
+        Values::F32(_) => size_of::<f32>(),
+    };
+    let [stride, first, to_stride, to, bytes] =
+        [x.cols(), columns.start, out.cols(), to, columns.len()].map(|n| (n * size) as i64);
     let function = cuda.kernel("select_columns.cu", "select_columns")?;
     let mut launch = cuda.stream().launch_builder(&function);
     match x.values() {
-        Values::F16(values) => launch.arg(values.slice()).arg(out.f16_mut(OP)?),
-        Values::F32(values) => launch.arg(values.slice()).arg(out.f32_mut(OP)?),
+        Values::F16(values) => launch.arg(values.slice()).arg(out.f16_mut(op)?),
+        Values::F32(values) => launch.arg(values.slice()).arg(out.f32_mut(op)?),
     };
-    launch.arg(&stride).arg(&first).arg(&bytes);
-    // SAFETY: the arguments are the kernel's; x has these columns and out a row of as many for each.
-    unsafe { launch.launch(block_per_row(x.rows())) }.stage(OP)?;
-    Ok(out)
+    launch.arg(&stride).arg(&first).arg(&to_stride).arg(&to).arg(&bytes);
+    // SAFETY: the arguments are the kernel's; x has these columns, and out, of the same type, has as many rows
+    // and columns for them.
+    unsafe { launch.launch(block_per_row(x.rows())) }.stage(op)?;
+    Ok(())
 }
 
 /// x ·= factor.

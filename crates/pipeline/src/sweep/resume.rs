@@ -6,7 +6,7 @@
 //! rename. A run that finds it checks every file against the manifest and does nothing. Before that
 //! it lies in `NAME.partial`. Once its files are listed there, which happens beside the measurement,
 //! a killed measurement is only measured again. Before that the branch starts over, so that a kill
-//! costs half a branch on average.
+//! costs half a branch on average; the steps of `tuned` come after the last block and count as others do.
 //!
 //! Going on in the middle of a branch would need the hidden states of all windows on disk, for every
 //! block. At 70B with 128 windows × 4096 these are 17 GB, and 34 GB for `best`, which walks two

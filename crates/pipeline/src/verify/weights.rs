@@ -146,7 +146,8 @@ fn recorded_choices(checkpoint: &Checkpoint) -> Option<Choices> {
         }
     };
     let recipe: Recipe = recipe.parse().ok()?;
-    let mut recorded = recipe.choices();
+    // Choices of files that are not tuned say nothing of it.
+    let mut recorded = Choices { tune: 0, ..recipe.choices() };
     for setting in choices.iter().flat_map(|text| text.split(' ')) {
         // A later version's choices may be unknown here; those that are known still hold.
         let _ = recorded.set(setting);
