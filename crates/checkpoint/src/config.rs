@@ -20,9 +20,9 @@ use crate::rope_settings::Reader;
 use crate::{Error, Result, foreign, json};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
-const MAX_WIDTH: u64 = 1 << 20;
+pub(crate) const MAX_WIDTH: u64 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 24;
-const MAX_BLOCKS: u64 = 1 << 12;
+pub(crate) const MAX_BLOCKS: u64 = 1 << 12;
 const MAX_CONTEXT: u64 = 1 << 40;
 const TIED: &str = "tie_word_embeddings";
 

@@ -4,6 +4,7 @@
 use serde_json::Value;
 
 use crate::Result;
+use crate::config::{MAX_BLOCKS, MAX_WIDTH};
 use crate::experts::{ExpertNames, Experts, Router, Scores, SharedExpert};
 use crate::family::Part;
 use crate::fields::Fields;
@@ -12,8 +13,6 @@ use crate::fields::Fields;
 const MAX_EXPERTS: u64 = 1 << 12;
 /// The most experts of all blocks together, for their linears are listed.
 const MAX_IN_ALL: usize = 1 << 17;
-const MAX_WIDTH: u64 = 1 << 20;
-const MAX_BLOCKS: u64 = 1 << 12;
 
 /// Keys that mean the same, the usual one first, and the value where there is none of them.
 pub(crate) type Size = (&'static [&'static str], usize);
@@ -251,6 +250,48 @@ mod tests {
         }
         assert_eq!(with("mixtral", "").rope.theta, 1_000_000.0);
         assert_eq!(with("qwen2_moe", "").rope.theta, 10_000.0);
+    }
+
+    /// Mixtral 8x7B, Qwen3-30B-A3B, Qwen1.5-MoE, OLMoE and GLM-4.5-Air have as many parameters as transformers'
+    /// models of these sizes.
+    #[test]
+    fn published_models_have_their_parameters() {
+        for (parameters, config) in [
+            (
+                46_702_792_704_u64,
+                r#""model_type":"mixtral","hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,
+                "num_attention_heads":32,"num_key_value_heads":8,"vocab_size":32000"#,
+            ),
+            (
+                30_532_122_624,
+                r#""model_type":"qwen3_moe","hidden_size":2048,"intermediate_size":6144,
+                "moe_intermediate_size":768,"num_hidden_layers":48,"num_attention_heads":32,
+                "num_key_value_heads":4,"head_dim":128,"vocab_size":151936,"norm_topk_prob":true"#,
+            ),
+            (
+                14_315_784_192,
+                r#""model_type":"qwen2_moe","hidden_size":2048,"intermediate_size":5632,
+                "moe_intermediate_size":1408,"shared_expert_intermediate_size":5632,"num_hidden_layers":24,
+                "num_attention_heads":16,"num_key_value_heads":16,"vocab_size":151936"#,
+            ),
+            (
+                6_919_161_856,
+                r#""model_type":"olmoe","hidden_size":2048,"intermediate_size":1024,"num_hidden_layers":16,
+                "num_attention_heads":16,"num_key_value_heads":16,"vocab_size":50304"#,
+            ),
+            (
+                106_852_251_264,
+                r#""model_type":"glm4_moe","hidden_size":4096,"intermediate_size":10944,
+                "moe_intermediate_size":1408,"num_hidden_layers":46,"num_attention_heads":96,
+                "num_key_value_heads":8,"head_dim":128,"vocab_size":151552,"attention_bias":true"#,
+            ),
+        ] {
+            let config = format!("{{{config}}}");
+            let config = ModelConfig::parse(&config, Path::new("config.json")).unwrap();
+            let sizes = config.dense_tensors().into_iter().map(|(_, shape)| shape);
+            let found: u64 = sizes.map(|shape| shape.iter().product::<usize>() as u64).sum();
+            assert_eq!(found, parameters, "{}", config.family);
+        }
     }
 
     #[test]

@@ -133,9 +133,10 @@ impl<W: Weight> Block<W> {
         input: &Tensor,
     ) -> Result<Option<Tensor>> {
         let rows = &routes.share(expert).rows;
-        match rows.is_empty() {
-            true => Ok(None),
-            false => Ok(Some(device.select_rows(input, rows)?)),
+        match expert {
+            _ if rows.is_empty() => Ok(None),
+            Expert::Shared => Ok(Some(input.clone())),
+            Expert::Routed(_) => Ok(Some(device.select_rows(input, rows)?)),
         }
     }
 

@@ -14,6 +14,9 @@ pub enum Seen {
     /// Its code was read.
     #[serde(rename = "read in code")]
     Code,
+    /// Neither: whether it would is not known.
+    #[serde(rename = "not tried")]
+    Untried,
 }
 
 /// Whether a loader takes a checkpoint.
@@ -58,13 +61,19 @@ pub(super) const fn code(need: Need) -> Rule {
     Rule { need, seen: Seen::Code }
 }
 
+/// A rule that keeps verdicts to what is known.
+pub(super) const fn untried(need: Need) -> Rule {
+    Rule { need, seen: Seen::Untried }
+}
+
 impl Loader {
     pub(super) fn verdict(&self, facts: &LoaderFacts) -> LoaderVerdict {
         let (loader, release) = (self.name, self.release);
         let unmet = || self.rules.iter().filter_map(|r| Some((r.need.unmet(facts)?, r.seen)));
         if unmet().next().is_some() {
-            let seen =
-                if unmet().any(|(_, seen)| seen == Seen::Ran) { Seen::Ran } else { Seen::Code };
+            let known = [Seen::Ran, Seen::Code];
+            let seen = known.into_iter().find(|known| unmet().any(|(_, seen)| seen == *known));
+            let seen = seen.unwrap_or(Seen::Untried);
             let reasons = unmet().map(|(reason, _)| reason).collect();
             return LoaderVerdict { loader, loads: false, reasons, release, seen };
         }

@@ -1,7 +1,7 @@
 //! The loaders and their rules, each learnt from the release that its row names.
 
 use super::needs::Need;
-use super::rules::{Loader, Seen, When, code, ran};
+use super::rules::{Loader, Seen, When, code, ran, untried};
 
 /// Keys that AutoGPTQ 0.4 hands to its configuration's constructor.
 const AUTOGPTQ_KEYS: [&str; 9] = [
@@ -139,7 +139,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::ShortOrder),
             code(Need::ZeroBias),
             code(Need::RopeScaling(&["linear", "llama3"])),
-            code(Need::Experts(&[])),
+            untried(Need::Experts(&[])),
         ],
         remarks: &[],
     },
@@ -155,7 +155,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::MarlinOrExllama),
             code(Need::SharedOrder),
             code(Need::ZeroBias),
-            code(Need::Experts(&[])),
+            untried(Need::Experts(&[])),
         ],
         remarks: VLLM_REMARKS,
     },
@@ -172,7 +172,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::MinusOneZeros),
             code(Need::NoZeroOfZero),
             code(Need::ZeroBias),
-            code(Need::Experts(&[])),
+            untried(Need::Experts(&[])),
         ],
         remarks: &[
             (When::Bits(&[4]), "warns that its 4-bit kernel is buggy: use gptq_marlin"),
@@ -193,7 +193,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::MarlinOrExllama),
             code(Need::SharedOrder),
             code(Need::ZeroBias),
-            code(Need::Experts(&[])),
+            untried(Need::Experts(&[])),
         ],
         remarks: VLLM_REMARKS,
     },
@@ -210,7 +210,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::MarlinOrExllama),
             code(Need::SharedOrder),
             code(Need::ZeroBias),
-            code(Need::Experts(&[])),
+            untried(Need::Experts(&[])),
         ],
         remarks: VLLM_REMARKS,
     },
@@ -270,7 +270,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::MinusOneZeros),
             code(Need::EveryLinear),
             code(Need::ZeroBias),
-            code(Need::Experts(&[])),
+            untried(Need::Experts(&[])),
         ],
         remarks: &[(When::Always, "by onnxruntime-genai's builder, which rounds the head to int4")],
     },

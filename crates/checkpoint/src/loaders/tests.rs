@@ -83,11 +83,18 @@ fn mixtures_of_experts_are_judged_by_what_was_tried() {
         let config = ModelConfig::parse(&config, std::path::Path::new("config.json")).unwrap();
         LoaderFacts { architecture: Architecture::from(&config), ..published(4, Some(128), false) }
     };
+    let of_bits = |bits, facts: &LoaderFacts| LoaderFacts {
+        architecture: facts.architecture.clone(),
+        ..published(bits, Some(128), false)
+    };
     let mixtral = of("mixtral", "");
     assert!(verdict("AutoGPTQ 0.7", &mixtral).loads);
     refuses("transformers", &mixtral, "experts: it keeps those of a block in one tensor");
     refuses("GPTQModel", &mixtral, "qwen2_moe, qwen3_moe, olmoe only");
     refuses("vLLM 0.30", &mixtral, "mixtures of experts were not tried");
+    assert_eq!(verdict("vLLM 0.30", &mixtral).seen, Seen::Untried);
+    let three = of_bits(3, &mixtral);
+    assert_eq!(verdict("vLLM 0.30", &three).seen, Seen::Ran);
     let qwen = of("qwen3_moe", r#","moe_intermediate_size":128"#);
     assert!(verdict("GPTQModel", &qwen).loads);
     refuses("AutoGPTQ 0.7", &qwen, "qwen3_moe");
