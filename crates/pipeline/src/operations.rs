@@ -215,7 +215,7 @@ pub(crate) mod tests {
         )
     }
 
-    fn model(text: &str) -> ModelConfig {
+    pub(crate) fn model(text: &str) -> ModelConfig {
         ModelConfig::parse(text, Path::new("config.json")).unwrap()
     }
 

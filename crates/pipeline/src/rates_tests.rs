@@ -6,7 +6,7 @@ use gptq_records::source_dtype::SourceDtype;
 
 use super::*;
 use crate::cards::MEASURED_WITH;
-use crate::operations::tests::llama_70b;
+use crate::operations::tests::{llama_70b, model};
 use crate::plan::{Setting, plan_branch};
 
 fn spec(recipe: Recipe) -> QuantSpec {
@@ -101,20 +101,47 @@ fn benchmarks_come_first_where_they_are_of_about_the_width() {
     assert_eq!(best.from, Source::Table);
 }
 
+/// Rates of dense blocks are no more than an estimate for experts, and the other way round.
+#[test]
+fn blocks_with_experts_have_rates_of_their_own() {
+    let mixtral = model(
+        r#"{"model_type":"mixtral","hidden_size":4096,"intermediate_size":14336,
+        "num_hidden_layers":2,"num_attention_heads":32,"num_key_value_heads":8,
+        "vocab_size":32000,"max_position_embeddings":32768}"#,
+    );
+    let spec = spec(Recipe::AutoGptq);
+    let plan = planned(&mixtral, &spec, 141 << 30);
+    let mut known = KnownRates::of_card(&"H100".parse().unwrap());
+    let dense = known.run(&mixtral, &spec, &plan).unwrap();
+    assert_eq!(dense.from, Source::OtherWidth);
+    let half = known.entries[0].rates.iter().map(|(&stage, rate)| (stage, rate / 2.0)).collect();
+    let (from, ranks) = (Source::Bench, 1);
+    known.entries.push(Entry { hidden: 4096, experts: true, ranks, rates: half, from });
+    let own = known.run(&mixtral, &spec, &plan).unwrap();
+    assert!(own.from == Source::Bench && own.seconds > 1.5 * dense.seconds, "{own:?} {dense:?}");
+    assert_eq!(predicted(&known, Recipe::AutoGptq, 80 << 30).unwrap().from, Source::Table);
+}
+
 /// What is kept of a benchmark gives back its seconds.
 #[test]
 fn a_benchmark_predicts_itself() {
     let spec = spec(Recipe::Best);
-    let (width, tokens) = ("tiny".parse().unwrap(), (2, 512));
+    for width in ["tiny", "tiny-moe"] {
+        predicts_itself(&spec, width);
+    }
+}
+
+fn predicts_itself(spec: &QuantSpec, name: &str) {
+    let (width, tokens): (Width, _) = (name.parse().unwrap(), (2, 512));
     let device = Device::Cpu;
     let bench =
-        crate::bench::bench_block(&device, &gptq_compute::Ranks::alone(), width, tokens, &spec);
+        crate::bench::bench_block(&device, &gptq_compute::Ranks::alone(), width, tokens, spec);
     let bench = bench.unwrap();
-    let record = measured(device_key(&device), &spec, &bench);
-    assert!(record.device.contains("threads") && record.width == "tiny", "{record:?}");
+    let record = measured(device_key(&device), spec, &bench);
+    assert!(record.device.contains("threads") && record.width == name, "{record:?}");
     let counted = Operations::of_block(&width.kind(), tokens, true);
     let seconds: f64 =
-        by_stage(&counted, &spec).iter().map(|(stage, count)| count / record.rates[stage]).sum();
+        by_stage(&counted, spec).iter().map(|(stage, count)| count / record.rates[stage]).sum();
     assert!((seconds / bench.seconds - 1.0).abs() < 1e-6, "{seconds} {}", bench.seconds);
 }
 

@@ -97,7 +97,7 @@ const WIDTHS: [Width; 8] = [
         name: "tiny-moe",
         hidden: 256,
         intermediate: 128,
-        heads: 4,
+        heads: 8,
         kv_heads: 2,
         head_dim: 64,
         experts: Some(WidthExperts { count: 8, per_token: 2 }),
