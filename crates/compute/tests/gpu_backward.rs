@@ -94,7 +94,9 @@ fn gated_gradients_match() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     for (rows, cols) in [(1, 1), (3, 7), (37, 1536), (1, 28_672)] {
-        let (gate, gate_there) = both(&gpu, &random.halves(rows, cols, 4.0));
+        // One value alone stays where its slope is not too small for fp16.
+        let deviation = if rows * cols == 1 { 1.0 } else { 4.0 };
+        let (gate, gate_there) = both(&gpu, &random.halves(rows, cols, deviation));
         let (up, up_there) = both(&gpu, &random.halves(rows, cols, 2.0));
         let (dy, dy_there) = both(&gpu, &random.halves(rows, cols, 1.0));
         for activation in [Activation::Silu, Activation::GeluTanh] {
