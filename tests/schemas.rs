@@ -128,6 +128,15 @@ fn plans_and_machines_print_what_their_schemas_say() {
     let bench = ["bench", "--width=tiny", "--device=cpu"];
     let block = ["--windows=1", "--seq-len=64", "--recipe=autogptq", "--blocks=."];
     assert!(holds(&dir, &[&bench[..], &block].concat())["disk"][0].is_object());
+    let tuned = ["--windows=2", "--seq-len=64", "--recipe=tuned", "--set=tune=2"];
+    let stages = holds(&dir, &[&bench[..], &tuned].concat())["block"]["stages"].clone();
+    let tune =
+        stages.as_array().unwrap().iter().find(|stage| stage["operation"] == "tune").unwrap();
+    // One window goes four times forward in each of two steps; another is judged before them and after each.
+    let forward = 2.0 * tune["operations"].as_f64().unwrap() / 11.0;
+    let whole =
+        stages.as_array().unwrap().iter().find(|stage| stage["operation"] == "forward").unwrap();
+    assert!((forward / whole["operations"].as_f64().unwrap() - 1.0).abs() < 1e-9);
     assert!(holds(&dir, &[&bench[..], &["--decode"]].concat())["steps"][0].is_object());
     let mixture = ["bench", "--width=tiny-moe", "--device=cpu"];
     let made = holds(&dir, &[&mixture[..], &block[..3], &["--blocks=."]].concat());

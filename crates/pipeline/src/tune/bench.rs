@@ -44,10 +44,11 @@ pub(crate) fn bench_tuning(
     if spec.choices.tune == 0 {
         return Ok(None);
     }
-    let states =
-        |windows| synthetic_states(device, width, (0..windows, seq_len), Offload::default());
-    let block = solved(calibrator, width, (states(windows)?, states(windows)?))?;
-    let hidden = states(windows.min(BATCH))?.hidden.take(0)?;
+    // A batch is enough to quantize a block by, and no more is taken through it at once.
+    let batch = windows.min(BATCH);
+    let states = || synthetic_states(device, width, (0..batch, seq_len), Offload::default());
+    let block = solved(calibrator, width, (states()?, states()?))?;
+    let hidden = states()?.hidden.take(0)?;
     let chunk = (hidden.rows() / seq_len) as f64;
     let seconds = step_seconds(device, block, (&hidden, ropes, seq_len))?;
     let forward = Operations::of_block(&width.linears(), None, (1, seq_len), false).forward;
