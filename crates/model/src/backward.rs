@@ -19,13 +19,14 @@ pub type LinearSink<'s> = dyn FnMut(LinearId, &Tensor, &Tensor) -> Result<()> + 
 /// Why a model's blocks have no backward pass; `None` where they have.
 #[must_use]
 pub fn without_backward(config: &ModelConfig) -> Option<&'static str> {
-    reason(config.norm == NormKind::Layer, config.is_parallel())
+    reason(config.norm == NormKind::Layer, config.is_parallel(), config.any_experts().is_some())
 }
 
-fn reason(layer_norms: bool, parallel: bool) -> Option<&'static str> {
-    match (layer_norms, parallel) {
-        (true, _) => Some("norms take means off"),
-        (_, true) => Some("attention and the MLP are added at once"),
+fn reason(layer_norms: bool, parallel: bool, experts: bool) -> Option<&'static str> {
+    match (layer_norms, parallel, experts) {
+        (true, ..) => Some("norms take means off"),
+        (_, true, _) => Some("attention and the MLP are added at once"),
+        (.., true) => Some("experts read the tokens that are routed to them"),
         _ => None,
     }
 }
@@ -63,7 +64,7 @@ impl Block {
         sink: &mut LinearSink<'_>,
     ) -> Result<()> {
         let rule = self.rule();
-        if let Some(why) = reason(rule.norm.layer, rule.parallel) {
+        if let Some(why) = reason(rule.norm.layer, rule.parallel, self.mixture().is_some()) {
             return Err(Error::NoBackward { what: format!("Block {}", self.index()), why });
         }
         let attention = self.attention_forward(device, hidden, ropes, seq_len)?;

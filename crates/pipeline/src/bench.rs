@@ -27,9 +27,9 @@ use crate::memory::{BlockSizes, Offload, Workload, offload};
 use crate::operations::Operations;
 use crate::row_shards::largest;
 use crate::states::States;
+use crate::tune::{bench_tuning, check_tuning};
 pub use crate::width::{Width, WidthExperts};
 use crate::work::{StageSeconds, Work};
-use crate::tune::{bench_tuning, check_tuning};
 
 /// Runs of each measurement, at least.
 pub(crate) const RUNS: usize = 3;
@@ -141,7 +141,7 @@ pub fn bench_block(
     spec: &QuantSpec,
 ) -> Result<BlockBench> {
     check_tokens(windows, seq_len)?;
-    check_tuning(spec, ranks, windows)?;
+    check_tuning(spec, ranks, width, windows)?;
     let reference = spec.choices.needs_reference();
     let config = ModelConfig::parse(&width.config_text(), Path::new(CONFIG_FILE))?;
     let experts = config.experts(0);
@@ -243,7 +243,11 @@ fn floor_rate(work: Work) -> Option<f64> {
     }
 }
 
-pub(crate) fn synthetic_block(device: &Device, width: Width, experts: Option<&Experts>) -> Result<Block> {
+pub(crate) fn synthetic_block(
+    device: &Device,
+    width: Width,
+    experts: Option<&Experts>,
+) -> Result<Block> {
     // Outputs keep the size of inputs: standard deviation 1/√in.
     let weight = |seed: usize, rows: usize, cols: usize| {
         let values = halves(rows, cols, seed as u64, (3.0 / cols as f32).sqrt());

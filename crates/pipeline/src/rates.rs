@@ -35,6 +35,7 @@ use crate::rates_file::{self, Record};
 use crate::recipe_fit::has_experts;
 pub use crate::stage_rates::Source;
 use crate::stage_rates::{Entry, Rates, Stage};
+use crate::work::Work;
 
 /// A block's operations by stage, those of the solver as a recipe solves.
 fn by_stage(operations: &Operations, spec: &QuantSpec) -> Vec<(Stage, f64)> {

@@ -13,20 +13,27 @@ use super::schedule;
 use super::split::BATCH;
 use crate::bench::{Measurement, RUNS, Width, synthetic_block, synthetic_states};
 use crate::calibrate::{Calibrator, Streams};
-use crate::work::Work;
 use crate::error::{Error, Result};
 use crate::memory::Offload;
 use crate::operations::Operations;
 use crate::states::States;
+use crate::work::Work;
 use crate::write::packed;
 
 /// Refuses what tuning cannot be measured with.
-pub(crate) fn check_tuning(spec: &QuantSpec, ranks: &Ranks, windows: usize) -> Result<()> {
-    if spec.choices.tune == 0 || (ranks.size() == 1 && windows >= 2) {
+pub(crate) fn check_tuning(
+    spec: &QuantSpec,
+    ranks: &Ranks,
+    width: Width,
+    windows: usize,
+) -> Result<()> {
+    let fits = ranks.size() == 1 && windows >= 2 && width.experts.is_none();
+    if spec.choices.tune == 0 || fits {
         return Ok(());
     }
     let note = format!(
-        "{}=0 instead of {}: tuning is measured on one device, with two windows at least",
+        "{}=0 instead of {}: tuning is measured on one device, with two windows at least, and of a block \
+         without experts",
         Choices::TUNE,
         spec.choices.tune
     );
@@ -51,7 +58,7 @@ pub(crate) fn bench_tuning(
     let hidden = states()?.hidden.take(0)?;
     let chunk = (hidden.rows() / seq_len) as f64;
     let seconds = step_seconds(device, block, (&hidden, ropes, seq_len))?;
-    let forward = Operations::of_block(&width.linears(), None, (1, seq_len), false).forward;
+    let forward = Operations::of_block(&width.kind(), (1, seq_len), false).forward;
     let operations = of_block(forward, spec, windows);
     let seconds = seconds * operations / (4.0 * chunk * forward);
     Ok(Some(Measurement::new(Work::Tune.name(), String::new(), seconds, operations, None)))
@@ -64,7 +71,7 @@ fn solved(
     (quantized, reference): (States, States),
 ) -> Result<TunedBlock> {
     let Calibrator { device, spec, .. } = *calibrator;
-    let mut block = synthetic_block(device, width)?;
+    let mut block = synthetic_block(device, width, None)?;
     let mut streams = Streams { quantized, reference: Some(reference) };
     let mut linears = BTreeMap::new();
     calibrator.block(&mut block, &mut streams, &mut |name, shards| {
