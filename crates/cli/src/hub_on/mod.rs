@@ -41,6 +41,7 @@ pub(crate) fn model(model: &str, part: Part, error: Error, printer: &Printer) ->
     let source = match part {
         Part::All => Source::Model(id.to_owned()),
         Part::Config => Source::Config(id.to_owned()),
+        Part::Settings => Source::Settings(id.to_owned()),
     };
     match fetch(&source, revision.unwrap_or("main"), model, printer)? {
         Some(Ok(folder)) => Ok(folder),
