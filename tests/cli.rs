@@ -106,6 +106,7 @@ fn help_lists_the_commands() {
       chat         Talk with a dense model or a GPTQ checkpoint
       serve        Answer OpenAI's HTTP interface with a dense model or a GPTQ checkpoint
       eval         Measure tasks of lm-evaluation-harness, and keep the results beside perplexity
+      calib        Show what the windows of a calibration recipe hold, as a model's tokenizer sees them
       plan         Predict sizes, memory, work and time of every branch from config.json alone
       inspect      Show what a checkpoint holds
       verify       Check a GPTQ checkpoint in every respect, and say who loads it

@@ -101,7 +101,7 @@ pub(crate) fn cache_root() -> Result<PathBuf> {
 pub(crate) fn split_source(dataset: &DatasetSpec) -> Result<Source> {
     let Some(hub) = dataset.hub() else {
         return Err(advised(
-            format!("`{dataset}` is a local file"),
+            format!("`{dataset}` is no dataset on the Hub"),
             "name a dataset on the Hub as ORG/NAME:CONFIG:SPLIT",
         ));
     };
