@@ -505,7 +505,7 @@ fn mistyped_commands_are_the_users() {
     assert_snapshot!(run(&["ppl", "m", "--dataset", "a:b"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: invalid value 'a:b' for '--dataset <DATASET>': Dataset `a:b` cannot be read: it is not three parts with `:` between them, nor a file of a known kind; a dataset is `ORG/NAME:CONFIG:SPLIT`, or the path of a .txt, .jsonl or .parquet file
+    error: invalid value 'a:b' for '--dataset <DATASET>': Dataset `a:b` cannot be read: it is not three parts with `:` between them, nor a file of a known kind; a dataset is `ORG/NAME:CONFIG:SPLIT`, or the path of a .txt, .jsonl or .parquet file, or builtin:addresses
 
     For more information, try '--help'.
     ");

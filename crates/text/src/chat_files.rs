@@ -17,7 +17,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::chat::{Columns, FIELDS, Message, of_json, of_messages, of_pair};
 use crate::error::{Error, Result};
-use crate::text_files::{damaged, open_parquet, read_parquet, without_mark};
+use crate::text_files::{damaged, decoded, open_parquet, read_parquet, without_mark};
 
 /// Most bytes of a line: a conversation with what JSON writes around it.
 const MOST_LINE: u64 = 64 << 20;
@@ -64,6 +64,10 @@ pub(crate) fn chats_of_parquet(
     column: Option<&str>,
     chats: &mut Vec<Vec<Message>>,
 ) -> Result<()> {
+    decoded(path, || read_chats(path, column, chats))
+}
+
+fn read_chats(path: &Path, column: Option<&str>, chats: &mut Vec<Vec<Message>>) -> Result<()> {
     let reader = open_parquet(path)?;
     let schema = reader.metadata().file_metadata().schema_descr();
     let names: Vec<&str> = schema.root_schema().get_fields().iter().map(|f| f.name()).collect();
