@@ -106,6 +106,7 @@ fn help_lists_the_commands() {
       chat         Talk with a dense model or a GPTQ checkpoint
       serve        Answer OpenAI's HTTP interface with a dense model or a GPTQ checkpoint
       eval         Measure tasks of lm-evaluation-harness, and keep the results beside perplexity
+      calib        Show what the windows of a calibration recipe hold, as a model's tokenizer sees them
       plan         Predict sizes, memory, work and time of every branch from config.json alone
       inspect      Show what a checkpoint holds
       verify       Check a GPTQ checkpoint in every respect, and say who loads it
@@ -504,7 +505,7 @@ fn mistyped_commands_are_the_users() {
     assert_snapshot!(run(&["ppl", "m", "--dataset", "a:b"]).snapshot(), @r"
     exit code 1
     --- stderr
-    error: invalid value 'a:b' for '--dataset <DATASET>': Dataset `a:b` cannot be read: it is not three parts with `:` between them, nor a file of a known kind; a dataset is `ORG/NAME:CONFIG:SPLIT`, or the path of a .txt, .jsonl or .parquet file
+    error: invalid value 'a:b' for '--dataset <DATASET>': Dataset `a:b` cannot be read: it is not three parts with `:` between them, nor a file of a known kind; a dataset is `ORG/NAME:CONFIG:SPLIT`, or the path of a .txt, .jsonl or .parquet file, or builtin:addresses
 
     For more information, try '--help'.
     ");

@@ -119,7 +119,7 @@ fn mistakes_are_told_what_to_type_next() {
     std::fs::create_dir(dir.path("empty")).unwrap();
     dir.write("plain.txt", "w3");
     let cards = repository().join("configs/cards/demo.toml").display().to_string();
-    let cases: [(&[&str], &str); 20] = [
+    let cases: [(&[&str], &str); 23] = [
         (&["plan", "./nowhere"], "a folder that is there, or a model of the Hub as `ORG/NAME`"),
         (&["plan", "models\\x"], "paths have `/`"),
         (&["plan", "org/name"], "gptq fetch org/name"),
@@ -135,6 +135,9 @@ fn mistakes_are_told_what_to_type_next() {
             &["quantize", "model", "--out", "q", "--branch=a", "--config=mine"],
             "nine or stablebeluga2",
         ),
+        (&["calib", "mix", "--model=model"], "gptq fetch --dataset Salesforce/wikitext"),
+        (&["calib", "mine", "--model=model"], "--calib-dataset"),
+        (&["calib", "mix", "--model=org/name"], "gptq fetch org/name"),
         (&["report", "empty"], "gptq sweep or gptq quantize"),
         (&["report", "nowhere"], "gptq quantize or gptq sweep"),
         (&["check", "empty", "--baseline", "b.json"], "gptq sweep or gptq quantize"),

@@ -128,7 +128,7 @@ fn threads_make_the_file_that_processes_make() {
     };
     let recipe = CalibrationRecipe::open("wikitext2").unwrap().with(overrides).unwrap();
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
-    let calibration = recipe.sample(&tokenizer).unwrap();
+    let calibration = recipe.sample(&tokenizer, None).unwrap();
     let run = |handle: RankHandle| {
         handle.run(&Device::Cpu, |ranks| {
             let job = QuantizeJob {

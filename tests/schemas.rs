@@ -67,6 +67,31 @@ fn what_makes_and_measures_checkpoints_prints_what_its_schema_says() {
     };
     assert!(quantize("out", "best")["calibration"].is_object());
     assert!(quantize("tuned", "tuned")["tuning"].is_object());
+    let shown = holds(
+        &dir,
+        &[
+            "calib",
+            "wikitext2",
+            "--model=model",
+            "--show",
+            "--calib-dataset",
+            "text.txt",
+            "--windows=2",
+            "--seq-len=32",
+        ],
+    );
+    assert_eq!(shown["shown"].as_array().unwrap().len(), 2, "{shown}");
+    // Conversations, of another length each.
+    dir.write("chats.jsonl", "{\"prompt\": \"w3\", \"response\": \"w4 w5\"}\n");
+    dir.write("model/chat_template.jinja", "{{ messages[0].content }} {{ messages[1].content }}");
+    let both = "name = \"both\"\nseq_len = 32\nseed = 0\n[[source]]\ndataset = \"text.txt\"\n\
+        join = \"card\"\nwindows = 3\n[[source]]\ndataset = \"chats.jsonl\"\n\
+        template = \"chat\"\nrows = \"padded\"\nwindows = 1\n";
+    dir.write("both.toml", both);
+    holds(&dir, &["calib", "both.toml", "--model=model", "--show"]);
+    let fixed = ["quantize", "model", "--out=both", "--calib=both.toml", "--device=cpu"];
+    assert_eq!(holds(&dir, &fixed)["calibration"]["sources"][1]["tokens"], 3);
+    assert!(holds(&dir, &["report", "both"])["branches"][0]["calibration"]["tokens"].is_number());
     // Without calibration most of it is absent.
     assert!(quantize("rounded", "rtn")["calibration"].is_null());
     let text = ["--dataset=other.txt", "--device=cpu"];

@@ -175,7 +175,7 @@ fn several_devices_make_and_measure_what_one_does() {
         model: config.model.as_deref().unwrap(),
         source: &source,
         origin: None,
-        calibration: &config.calibration.sample(&tokenizer).unwrap(),
+        calibration: &config.calibration.sample(&tokenizer, None).unwrap(),
         devices: &[Device::Cpu, Device::Cpu],
         together: 1,
         out: &dir.path("two"),

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use chrono::NaiveDateTime;
+use chrono::{NaiveDate, NaiveDateTime};
+use gptq_text::chat::Message;
 use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, Value};
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use crate::error::{Error, Result};
@@ -39,23 +39,6 @@ const MOST_WRITTEN: usize = 16 << 20;
 const STACK: usize = 256 << 20;
 /// The longest that it may take: a conversation takes milliseconds.
 const MOST_TIME: Duration = Duration::from_secs(10);
-
-/// What one side says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    /// Who says it: `system`, `user` or `assistant`; a template may know others.
-    pub role: String,
-    /// The text.
-    pub content: String,
-}
-
-impl Message {
-    /// A message.
-    #[must_use]
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
-    }
-}
 
 /// All that a template is given, for callers that have more than texts.
 #[derive(Clone, Debug, Default)]
@@ -138,9 +121,20 @@ impl ChatTemplate {
     /// [`Error::TemplateRefused`] where the template itself refuses the conversation, as one whose
     /// roles do not alternate; [`Error::Template`] and [`Error::TemplateTooLarge`].
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let message = |message: &Message| serde_json::json!({"role": message.role, "content": message.content});
-        let messages = messages.iter().map(message).collect();
+        let messages = to_json(messages);
         self.render_all(&Conversation { messages, add_generation_prompt, ..Default::default() })
+    }
+
+    /// The text of a conversation that is a document: it does not end with the beginning of an answer,
+    /// and a template that asks for today's date is given Llama 3.1's own, 26 July 2024, so that the same
+    /// conversations are the same text on any day.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_document(&self, messages: &[Message]) -> Result<String> {
+        let messages = to_json(messages);
+        let now = NaiveDate::from_ymd_opt(2024, 7, 26).and_then(|date| date.and_hms_opt(0, 0, 0));
+        self.render_all(&Conversation { messages, now, ..Default::default() })
     }
 
     /// As [`render`](Self::render), with all that transformers gives a template.
@@ -199,6 +193,12 @@ impl ChatTemplate {
         known.insert("strftime_now", strftime_now(now));
         Value::from_pairs(known)
     }
+}
+
+fn to_json(messages: &[Message]) -> Vec<Json> {
+    let message =
+        |message: &Message| serde_json::json!({"role": message.role, "content": message.content});
+    messages.iter().map(message).collect()
 }
 
 fn render(

@@ -123,3 +123,13 @@ fn line_ends_are_one_and_the_last_is_none() {
     assert_eq!(render("a\r\n{% if true %}\r\nb{% endif %}\r\n").unwrap(), "a\nb");
     assert_eq!(render("a\n\n").unwrap(), "a\n");
 }
+
+/// Calibration reads it: any other day would be other tokens.
+#[test]
+fn a_document_is_the_same_on_any_day_and_ends_with_its_last_message() {
+    let source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m.role }}: {{ m.content }}\
+                  {% endfor %}{% if add_generation_prompt %}|assistant: {% endif %}";
+    let messages = [Message::new("user", "Hi"), Message::new("assistant", "Ho")];
+    let text = template(source).unwrap().render_document(&messages).unwrap();
+    assert_eq!(text, "26 Jul 2024|user: Hi|assistant: Ho");
+}

@@ -25,10 +25,11 @@ mod stop_tokens;
 mod template_environment;
 mod to_json;
 
-pub use chat_template::{ChatTemplate, Conversation, Message};
+pub use chat_template::{ChatTemplate, Conversation};
 pub use engine::{Engine, Finish, Request, Scored, Step, check_length};
 pub use error::{Error, Result};
 pub use generation_config::{GENERATION_CONFIG_FILE, GenerationConfig};
+pub use gptq_text::chat::Message;
 pub use gptq_text::token_stream::TokenStream;
 pub use log_probabilities::LogProbabilities;
 pub use prompt_template::PromptTemplate;

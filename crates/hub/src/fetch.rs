@@ -12,7 +12,7 @@ use crate::cache::RepoCache;
 use crate::download::Download;
 use crate::listing::{Listing, RemoteFile, clash};
 use crate::lock::lock;
-use crate::needed::{Needed, available_splits, model_files, shards, split_files};
+use crate::needed::{Needed, available_splits, model_files, shards, small_files, split_files};
 use crate::progress::Meter;
 use crate::revision::check_revision;
 use crate::stop::Stop;
@@ -29,6 +29,8 @@ pub enum Source {
     Model(String),
     /// The configuration of the model `ORG/NAME` alone.
     Config(String),
+    /// Its small files: what [`Model`](Self::Model) has beside weights.
+    Settings(String),
     /// The parquet files of a split.
     Dataset {
         /// `ORG/NAME`, or `NAME` for the Hub's oldest datasets.
@@ -101,7 +103,7 @@ impl Source {
     /// The repository's kind and id.
     pub(crate) fn repository(&self) -> (Kind, &str) {
         match self {
-            Self::Model(id) | Self::Config(id) => (Kind::Model, id),
+            Self::Model(id) | Self::Config(id) | Self::Settings(id) => (Kind::Model, id),
             Self::Dataset { id, .. } => (Kind::Dataset, id),
         }
     }
@@ -135,6 +137,7 @@ pub(crate) fn choose(source: &Source, listing: &[RemoteFile]) -> Result<Needed> 
             let config = config.ok_or_else(|| Error::NotFound { what: what() })?;
             Ok(Needed::files(vec![config.clone()]))
         }
+        Source::Settings(_) => Ok(Needed::files(small_files(listing))),
         Source::Dataset { id, config, split } => {
             let files = split_files(listing, config, split);
             if files.is_empty() {

@@ -86,6 +86,11 @@ pub(crate) fn shards(what: &str, index: &[u8], listing: &[RemoteFile]) -> Result
 }
 
 /// Settings, tokenizers and licenses; a license may lie in a folder of its own.
+/// The small files of a model.
+pub(crate) fn small_files(listing: &[RemoteFile]) -> Vec<RemoteFile> {
+    listing.iter().filter(|file| is_small(file)).cloned().collect()
+}
+
 fn is_small(file: &RemoteFile) -> bool {
     let path = file.path.to_lowercase();
     let license = ["licen", "notice", "use_policy"].iter().any(|word| path.contains(word));

@@ -120,16 +120,18 @@ impl Norm {
 pub struct Ropes {
     global: RopeTable,
     local: Option<RopeTable>,
+    /// Those of windows shorter than so many tokens, where they have others.
+    shorter: Option<(usize, Box<Self>)>,
 }
 
 impl Ropes {
     /// These, for all blocks.
     #[must_use]
     pub fn shared(table: RopeTable) -> Self {
-        Self { global: table, local: None }
+        Self { global: table, local: None, shorter: None }
     }
 
-    /// A model's, for windows of `seq_len` tokens.
+    /// A model's, for windows of up to `seq_len` tokens.
     #[must_use]
     pub fn of(config: &ModelConfig, seq_len: usize) -> Self {
         let layout =
@@ -138,7 +140,24 @@ impl Ropes {
             let (frequencies, factor) = (rope.frequencies(seq_len), rope.attention_factor());
             RopeTable::with(&frequencies, seq_len, config.head_dim, layout, factor)
         };
-        Self { global: table(&config.rope), local: config.local_rope.as_ref().map(table) }
+        // Of windows shorter than those prepared for, only ones within the context differ, and only
+        // where the scaling is `dynamic` or `longrope`.
+        let changes = config.rope.changes_from().filter(|&from| seq_len >= from);
+        Self {
+            global: table(&config.rope),
+            local: config.local_rope.as_ref().map(table),
+            shorter: changes.map(|from| (from, Box::new(Self::of(config, from - 1)))),
+        }
+    }
+
+    /// Those of windows of `seq_len` tokens, no longer than the longest they were made for: what
+    /// transformers does after it has seen the longest.
+    #[must_use]
+    pub fn for_windows(&self, seq_len: usize) -> &Self {
+        match &self.shorter {
+            Some((from, ropes)) if seq_len < *from => ropes,
+            _ => self,
+        }
     }
 
     /// The angles of a kind of block.

@@ -25,8 +25,6 @@ pub struct Model<'a> {
     seq_len: usize,
     /// Angles for windows of that length.
     ropes: Ropes,
-    /// Angles for windows shorter than this, where longer ones have others.
-    shorter: Option<(usize, Ropes)>,
     ranks: Ranks,
 }
 
@@ -104,7 +102,6 @@ impl<'a> Model<'a> {
             return Err(Error::ContextExceeded { seq_len, max });
         }
         checkpoint.check_tensors()?;
-        let changes = config.rope.changes_from().filter(|&from| seq_len >= from);
         let table =
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;
         table.check_finite()?;
@@ -117,7 +114,6 @@ impl<'a> Model<'a> {
             embedding,
             seq_len,
             ropes: Ropes::of(config, seq_len),
-            shorter: changes.map(|from| (from, Ropes::of(config, from - 1))),
             ranks: Ranks::alone(),
         })
     }
@@ -168,14 +164,9 @@ impl<'a> Model<'a> {
         self.checkpoint
     }
 
-    /// Rotary angles for windows of `seq_len` tokens. Of windows shorter than those prepared for, only
-    /// ones within the context differ, and only where the scaling is `dynamic` or `longrope`: what
-    /// transformers does after it has seen the longest.
+    /// Rotary angles for windows of `seq_len` tokens (see [`Ropes::for_windows`]).
     pub fn ropes(&self, seq_len: usize) -> &Ropes {
-        match &self.shorter {
-            Some((from, ropes)) if seq_len < *from => ropes,
-            _ => &self.ropes,
-        }
+        self.ropes.for_windows(seq_len)
     }
 
     /// Embeddings of `ids`, `[ids.len(), hidden]`.

@@ -33,9 +33,9 @@ pub(crate) fn quantize(job: &QuantizeJob<'_>) -> Result<Agreement> {
     }
     let same = same.with("choices", spec.choices);
     let Some(calibration) = job.calibration else { return Ok(same) };
-    let seq_len = calibration.windows.first().map_or(0, Vec::len);
+    let (windows, seq_len) = (calibration.windows.len(), calibration.seq_len);
     Ok(same
-        .with("calibration windows", format!("{} × {seq_len} tokens", calibration.windows.len()))
+        .with("calibration windows", format!("{windows} × {seq_len} tokens"))
         .with("calibration seed", calibration.seed)
         .with("calibration text", &calibration.dataset.fingerprint)
         .with("calibration tokens", &calibration.sha256))

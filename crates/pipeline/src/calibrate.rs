@@ -40,6 +40,7 @@ const ENERGY_ROWS: usize = 512;
 /// What every block of a run shares.
 pub(crate) struct Calibrator<'a> {
     pub(crate) device: &'a Device,
+    /// For windows of every length.
     pub(crate) ropes: &'a Ropes,
     pub(crate) spec: &'a QuantSpec,
     /// Who else calibrates the block: each on its own windows, solving its own rows.
@@ -125,29 +126,30 @@ impl Stream<'_> {
     ) -> Result<Tensor> {
         let device = all.device;
         let seq_len = self.states.seq_lens[chunk];
+        let ropes = all.ropes.for_windows(seq_len);
         let parallel = block.rule().parallel;
         if stage == Stage::GateUp {
             let context = self.kept(all).take(chunk)?;
             let mut hidden = self.states.hidden.take(chunk)?;
             if parallel {
-                let input = block.stage_input(device, stage, &hidden, all.ropes, seq_len)?;
+                let input = block.stage_input(device, stage, &hidden, ropes, seq_len)?;
                 block.stage_output(device, Stage::Output, &context, &mut hidden)?;
                 self.states.hidden.put(chunk, hidden)?;
                 self.kept(all).put(chunk, input.clone())?;
                 return Ok(input);
             }
             block.stage_output(device, Stage::Output, &context, &mut hidden)?;
-            let input = block.stage_input(device, stage, &hidden, all.ropes, seq_len)?;
+            let input = block.stage_input(device, stage, &hidden, ropes, seq_len)?;
             self.states.hidden.put(chunk, hidden)?;
             return Ok(input);
         }
         if parallel && stage == Stage::Down {
             let before = self.kept(all).take(chunk)?;
-            return Ok(block.next_input(device, stage, &before, all.ropes, seq_len)?);
+            return Ok(block.next_input(device, stage, &before, ropes, seq_len)?);
         }
         self.states
             .hidden
-            .read(chunk, |hidden| Ok(block.stage_input(device, stage, hidden, all.ropes, seq_len)?))
+            .read(chunk, |hidden| Ok(block.stage_input(device, stage, hidden, ropes, seq_len)?))
     }
 
     /// Adds what one chunk of the residual stream lacks against `reference` before o's or down's
@@ -199,17 +201,19 @@ impl States {
         chunk: usize,
     ) -> Result<Tensor> {
         let device = all.device;
+        let seq_len = self.seq_lens[chunk];
+        let ropes = all.ropes.for_windows(seq_len);
         let mut hidden = self.hidden.take(chunk)?;
         if dense.rule().parallel {
             // Its attention and MLP are added at once.
             if stage == Stage::Down {
-                dense.forward(device, &mut hidden, all.ropes, self.seq_lens[chunk])?;
+                dense.forward(device, &mut hidden, ropes, seq_len)?;
             }
             return Ok(hidden);
         }
         let of =
             if stage == Stage::Down && dense.mixture().is_some() { Stage::GateUp } else { stage };
-        let input = dense.stage_input(device, of, &hidden, all.ropes, self.seq_lens[chunk])?;
+        let input = dense.stage_input(device, of, &hidden, ropes, seq_len)?;
         match of {
             Stage::GateUp => experts::add_all(device, dense, &input, &mut hidden)?,
             _ => dense.stage_output(device, stage, &input, &mut hidden)?,

@@ -56,7 +56,7 @@ pub struct Beside<'a> {
 }
 
 impl QuantizeJob<'_> {
-    /// Calibration windows, of one length; none where nothing calibrates.
+    /// Calibration windows; none where nothing calibrates.
     pub(crate) fn windows(&self) -> &[Vec<u32>] {
         self.calibration.map_or(&[], |calibration| &calibration.windows)
     }
@@ -78,9 +78,9 @@ impl QuantizeJob<'_> {
         }
     }
 
-    /// Tokens of a window, for a model that is walked whether there are any or not.
+    /// Tokens of the longest window, for a model that is walked whether there are any or not.
     pub(crate) fn seq_len(&self) -> usize {
-        self.windows().first().map_or(1, Vec::len)
+        self.windows().iter().map(Vec::len).max().unwrap_or(1)
     }
 }
 

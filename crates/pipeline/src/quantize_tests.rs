@@ -80,7 +80,7 @@ fn assert_walked_alike(job: &QuantizeJob<'_>) {
     let progress: &dyn Progress = if job.strict { &Quiet } else { &Silent };
     let Made { sealed, streams, .. } = make(job, progress).unwrap().unwrap();
     let file = Checkpoint::open(&sealed.publish().unwrap().dir).unwrap();
-    let seq_len = windows[0].len();
+    let seq_len = windows.iter().map(|window| window.len()).max().unwrap();
     let model = Model::new(&file, job.device.clone(), SourcePrecision::Stored, seq_len).unwrap();
     let mut reloaded = embed(&model, &windows, 0.0).unwrap();
     for index in 0..model.config().num_hidden_layers {
@@ -100,7 +100,7 @@ fn the_file_gives_the_states_that_calibration_propagated() {
     };
     let recipe = CalibrationRecipe::open(&demo.to_string_lossy()).unwrap().with(overrides).unwrap();
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
-    let calibration = recipe.sample(&tokenizer).unwrap();
+    let calibration = recipe.sample(&tokenizer, None).unwrap();
     let folder = tempfile::tempdir().unwrap();
     for (bits, group, act_order) in [(3, Some(128), true), (4, None, false)] {
         let spec = QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best);
@@ -137,17 +137,42 @@ fn changed(dir: &Path, name: &str, change: impl Fn(&str, &mut [f32])) -> Checkpo
 }
 
 /// Windows of 48 tokens of 64.
-fn calibration(windows: u32) -> Calibration {
-    let window = |start: u32| (0..48).map(|i| (start + i * 7 + i * i * start) % 64).collect();
+fn calibration(windows: usize) -> Calibration {
+    of_lengths(&vec![48; windows])
+}
+
+/// A calibration on windows of these lengths.
+fn of_lengths(lengths: &[u32]) -> Calibration {
+    let window = |start: u32, length| {
+        (0..length).map(|i| (start + i * 7 + i * i * start) % 64).collect()
+    };
+    let starts = (0..).step_by(5);
     Calibration {
-        windows: (0..windows).map(|i| window(i * 5)).collect(),
-        offsets: Vec::new(),
-        tokens_in_text: 0,
+        windows: starts.zip(lengths).map(|(start, &length)| window(start, length)).collect(),
+        places: Vec::new(),
+        seq_len: 48,
         sha256: String::new(),
         seed: 0,
         dataset: DatasetIdentity::new("text".to_owned(), None, &[]),
-        rows: 1,
-        glued: 0,
+        sources: Vec::new(),
+    }
+}
+
+/// Rows are windows of their own, each as long as it is: nothing stands in for what a batch would pad,
+/// and each has the angles of its length where scaling goes by that.
+#[test]
+fn windows_of_unequal_length_are_walked_as_they_are() {
+    for name in ["llama2", "dynamic", "llama-longrope"] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = widened(folder.path(), name, "plain");
+        let from = source.config().rope.changes_from().unwrap_or(24);
+        let (long, short) = (from as u32 + 16, from as u32 - 5);
+        let calibration = of_lengths(&[long, short, short, 1, long, 7, long - 1, 2, short]);
+        let spec = QuantSpec::new(4, Some(32), true, 0.1, Recipe::Best);
+        let job = job(&source, &calibration, spec, &folder.path().join("out"));
+        assert_eq!(job.seq_len(), long as usize);
+        assert_eq!(job.workload().tokens as u32, 3 * long - 1 + 3 * short + 10);
+        assert_walked_alike(&QuantizeJob { source_dtype: SourceDtype::Fp32, ..job });
     }
 }
 

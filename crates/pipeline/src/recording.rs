@@ -85,7 +85,12 @@ fn calibration_record(calibration: &Calibration) -> CalibrationRecord {
     CalibrationRecord {
         dataset: calibration.dataset.portable(),
         windows: calibration.windows.len(),
-        seq_len: calibration.windows.first().map_or(0, Vec::len),
+        source_windows: match calibration.sources.as_slice() {
+            [_] => Vec::new(),
+            sources => sources.iter().map(|source| source.windows).collect(),
+        },
+        seq_len: calibration.seq_len,
+        tokens: (!calibration.is_even()).then(|| calibration.tokens()),
         seed: calibration.seed,
         sha256: calibration.sha256.clone(),
     }

@@ -45,10 +45,8 @@ pub(crate) fn metadata(
     source_dtype: SourceDtype,
     calibration: Option<&Calibration>,
 ) -> BTreeMap<String, String> {
-    let calibration = calibration.map(|c| {
-        let seq_len = c.windows.first().map_or(0, Vec::len);
-        (&c.dataset, (c.windows.len(), seq_len), c.sha256.as_str())
-    });
+    let calibration =
+        calibration.map(|c| (&c.dataset, (c.windows.len(), c.seq_len), c.sha256.as_str()));
     provenance(spec, source_dtype, calibration)
 }
 
@@ -60,10 +58,9 @@ pub fn planned_metadata(
     source_dtype: SourceDtype,
     recipe: &CalibrationRecipe,
 ) -> BTreeMap<String, String> {
-    let dataset = &recipe.dataset;
-    let dataset = DatasetIdentity::new(dataset.to_string(), dataset.hub().cloned(), &[]);
+    let dataset = recipe.unread();
     let hash = "0".repeat(64);
-    let calibration = (&dataset, (recipe.windows, recipe.seq_len), hash.as_str());
+    let calibration = (&dataset, (recipe.windows(), recipe.seq_len), hash.as_str());
     provenance(spec, source_dtype, spec.recipe.calibrates().then_some(calibration))
 }
 

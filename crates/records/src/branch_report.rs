@@ -98,15 +98,22 @@ fn is_false(flag: &bool) -> bool {
 /// Calibration windows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CalibrationRecord {
-    /// The text they were drawn from.
+    /// The text, or texts, that they were drawn from.
     pub dataset: DatasetIdentity,
     /// How many.
     pub windows: usize,
-    /// Tokens of each.
+    /// How many of each source, in order; left out where there is one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub source_windows: Vec<usize>,
+    /// Tokens of each; the most that one has where they are of unequal length.
     pub seq_len: usize,
+    /// Tokens of all; left out where each has `seq_len`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<usize>,
     /// Seed of their positions.
     pub seed: u64,
-    /// SHA-256 (hex) of all windows' tokens as little-endian u32.
+    /// SHA-256 (hex) of all windows' tokens as little-endian u32; of windows of unequal length, the
+    /// number of each one's tokens, as such, goes before them.
     pub sha256: String,
 }
 
@@ -340,7 +347,9 @@ mod tests {
             calibration: Some(CalibrationRecord {
                 dataset: dataset.clone(),
                 windows: 4,
+                source_windows: Vec::new(),
                 seq_len: 8,
+                tokens: None,
                 seed: 0,
                 sha256: "00".to_owned(),
             }),
@@ -462,6 +471,26 @@ mod tests {
         let read = BranchReport::read(dir.path()).unwrap();
         assert_eq!((read.f64_retries, read.blocks[0].linears[0].f64_retries), (0, 0));
         assert_eq!(read.head, None);
+    }
+
+    /// Of one source, with windows of one length, the record is what it always was.
+    #[test]
+    fn a_calibration_says_more_only_where_there_is_more_to_say() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = report();
+        let text = |report: &BranchReport| String::from_utf8(report.to_bytes().unwrap()).unwrap();
+        for key in ["\"source_windows\"", "\"tokens\": null", "\"sources\""] {
+            assert!(!text(&report).contains(key), "{key}");
+        }
+        let calibration = report.calibration.as_mut().unwrap();
+        let other = DatasetIdentity::new("b.txt".to_owned(), None, &["b".to_owned()]);
+        let sources = vec![calibration.dataset.clone(), other.clone()];
+        calibration.dataset = DatasetIdentity::of_sources(sources);
+        calibration.source_windows = vec![3, 1];
+        calibration.tokens = Some(29);
+        write(&report, dir.path());
+        assert_eq!(BranchReport::read(dir.path()).unwrap(), report);
+        assert_eq!(calibrated_on(dir.path(), &other), Some(true));
     }
 
     /// What `--strict` looks at when it reuses a branch.

@@ -55,7 +55,9 @@ pub(crate) fn branch(
         calibration: Some(CalibrationRecord {
             dataset: text("calibration.txt"),
             windows: 32,
+            source_windows: Vec::new(),
             seq_len: 512,
+            tokens: None,
             seed: 0,
             sha256: "c0ffee".to_owned(),
         }),

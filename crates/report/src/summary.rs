@@ -117,10 +117,20 @@ fn device(branch: &BranchReport) -> String {
 
 fn calibration(record: &CalibrationRecord) -> String {
     let digest: String = record.sha256.chars().take(12).collect();
-    format!(
-        "{} windows × {} tokens of {}, seed {}, tokens' SHA-256 {digest}…",
-        record.windows, record.seq_len, record.dataset.name, record.seed
-    )
+    let CalibrationRecord { windows, seq_len, seed, .. } = record;
+    let (length, all) = match record.tokens {
+        None => (format!("{windows} windows × {seq_len} tokens"), String::new()),
+        Some(all) => {
+            (format!("{windows} windows of up to {seq_len} tokens"), format!(", {all} in all"))
+        }
+    };
+    let each = record.source_windows.iter().zip(record.dataset.each());
+    let each: Vec<String> = each.map(|(n, source)| format!("{n} of {}", source.name)).collect();
+    let windows = match each.as_slice() {
+        [] => format!("{length} of {}{all}", record.dataset.name),
+        each => format!("{length}{all}: {}", each.join(", ")),
+    };
+    format!("{windows}, seed {seed}, tokens' SHA-256 {digest}…")
 }
 
 /// What a reader must not overlook: calibration on the text of the evaluation, raised damping.

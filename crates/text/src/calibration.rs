@@ -1,148 +1,217 @@
-//! Calibration recipes: which text calibrates a model, and which windows are cut from it.
+//! Calibration windows: what a recipe's sources give under one tokenizer.
 //!
-//! A recipe is a small TOML file (see `calib/README.md`). Windows start at offsets drawn by
-//! Python's generator over one long encoded text, which is how the published branches were
-//! calibrated; the digest of the tokens makes "the same calibration" a checkable statement.
+//! Windows of a text start at offsets drawn by Python's generator, which is how the published branches
+//! were calibrated; rows and conversations are taken in the order in which it shuffles them. The digest
+//! of the tokens makes "the same calibration" a checkable statement.
 
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_records::digest::hex;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::dataset::{Dataset, DatasetSpec, Join};
+use crate::chat::{Message, Render, Unrendered};
+use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::python_random::PythonRandom;
+pub use crate::recipe::{CalibrationOverrides, CalibrationRecipe, Cut, MOST_TOKENS, RecipeSource};
 use crate::tokens::TextTokenizer;
-
-/// Recipes that need no file, by the name they are asked for.
-const BUILT_IN: [(&str, &str); 2] = [
-    ("card", include_str!("../calib/card.toml")),
-    ("wikitext2", include_str!("../calib/wikitext2.toml")),
-];
-
-/// What to calibrate on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CalibrationRecipe {
-    /// The name shown in reports.
-    pub name: String,
-    /// Where the text comes from.
-    pub dataset: DatasetSpec,
-    /// How its rows become one text.
-    pub join: Join,
-    /// How many windows are drawn; they may overlap.
-    pub windows: usize,
-    /// Length of a window, in tokens.
-    pub seq_len: usize,
-    /// Seed of the offsets, as given to Python's `random.seed`.
-    pub seed: u64,
-}
-
-/// More than any text has, and little enough to count work with.
-pub const MOST_TOKENS: usize = 1 << 40;
-
-/// Parts of a recipe replaced for one run; None keeps the recipe's own.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CalibrationOverrides {
-    /// Another dataset.
-    pub dataset: Option<DatasetSpec>,
-    /// Another way to make one text of its rows.
-    pub join: Option<Join>,
-    /// Another number of windows.
-    pub windows: Option<usize>,
-    /// Another window length, in tokens.
-    pub seq_len: Option<usize>,
-    /// Another seed.
-    pub seed: Option<u64>,
-}
 
 /// The windows of a recipe, as tokens of one tokenizer.
 #[derive(Debug, Clone)]
 pub struct Calibration {
-    /// `[windows][seq_len]` tokens, in the order drawn.
+    /// Tokens of each window, in the order of calibration: those of several sources are mixed evenly,
+    /// so that any run of them holds every source by its share. At most `seq_len` each, and at least 1.
     pub windows: Vec<Vec<u32>>,
-    /// Where each window starts in the encoded text, in tokens.
-    pub offsets: Vec<usize>,
-    /// Length of the encoded text.
-    pub tokens_in_text: usize,
-    /// SHA-256 (hex) of all windows' tokens as little-endian u32.
+    /// Where each is from.
+    pub places: Vec<Place>,
+    /// Length of a window; the most that one may have where they are rows.
+    pub seq_len: usize,
+    /// SHA-256 (hex) of all windows' tokens as little-endian u32; where one is shorter than `seq_len`,
+    /// the number of each one's tokens, as such, goes before them.
     pub sha256: String,
-    /// Seed of the offsets.
+    /// Seed of the places.
     pub seed: u64,
-    /// The text they were drawn from.
+    /// The text, or texts, they were drawn from.
     pub dataset: DatasetIdentity,
-    /// Rows of it.
+    /// What each source gave.
+    pub sources: Vec<DrawnSource>,
+}
+
+/// Where a window begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Its source.
+    pub source: usize,
+    /// Where in it.
+    pub start: Start,
+}
+
+/// A beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// In a joined text, by tokens.
+    Token(usize),
+    /// In or at a row, counted from 0.
+    Row(usize),
+}
+
+/// What a source gave.
+#[derive(Debug, Clone)]
+pub struct DrawnSource {
+    /// What it is.
+    pub dataset: DatasetIdentity,
+    /// How it was cut.
+    pub cut: Cut,
+    /// Its rows.
     pub rows: usize,
+    /// Tokens of the joined text; `None` where only rows that were drawn were encoded.
+    pub tokens_in_text: Option<usize>,
+    /// Windows.
+    pub windows: usize,
+    /// Tokens of these.
+    pub tokens: usize,
+    /// Those among them that an earlier window holds, too.
+    pub repeated: usize,
     /// Rows that the join lets run into the next.
     pub glued: usize,
+    /// Conversations that the chat template refused, which others were taken for, and what it said of
+    /// the first.
+    pub refused: Option<(usize, String)>,
+}
+
+impl Calibration {
+    /// Tokens of all windows.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.windows.iter().map(Vec::len).sum()
+    }
+
+    /// Tokens of the longest window.
+    #[must_use]
+    pub fn longest(&self) -> usize {
+        self.windows.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Whether every window has `seq_len` tokens.
+    #[must_use]
+    pub fn is_even(&self) -> bool {
+        self.windows.iter().all(|window| window.len() == self.seq_len)
+    }
+
+    /// Windows of the longest's length that have as many tokens, and that length: what they cost.
+    #[must_use]
+    pub fn workload(&self) -> (usize, usize) {
+        let longest = self.longest();
+        (self.tokens().div_ceil(longest.max(1)), longest)
+    }
 }
 
 impl CalibrationRecipe {
-    /// The names that [`open`](Self::open) knows without a file.
-    pub fn built_in_names() -> impl Iterator<Item = &'static str> {
-        BUILT_IN.iter().map(|&(name, _)| name)
-    }
-
-    /// Finds a recipe by built-in name or by the path of a `.toml` file. A relative dataset path
-    /// in a file is taken from that file's folder.
+    /// Reads the sources, encodes them and draws the windows. Conversations need `chat`, the model's
+    /// chat template.
     ///
     /// # Errors
-    /// When there is no such recipe, or it is invalid.
-    pub fn open(name_or_path: &str) -> Result<Self> {
-        if let Some((name, text)) = BUILT_IN.iter().find(|(name, _)| *name == name_or_path) {
-            return Self::parse(text, name);
+    /// When a source cannot be read, rendered or encoded, or is too short for its windows.
+    pub fn sample(
+        &self,
+        tokenizer: &TextTokenizer,
+        chat: Option<&Render<'_>>,
+    ) -> Result<Calibration> {
+        let mut drawn = Vec::with_capacity(self.sources.len());
+        for (index, source) in self.sources.iter().enumerate() {
+            let random = PythonRandom::new(self.seed.wrapping_add(index as u64));
+            let draw = Draw { source, seq_len: self.seq_len, random, tokenizer };
+            drawn.push(draw.windows(chat)?);
         }
-        let path = Path::new(name_or_path);
-        if path.extension().is_none_or(|extension| extension != "toml") {
-            let built_in: Vec<&str> = Self::built_in_names().collect();
-            return Err(Error::RecipeUnknown {
-                name: name_or_path.to_owned(),
-                built_in: built_in.join(", "),
-            });
-        }
-        let text = gptq_checkpoint::read_small_text(path)
-            .map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        let mut recipe = Self::parse(&text, name_or_path)?;
-        if let Some(folder) = path.parent() {
-            recipe.dataset = recipe.dataset.relative_to(folder);
-        }
-        Ok(recipe)
+        Ok(self.mixed(drawn))
     }
 
-    /// The recipe with some of its parts replaced.
-    ///
-    /// # Errors
-    /// When no windows, or windows of no use, would remain.
-    pub fn with(mut self, overrides: CalibrationOverrides) -> Result<Self> {
-        self.dataset = overrides.dataset.unwrap_or(self.dataset);
-        self.join = overrides.join.unwrap_or(self.join);
-        self.windows = overrides.windows.unwrap_or(self.windows);
-        self.seq_len = overrides.seq_len.unwrap_or(self.seq_len);
-        self.seed = overrides.seed.unwrap_or(self.seed);
-        self.check(&self.name)?;
-        Ok(self)
+    /// The windows of all sources as one calibration.
+    fn mixed(&self, drawn: Vec<Drawn>) -> Calibration {
+        let counts: Vec<usize> = drawn.iter().map(|drawn| drawn.windows.len()).collect();
+        let (mut sources, mut left) = (Vec::new(), Vec::new());
+        for drawn in drawn {
+            sources.push(drawn.source);
+            left.push(drawn.windows.into_iter());
+        }
+        let (mut windows, mut places) = (Vec::new(), Vec::new());
+        for source in evenly(&counts) {
+            if let Some((start, window)) = left[source].next() {
+                places.push(Place { source, start });
+                windows.push(window);
+            }
+        }
+        let identities = sources.iter().map(|source| source.dataset.clone()).collect();
+        let mut calibration = Calibration {
+            windows,
+            places,
+            seq_len: self.seq_len,
+            sha256: String::new(),
+            seed: self.seed,
+            dataset: DatasetIdentity::of_sources(identities),
+            sources,
+        };
+        calibration.sha256 = digest(&calibration.windows, calibration.is_even());
+        calibration
+    }
+}
+
+/// The order of sources that mixes them evenly: window j of a source's n is due at (j + ½) / n of the
+/// way; of two that are due at once the earlier source's is first.
+fn evenly(counts: &[usize]) -> Vec<usize> {
+    let windows = counts.iter().enumerate();
+    let due =
+        windows.flat_map(|(source, &count)| (0..count).map(move |j| (2 * j + 1, count, source)));
+    let mut due: Vec<(usize, usize, usize)> = due.collect();
+    // Exact: a / b < c / d where a d < c b.
+    due.sort_by(|a, b| (a.0 as u128 * b.1 as u128).cmp(&(b.0 as u128 * a.1 as u128)));
+    due.into_iter().map(|(_, _, source)| source).collect()
+}
+
+/// One source about to be drawn from.
+struct Draw<'d> {
+    source: &'d RecipeSource,
+    seq_len: usize,
+    random: PythonRandom,
+    tokenizer: &'d TextTokenizer,
+}
+
+/// Windows of one source, in the order drawn.
+struct Drawn {
+    windows: Vec<(Start, Vec<u32>)>,
+    source: DrawnSource,
+}
+
+impl Draw<'_> {
+    fn windows(self, chat: Option<&Render<'_>>) -> Result<Drawn> {
+        match self.source.cut {
+            Cut::Text(join) => {
+                let Dataset { rows, identity } = self.source.dataset.load()?;
+                let (count, glued) = (rows.len(), join.glued(&rows));
+                let ids = self.tokenizer.encode(&join.text(rows))?;
+                let drawn = self.of_text(&ids, identity)?;
+                Ok(Drawn { source: DrawnSource { rows: count, glued, ..drawn.source }, ..drawn })
+            }
+            Cut::Rows => {
+                let Dataset { rows, identity } = self.source.dataset.load()?;
+                self.of_rows(&rows, identity)
+            }
+            Cut::Chats | Cut::ChatRows => {
+                let dataset = || self.source.dataset.to_string();
+                let chat = chat.ok_or_else(|| Error::NoChatTemplate { dataset: dataset() })?;
+                let (chats, identity) = self.source.dataset.conversations()?;
+                self.of_chats(&chats, identity, chat)
+            }
+        }
     }
 
-    /// Reads the dataset, encodes it and draws the windows.
-    ///
-    /// # Errors
-    /// When the dataset cannot be read or encoded, or is too short for one window.
-    pub fn sample(&self, tokenizer: &TextTokenizer) -> Result<Calibration> {
-        let Dataset { rows, identity } = self.dataset.load()?;
-        let (count, glued) = (rows.len(), self.join.glued(&rows));
-        let ids = tokenizer.encode(&self.join.text(rows))?;
-        let drawn = self.draw(&ids, identity)?;
-        Ok(Calibration { rows: count, glued, ..drawn })
-    }
-
-    /// Draws the windows from an encoded text of one row.
-    fn draw(&self, ids: &[u32], dataset: DatasetIdentity) -> Result<Calibration> {
+    /// Windows at random offsets of an encoded text, which may overlap.
+    fn of_text(mut self, ids: &[u32], dataset: DatasetIdentity) -> Result<Drawn> {
+        let (windows, seq_len) = (self.source.windows, self.seq_len);
         // Python's randint includes its upper end, N − seq_len − 1; so the text must exceed a
         // window by one token, and its last token is never drawn.
-        let needed = self.seq_len.saturating_add(1);
+        let needed = seq_len.saturating_add(1);
         let Some(last_offset) = ids.len().checked_sub(needed) else {
             return Err(Error::CalibrationTextTooShort {
                 dataset: dataset.name,
@@ -150,44 +219,168 @@ impl CalibrationRecipe {
                 needed,
             });
         };
-        let mut random = PythonRandom::new(self.seed);
         let offsets: Vec<usize> =
-            (0..self.windows).map(|_| random.up_to(last_offset as u64) as usize).collect();
-        let windows: Vec<Vec<u32>> =
-            offsets.iter().map(|&start| ids[start..start + self.seq_len].to_vec()).collect();
-        let sha256 = digest(&windows);
-        let (tokens_in_text, seed) = (ids.len(), self.seed);
-        let (rows, glued) = (1, 0);
-        Ok(Calibration { windows, offsets, tokens_in_text, sha256, seed, dataset, rows, glued })
-    }
-
-    fn parse(text: &str, origin: &str) -> Result<Self> {
-        let recipe: Self = toml::from_str(text).map_err(|error| Error::RecipeInvalid {
-            origin: origin.to_owned(),
-            // The message alone: the excerpt that toml adds takes several lines.
-            reason: error.message().to_owned(),
-        })?;
-        recipe.check(origin)?;
-        Ok(recipe)
-    }
-
-    fn check(&self, origin: &str) -> Result<()> {
-        let reason = if self.windows == 0 {
-            "windows must be at least 1"
-        } else if self.seq_len == 0 {
-            "seq_len must be at least 1"
-        } else if self.windows.checked_mul(self.seq_len).is_none_or(|n| n > MOST_TOKENS) {
-            "windows × seq_len is more than 2^40 tokens"
-        } else {
-            return Ok(());
+            (0..windows).map(|_| self.random.up_to(last_offset as u64) as usize).collect();
+        let window = |&start: &usize| (Start::Token(start), ids[start..start + seq_len].to_vec());
+        let drawn = self.drawn(offsets.iter().map(window).collect(), dataset, 1);
+        let source = DrawnSource {
+            tokens_in_text: Some(ids.len()),
+            repeated: overlap(&offsets, seq_len),
+            ..drawn.source
         };
-        Err(Error::RecipeInvalid { origin: origin.to_owned(), reason: reason.to_owned() })
+        Ok(Drawn { source, ..drawn })
+    }
+
+    /// The beginnings of rows in random order, each row once.
+    fn of_rows(mut self, rows: &[String], dataset: DatasetIdentity) -> Result<Drawn> {
+        let mut windows = Vec::new();
+        for row in self.random.shuffled(rows.len()) {
+            if windows.len() == self.source.windows {
+                break;
+            }
+            if rows[row].trim().is_empty() {
+                continue;
+            }
+            let mut ids = self.tokenizer.encode_at_least(&rows[row], self.seq_len)?.ids;
+            ids.truncate(self.seq_len);
+            if !ids.is_empty() {
+                windows.push((Start::Row(row), ids));
+            }
+        }
+        self.enough(&windows, &dataset)?;
+        Ok(self.drawn(windows, dataset, rows.len()))
+    }
+
+    /// Windows of conversations in random order, each once.
+    fn of_chats(
+        mut self,
+        chats: &[Vec<Message>],
+        dataset: DatasetIdentity,
+        chat: &Render<'_>,
+    ) -> Result<Drawn> {
+        let (windows, seq_len) = (self.source.windows, self.seq_len);
+        let packed = self.source.cut.is_packed();
+        let mut texts = Rendered { refused: None, taken: 0 };
+        let (mut all, mut starts) = (Vec::new(), BTreeMap::new());
+        let mut rows = Vec::new();
+        for row in self.random.shuffled(chats.len()) {
+            if rows.len() == windows || all.len() >= windows.saturating_mul(seq_len) {
+                break;
+            }
+            let Some(text) = texts.text(chat, &chats[row], row, &dataset)? else { continue };
+            // The template has written all special tokens, the first one too.
+            let mut ids = self.tokenizer.encode_chat(&text)?;
+            if ids.is_empty() {
+                continue;
+            }
+            if packed {
+                starts.insert(all.len(), row);
+                all.append(&mut ids);
+            } else {
+                ids.truncate(seq_len);
+                rows.push((Start::Row(row), ids));
+            }
+        }
+        if let (0, Some((_, reason))) = (texts.taken, &texts.refused) {
+            let (dataset, reason) = (dataset.name, reason.clone());
+            return Err(Error::EveryChatRefused { dataset, reason });
+        }
+        if packed {
+            if all.len() < windows.saturating_mul(seq_len) {
+                let (dataset, tokens) = (dataset.name, all.len());
+                return Err(Error::ConversationsTooShort { dataset, tokens, windows, seq_len });
+            }
+            let begun =
+                |token: usize| starts.range(..=token).next_back().map_or(0, |(_, &row)| row);
+            let cut = all.chunks_exact(seq_len).take(windows).enumerate();
+            rows = cut.map(|(i, ids)| (Start::Row(begun(i * seq_len)), ids.to_vec())).collect();
+        } else {
+            self.enough(&rows, &dataset)?;
+        }
+        let drawn = self.drawn(rows, dataset, chats.len());
+        Ok(Drawn { source: DrawnSource { refused: texts.refused, ..drawn.source }, ..drawn })
+    }
+
+    fn enough(&self, windows: &[(Start, Vec<u32>)], dataset: &DatasetIdentity) -> Result<()> {
+        if windows.len() == self.source.windows {
+            return Ok(());
+        }
+        let (dataset, rows) = (dataset.name.clone(), windows.len());
+        Err(Error::TooFewRows { dataset, rows, windows: self.source.windows })
+    }
+
+    fn drawn(
+        &self,
+        windows: Vec<(Start, Vec<u32>)>,
+        dataset: DatasetIdentity,
+        rows: usize,
+    ) -> Drawn {
+        let source = DrawnSource {
+            dataset,
+            cut: self.source.cut,
+            rows,
+            tokens_in_text: None,
+            windows: windows.len(),
+            tokens: windows.iter().map(|(_, ids)| ids.len()).sum(),
+            repeated: 0,
+            glued: 0,
+            refused: None,
+        };
+        Drawn { windows, source }
     }
 }
 
-fn digest(windows: &[Vec<u32>]) -> String {
+/// Conversations on their way through a chat template.
+struct Rendered {
+    refused: Option<(usize, String)>,
+    taken: usize,
+}
+
+impl Rendered {
+    /// The text of a conversation; `None` where the template refuses it, which is counted.
+    fn text(
+        &mut self,
+        chat: &Render<'_>,
+        messages: &[Message],
+        row: usize,
+        dataset: &DatasetIdentity,
+    ) -> Result<Option<String>> {
+        match chat(messages) {
+            Ok(text) => {
+                self.taken += 1;
+                Ok(Some(text))
+            }
+            Err(Unrendered::Refused(reason)) => {
+                self.refused.get_or_insert((0, reason)).0 += 1;
+                Ok(None)
+            }
+            Err(Unrendered::Failed(source)) => {
+                Err(Error::ChatTemplate { dataset: dataset.name.clone(), row: row + 1, source })
+            }
+        }
+    }
+}
+
+/// Tokens of windows at these offsets that an earlier one holds, too: all, less those of the text that
+/// any holds.
+fn overlap(offsets: &[usize], seq_len: usize) -> usize {
+    let mut sorted = offsets.to_vec();
+    sorted.sort_unstable();
+    let (mut held, mut end) = (0, 0);
+    for start in sorted {
+        let stop = start + seq_len;
+        held += stop - start.max(end).min(stop);
+        end = stop;
+    }
+    offsets.len() * seq_len - held
+}
+
+fn digest(windows: &[Vec<u32>], even: bool) -> String {
     let mut hash = Sha256::new();
     for window in windows {
+        if !even {
+            hash.update((window.len() as u32).to_le_bytes());
+        }
         let bytes: Vec<u8> = window.iter().flat_map(|id| id.to_le_bytes()).collect();
         hash.update(bytes);
     }
@@ -195,139 +388,5 @@ fn digest(windows: &[Vec<u32>]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-    use crate::protocol::Protocol;
-
-    const RECIPE: &str = r#"
-        name = "own"
-        dataset = "text/own.txt"
-        join = "paragraphs"
-        windows = 3
-        seq_len = 4
-        seed = 0
-    "#;
-
-    fn identity() -> DatasetIdentity {
-        DatasetIdentity::new("own.txt".to_owned(), None, &[])
-    }
-
-    #[test]
-    fn built_in_recipes_are_as_published() {
-        let card = CalibrationRecipe::open("card").unwrap();
-        assert_eq!(card.dataset.to_string(), "Salesforce/wikitext:wikitext-2-raw-v1:test");
-        assert_eq!((card.join, card.windows, card.seq_len, card.seed), (Join::Card, 128, 4096, 0));
-        let clean = CalibrationRecipe::open("wikitext2").unwrap();
-        assert_eq!(clean.dataset.to_string(), "Salesforce/wikitext:wikitext-2-v1:validation");
-        assert_eq!((clean.join, clean.windows, clean.seq_len), (Join::Card, 128, 2048));
-        for name in CalibrationRecipe::built_in_names() {
-            assert_eq!(CalibrationRecipe::open(name).unwrap().name, name);
-        }
-    }
-
-    #[test]
-    fn a_file_takes_its_dataset_from_its_own_folder() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("own.toml");
-        fs::write(&path, RECIPE).unwrap();
-        let recipe = CalibrationRecipe::open(path.to_str().unwrap()).unwrap();
-        let expected = folder.path().join("text/own.txt");
-        assert_eq!(recipe.dataset.to_string(), expected.to_str().unwrap());
-        let json = serde_json::to_string(&recipe).unwrap();
-        assert_eq!(serde_json::from_str::<CalibrationRecipe>(&json).unwrap(), recipe);
-    }
-
-    #[test]
-    fn invalid_recipes_say_why() {
-        for (from, to, reason) in [
-            ("seed = 0", "sede = 0", "unknown field `sede`"),
-            ("seed = 0", "", "missing field `seed`"),
-            ("\"paragraphs\"", "\"lines\"", "unknown variant `lines`"),
-            ("windows = 3", "windows = 0", "windows must be at least 1"),
-            ("text/own.txt", "text/own.csv", "Dataset `text/own.csv` cannot be read"),
-        ] {
-            let error = CalibrationRecipe::parse(&RECIPE.replace(from, to), "own.toml");
-            let error = error.unwrap_err().to_string();
-            assert!(error.contains("`own.toml` is invalid") && error.contains(reason), "{error}");
-        }
-        let error = CalibrationRecipe::open("cards").unwrap_err().to_string();
-        assert!(error.starts_with("Calibration recipe `cards` is neither built in (card, "));
-        assert!(matches!(CalibrationRecipe::open("no.toml"), Err(Error::Read { .. })));
-    }
-
-    #[test]
-    fn overrides_replace_only_what_they_name() {
-        let recipe = CalibrationRecipe::parse(RECIPE, "own").unwrap();
-        assert_eq!(recipe.clone().with(CalibrationOverrides::default()).unwrap(), recipe);
-        let overrides = CalibrationOverrides {
-            dataset: Some("b.txt".parse().unwrap()),
-            join: Some(Join::Card),
-            windows: Some(7),
-            seq_len: Some(8),
-            seed: Some(9),
-        };
-        let changed = recipe.clone().with(overrides).unwrap();
-        assert_eq!((changed.windows, changed.seq_len, changed.seed), (7, 8, 9));
-        assert_eq!((recipe.join, changed.join), (Join::Paragraphs, Join::Card));
-        assert_eq!(changed.dataset.to_string(), "b.txt");
-        let none = CalibrationOverrides { windows: Some(0), ..Default::default() };
-        assert!(recipe.with(none).is_err());
-    }
-
-    #[test]
-    fn a_text_must_exceed_a_window_by_one_token() {
-        let recipe = CalibrationRecipe::parse(RECIPE, "own").unwrap();
-        let drawn = recipe.draw(&[5, 6, 7, 8, 9], identity()).unwrap();
-        assert_eq!(drawn.windows, vec![vec![5, 6, 7, 8]; 3]);
-        assert_eq!((drawn.offsets, drawn.tokens_in_text), (vec![0; 3], 5));
-        // python3 -c "import hashlib, struct;
-        //   print(hashlib.sha256(struct.pack('<4I', 5, 6, 7, 8) * 3).hexdigest())"
-        assert_eq!(
-            drawn.sha256,
-            "5b5b71a62e4e69e465ecc618f3820e449afd344a2d3a55c038d2a9299d82a4a0"
-        );
-        let error = recipe.draw(&[5, 6, 7, 8], identity()).unwrap_err();
-        let text = "Dataset `own.txt` gives 4 tokens but one window needs 5";
-        assert_eq!(error.to_string(), text);
-        assert_eq!(error.hint().unwrap(), "use a longer text or a smaller seq_len");
-    }
-
-    /// The published branches' windows, cut from the real text by the real tokenizer.
-    #[test]
-    fn card_recipe_reproduces_the_published_windows() {
-        let Some(shared) = crate::needs::shared() else { return };
-        let hub = shared.join("hf/hub");
-        let snapshot = |repo: &str| {
-            let revision = fs::read_to_string(hub.join(repo).join("refs/main")).unwrap();
-            hub.join(repo).join("snapshots").join(revision.trim())
-        };
-        let model = snapshot("models--stabilityai--StableBeluga2");
-        let tokenizer = TextTokenizer::open(&model, 32_000).unwrap();
-        assert_eq!(tokenizer.bos(), Some(1));
-        // By the path of its file, so that the test does not depend on HF_HOME.
-        let file = snapshot("datasets--Salesforce--wikitext")
-            .join("wikitext-2-raw-v1/test-00000-of-00001.parquet");
-        let dataset: DatasetSpec = file.to_str().unwrap().parse().unwrap();
-        let overrides =
-            CalibrationOverrides { dataset: Some(dataset.clone()), ..Default::default() };
-        let card = CalibrationRecipe::open("card").unwrap().with(overrides).unwrap();
-
-        let calibration = card.sample(&tokenizer).unwrap();
-        assert_eq!(calibration.tokens_in_text, 335_688);
-        assert_eq!(calibration.offsets[..6], [201979, 220500, 21225, 135746, 268055, 254766]);
-        assert_eq!(calibration.offsets.iter().min(), Some(&599));
-        assert_eq!(calibration.offsets.iter().max(), Some(&330_378));
-        assert_eq!(
-            calibration.sha256,
-            "34b7533d44aeb79631ca1cc86b5032f75462a8580cb9086e067d08cf8b53cada"
-        );
-
-        let text = Join::Paragraphs.text(dataset.rows().unwrap());
-        let ids = tokenizer.encode(&text).unwrap();
-        assert_eq!(ids.len(), 341_469);
-        let windows = Protocol::Paper.windows(&ids, 2048, tokenizer.bos(), None).unwrap();
-        assert_eq!(windows.len(), 166);
-    }
-}
+#[path = "calibration_tests.rs"]
+mod tests;

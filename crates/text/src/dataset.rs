@@ -2,8 +2,9 @@
 //!
 //! A dataset is named by one string, the same on the command line, in recipes and in reports:
 //! `ORG/NAME:CONFIG:SPLIT` for a Hub dataset already in the local Hugging Face cache (nothing is
-//! downloaded here), or the path of a `.txt`, `.jsonl` or `.parquet` file. Rows are taken from the
-//! column (parquet) or field (JSON lines) `text`; `DATASET#COLUMN` names another.
+//! downloaded here), the path of a `.txt`, `.jsonl` or `.parquet` file, or `builtin:NAME` for a text
+//! that the program has in itself. Rows are taken from the column (parquet) or field (JSON lines)
+//! `text`; `DATASET#COLUMN` names another. What rows of conversations are is in `chat.rs`.
 
 use std::fmt;
 use std::fs;
@@ -13,11 +14,18 @@ use std::str::FromStr;
 use gptq_records::dataset_identity::{DatasetIdentity, HubSplit};
 use serde::{Deserialize, Serialize};
 
+use crate::chat::Message;
+use crate::chat_files::{chats_of_jsonl, chats_of_parquet};
 use crate::error::{Error, Result};
 use crate::home::expand_home;
 use crate::text_files::{read_jsonl, read_parquet, read_text};
 
 const DEFAULT_COLUMN: &str = "text";
+
+/// What the names of texts in the program begin with.
+const BUILT_IN: &str = "builtin:";
+/// Texts that need no file. They are in the public domain: see `calib/demo/README.md`.
+const BUILT_IN_TEXTS: [(&str, &str); 1] = [("addresses", include_str!("../calib/addresses.txt"))];
 
 /// A dataset by name; nothing is read until [`rows`](Self::rows) or [`load`](Self::load).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -31,6 +39,8 @@ pub struct DatasetSpec {
 enum Place {
     Hub(HubSplit),
     File(PathBuf, Format),
+    /// Its place in [`BUILT_IN_TEXTS`].
+    BuiltIn(usize),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -121,14 +131,11 @@ impl DatasetSpec {
     /// a row lacks its text, or there is no text at all.
     pub fn rows(&self) -> Result<Vec<String>> {
         let rows = match &self.place {
-            Place::Hub(hub) => {
-                let snapshot = gptq_checkpoint::resolve_dataset(&hub.repo, None)
-                    .map_err(|source| Error::NotCached { dataset: self.to_string(), source })?;
-                self.rows_of_split(hub, &snapshot)?
-            }
+            Place::Hub(hub) => self.rows_of(&self.files_in_cache(hub)?)?,
             Place::File(path, Format::Text) => vec![read_text(path)?],
             Place::File(path, Format::JsonLines) => read_jsonl(path, &self.column)?,
             Place::File(path, Format::Parquet) => read_parquet(path, &self.column)?,
+            Place::BuiltIn(index) => vec![BUILT_IN_TEXTS[*index].1.to_owned()],
         };
         if rows.iter().all(|row| row.trim().is_empty()) {
             return Err(Error::NoText { dataset: self.to_string() });
@@ -146,21 +153,62 @@ impl DatasetSpec {
         Ok(Dataset { rows, identity })
     }
 
+    /// Reads the dataset's conversations, in order, from `messages`, `conversations` or the columns of
+    /// a prompt and its response, and describes what was read: its text is what the messages say.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows); and for a text without rows, columns that hold no conversations, and
+    /// rows that are none, by number.
+    pub fn conversations(&self) -> Result<(Vec<Vec<Message>>, DatasetIdentity)> {
+        // The default is that of texts.
+        let column = Some(self.column.as_str()).filter(|column| *column != DEFAULT_COLUMN);
+        let chats = match &self.place {
+            Place::Hub(hub) => {
+                let mut chats = Vec::new();
+                for file in self.files_in_cache(hub)? {
+                    chats_of_parquet(&file, column, &mut chats)?;
+                }
+                chats
+            }
+            Place::File(path, Format::Parquet) => {
+                let mut chats = Vec::new();
+                chats_of_parquet(path, column, &mut chats)?;
+                chats
+            }
+            Place::File(path, Format::JsonLines) => chats_of_jsonl(path, column)?,
+            Place::File(_, Format::Text) | Place::BuiltIn(_) => {
+                return Err(Error::NoConversations { dataset: self.to_string() });
+            }
+        };
+        let said = || chats.iter().flatten().map(|message: &Message| message.content.as_str());
+        if said().all(|text| text.trim().is_empty()) {
+            return Err(Error::NoText { dataset: self.to_string() });
+        }
+        let identity = DatasetIdentity::of_texts(self.to_string(), self.hub().cloned(), said());
+        Ok((chats, identity))
+    }
+
+    /// What it is called, before it is read: the identity of no text.
+    #[must_use]
+    pub fn unread(&self) -> DatasetIdentity {
+        DatasetIdentity::new(self.to_string(), self.hub().cloned(), &[])
+    }
+
     /// The split on the Hub, unless the dataset is a local file.
     #[must_use]
     pub fn hub(&self) -> Option<&HubSplit> {
         match &self.place {
             Place::Hub(hub) => Some(hub),
-            Place::File(..) => None,
+            Place::File(..) | Place::BuiltIn(_) => None,
         }
     }
 
-    /// The local file, unless the dataset is a split on the Hub.
+    /// The local file, if that is what it is.
     #[must_use]
     pub fn file(&self) -> Option<&Path> {
         match &self.place {
-            Place::Hub(_) => None,
             Place::File(path, _) => Some(path),
+            Place::Hub(_) | Place::BuiltIn(_) => None,
         }
     }
 
@@ -182,13 +230,20 @@ impl DatasetSpec {
         self
     }
 
-    /// The rows of a Hub split, from the parquet files of a snapshot folder in name order.
-    fn rows_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<String>> {
+    /// The rows of a Hub split, from its parquet files in name order.
+    fn rows_of(&self, files: &[PathBuf]) -> Result<Vec<String>> {
         let mut rows = Vec::new();
-        for file in self.files_of_split(hub, snapshot)? {
-            rows.extend(read_parquet(&file, &self.column)?);
+        for file in files {
+            rows.extend(read_parquet(file, &self.column)?);
         }
         Ok(rows)
+    }
+
+    /// The parquet files of a split in the local cache.
+    fn files_in_cache(&self, hub: &HubSplit) -> Result<Vec<PathBuf>> {
+        let snapshot = gptq_checkpoint::resolve_dataset(&hub.repo, None)
+            .map_err(|source| Error::NotCached { dataset: self.to_string(), source })?;
+        self.files_of_split(hub, &snapshot)
     }
 
     fn files_of_split(&self, hub: &HubSplit, snapshot: &Path) -> Result<Vec<PathBuf>> {
@@ -318,6 +373,14 @@ impl FromStr for DatasetSpec {
             Some((name, column)) => (name, Some(column)),
             None => (text, None),
         };
+        if let Some(known) = text.strip_prefix(BUILT_IN) {
+            let index = BUILT_IN_TEXTS.iter().position(|(name, _)| *name == known);
+            let Some(index) = index else {
+                let names: Vec<&str> = BUILT_IN_TEXTS.iter().map(|(name, _)| *name).collect();
+                return Err(invalid(&format!("the built-in texts are {}", names.join(", "))));
+            };
+            return Ok(Self { place: Place::BuiltIn(index), column: DEFAULT_COLUMN.to_owned() });
+        }
         let place = match file_format(name) {
             Some(Format::Text) if column.is_some() => {
                 return Err(invalid("a text file has no columns to choose from"));
@@ -367,6 +430,7 @@ impl fmt::Display for DatasetSpec {
         match &self.place {
             Place::Hub(hub) => write!(formatter, "{}:{}:{}", hub.repo, hub.config, hub.split)?,
             Place::File(path, _) => write!(formatter, "{}", path.display())?,
+            Place::BuiltIn(index) => write!(formatter, "{BUILT_IN}{}", BUILT_IN_TEXTS[*index].0)?,
         }
         if self.column != DEFAULT_COLUMN {
             write!(formatter, "#{}", self.column)?;

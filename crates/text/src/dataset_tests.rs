@@ -11,7 +11,7 @@ fn spec(text: &str) -> DatasetSpec {
 fn rows_in(snapshot: &Path, text: &str) -> Result<Vec<String>> {
     let spec = spec(text);
     let Place::Hub(hub) = &spec.place else { panic!("{text} is not on the Hub") };
-    spec.rows_of_split(hub, snapshot)
+    spec.rows_of(&spec.files_of_split(hub, snapshot)?)
 }
 
 #[test]
@@ -24,6 +24,7 @@ fn names_round_trip() {
         "notes#1/x.txt",
         "x.jsonl#content",
         "../x.parquet",
+        "builtin:addresses",
     ] {
         let spec = spec(text);
         assert_eq!(spec.to_string(), text);
@@ -45,6 +46,8 @@ fn bad_names_are_refused() {
         "data.csv",
         "x.txt#text",
         "x.jsonl#",
+        "builtin:poems",
+        "builtin:addresses#text",
     ] {
         let error = text.parse::<DatasetSpec>().unwrap_err();
         assert!(matches!(error, Error::DatasetSyntax { .. }), "{text}: {error}");
@@ -151,4 +154,19 @@ fn wikitext_in_the_cache_is_the_canonical_file() {
     let error = rows_in(&snapshot, "Salesforce/wikitext:wikitext-2-raw-v1:train").unwrap_err();
     let expected = "it holds wikitext-2-raw-v1:test, wikitext-2-v1:test, wikitext-2-v1:validation";
     assert!(error.to_string().ends_with(expected), "{error}");
+}
+
+/// Whoever measures on the file that the program has in itself is told.
+#[test]
+fn built_in_texts_are_those_of_the_repository() {
+    let built_in = spec("builtin:addresses");
+    assert_eq!((built_in.hub(), built_in.file(), built_in.is_missing()), (None, None, false));
+    let built_in = built_in.load().unwrap();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../calib/demo/calibration.txt");
+    let file = spec(file.to_str().unwrap()).load().unwrap();
+    assert_eq!(built_in.rows, file.rows);
+    assert!(gptq_records::dataset_identity::contaminated(&built_in.identity, &file.identity));
+    assert_eq!(built_in.identity.portable().name, "builtin:addresses");
+    let error = spec("builtin:addresses").conversations().unwrap_err();
+    assert!(matches!(error, Error::NoConversations { .. }), "{error}");
 }

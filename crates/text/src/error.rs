@@ -16,7 +16,7 @@ pub enum Error {
     /// A dataset was named in a way that is neither of the two accepted forms.
     #[error(
         "Dataset `{text}` cannot be read: {reason}; a dataset is `ORG/NAME:CONFIG:SPLIT`, or the path of \
-         a .txt, .jsonl or .parquet file"
+         a .txt, .jsonl or .parquet file, or builtin:addresses"
     )]
     DatasetSyntax {
         /// What was given.
@@ -134,6 +134,56 @@ pub enum Error {
         /// Rows that the footer promises.
         promised: i64,
     },
+    /// A text without rows was asked for conversations.
+    #[error("Dataset `{dataset}` is one text, which holds no conversations")]
+    NoConversations {
+        /// The dataset as named by the user.
+        dataset: String,
+    },
+    /// A parquet file has no columns of conversations.
+    #[error(
+        "Parquet file `{}` has no conversations: none of its columns {available} is {}",
+        path.display(),
+        column.as_deref().unwrap_or(crate::chat::COLUMNS)
+    )]
+    NoChatColumns {
+        /// The file.
+        path: PathBuf,
+        /// The column that was named, if one was.
+        column: Option<String>,
+        /// Its columns.
+        available: String,
+    },
+    /// A parquet column is no list of messages.
+    #[error(
+        "Column `{column}` of `{}` is no list of messages with texts in role and content, or in \
+         from and value",
+        path.display()
+    )]
+    NoMessages {
+        /// The file.
+        path: PathBuf,
+        /// The column.
+        column: String,
+    },
+    /// A row is no conversation.
+    #[error("{place} of `{}` is no conversation: {reason}", path.display())]
+    NoConversation {
+        /// The file.
+        path: PathBuf,
+        /// `Line 3` or `Row 3`.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file has more rows than any dataset.
+    #[error("`{}` has more than {most} conversations", path.display())]
+    TooManyRows {
+        /// The file.
+        path: PathBuf,
+        /// The bound.
+        most: usize,
+    },
     /// The dataset holds no text at all.
     #[error("Dataset `{dataset}` holds no text")]
     NoText {
@@ -223,6 +273,56 @@ pub enum Error {
         /// Tokens needed for one window.
         needed: usize,
     },
+    /// All rows together do not fill the windows asked for.
+    #[error(
+        "The conversations of dataset `{dataset}` give {tokens} tokens but {windows} windows of \
+         {seq_len} need {}",
+        windows.saturating_mul(*seq_len)
+    )]
+    ConversationsTooShort {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// Tokens in all of them.
+        tokens: usize,
+        /// Windows asked for.
+        windows: usize,
+        /// Tokens of each.
+        seq_len: usize,
+    },
+    /// There are fewer rows than windows.
+    #[error("Dataset `{dataset}` has {rows} rows with text but {windows} windows were asked for")]
+    TooFewRows {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// Rows that give a window.
+        rows: usize,
+        /// Windows asked for.
+        windows: usize,
+    },
+    /// A source of conversations, and a model that has no words for them.
+    #[error("Dataset `{dataset}` holds conversations, and the model has no chat template for them")]
+    NoChatTemplate {
+        /// The dataset as named by the user.
+        dataset: String,
+    },
+    /// The model's chat template refuses every conversation.
+    #[error("The model's chat template refuses every conversation of `{dataset}`: {reason}")]
+    EveryChatRefused {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// What it says of the first.
+        reason: String,
+    },
+    /// The model's chat template failed.
+    #[error("Conversation {row} of `{dataset}` could not be written in the model's chat template")]
+    ChatTemplate {
+        /// The dataset as named by the user.
+        dataset: String,
+        /// The conversation, counted from 1.
+        row: usize,
+        /// The template's error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// No protocol has that name.
     #[error("Protocol `{name}` is unknown: it is none of paper, llama-cpp and strided")]
     ProtocolUnknown {
@@ -277,6 +377,15 @@ impl Error {
             Self::CalibrationTextTooShort { .. } | Self::EvaluationTextTooShort { .. } => {
                 "use a longer text or a smaller seq_len".into()
             }
+            Self::ConversationsTooShort { .. } => {
+                "ask for fewer windows, a smaller share or a smaller seq_len".into()
+            }
+            Self::TooFewRows { .. } => "ask for fewer windows or a smaller share".into(),
+            Self::NoConversations { .. } => "leave `template` out, and say how to `join` it".into(),
+            Self::NoChatColumns { .. } => "name a list of messages as `DATASET#COLUMN`".into(),
+            Self::NoChatTemplate { .. } => "a base model continues a text: calibrate it on a recipe \
+                                            without `template`, or put chat_template.jinja beside it"
+                .into(),
             Self::NoWindows => "ask for at least 1".into(),
             Self::RecipeUnknown { .. } => {
                 "to calibrate on a text of your own, use --calib-dataset TEXT.txt".into()

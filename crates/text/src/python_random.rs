@@ -44,6 +44,15 @@ impl PythonRandom {
         }
     }
 
+    /// `random.shuffle(list(range(count)))`.
+    pub fn shuffled(&mut self, count: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..count).collect();
+        for last in (1..count).rev() {
+            order.swap(last, self.up_to(last as u64) as usize);
+        }
+        order
+    }
+
     /// `random.getrandbits(count)` for 1 to 128 bits: whole words first, from the lowest up.
     fn bits(&mut self, count: u32) -> u128 {
         let mut value = 0;
@@ -178,6 +187,14 @@ mod tests {
             draws(0, u64::MAX, 4),
             [7758176404715800194, 15308084094301570617, 8791662011684601223, 9309829342914403545]
         );
+    }
+
+    #[test]
+    fn a_shuffle_equals_cpython() {
+        // random.seed(0); r = list(range(10)); random.shuffle(r); print(r)
+        assert_eq!(PythonRandom::new(0).shuffled(10), [7, 8, 1, 5, 3, 4, 2, 0, 9, 6]);
+        assert_eq!(PythonRandom::new(7).shuffled(5), [4, 0, 3, 1, 2]);
+        assert!(PythonRandom::new(0).shuffled(0).is_empty());
     }
 
     #[test]

@@ -101,8 +101,26 @@ fn json_field(line: &str, field: &str) -> Result<String, String> {
     }
 }
 
-fn damaged(path: &Path) -> impl Fn(ParquetError) -> Error {
+/// Makes an error of this crate of the decoder's.
+pub(crate) fn damaged(path: &Path) -> impl Fn(ParquetError) -> Error {
     move |error| Error::Parquet { path: path.to_owned(), reason: error.to_string() }
+}
+
+/// What `decode` makes of a file. The decoder panics at some damage, as at a page that refers to a
+/// dictionary which is not there: that is the file's fault.
+pub(crate) fn decoded<T>(path: &Path, decode: impl FnOnce() -> Result<T>) -> Result<T> {
+    // What was decoded until then is dropped.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(decode)).unwrap_or_else(|_| {
+        let reason = "its pages do not fit together".to_owned();
+        Err(Error::Parquet { path: path.to_owned(), reason })
+    })
+}
+
+/// A parquet file and its footer.
+pub(crate) fn open_parquet(path: &Path) -> Result<SerializedFileReader<File>> {
+    let file =
+        open_regular(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    SerializedFileReader::new(file).map_err(damaged(path))
 }
 
 /// The text column `column` of a parquet file, in row order.
@@ -111,11 +129,12 @@ fn damaged(path: &Path) -> impl Fn(ParquetError) -> Error {
 /// When the file cannot be read or decoded, has no text column of that name, or a row is null or
 /// not UTF-8.
 pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>> {
-    let file =
-        open_regular(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    let damaged =
-        |error: ParquetError| Error::Parquet { path: path.to_owned(), reason: error.to_string() };
-    let reader = SerializedFileReader::new(file).map_err(&damaged)?;
+    decoded(path, || read_texts(path, column))
+}
+
+fn read_texts(path: &Path, column: &str) -> Result<Vec<String>> {
+    let reader = open_parquet(path)?;
+    let damaged = damaged(path);
     let index = text_column(&reader, path, column)?;
     let mut rows = Vec::new();
     for group in 0..reader.num_row_groups() {

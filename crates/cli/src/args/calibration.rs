@@ -7,18 +7,26 @@ use gptq_text::dataset::{DatasetSpec, Join};
 /// What to calibrate on.
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
-    /// Calibration recipe: wikitext2, card, or a TOML file [default: the configuration's, or
-    /// wikitext2 without one]
+    /// Calibration recipe: wikitext2, mix, card, or a TOML file [default: the configuration's, or
+    /// wikitext2 without one]; `gptq calib` shows what it holds
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) calib: Option<String>,
-    /// Text instead of the recipe's: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl or .parquet
+    #[command(flatten)]
+    pub(crate) changes: RecipeChanges,
+}
+
+/// What to change in a recipe.
+#[derive(Debug, Args)]
+pub(crate) struct RecipeChanges {
+    /// Text instead of all of the recipe's, cut as its first: ORG/NAME:CONFIG:SPLIT, .txt, .jsonl,
+    /// .parquet, or builtin:addresses
     #[arg(long, value_name = "DATASET")]
     pub(crate) calib_dataset: Option<DatasetSpec>,
     /// How the text's rows are joined, instead of the recipe's way: card (nothing between rows;
     /// wikitext2 and card do so) or paragraphs (a blank line between)
     #[arg(long, value_name = "JOIN")]
     pub(crate) calib_join: Option<Join>,
-    /// Number of calibration windows instead of the recipe's
+    /// Number of calibration windows instead of the recipe's, of which each source keeps its share
     #[arg(long, value_name = "N", alias = "nsamples", alias = "num-samples")]
     pub(crate) windows: Option<usize>,
     /// Tokens of a calibration window instead of the recipe's
@@ -35,6 +43,13 @@ impl CalibrationArgs {
         self.calib.is_some() || self.overrides() != CalibrationOverrides::default()
     }
 
+    /// The values that replace a recipe's.
+    pub(crate) fn overrides(&self) -> CalibrationOverrides {
+        self.changes.overrides()
+    }
+}
+
+impl RecipeChanges {
     /// The values that replace a recipe's.
     pub(crate) fn overrides(&self) -> CalibrationOverrides {
         CalibrationOverrides {

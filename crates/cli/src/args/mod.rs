@@ -14,7 +14,7 @@ use clap::Parser;
 
 use crate::commands::Command;
 
-pub(crate) use calibration::CalibrationArgs;
+pub(crate) use calibration::{CalibrationArgs, RecipeChanges};
 pub(crate) use device::DeviceArgs;
 pub(crate) use sampling::SamplingArgs;
 pub(crate) use typed::typed;

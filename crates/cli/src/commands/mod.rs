@@ -4,6 +4,7 @@
 //! with `--json`.
 
 mod bench;
+mod calib;
 mod card;
 mod chat;
 mod check;
@@ -69,6 +70,7 @@ commands! {
     Chat: chat => "chat.json",
     Serve: serve,
     Eval: eval => "eval.json",
+    Calib: calib => "calib.json",
     Plan: plan => "plan.json",
     Inspect: inspect => "inspect.json",
     Verify: verify => "verify.json",

@@ -71,7 +71,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let of_card = args.card.map_or(DEFAULT_MEMORY, |card| card.memory);
     let gpu_memory = args.gpu_memory.unwrap_or(of_card);
     let setting = Setting {
-        windows: config.calibration.windows,
+        windows: config.calibration.windows(),
         seq_len: config.calibration.seq_len,
         shared_grams: config.shared_grams(),
         together: 1,
@@ -121,7 +121,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         "{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
         setting.windows,
         setting.seq_len,
-        config.calibration.dataset,
+        config.calibration.unread().name,
         gigabytes(gpu_memory),
         rows.first().map_or(0, |row| row.plan.text.context),
         explained(args.card.as_ref(), &rows),

@@ -18,11 +18,11 @@ use gptq_pipeline::write::planned_metadata;
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::branch_report::{TuningRecord, model_name};
 use gptq_records::source_dtype::SourceDtype;
-use gptq_text::calibration::{Calibration, CalibrationRecipe};
-use gptq_text::tokens::TextTokenizer;
+use gptq_text::calibration::{Calibration, CalibrationRecipe, DrawnSource};
 use serde::Serialize;
 
-use super::source::{open_arriving, open_checkpoint, open_sweep, provide_text, warn_of};
+use super::calib::sample;
+use super::source::{open_arriving, open_checkpoint, open_sweep, warn_of};
 use super::table::size;
 use super::{print_json, print_result};
 use crate::args::values::parse_bytes;
@@ -139,7 +139,24 @@ struct CalibrationOutput<'a> {
     dataset: &'a str,
     windows: usize,
     seq_len: usize,
+    tokens: usize,
+    sources: Vec<SourceOutput<'a>>,
     sha256: &'a str,
+}
+
+/// One of the texts.
+#[derive(Serialize)]
+struct SourceOutput<'a> {
+    dataset: &'a str,
+    windows: usize,
+    tokens: usize,
+}
+
+impl<'a> SourceOutput<'a> {
+    fn of(source: &'a DrawnSource) -> Self {
+        let DrawnSource { dataset, windows, tokens, .. } = source;
+        Self { dataset: &dataset.name, windows: *windows, tokens: *tokens }
+    }
 }
 
 /// Settings after branch and options were merged.
@@ -173,7 +190,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     warn_of(&source, args.strict, printer)?;
     let local_ranks = args.device.open(printer)?;
     let calibration = if spec.recipe.calibrates() {
-        Some(sample(&source, &settings.calibration, printer)?)
+        Some(sample(source.dir(), source.config().vocab_size, &settings.calibration, printer)?)
     } else {
         None
     };
@@ -217,7 +234,9 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         calibration: calibration.as_ref().map(|c| CalibrationOutput {
             dataset: &c.dataset.name,
             windows: c.windows.len(),
-            seq_len: c.windows.first().map_or(0, Vec::len),
+            seq_len: c.seq_len,
+            tokens: c.tokens(),
+            sources: c.sources.iter().map(SourceOutput::of).collect(),
             sha256: &c.sha256,
         }),
         file_bytes: outcome.written.bytes,
@@ -251,9 +270,10 @@ fn predict(
 ) -> Result<Option<Prediction>> {
     let Some(calibration) = calibration else { return Ok(None) };
     let Settings { spec, source_dtype, layout, calibration: recipe } = settings;
+    let (windows, seq_len) = calibration.workload();
     let setting = Setting {
-        windows: calibration.windows.len(),
-        seq_len: calibration.windows.first().map_or(0, Vec::len),
+        windows,
+        seq_len,
         shared_grams: 0,
         together: 1,
         gpu_memory: device.memory()?.map_or(0, |memory| memory.budget as u64),
@@ -293,7 +313,7 @@ fn settings(args: &Args) -> Result<Settings> {
                 spec: QuantSpec::new(4, Some(128), true, recipe.damp(), recipe),
                 source_dtype: SourceDtype::default(),
                 layout: Layout::Modern,
-                calibration: CalibrationRecipe::open("wikitext2")?,
+                calibration: CalibrationRecipe::open(CalibrationRecipe::DEFAULT)?,
             }
         }
     };
@@ -316,31 +336,6 @@ fn settings(args: &Args) -> Result<Settings> {
     }
     settings.calibration = settings.calibration.with(args.calibration.overrides())?;
     Ok(settings)
-}
-
-/// Draws the calibration windows with the model's own tokenizer.
-pub(super) fn sample(
-    source: &gptq_checkpoint::Checkpoint,
-    recipe: &CalibrationRecipe,
-    printer: &Printer,
-) -> Result<Calibration> {
-    provide_text(&recipe.dataset, printer)?;
-    let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size)?;
-    let calibration = recipe.sample(&tokenizer)?;
-    if calibration.glued > 0 {
-        printer.warn(&format!(
-            "{} of the {} rows of {} run into the next, as the {} join puts nothing between them; \
-             --calib-join paragraphs puts a blank line there",
-            calibration.glued, calibration.rows, calibration.dataset.name, recipe.join
-        ));
-    }
-    printer.note(&format!(
-        "calibrating on {} windows × {} tokens of {}",
-        calibration.windows.len(),
-        recipe.seq_len,
-        calibration.dataset.name
-    ));
-    Ok(calibration)
 }
 
 fn summary(output: &Output<'_>, took: f64) -> String {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use gptq_checkpoint::{Checkpoint, Error, ModelConfig, resolve_model};
+use gptq_checkpoint::{Checkpoint, Error, ModelConfig, TOKENIZER_FILE, resolve_model};
 use gptq_pipeline::progress::Progress;
 use gptq_pipeline::sweep::config::{ANY_MODEL, BUILT_IN, SweepConfig};
 use gptq_text::dataset::DatasetSpec;
@@ -50,6 +50,23 @@ pub(super) fn open_config(model: &str, printer: &Printer) -> Result<ModelConfig>
     or_download(model, opened, Part::Config, printer, ModelConfig::load)
 }
 
+/// The folder of a model's configuration and tokenizer, by folder or Hub id, of which no weights are
+/// downloaded; and the configuration.
+pub(super) fn open_settings(model: &str, printer: &Printer) -> Result<(PathBuf, ModelConfig)> {
+    let read = |dir: &Path| Ok((dir.to_owned(), ModelConfig::load(dir)?));
+    let whole = |dir: PathBuf| {
+        // The cache may hold a configuration alone, which is what `gptq plan` brings.
+        let tokenizer = dir.join(TOKENIZER_FILE);
+        match std::fs::metadata(&tokenizer) {
+            Err(source) if !Path::new(model).exists() => {
+                Err(Error::Io { action: "read", path: tokenizer, source })
+            }
+            _ => read(&dir),
+        }
+    };
+    or_download(model, find(model).and_then(whole), Part::Settings, printer, read)
+}
+
 /// Reads a sweep's configuration by file, or by name where it is built in.
 pub(super) fn open_sweep(name_or_path: &str) -> Result<SweepConfig> {
     let built_in = [ANY_MODEL, BUILT_IN];
@@ -80,6 +97,8 @@ pub(crate) enum Part {
     All,
     /// Its configuration.
     Config,
+    /// All but its weights.
+    Settings,
 }
 
 fn find(model: &str) -> Result<PathBuf, Error> {

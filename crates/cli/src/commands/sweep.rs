@@ -19,7 +19,7 @@ use gptq_report::card::write_sweep_cards;
 use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
-use super::quantize::sample;
+use super::calib::sample;
 use super::source::{open_arriving, open_checkpoint, open_sweep, provide_text, warn_of};
 use super::table::{group, operations, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
@@ -108,7 +108,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     }
     let devices = args.device.open_each(printer, ADVICE)?;
     let dtype = devices.first().map_or("f32", Device::dtype);
-    let calibration = sample(&source, &config.calibration, printer)?;
+    let calibration =
+        sample(source.dir(), source.config().vocab_size, &config.calibration, printer)?;
     let rates = KnownRates::of_device(devices.first().unwrap_or(&Device::Cpu), 1, printer);
     let mut job = SweepJob {
         config: &config,

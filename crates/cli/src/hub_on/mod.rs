@@ -41,6 +41,7 @@ pub(crate) fn model(model: &str, part: Part, error: Error, printer: &Printer) ->
     let source = match part {
         Part::All => Source::Model(id.to_owned()),
         Part::Config => Source::Config(id.to_owned()),
+        Part::Settings => Source::Settings(id.to_owned()),
     };
     match fetch(&source, revision.unwrap_or("main"), model, printer)? {
         Some(Ok(folder)) => Ok(folder),
@@ -100,7 +101,7 @@ pub(crate) fn cache_root() -> Result<PathBuf> {
 pub(crate) fn split_source(dataset: &DatasetSpec) -> Result<Source> {
     let Some(hub) = dataset.hub() else {
         return Err(advised(
-            format!("`{dataset}` is a local file"),
+            format!("`{dataset}` is no dataset on the Hub"),
             "name a dataset on the Hub as ORG/NAME:CONFIG:SPLIT",
         ));
     };

@@ -319,7 +319,7 @@ mod tests {
         assert!(any.branches.iter().all(|b| b.spec.recipe == Recipe::Best));
         assert_eq!(any.model, None);
         let evaluation = any.evaluation.unwrap();
-        assert_ne!(evaluation.dataset.to_string(), any.calibration.dataset.to_string());
+        assert_ne!(evaluation.dataset.to_string(), any.calibration.unread().name);
     }
 
     #[test]

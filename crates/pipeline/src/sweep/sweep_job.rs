@@ -51,7 +51,7 @@ impl SweepJob<'_> {
     /// Settings that the model's shape does not allow.
     pub fn plan(&self, branch: &Branch, gpu_memory: u64) -> Result<BranchPlan> {
         let calibration = Some(self.calibration).filter(|_| branch.spec.recipe.calibrates());
-        let windows = &self.calibration.windows;
+        let (windows, seq_len) = self.calibration.workload();
         plan_branch(
             self.source.config(),
             &branch.spec,
@@ -59,8 +59,8 @@ impl SweepJob<'_> {
             self.config.layout,
             &metadata(&branch.spec, self.config.source_dtype, calibration),
             Setting {
-                windows: windows.len(),
-                seq_len: windows.first().map_or(0, Vec::len),
+                windows,
+                seq_len,
                 shared_grams: self.config.shared_grams(),
                 together: self.together,
                 gpu_memory,
@@ -109,7 +109,7 @@ impl SweepJob<'_> {
             calibration = format!(
                 "{} × {} tokens of {} ({}), seed {}, sha256 {}",
                 c.windows.len(),
-                c.windows.first().map_or(0, Vec::len),
+                c.seq_len,
                 c.dataset.portable().name,
                 c.dataset.fingerprint,
                 c.seed,
