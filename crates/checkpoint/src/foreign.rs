@@ -7,15 +7,20 @@ use std::io::Read;
 use std::path::Path;
 
 use crate::Error;
+use crate::names::CONFIG_FILE;
+
+/// Folders that an error names, at most.
+const SHOWN: usize = 3;
 
 /// What a path without a model holds instead, where that is something well known.
 pub(crate) fn recognize(path: &Path) -> Option<Error> {
     let found = |what, advice| Some(Error::NoModel { path: path.to_owned(), what, advice });
+    const WANTED: &str = "give the folder that holds config.json and the weights";
     const GGUF: &str = "give the safetensors model that it was converted from";
     if path.is_file() {
         return match starts_with(path, b"GGUF") {
             true => found("is a GGUF file", GGUF),
-            false => found("is a file", "give the folder that holds config.json and the weights"),
+            false => found("is a file", WANTED),
         };
     }
     let names: Vec<String> = fs::read_dir(path)
@@ -34,7 +39,18 @@ pub(crate) fn recognize(path: &Path) -> Option<Error> {
         let advice = "convert it with transformers' convert_llama_weights_to_hf.py";
         return found("holds a model in Meta's own format", advice);
     }
-    None
+    let mut models: Vec<String> = names
+        .iter()
+        .filter(|name| path.join(name).join(CONFIG_FILE).is_file())
+        .map(|name| format!("`{}`", path.join(name).display()))
+        .collect();
+    models.sort();
+    let advice = match models.len() {
+        0 => WANTED.to_owned(),
+        1..=SHOWN => format!("give {}", models.join(" or ")),
+        more => format!("give one of {} models in it, such as {}", more, models[0]),
+    };
+    Some(Error::NoConfig { dir: path.to_owned(), advice })
 }
 
 fn starts_with(path: &Path, magic: &[u8]) -> bool {

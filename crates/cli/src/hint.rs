@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::error::Error;
+use std::io;
 
 use crate::hub;
 
@@ -54,17 +55,32 @@ pub(crate) fn hints(error: &anyhow::Error) -> Vec<Cow<'_, str>> {
         }
     }
     if hints.is_empty() {
-        hints.extend(nothing_there(error));
+        hints.extend(of_system(error));
     }
     hints
 }
 
-/// A file that is not there is most often one of another folder.
-fn nothing_there(error: &anyhow::Error) -> Option<Cow<'_, str>> {
-    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>())?;
-    let here = std::env::current_dir().ok()?;
-    (io.kind() == std::io::ErrorKind::NotFound)
-        .then(|| format!("check the name; paths count from {}", here.display()).into())
+/// What to do about what the system refuses, whatever was done with the file.
+fn of_system(error: &anyhow::Error) -> Option<Cow<'_, str>> {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>())?;
+    Some(match io.kind() {
+        // Most often it is one of another folder.
+        io::ErrorKind::NotFound => {
+            let here = std::env::current_dir().ok()?;
+            return Some(format!("check the name; paths count from {}", here.display()).into());
+        }
+        io::ErrorKind::NotADirectory => "a part of the path is a file: name a folder there".into(),
+        io::ErrorKind::IsADirectory => "it is a folder: name a file".into(),
+        io::ErrorKind::PermissionDenied => {
+            "see with `ls -ld` who may do so, or choose another".into()
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "choose a folder that can be written".into(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space or choose another disk".into()
+        }
+        io::ErrorKind::FileTooLarge => "raise the limit that `ulimit -f` shows".into(),
+        _ => return None,
+    })
 }
 
 /// What one link of the chain says to do.
