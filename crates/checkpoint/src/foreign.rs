@@ -4,10 +4,12 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::Error;
 use crate::names::CONFIG_FILE;
+
+const WANTED: &str = "give the folder that holds config.json and the weights";
 
 /// Folders that an error names, at most.
 const SHOWN: usize = 3;
@@ -15,7 +17,6 @@ const SHOWN: usize = 3;
 /// What a path without a model holds instead, where that is something well known.
 pub(crate) fn recognize(path: &Path) -> Option<Error> {
     let found = |what, advice| Some(Error::NoModel { path: path.to_owned(), what, advice });
-    const WANTED: &str = "give the folder that holds config.json and the weights";
     const GGUF: &str = "give the safetensors model that it was converted from";
     if path.is_file() {
         return match starts_with(path, b"GGUF") {
@@ -39,18 +40,26 @@ pub(crate) fn recognize(path: &Path) -> Option<Error> {
         let advice = "convert it with transformers' convert_llama_weights_to_hf.py";
         return found("holds a model in Meta's own format", advice);
     }
-    let mut models: Vec<String> = names
-        .iter()
-        .filter(|name| path.join(name).join(CONFIG_FILE).is_file())
-        .map(|name| format!("`{}`", path.join(name).display()))
+    None
+}
+
+/// What is said of a folder without a configuration: often it holds the folders of models.
+pub(crate) fn without_config(dir: &Path) -> Option<Error> {
+    let mut models: Vec<PathBuf> = fs::read_dir(dir)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.join(CONFIG_FILE).is_file())
         .collect();
     models.sort();
-    let advice = match models.len() {
-        0 => WANTED.to_owned(),
-        1..=SHOWN => format!("give {}", models.join(" or ")),
-        more => format!("give one of {} models in it, such as {}", more, models[0]),
+    let named: Vec<String> = models.iter().map(|model| format!("`{}`", model.display())).collect();
+    let advice = match &named[..] {
+        [] => WANTED.to_owned(),
+        [first, .., _] if named.len() > SHOWN => {
+            format!("give one of the {} models in it, such as {first}", named.len())
+        }
+        few => format!("give {}", few.join(" or ")),
     };
-    Some(Error::NoConfig { dir: path.to_owned(), advice })
+    Some(Error::NoConfig { dir: dir.to_owned(), advice })
 }
 
 fn starts_with(path: &Path, magic: &[u8]) -> bool {

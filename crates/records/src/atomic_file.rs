@@ -72,8 +72,10 @@ fn same_file(_: &fs::Metadata, _: &fs::Metadata) -> bool {
 pub fn check_target(path: &Path) -> Result<()> {
     let found = match Target::of(path) {
         Ok(Target::File(file)) if file.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
-        Ok(Target::File(file)) if !folder_of(&file).exists() => Err(io::ErrorKind::NotFound.into()),
-        Ok(Target::File(file)) => return Ok(gptq_checkpoint::check_folder(folder_of(&file))?),
+        Ok(Target::File(file)) => match fs::metadata(folder_of(&file)) {
+            Ok(_) => return Ok(gptq_checkpoint::check_folder(folder_of(&file))?),
+            Err(e) => Err(e),
+        },
         other => other.map(drop),
     };
     found.map_err(Error::io("write", path))

@@ -34,7 +34,7 @@ pub(crate) struct Cli {
     #[arg(short, long, global = true, display_order = LAST)]
     pub(crate) quiet: bool,
     /// Print lines instead of progress bars, on a terminal too
-    #[arg(long, global = true, display_order = LAST)]
+    #[arg(long, global = true, display_order = LAST + 1)]
     pub(crate) no_progress: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -125,9 +125,9 @@ mod tests {
     fn an_unknown_option_is_no_value() {
         for (words, tip) in [
             (&["quantize", "m", "-o", "q"][..], Some("options are written out")),
-            (&["quantize", "m", "--stride", "1"], None),
+            (&["quantize", "m", "--zzz", "1"], None),
             (&["quantize", "m", "--output", "q"], Some("'--out'")),
-            (&["--out", "q"], Some("'quantize --out' exists")),
+            (&["--out", "q", "quantize"], Some("'quantize --out' exists")),
         ] {
             let words = std::iter::once("gptq").chain(words.iter().copied());
             let text = parse(words.map(OsString::from).collect()).unwrap_err().to_string();

@@ -41,8 +41,10 @@ pub(crate) fn parse_bits(text: &str) -> Result<u8, String> {
 /// Parses a whole number of an unsigned type. What the standard library says of a wrong one does not
 /// say what would be right.
 pub(crate) fn parse_whole<T: FromStr>(text: &str) -> Result<T, String> {
-    let most = u64::MAX >> (u64::BITS as usize - 8 * size_of::<T>());
-    text.parse().map_err(|_| format!("use a whole number from 0 to {most}"))
+    text.parse().map_err(|_| match 8 * size_of::<T>() {
+        bits @ ..64 => format!("use a whole number from 0 to {}", (1_u64 << bits) - 1),
+        bits => format!("use a whole number from 0 on, below 2^{bits}"),
+    })
 }
 
 /// Parses a number.
@@ -80,7 +82,7 @@ mod tests {
             let told = parse_whole::<u16>(wrong).unwrap_err();
             assert_eq!(told, "use a whole number from 0 to 65535");
         }
-        assert!(parse_whole::<u64>("x").unwrap_err().ends_with(" 18446744073709551615"));
+        assert!(parse_whole::<u64>("x").unwrap_err().ends_with(" from 0 on, below 2^64"));
     }
 
     #[test]
