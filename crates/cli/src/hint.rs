@@ -32,14 +32,15 @@ pub(crate) fn advised(message: impl Into<String>, hint: impl Into<String>) -> an
     anyhow::Error::new(Advised { message: message.into(), hint, cause: None })
 }
 
-/// A checkpoint's error whose own cause is the attempt to mend it. As anyhow's context its hint would
-/// be out of reach.
+/// A checkpoint's error whose own cause is the attempt to mend it by a download, which it can no longer
+/// advise.
 #[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "downloads alone mend"))]
 pub(crate) fn caused(
     error: &gptq_checkpoint::Error,
     cause: impl Error + Send + Sync + 'static,
 ) -> anyhow::Error {
-    let hint = error.hint().map(Cow::into_owned);
+    let advised = hub::hint(&cause).is_some();
+    let hint = (!advised).then(|| "check the name, or give the folder of a model".to_owned());
     anyhow::Error::new(Advised { message: error.to_string(), hint, cause: Some(Box::new(cause)) })
 }
 
