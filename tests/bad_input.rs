@@ -415,6 +415,26 @@ fn a_full_disk_is_named_and_left_empty() {
     assert_eq!(listing(&disk), ["out"]);
 }
 
+/// Before a model is looked for, which may be a long download.
+#[test]
+fn a_disk_that_cannot_be_written_is_found_first() {
+    let dir = Workdir::new();
+    let disk = dir.path("disk");
+    let Some(_mounted) = SmallDisk::mount(&disk, 16 << 10) else { return };
+    let remounted = Command::new("mount").args(["-o", "remount,ro"]).arg(&disk).status();
+    assert!(remounted.unwrap().success());
+    let runs: [&[&str]; 3] = [
+        &["quantize", "org/absent", "--out=disk/out"],
+        &["sweep", "nine", "--model=org/absent", "--out=disk/a/b"],
+        &["ppl", "org/absent", "--per-token=disk/losses.csv"],
+    ];
+    for run in runs {
+        let told = dir.gptq(run);
+        told.refused(&["`disk", "choose a folder that can be written"]);
+        assert!(told.stderr.contains("Read-only") && !told.stderr.contains("absent"), "{run:?}");
+    }
+}
+
 #[test]
 fn damaged_gptq_checkpoints_are_refused() {
     let dir = with_model(&TinyLlama::new());

@@ -161,8 +161,8 @@ fn every_command_explains_itself() {
     Options:
           --checksum     Read every value, and print how fast and their SHA-256: equal for equal
                          tensors, whatever files hold them
-      -q, --quiet        Print warnings, errors and results only
           --json         Print the result as JSON
+      -q, --quiet        Print warnings, errors and results only
           --no-progress  Print lines instead of progress bars, on a terminal too
       -h, --help         Print help
       -V, --version      Print version

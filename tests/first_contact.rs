@@ -118,12 +118,37 @@ fn mistakes_are_told_what_to_type_next() {
     let dir = tiny();
     std::fs::create_dir(dir.path("empty")).unwrap();
     dir.write("plain.txt", "w3");
+    dir.write("none.txt", "");
+    dir.write("other.jsonl", "{\"words\": \"w3\"}\n");
+    dir.write("facts.jinja", "{{ messages }}");
+    TinyLlama::new().write(&dir.path("outer/inner"));
     let cards = repository().join("configs/cards/demo.toml").display().to_string();
-    let cases: [(&[&str], &str); 23] = [
+    let on = "--calib-dataset";
+    let cases: [(&[&str], &str); 43] = [
         (&["plan", "./nowhere"], "a folder that is there, or a model of the Hub as `ORG/NAME`"),
         (&["plan", "models\\x"], "paths have `/`"),
         (&["plan", "org/name"], "gptq fetch org/name"),
-        (&["inspect", "empty"], "paths count from"),
+        (&["inspect", "empty"], "the folder that holds config.json"),
+        (&["quantize", "empty", "--out=q"], "the folder that holds config.json"),
+        (&["ppl", "outer"], "give `outer/inner`"),
+        (&["plan", "plain.txt"], "the folder that holds config.json"),
+        (&["verify", "model"], "gptq quantize made"),
+        (&["verify", "model/model.safetensors"], "name a folder"),
+        (&["sweep", "model"], "name a file"),
+        (&["check", "empty", "--baseline=empty"], "gptq sweep or gptq quantize"),
+        (&["man", "--out", "plain.txt"], "name a folder"),
+        (&["ppl", "model", "--per-token=empty"], "name a file"),
+        (&["ppl", "model", "--per-token=no/such.csv"], "paths count from"),
+        (&["quantize", "model", "--out", "model"], "choose another name"),
+        (&["quantize", "model", "--out", "plain.txt"], "choose another name"),
+        (&["quantize", "model", "--out", "plain.txt/q"], "name a folder"),
+        (&["sweep", "nine", "--model=model", "--out=plain.txt"], "name a folder"),
+        (&["quantize", "model", "--out=q", on, "none.txt"], "give a file"),
+        (&["quantize", "model", "--out=q", on, "other.jsonl"], "#FIELD"),
+        (&["quantize", "model", "--out=q", "--bits=5"], "2, 3, 4 or 8"),
+        (&["quantize", "model", "--out=q", "--damp", "-1"], "above 0 and below 1"),
+        (&["generate", "model", "--prompt=w3", "--chat", "--template=facts.jinja"], "TOML"),
+        (&["generate", "model", "--prompt=w3", "--chat", "--template=no.toml"], "paths count from"),
         (&["inspect", "plain.txt"], "the folder that holds config.json"),
         (&["inspect", "C:\\models\\x"], "/mnt/c/models/x"),
         (&["quantize", "model", "--out=D:/x"], "/mnt/d/x"),
@@ -157,4 +182,66 @@ fn mistakes_are_told_what_to_type_next() {
     }
     // A word that is nearly a command.
     assert!(run(&["quantise", "m"]).stderr.contains("'quantize'"));
+}
+
+/// What cannot be written is known before a model is downloaded or a text read.
+#[test]
+fn outputs_are_looked_at_first() {
+    let dir = tiny();
+    dir.write("plain.txt", "w3");
+    let absent = ["--device=cpu", "--calib-dataset=absent.txt"];
+    for out in ["model", "plain.txt", "plain.txt/q"] {
+        let told = dir.gptq(&[&["quantize", "org/absent", "--out", out], &absent[..]].concat());
+        told.refused(&[&format!("`{out}`")]);
+        assert!(!told.stderr.contains("absent"), "{}", told.stderr);
+    }
+    let told = dir.gptq(&["sweep", "nine", "--model=org/absent", "--out=plain.txt"]);
+    told.refused(&["`plain.txt`"]);
+    let told = dir.gptq(&["ppl", "org/absent", "--per-token=plain.txt/x"]);
+    told.refused(&["`plain.txt/x`"]);
+}
+
+/// Runs a line of bash in which `gptq` is the command.
+fn bash(dir: &Workdir, line: &str) -> (i32, String) {
+    let built = std::path::Path::new(env!("CARGO_BIN_EXE_gptq")).parent().unwrap();
+    let output = std::process::Command::new("bash")
+        .args(["--norc", "-c", line])
+        .current_dir(dir.path("."))
+        .env_clear()
+        .env("PATH", format!("{}:/usr/bin:/bin", built.display()))
+        .output()
+        .unwrap();
+    (output.status.code().unwrap_or(-1), String::from_utf8(output.stderr).unwrap())
+}
+
+/// As by a disk that is full, for one who may not mount a small one.
+#[test]
+fn a_limit_on_files_ends_with_an_error_and_leaves_nothing() {
+    let dir = tiny();
+    let before = util::listing(&dir.path("."));
+    let run = "gptq quantize model --recipe rtn --device cpu --out q";
+    let (code, told) = bash(&dir, &format!("ulimit -f 8; {run}"));
+    assert_eq!(code, 1, "{told}");
+    assert!(told.contains("error: Cannot write `q.partial/") && told.contains("hint: "), "{told}");
+    assert!(told.contains("`ulimit -f`"), "{told}");
+    assert_eq!(util::listing(&dir.path(".")), before);
+    let (code, told) = bash(&dir, "ulimit -f 1; gptq man --out . 2>&1 >&2");
+    assert_eq!(code, 1, "{told}");
+    let left = util::listing(&dir.path("."));
+    assert!(left.iter().all(|name| !name.starts_with(".gptq-")), "{left:?}");
+}
+
+#[test]
+fn a_result_that_cannot_be_shown_is_an_error_and_a_closed_pipe_is_none() {
+    let dir = tiny();
+    for line in ["--help", "--version", "quantize --help", "doctor", "plan model", "man", "schema"]
+    {
+        let (code, told) = bash(&dir, &format!("gptq {line} > /dev/full"));
+        assert_eq!(code, 1, "{line}: {told}");
+        assert!(told.contains("error: Cannot write to stdout"), "{line}: {told}");
+        assert!(told.contains("hint: free some space"), "{line}: {told}");
+        let (code, told) = bash(&dir, &format!("set -o pipefail; gptq {line} | true"));
+        assert_eq!(code, 0, "{line}: {told}");
+        assert!(!told.contains("error:"), "{line}: {told}");
+    }
 }

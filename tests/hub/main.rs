@@ -184,7 +184,8 @@ fn what_a_command_needs_is_downloaded() {
     setting.gptq_env(&text, &[OFFLINE]).refused(&["`gptq fetch --dataset org/texts:w2:test`"]);
     let gone = [("HF_ENDPOINT", "http://127.0.0.1:1")];
     let nobody = setting.gptq_env(&["inspect", "org/other"], &gone);
-    nobody.refused(&["`gptq fetch org/other`"]);
+    nobody.refused(&["`org/other`", "HF_ENDPOINT"]);
+    assert!(!nobody.stderr.contains("gptq fetch"), "{}", nobody.stderr);
     assert!(nobody.stderr.contains("Connection refused"), "{}", nobody.stderr);
 }
 

@@ -99,7 +99,8 @@ impl ModelConfig {
         let file = dir.join(CONFIG_FILE);
         let text = json::text(&file).map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => {
-                foreign::recognize(dir).unwrap_or_else(|| Error::io("read", &file)(error))
+                let found = foreign::recognize(dir).or_else(|| foreign::without_config(dir));
+                found.unwrap_or_else(|| Error::io("read", &file)(error))
             }
             _ => Error::io("read", &file)(error),
         })?;

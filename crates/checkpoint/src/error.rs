@@ -88,6 +88,14 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
     },
+    /// A folder without a model.
+    #[error("`{}` has no config.json", dir.display())]
+    NoConfig {
+        /// The folder.
+        dir: PathBuf,
+        /// What to do.
+        advice: String,
+    },
     /// A quantized folder with several candidates and nothing that chooses among them.
     #[error(
         "`{}` has {count} safetensors files and none is named by its quantization config",

@@ -4,9 +4,15 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::Error;
+use crate::names::CONFIG_FILE;
+
+const WANTED: &str = "give the folder that holds config.json and the weights";
+
+/// Folders that an error names, at most.
+const SHOWN: usize = 3;
 
 /// What a path without a model holds instead, where that is something well known.
 pub(crate) fn recognize(path: &Path) -> Option<Error> {
@@ -15,7 +21,7 @@ pub(crate) fn recognize(path: &Path) -> Option<Error> {
     if path.is_file() {
         return match starts_with(path, b"GGUF") {
             true => found("is a GGUF file", GGUF),
-            false => found("is a file", "give the folder that holds config.json and the weights"),
+            false => found("is a file", WANTED),
         };
     }
     let names: Vec<String> = fs::read_dir(path)
@@ -35,6 +41,25 @@ pub(crate) fn recognize(path: &Path) -> Option<Error> {
         return found("holds a model in Meta's own format", advice);
     }
     None
+}
+
+/// What is said of a folder without a configuration: often it holds the folders of models.
+pub(crate) fn without_config(dir: &Path) -> Option<Error> {
+    let mut models: Vec<PathBuf> = fs::read_dir(dir)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.join(CONFIG_FILE).is_file())
+        .collect();
+    models.sort();
+    let named: Vec<String> = models.iter().map(|model| format!("`{}`", model.display())).collect();
+    let advice = match &named[..] {
+        [] => WANTED.to_owned(),
+        [first, .., _] if named.len() > SHOWN => {
+            format!("give one of the {} models in it, such as {first}", named.len())
+        }
+        few => format!("give {}", few.join(" or ")),
+    };
+    Some(Error::NoConfig { dir: dir.to_owned(), advice })
 }
 
 fn starts_with(path: &Path, magic: &[u8]) -> bool {

@@ -10,6 +10,13 @@ impl Error {
     pub fn hint(&self) -> Option<Cow<'_, str>> {
         Some(match self {
             Self::NoModel { advice, .. } | Self::NoSettings { advice, .. } => (*advice).into(),
+            Self::NoConfig { advice, .. } => advice.into(),
+            Self::InvalidHeader { .. } => {
+                "get or make the file again: what wrote it may have been interrupted".into()
+            }
+            Self::NotQuantized { .. } => {
+                "give a folder that gptq quantize made; gptq inspect shows any model".into()
+            }
             Self::InvalidPyTorch { advice, .. } => (*advice)?.into(),
             Self::AmbiguousWeights { .. } => {
                 "set `model_file_base_name` in `quantize_config.json`".into()

@@ -92,7 +92,9 @@ pub use names::{
 };
 pub use output_error::OutputError;
 pub use packed::{PackedGrid, PackedNotes, StoredZeros};
-pub use partial::{Partial, bytes_free, finish_rename, free_space, has_no_locks};
+pub use partial::{
+    Partial, bytes_free, check_folder, check_output, finish_rename, free_space, has_no_locks,
+};
 pub use quantize_config::QuantizeConfig;
 pub use reader::{Checkpoint, StoredTensor};
 pub use rope::{LongRope, Rope, RopeScaling, Yarn};

@@ -11,6 +11,8 @@
 
 mod output;
 
+pub use output::{check_folder, check_output};
+
 use std::env;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;

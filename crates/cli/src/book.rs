@@ -41,10 +41,8 @@ mod docs_support;
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::docs_support::{blocks, pages, recorded_commands};
-    use crate::args::{Cli, typed};
+    use crate::args::{parse, typed};
 
     /// Whatever a block needs: no option of a command in it is wrong.
     #[test]
@@ -56,7 +54,7 @@ mod tests {
                     let Some(words) = of_gptq(&words) else { continue };
                     let line = words.join(" ");
                     let words = typed(words.into_iter().map(Into::into)).unwrap();
-                    if let Err(error) = Cli::try_parse_from(words) {
+                    if let Err(error) = parse(words) {
                         let kind = error.kind();
                         use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
                         let shown = matches!(kind, DisplayHelp | DisplayVersion);

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 
+use crate::commands;
 use crate::hint;
 use crate::hub;
 use crate::launch;
@@ -39,9 +40,12 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
         write_stderr(START.trim_end());
         return ExitCode::from(USER);
     }
-    // A closed pipe is the reader's choice, not a failure of ours.
-    let _ = error.print();
-    if error.use_stderr() { ExitCode::from(USER) } else { ExitCode::SUCCESS }
+    match commands::written(error.print()) {
+        // Where its message cannot be shown, neither can another.
+        _ if error.use_stderr() => ExitCode::from(USER),
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(&error),
+    }
 }
 
 /// The program's own fault, which the panic's message has described.

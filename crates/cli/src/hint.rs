@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::error::Error;
+use std::io;
 
 use crate::hub;
 
@@ -31,14 +32,15 @@ pub(crate) fn advised(message: impl Into<String>, hint: impl Into<String>) -> an
     anyhow::Error::new(Advised { message: message.into(), hint, cause: None })
 }
 
-/// A checkpoint's error whose own cause is the attempt to mend it. As anyhow's context its hint would
-/// be out of reach.
+/// A checkpoint's error whose own cause is the attempt to mend it by a download, which it can no longer
+/// advise.
 #[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "downloads alone mend"))]
 pub(crate) fn caused(
     error: &gptq_checkpoint::Error,
     cause: impl Error + Send + Sync + 'static,
 ) -> anyhow::Error {
-    let hint = error.hint().map(Cow::into_owned);
+    let advised = hub::hint(&cause).is_some();
+    let hint = (!advised).then(|| "check the name, or give the folder of a model".to_owned());
     anyhow::Error::new(Advised { message: error.to_string(), hint, cause: Some(Box::new(cause)) })
 }
 
@@ -54,17 +56,32 @@ pub(crate) fn hints(error: &anyhow::Error) -> Vec<Cow<'_, str>> {
         }
     }
     if hints.is_empty() {
-        hints.extend(nothing_there(error));
+        hints.extend(of_system(error));
     }
     hints
 }
 
-/// A file that is not there is most often one of another folder.
-fn nothing_there(error: &anyhow::Error) -> Option<Cow<'_, str>> {
-    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>())?;
-    let here = std::env::current_dir().ok()?;
-    (io.kind() == std::io::ErrorKind::NotFound)
-        .then(|| format!("check the name; paths count from {}", here.display()).into())
+/// What to do about what the system refuses, whatever was done with the file.
+fn of_system(error: &anyhow::Error) -> Option<Cow<'_, str>> {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>())?;
+    Some(match io.kind() {
+        // Most often it is one of another folder.
+        io::ErrorKind::NotFound => {
+            let here = std::env::current_dir().ok()?;
+            return Some(format!("check the name; paths count from {}", here.display()).into());
+        }
+        io::ErrorKind::NotADirectory => "a part of the path is a file: name a folder there".into(),
+        io::ErrorKind::IsADirectory => "it is a folder: name a file".into(),
+        io::ErrorKind::PermissionDenied => {
+            "see with `ls -ld` who may do so, or choose another".into()
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "choose a folder that can be written".into(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space or choose another disk".into()
+        }
+        io::ErrorKind::FileTooLarge => "raise the limit that `ulimit -f` shows".into(),
+        _ => return None,
+    })
 }
 
 /// What one link of the chain says to do.

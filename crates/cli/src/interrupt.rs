@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::Result;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
 /// Knows whether Ctrl-C was pressed, or another signal has come. Pressed while nothing is being made,
@@ -101,6 +101,13 @@ impl Interrupt {
     pub(crate) fn again(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.again)
     }
+}
+
+/// A file that becomes longer than `ulimit -f` allows is an error of the write, as a full disk is, and
+/// no end of the process, which would leave what it was writing.
+pub(crate) fn outlive_limits() {
+    // Without it the process ends as it would have.
+    let _ = flag::register(SIGXFSZ, Arc::default());
 }
 
 /// Whether this process was started to outlive its terminal, as nohup starts one.

@@ -27,19 +27,17 @@ mod terminal;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use args::Cli;
 use printer::Printer;
 
 fn main() -> ExitCode {
     // While there is one thread.
     gptq_compute::cuda::prepare_environment();
+    interrupt::outlive_limits();
     let words = match args::typed(std::env::args_os()) {
         Ok(words) => words,
         Err(error) => return exit::report(&error),
     };
-    let cli = match Cli::try_parse_from(words) {
+    let cli = match args::parse(words) {
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error),
     };

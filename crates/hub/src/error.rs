@@ -383,10 +383,14 @@ impl Error {
                     .or(Some("run the command again to upload what is missing".into()));
             }
             Self::Gone { .. } => "run the command again when that is done".into(),
-            Self::Network { .. }
-            | Self::WrongHash { .. }
-            | Self::LinkRefused { .. }
-            | Self::NotArrived { .. } => AGAIN.into(),
+            Self::Network { .. } => {
+                "see whether this machine reaches the Hub, by HF_ENDPOINT and proxies as they are \
+                 set, and run the command again"
+                    .into()
+            }
+            Self::WrongHash { .. } | Self::LinkRefused { .. } | Self::NotArrived { .. } => {
+                AGAIN.into()
+            }
             _ => return None,
         })
     }

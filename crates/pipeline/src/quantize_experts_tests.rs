@@ -125,7 +125,7 @@ impl Reference<'_> {
 }
 
 /// Holds what was recorded of a block's experts against the definition; whether some saw too few tokens.
-fn assert_errors(source: &Checkpoint, windows: u32, out: &Path) -> Vec<bool> {
+fn assert_errors(source: &Checkpoint, windows: usize, out: &Path) -> Vec<bool> {
     let calibration = calibration(windows);
     let spec = spec(Recipe::AutoGptq);
     let job = QuantizeJob { strict: false, ..job(source, &calibration, spec, out) };

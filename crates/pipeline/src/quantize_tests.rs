@@ -143,9 +143,8 @@ fn calibration(windows: usize) -> Calibration {
 
 /// A calibration on windows of these lengths.
 fn of_lengths(lengths: &[u32]) -> Calibration {
-    let window = |start: u32, length| {
-        (0..length).map(|i| (start + i * 7 + i * i * start) % 64).collect()
-    };
+    let window =
+        |start: u32, length| (0..length).map(|i| (start + i * 7 + i * i * start) % 64).collect();
     let starts = (0..).step_by(5);
     Calibration {
         windows: starts.zip(lengths).map(|(start, &length)| window(start, length)).collect(),
@@ -164,7 +163,7 @@ fn of_lengths(lengths: &[u32]) -> Calibration {
 fn windows_of_unequal_length_are_walked_as_they_are() {
     for name in ["llama2", "dynamic", "llama-longrope"] {
         let folder = tempfile::tempdir().unwrap();
-        let source = widened(folder.path(), name, "plain");
+        let source = widened(folder.path(), name);
         let from = source.config().rope.changes_from().unwrap_or(24);
         let (long, short) = (from as u32 + 16, from as u32 - 5);
         let calibration = of_lengths(&[long, short, short, 1, long, 7, long - 1, 2, short]);

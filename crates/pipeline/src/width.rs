@@ -19,7 +19,7 @@ pub struct Width {
     head_dim: usize,
     /// The experts that such an MLP is one of; all tokens go through it where there are none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    experts: Option<WidthExperts>,
+    pub(crate) experts: Option<WidthExperts>,
     /// Blocks of the model that it is of.
     #[serde(skip)]
     blocks: usize,

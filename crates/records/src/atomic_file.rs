@@ -65,6 +65,22 @@ fn same_file(_: &fs::Metadata, _: &fs::Metadata) -> bool {
     false
 }
 
+/// Refuses a target that [`replace`] could not write, before there is anything to write.
+///
+/// # Errors
+/// [`Error::Io`], which names the file.
+pub fn check_target(path: &Path) -> Result<()> {
+    let found = match Target::of(path) {
+        Ok(Target::File(file)) if file.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+        Ok(Target::File(file)) => match fs::metadata(folder_of(&file)) {
+            Ok(_) => return Ok(gptq_checkpoint::check_folder(folder_of(&file))?),
+            Err(e) => Err(e),
+        },
+        other => other.map(drop),
+    };
+    found.map_err(Error::io("write", path))
+}
+
 /// Writes a file by one rename, over one that is there: a reader, and a run that is interrupted,
 /// find the old contents or the new. A link stays, and what it leads to is replaced. A pipe, a
 /// device, or a file that this process has open by a name such as `/dev/stdout`, is written into.
@@ -226,8 +242,16 @@ mod tests {
     fn a_place_that_cannot_be_written_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let nowhere = dir.path().join("missing/report.html");
-        let error = replace(&nowhere, b"").unwrap_err().to_string();
-        assert!(error.contains("missing/report.html"), "{error}");
+        fs::write(dir.path().join("file"), "x").unwrap();
+        for place in [nowhere, dir.path().to_owned(), dir.path().join("file/report")] {
+            for told in [replace(&place, b"").unwrap_err(), check_target(&place).unwrap_err()] {
+                let named = told.to_string().contains(&place.display().to_string());
+                assert!(named, "{told}");
+            }
+        }
+        check_target(&dir.path().join("new")).unwrap();
+        check_target(&dir.path().join("file")).unwrap();
+        fs::remove_file(dir.path().join("file")).unwrap();
         // A folder in the file's place stays, and so does nothing of ours.
         let folder = dir.path().join("folder");
         fs::create_dir(&folder).unwrap();

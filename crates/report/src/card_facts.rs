@@ -67,7 +67,7 @@ impl CardFacts {
     /// [`gptq_records::Error::Io`] and [`Error::Facts`], which name the file.
     pub fn open(path: &Path, repository: Option<&str>) -> Result<Self> {
         let text = gptq_checkpoint::read_small_text(path)
-            .map_err(gptq_records::Error::io("read the card's facts", path))?;
+            .map_err(gptq_records::Error::io("read", path))?;
         let facts = Self::parse(&text, path)?;
         match repository {
             Some(repository) => {

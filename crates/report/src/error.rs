@@ -95,6 +95,11 @@ impl Error {
             Self::NotMeasured => Some(
                 "give the configuration an [evaluation], or measure tasks with gptq eval".into(),
             ),
+            Self::Facts { .. } => Some(
+                "facts are a TOML file, such as configs/cards/demo.toml; --template takes its [prompt]"
+                    .into(),
+            ),
+            Self::NotQuantized(_) => Some("name a folder that gptq quantize made".into()),
             Self::BranchTwice { .. } => Some("name each folder once".into()),
             _ => None,
         }
@@ -112,6 +117,7 @@ mod tests {
         assert_eq!(error.hint().unwrap(), "make it with gptq check --update");
         let below = gptq_records::Error::BranchInUse("main".to_owned());
         assert!(Error::Records(below).hint().is_some());
-        assert_eq!(Error::NotQuantized("m".into()).hint(), None);
+        let unknown = Error::NotComparable { branch: "main".to_owned(), reason: String::new() };
+        assert_eq!(unknown.hint(), None);
     }
 }

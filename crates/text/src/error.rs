@@ -367,6 +367,10 @@ impl Error {
                 format!("download it with `gptq fetch --dataset {dataset}`").into()
             }
             Self::SplitIncomplete { .. } => "download the rest".into(),
+            Self::NoText { .. } => "give a file that holds some".into(),
+            Self::JsonLine { reason, .. } if reason.contains("field") => {
+                "another field is chosen as `FILE.jsonl#FIELD`".into()
+            }
             Self::NotUtf8 { .. } => "convert it first".into(),
             Self::ColumnNotFound { .. } => "choose one as `DATASET#COLUMN`".into(),
             Self::TokenizerMissing { .. } => {
@@ -405,7 +409,7 @@ mod tests {
             Error::CalibrationTextTooShort { dataset: "t.txt".to_owned(), tokens: 1, needed: 2 };
         assert_eq!(error.to_string(), "Dataset `t.txt` gives 1 tokens but one window needs 2");
         assert_eq!(error.hint().unwrap(), "use a longer text or a smaller seq_len");
-        let rows = Error::NoText { dataset: "t.txt".to_owned() };
-        assert_eq!(rows.hint(), None);
+        let name = Error::ProtocolUnknown { name: "mine".to_owned() };
+        assert_eq!(name.hint(), None);
     }
 }

@@ -4,6 +4,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
+
+use super::parent_of;
 use crate::{Error, OutputError, Result};
 
 /// The place of an output, which must not exist or be an empty folder. Links are followed: a folder
@@ -17,7 +20,11 @@ pub(super) fn resolved(out: &Path) -> Result<PathBuf> {
     match found {
         Ok((true, path)) => Ok(path),
         Ok((false, _)) => occupied(),
-        Err(e) if e.kind() == io::ErrorKind::NotADirectory => occupied(),
+        // It is a file itself, or lies in what is one.
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => match fs::symlink_metadata(out) {
+            Ok(_) => occupied(),
+            Err(_) => Err(Error::io("create", out)(e)),
+        },
         // With a slash at its end, a link is not seen as one.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             match fs::read_link(out.components().as_path()) {
@@ -27,6 +34,30 @@ pub(super) fn resolved(out: &Path) -> Result<PathBuf> {
         }
         Err(e) => Err(Error::io("inspect", out)(e)),
     }
+}
+
+/// Whether a checkpoint can be made at `out`, as far as can be seen without making anything.
+///
+/// # Errors
+/// [`OutputError::Exists`], [`OutputError::DeadLink`] and [`Error::Io`].
+pub fn check_output(out: &Path) -> Result<()> {
+    let out = resolved(out)?;
+    check_folder(parent_of(&out))
+}
+
+/// Whether files can be made in a folder, or the folder itself where it is not there.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn check_folder(folder: &Path) -> Result<()> {
+    let here = Path::new(".");
+    let named = |f| if f == Path::new("") { here } else { f };
+    let there = folder.ancestors().map(named).find(|f| f.exists()).unwrap_or(here);
+    let writable = match there.is_dir() {
+        true => access(there, Access::WRITE_OK | Access::EXEC_OK).map_err(io::Error::from),
+        false => Err(io::ErrorKind::NotADirectory.into()),
+    };
+    writable.map_err(Error::io("write into", folder))
 }
 
 /// Replaces an empty output folder by a new one, as `Partial::publish` will: what the system would
@@ -62,6 +93,29 @@ mod tests {
             let error = Partial::create(&out).unwrap_err();
             assert!(matches!(error, Error::Output(OutputError::Exists { .. })), "{error}");
         }
+    }
+
+    #[test]
+    fn a_place_is_looked_at_without_making_anything() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("file"), "x").unwrap();
+        fs::create_dir(path("empty")).unwrap();
+        for out in ["new", "a/b/new", "empty"] {
+            check_output(&path(out)).unwrap();
+            check_folder(&path(out)).unwrap();
+        }
+        check_folder(Path::new("relative")).unwrap();
+        check_folder(Path::new("")).unwrap();
+        let error = check_output(&path("file")).unwrap_err();
+        assert!(matches!(error, Error::Output(OutputError::Exists { .. })), "{error}");
+        for error in [check_output(&path("file/new")), check_folder(&path("file/new"))] {
+            let Error::Io { source, .. } = error.unwrap_err() else {
+                panic!("no error of the system")
+            };
+            assert_eq!(source.kind(), io::ErrorKind::NotADirectory);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

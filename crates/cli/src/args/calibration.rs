@@ -4,6 +4,8 @@ use clap::Args;
 use gptq_text::calibration::CalibrationOverrides;
 use gptq_text::dataset::{DatasetSpec, Join};
 
+use super::values::{parse_count, parse_whole};
+
 /// What to calibrate on.
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
@@ -27,13 +29,13 @@ pub(crate) struct RecipeChanges {
     #[arg(long, value_name = "JOIN")]
     pub(crate) calib_join: Option<Join>,
     /// Number of calibration windows instead of the recipe's, of which each source keeps its share
-    #[arg(long, value_name = "N", alias = "nsamples", alias = "num-samples")]
+    #[arg(long, value_name = "N", alias = "nsamples", alias = "num-samples", value_parser = parse_count)]
     pub(crate) windows: Option<usize>,
     /// Tokens of a calibration window instead of the recipe's
-    #[arg(long, value_name = "N", alias = "seqlen")]
+    #[arg(long, value_name = "N", alias = "seqlen", value_parser = parse_count)]
     pub(crate) seq_len: Option<usize>,
     /// Seed of the windows' positions instead of the recipe's
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_whole::<u64>)]
     pub(crate) seed: Option<u64>,
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use gptq_generate::SamplingOptions;
 
-use super::values::parse_count;
+use super::values::{parse_count, parse_number, parse_whole};
 
 /// How text is made.
 #[derive(Debug, Default, Args)]
@@ -15,22 +15,22 @@ pub(crate) struct SamplingArgs {
     pub(crate) max_tokens: Option<usize>,
     /// What logits are divided by before a token is drawn; 0 takes the likeliest [default:
     /// generation_config.json's, or 0]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", value_parser = parse_number)]
     temperature: Option<f64>,
     /// Draw from the likeliest tokens that have this probability together
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", value_parser = parse_number)]
     top_p: Option<f64>,
     /// Draw from so many of the likeliest tokens; 0 is all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = parse_whole::<usize>)]
     top_k: Option<usize>,
     /// Draw from tokens that have at least this part of the likeliest one's probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", value_parser = parse_number)]
     min_p: Option<f64>,
     /// Divide the logits of tokens that were there by this
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", value_parser = parse_number)]
     repetition_penalty: Option<f64>,
     /// What draws depend on: the same seed makes the same text
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = parse_whole::<u64>)]
     pub(crate) seed: u64,
     /// End the text before this string; may be given several times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]

@@ -1,5 +1,7 @@
 //! Values that need more than a `FromStr` of a number.
 
+use std::str::FromStr;
+
 use gptq_quant::Recipe;
 
 /// Attempts after failed ones, where nobody asks for another number.
@@ -31,6 +33,25 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Parses the bits of a weight.
+pub(crate) fn parse_bits(text: &str) -> Result<u8, String> {
+    text.parse().map_err(|_| "use 2, 3, 4 or 8".to_owned())
+}
+
+/// Parses a whole number of an unsigned type. What the standard library says of a wrong one does not
+/// say what would be right.
+pub(crate) fn parse_whole<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| match 8 * size_of::<T>() {
+        bits @ ..64 => format!("use a whole number from 0 to {}", (1_u64 << bits) - 1),
+        bits => format!("use a whole number from 0 on, below 2^{bits}"),
+    })
+}
+
+/// Parses a number.
+pub(crate) fn parse_number(text: &str) -> Result<f64, String> {
+    text.parse().map_err(|_| "use a number".to_owned())
+}
+
 /// Parses a number above zero.
 pub(crate) fn parse_count(text: &str) -> Result<usize, String> {
     match text.parse() {
@@ -52,6 +73,17 @@ mod tests {
     use gptq_checkpoint::GroupSize;
 
     use super::*;
+
+    #[test]
+    fn whole_numbers_have_the_bounds_of_their_type() {
+        assert_eq!(parse_whole::<u16>("65535"), Ok(u16::MAX));
+        assert_eq!(parse_whole::<u64>("18446744073709551615"), Ok(u64::MAX));
+        for wrong in ["", "x", "-1", "1.5", "65536"] {
+            let told = parse_whole::<u16>(wrong).unwrap_err();
+            assert_eq!(told, "use a whole number from 0 to 65535");
+        }
+        assert!(parse_whole::<u64>("x").unwrap_err().ends_with(" from 0 on, below 2^64"));
+    }
 
     #[test]
     fn limits_are_numbers_that_something_can_exceed() {

@@ -1,11 +1,10 @@
 //! `gptq completions`: what a shell needs to complete the command line.
 
 use anyhow::Result;
-use clap::CommandFactory;
 use clap_complete::{Shell, generate};
 
 use super::print_as_it_is;
-use crate::args::Cli;
+use crate::args::definition;
 use crate::printer::Printer;
 
 /// Print a script that completes gptq's command line in a shell
@@ -21,6 +20,6 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, _: &Printer) -> Result<()> {
     let mut script = Vec::new();
-    generate(args.shell, &mut Cli::command(), "gptq", &mut script);
+    generate(args.shell, &mut definition(), "gptq", &mut script);
     print_as_it_is(&String::from_utf8(script)?)
 }

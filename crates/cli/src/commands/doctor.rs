@@ -54,12 +54,19 @@ pub(crate) fn run(args: &Args, _: &Printer) -> Result<()> {
     if args.json {
         return print_json(&output);
     }
+    let mut said = None;
     let rows: Vec<Vec<String>> = output
         .checks
         .iter()
         .map(|c| {
             let found = c.found.clone().unwrap_or_else(|| "missing".to_owned());
-            vec![c.what.clone(), found, c.advice.unwrap_or_default().to_owned()]
+            // One package brings several libraries.
+            let advice = match c.advice {
+                advice @ Some(_) if advice == said => "as above",
+                advice => advice.unwrap_or_default(),
+            };
+            said = c.advice;
+            vec![c.what.clone(), found, advice.to_owned()]
         })
         .collect();
     let Verdict { verdict, next, .. } = &output.verdict;

@@ -14,7 +14,7 @@ use super::table::table;
 use super::text_model::check_at_once;
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
-use crate::args::values::parse_count;
+use crate::args::values::{parse_count, parse_whole};
 use crate::hint::advised;
 use crate::interrupt::Interrupt;
 use crate::printer::Printer;
@@ -37,7 +37,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TASKS", value_delimiter = ',', required = true)]
     pub(super) tasks: Vec<String>,
     /// Solved questions before each
-    #[arg(long, value_name = "N", visible_alias = "num_fewshot")]
+    #[arg(long, value_name = "N", visible_alias = "num_fewshot", value_parser = parse_whole::<u32>)]
     pub(super) num_fewshot: Option<u32>,
     /// Questions of each task, at most
     #[arg(long, value_name = "N", value_parser = parse_count)]

@@ -2,7 +2,7 @@
 
 use gptq_text::dataset::DatasetSpec;
 
-use crate::args::values::RETRIES;
+use crate::args::values::{RETRIES, parse_whole};
 
 /// Download a model or dataset from the Hugging Face Hub
 ///
@@ -28,7 +28,7 @@ pub(crate) struct Args {
     #[arg(long)]
     verify: bool,
     /// Attempts after failed ones, 1, 2, 4 s and so on apart; what arrives starts the count anew
-    #[arg(long, value_name = "N", default_value_t = RETRIES)]
+    #[arg(long, value_name = "N", default_value_t = RETRIES, value_parser = parse_whole::<u32>)]
     retries: u32,
     /// Print the result as JSON
     #[arg(long)]

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use clap::{Command, CommandFactory};
+use clap::Command;
 use clap_mangen::Man;
 use gptq_records::atomic_file::replace;
 
 use super::print_as_it_is;
-use crate::args::Cli;
+use crate::args::definition;
 use crate::hint::advised;
 use crate::printer::Printer;
 
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
 
 /// gptq and its commands, which know by now what they are called together.
 fn pages() -> Vec<Command> {
-    let mut gptq = Cli::command().disable_help_subcommand(true);
+    let mut gptq = definition().disable_help_subcommand(true);
     gptq.build();
     let commands: Vec<Command> = gptq.get_subcommands().cloned().collect();
     std::iter::once(gptq).chain(commands).collect()

@@ -31,7 +31,7 @@ mod verify;
 
 use std::io::{IsTerminal, Write};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Subcommand;
 use serde::Serialize;
 
@@ -99,16 +99,20 @@ pub(crate) fn print_part(text: &str) -> Result<bool> {
     let shown = if out.is_terminal() { plain(text) } else { text.into() };
     match out.write_all(shown.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        other => Ok(other.map(|()| true)?),
+        other => written(other).map(|()| true),
     }
 }
 
-/// Writes to stdout. That nobody reads on is the reader's choice and changes nothing else: not what is
-/// written after it, nor the exit code.
 fn print_as_it_is(text: &str) -> Result<()> {
-    match write_stdout(text) {
+    written(write_stdout(text))
+}
+
+/// What became of a text for stdout. That nobody reads on is the reader's choice and changes nothing
+/// else: not what is written after it, nor the exit code.
+pub(crate) fn written(result: std::io::Result<()>) -> Result<()> {
+    match result {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        other => Ok(other?),
+        other => other.context("Cannot write to stdout"),
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use gptq_checkpoint::{Checkpoint, TOKENIZER_FILE};
 use gptq_compute::{Device, Ranks};
 use gptq_model::{Model, SourcePrecision};
@@ -13,7 +13,7 @@ use gptq_pipeline::batches::{Batches, Beside};
 use gptq_pipeline::host_memory;
 use gptq_pipeline::perplexity::{Perplexity, Tally, score};
 use gptq_pipeline::progress::Progress;
-use gptq_records::atomic_file::{refuse_inputs, replace};
+use gptq_records::atomic_file::{check_target, refuse_inputs, replace};
 use gptq_text::dataset::DatasetSpec;
 use gptq_text::evaluation::{EvalText, EvaluationSpec, evaluation_text};
 use gptq_text::protocol::Protocol;
@@ -23,6 +23,7 @@ use serde::Serialize;
 use super::source::{open_checkpoint, provide_text, warn_of};
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
+use crate::args::values::parse_whole;
 use crate::hint::advised;
 use crate::printer::Printer;
 
@@ -43,10 +44,10 @@ pub(crate) struct Args {
     #[arg(long, default_value = "Salesforce/wikitext:wikitext-2-raw-v1:test")]
     dataset: DatasetSpec,
     /// Tokens of a window [default: 2048 (paper), 512 (llama-cpp), the context (strided)]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_whole::<usize>)]
     seq_len: Option<usize>,
     /// Stop after this many windows
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_whole::<usize>)]
     max_windows: Option<usize>,
     /// Dense model to compare with: adds its perplexity and the KL divergence from it
     #[arg(long, value_name = "MODEL")]
@@ -90,9 +91,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     if let Some(file) = &args.per_token {
         let models = std::iter::once(&args.model).chain(&args.base).map(Path::new);
         refuse_inputs(file, models.chain(args.dataset.file()))?;
-        let folder = file.parent().filter(|p| !p.as_os_str().is_empty());
-        let writable = folder.is_none_or(Path::is_dir) && !file.is_dir();
-        ensure!(writable, "Cannot write `{}`: no such folder, or a folder itself", file.display());
+        check_target(file)?;
     }
     let local_ranks = args.device.open(printer)?;
     let checkpoint = open_checkpoint(&args.model, printer)?;

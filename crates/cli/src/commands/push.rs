@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::args::values::RETRIES;
+use crate::args::values::{RETRIES, parse_whole};
 
 /// Upload checkpoints to the Hugging Face Hub, a branch each
 ///
@@ -29,7 +29,7 @@ pub(crate) struct Args {
     #[arg(long)]
     dry_run: bool,
     /// Attempts after failed ones
-    #[arg(long, value_name = "N", default_value_t = RETRIES)]
+    #[arg(long, value_name = "N", default_value_t = RETRIES, value_parser = parse_whole::<u32>)]
     retries: u32,
     /// Print the result as JSON
     #[arg(long)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use gptq_checkpoint::{Checkpoint, GroupSize, Layout};
+use gptq_checkpoint::{Checkpoint, GroupSize, Layout, check_output};
 use gptq_compute::Device;
 use gptq_pipeline::host_memory;
 use gptq_pipeline::job::QuantizeJob;
@@ -25,8 +25,9 @@ use super::calib::sample;
 use super::source::{open_arriving, open_checkpoint, open_sweep, warn_of};
 use super::table::size;
 use super::{print_json, print_result};
-use crate::args::values::parse_bytes;
+use crate::args::values::{parse_bits, parse_bytes, parse_number};
 use crate::args::{CalibrationArgs, DeviceArgs};
+use crate::launch::follower;
 use crate::printer::Printer;
 
 /// Help of `--set`.
@@ -46,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Bits of a weight: 2, 3, 4 or 8 [default: 4]
-    #[arg(long, alias = "wbits")]
+    #[arg(long, alias = "wbits", value_parser = parse_bits)]
     bits: Option<u8>,
     /// Input features that share a scale: a number, or none (or -1) for all [default: 128]
     #[arg(long, value_name = "N|none", alias = "groupsize", allow_hyphen_values = true)]
@@ -55,7 +56,7 @@ pub(crate) struct Args {
     #[arg(long, alias = "desc-act", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     act_order: Option<bool>,
     /// Fraction of the Hessian's mean diagonal added to it [default: 0.03 (best, tuned), 0.01]
-    #[arg(long, alias = "percdamp", alias = "damp-percent")]
+    #[arg(long, alias = "percdamp", alias = "damp-percent", value_parser = parse_number)]
     damp: Option<f64>,
     /// Solver choices: best, tuned (best, then all scales by the whole model's KL), autogptq, or rtn (round
     /// to nearest, no calibration) [default: best]
@@ -177,6 +178,10 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             format!("recipe {} does not calibrate: its options change nothing", spec.recipe.name());
         ensure!(!args.strict, "{unused} (--strict)");
         printer.warn(&unused);
+    }
+    // Before a model is downloaded. Of several processes the first one writes.
+    if follower().is_none() {
+        check_output(&args.out)?;
     }
     let source = if args.discard_shards {
         args.device.check_one("--discard-shards lets each shard be read once")?;

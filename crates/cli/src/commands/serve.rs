@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::args::DeviceArgs;
-use crate::args::values::parse_count;
+use crate::args::values::{parse_count, parse_whole};
 
 /// Answer OpenAI's HTTP interface with a dense model or a GPTQ checkpoint
 ///
@@ -23,7 +23,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     host: String,
     /// Port to listen on; 0 is any that is free
-    #[arg(long, value_name = "PORT", default_value_t = 8080)]
+    #[arg(long, value_name = "PORT", default_value_t = 8080, value_parser = parse_whole::<u16>)]
     port: u16,
     /// File with the key that clients have to show, as Authorization: Bearer KEY
     #[arg(long, value_name = "FILE")]

@@ -134,7 +134,10 @@ fn or_download<T>(
 /// another program wanted of it.
 fn is_incomplete(model: &str, error: &Error) -> bool {
     let lacking = match error {
-        Error::NotInHubCache { .. } | Error::NoWeights { .. } | Error::MissingShard { .. } => true,
+        Error::NotInHubCache { .. }
+        | Error::NoConfig { .. }
+        | Error::NoWeights { .. }
+        | Error::MissingShard { .. } => true,
         Error::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
         _ => false,
     };

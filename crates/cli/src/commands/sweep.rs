@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use gptq_checkpoint::free_space;
+use gptq_checkpoint::{check_folder, free_space};
 use gptq_compute::Device;
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::rates::{KnownRates, Prediction, Source, compared};
@@ -96,6 +96,9 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     config.calibration = config.calibration.clone().with(args.calibration.overrides())?;
     config.source_dtype = args.source_dtype.unwrap_or(config.source_dtype);
     selected(&config, &args.only)?;
+    if !args.dry_run {
+        check_folder(&args.out)?;
+    }
     let (source, origin) = match args.discard_shards {
         true => open_arriving(&model, printer).map(|(source, of)| (source, Some(of)))?,
         false => (open_checkpoint(&model, printer)?, None),

@@ -15,7 +15,7 @@ use super::source::{locate, open_checkpoint, provide_text, warn_of};
 use super::table::{group, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
-use crate::args::values::parse_limit;
+use crate::args::values::{parse_limit, parse_whole};
 use crate::hint::advised;
 use crate::printer::Printer;
 
@@ -40,10 +40,10 @@ pub(crate) struct Args {
     #[arg(long, default_value = "paper", requires = "dataset")]
     protocol: Protocol,
     /// Tokens of a window [default: 2048 (paper), 512 (llama-cpp), the context (strided)]
-    #[arg(long, value_name = "N", requires = "dataset")]
+    #[arg(long, value_name = "N", value_parser = parse_whole::<usize>, requires = "dataset")]
     seq_len: Option<usize>,
     /// Stop after this many windows
-    #[arg(long, value_name = "N", requires = "dataset")]
+    #[arg(long, value_name = "N", value_parser = parse_whole::<usize>, requires = "dataset")]
     max_windows: Option<usize>,
     /// Highest perplexity to accept
     #[arg(long, value_name = "X", value_parser = parse_limit, requires = "dataset")]

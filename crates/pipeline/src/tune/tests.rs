@@ -48,15 +48,15 @@ fn job<'a>(
 }
 
 fn windows_of(windows: Vec<Vec<u32>>) -> Calibration {
+    let seq_len = windows.iter().map(Vec::len).max().unwrap();
     Calibration {
         windows,
-        offsets: Vec::new(),
-        tokens_in_text: 0,
+        places: Vec::new(),
+        seq_len,
         sha256: String::new(),
         seed: 0,
         dataset: DatasetIdentity::new("text".to_owned(), None, &[]),
-        rows: 1,
-        glued: 0,
+        sources: Vec::new(),
     }
 }
 
@@ -102,7 +102,7 @@ fn a_tuned_file_is_nearer_to_its_base_on_text_that_it_has_not_seen() {
         };
         let recipe = CalibrationRecipe::open(&demo.to_string_lossy()).unwrap();
         let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
-        recipe.with(overrides).unwrap().sample(&tokenizer).unwrap()
+        recipe.with(overrides).unwrap().sample(&tokenizer, None).unwrap()
     };
     let calibration = recipe(64, 0);
     let folder = tempfile::tempdir().unwrap();
