@@ -300,6 +300,19 @@ fn ranks_that_differ_name_what_differs_and_write_nothing() {
 
 /// The same tensors and config.json: one word of quantize_config.json makes other weights of them.
 #[test]
+fn scales_are_tuned_by_one_rank_alone() {
+    let dir = model();
+    let outcomes = ranks(&dir, 2, &quantize("out", "tuned"));
+    let said: Vec<&str> = outcomes.iter().map(|outcome| outcome.stderr.as_str()).collect();
+    assert!(outcomes.iter().all(|outcome| outcome.code == 1), "{said:?}");
+    // Whichever comes second may hear of the first's end before it comes to say the same.
+    let why =
+        "tune=0 (or the recipe best) instead of 64: scales are tuned on one device, and 2 make";
+    assert!(said.iter().any(|said| said.contains(why)), "{said:?}");
+    assert!(!dir.path("out").exists());
+}
+
+#[test]
 fn ranks_that_read_one_file_in_two_ways_do_not_measure_it() {
     let dir = model();
     for name in ["ra", "rb"] {

@@ -64,7 +64,7 @@ pub(crate) fn bench_tuning(
     Ok(Some(Measurement::new(Work::Tune.name(), String::new(), seconds, operations, None)))
 }
 
-/// A synthetic block, quantized.
+/// A synthetic block, quantized: all of its linears are.
 fn solved(
     calibrator: &Calibrator<'_>,
     width: Width,
@@ -78,11 +78,10 @@ fn solved(
         linears.insert(name.to_owned(), packed(shards, spec)?);
         Ok(())
     })?;
-    let frame = block.frame();
-    let missing = || Error::Thread("benchmark");
-    let linears: Vec<_> =
-        frame.linears.iter().map(|l| linears.remove(&l.name).ok_or_else(missing)).collect();
-    TunedBlock::new(device, frame, linears)
+    TunedBlock::new(device, block.frame(), |name| {
+        let solved = linears.remove(name);
+        Ok(solved.unwrap_or_else(|| panic!("`{name}` of the benchmark was not solved")))
+    })
 }
 
 /// Seconds in which a block is taken forward, and back with a step, over one chunk of `hidden` states in windows of

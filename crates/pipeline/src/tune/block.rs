@@ -2,10 +2,10 @@
 
 use gptq_checkpoint::GptqLinear;
 use gptq_compute::{Adam, Device, PackedCodes, ScaledCodes, Tensor};
-use gptq_model::{Block, BlockParts, Ropes};
+use gptq_model::{Block, BlockParts, Linear, Ropes};
 use half::f16;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// A linear whose scales are tuned.
 struct TunedLinear {
@@ -17,53 +17,45 @@ struct TunedLinear {
 }
 
 /// A block whose scales are tuned.
-pub(super) struct TunedBlock {
-    /// The block but for its weights.
-    frame: BlockParts<()>,
-    /// In the frame's order.
-    linears: Vec<TunedLinear>,
-}
+pub(super) struct TunedBlock(BlockParts<TunedLinear>);
 
 impl TunedBlock {
-    /// A block of these linears, in the frame's order, with the scales that they have.
+    /// A block of the linears that `written` gives by their names, with the scales that they have.
     pub(super) fn new(
         device: &Device,
         frame: BlockParts<()>,
-        linears: impl IntoIterator<Item = Result<GptqLinear>>,
+        mut written: impl FnMut(&str) -> Result<GptqLinear>,
     ) -> Result<Self> {
-        let linears = linears.into_iter().map(|linear| TunedLinear::new(device, &linear?));
-        let linears: Vec<TunedLinear> = linears.collect::<Result<_>>()?;
-        if linears.len() == frame.linears.len() {
-            Ok(Self { frame, linears })
-        } else {
-            Err(Error::Thread("tuning"))
-        }
+        let parts =
+            frame.with_weights(|linear| TunedLinear::new(device, &written(&linear.name)?))?;
+        Ok(Self(parts))
     }
 
     /// Names of the linears.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.frame.linears.iter().map(|linear| linear.name.as_str())
+        self.0.linears.iter().map(|linear| linear.name.as_str())
     }
 
     /// Scales of the linears, `[groups, out]` each, as a file holds them.
     pub(super) fn scales(&self, device: &Device) -> impl Iterator<Item = Result<Vec<f16>>> {
         let scales = |linear: &TunedLinear| device.file_scales(&linear.codes, &linear.log_factors);
-        self.linears.iter().map(move |linear| Ok(scales(linear)?))
+        self.0.linears.iter().map(move |linear| Ok(scales(&linear.weight)?))
     }
 
     /// The block with the weights that its scales now give.
     pub(super) fn block(&self, device: &Device) -> Result<Block> {
-        let mut linears = self.linears.iter();
-        let parts = self.frame.clone().with_weights(|_| match linears.next() {
-            Some(linear) => Ok(device.rescaled(&linear.codes, &linear.log_factors)?),
-            None => Err(Error::Thread("tuning")),
-        })?;
-        Ok(Block::new(parts))
+        let BlockParts { index, linears, gains, rule } = &self.0;
+        let linears = linears.iter().map(|Linear { id, name, weight, bias }| {
+            let weight = device.rescaled(&weight.codes, &weight.log_factors)?;
+            Ok(Linear { id: *id, name: name.clone(), weight, bias: bias.clone() })
+        });
+        let linears = linears.collect::<Result<_>>()?;
+        Ok(Block::new(BlockParts { index: *index, linears, gains: gains.clone(), rule: *rule }))
     }
 
     /// Sets the gradients of the scales to zeros.
     pub(super) fn clear(&mut self, device: &Device) -> Result<()> {
-        for linear in &mut self.linears {
+        for Linear { weight: linear, .. } in &mut self.0.linears {
             let (rows, groups) = linear.gradient.shape();
             linear.gradient = device.zeros(rows, groups)?;
         }
@@ -81,10 +73,10 @@ impl TunedBlock {
         seq_len: usize,
     ) -> Result<()> {
         let block = self.block(device)?;
-        let linears = &mut self.linears;
+        let linears = &mut self.0.linears;
         block.backward(device, hidden, gradient, ropes, seq_len, &mut |id, x, dy| {
             let place = block.place_of(id);
-            let TunedLinear { codes, gradient, .. } = &mut linears[place];
+            let TunedLinear { codes, gradient, .. } = &mut linears[place].weight;
             let weight = &block.linears()[place].weight;
             Ok(device.scale_gradient(dy, x, codes, weight, gradient)?)
         })?;
@@ -93,7 +85,7 @@ impl TunedBlock {
 
     /// A step along the gradients.
     pub(super) fn step(&mut self, device: &Device, step: &Adam) -> Result<()> {
-        for linear in &mut self.linears {
+        for Linear { weight: linear, .. } in &mut self.0.linears {
             let TunedLinear { gradient, moments: [mean, square], log_factors, .. } = linear;
             device.adam_step(gradient, [mean, square], log_factors, step)?;
         }

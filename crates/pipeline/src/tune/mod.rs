@@ -79,34 +79,42 @@ pub struct Tuned {
     pub seconds: f64,
 }
 
+/// That a job's steps of tuning cannot be made, and why.
+fn refused(job: &QuantizeJob<'_>, why: &str) -> Error {
+    let (choice, steps) = (Choices::TUNE, job.spec.choices.tune);
+    Error::Choice { note: format!("{choice}=0 (or the recipe best) instead of {steps}: {why}") }
+}
+
+/// The windows of a job that tunes.
+fn split(job: &QuantizeJob<'_>) -> Result<Split> {
+    let windows = job.windows().len();
+    Split::of(windows).ok_or_else(|| {
+        let why = format!(
+            "one calibration window at least is to train on and one to judge by, and there are {windows}"
+        );
+        refused(job, &why)
+    })
+}
+
 /// Refuses a job that asks for tuning where it cannot be done, before anything is computed.
 pub(crate) fn check(job: &QuantizeJob<'_>) -> Result<()> {
-    let steps = job.spec.choices.tune;
-    if steps == 0 || !job.spec.recipe.calibrates() {
+    if job.spec.choices.tune == 0 || !job.spec.recipe.calibrates() {
         return Ok(());
     }
     let config = job.source.config();
-    let choice = Choices::TUNE;
-    let refused = |why: String| {
-        let note = format!("{choice}=0 (or the recipe best) instead of {steps}: {why}");
-        Err(Error::Choice { note })
-    };
     if let Some(why) = without_backward(config) {
         let family = config.family;
-        return refused(format!(
+        let why = format!(
             "the scales of a {family} model cannot be tuned, as its blocks have no backward pass: {why}"
-        ));
+        );
+        return Err(refused(job, &why));
     }
     if job.ranks.size() > 1 {
         let ranks = job.ranks.size();
-        return refused(format!("scales are tuned on one device, and {ranks} make this branch"));
+        let why = format!("scales are tuned on one device, and {ranks} make this branch");
+        return Err(refused(job, &why));
     }
-    if Split::of(job.windows().len()).is_none() {
-        let windows = job.windows().len();
-        return refused(format!(
-            "one calibration window at least is to train on and one to judge by, and there are {windows}"
-        ));
-    }
+    split(job)?;
     cost::check(job)
 }
 
@@ -121,8 +129,7 @@ pub(crate) fn tune(
 ) -> Result<Tuned> {
     let start = Instant::now();
     let windows = job.windows();
-    let no_windows = || Error::Thread("tuning");
-    let split = Split::of(windows.len()).ok_or_else(no_windows)?;
+    let split = split(job)?;
     let Walked { frames, reference, head } = walked;
     let mut teacher = Teacher::new(model, rotations, (windows, &split), reference, head)?;
     let offloaded = cost::offloaded(model, job)?;

@@ -32,11 +32,8 @@ impl Student {
         writer: &CheckpointWriter,
         offloaded: f64,
     ) -> Result<Self> {
-        let block = |frame: BlockParts<()>| {
-            let names: Vec<String> = frame.linears.iter().map(|l| l.name.clone()).collect();
-            let linears = names.iter().map(|name| Ok(writer.read_linear(name)?));
-            TunedBlock::new(model.device(), frame, linears)
-        };
+        let block =
+            |frame| TunedBlock::new(model.device(), frame, |name| Ok(writer.read_linear(name)?));
         let blocks = frames.into_iter().map(block).collect::<Result<_>>()?;
         Ok(Self { blocks, offloaded, loss_scale: LOSS_SCALE })
     }
