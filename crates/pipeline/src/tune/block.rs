@@ -44,13 +44,19 @@ impl TunedBlock {
 
     /// The block with the weights that its scales now give.
     pub(super) fn block(&self, device: &Device) -> Result<Block> {
-        let BlockParts { index, linears, gains, rule } = &self.0;
+        let BlockParts { index, linears, gains, rule, mixture } = &self.0;
         let linears = linears.iter().map(|Linear { id, name, weight, bias }| {
             let weight = device.rescaled(&weight.codes, &weight.log_factors)?;
             Ok(Linear { id: *id, name: name.clone(), weight, bias: bias.clone() })
         });
         let linears = linears.collect::<Result<_>>()?;
-        Ok(Block::new(BlockParts { index: *index, linears, gains: gains.clone(), rule: *rule }))
+        Ok(Block::new(BlockParts {
+            index: *index,
+            linears,
+            gains: gains.clone(),
+            rule: *rule,
+            mixture: mixture.clone(),
+        }))
     }
 
     /// Sets the gradients of the scales to zeros.
