@@ -136,7 +136,7 @@ enum RawTemplate {
 
 impl CalibrationRecipe {
     /// The recipe of runs that name none.
-    pub const DEFAULT: &'static str = "wikitext2";
+    pub const DEFAULT: &'static str = "mix";
 
     /// The names that [`open`](Self::open) knows without a file.
     pub fn built_in_names() -> impl Iterator<Item = &'static str> {

@@ -9,8 +9,8 @@ use super::values::{parse_count, parse_whole};
 /// What to calibrate on.
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
-    /// Calibration recipe: wikitext2, mix, card, or a TOML file [default: the configuration's, or
-    /// wikitext2 without one]; `gptq calib` shows what it holds
+    /// Calibration recipe: mix, wikitext2, card, or a TOML file [default: the configuration's, or
+    /// mix without one]; `gptq calib` shows what it holds
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) calib: Option<String>,
     #[command(flatten)]
