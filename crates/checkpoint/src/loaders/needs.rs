@@ -1,8 +1,8 @@
 //! What loaders require of a checkpoint, and the phrases that say why it is not met.
 
-use crate::LinearShape;
 use crate::checkpoint_format::CheckpointFormat;
 use crate::rope::RopeScaling;
+use crate::{LinearId, LinearShape};
 
 use super::facts::{Architecture, Bias, GroupIndex, InBlocks, LoaderFacts};
 
@@ -20,6 +20,8 @@ pub(super) enum Need {
     NoExperts,
     /// Experts in no block, or in all.
     ExpertsInAll,
+    /// Gate and up are two linears.
+    GateAndUp,
     /// No linear of the architecture has a bias.
     NoBiases,
     /// As many key and value heads as query heads.
@@ -246,6 +248,10 @@ impl Need {
             Self::ExpertsInAll => unless(model.experts != InBlocks::Some, || {
                 "blocks without experts: it leaves their packed MLPs out".to_owned()
             }),
+            Self::GateAndUp => {
+                let fused = model.linears.iter().find(|l| l.id == LinearId::GateUp);
+                fused.map(|l| format!("{} is gate and up in one: it looks for two linears", l.name))
+            }
             Self::NoBiases => model
                 .linears
                 .iter()

@@ -105,6 +105,8 @@ pub(super) static LOADERS: [Loader; 13] = [
             // Of mixtral it asks for other names, glm4_moe it loads but does not run.
             ran(Need::Experts(&["qwen2_moe", "qwen3_moe", "olmoe"])),
             ran(Need::ExpertsInAll),
+            // It takes fused ones apart where transformers 5 has them, before it looks for their tensors.
+            ran(Need::GateAndUp),
         ],
         remarks: &[(When::Bits(&[3]), "Torch kernel only: slow")],
     },

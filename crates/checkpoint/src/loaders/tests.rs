@@ -70,6 +70,26 @@ fn refuses(loader: &str, facts: &LoaderFacts, why: &str) {
     assert!(verdict.reasons.iter().any(|r| r.contains(why)), "`{why}` is not in {verdict:?}");
 }
 
+/// GPTQModel 7.7.0 with transformers 5.24 on files of phi3, glm and glm4: "Missing required quantized weights",
+/// `mlp.gate_proj` and `mlp.up_proj`; transformers itself reads them.
+#[test]
+fn fused_gate_and_up_are_no_file_of_gptqmodel() {
+    for (family, fused) in [("phi3", true), ("glm4", true), ("llama", false)] {
+        let config = format!(
+            r#"{{"model_type":"{family}","hidden_size":256,"intermediate_size":512,"num_hidden_layers":2,
+            "num_attention_heads":4,"num_key_value_heads":4,"vocab_size":64}}"#
+        );
+        let config = ModelConfig::parse(&config, std::path::Path::new("config.json")).unwrap();
+        let architecture = Architecture::from(&config);
+        let facts = LoaderFacts { architecture, ..published(4, Some(128), false) };
+        assert!(verdict("transformers", &facts).loads, "{family}");
+        match fused {
+            true => refuses("GPTQModel", &facts, "mlp.gate_up_proj is gate and up in one"),
+            false => assert!(verdict("GPTQModel", &facts).loads),
+        }
+    }
+}
+
 /// Perplexities of small random models packed in 4 bits, by loader and by this engine: AutoGPTQ 0.7.1
 /// of mixtral the same; GPTQModel 7.7.0 of qwen2_moe, qwen3_moe and olmoe within 0.5% in bfloat16; transformers
 /// 5.24 of all others than here, its experts being random.
