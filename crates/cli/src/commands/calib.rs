@@ -19,6 +19,7 @@ use super::source::{open_settings, provide_text};
 use super::table::table;
 use super::{print_json, print_result};
 use crate::args::RecipeChanges;
+use crate::args::values::parse_whole;
 use crate::printer::Printer;
 
 /// Show what the windows of a calibration recipe hold, as a model's tokenizer sees them
@@ -37,7 +38,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MODEL")]
     model: String,
     /// Show how the first N windows begin and end, special tokens among them
-    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "8")]
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "8", value_parser = parse_whole::<usize>)]
     show: Option<usize>,
     #[command(flatten)]
     changes: RecipeChanges,
