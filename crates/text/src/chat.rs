@@ -151,6 +151,8 @@ pub(crate) fn of_json(row: &Value, asked: Option<&str>) -> Result<Vec<Message>, 
                 Some(Value::String(text)) => Ok(text.clone()),
                 _ => Err(format!("field `{name}` is not a string")),
             };
+            // Many rows are about nothing, and say so by a null.
+            let about = about.filter(|name| !row.get(*name).is_none_or(Value::is_null));
             return of_pair(text(prompt)?, about.map(text).transpose()?, text(response)?);
         }
         Some(Columns::List(list)) => list,
@@ -193,6 +195,7 @@ mod tests {
             json!({"completion": "A", "prompt": "Q"}),
             json!({"instruction": "Q", "output": "A"}),
             json!({"instruction": "Q", "input": " ", "output": "A"}),
+            json!({"instruction": "Q", "input": null, "output": "A"}),
             json!({"question": "Q", "answer": "A"}),
             // A list says more than the prompt that it begins with.
             json!({"prompt": "no", "response": "no", "messages": [

@@ -18,6 +18,8 @@ const BUILT_IN: [(&str, &str); 3] = [
     ("card", include_str!("../calib/card.toml")),
 ];
 
+/// More than any calibration takes, and little enough to have a list of.
+const MOST_WINDOWS: usize = 1 << 24;
 /// More than any text has, and little enough to count work with.
 pub const MOST_TOKENS: usize = 1 << 40;
 /// Most sources of a recipe.
@@ -219,16 +221,20 @@ impl CalibrationRecipe {
     /// remainders the earlier source's).
     fn spread(&mut self, windows: usize) -> Result<()> {
         self.check(windows)?;
-        let sum: f64 = self.sources.iter().map(|source| source.share).sum();
-        let due: Vec<f64> =
-            self.sources.iter().map(|source| windows as f64 * source.share / sum).collect();
+        // Over the largest, so that no sum overflows; and in billionths of a window, as 0.7 and 0.6 are no
+        // binary fractions and equal remainders must be equal.
+        let most = self.sources.iter().map(|source| source.share).fold(0.0, f64::max);
+        let sum: f64 = self.sources.iter().map(|source| source.share / most).sum();
+        let due = |share: f64| (windows as f64 * (share / most) / sum * 1e9).round() / 1e9;
+        let due: Vec<f64> = self.sources.iter().map(|source| due(source.share)).collect();
         let mut left = windows;
         for (source, due) in self.sources.iter_mut().zip(&due) {
             source.windows = (due.floor() as usize).min(left);
             left -= source.windows;
         }
         let mut order: Vec<usize> = (0..due.len()).collect();
-        order.sort_by(|&a, &b| due[b].fract().total_cmp(&due[a].fract()));
+        let lacks = |index: usize| (due[index].fract() * 1e9).round() as u64;
+        order.sort_by_key(|&index| std::cmp::Reverse(lacks(index)));
         for index in order.into_iter().cycle().take(left) {
             self.sources[index].windows += 1;
         }
@@ -259,6 +265,8 @@ impl CalibrationRecipe {
             "windows must be at least 1"
         } else if self.seq_len == 0 {
             "seq_len must be at least 1"
+        } else if windows > MOST_WINDOWS {
+            "windows is more than 2^24"
         } else if windows.checked_mul(self.seq_len).is_none_or(|n| n > MOST_TOKENS) {
             "windows × seq_len is more than 2^40 tokens"
         } else {

@@ -146,6 +146,12 @@ fn shares_are_of_their_sum_and_windows_add_up() {
     assert_eq!(shares(7, &[1.0]).unwrap(), [7]);
     // 3.5, 1.75 and 1.75: the later two lack more.
     assert_eq!(shares(7, &[2.0, 1.0, 1.0]).unwrap(), [3, 2, 2]);
+    // Of tenths, which are no binary fractions, too; and of any size.
+    assert_eq!(shares(10, &[0.2, 0.3, 0.7, 0.6, 0.2]).unwrap(), [1, 2, 3, 3, 1]);
+    assert_eq!(shares(100, &[0.8, 0.8, 0.6, 0.2]).unwrap(), [34, 33, 25, 8]);
+    assert_eq!(shares(8, &[1.7e308, 0.3e308]).unwrap(), [7, 1]);
+    assert_eq!(shares(8, &[5e307, 1e307]).unwrap(), [7, 1]);
+    assert!(shares(1 << 25, &[1.0]).unwrap_err().to_string().contains("2^24"));
     for windows in 3..200 {
         let counts = shares(windows, &[0.37, 0.33, 0.3]).unwrap();
         assert_eq!(counts.iter().sum::<usize>(), windows);
