@@ -51,7 +51,9 @@ fn a_dataset_is_fetched_by_split() {
     assert!(read.stderr.contains("w2/test-00000-of-00002.parquet"), "{}", read.stderr);
     let other = setting.gptq(&["fetch", "--dataset", "org/texts:w2:validation"]);
     other.refused(&["`org/texts`", "w2:validation", "holds w2:test, w2:train"]);
-    setting.gptq(&["fetch", "--dataset", "text.txt"]).refused(&["`text.txt`", "local file"]);
+    setting
+        .gptq(&["fetch", "--dataset", "text.txt"])
+        .refused(&["`text.txt`", "no dataset on the Hub"]);
 }
 
 #[test]
