@@ -164,8 +164,9 @@ fn memory_does_not_grow_with_the_number_of_blocks() {
         };
         let (few, many) = (peak("few"), peak("many"));
         println!("{options:?}: {few} bytes for {FEW} blocks, {many} for {MANY} of {BLOCK}");
-        // What is read ahead and written behind depends on chance; the source is 15 blocks larger.
-        assert!(many < few + 2 * BLOCK, "{options:?}: {few}, {many}");
+        // What is read ahead and written behind depends on chance: up to two blocks each. The source is 15
+        // blocks larger.
+        assert!(many < few + 4 * BLOCK, "{options:?}: {few}, {many}");
     }
 }
 
