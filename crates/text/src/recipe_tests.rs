@@ -27,7 +27,7 @@ fn counts(recipe: &CalibrationRecipe) -> Vec<usize> {
 fn shares(windows: usize, shares: &[f64]) -> Result<Vec<usize>> {
     let tables: Vec<String> = shares
         .iter()
-        .map(|share| format!("dataset = \"a.txt\"\njoin = \"card\"\nshare = {share}"))
+        .map(|share| format!("dataset = \"a.txt\"\njoin = \"card\"\nshare = {share:?}"))
         .collect();
     let tables: Vec<&str> = tables.iter().map(String::as_str).collect();
     sources(&format!("windows = {windows}"), &tables).map(|recipe| counts(&recipe))
@@ -90,7 +90,8 @@ fn invalid_recipes_say_why() {
         ("\"paragraphs\"", "\"lines\"", "unknown variant `lines`"),
         ("windows = 3", "windows = 0", "windows must be at least 1"),
         ("seq_len = 4", "seq_len = 0", "seq_len must be at least 1"),
-        ("windows = 3", "windows = 1099511627776", "more than 2^40 tokens"),
+        ("windows = 3", "windows = 1099511627776", "windows is more than 2^24"),
+        ("seq_len = 4", "seq_len = 1099511627776", "more than 2^40 tokens"),
         ("text/own.txt", "text/own.csv", "Dataset `text/own.csv` cannot be read"),
         ("seed = 0", "seed = 0\nshare = 1", "unknown field `share`"),
         ("seed = 0", "seed = 0\ntemplate = \"chat\"", "join and template exclude each other"),
