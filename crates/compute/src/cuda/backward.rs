@@ -9,7 +9,7 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 
 use super::buffer::Values;
 use super::dense::int;
-use super::elementwise::{block_per_row, to_f16};
+use super::elementwise::{block_per_row, block_per_run, to_f16};
 use super::error::StageContext;
 use super::gemm::{Operand, PLAIN, gemm};
 use super::matrix::{Matrix, ensure_same_card};
@@ -85,8 +85,7 @@ fn launch_norm(
     }
     let cuda = x.cuda();
     // As in the forward, a run is a row to the kernel.
-    let mut config = block_per_row(x.rows() * (x.cols() / gain.len()));
-    config.block_dim.0 = gain.len().div_ceil(8).next_multiple_of(32).min(256) as u32;
+    let config = block_per_run(x.rows() * (x.cols() / gain.len()), gain.len());
     let cols = int(gain.len())?;
     let gain = cuda.copied(op, gain)?;
     let name = match (x.values(), dy.values(), dx.values()) {
@@ -132,8 +131,7 @@ pub(crate) fn add_gain_gradient(x: &Matrix, eps: f32, dy: &Matrix, sum: &mut Mat
     };
     let (x_at, dy_at) = (x.address(), dy.address());
 
-    let mut config = block_per_row(runs);
-    config.block_dim.0 = features.div_ceil(8).next_multiple_of(32).min(256) as u32;
+    let config = block_per_run(runs, features);
     let function = cuda.kernel(FILE, norms)?;
     let mut launch = cuda.stream().launch_builder(&function);
     launch.arg(&x_at).arg(inverse.make_mut()?).arg(&cols).arg(&eps);

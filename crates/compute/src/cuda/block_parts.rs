@@ -8,7 +8,7 @@ use half::f16;
 
 use super::buffer::Values;
 use super::dense::int;
-use super::elementwise::block_per_row;
+use super::elementwise::{block_per_row, block_per_run};
 use super::error::StageContext;
 use super::matrix::{Matrix, ensure_same_card};
 use crate::error::Result;
@@ -22,8 +22,7 @@ pub(crate) fn layer_norm(x: &Matrix, gain: &[f32], features: usize, eps: f32) ->
     if x.rows() == 0 {
         return Ok(out);
     }
-    let mut config = block_per_row(x.rows() * (x.cols() / features));
-    config.block_dim.0 = features.div_ceil(8).next_multiple_of(32).min(256) as u32;
+    let config = block_per_run(x.rows() * (x.cols() / features), features);
     let (cols, gains) = (int(features)?, int(gain.len() / features)?);
     let gain = cuda.copied(OP, gain)?;
     let name = match x.values() {
@@ -32,10 +31,7 @@ pub(crate) fn layer_norm(x: &Matrix, gain: &[f32], features: usize, eps: f32) ->
     };
     let function = cuda.kernel("layer_norm.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&function);
-    match x.values() {
-        Values::F32(values) => launch.arg(values.slice()),
-        Values::F16(values) => launch.arg(values.slice()),
-    };
+    x.pass(&mut launch);
     launch.arg(gain.slice()).arg(out.f16_mut(OP)?).arg(&cols).arg(&gains).arg(&eps);
     // SAFETY: the arguments are the kernel's for the type of x; x and out hold a run for each block, the
     // gain its own runs of as many values.
@@ -151,10 +147,7 @@ pub(crate) fn add_scaled(sum: &mut Matrix, x: &Matrix, factor: f32) -> Result<()
     let function = cuda.kernel("scaled_sum.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&function);
     launch.arg(sum.f32_mut(OP)?);
-    match x.values() {
-        Values::F16(values) => launch.arg(values.slice()),
-        Values::F32(values) => launch.arg(values.slice()),
-    };
+    x.pass(&mut launch);
     launch.arg(&factor).arg(&n);
     // SAFETY: the arguments are the kernel's for the type of x; both matrices hold n values.
     unsafe { launch.launch(cuda.spread(count)) }.stage(OP)?;
@@ -179,10 +172,7 @@ pub(crate) fn add_rows(sum: &mut Matrix, rows: &[u32], weights: &[f32], x: &Matr
     let function = cuda.kernel("scaled_sum.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&function);
     launch.arg(sum.f32_mut(OP)?);
-    match x.values() {
-        Values::F16(values) => launch.arg(values.slice()),
-        Values::F32(values) => launch.arg(values.slice()),
-    };
+    x.pass(&mut launch);
     launch.arg(rows.slice()).arg(weights.slice()).arg(&cols);
     // SAFETY: the arguments are the kernel's for the type of x, which has a row, as rows and weights have a
     // value, for each block; no two blocks write one row of the sum.

@@ -21,6 +21,14 @@ pub(super) fn block_per_row(rows: usize) -> LaunchConfig {
     LaunchConfig { grid_dim: (rows as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 }
 }
 
+/// A block for each of `runs` runs of `cols` values, with threads for eight of them each, up to 256: one as short
+/// as a head would leave most of these idle.
+pub(super) fn block_per_run(runs: usize, cols: usize) -> LaunchConfig {
+    let mut config = block_per_row(runs);
+    config.block_dim.0 = cols.div_ceil(8).next_multiple_of(32).min(256) as u32;
+    config
+}
+
 /// x / rms(x) · gain as fp16 over every run of gain.len() values of a row, from hidden states in f32
 /// or from fp16.
 pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
@@ -30,12 +38,11 @@ pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
     if x.rows() == 0 {
         return Ok(out);
     }
-    // To the kernel a run is a row; one as short as a head leaves most of 256 threads idle.
-    let runs = x.rows() * (x.cols() / gain.len());
-    let mut config = block_per_row(runs);
-    if gain.len() < x.cols() {
-        config.block_dim.0 = gain.len().div_ceil(8).next_multiple_of(32).min(256) as u32;
-    }
+    // To the kernel a run is a row.
+    let config = match x.cols() / gain.len() {
+        1 => block_per_row(x.rows()),
+        runs => block_per_run(x.rows() * runs, gain.len()),
+    };
     let cols = gain.len() as i32;
     let gain = cuda.copied(OP, gain)?;
     let name = match x.values() {
@@ -44,10 +51,7 @@ pub(crate) fn rms_norm(x: &Matrix, gain: &[f32], eps: f32) -> Result<Matrix> {
     };
     let function = cuda.kernel("rms_norm.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&function);
-    match x.values() {
-        Values::F32(values) => launch.arg(values.slice()),
-        Values::F16(values) => launch.arg(values.slice()),
-    };
+    x.pass(&mut launch);
     launch.arg(gain.slice()).arg(out.f16_mut(OP)?).arg(&cols).arg(&eps);
     // SAFETY: the arguments are the kernel's; x and out hold runs × cols values, gain cols.
     unsafe { launch.launch(config) }.stage(OP)?;
@@ -177,10 +181,7 @@ pub(crate) fn all_finite(x: &Matrix) -> Result<bool> {
     };
     let function = cuda.kernel("finite.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&function);
-    match x.values() {
-        Values::F16(values) => launch.arg(values.slice()),
-        Values::F32(values) => launch.arg(values.slice()),
-    };
+    x.pass(&mut launch);
     launch.arg(&n).arg(bad.make_mut()?);
     // SAFETY: the arguments are the kernel's, and x holds n values.
     unsafe { launch.launch(cuda.spread(count)) }.stage(OP)?;

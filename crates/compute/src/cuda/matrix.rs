@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, LaunchArgs, PushKernelArg};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
@@ -123,6 +123,14 @@ impl Matrix {
             Values::F32(buffer) => buffer.make_mut(),
             Values::F16(_) => Err(Error::WrongType { op, needs: "f32" }),
         }
+    }
+
+    /// Hands the values to a kernel to read, of whichever type they are.
+    pub(super) fn pass<'a>(&'a self, launch: &mut LaunchArgs<'a>) {
+        match &self.values {
+            Values::F16(buffer) => launch.arg(buffer.slice()),
+            Values::F32(buffer) => launch.arg(buffer.slice()),
+        };
     }
 
     /// Device address of the first value, for reads queued on the stream of all work.

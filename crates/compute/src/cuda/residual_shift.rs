@@ -44,10 +44,7 @@ pub(crate) fn difference(a: &Matrix, b: &Matrix) -> Result<Matrix> {
     let kernel = cuda.kernel("combine.cu", name)?;
     let mut launch = cuda.stream().launch_builder(&kernel);
     for operand in [a, b] {
-        match operand.values() {
-            Values::F32(values) => launch.arg(values.slice()),
-            Values::F16(values) => launch.arg(values.slice()),
-        };
+        operand.pass(&mut launch);
     }
     launch.arg(out.f16_mut(OP)?).arg(&n);
     // SAFETY: the arguments are the kernel's for the operands' type; all hold n values.

@@ -211,10 +211,7 @@ impl<'a> Solver<'a> {
         };
         let kernel = self.cuda.kernel("permute_columns.cu", name)?;
         let mut launch = self.cuda.stream().launch_builder(&kernel);
-        match source.values() {
-            Values::F16(values) => launch.arg(values.slice()),
-            Values::F32(values) => launch.arg(values.slice()),
-        };
+        source.pass(&mut launch);
         launch.arg(order.order.slice()).arg(dead).arg(self.weight.make_mut()?);
         launch.arg(&rows).arg(&n);
         // SAFETY: the arguments are the kernel's; both matrices hold rows × n values, order and dead
