@@ -182,8 +182,15 @@ impl<W: Weight> Block<W> {
         Ok(device.add_rows(hidden, rows, weights, &output)?)
     }
 
-    /// All experts in order, over the normed states `input`; `look` is shown what each of them reads.
-    pub(crate) fn mixed(
+    /// Adds what all experts in order make of the normed states `input` to the hidden states; `look` is shown what
+    /// each of them reads.
+    ///
+    /// # Errors
+    /// Those of the device and of `look`.
+    ///
+    /// # Panics
+    /// As [`Self::routes`].
+    pub fn mixed(
         &self,
         device: &Device,
         input: &Tensor,

@@ -215,7 +215,7 @@ impl States {
             if stage == Stage::Down && dense.mixture().is_some() { Stage::GateUp } else { stage };
         let input = dense.stage_input(device, of, &hidden, ropes, seq_len)?;
         match of {
-            Stage::GateUp => experts::add_all(device, dense, &input, &mut hidden)?,
+            Stage::GateUp => dense.mixed(device, &input, &mut hidden, &mut |_, _| Ok(()))?,
             _ => dense.stage_output(device, stage, &input, &mut hidden)?,
         }
         Ok(hidden)

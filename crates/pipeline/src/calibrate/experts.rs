@@ -289,19 +289,3 @@ fn activation(
         Ok(block.expert_activation(device, expert, rows)?)
     })
 }
-
-/// Adds what all experts of a block make of its normed states.
-pub(super) fn add_all(
-    device: &Device,
-    block: &Block,
-    input: &Tensor,
-    hidden: &mut Tensor,
-) -> Result<()> {
-    let routes = block.routes(device, input)?;
-    for expert in block.experts() {
-        let Some(rows) = block.expert_input(device, expert, &routes, input)? else { continue };
-        let activation = block.expert_activation(device, expert, &rows)?;
-        block.expert_output(device, expert, &routes, &activation, hidden)?;
-    }
-    Ok(())
-}
