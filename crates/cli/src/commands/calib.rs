@@ -140,11 +140,10 @@ fn draw(
     for RecipeSource { dataset, .. } in &recipe.sources {
         provide_text(dataset, printer)?;
     }
-    let template = match ChatTemplate::open(folder) {
-        _ if !recipe.is_chat() => None,
+    let template = match recipe.is_chat().then(|| ChatTemplate::open(folder)) {
         // Which source needs it is said where it is needed.
-        Err(Error::NoChatTemplate { .. }) => None,
-        template => Some(template?),
+        Some(Err(Error::NoChatTemplate { .. })) => None,
+        template => template.transpose()?,
     };
     let chat =
         template.as_ref().map(|template| |messages: &[Message]| rendered(template, messages));
