@@ -135,12 +135,12 @@ impl Student {
     ) -> Result<Tensor> {
         let device = model.device();
         let count = self.blocks.len();
+        let ropes = model.ropes(chunk.seq_len);
         let mut hidden = model.embed(&chunk.ids)?;
         for (index, block) in self.blocks.iter().enumerate() {
             if let Some(between) = &mut between {
                 between.put(count - 1 - index, hidden.clone())?;
             }
-            let ropes = model.ropes(chunk.seq_len);
             block.block(device)?.forward(device, &mut hidden, ropes, chunk.seq_len)?;
         }
         Ok(hidden)
