@@ -308,4 +308,4 @@ fn rounded(
 
 #[cfg(test)]
 #[path = "quantize_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -47,7 +47,18 @@ fn fixtures() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
 }
 
+/// A job on the best device.
 fn job<'a>(
+    source: &'a Checkpoint,
+    calibration: &'a Calibration,
+    spec: QuantSpec,
+    out: &Path,
+) -> QuantizeJob<'a> {
+    job_on(Device::best().unwrap(), source, calibration, spec, out)
+}
+
+pub(crate) fn job_on<'a>(
+    device: Device,
     source: &'a Checkpoint,
     calibration: &'a Calibration,
     spec: QuantSpec,
@@ -58,7 +69,7 @@ fn job<'a>(
         model: "model".to_owned(),
         branch: "branch".to_owned(),
         source_dtype: SourceDtype::Fp16,
-        device: Device::best().unwrap(),
+        device,
         ranks: Ranks::alone(),
         spec,
         calibration: Some(calibration),
@@ -146,10 +157,16 @@ fn of_lengths(lengths: &[u32]) -> Calibration {
     let window =
         |start: u32, length| (0..length).map(|i| (start + i * 7 + i * i * start) % 64).collect();
     let starts = (0..).step_by(5);
+    let windows = starts.zip(lengths).map(|(start, &length)| window(start, length));
+    Calibration { seq_len: 48, ..of_windows(windows.collect()) }
+}
+
+/// A calibration on these windows.
+pub(crate) fn of_windows(windows: Vec<Vec<u32>>) -> Calibration {
     Calibration {
-        windows: starts.zip(lengths).map(|(start, &length)| window(start, length)).collect(),
+        seq_len: windows.iter().map(Vec::len).max().unwrap(),
+        windows,
         places: Vec::new(),
-        seq_len: 48,
         sha256: String::new(),
         seed: 0,
         dataset: DatasetIdentity::new("text".to_owned(), None, &[]),

@@ -3,18 +3,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gptq_checkpoint::{Checkpoint, Layout};
-use gptq_compute::{Device, Ranks, Tensor};
+use gptq_checkpoint::Checkpoint;
+use gptq_compute::{Device, Tensor};
 use gptq_model::{Head, SourcePrecision};
 use gptq_quant::{QuantSpec, Recipe, split_mix};
-use gptq_records::dataset_identity::DatasetIdentity;
-use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
 use gptq_text::tokens::TextTokenizer;
 
 use super::*;
 use crate::progress::Silent;
 use crate::quantize::quantize;
+use crate::quantize::tests::{job_on, of_windows};
 use crate::rotate::family_models;
 use crate::states::{embed, forward};
 use crate::verify::{Limits, VerifyJob, verify};
@@ -29,35 +28,7 @@ fn job<'a>(
     spec: QuantSpec,
     out: &Path,
 ) -> QuantizeJob<'a> {
-    QuantizeJob {
-        source,
-        model: "model".to_owned(),
-        branch: "branch".to_owned(),
-        source_dtype: SourceDtype::Fp16,
-        device: Device::Cpu,
-        ranks: Ranks::alone(),
-        spec,
-        calibration: Some(calibration),
-        layout: Layout::Modern,
-        out: out.to_owned(),
-        max_shard_bytes: None,
-        strict: true,
-        shared: None,
-        beside: None,
-    }
-}
-
-fn windows_of(windows: Vec<Vec<u32>>) -> Calibration {
-    let seq_len = windows.iter().map(Vec::len).max().unwrap();
-    Calibration {
-        windows,
-        places: Vec::new(),
-        seq_len,
-        sha256: String::new(),
-        seed: 0,
-        dataset: DatasetIdentity::new("text".to_owned(), None, &[]),
-        sources: Vec::new(),
-    }
+    job_on(Device::Cpu, source, calibration, spec, out)
 }
 
 /// Last states of a model, normed, and its head.
@@ -154,7 +125,7 @@ fn the_same_windows_give_the_same_scales_and_no_other_codes() {
     let mut state = 1;
     let mut token = || (split_mix(&mut state) % 64) as u32;
     let windows = (0..64).map(|_| (0..24).map(|_| token()).collect());
-    let calibration = windows_of(windows.collect());
+    let calibration = of_windows(windows.collect());
     for name in ["llama-biases", "qwen3", "phi3", "granite", "gemma2", "olmo2"] {
         let folder = tempfile::tempdir().unwrap();
         family_models::assemble(&folder.path().join("source"), name);
@@ -198,7 +169,7 @@ fn the_same_windows_give_the_same_scales_and_no_other_codes() {
 #[test]
 fn what_cannot_be_tuned_is_refused_in_one_sentence() {
     let folder = tempfile::tempdir().unwrap();
-    let windows = |count| windows_of(vec![(0..48).map(|i| i * 7 % 64).collect(); count]);
+    let windows = |count| of_windows(vec![(0..48).map(|i| i * 7 % 64).collect(); count]);
     for (name, count, why) in [
         (
             "cohere",
@@ -238,7 +209,7 @@ fn a_gpu_tunes_as_the_cpu_does() {
     let mut state = 2;
     let mut token = || (split_mix(&mut state) % 64) as u32;
     let windows = (0..64).map(|_| (0..24).map(|_| token()).collect());
-    let calibration = windows_of(windows.collect());
+    let calibration = of_windows(windows.collect());
     for name in ["llama3", "qwen3", "phi3", "gemma2"] {
         let source = folder.path().join(name);
         family_models::assemble(&source, name);
