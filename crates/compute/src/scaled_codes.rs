@@ -102,15 +102,6 @@ impl ScaledCodes {
         }
     }
 
-    /// Bytes that it takes on its device.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        match &self.0 {
-            Kept::Cpu(kept) => kept.bytes(),
-            Kept::Cuda(kept) => kept.bytes(),
-        }
-    }
-
     /// That a matrix has a value for every scale.
     fn ensure_factors(&self, op: &'static str, factors: &Tensor) -> Result<()> {
         let wanted = (self.shape().0, self.groups());

@@ -52,10 +52,6 @@ impl ScaledCodes {
         self.scales.len() / self.shape.0
     }
 
-    pub(crate) fn bytes(&self) -> usize {
-        self.codes.len() + size_of_val(&*self.scales) + size_of_val(&*self.g_idx)
-    }
-
     /// Scales `[groups, rows]` under log factors `[rows, groups]`.
     pub(crate) fn scales(&self, log_factors: &Array2<f32>) -> Vec<f16> {
         let rows = self.shape.0;

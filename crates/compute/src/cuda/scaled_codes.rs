@@ -72,11 +72,6 @@ impl ScaledCodes {
         self.groups
     }
 
-    pub(crate) fn bytes(&self) -> usize {
-        let ((rows, cols), bits) = (self.shape, usize::from(self.bits));
-        rows * cols * bits / 8 + self.groups * rows * (2 + bits) / 8 + cols * 8
-    }
-
     /// Scales `[groups, rows]` under log factors `[rows, groups]`.
     pub(crate) fn scales(&self, log_factors: &Matrix) -> Result<Vec<f16>> {
         const OP: &str = "file_scales";
