@@ -60,7 +60,8 @@ impl Teacher {
             ranges.extend(ranges_of(model.device(), train_windows, batch));
             batches.push(first..ranges.len());
         }
-        let mut pick = Picker { model, norm: &norm, states: &mut states, windows };
+        let held = ranges_of(model.device(), windows, 0..windows.len()).collect();
+        let mut pick = Picker { model, norm: &norm, states: &mut states, held, windows };
         let train = pick.lesson(ranges)?;
         let held = ranges_of(model.device(), held_out, 0..held_out.len());
         let behind =
@@ -147,6 +148,8 @@ struct Picker<'a, 'm> {
     model: &'a Model<'m>,
     norm: &'a FinalNorm,
     states: &'a mut States,
+    /// Windows of each chunk of these.
+    held: Vec<Range<usize>>,
     windows: &'a [Vec<u32>],
 }
 
@@ -170,10 +173,9 @@ impl Picker<'_, '_> {
     fn hidden(&mut self, range: Range<usize>) -> Result<Tensor> {
         let device = self.model.device();
         let seq_len = self.windows[range.start].len();
-        let shown: Vec<&[u32]> = self.windows.iter().map(Vec::as_slice).collect();
         let rows = range.len() * seq_len;
         let mut hidden = device.zeros(rows, self.model.config().hidden_size)?;
-        for (chunk, held) in chunk_ranges(&shown, device.chunk_tokens()).into_iter().enumerate() {
+        for (chunk, held) in self.held.iter().enumerate() {
             let both = held.start.max(range.start)..held.end.min(range.end);
             if both.is_empty() {
                 continue;
