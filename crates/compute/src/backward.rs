@@ -115,35 +115,6 @@ impl Device {
         }
     }
 
-    /// Adds to `sum` `[1, features]`, f32, the gradient by the gain of [`Self::rms_norm`] of `x` with this eps: the sum
-    /// over rows, and over the runs of `features` values of each, of dy · x / rms(x). Sums run in a fixed order.
-    ///
-    /// # Errors
-    /// [`Error::ShapeMismatch`], [`Error::DeviceMismatch`], and [`Error::WrongType`] for a `sum` of fp16.
-    pub fn rms_norm_gain_gradient(
-        &self,
-        x: &Tensor,
-        eps: f32,
-        dy: &Tensor,
-        sum: &mut Tensor,
-    ) -> Result<()> {
-        const OP: &str = "rms_norm_gain_gradient";
-        let features = sum.cols();
-        let fits = sum.rows() == 1 && features > 0 && x.cols().is_multiple_of(features);
-        ensure_shape(fits, OP, x.shape(), sum.shape())?;
-        ensure_shape(x.shape() == dy.shape(), OP, x.shape(), dy.shape())?;
-        match (&x.0, &dy.0, &mut sum.0) {
-            (Storage::Cpu(x), Storage::Cpu(dy), Storage::Cpu(sum)) => {
-                cpu::backward::add_gain_gradient(x, eps, dy, sum);
-                Ok(())
-            }
-            (Storage::Cuda(x), Storage::Cuda(dy), Storage::Cuda(sum)) => {
-                cuda::backward::add_gain_gradient(x, eps, dy, sum)
-            }
-            _ => Err(Error::DeviceMismatch { op: OP }),
-        }
-    }
-
     /// The gradients of [`Self::gated`] by gate and up, where `gate` is what the activation was taken of.
     ///
     /// # Errors

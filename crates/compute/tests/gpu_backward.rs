@@ -53,7 +53,7 @@ fn norm_gradients_match() {
         [(1, 8, 8), (37, 576, 576), (5, 8192, 8192), (3, 1001, 1001), (137, 576, 64), (5, 90, 30)]
     {
         let (x, dy) = (random.halves(rows, cols, 2.0), random.halves(rows, cols, 1.0));
-        let (before, start) = (random.halves(rows, cols, 1.0), random.halves(1, run, 1.0));
+        let before = random.halves(rows, cols, 1.0);
         let gain: Vec<f32> = random.halves(1, run, 1.0).into_raw_vec_and_offset().0;
         let [x_here, dy_here] = [&x, &dy].map(|a| Tensor::from_host(a.clone()));
         let want = Device::Cpu.rms_norm_backward(&x_here, &gain, 1e-5, &dy_here).unwrap();
@@ -70,17 +70,6 @@ fn norm_gradients_match() {
                 let mut got = gpu.upload_f32(before.clone()).unwrap();
                 gpu.rms_norm_backward_add(&x, &gain, 1e-5, &dy, &mut got).unwrap();
                 check(&format!("{what}, added"), &got, sum.as_host(), SUMS);
-
-                let mut want = Tensor::from_host(start.clone());
-                Device::Cpu.rms_norm_gain_gradient(&x_here, 1e-5, &dy_here, &mut want).unwrap();
-                let by_gain = || {
-                    let mut sum = gpu.upload_f32(start.clone()).unwrap();
-                    gpu.rms_norm_gain_gradient(&x, 1e-5, &dy, &mut sum).unwrap();
-                    sum
-                };
-                let (got, again) = (by_gain(), by_gain());
-                check(&format!("{what}, by the gain"), &got, want.as_host(), SUMS);
-                assert_eq!(got.to_host().unwrap(), again.to_host().unwrap(), "{what} changes");
             }
         }
     }

@@ -182,10 +182,6 @@ fn backward_timings() {
     time(&gpu, "rms_norm_backward_add", 14.0 * values, "TB", || {
         gpu.rms_norm_backward_add(&x, &[1.0; HIDDEN], 1e-5, &narrow, &mut hidden).unwrap();
     });
-    let mut gain = gpu.zeros(1, HIDDEN).unwrap();
-    time(&gpu, "rms_norm_gain_gradient", 10.0 * values, "TB", || {
-        gpu.rms_norm_gain_gradient(&x, 1e-5, &narrow, &mut gain).unwrap();
-    });
     time(&gpu, "gated_backward", 10.0 * (TOKENS * INTERMEDIATE) as f64, "TB", || {
         gpu.gated_backward(&wide, &wide, &wide, Activation::Silu).unwrap();
     });

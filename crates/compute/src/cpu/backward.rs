@@ -37,35 +37,6 @@ pub(crate) fn rms_norm_add(
     });
 }
 
-/// sum += Σ dy · x · r over the runs of sum's length, r as in [`rms_norm_add`]; a fixed number of rows at a time, in f64.
-pub(crate) fn add_gain_gradient(
-    x: &Array2<f32>,
-    eps: f32,
-    dy: &Array2<f32>,
-    sum: &mut Array2<f32>,
-) {
-    let features = sum.ncols();
-    let bands: Vec<_> = x.axis_chunks_iter(Axis(0), ROWS_PER_TASK).collect();
-    let partial = bands.into_par_iter().enumerate().map(|(band, x)| {
-        let mut sums = vec![0.0_f64; features];
-        for (i, row) in x.rows().into_iter().enumerate() {
-            let dy = slice(dy.row(band * ROWS_PER_TASK + i));
-            for (x, dy) in slice(row).chunks(features).zip(dy.chunks(features)) {
-                let square = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
-                let inverse = 1.0 / ((square / features as f64) as f32 + eps).sqrt();
-                for ((sum, &x), &dy) in sums.iter_mut().zip(x).zip(dy) {
-                    *sum += f64::from(dy) * f64::from(x * inverse);
-                }
-            }
-        }
-        sums
-    });
-    let partial: Vec<_> = partial.collect();
-    for (column, sum) in sum.iter_mut().enumerate() {
-        *sum += partial.iter().map(|sums| sums[column]).sum::<f64>() as f32;
-    }
-}
-
 /// The gradients of activation(gate) · up, in place of gate and up.
 pub(crate) fn gated(
     mut gate: Array2<f32>,

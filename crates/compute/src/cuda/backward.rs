@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{LaunchConfig, PushKernelArg};
+use cudarc::driver::PushKernelArg;
 
 use super::buffer::Values;
 use super::dense::int;
@@ -104,58 +104,6 @@ fn launch_norm(
     launch.arg(&x_at).arg(gain.slice()).arg(&dy_at).arg(&dx_at).arg(&cols).arg(&eps);
     // SAFETY: the arguments are the kernel's for these types; x, dy and dx hold runs × cols values, gain cols.
     unsafe { launch.launch(config) }.stage(op)?;
-    Ok(())
-}
-
-/// sum += Σ dy · x / rms(x) over rows and their runs of sum's length.
-pub(crate) fn add_gain_gradient(x: &Matrix, eps: f32, dy: &Matrix, sum: &mut Matrix) -> Result<()> {
-    const OP: &str = "rms_norm_gain_gradient";
-    const FILE: &str = "gain_gradient.cu";
-    /// Parts of the rows: many enough to fill a card, and the same on each.
-    const CHUNKS: usize = 512;
-    const COLUMNS: usize = 128;
-    ensure_same_card(OP, &[x, dy, sum])?;
-    if x.rows() == 0 {
-        return Ok(());
-    }
-    let (cuda, features) = (x.cuda(), sum.cols());
-    let runs = x.rows() * (x.cols() / features);
-    let mut inverse = cuda.uninit::<f32>(OP, runs)?;
-    let mut partial = cuda.uninit::<f32>(OP, CHUNKS * features)?;
-    let (cols, rows, chunks) = (int(features)?, runs as i64, int(CHUNKS)?);
-    let (norms, sums) = match (x.values(), dy.values()) {
-        (Values::F32(_), Values::F32(_)) => ("inverse_f32", "gain_partial_f32_f32"),
-        (Values::F32(_), Values::F16(_)) => ("inverse_f32", "gain_partial_f32_f16"),
-        (Values::F16(_), Values::F32(_)) => ("inverse_f16", "gain_partial_f16_f32"),
-        (Values::F16(_), Values::F16(_)) => ("inverse_f16", "gain_partial_f16_f16"),
-    };
-    let (x_at, dy_at) = (x.address(), dy.address());
-
-    let config = block_per_run(runs, features);
-    let function = cuda.kernel(FILE, norms)?;
-    let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(&x_at).arg(inverse.make_mut()?).arg(&cols).arg(&eps);
-    // SAFETY: the arguments are the kernel's for the type of x, which holds runs × cols values, inverse one a run.
-    unsafe { launch.launch(config) }.stage(OP)?;
-
-    let across = features.div_ceil(COLUMNS) as u32;
-    let config = |chunks: usize| LaunchConfig {
-        grid_dim: (across, chunks as u32, 1),
-        block_dim: (COLUMNS as u32, 1, 1),
-        shared_mem_bytes: 0,
-    };
-    let function = cuda.kernel(FILE, sums)?;
-    let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(&x_at).arg(&dy_at).arg(inverse.slice()).arg(partial.make_mut()?);
-    launch.arg(&rows).arg(&cols);
-    // SAFETY: the arguments are the kernel's for these types; partial holds cols values for each chunk.
-    unsafe { launch.launch(config(CHUNKS)) }.stage(OP)?;
-
-    let function = cuda.kernel(FILE, "gain_sum")?;
-    let mut launch = cuda.stream().launch_builder(&function);
-    launch.arg(partial.slice()).arg(sum.f32_mut(OP)?).arg(&chunks).arg(&cols);
-    // SAFETY: the arguments are the kernel's; the sum holds cols values.
-    unsafe { launch.launch(config(1)) }.stage(OP)?;
     Ok(())
 }
 

@@ -43,7 +43,6 @@ const SOURCES: &[(&str, &str)] = embedded![
     "diagonal.cu",
     "dot.cu",
     "finite.cu",
-    "gain_gradient.cu",
     "gated_backward.cu",
     "gather_columns.cu",
     "gelu_mul.cu",
