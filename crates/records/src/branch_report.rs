@@ -149,6 +149,23 @@ pub struct LinearRecord {
     /// where they were not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub few_tokens: bool,
+    /// What fitting made of it, of the head; left out of all else, and by versions that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fit: Option<HeadFit>,
+}
+
+/// A fitted head beside the one that it was made of, in the same coordinates: by how much it differs, which has
+/// no size of its own, as fitting makes up for whatever the blocks have lost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeadFit {
+    /// Energy of the difference over the original's.
+    pub change: f64,
+    /// What is left of the original: the products of both, summed, over its energy.
+    pub gain: f64,
+    /// The least such of a row.
+    pub least_gain: f64,
+    /// The most.
+    pub most_gain: f64,
 }
 
 impl LinearRecord {
