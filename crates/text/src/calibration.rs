@@ -10,9 +10,9 @@ use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_records::digest::hex;
 use sha2::{Digest, Sha256};
 
-use crate::chat::{Message, Render, Unrendered};
+use crate::chat::{Message, Render, Unrendered, has_empty_answer};
 use crate::dataset::Dataset;
-use crate::error::{Error, Result};
+use crate::error::{Error, PassedOver, Result};
 use crate::python_random::PythonRandom;
 pub use crate::recipe::{CalibrationOverrides, CalibrationRecipe, Cut, MOST_TOKENS, RecipeSource};
 use crate::tokens::TextTokenizer;
@@ -78,6 +78,8 @@ pub struct DrawnSource {
     /// Conversations that the chat template refused, which others were taken for, and what it said of
     /// the first.
     pub refused: Option<(usize, String)>,
+    /// Conversations with an empty answer, which others were taken for.
+    pub unanswered: usize,
 }
 
 impl Calibration {
@@ -247,7 +249,7 @@ impl Draw<'_> {
                 windows.push((Start::Row(row), ids));
             }
         }
-        self.enough(&windows, &dataset)?;
+        self.enough(&windows, &dataset, PassedOver::default())?;
         Ok(self.drawn(windows, dataset, rows.len()))
     }
 
@@ -261,11 +263,16 @@ impl Draw<'_> {
         let (windows, seq_len) = (self.source.windows, self.seq_len);
         let packed = self.source.cut.is_packed();
         let mut texts = Rendered { refused: None, taken: 0 };
+        let mut unanswered = 0;
         let (mut all, mut starts) = (Vec::new(), BTreeMap::new());
         let mut rows = Vec::new();
         for row in self.random.shuffled(chats.len()) {
             if rows.len() == windows || all.len() >= windows.saturating_mul(seq_len) {
                 break;
+            }
+            if has_empty_answer(&chats[row]) {
+                unanswered += 1;
+                continue;
             }
             let Some(text) = texts.text(chat, &chats[row], row, &dataset)? else { continue };
             // The template has written all special tokens, the first one too.
@@ -285,28 +292,38 @@ impl Draw<'_> {
             let (dataset, reason) = (dataset.name, reason.clone());
             return Err(Error::EveryChatRefused { dataset, reason });
         }
+        let passed =
+            PassedOver { refused: texts.refused.as_ref().map_or(0, |of| of.0), unanswered };
         if packed {
             if all.len() < windows.saturating_mul(seq_len) {
                 let (dataset, tokens) = (dataset.name, all.len());
-                return Err(Error::ConversationsTooShort { dataset, tokens, windows, seq_len });
+                let short =
+                    Error::ConversationsTooShort { dataset, tokens, windows, seq_len, passed };
+                return Err(short);
             }
             let begun =
                 |token: usize| starts.range(..=token).next_back().map_or(0, |(_, &row)| row);
             let cut = all.chunks_exact(seq_len).take(windows).enumerate();
             rows = cut.map(|(i, ids)| (Start::Row(begun(i * seq_len)), ids.to_vec())).collect();
         } else {
-            self.enough(&rows, &dataset)?;
+            self.enough(&rows, &dataset, passed)?;
         }
         let drawn = self.drawn(rows, dataset, chats.len());
-        Ok(Drawn { source: DrawnSource { refused: texts.refused, ..drawn.source }, ..drawn })
+        let source = DrawnSource { refused: texts.refused, unanswered, ..drawn.source };
+        Ok(Drawn { source, ..drawn })
     }
 
-    fn enough(&self, windows: &[(Start, Vec<u32>)], dataset: &DatasetIdentity) -> Result<()> {
+    fn enough(
+        &self,
+        windows: &[(Start, Vec<u32>)],
+        dataset: &DatasetIdentity,
+        passed: PassedOver,
+    ) -> Result<()> {
         if windows.len() == self.source.windows {
             return Ok(());
         }
         let (dataset, rows) = (dataset.name.clone(), windows.len());
-        Err(Error::TooFewRows { dataset, rows, windows: self.source.windows })
+        Err(Error::TooFewRows { dataset, rows, windows: self.source.windows, passed })
     }
 
     fn drawn(
@@ -325,6 +342,7 @@ impl Draw<'_> {
             repeated: 0,
             glued: 0,
             refused: None,
+            unanswered: 0,
         };
         Drawn { windows, source }
     }

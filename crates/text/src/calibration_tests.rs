@@ -233,7 +233,7 @@ fn conversations_that_the_template_refuses_are_counted_and_others_taken() {
     assert_eq!(drawn.sources[0].refused, Some((3, "roles must alternate".to_owned())));
     let error = sources.write("a.jsonl", twice).sample(keys).unwrap_err();
     assert!(error.to_string().ends_with("a.jsonl`: roles must alternate"), "{error}");
-    let error = sources.write("a.jsonl", &chat("broken", "")).sample(keys).unwrap_err();
+    let error = sources.write("a.jsonl", &chat("broken", "w1")).sample(keys).unwrap_err();
     assert!(error.to_string().starts_with("Conversation 1 of `"), "{error}");
     assert!(std::error::Error::source(&error).unwrap().to_string().contains("is broken"));
     let error = sources.render(keys, None).unwrap_err();
