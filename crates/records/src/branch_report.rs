@@ -201,8 +201,12 @@ pub struct TuningRecord {
     pub steps: u32,
     /// Calibration windows that were trained on.
     pub windows: usize,
-    /// Calibration windows that were not, and by which the best step was found.
+    /// Windows that were not, and by which the best step was found.
     pub held_out: usize,
+    /// Whether these are none of the calibration's, so that neither the solver nor the head has seen them; where the
+    /// text had no others, they are. Reports that do not say so were written before there were any.
+    #[serde(default)]
+    pub unseen: bool,
     /// Mean KL in nats a token on these before the first step.
     pub kl_before: f64,
     /// With the scales that were kept.
