@@ -159,7 +159,7 @@ pub fn bench_block(
     let sizes = experts.map_or(sizes, |experts| sizes.with_experts(experts, &width.linears()));
     let own = ranks.share(windows, 1);
     let tokens = own.len() * seq_len;
-    let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
+    let work = Workload { tokens, held_out: 0, seq_len, reference, exact: false, shared_grams: 0 };
     let offload = offload(device, sizes, &[work])?;
     let rope = Rope { theta: 10_000.0, dims: width.head_dim(), scaling: RopeScaling::None };
     let ropes = Ropes::shared(RopeTable::new(&rope.frequencies(seq_len), seq_len));
@@ -171,7 +171,7 @@ pub fn bench_block(
         let mut block = synthetic_block(device, width, experts)?;
         let states = || synthetic_states(device, width, (own.clone(), seq_len), offload);
         let reference = reference.then(states).transpose()?;
-        let mut streams = Streams { quantized: states()?, reference };
+        let mut streams = Streams { quantized: states()?, reference, held_out: None };
         device.synchronize("preparing the benchmark")?;
         ranks.exchange(Vec::new())?;
         let start = Instant::now();

@@ -66,6 +66,8 @@ pub(crate) type Sink<'s> = dyn FnMut(&str, RowShards) -> Result<()> + 's;
 pub(crate) struct Streams {
     pub(crate) quantized: States,
     pub(crate) reference: Option<States>,
+    /// The unquantized model's of windows that calibrate nothing.
+    pub(crate) held_out: Option<States>,
 }
 
 impl Calibrator<'_> {
@@ -78,9 +80,14 @@ impl Calibrator<'_> {
     ) -> Result<Calibrated> {
         let exact = block.take_exact().into_iter().map(Some).collect();
         let dense = streams.reference.is_some().then(|| block.clone());
+        let mut timer = StageTimer::start(self.device)?;
+        if let Some(states) = &mut streams.held_out {
+            states.past_block(self, block)?;
+            timer.mark(Work::Reference)?;
+        }
         let mut run = BlockRun {
             all: self,
-            timer: StageTimer::start(self.device)?,
+            timer,
             linears: Vec::with_capacity(block.linears().len()),
             sink,
             stream: Stream { states: &mut streams.quantized, kept: None },
@@ -191,6 +198,16 @@ impl Stream<'_> {
 }
 
 impl States {
+    /// Moves all chunks past a block.
+    fn past_block(&mut self, all: &Calibrator<'_>, block: &Block) -> Result<()> {
+        for (chunk, &seq_len) in self.seq_lens.iter().enumerate() {
+            let mut hidden = self.hidden.take(chunk)?;
+            block.forward(all.device, &mut hidden, all.ropes.for_windows(seq_len), seq_len)?;
+            self.hidden.put(chunk, hidden)?;
+        }
+        Ok(())
+    }
+
     /// One chunk of the unquantized model's states with the products of o or down added, for the
     /// caller to put back. Nothing here waits for a solve, so nothing is kept.
     fn past(

@@ -149,6 +149,8 @@ pub(crate) const HEAD_ROWS: usize = 16_384;
 pub struct Workload {
     /// Tokens of all windows; 0 when there is no calibration.
     pub tokens: usize,
+    /// Tokens of windows that the unquantized model alone walks, to judge by.
+    pub held_out: usize,
     /// Tokens of the longest window.
     pub seq_len: usize,
     /// The unquantized model's states are walked too, for the asymmetric term.
@@ -199,13 +201,18 @@ impl Workload {
     /// Device memory of `together` branches alike but for the one whose turn it is: their hidden states, a block
     /// at hand and one read ahead.
     pub(crate) fn waiting(self, block: BlockSizes, together: usize) -> usize {
-        let each = 4 * self.tokens * block.hidden * self.streams() + 2 * 2 * block.weights;
+        let each = 4 * self.states() * block.hidden + 2 * 2 * block.weights;
         each * together.saturating_sub(1)
     }
 
     /// Walks whose states are held.
     fn streams(self) -> usize {
         1 + usize::from(self.reference)
+    }
+
+    /// Tokens whose states are held, those of both walks counted twice.
+    fn states(self) -> usize {
+        self.tokens * self.streams() + self.held_out
     }
 
     /// Which expert each token goes through and how much of it gets, in host memory: a row and a weight
@@ -274,7 +281,7 @@ pub(crate) fn device_budget(device: &Device) -> Result<Option<u64>> {
 
 /// Values of hidden states, and of one stage's inputs, of all tokens.
 fn states_of(block: BlockSizes, work: Workload) -> usize {
-    work.tokens * (work.streams() * block.hidden + block.kept)
+    work.states() * block.hidden + work.tokens * block.kept
 }
 
 /// Bytes on a GPU: fp16 weights and activations, f32 hidden states and matrices.
@@ -320,7 +327,7 @@ impl GpuBytes {
             fixed: blocks + gathering.max(solving) + all_tokens + work.shared_bytes(block),
             // The unquantized model's are used at once.
             inputs: 2 * tokens * block.kept,
-            hidden: 4 * tokens * block.hidden * streams,
+            hidden: 4 * work.states() * block.hidden,
             moving: 3 * chunk * (2 * block.kept + 4 * block.hidden),
             // Uploads go through pinned buffers; packed results wait for the writer; a block whose
             // rotations are folded is turned in f32, and one more waits to be solved from it.
@@ -388,7 +395,7 @@ pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
     let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
     let solve = square + 13 * block.largest + all_tokens + work.route_bytes(block);
     let walking = 4 * ((1 + streams) * block.weights + states + flight) + solve + tables.walking;
-    let writing = 4 * tokens * streams * block.hidden + tables.writing;
+    let writing = 4 * work.states() * block.hidden + tables.writing;
     (fixed + walking.max(writing)) as u64
 }
 

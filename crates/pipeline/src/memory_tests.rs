@@ -15,6 +15,7 @@ fn llama_70b() -> ModelConfig {
 fn a_larger_card_offloads_less() {
     let block = BlockSizes::of(&llama_70b());
     let work = |reference| Workload {
+        held_out: 0,
         tokens: 128 * 4096,
         seq_len: 4096,
         reference,
@@ -66,7 +67,7 @@ fn tables_outside_of_the_blocks_count() {
     let (reference, exact) = (false, false);
     let work = |tokens, shared_grams| {
         let seq_len = 2048;
-        Workload { tokens, seq_len, reference, exact, shared_grams }
+        Workload { tokens, held_out: 0, seq_len, reference, exact, shared_grams }
     };
     let cpu = |tokens, tables| plan_cpu(block, work(tokens, 0), tables);
     // Without windows what is written is the peak, with many the walk.
@@ -115,6 +116,7 @@ fn experts_keep_what_gate_reads_and_one_experts_activations() {
     (few.count, few.per_token) = (3, 2);
     assert_eq!(kept_activations(&few, 100), 100 * 768);
     let work = Workload {
+        held_out: 0,
         tokens: 128 * 2048,
         seq_len: 2048,
         reference: true,
@@ -145,7 +147,7 @@ fn long_windows_take_larger_chunks() {
     let block = BlockSizes::of(&llama_70b());
     let tokens = 4 * 131_072;
     let (reference, exact, shared_grams) = (false, false, 0);
-    let work = |seq_len| Workload { tokens, seq_len, reference, exact, shared_grams };
+    let work = |seq_len| Workload { tokens, held_out: 0, seq_len, reference, exact, shared_grams };
     let tables = Tables::default();
     let device = |seq_len| plan_gpu(block, &[work(seq_len)], tables, 1 << 40).device_bytes;
     let host = |seq_len| plan_cpu(block, work(seq_len), tables);

@@ -167,6 +167,7 @@ pub(crate) fn of_windows(windows: Vec<Vec<u32>>) -> Calibration {
         seq_len: windows.iter().map(Vec::len).max().unwrap(),
         windows,
         places: Vec::new(),
+        held_out: Vec::new(),
         sha256: String::new(),
         seed: 0,
         dataset: DatasetIdentity::new("text".to_owned(), None, &[]),

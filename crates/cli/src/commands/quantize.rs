@@ -376,9 +376,10 @@ fn summary(output: &Output<'_>, took: f64) -> String {
         ));
     }
     if let Some(TuningOutput { record, seconds }) = &output.tuning {
+        let also = if record.unseen { "" } else { ", which the solver has seen" };
         text.push_str(&format!(
             "\nscales were tuned in {seconds:.1} s: KL {:.4} before and {:.4} after {} of {} steps, on {} held-out \
-             windows",
+             windows{also}",
             record.kl_before, record.kl_after, record.best_step, record.steps, record.held_out
         ));
     }

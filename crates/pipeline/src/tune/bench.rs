@@ -72,7 +72,7 @@ fn solved(
 ) -> Result<TunedBlock> {
     let Calibrator { device, spec, .. } = *calibrator;
     let mut block = synthetic_block(device, width, None)?;
-    let mut streams = Streams { quantized, reference: Some(reference) };
+    let mut streams = Streams { quantized, reference: Some(reference), held_out: None };
     let mut linears = BTreeMap::new();
     calibrator.block(&mut block, &mut streams, &mut |name, shards| {
         linears.insert(name.to_owned(), packed(shards, spec)?);

@@ -10,9 +10,11 @@
 //!   in host memory where a GPU has no room for them; what is in a block is computed again on the way back.
 //! - Scales are rounded to fp16 in every pass: what is trained is what the file will hold. None becomes
 //!   zero or infinite, or changes its sign.
-//! - Some windows are never trained on. The KL on them is measured before the first step and after every
-//!   epoch, and the scales with which it is least are kept, those of the start among them: by that
-//!   measure no file becomes worse.
+//! - Some windows are never trained on, nor seen by the solver and the fit of the head: they are drawn from the
+//!   text beside the calibration's, and where that has no room for them, which the report says, they are the
+//!   last of the calibration's. The KL on them is measured before the first step and after every epoch, and the
+//!   scales with which it is least are kept, those of the start among them: by that measure no file becomes
+//!   worse.
 //! - Batches have a fixed order and sums a fixed one, so that the same windows give the same scales.
 
 mod bench;
@@ -38,7 +40,7 @@ use crate::progress::Progress;
 use crate::rotate::FusedRotations;
 use crate::states::States;
 pub(crate) use bench::{bench_tuning, check_tuning};
-pub(crate) use cost::{TuneBytes, operations};
+pub(crate) use cost::{TuneBytes, operations, planned_held_out};
 use split::Split;
 use student::Student;
 use teacher::Teacher;
@@ -49,6 +51,8 @@ pub(crate) struct Walked<'a> {
     frames: Vec<BlockParts<()>>,
     /// The unquantized model's states after the last block.
     reference: States,
+    /// Those of the windows to judge by, where they are none of the calibration's.
+    held_out: Option<States>,
     /// The head `[vocab, hidden]` where it was fitted; otherwise it is the unquantized model's.
     head: Option<&'a [f16]>,
 }
@@ -66,7 +70,7 @@ impl<'a> Walked<'a> {
         let Some(reference) = streams.reference else {
             panic!("scales are tuned without the unquantized model's states")
         };
-        Self { frames, reference, head }
+        Self { frames, reference, held_out: streams.held_out, head }
     }
 }
 
@@ -88,7 +92,7 @@ fn refused(job: &QuantizeJob<'_>, why: &str) -> Error {
 /// The windows of a job that tunes.
 fn split(job: &QuantizeJob<'_>) -> Result<Split> {
     let windows = job.windows().len();
-    Split::of(windows).ok_or_else(|| {
+    Split::of(windows, job.held_out().len()).ok_or_else(|| {
         let why = format!(
             "one calibration window at least is to train on and one to judge by, and there are {windows}"
         );
@@ -114,8 +118,7 @@ pub(crate) fn check(job: &QuantizeJob<'_>) -> Result<()> {
         let why = format!("scales are tuned on one device, and {ranks} make this branch");
         return Err(refused(job, &why));
     }
-    split(job)?;
-    cost::check(job)
+    cost::check(job, &split(job)?)
 }
 
 /// Tunes the scales of the linears that `writer` has written, and writes those that are better over them.
@@ -130,9 +133,11 @@ pub(crate) fn tune(
     let start = Instant::now();
     let windows = job.windows();
     let split = split(job)?;
-    let Walked { frames, reference, head } = walked;
-    let mut teacher = Teacher::new(model, rotations, (windows, &split), reference, head)?;
-    let offloaded = cost::offloaded(model, job)?;
+    let Walked { frames, reference, held_out, head } = walked;
+    let held_out = held_out.map(|states| (job.held_out(), states));
+    let (trained, heads) = ((windows, &split, reference), (rotations, head));
+    let mut teacher = Teacher::new(model, heads, trained, held_out)?;
+    let offloaded = cost::offloaded(model, job, &split)?;
     let mut student = Student::new(model, frames, writer, offloaded)?;
     let (steps, rate) = (job.spec.choices.tune, job.spec.choices.tune_rate);
     progress.begin_steps("tune", steps as usize);
@@ -156,12 +161,15 @@ pub(crate) fn tune(
         steps,
         windows: split.trained(),
         held_out: split.held_out(),
+        unseen: split.unseen(),
         kl_before: before,
         kl_after: best.kl,
         best_step: best.step,
     };
+    let also =
+        if record.unseen { "" } else { ", but that the solver has seen: the text has no others" };
     progress.note(&format!(
-        "tuned scales: KL {before:.4} before and {:.4} after {} steps, on {} windows that were not trained on",
+        "tuned scales: KL {before:.4} before and {:.4} after {} steps, on {} windows that were not trained on{also}",
         best.kl, best.step, record.held_out
     ));
     Ok(Tuned { record, seconds: start.elapsed().as_secs_f64() })
