@@ -83,6 +83,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::ZeroBias),
             // Its models start with random experts then, and say so in a log.
             ran(Need::NoExperts),
+            untried(Need::Wrapper(&[])),
         ],
         remarks: &[
             (When::Always, "with optimum and gptqmodel"),
@@ -105,6 +106,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             // Of mixtral it asks for other names, glm4_moe it loads but does not run.
             ran(Need::Experts(&["qwen2_moe", "qwen3_moe", "olmoe"])),
             ran(Need::ExpertsInAll),
+            untried(Need::Wrapper(&[])),
             // It takes fused ones apart where transformers 5 has them, before it looks for their tensors.
             ran(Need::GateAndUp),
         ],
@@ -142,6 +144,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::ZeroBias),
             code(Need::RopeScaling(&["linear", "llama3"])),
             untried(Need::Experts(&[])),
+            untried(Need::Wrapper(&[])),
         ],
         remarks: &[],
     },
@@ -158,6 +161,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::SharedOrder),
             code(Need::ZeroBias),
             untried(Need::Experts(&[])),
+            untried(Need::Wrapper(&[])),
         ],
         remarks: VLLM_REMARKS,
     },
@@ -175,6 +179,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::NoZeroOfZero),
             code(Need::ZeroBias),
             untried(Need::Experts(&[])),
+            untried(Need::Wrapper(&[])),
         ],
         remarks: &[
             (When::Bits(&[4]), "warns that its 4-bit kernel is buggy: use gptq_marlin"),
@@ -196,6 +201,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::SharedOrder),
             code(Need::ZeroBias),
             untried(Need::Experts(&[])),
+            untried(Need::Wrapper(&[])),
         ],
         remarks: VLLM_REMARKS,
     },
@@ -213,6 +219,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::SharedOrder),
             code(Need::ZeroBias),
             untried(Need::Experts(&[])),
+            untried(Need::Wrapper(&[])),
         ],
         remarks: VLLM_REMARKS,
     },
@@ -273,6 +280,7 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::EveryLinear),
             code(Need::ZeroBias),
             untried(Need::Experts(&[])),
+            untried(Need::Wrapper(&[])),
         ],
         remarks: &[(When::Always, "by onnxruntime-genai's builder, which rounds the head to int4")],
     },
