@@ -308,17 +308,30 @@ fn other_parts_are_carried() {
             dir.gptq(&["verify", &out, "--base", &model]).ok();
             damaged(&dir, &out, &model);
         }
-        // `nine` has 4 bits with group size 32 and act-order, in the card layout of none: by settings alone.
-        let plan = |model: &str| dir.gptq(&["plan", model, "--json"]).json();
-        let known = plan(name);
-        assert_eq!(known[0]["whole"], json!(true));
+        let known = plan(&dir, name);
+        assert_eq!(known["whole"], json!(true));
+        let made = fs::metadata(dir.path(&format!("{name}-4bit/model.safetensors"))).unwrap().len();
+        assert_eq!(known["file_bytes"], made);
         fs::remove_file(source.join("model.safetensors")).unwrap();
-        let alone = plan(name);
-        assert_eq!(alone[0]["whole"], json!(false));
-        let more = known[0]["file_bytes"].as_u64().unwrap() - alone[0]["file_bytes"].as_u64().unwrap();
+        let alone = plan(&dir, name);
+        assert_eq!(alone["whole"], json!(false));
+        let more = known["file_bytes"].as_u64().unwrap() - alone["file_bytes"].as_u64().unwrap();
         let parts: usize = family_models::PARTS.iter().map(|part| part.3.len()).sum();
         assert!(more > parts as u64 && more < 1000, "{more}");
     }
+}
+
+/// What `plan` says of the branch that is made here.
+fn plan(dir: &Workdir, model: &str) -> Value {
+    dir.write(
+        "sweep.toml",
+        &format!(
+            "model = \"{model}\"\ncalibration = \"wikitext2\"\nrecipe = \"autogptq\"\n\
+             [calibration_overrides]\ndataset = \"text.txt\"\nwindows = 32\nseq_len = 48\n\
+             [[branch]]\nname = \"b\"\nbits = 4\ngroup_size = 32\nact_order = true\n"
+        ),
+    );
+    dir.gptq(&["plan", model, "--config", "sweep.toml", "--json"]).json()[0].clone()
 }
 
 /// The same model with the names that transformers has given since.
@@ -395,9 +408,12 @@ fn what_mixtures_hold_besides_is_said_or_refused() {
 /// What holds for which family is what the code decides by.
 #[test]
 fn the_readme_has_the_table_of_families() {
-    let table = gptq_pipeline::families::table().unwrap();
     let readme = fs::read_to_string(util::repository().join("README.md")).unwrap();
-    assert!(readme.contains(&table), "README.md lacks this table:\n{table}");
+    for table in
+        [gptq_pipeline::families::table().unwrap(), gptq_pipeline::families::wrapper_table()]
+    {
+        assert!(readme.contains(&table), "README.md lacks this table:\n{table}");
+    }
 }
 
 #[test]

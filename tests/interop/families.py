@@ -203,6 +203,16 @@ def write_tokenizer(folder):
     }))
 
 
+def write_processor(folder, config):
+    """What GPTQModel opens beside multimodal models, and every checkpoint has to carry."""
+    if "vision_config" in config:
+        images = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16},
+                  "crop_size": {"height": 16, "width": 16}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
+        (folder / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "pad_token": "<unk>"}))
+
+
 def load(folder, tensors=None):
     """The model of a folder as transformers understands its config.json."""
     config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
@@ -342,7 +352,7 @@ def dequantized(folder):
     stored = load_file(folder / "model.safetensors")
     tensors = {}
     for name, value in stored.items():
-        prefix, leaf = name.rsplit(".", 1)
+        prefix, _, leaf = name.rpartition(".")
         if f"{prefix}.qweight" not in stored:
             if leaf != "inv_freq":
                 tensors[name] = torch.from_numpy(value)
@@ -394,12 +404,14 @@ def check(gptq, seed, only, gptqmodel):
             tensors = random_weights(AutoConfig.from_pretrained(folder), 100 * seed + number)
             write_folder(folder, config, tensors)
             write_tokenizer(folder)
+            write_processor(folder, config)
             check_family(gptq, name, folder, tensors, seed, gptqmodel)
             named = {published_name(key, config["model_type"]): value for key, value in tensors.items()}
             if name in WRAPPED and named.keys() != tensors.keys():
                 folder = folder.with_name(f"{name}-published")
                 write_folder(folder, config, named)
                 write_tokenizer(folder)
+                write_processor(folder, config)
                 check_family(gptq, folder.name, folder, named, seed, gptqmodel)
 
 
@@ -416,6 +428,18 @@ def held_by_gptqmodel(what, folder, ids, ours):
         print(f"{what:34}  GPTQModel refuses it: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
         return
     compare(f"{what}, GPTQModel", ours, losses_of_transformers(model, ids, SEQ_LEN))
+
+
+def held_by_transformers(what, folder, ids, ours):
+    """Its own integration, with optimum and GPTQModel, on the file as it is."""
+    import readers
+
+    try:
+        model = readers.transformers(folder, AutoModelForImageTextToText)
+    except Exception as error:
+        print(f"{what:34}  transformers refuses it: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
+        return
+    compare(f"{what}, transformers", ours, losses_of_transformers(torch.nn.Module.float(model), ids, SEQ_LEN))
 
 
 def same_parts(out, source):
@@ -454,7 +478,10 @@ def check_family(gptq, name, folder, dense, seed, gptqmodel):
         theirs = losses_of_transformers(load(out, tensors), ids, SEQ_LEN)
         made = compare(f"{name}, {bits} bits, {recipe}, {layout}", ours, theirs)
         if gptqmodel:
-            held_by_gptqmodel(f"{name}, {bits} bits, {recipe}, {layout}", out, ids, ours)
+            what = f"{name}, {bits} bits, {recipe}, {layout}"
+            held_by_gptqmodel(what, out, ids, ours)
+            if is_wrapped(load_config(folder)):
+                held_by_transformers(what, out, ids, ours)
         # Of a random mixture of experts many tokens go another way once it is rounded.
         far = (0.1 if bits == 4 else 0.3) * (3 if has_experts(load_config(folder)) else 1)
         assert abs(np.log(made / base)) < far, f"{name}, {recipe}: perplexity {made} from {base}"
@@ -469,7 +496,8 @@ def main():
     checking.add_argument("--gptq", default="target/debug/gptq", help="the binary")
     checking.add_argument("--seed", type=int, default=1, help="of weights and texts")
     checking.add_argument("--only", nargs="*", help="names of families")
-    checking.add_argument("--gptqmodel", action="store_true", help="let GPTQModel read every file, too")
+    checking.add_argument("--gptqmodel", action="store_true", help="let GPTQModel read every file, too, and transformers those of"
+                               " multimodal models")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)

@@ -222,6 +222,13 @@ impl ModelConfig {
         self.names.plain(stored)
     }
 
+    /// What names of the language model's tensors begin with where that is not where transformers 5 has them
+    /// in memory, and where that is.
+    pub(crate) fn other_names(&self) -> Option<(&'static str, &'static str)> {
+        let (blocks, model) = (self.wrapper?.blocks, self.names.model);
+        (blocks.strip_suffix("layers") != Some(model)).then_some((model, blocks))
+    }
+
     /// The same model whose weights have tensors of these names, of which `spec` knows types and shapes.
     pub(crate) fn of_weights<'n>(
         mut self,

@@ -253,3 +253,114 @@ impl Wrapper {
         Ok(language(&text.family, text.sizes, fields))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::ModelConfig;
+
+    fn parse(text: &str) -> crate::Result<ModelConfig> {
+        ModelConfig::parse(text, Path::new("config.json"))
+    }
+
+    /// As in files of LLaVA 1.5 and Gemma 3, which leave out what transformers has as a default.
+    #[test]
+    fn sizes_that_are_left_out_are_those_of_transformers() {
+        let sizes = |text: &str| {
+            let c = parse(text).unwrap();
+            let of_heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+            (c.hidden_size, c.intermediate_size, c.num_hidden_layers, of_heads, c.vocab_size)
+        };
+        let llava = r#"{"model_type":"llava","text_config":{"vocab_size":32064}}"#;
+        assert_eq!(sizes(llava), (4096, 11_008, 32, (32, 32, 128), 32_064));
+        let gemma = r#"{"model_type":"gemma3","text_config":{"model_type":"gemma3_text",
+            "hidden_size":2560,"num_hidden_layers":34}}"#;
+        assert_eq!(sizes(gemma), (2560, 9216, 34, (8, 4, 256), 262_208));
+        // Settings beside the others, as Qwen's were published.
+        let qwen = r#"{"model_type":"qwen2_5_vl","hidden_size":2048,"num_attention_heads":16,
+            "num_key_value_heads":2,"rope_scaling":{"type":"mrope","mrope_section":[16,24,24]}}"#;
+        assert_eq!(sizes(qwen), (2048, 29_568, 80, (16, 2, 128), 152_064));
+        assert_eq!(parse(qwen).unwrap().norm_eps, 1e-5);
+        // A model by itself has to say them.
+        let message = parse(r#"{"model_type":"llama"}"#).unwrap_err().to_string();
+        assert!(message.contains("`hidden_size` is missing"), "{message}");
+    }
+
+    #[test]
+    fn the_whole_says_first_whether_the_head_is_tied() {
+        let tied = |name: &str, top: &str, text: &str| {
+            let text = format!(r#"{{"model_type":"{name}"{top},"text_config":{{"hidden_size":64{text}}}}}"#);
+            parse(&text).unwrap().tie_word_embeddings
+        };
+        let [yes, no] = [r#","tie_word_embeddings":true"#, r#","tie_word_embeddings":false"#];
+        assert!(!tied("llava", "", "") && tied("gemma3", "", ""));
+        assert!(tied("llava", "", yes) && !tied("gemma3", "", no));
+        assert!(tied("llava", yes, no) && !tied("llava", no, yes));
+    }
+
+    #[test]
+    fn names_are_told_by_what_is_stored() {
+        let text = r#"{"model_type":"llava","text_config":{"hidden_size":64}}"#;
+        let stored = |names: &[&'static str]| {
+            let spec = |name: &str| {
+                let dtype = safetensors::Dtype::I64;
+                Some(crate::TensorSpec { name: name.to_owned(), dtype, shape: vec![1] })
+            };
+            let config = parse(text).unwrap().of_weights(names.iter().copied(), spec);
+            let carried = config.carried().unwrap().iter().map(|spec| spec.name.clone());
+            let shown = |name: &str| config.stored_name(name).into_owned();
+            let plain = config.plain_name(names[0]).map(|name| name.into_owned());
+            (shown("model.layers.1.mlp"), shown(crate::HEAD), plain, carried.collect::<Vec<_>>())
+        };
+        let first = "language_model.model.layers.0.self_attn.q_proj.weight";
+        let plain = Some("model.layers.0.self_attn.q_proj.weight".to_owned());
+        let found = stored(&[first, "vision_tower.position_ids", "image_newline", "lm_head.weight"]);
+        let names = ("language_model.model.layers.1.mlp", "language_model.lm_head.weight");
+        // A head that is not where the language model is would take its place.
+        let carried = vec!["vision_tower.position_ids".to_owned(), "image_newline".to_owned()];
+        assert_eq!(found, (names.0.to_owned(), names.1.to_owned(), plain.clone(), carried));
+        let later = "model.language_model.layers.0.self_attn.q_proj.weight";
+        let (block, head, found, carried) = stored(&[later, "lm_head.weight"]);
+        assert_eq!((block.as_str(), head.as_str()), ("model.language_model.layers.1.mlp", crate::HEAD));
+        assert_eq!((found, carried), (plain, vec![]));
+        let names = parse(text).unwrap().of_weights(["language_model.lm_head.qweight"].into_iter(), |_| None);
+        let head = names.plain_name("language_model.lm_head.qweight").map(|name| name.into_owned());
+        assert_eq!(head.as_deref(), Some("lm_head.qweight"));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (text, named) in [
+            (r#"{"model_type":"paligemma","text_config":{}}"#, "the language model of `llava`"),
+            (r#"{"model_type":"llava"}"#, "`text_config` is missing"),
+            (r#"{"model_type":"llava","text_config":7}"#, "`text_config` is `7`"),
+            (
+                r#"{"model_type":"llava","text_config":{"model_type":"opt"}}"#,
+                "`text_config.model_type` is `\"opt\"`, which is not supported; only one of `llama`",
+            ),
+            (
+                r#"{"model_type":"mistral3","text_config":{"model_type":"ministral3"}}"#,
+                "only `mistral` is",
+            ),
+            (
+                r#"{"model_type":"llava","text_config":{"hidden_act":"gelu"}}"#,
+                "`text_config.hidden_act`",
+            ),
+            // The model around it leaves the cap out.
+            (
+                r#"{"model_type":"gemma3","text_config":{"final_logit_softcapping":30.0}}"#,
+                "`text_config.final_logit_softcapping`",
+            ),
+            (
+                r#"{"model_type":"gemma3","text_config":{"use_bidirectional_attention":true}}"#,
+                "`text_config.use_bidirectional_attention`",
+            ),
+            (r#"{"model_type":"llama","hidden_size":64,"intermediate_size":64,"vocab_size":9,
+                "num_hidden_layers":1,"num_attention_heads":2,"rope_scaling":{"type":"mrope"}}"#, "mrope"),
+        ] {
+            let message = parse(text).unwrap_err().to_string();
+            assert!(message.contains(named), "{text}: {message}");
+        }
+    }
+}

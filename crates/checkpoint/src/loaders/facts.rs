@@ -59,6 +59,9 @@ pub struct Architecture {
     pub family: &'static str,
     /// `model_type` of the whole, where there is more.
     pub wrapper: Option<&'static str>,
+    /// What names of its tensors begin with where that is not where transformers 5 has them in memory, and
+    /// where that is.
+    pub other_names: Option<(&'static str, &'static str)>,
     /// The linears of a block of each kind, with whether they have a bias.
     pub linears: Vec<LinearShape>,
     /// Which blocks have experts.
@@ -78,6 +81,7 @@ impl From<&ModelConfig> for Architecture {
         Self {
             family: config.family,
             wrapper: config.wrapper(),
+            other_names: config.other_names(),
             linears: linears.collect(),
             experts: match (other, mixed(0)) {
                 (Some(_), _) => InBlocks::Some,

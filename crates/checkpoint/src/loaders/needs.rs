@@ -16,6 +16,10 @@ pub(super) enum Need {
     Family(&'static [&'static str]),
     /// A language model by itself, or a part of one of these; without names none was tried.
     Wrapper(&'static [&'static str]),
+    /// Of models with other parts none of these.
+    NoWrapper(&'static [&'static str]),
+    /// Tensors that are called as transformers 5 has them in memory.
+    NamesInMemory,
     /// No experts, or those of a family that was tried; without families none was.
     Experts(&'static [&'static str]),
     /// No experts: it keeps those of a block together.
@@ -243,6 +247,13 @@ impl Need {
                     _ => format!("{whole}: of models with other parts {} were tried", listed(known)),
                 })
             }
+            Self::NoWrapper(refused) => {
+                let whole = model.wrapper.filter(|whole| refused.contains(whole))?;
+                Some(format!("{whole}: it has no such model"))
+            }
+            Self::NamesInMemory => model
+                .other_names
+                .map(|(found, sought)| format!("tensors are called {found}…: it looks for {sought}")),
             Self::Experts(known) if model.experts != InBlocks::None => {
                 unless(known.contains(&model.family), || match known {
                     [] => format!("{}: mixtures of experts were not tried", model.family),

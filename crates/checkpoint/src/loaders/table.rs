@@ -83,7 +83,19 @@ pub(super) static LOADERS: [Loader; 13] = [
             code(Need::ZeroBias),
             // Its models start with random experts then, and say so in a log.
             ran(Need::NoExperts),
-            untried(Need::Wrapper(&[])),
+            ran(Need::Wrapper(&[
+                "llava",
+                "llava_next",
+                "llava_onevision",
+                "mistral3",
+                "internvl",
+                "gemma3",
+                "qwen2_vl",
+                "qwen2_5_vl",
+                "qwen3_vl",
+                "idefics3",
+                "smolvlm",
+            ])),
         ],
         remarks: &[
             (When::Always, "with optimum and gptqmodel"),
@@ -106,7 +118,9 @@ pub(super) static LOADERS: [Loader; 13] = [
             // Of mixtral it asks for other names, glm4_moe it loads but does not run.
             ran(Need::Experts(&["qwen2_moe", "qwen3_moe", "olmoe"])),
             ran(Need::ExpertsInAll),
-            untried(Need::Wrapper(&[])),
+            ran(Need::NoWrapper(&["llava_next", "llava_onevision", "idefics3"])),
+            ran(Need::NamesInMemory),
+            untried(Need::Wrapper(&["llava", "mistral3"])),
             // It takes fused ones apart where transformers 5 has them, before it looks for their tensors.
             ran(Need::GateAndUp),
         ],
