@@ -268,17 +268,24 @@ fn carried(source: &Path, made: &Path, best: bool, card: bool) {
 fn other_parts_are_carried() {
     let dir = Workdir::new();
     dir.write("text.txt", &words(1700));
-    for (name, prefix) in [("llava", "model.language_model."), ("qwen2.5-vl", "model.language_model.")] {
+    for (name, prefix) in
+        [("llava", "model.language_model."), ("qwen2.5-vl", "model.language_model.")]
+    {
         let source = assemble(&dir, name);
         let later = dir.path(&format!("{name}-later"));
         assemble_later(&source, &later, prefix);
         for model in [name.to_owned(), format!("{name}-later")] {
             let out = format!("{model}-4bit");
-            let fixed = "--device=cpu --calib-dataset text.txt --windows=32 --seq-len=48 --recipe autogptq";
+            let fixed =
+                "--device=cpu --calib-dataset text.txt --windows=32 --seq-len=48 --recipe autogptq";
             let args = format!("quantize {model} --out {out} --bits 4 --group-size 32 {fixed}");
             let run = dir.gptq(&args.split(' ').collect::<Vec<_>>());
             run.ok();
-            assert!(run.stdout.contains("carried 3 tensors of other parts unchanged"), "{}", run.stdout);
+            assert!(
+                run.stdout.contains("carried 3 tensors of other parts unchanged"),
+                "{}",
+                run.stdout
+            );
             let bytes = fs::read(dir.path(&out).join("model.safetensors")).unwrap();
             let file = SafeTensors::deserialize(&bytes).unwrap();
             let given = fs::read(dir.path(&model).join("model.safetensors")).unwrap();
@@ -286,7 +293,10 @@ fn other_parts_are_carried() {
             for (part, _, shape, values) in family_models::PARTS {
                 let part = if model == *name { part.to_owned() } else { format!("model.{part}") };
                 let (found, source) = (file.tensor(&part).unwrap(), given.tensor(&part).unwrap());
-                assert_eq!((found.dtype(), found.shape(), found.data()), (source.dtype(), shape, values));
+                assert_eq!(
+                    (found.dtype(), found.shape(), found.data()),
+                    (source.dtype(), shape, values)
+                );
             }
             // The language model's names stay, too.
             let stem = |name: &str| name.rsplit_once('.').unwrap().0.to_owned();
@@ -298,13 +308,17 @@ fn other_parts_are_carried() {
             assert!(without(&file).eq(without(&given)), "{model}");
 
             let config: Value =
-                serde_json::from_slice(&fs::read(dir.path(&out).join("config.json")).unwrap()).unwrap();
+                serde_json::from_slice(&fs::read(dir.path(&out).join("config.json")).unwrap())
+                    .unwrap();
             let quantized = &config["quantization_config"];
             assert_eq!(quantized["block_name_to_quantize"], "model.language_model.layers");
             assert_eq!(config["tie_word_embeddings"], json!(false));
             let inspected = dir.gptq(&["inspect", &out, "--json"]).json();
             assert_eq!(inspected["part_of"], config["model_type"]);
-            assert_eq!((&inspected["other_parts"], &inspected["left_out"]), (&json!(3), &json!([])));
+            assert_eq!(
+                (&inspected["other_parts"], &inspected["left_out"]),
+                (&json!(3), &json!([]))
+            );
             dir.gptq(&["verify", &out, "--base", &model]).ok();
             damaged(&dir, &out, &model);
         }
@@ -352,7 +366,8 @@ fn assemble_later(source: &Path, later: &Path, prefix: &str) {
         };
         (name, view)
     });
-    fs::write(later.join("model.safetensors"), safetensors::serialize(renamed, None).unwrap()).unwrap();
+    fs::write(later.join("model.safetensors"), safetensors::serialize(renamed, None).unwrap())
+        .unwrap();
 }
 
 /// One bit of another part shows.

@@ -119,7 +119,12 @@ pub(crate) fn assemble(folder: &Path, name: &str) {
 
 /// Tensors of other parts: names, types, shapes and bytes, also of types that nothing is computed with.
 pub(crate) const PARTS: [(&str, &str, &[usize], &[u8]); 3] = [
-    ("vision_tower.embeddings.position_ids", "I64", &[1, 2], &[7, 0, 0, 0, 0, 0, 0, 0, 3, 1, 0, 0, 0, 0, 0, 0]),
+    (
+        "vision_tower.embeddings.position_ids",
+        "I64",
+        &[1, 2],
+        &[7, 0, 0, 0, 0, 0, 0, 0, 3, 1, 0, 0, 0, 0, 0, 0],
+    ),
     ("vision_tower.layers.0.self_attn.q_proj.weight", "BF16", &[2, 3], b"0?1@2A3B4C5D"),
     ("multi_modal_projector.linear_1.bias", "F32", &[2], b"wxy?z{|@"),
 ];
@@ -128,7 +133,9 @@ pub(crate) const PARTS: [(&str, &str, &[usize], &[u8]); 3] = [
 fn seeded(config: &ModelConfig) -> Vec<u8> {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     let entry = |name: &str, dtype: &str, shape: &[usize], start: usize, end: usize| {
-        format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#)
+        format!(
+            r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#
+        )
     };
     for (name, dtype, shape, bytes) in PARTS.into_iter().filter(|_| config.wrapper().is_some()) {
         let start = data.len();

@@ -60,8 +60,7 @@ impl Sizes {
     }
 }
 
-const LLAMA_TEXT: Text =
-    Text { family: LLAMA, sizes: Sizes::of([4096, 11_008, 32, 32, 32_000]) };
+const LLAMA_TEXT: Text = Text { family: LLAMA, sizes: Sizes::of([4096, 11_008, 32, 32, 32_000]) };
 const MISTRAL_TEXT: Text =
     Text { family: MISTRAL, sizes: Sizes::of([4096, 14_336, 32, 32, 32_000]) };
 const QWEN2_TEXT: Text = Text { family: QWEN2, sizes: Sizes::of([4096, 22_016, 32, 32, 151_936]) };
@@ -290,7 +289,9 @@ mod tests {
     #[test]
     fn the_whole_says_first_whether_the_head_is_tied() {
         let tied = |name: &str, top: &str, text: &str| {
-            let text = format!(r#"{{"model_type":"{name}"{top},"text_config":{{"hidden_size":64{text}}}}}"#);
+            let text = format!(
+                r#"{{"model_type":"{name}"{top},"text_config":{{"hidden_size":64{text}}}}}"#
+            );
             parse(&text).unwrap().tie_word_embeddings
         };
         let [yes, no] = [r#","tie_word_embeddings":true"#, r#","tie_word_embeddings":false"#];
@@ -315,16 +316,22 @@ mod tests {
         };
         let first = "language_model.model.layers.0.self_attn.q_proj.weight";
         let plain = Some("model.layers.0.self_attn.q_proj.weight".to_owned());
-        let found = stored(&[first, "vision_tower.position_ids", "image_newline", "lm_head.weight"]);
+        let found =
+            stored(&[first, "vision_tower.position_ids", "image_newline", "lm_head.weight"]);
         let names = ("language_model.model.layers.1.mlp", "language_model.lm_head.weight");
         // A head that is not where the language model is would take its place.
         let carried = vec!["vision_tower.position_ids".to_owned(), "image_newline".to_owned()];
         assert_eq!(found, (names.0.to_owned(), names.1.to_owned(), plain.clone(), carried));
         let later = "model.language_model.layers.0.self_attn.q_proj.weight";
         let (block, head, found, carried) = stored(&[later, "lm_head.weight"]);
-        assert_eq!((block.as_str(), head.as_str()), ("model.language_model.layers.1.mlp", crate::HEAD));
+        assert_eq!(
+            (block.as_str(), head.as_str()),
+            ("model.language_model.layers.1.mlp", crate::HEAD)
+        );
         assert_eq!((found, carried), (plain, vec![]));
-        let names = parse(text).unwrap().of_weights(["language_model.lm_head.qweight"].into_iter(), |_| None);
+        let names = parse(text)
+            .unwrap()
+            .of_weights(["language_model.lm_head.qweight"].into_iter(), |_| None);
         let head = names.plain_name("language_model.lm_head.qweight").map(|name| name.into_owned());
         assert_eq!(head.as_deref(), Some("lm_head.qweight"));
     }
@@ -356,8 +363,11 @@ mod tests {
                 r#"{"model_type":"gemma3","text_config":{"use_bidirectional_attention":true}}"#,
                 "`text_config.use_bidirectional_attention`",
             ),
-            (r#"{"model_type":"llama","hidden_size":64,"intermediate_size":64,"vocab_size":9,
-                "num_hidden_layers":1,"num_attention_heads":2,"rope_scaling":{"type":"mrope"}}"#, "mrope"),
+            (
+                r#"{"model_type":"llama","hidden_size":64,"intermediate_size":64,"vocab_size":9,
+                "num_hidden_layers":1,"num_attention_heads":2,"rope_scaling":{"type":"mrope"}}"#,
+                "mrope",
+            ),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.contains(named), "{text}: {message}");

@@ -244,16 +244,18 @@ impl Need {
                 let whole = model.wrapper?;
                 unless(known.contains(&whole), || match known {
                     [] => format!("{whole}: models with other parts were not tried"),
-                    _ => format!("{whole}: of models with other parts {} were tried", listed(known)),
+                    _ => {
+                        format!("{whole}: of models with other parts {} were tried", listed(known))
+                    }
                 })
             }
             Self::NoWrapper(refused) => {
                 let whole = model.wrapper.filter(|whole| refused.contains(whole))?;
                 Some(format!("{whole}: it has no such model"))
             }
-            Self::NamesInMemory => model
-                .other_names
-                .map(|(found, sought)| format!("tensors are called {found}…: it looks for {sought}")),
+            Self::NamesInMemory => model.other_names.map(|(found, sought)| {
+                format!("tensors are called {found}…: it looks for {sought}")
+            }),
             Self::Experts(known) if model.experts != InBlocks::None => {
                 unless(known.contains(&model.family), || match known {
                     [] => format!("{}: mixtures of experts were not tried", model.family),

@@ -154,7 +154,11 @@ fn models_with_other_parts_are_judged_by_what_was_tried() {
     assert!(verdict("GPTQModel", &of("llava", later)).loads);
     refuses("GPTQModel", &of("llava", first), "it looks for model.language_model.layers");
     refuses("GPTQModel", &of("llava_next", later), "it has no such model");
-    refuses("GPTQModel", &of("qwen3_vl", later), "of models with other parts llava, mistral3 were tried");
+    refuses(
+        "GPTQModel",
+        &of("qwen3_vl", later),
+        "of models with other parts llava, mistral3 were tried",
+    );
     assert_eq!(verdict("GPTQModel", &of("qwen3_vl", later)).seen, Seen::Untried);
 }
 

@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use gptq_checkpoint::{
-    Checkpoint, Error, ModelConfig, TOKENIZER_FILE, TensorSpec, resolve_model,
-};
+use gptq_checkpoint::{Checkpoint, Error, ModelConfig, TOKENIZER_FILE, TensorSpec, resolve_model};
 use gptq_pipeline::progress::Progress;
 use gptq_pipeline::sweep::config::{ANY_MODEL, BUILT_IN, SweepConfig};
 use gptq_text::dataset::DatasetSpec;

@@ -20,7 +20,9 @@ use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
 use super::calib::sample;
-use super::source::{note_parts, open_arriving, open_checkpoint, open_sweep, provide_text, warn_of};
+use super::source::{
+    note_parts, open_arriving, open_checkpoint, open_sweep, provide_text, warn_of,
+};
 use super::table::{group, operations, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_count;

@@ -276,9 +276,8 @@ pub(super) fn check_tensors(
         }
     }
     let config = checkpoint.config();
-    let of_known = |name: &str| {
-        known.contains(&*config.plain_name(name).unwrap_or(Cow::Borrowed(name)))
-    };
+    let of_known =
+        |name: &str| known.contains(&*config.plain_name(name).unwrap_or(Cow::Borrowed(name)));
     for name in checkpoint.names().filter(|name| !of_known(name)) {
         findings.add(Check::Tensors, name, "is not part of such a checkpoint");
     }
