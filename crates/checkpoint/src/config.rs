@@ -5,6 +5,7 @@
 //! because a quantized checkpoint carries the source's config on. What distinguishes the families is
 //! a table in `families`; what would need another forward pass is refused by name.
 
+use std::borrow::Cow;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -17,7 +18,9 @@ use crate::fields::Fields;
 use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
 use crate::rope_settings::Reader;
-use crate::{Error, Result, foreign, json};
+use crate::stored_names::{StoredNames, is_plain};
+use crate::wrappers::{Language, Sizes, TEXT, Wrapper};
+use crate::{Error, Result, TensorSpec, foreign, json};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 pub(crate) const MAX_WIDTH: u64 = 1 << 20;
@@ -29,7 +32,7 @@ const TIED: &str = "tie_word_embeddings";
 /// The shape of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// `model_type`: one of `FAMILIES`.
+    /// `model_type` of the language model: one of `FAMILIES`, or what one of `WRAPPERS` has in it.
     pub family: &'static str,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -72,6 +75,12 @@ pub struct ModelConfig {
     pub(crate) biases: Biases,
     pub(crate) head_norms: HeadNorms,
     pub(crate) rules: &'static Family,
+    /// What the language model is a part of, if it is not all.
+    pub(crate) wrapper: Option<&'static Wrapper>,
+    /// How the weights call its tensors.
+    pub(crate) names: StoredNames,
+    /// The tensors of the other parts; `None` where no weights are known.
+    carried: Option<Vec<TensorSpec>>,
     blocks: Vec<BlockAttention>,
     raw: Map<String, Value>,
 }
@@ -117,26 +126,26 @@ impl ModelConfig {
     /// [`Error::UnsupportedConfig`] for a model with parts that the engine does not have.
     pub fn parse(text: &str, file: &Path) -> Result<Self> {
         let raw: Map<String, Value> = serde_json::from_str(text).map_err(Error::json(file))?;
-        let fields = Fields::new(&raw, file);
-        let family = Family::of(&fields)?;
-        family.check(&fields)?;
-        let hidden_size = fields.size("hidden_size", None, MAX_WIDTH)?;
-        let heads = fields.size("num_attention_heads", None, MAX_WIDTH)?;
-        let kv_heads = kv_heads(&fields, family, heads)?;
-        let head_dim = head_dim(&fields, family, hidden_size, heads)?;
-        let layers = fields.size("num_hidden_layers", None, MAX_BLOCKS)?;
+        let language = Language::of(&raw, file)?;
+        let Language { wrapper, family, fields, sizes } = &language;
+        family.check(fields)?;
+        let size = |key, default: fn(&Sizes) -> usize, max| {
+            fields.size(key, sizes.as_ref().map(default), max)
+        };
+        let hidden_size = size("hidden_size", |sizes| sizes.hidden, MAX_WIDTH)?;
+        let heads = size("num_attention_heads", |sizes| sizes.heads, MAX_WIDTH)?;
+        let kv_heads = kv_heads(fields, family, heads)?;
+        let head_dim = head_dim(fields, family, hidden_size, heads)?;
+        let layers = size("num_hidden_layers", |sizes| sizes.blocks, MAX_BLOCKS)?;
         // It is read again where it is needed; what is no token shows now.
         fields.token("bos_token_id")?;
         let context = fields.size("max_position_embeddings", Some(family.context), MAX_CONTEXT)?;
-        let factor = |factor: Factor| factor.read(&fields, hidden_size, head_dim);
-        let (rope, local_rope) = Reader { fields: &fields, family, context, head_dim }.read()?;
+        let factor = |factor: Factor| factor.read(fields, hidden_size, head_dim);
+        let (rope, local_rope) = Reader { fields, family, context, head_dim }.read()?;
         let (eps_key, eps) = family.norm_eps;
-        let tie_word_embeddings = match fields.get(TIED) {
-            None => family.tied,
-            Some(_) => fields.flag(TIED)?,
-        };
-        let intermediate_size = fields.size("intermediate_size", None, MAX_WIDTH)?;
-        let experts = family.experts.map(|rules| rules.read(&fields, intermediate_size, layers));
+        let tie_word_embeddings = language.tied(&Fields::new(&raw, file))?;
+        let intermediate_size = size("intermediate_size", |sizes| sizes.intermediate, MAX_WIDTH)?;
+        let experts = family.experts.map(|rules| rules.read(fields, intermediate_size, layers));
         Ok(Self {
             family: family.name,
             hidden_size,
@@ -145,27 +154,30 @@ impl ModelConfig {
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,
-            vocab_size: fields.size("vocab_size", None, MAX_VOCAB)?,
+            vocab_size: size("vocab_size", |sizes| sizes.vocabulary, MAX_VOCAB)?,
             norm: family.norm,
             norm_eps: fields.positive(eps_key)?.unwrap_or(eps) as f32,
             rope,
             local_rope,
             max_position_embeddings: context,
-            activation: family.activation(&fields)?,
+            activation: family.activation(fields)?,
             factors: Factors {
                 embedding: factor(family.embedding)?,
                 attention: factor(family.attention)?,
                 residual: factor(family.residual)?,
                 logits: factor(family.logits)?,
             },
-            attention_softcap: Family::cap(&fields, family.attention_cap)?,
-            logit_softcap: Family::cap(&fields, family.logit_cap)?,
+            attention_softcap: Family::cap(fields, family.attention_cap)?,
+            logit_softcap: Family::cap(fields, family.logit_cap)?,
             tie_word_embeddings,
             experts: experts.transpose()?,
-            biases: family.biases(&fields)?,
-            head_norms: family.head_norms(&fields)?,
+            biases: family.biases(fields)?,
+            head_norms: family.head_norms(fields)?,
             rules: family,
-            blocks: block_attention::read(&fields, family, layers)?,
+            wrapper: *wrapper,
+            names: wrapper.map_or(StoredNames::PLAIN, |wrapper| wrapper.names[0]),
+            carried: wrapper.is_none().then(Vec::new),
+            blocks: block_attention::read(fields, family, layers)?,
             raw,
         })
     }
@@ -173,11 +185,75 @@ impl ModelConfig {
     /// The same model with a head of its own.
     #[must_use]
     pub fn untied(mut self) -> Self {
-        if self.tie_word_embeddings {
+        // Of a wrapper's two places readers look at either.
+        if self.tie_word_embeddings || self.wrapper.is_some() {
             self.tie_word_embeddings = false;
             self.raw.insert(TIED.to_owned(), Value::Bool(false));
         }
+        if let (Some(_), Some(Value::Object(text))) = (self.wrapper, self.raw.get_mut(TEXT)) {
+            text.insert(TIED.to_owned(), Value::Bool(false));
+        }
         self
+    }
+
+    /// `model_type` of the whole, of which the language model is a part; `None` where it is all.
+    #[must_use]
+    pub fn wrapper(&self) -> Option<&'static str> {
+        self.wrapper.map(|wrapper| wrapper.name)
+    }
+
+    /// The tensors of the other parts, which belong to every checkpoint made from this one as they are;
+    /// `None` where there are other parts, but no weights are known.
+    #[must_use]
+    pub fn carried(&self) -> Option<&[TensorSpec]> {
+        self.carried.as_deref()
+    }
+
+    /// The name that a tensor of the language model is stored under. Everywhere else it is called as in a
+    /// model by itself.
+    #[must_use]
+    pub fn stored_name<'a>(&self, name: &'a str) -> Cow<'a, str> {
+        self.names.stored(name)
+    }
+
+    /// The name in a model by itself of what is stored under this name; `None` where it is of another part.
+    #[must_use]
+    pub fn plain_name<'a>(&self, stored: &'a str) -> Option<Cow<'a, str>> {
+        self.names.plain(stored)
+    }
+
+    /// What names of the language model's tensors begin with where that is not where transformers 5 has them
+    /// in memory, and where that is.
+    pub(crate) fn other_names(&self) -> Option<(&'static str, &'static str)> {
+        let (blocks, model) = (self.wrapper?.blocks, self.names.model);
+        (blocks.strip_suffix("layers") != Some(model)).then_some((model, blocks))
+    }
+
+    /// The same model whose weights have tensors of these names, of which `spec` knows types and shapes.
+    pub(crate) fn of_weights<'n>(
+        mut self,
+        names: impl Iterator<Item = &'n str> + Clone,
+        spec: impl Fn(&'n str) -> Option<TensorSpec>,
+    ) -> Self {
+        let Some(wrapper) = self.wrapper else { return self };
+        let fitting = wrapper.names.iter().find(|stored| stored.fit(names.clone()));
+        self.names = *fitting.unwrap_or(&wrapper.names[0]);
+        // What would take the place of a tensor of the language model is left out as a stray.
+        let others = names.filter(|name| self.names.plain(name).is_none() && !is_plain(name));
+        self.carried = Some(others.filter_map(spec).collect());
+        self
+    }
+
+    /// The settings of the language model, and those of the whole where it is a part.
+    pub(crate) fn settings(&self) -> impl Iterator<Item = &Map<String, Value>> {
+        let text = self.wrapper.and_then(|_| self.raw.get(TEXT)).and_then(Value::as_object);
+        text.into_iter().chain([&self.raw])
+    }
+
+    /// The type that config.json says the language model's weights are stored in.
+    #[must_use]
+    pub fn stored_dtype(&self) -> Option<&str> {
+        self.settings().find_map(|keys| keys.get("dtype").or(keys.get("torch_dtype"))?.as_str())
     }
 
     /// The file's own keys, in its order.

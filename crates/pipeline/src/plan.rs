@@ -103,9 +103,7 @@ pub fn plan_branch(
 /// The type that the configuration says the weights are stored in; without a word of it
 /// transformers takes f32.
 fn stored(model: &ModelConfig) -> FloatType {
-    let raw = model.raw();
-    let dtype = raw.get("dtype").or_else(|| raw.get("torch_dtype"));
-    match dtype.and_then(|dtype| dtype.as_str()) {
+    match model.stored_dtype() {
         Some("float16") => FloatType::F16,
         Some("bfloat16") => FloatType::BF16,
         _ => FloatType::F32,

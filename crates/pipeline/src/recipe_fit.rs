@@ -3,7 +3,9 @@
 //! A rotation of the residual stream needs norms that commute with it, and linears behind each norm that
 //! can take its gain over: RMS norms, and none of what attention or the MLP gives. A shift of o and down
 //! needs their products to reach the residual stream as they are, but for a factor. Everything else of a
-//! recipe looks at one linear and its inputs, and holds for all.
+//! recipe looks at one linear and its inputs, and holds for all. Into the stream of a language model that is
+//! a part of a larger one come the outputs of other parts, too, which are carried as they are: it stays in
+//! its coordinates.
 //!
 //! Experts are no obstacle: what routes tokens to them reads what gate reads, and is turned with it. Of a
 //! shift their downs have no part, as none of them gives a token all that its MLP does: in blocks with
@@ -19,6 +21,9 @@ use crate::error::{Error, Result};
 pub fn unrotatable(model: &ModelConfig) -> Option<&'static str> {
     if model.norm == NormKind::Layer {
         return Some("norms take means off");
+    }
+    if model.wrapper().is_some() {
+        return Some("what other parts make of images and sounds enters it as it is");
     }
     norms_results(model).then_some("what attention and the MLP give is normed")
 }

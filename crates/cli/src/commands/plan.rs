@@ -53,6 +53,8 @@ struct Row {
     act_order: bool,
     #[serde(flatten)]
     plan: BranchPlan,
+    /// Whether the tensors of parts beside the language model are known, where it has some.
+    whole: bool,
     /// Of `gptq quantize`; `null` where nothing is known of the device.
     seconds: Option<f64>,
     seconds_from: Option<Source>,
@@ -95,9 +97,16 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             act_order: branch.spec.act_order,
             seconds: predicted.map(|p| p.seconds),
             seconds_from: predicted.map(|p| p.from),
+            whole: model.carried().is_some(),
             fits: plan.gpu.device_bytes <= gpu_memory,
             plan,
         });
+    }
+    if let (Some(whole), None) = (model.wrapper(), model.carried()) {
+        printer.note(&format!(
+            "sizes are of the language model in a {whole} model: the weights, which say what else is carried, \
+             are not here"
+        ));
     }
     if args.json {
         return print_json(&rows);

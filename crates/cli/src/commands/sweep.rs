@@ -20,7 +20,9 @@ use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
 use super::calib::sample;
-use super::source::{open_arriving, open_checkpoint, open_sweep, provide_text, warn_of};
+use super::source::{
+    note_parts, open_arriving, open_checkpoint, open_sweep, provide_text, warn_of,
+};
 use super::table::{group, operations, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_count;
@@ -103,6 +105,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         true => open_arriving(&model, printer).map(|(source, of)| (source, Some(of)))?,
         false => (open_checkpoint(&model, printer)?, None),
     };
+    note_parts(&source, printer);
     config.fit(source.config()).iter().for_each(|note| printer.note(note));
     let branches = selected(&config, &args.only)?;
     warn_of(&source, args.strict, printer)?;

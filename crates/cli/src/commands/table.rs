@@ -77,6 +77,11 @@ fn lines(header: &[&str], left: usize, rows: &[Vec<String>]) -> String {
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
+/// So many of something.
+pub(crate) fn plural(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 /// Bytes in a unit that keeps three digits or so.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
