@@ -126,10 +126,11 @@ pub(crate) fn has_empty_answer(chat: &[Message]) -> bool {
     chat.iter().any(|message| message.role == "assistant" && message.content.trim().is_empty())
 }
 
-/// A conversation of messages by role and text, as a file has them.
-pub(crate) fn of_messages(
-    messages: impl Iterator<Item = (Option<String>, Option<String>)>,
-) -> Result<Vec<Message>, String> {
+/// Role and text of a message, as a file has them.
+pub(crate) type Said = (Option<String>, Option<String>);
+
+/// A conversation of messages by role and text.
+pub(crate) fn of_messages(messages: impl Iterator<Item = Said>) -> Result<Vec<Message>, String> {
     let mut conversation = Vec::new();
     for (index, (role, content)) in messages.enumerate() {
         let number = index + 1;
@@ -195,7 +196,7 @@ pub(crate) fn of_json(row: &Value, asked: Option<&str>) -> Result<Vec<Message>, 
 }
 
 /// Role and text of the messages in field `name`: a list of objects, or an object of two lists.
-fn messages(value: &Value, name: &str) -> Result<Vec<(Option<String>, Option<String>)>, String> {
+fn messages(value: &Value, name: &str) -> Result<Vec<Said>, String> {
     let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
     if let Value::Array(messages) = value {
         let message = |message: &Value| {

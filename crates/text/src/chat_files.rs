@@ -17,7 +17,7 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::chat::{
-    Columns, FIELDS, Message, SYSTEM, UNEVEN, behind_system, of_json, of_messages, of_pair,
+    Columns, FIELDS, Message, SYSTEM, Said, UNEVEN, behind_system, of_json, of_messages, of_pair,
 };
 use crate::error::{Error, Result};
 use crate::text_files::{
@@ -134,9 +134,6 @@ fn push(path: &Path, chats: &mut Vec<Vec<Message>>, chat: Vec<Message>) -> Resul
     Ok(())
 }
 
-/// Roles and texts of the messages of a row, or why these do not fit together.
-type Said = Result<Vec<(Option<String>, Option<String>)>, String>;
-
 /// The two columns of a list of messages.
 struct Lists {
     role: Leaf,
@@ -153,13 +150,17 @@ impl Lists {
         })
     }
 
-    /// The messages of every row.
-    fn read(&self, reader: &SerializedFileReader<File>, path: &Path) -> Result<Vec<Said>> {
+    /// The messages of every row, or why roles and texts of one do not fit together.
+    fn read(
+        &self,
+        reader: &SerializedFileReader<File>,
+        path: &Path,
+    ) -> Result<Vec<Result<Vec<Said>, String>>> {
         let mut rows = Vec::new();
         for group in 0..reader.num_row_groups() {
             let roles = self.role.lists(reader, path, group)?;
             let contents = self.content.lists(reader, path, group)?;
-            rows.extend(roles.into_iter().zip(contents).map(|(roles, contents)| -> Said {
+            rows.extend(roles.into_iter().zip(contents).map(|(roles, contents)| {
                 if roles.len() != contents.len() {
                     return Err(UNEVEN.to_owned());
                 }

@@ -171,10 +171,9 @@ impl HeadChange {
             ("a least gain of a row", found.least_gain, recorded.least_gain, RECORDED_ROW_GAIN),
             ("a largest gain of a row", found.most_gain, recorded.most_gain, RECORDED_ROW_GAIN),
         ];
-        // Not `>`: what cannot be compared is not alike.
         let (what, found, recorded, _) = pairs
             .into_iter()
-            .find(|(_, found, recorded, most)| !((found - recorded).abs() <= *most))?;
+            .find(|(_, found, recorded, most)| (found - recorded).abs() > *most)?;
         Some(format!(
             "differs from the base's otherwise than {REPORT_FILE} says of its fit: {what} of {found:.4} in \
              place of {recorded:.4}"
