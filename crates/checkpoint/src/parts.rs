@@ -39,7 +39,8 @@ impl ModelConfig {
     /// A size of experts that the configuration leaves out, where a tensor of this name shows it: its key and
     /// what is taken for it.
     pub(crate) fn assumed_of(&self, tensor: &str) -> Option<(&'static str, usize)> {
-        let rules = self.rules.experts.filter(|_| tensor.contains(".experts."))?;
+        let shows = tensor.contains(".experts.") || self.dense_named(tensor).is_some();
+        let rules = self.rules.experts.filter(|_| shows)?;
         self.settings().next().and_then(|keys| rules.assumed(keys).next())
     }
 
