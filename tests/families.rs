@@ -304,7 +304,7 @@ fn other_parts_are_carried() {
             // The language model's names stay, too.
             let stem = |name: &str| name.rsplit_once('.').unwrap().0.to_owned();
             let stems = |file: &SafeTensors<'_>| -> std::collections::BTreeSet<String> {
-                file.names().into_iter().map(|name| stem(name)).collect()
+                file.names().into_iter().map(&stem).collect()
             };
             let heads = ["lm_head", "language_model.lm_head"];
             let kept =
