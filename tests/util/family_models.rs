@@ -126,7 +126,7 @@ pub(crate) const PARTS: [(&str, &str, &[usize], &[u8]); 3] = [
         &[7, 0, 0, 0, 0, 0, 0, 0, 3, 1, 0, 0, 0, 0, 0, 0],
     ),
     ("vision_tower.layers.0.self_attn.q_proj.weight", "BF16", &[2, 3], b"0?1@2A3B4C5D"),
-    ("multi_modal_projector.linear_1.bias", "F32", &[2], b"wxy?z{|@"),
+    ("vision_tower.rotary_pos_emb.inv_freq", "F32", &[2], b"wxy?z{|@"),
 ];
 
 /// A weight file of f32 values that are exact in fp16; of the parts around a language model [`PARTS`].

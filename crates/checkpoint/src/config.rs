@@ -5,7 +5,6 @@
 //! because a quantized checkpoint carries the source's config on. What distinguishes the families is
 //! a table in `families`; what would need another forward pass is refused by name.
 
-use std::borrow::Cow;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -18,7 +17,7 @@ use crate::fields::Fields;
 use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
 use crate::rope_settings::Reader;
-use crate::stored_names::{StoredNames, is_plain};
+use crate::stored_names::StoredNames;
 use crate::wrappers::{Language, Sizes, TEXT, Wrapper};
 use crate::{Error, Result, TensorSpec, foreign, json};
 
@@ -80,9 +79,9 @@ pub struct ModelConfig {
     /// How the weights call its tensors.
     pub(crate) names: StoredNames,
     /// The tensors of the other parts; `None` where no weights are known.
-    carried: Option<Vec<TensorSpec>>,
+    pub(crate) carried: Option<Vec<TensorSpec>>,
     blocks: Vec<BlockAttention>,
-    raw: Map<String, Value>,
+    pub(crate) raw: Map<String, Value>,
 }
 
 /// Constants that parts of a forward pass are multiplied by; 1 where a family has none.
@@ -194,66 +193,6 @@ impl ModelConfig {
             text.insert(TIED.to_owned(), Value::Bool(false));
         }
         self
-    }
-
-    /// `model_type` of the whole, of which the language model is a part; `None` where it is all.
-    #[must_use]
-    pub fn wrapper(&self) -> Option<&'static str> {
-        self.wrapper.map(|wrapper| wrapper.name)
-    }
-
-    /// The tensors of the other parts, which belong to every checkpoint made from this one as they are;
-    /// `None` where there are other parts, but no weights are known.
-    #[must_use]
-    pub fn carried(&self) -> Option<&[TensorSpec]> {
-        self.carried.as_deref()
-    }
-
-    /// The name that a tensor of the language model is stored under. Everywhere else it is called as in a
-    /// model by itself.
-    #[must_use]
-    pub fn stored_name<'a>(&self, name: &'a str) -> Cow<'a, str> {
-        self.names.stored(name)
-    }
-
-    /// The name in a model by itself of what is stored under this name; `None` where it is of another part.
-    #[must_use]
-    pub fn plain_name<'a>(&self, stored: &'a str) -> Option<Cow<'a, str>> {
-        self.names.plain(stored)
-    }
-
-    /// What names of the language model's tensors begin with where that is not where transformers 5 has them
-    /// in memory, and where that is.
-    pub(crate) fn other_names(&self) -> Option<(&'static str, &'static str)> {
-        let (blocks, model) = (self.wrapper?.blocks, self.names.model);
-        (blocks.strip_suffix("layers") != Some(model)).then_some((model, blocks))
-    }
-
-    /// The same model whose weights have tensors of these names, of which `spec` knows types and shapes.
-    pub(crate) fn of_weights<'n>(
-        mut self,
-        names: impl Iterator<Item = &'n str> + Clone,
-        spec: impl Fn(&'n str) -> Option<TensorSpec>,
-    ) -> Self {
-        let Some(wrapper) = self.wrapper else { return self };
-        let fitting = wrapper.names.iter().find(|stored| stored.fit(names.clone()));
-        self.names = *fitting.unwrap_or(&wrapper.names[0]);
-        // What would take the place of a tensor of the language model is left out as a stray.
-        let others = names.filter(|name| self.names.plain(name).is_none() && !is_plain(name));
-        self.carried = Some(others.filter_map(spec).collect());
-        self
-    }
-
-    /// The settings of the language model, and those of the whole where it is a part.
-    pub(crate) fn settings(&self) -> impl Iterator<Item = &Map<String, Value>> {
-        let text = self.wrapper.and_then(|_| self.raw.get(TEXT)).and_then(Value::as_object);
-        text.into_iter().chain([&self.raw])
-    }
-
-    /// The type that config.json says the language model's weights are stored in.
-    #[must_use]
-    pub fn stored_dtype(&self) -> Option<&str> {
-        self.settings().find_map(|keys| keys.get("dtype").or(keys.get("torch_dtype"))?.as_str())
     }
 
     /// The file's own keys, in its order.

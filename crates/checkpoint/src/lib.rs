@@ -47,6 +47,7 @@ mod names;
 mod output_error;
 mod packed;
 mod partial;
+mod parts;
 mod pickle;
 mod pickle_names;
 mod pytorch;

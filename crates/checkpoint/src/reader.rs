@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::arriving::{Arriving, Bring};
-use crate::names::{EMBEDDING, HEAD, QWEIGHT};
+use crate::names::{CONFIG_FILE, EMBEDDING, HEAD, QWEIGHT};
 use crate::strays::{Stored, Strays};
 use crate::weight_files::{View, WeightFile};
 use crate::weights::{Mapped, Weights};
@@ -277,8 +277,26 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::MissingTensor`], or what explains it; [`Error::UnsupportedDType`], [`Error::Shape`],
-    /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`].
+    /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`]; [`Error::InvalidConfig`] where the
+    /// configuration leaves out a size of experts that do not fit.
     pub fn check_tensors(&self) -> Result<()> {
+        self.compare_tensors().map_err(|error| self.explained(error))
+    }
+
+    /// Of experts that do not fit it may be the configuration that leaves out how many there are, or how
+    /// wide.
+    fn explained(&self, error: Error) -> Error {
+        let tensor = match &error {
+            Error::MissingTensor { tensor, .. } => tensor,
+            Error::Shape { tensor, .. } | Error::UnknownWeight { tensor, .. } => tensor,
+            _ => return error,
+        };
+        let Some((key, value)) = self.config.assumed_of(tensor) else { return error };
+        let reason = format!("is missing; with {value}, which is usual, `{tensor}` does not fit");
+        Error::InvalidConfig { path: self.dir.join(CONFIG_FILE), key: key.to_owned(), reason }
+    }
+
+    fn compare_tensors(&self) -> Result<()> {
         let packed = |linear: &str| self.has_gptq_linear(linear);
         Stored { config: &self.config, packed: &packed }.check(self.names())?;
         for (tensor, shape) in self.config.dense_tensors() {

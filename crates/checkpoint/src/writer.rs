@@ -311,8 +311,9 @@ impl CheckpointWriter {
             1.0 / theta.powf(f64::from(exponent)) as f32
         };
         let values: Vec<f32> = (0..dim / 2).map(frequency).collect();
-        let names: Vec<String> =
-            self.slots.keys().filter(|name| name.ends_with(".inv_freq")).cloned().collect();
+        // Those of other parts are carried.
+        let own = |name: &str| name.starts_with(BLOCKS) && name.ends_with(".inv_freq");
+        let names: Vec<String> = self.slots.keys().filter(|name| own(name)).cloned().collect();
         for name in names {
             self.put(&name, bytes(&values))?;
         }

@@ -280,10 +280,10 @@ fn check_fallbacks(
     linears: &[LinearRecord],
     progress: &dyn Progress,
 ) -> Result<()> {
+    if job.strict {
+        refuse_fallbacks(linears, job.spec.damp)?;
+    }
     for linear in linears {
-        if job.strict {
-            refuse_fallbacks(linear, job.spec.damp)?;
-        }
         retries(linear, job.spec.damp).iter().for_each(|warning| progress.warn(warning));
     }
     few_tokens(linears).iter().for_each(|warning| progress.warn(warning));

@@ -15,6 +15,7 @@ use gptq_checkpoint::{ModelConfig, NormId, NormKind};
 use gptq_quant::{Choices, QuantSpec, Rotate};
 
 use crate::error::{Error, Result};
+use crate::tune;
 
 /// Why the residual stream cannot be rotated; `None` where it can.
 #[must_use]
@@ -50,7 +51,8 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
     if !spec.recipe.calibrates() {
         return Vec::new();
     }
-    let (family, choices) = (model.family, &mut spec.choices);
+    let family = model.wrapper().unwrap_or(model.family);
+    let choices = &mut spec.choices;
     let mut notes = Vec::new();
     if let (Rotate::Full, Some(why)) = (choices.rotate, unrotatable(model)) {
         choices.rotate = Rotate::Heads;
@@ -79,6 +81,14 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// Refuses a branch whose scales cannot be tuned as it asks.
+///
+/// # Errors
+/// [`Error::Choice`].
+pub fn check_tuning(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
+    tune::check_model(model, spec)
 }
 
 /// Refuses choices that [`fit`] would leave out.

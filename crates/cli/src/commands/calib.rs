@@ -17,7 +17,7 @@ use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
 use super::source::{open_settings, provide_text};
-use super::table::table;
+use super::table::{plural, table};
 use super::{print_json, print_result};
 use crate::args::RecipeChanges;
 use crate::args::values::parse_whole;
@@ -192,12 +192,10 @@ fn described(calibration: &Calibration) -> String {
     let Calibration { windows, seq_len, dataset, sources, .. } = calibration;
     let of = |source: &DrawnSource| format!("{} of {}", source.windows, source.dataset.name);
     let each: Vec<String> = sources.iter().map(of).collect();
-    let (windows, all) = (windows.len(), calibration.tokens());
+    let (windows, all) = (plural(windows.len(), "window"), calibration.tokens());
     let (length, all) = match calibration.is_even() {
-        true => (format!("{windows} windows × {seq_len} tokens"), String::new()),
-        false => {
-            (format!("{windows} windows of up to {seq_len} tokens"), format!(", {all} in all"))
-        }
+        true => (format!("{windows} × {seq_len} tokens"), String::new()),
+        false => (format!("{windows} of up to {seq_len} tokens"), format!(", {all} in all")),
     };
     match each.as_slice() {
         [_] => format!("{length} of {}{all}", dataset.name),

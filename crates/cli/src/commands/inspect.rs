@@ -57,6 +57,8 @@ struct Output {
     other_parts_bytes: u64,
     /// Tensors that no part of the model uses.
     left_out: Vec<String>,
+    /// Values of norms, biases and routers that are no numbers, by tensor.
+    not_finite: BTreeMap<String, usize>,
     quantization: Option<Quantization>,
     checksum: Option<Checksum>,
 }
@@ -130,9 +132,28 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
         other_parts: carried.len(),
         other_parts_bytes: carried.iter().map(TensorSpec::bytes).sum(),
         left_out: [beyond, prediction, dense, others].concat(),
+        not_finite: not_finite(checkpoint)?,
         quantization: quantization(checkpoint)?,
         checksum: None,
     })
+}
+
+/// Values that are infinite or no numbers in what is small enough to be read at once: norms, biases, and what
+/// routes tokens to experts.
+fn not_finite(checkpoint: &Checkpoint) -> Result<BTreeMap<String, usize>> {
+    let config = checkpoint.config();
+    let mut found = BTreeMap::new();
+    for (name, shape) in config.dense_tensors() {
+        if shape.len() > 1 && config.dense_named(&name).is_none() {
+            continue;
+        }
+        let tensor = checkpoint.tensor(&name)?;
+        let count = tensor.to_f32().iter().filter(|value| !value.is_finite()).count();
+        if count > 0 {
+            found.insert(tensor.name.to_owned(), count);
+        }
+    }
+    Ok(found)
 }
 
 /// Reads every value.
@@ -196,6 +217,13 @@ fn text(output: &Output) -> String {
     }
     if let Some(more) = output.left_out.len().checked_sub(SHOWN).filter(|&more| more > 0) {
         rows.push(line("", format!("and {more} more, see --json")));
+    }
+    for (index, (name, count)) in output.not_finite.iter().take(SHOWN).enumerate() {
+        let first = if index == 0 { "not finite" } else { "" };
+        rows.push(line(first, format!("{} of {name}", plural(*count, "value"))));
+    }
+    if let Some(more) = output.not_finite.len().checked_sub(SHOWN).filter(|&more| more > 0) {
+        rows.push(line("", format!("and in {} more, see --json", plural(more, "tensor"))));
     }
     match &output.quantization {
         None => rows.push(line("quantized", "no".to_owned())),

@@ -9,7 +9,7 @@ use gptq_pipeline::write::planned_metadata;
 use serde::Serialize;
 
 use super::source::{open_config, open_sweep};
-use super::table::{gigabytes, group, operations, size, table, time, times_from, yes_no};
+use super::table::{gigabytes, group, operations, plural, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_bytes;
 use crate::printer::Printer;
@@ -127,8 +127,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     ];
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
     let note = format!(
-        "{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
-        setting.windows,
+        "{} × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
+        plural(setting.windows, "window"),
         setting.seq_len,
         config.calibration.unread().name,
         gigabytes(gpu_memory),

@@ -22,8 +22,8 @@ use gptq_text::calibration::{Calibration, CalibrationRecipe, DrawnSource};
 use serde::Serialize;
 
 use super::calib::sample;
-use super::source::{note_parts, open_arriving, open_checkpoint, open_sweep, warn_of};
-use super::table::{plural, size};
+use super::source::{note_parts, open_arriving, open_checkpoint, open_config, open_sweep, warn_of};
+use super::table::{number, plural, size};
 use super::{print_json, print_result};
 use crate::args::values::{parse_bits, parse_bytes, parse_number};
 use crate::args::{CalibrationArgs, DeviceArgs};
@@ -183,6 +183,9 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     // Before a model is downloaded. Of several processes the first one writes.
     if follower().is_none() {
         check_output(&args.out)?;
+    }
+    if spec.choices.tune > 0 {
+        recipe_fit::check_tuning(&open_config(&args.model, printer)?, spec)?;
     }
     let source = if args.discard_shards {
         args.device.check_one("--discard-shards lets each shard be read once")?;
@@ -385,9 +388,12 @@ fn summary(output: &Output<'_>, took: f64) -> String {
     if let Some(TuningOutput { record, seconds }) = &output.tuning {
         let also = if record.unseen { "" } else { ", which the solver has seen" };
         text.push_str(&format!(
-            "\nscales were tuned in {seconds:.1} s: KL {:.4} before and {:.4} after {} of {} steps, on {} held-out \
-             windows{also}",
-            record.kl_before, record.kl_after, record.best_step, record.steps, record.held_out
+            "\nscales were tuned in {seconds:.1} s: KL {} before and {} after {} of {}, on {}{also}",
+            number(record.kl_before, 4),
+            number(record.kl_after, 4),
+            record.best_step,
+            plural(record.steps as usize, "step"),
+            plural(record.held_out, "held-out window")
         ));
     }
     text.push_str(&format!("\nMeasure it: gptq ppl {dir}\n"));

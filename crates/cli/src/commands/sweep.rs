@@ -7,6 +7,7 @@ use gptq_checkpoint::{check_folder, free_space};
 use gptq_compute::Device;
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::rates::{KnownRates, Prediction, Source, compared};
+use gptq_pipeline::recipe_fit;
 use gptq_pipeline::sweep::config::{Branch, SweepConfig};
 use gptq_pipeline::sweep::jobs::Share;
 use gptq_pipeline::sweep::log::{SWEEP_FILE, SweepReport, SweepRow};
@@ -21,9 +22,9 @@ use serde::Serialize;
 
 use super::calib::sample;
 use super::source::{
-    note_parts, open_arriving, open_checkpoint, open_sweep, provide_text, warn_of,
+    note_parts, open_arriving, open_checkpoint, open_config, open_sweep, provide_text, warn_of,
 };
-use super::table::{group, operations, size, table, time, times_from, yes_no};
+use super::table::{group, operations, plural, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_count;
 use crate::args::{CalibrationArgs, DeviceArgs};
@@ -100,6 +101,12 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     selected(&config, &args.only)?;
     if !args.dry_run {
         check_folder(&args.out)?;
+    }
+    if config.branches.iter().any(|branch| branch.spec.choices.tune > 0) {
+        let model = open_config(&model, printer)?;
+        for branch in selected(&config, &args.only)? {
+            recipe_fit::check_tuning(&model, &branch.spec)?;
+        }
     }
     let (source, origin) = match args.discard_shards {
         true => open_arriving(&model, printer).map(|(source, of)| (source, Some(of)))?,
@@ -305,9 +312,9 @@ fn text(report: &SweepReport, dtype: &str) -> String {
     let mut text = table(&header, 1, &rows);
     if let (Some(e), Some(b)) = (&report.evaluation, &report.baseline) {
         text.push_str(&format!(
-            "\n{}: {} windows × {} tokens of {}; KL to {} in nats a token; {dtype}.\n",
+            "\n{}: {} × {} tokens of {}; KL to {} in nats a token; {dtype}.\n",
             e.protocol,
-            b.windows,
+            plural(b.windows, "window"),
             e.seq_len,
             e.dataset,
             report.source_dtype.name()

@@ -27,10 +27,11 @@ mod teacher;
 
 use std::time::Instant;
 
-use gptq_checkpoint::CheckpointWriter;
+use gptq_checkpoint::{CheckpointWriter, ModelConfig};
 use gptq_model::{BlockParts, Model, without_backward};
-use gptq_quant::Choices;
+use gptq_quant::{Choices, QuantSpec};
 use gptq_records::branch_report::TuningRecord;
+use gptq_report::units::{number, plural};
 use half::f16;
 
 use crate::calibrate::Streams;
@@ -84,8 +85,8 @@ pub struct Tuned {
 }
 
 /// That a job's steps of tuning cannot be made, and why.
-fn refused(job: &QuantizeJob<'_>, why: &str) -> Error {
-    let (choice, steps) = (Choices::TUNE, job.spec.choices.tune);
+fn refused(spec: &QuantSpec, why: &str) -> Error {
+    let (choice, steps) = (Choices::TUNE, spec.choices.tune);
     Error::Choice { note: format!("{choice}=0 (or the recipe best) instead of {steps}: {why}") }
 }
 
@@ -96,8 +97,21 @@ fn split(job: &QuantizeJob<'_>) -> Result<Split> {
         let why = format!(
             "one calibration window at least is to train on and one to judge by, and there are {windows}"
         );
-        refused(job, &why)
+        refused(&job.spec, &why)
     })
+}
+
+/// Refuses a model whose scales cannot be tuned, where its branch asks for that.
+pub(crate) fn check_model(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
+    if spec.choices.tune == 0 || !spec.recipe.calibrates() {
+        return Ok(());
+    }
+    let Some(why) = without_backward(model) else { return Ok(()) };
+    let family = model.family;
+    let why = format!(
+        "the scales of a {family} model cannot be tuned, as its blocks have no backward pass: {why}"
+    );
+    Err(refused(spec, &why))
 }
 
 /// Refuses a job that asks for tuning where it cannot be done, before anything is computed.
@@ -105,18 +119,11 @@ pub(crate) fn check(job: &QuantizeJob<'_>) -> Result<()> {
     if job.spec.choices.tune == 0 || !job.spec.recipe.calibrates() {
         return Ok(());
     }
-    let config = job.source.config();
-    if let Some(why) = without_backward(config) {
-        let family = config.family;
-        let why = format!(
-            "the scales of a {family} model cannot be tuned, as its blocks have no backward pass: {why}"
-        );
-        return Err(refused(job, &why));
-    }
+    check_model(job.source.config(), &job.spec)?;
     if job.ranks.size() > 1 {
         let ranks = job.ranks.size();
         let why = format!("scales are tuned on one device, and {ranks} make this branch");
-        return Err(refused(job, &why));
+        return Err(refused(&job.spec, &why));
     }
     cost::check(job, &split(job)?)
 }
@@ -169,8 +176,12 @@ pub(crate) fn tune(
     let also =
         if record.unseen { "" } else { ", but that the solver has seen: the text has no others" };
     progress.note(&format!(
-        "tuned scales: KL {before:.4} before and {:.4} after {} steps, on {} windows that were not trained on{also}",
-        best.kl, best.step, record.held_out
+        "tuned scales: KL {} before and {} after {}, on {} not trained on{also}",
+        number(before, 4),
+        number(best.kl, 4),
+        plural(best.step as usize, "step"),
+        plural(record.held_out, "window")
+            + if record.held_out == 1 { " that was" } else { " that were" },
     ));
     Ok(Tuned { record, seconds: start.elapsed().as_secs_f64() })
 }
