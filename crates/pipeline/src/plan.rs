@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
 pub use crate::memory_text::TextMemory;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::tune::{TuneBytes, operations};
 use crate::write::quantize_config;
 
@@ -65,8 +65,8 @@ pub fn plan_branch(
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
     let exact = source_dtype == SourceDtype::Fp32;
-    let reference = spec.choices.needs_reference();
-    let held = Workload { tokens, seq_len, reference, exact, shared_grams };
+    let extras = Extras::of(&spec.choices);
+    let held = Workload { tokens, seq_len, extras, exact, shared_grams };
     // Weights that stay as wide as they are stored are read where the file is mapped.
     let tables = Tables::of(model, spec, stored(model), !exact);
     let walk = plan_gpu(block, &vec![held; together], tables, gpu_memory);
@@ -85,7 +85,7 @@ pub fn plan_branch(
         work: match calibrates {
             true => Operations {
                 tune: operations(model, spec, (windows, seq_len)),
-                ..Operations::of_model(model, (windows, seq_len), reference)
+                ..Operations::of_model(model, (windows, seq_len), extras)
             },
             false => Operations::default(),
         },

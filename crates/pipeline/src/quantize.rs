@@ -245,7 +245,7 @@ fn calibrator<'a>(
     let own = &windows[job.ranks.share(windows.len(), 1)];
     let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
     let states = || embed(model, &own, offload.hidden);
-    let reference = work.reference.then(states).transpose()?;
+    let reference = work.extras.reference.then(states).transpose()?;
     let streams = Streams { quantized: states()?, reference };
     let calibrator = Calibrator {
         device: model.device(),
