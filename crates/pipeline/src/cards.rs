@@ -2,7 +2,7 @@
 //! estimated from those by what data sheets promise.
 
 use crate::bench::Width;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::stage_rates::{Entry, Source, Stage};
 
 /// A kind of card.
@@ -164,7 +164,8 @@ impl Card {
         let [reference, ..] = CARDS;
         let scaled = |of: &Self| of.measured.map(|seconds| seconds * of.promised / self.promised);
         let seconds = self.measured.or(scaled(&reference)).unwrap_or(f64::INFINITY);
-        let operations = Operations::of_block(&Width::LARGEST.kind(), MEASURED_WITH, true);
+        let operations =
+            Operations::of_block(&Width::LARGEST.kind(), MEASURED_WITH, Extras::REFERENCE);
         // The four stages of `autogptq`, which the block's seconds are of; what no stage counts is
         // spread over them.
         let of_block: f64 = STAGE_SECONDS[..4].iter().map(|(_, seconds)| seconds).sum();

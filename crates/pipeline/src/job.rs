@@ -13,6 +13,7 @@ use gptq_text::calibration::Calibration;
 use crate::first_gram::FirstGrams;
 use crate::memory::{Offload, Workload};
 use crate::one_reading::Seat;
+use crate::operations::Extras;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
@@ -80,7 +81,7 @@ impl QuantizeJob<'_> {
             tokens: own.iter().map(Vec::len).sum(),
             held_out: self.held_out().iter().map(Vec::len).sum(),
             seq_len: self.seq_len(),
-            reference: self.spec.choices.needs_reference(),
+            extras: Extras::of(&self.spec.choices),
             exact: self.source_dtype == SourceDtype::Fp32,
             shared_grams: self.shared.map_or(0, FirstGrams::after_one_more),
         }

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::host_memory::ensure;
+use crate::operations::Extras;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -153,8 +154,8 @@ pub struct Workload {
     pub held_out: usize,
     /// Tokens of the longest window.
     pub seq_len: usize,
-    /// The unquantized model's states are walked too, for the asymmetric term.
-    pub reference: bool,
+    /// What is walked and looked at beside the quantized model's states.
+    pub(crate) extras: Extras,
     /// Weights are solved from values wider than those that a GPU's forward uses.
     pub exact: bool,
     /// First Grams that a sweep's branches share, of the residual stream's width.
@@ -205,9 +206,18 @@ impl Workload {
         each * together.saturating_sub(1)
     }
 
+    /// The Gram of what attention makes of v's inputs and its factor, beside those of q and k, and of one
+    /// window the inputs, queries and keys as wide as they are, and what comes of them; `value` bytes each.
+    fn attended_bytes(self, block: BlockSizes, value: usize) -> usize {
+        if !self.extras.attended {
+            return 0;
+        }
+        8 * block.hidden * block.hidden + 6 * value * self.seq_len * block.hidden
+    }
+
     /// Walks whose states are held.
     fn streams(self) -> usize {
-        1 + usize::from(self.reference)
+        1 + usize::from(self.extras.reference)
     }
 
     /// Tokens whose states are held, those of both walks counted twice.
@@ -300,7 +310,8 @@ struct GpuBytes {
 
 impl GpuBytes {
     fn new(block: BlockSizes, work: Workload) -> Self {
-        let Workload { tokens, seq_len, reference, exact, .. } = work;
+        let Workload { tokens, seq_len, extras, exact, .. } = work;
+        let reference = extras.reference;
         let streams = work.streams();
         // A window longer than a chunk is one of its own.
         let chunk = Device::GPU_CHUNK_TOKENS.max(seq_len).min(tokens.max(1));
@@ -324,7 +335,11 @@ impl GpuBytes {
         let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
         let solving = (9 * square + solve).max(4 * square + solve + 3 * shift);
         Self {
-            fixed: blocks + gathering.max(solving) + all_tokens + work.shared_bytes(block),
+            fixed: blocks
+                + gathering.max(solving)
+                + all_tokens
+                + work.attended_bytes(block, 2)
+                + work.shared_bytes(block),
             // The unquantized model's are used at once.
             inputs: 2 * tokens * block.kept,
             hidden: 4 * work.states() * block.hidden,
@@ -378,13 +393,13 @@ impl GpuBytes {
 /// tokens, the blocks' weights (one read ahead), and the largest linear's solve; after the last one,
 /// hidden states still, and the tables that are written.
 pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
-    let Workload { tokens, seq_len, reference, .. } = work;
+    let Workload { tokens, seq_len, extras, .. } = work;
     let streams = work.streams();
     // The tokenizer, the program and the text take some tens of megabytes.
     let fixed = (128 << 20) + work.shared_bytes(block);
     let states = states_of(block, work);
     // One chunk's gate and up; with a reference states of both streams and their difference.
-    let lacking = if reference { 3 * block.hidden } else { 0 };
+    let lacking = if extras.reference { 3 * block.hidden } else { 0 };
     let chunk = Device::CPU_CHUNK_TOKENS.max(seq_len).min(tokens);
     let rows = if block.per_token > 0 { 2 * block.hidden } else { 0 };
     let flight = chunk * (2 * block.intermediate + lacking + rows);
@@ -393,7 +408,8 @@ pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
     let square = if tokens > 0 { 20 * block.widest * block.widest } else { 0 };
     // With experts also the Gram of all tokens and its factor, and routes.
     let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
-    let solve = square + 13 * block.largest + all_tokens + work.route_bytes(block);
+    let attended = work.attended_bytes(block, 4);
+    let solve = square + 13 * block.largest + all_tokens + attended + work.route_bytes(block);
     let walking = 4 * ((1 + streams) * block.weights + states + flight) + solve + tables.walking;
     let writing = 4 * work.states() * block.hidden + tables.writing;
     (fixed + walking.max(writing)) as u64

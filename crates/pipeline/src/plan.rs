@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
 pub use crate::memory_text::TextMemory;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::tune::{TuneBytes, operations, planned_held_out};
 use crate::write::quantize_config;
 
@@ -65,10 +65,10 @@ pub fn plan_branch(
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
     let exact = source_dtype == SourceDtype::Fp32;
-    let reference = spec.choices.needs_reference();
+    let extras = Extras::of(&spec.choices);
     let held_out = planned_held_out(spec, windows);
     let held =
-        Workload { tokens, held_out: held_out * seq_len, seq_len, reference, exact, shared_grams };
+        Workload { tokens, held_out: held_out * seq_len, seq_len, extras, exact, shared_grams };
     // Weights that stay as wide as they are stored are read where the file is mapped.
     let tables = Tables::of(model, spec, stored(model), !exact);
     let walk = plan_gpu(block, &vec![held; together], tables, gpu_memory);
@@ -86,9 +86,10 @@ pub fn plan_branch(
         text: TextMemory::of(model, spec.bits, spec.group_size, TEXT_TOKENS.min(model.positions())),
         work: match calibrates {
             true => {
-                let walk = Operations::of_model(model, (windows, seq_len), reference);
+                let walk = Operations::of_model(model, (windows, seq_len), extras);
                 // The unquantized model walks what is held out, too.
-                let judged = Operations::of_model(model, (held_out, seq_len), held_out > 0);
+                let reference = Extras { reference: held_out > 0, ..Extras::default() };
+                let judged = Operations::of_model(model, (held_out, seq_len), reference);
                 Operations {
                     tune: operations(model, spec, (windows, seq_len)),
                     reference: walk.reference + judged.reference,

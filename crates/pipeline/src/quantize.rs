@@ -247,7 +247,7 @@ fn calibrator<'a>(
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         embed(model, &windows, offload.hidden)
     };
-    let reference = work.reference.then(|| states(own)).transpose()?;
+    let reference = work.extras.reference.then(|| states(own)).transpose()?;
     let others = Some(job.held_out()).filter(|windows| !windows.is_empty());
     let held_out = others.map(states).transpose()?;
     let streams = Streams { quantized: states(own)?, reference, held_out };

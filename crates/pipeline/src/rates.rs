@@ -28,7 +28,7 @@ use crate::bench::{BlockBench, Width};
 use crate::cards::Card;
 use crate::error::{Result, with_causes, with_hints};
 use crate::memory::Offload;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::plan::BranchPlan;
 use crate::progress::Progress;
 use crate::rates_file::{self, Record};
@@ -273,9 +273,9 @@ pub fn keep(device: &Device, spec: &QuantSpec, bench: &BlockBench) -> Result<Opt
 
 /// The record of a benchmark.
 fn measured(device: String, spec: &QuantSpec, bench: &BlockBench) -> Record {
-    let reference = spec.choices.needs_reference();
+    let extras = Extras::of(&spec.choices);
     let operations =
-        Operations::of_block(&bench.width.kind(), (bench.windows, bench.seq_len), reference);
+        Operations::of_block(&bench.width.kind(), (bench.windows, bench.seq_len), extras);
     let counted = bench.stages.iter().filter(|stage| stage.operations > 0.0);
     let counted: f64 = counted.map(|stage| stage.seconds).sum();
     // Packing and exchanges, which have no operations, are spread over what has.

@@ -187,7 +187,7 @@ fn predicts_itself(spec: &QuantSpec, name: &str) {
     let bench = bench.unwrap();
     let record = measured(device_key(&device), spec, &bench);
     assert!(record.device.contains("threads") && record.width == name, "{record:?}");
-    let counted = Operations::of_block(&width.kind(), tokens, true);
+    let counted = Operations::of_block(&width.kind(), tokens, Extras::REFERENCE);
     let seconds: f64 =
         by_stage(&counted, spec).iter().map(|(stage, count)| count / record.rates[stage]).sum();
     assert!((seconds / bench.seconds - 1.0).abs() < 1e-6, "{seconds} {}", bench.seconds);

@@ -11,8 +11,8 @@
 //! shift their downs have no part, as none of them gives a token all that its MLP does: in blocks with
 //! experts o alone makes up for what the stream lacks, which [`fit`] says.
 
-use gptq_checkpoint::{ModelConfig, NormId, NormKind};
-use gptq_quant::{Choices, QuantSpec, Rotate};
+use gptq_checkpoint::{LinearId, ModelConfig, NormId, NormKind};
+use gptq_quant::{Choices, QuantSpec, Rotate, ValueInputs};
 
 use crate::error::{Error, Result};
 use crate::tune;
@@ -72,6 +72,14 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
         ));
         choices.residual = 0.0;
     }
+    if choices.values == ValueInputs::Attended && fuses_values(model) {
+        notes.push(format!(
+            "{}=plain instead of attended: v of a {family} model is one linear with q and k, and has no Hessian \
+             of its own",
+            Choices::VALUES
+        ));
+        choices.values = ValueInputs::Plain;
+    }
     if choices.residual > 0.0 && has_experts(model) {
         notes.push(format!(
             "{}={} holds for o, and for down where there are no experts: no expert gives a token all that \
@@ -99,6 +107,12 @@ pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
         Some(note) => Err(Error::Choice { note }),
         None => Ok(()),
     }
+}
+
+/// Whether q, k and v are one linear.
+fn fuses_values(model: &ModelConfig) -> bool {
+    let linears = (0..model.num_hidden_layers).flat_map(|block| model.block_linears(block));
+    linears.into_iter().any(|linear| linear.id == LinearId::Qkv)
 }
 
 /// Whether some block norms what is added to the residual stream.
@@ -151,6 +165,24 @@ mod tests {
             for recipe in [Recipe::AutoGptq, Recipe::Rtn] {
                 assert_eq!(fitted(family, recipe), (Choices::AUTOGPTQ, vec![]), "{family}");
             }
+        }
+    }
+
+    #[test]
+    fn a_fused_v_has_no_hessian_of_its_own() {
+        for (family, fused) in [("llama", false), ("gemma3_text", false), ("phi3", true)] {
+            let text = format!(
+                r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":32,
+                "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
+            );
+            let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
+            let mut spec = QuantSpec::new(4, None, true, 0.01, Recipe::AutoGptq);
+            spec.set(&["values=attended".to_owned()]).unwrap();
+            assert_eq!(check(&model, &spec).is_err(), fused, "{family}");
+            let notes = fit(&model, &mut spec);
+            assert_eq!(notes.len(), usize::from(fused), "{family}: {notes:?}");
+            assert_eq!(spec.choices.values == ValueInputs::Plain, fused, "{family}");
+            check(&model, &spec).unwrap();
         }
     }
 

@@ -15,7 +15,7 @@ use crate::bench::{Measurement, RUNS, Width, synthetic_block, synthetic_states};
 use crate::calibrate::{Calibrator, Streams};
 use crate::error::{Error, Result};
 use crate::memory::Offload;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::states::States;
 use crate::work::Work;
 use crate::write::packed;
@@ -58,7 +58,7 @@ pub(crate) fn bench_tuning(
     let hidden = states()?.hidden.take(0)?;
     let chunk = (hidden.rows() / seq_len) as f64;
     let seconds = step_seconds(device, block, (&hidden, ropes, seq_len))?;
-    let forward = Operations::of_block(&width.kind(), (1, seq_len), false).forward;
+    let forward = Operations::of_block(&width.kind(), (1, seq_len), Extras::default()).forward;
     let operations = of_block(forward, spec, windows);
     let seconds = seconds * operations / (4.0 * chunk * forward);
     Ok(Some(Measurement::new(Work::Tune.name(), String::new(), seconds, operations, None)))

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::job::QuantizeJob;
 use crate::memory::{BlockSizes, MemoryPlan, STAGING, USABLE, device_budget};
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 
 /// Logits of both models and what becomes of them, some rows at a time, on a GPU.
 const LOGITS: usize = 3 << 28;
@@ -153,7 +153,7 @@ pub(crate) fn operations(
     (windows, seq_len): (usize, usize),
 ) -> f64 {
     let Some((trained, judged)) = passes(spec, windows) else { return 0.0 };
-    let forward = Operations::of_model(model, (1, seq_len), false).forward;
+    let forward = Operations::of_model(model, (1, seq_len), Extras::default()).forward;
     let head = 2.0 * seq_len as f64 * (model.vocab_size * model.hidden_size) as f64;
     trained * (4.0 * forward + 3.0 * head) + judged * (forward + 2.0 * head)
 }
