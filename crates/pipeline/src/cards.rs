@@ -146,7 +146,8 @@ impl Card {
         let experts = EXPERTS_SECONDS.iter().filter(|_| self.name == EXPERTS_CARD);
         let experts = experts.filter_map(|(width, seconds)| {
             let width: Width = width.parse().ok()?;
-            let operations = Operations::of_block(&width.kind(), EXPERTS_MEASURED_WITH, true);
+            let operations =
+                Operations::of_block(&width.kind(), EXPERTS_MEASURED_WITH, Extras::REFERENCE);
             let rate =
                 |&(stage, seconds): &(Stage, f64)| (stage, operations.of(stage.work()) / seconds);
             Some(Entry {
