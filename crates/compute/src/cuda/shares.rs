@@ -148,9 +148,15 @@ impl Plan {
         let variant = card.variant(layout.bits, kind);
         let units = units(rows, variant.row_tiles);
         let fixed = variant.fixed(layout);
+        // A token's sums are put together in the same way whoever comes with it.
+        let together = if tokens == 1 { 1 } else { variant.tokens };
         // Of fp16 values they are read where they are.
         let (slices, inputs) = match layout.bits < 16 {
-            true => slices(card, layout, variant, (units, tokens, card.most_shared() - fixed)),
+            true => {
+                let room = card.most_shared() - fixed;
+                let slices = slices(card, layout, variant, (units, together, room));
+                (slices, tokens * layout.inputs(layout.steps.max(1).div_ceil(slices)))
+            }
             false => (1, 0),
         };
         let workers = if variant.turns == 0 { variant.warps } else { 1 };
@@ -177,21 +183,21 @@ impl Plan {
     }
 }
 
-/// In how many slices the inputs of tokens fit, and how many bytes one takes: the fewest, or where warps take whole
-/// units, what shares them out best.
+/// In how many slices the inputs of tokens fit: the fewest, or where warps take whole units, what shares them out
+/// best.
 fn slices(
     card: Card,
     layout: Layout,
     variant: Variant,
     (units, tokens, room): (usize, usize, usize),
-) -> (usize, usize) {
+) -> usize {
     const FURTHER: usize = 12;
     let steps = layout.steps.max(1);
-    let bytes = |slices: usize| tokens * layout.inputs(steps.div_ceil(slices));
+    let fits = |&slices: &usize| tokens * layout.inputs(steps.div_ceil(slices)) <= room;
     // A step's inputs always fit.
-    let fewest = (1..steps).find(|&slices| bytes(slices) <= room).unwrap_or(steps);
+    let fewest = (1..steps).find(fits).unwrap_or(steps);
     if variant.turns > 0 {
-        return (fewest, bytes(fewest));
+        return fewest;
     }
     let turns = |slices: usize| {
         let warps = (card.processors / slices).max(1) * variant.warps;
@@ -204,7 +210,7 @@ fn slices(
             best = slices;
         }
     }
-    (best, bytes(best))
+    best
 }
 
 #[cfg(test)]
@@ -258,7 +264,9 @@ mod tests {
         };
         assert_eq!(slices(64, 8192, 1), 1);
         assert_eq!(slices(64, 8192, 4), 1);
+        assert_eq!(slices(224, 8192, 1), 1);
         assert_eq!(slices(224, 8192, 4), 4);
+        assert_eq!(slices(224, 8192, 2), 4);
         assert_eq!(slices(64, 8192, 16), 8);
         assert_eq!(slices(64, 57_344, 16), 8);
     }
