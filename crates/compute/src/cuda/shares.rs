@@ -250,7 +250,8 @@ mod tests {
         assert_eq!(H100.choose(4, 1, &[8192]), Kind::Pair);
         assert_eq!(H100.choose(16, 2, &[28_672, 28_672]), Kind::Pair);
         assert_eq!(H100.choose(3, 1, &[1024]), Kind::Single);
-        assert_eq!(H100.choose(4, 3, &[2560]), Kind::Single);
+        assert_eq!(H100.choose(4, 3, &[1024]), Kind::Single);
+        assert_eq!(H100.choose(4, 4, &[2560]), Kind::Pair);
         assert_eq!(H100.choose(16, 3, &[2560]), Kind::Eight);
         assert_eq!(H100.choose(4, 8, &[2560]), Kind::Eight);
         assert_eq!(A10.choose(8, 16, &[2560]), Kind::Sixteen);
