@@ -255,11 +255,12 @@ fn what_cannot_be_is_said_before_the_work() {
         fs::write(&file, config.to_string()).unwrap();
         dir.gptq(&["inspect", "qwen3-moe"]).refused(named);
     };
+    let block = "model.layers.1.mlp.";
     let without = |key: &str| {
         let key = key.to_owned();
         move |config: &mut Value| drop(config.as_object_mut().unwrap().remove(&key))
     };
-    refused(&without("num_experts"), &["`num_experts` is missing; with 128", router]);
+    refused(&without("num_experts"), &["`num_experts` is missing; with 128", block]);
     refused(&without("moe_intermediate_size"), &["`moe_intermediate_size` is missing; with 768"]);
     refused(
         &|config| config["num_local_experts"] = json!(4),

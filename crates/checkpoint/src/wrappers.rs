@@ -255,7 +255,6 @@ impl Wrapper {
 
 #[cfg(test)]
 mod tests {
-    use std::borrow::Cow;
     use std::path::Path;
 
     use crate::ModelConfig;
@@ -312,7 +311,7 @@ mod tests {
             let config = parse(text).unwrap().of_weights(names.iter().copied(), spec);
             let carried = config.carried().unwrap().iter().map(|spec| spec.name.clone());
             let shown = |name: &str| config.stored_name(name).into_owned();
-            let plain = config.plain_name(names[0]).map(Cow::into_owned);
+            let plain = config.plain_name(names[0]).map(std::borrow::Cow::into_owned);
             (shown("model.layers.1.mlp"), shown(crate::HEAD), plain, carried.collect::<Vec<_>>())
         };
         let first = "language_model.model.layers.0.self_attn.q_proj.weight";
@@ -333,7 +332,8 @@ mod tests {
         let names = parse(text)
             .unwrap()
             .of_weights(["language_model.lm_head.qweight"].into_iter(), |_| None);
-        let head = names.plain_name("language_model.lm_head.qweight").map(Cow::into_owned);
+        let head =
+            names.plain_name("language_model.lm_head.qweight").map(std::borrow::Cow::into_owned);
         assert_eq!(head.as_deref(), Some("lm_head.qweight"));
     }
 
