@@ -118,11 +118,6 @@ impl<W> Block<W> {
         Self { parts, exact: Vec::new() }
     }
 
-    /// What it is made of.
-    pub fn parts(&self) -> &BlockParts<W> {
-        &self.parts
-    }
-
     /// Position in the model, from 0.
     pub fn index(&self) -> usize {
         self.parts.index

@@ -174,7 +174,7 @@ impl Tables {
     pub fn of(model: &ModelConfig, spec: &QuantSpec, stored: FloatType, rounds: bool) -> Self {
         let (vocab, width) = (model.vocab_size, model.hidden_size);
         let table = 2 * vocab * width;
-        let turned = matches!(spec.choices.rotate, Rotate::Full | Rotate::Learned);
+        let turned = spec.choices.rotate == Rotate::Full;
         let wide = rounds && stored != FloatType::F16;
         // The embedding as the walk reads it: turned, rounded, or the file's own.
         let walking = if turned || wide { table } else { 0 };

@@ -92,10 +92,10 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     }
     job.source.check_tensors()?;
     recipe_fit::check(job.source.config(), &job.spec)?;
-    recipe_fit::check_source(job.source, &job.spec.choices)?;
     tune::check(job)?;
+    let rotate = job.spec.choices.rotate;
+    let rotations = FusedRotations::new(job.source.config(), rotate);
     let progress = if job.ranks.is_first() { progress } else { &Silent };
-    let rotations = FusedRotations::new(job.source, &job.spec.choices, progress)?;
     let mut writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
     if let Some(writer) = &mut writer {
         copy_ahead(job, rotations.as_ref(), writer)?;

@@ -3,15 +3,14 @@
 //! A rotation of the residual stream needs norms that commute with it, and linears behind each norm that
 //! can take its gain over: RMS norms, and none of what attention or the MLP gives. A shift of o and down
 //! needs their products to reach the residual stream as they are, but for a factor. Everything else of a
-//! recipe looks at one linear and its inputs, and holds for all; but the columns of o or down keep their norms
-//! where v or up has a bias ([`crate::columns`]), which [`fit`] says.
+//! recipe looks at one linear and its inputs, and holds for all.
 //!
 //! Experts are no obstacle: what routes tokens to them reads what gate reads, and is turned with it. Of a
 //! shift their downs have no part, as none of them gives a token all that its MLP does: in blocks with
 //! experts o alone makes up for what the stream lacks, which [`fit`] says.
 
-use gptq_checkpoint::{Checkpoint, LinearId, ModelConfig, NormId, NormKind};
-use gptq_quant::{Choices, Columns, QuantSpec, Rotate};
+use gptq_checkpoint::{ModelConfig, NormId, NormKind};
+use gptq_quant::{Choices, QuantSpec, Rotate};
 
 use crate::error::{Error, Result};
 
@@ -40,12 +39,6 @@ pub(crate) fn has_experts(model: &ModelConfig) -> bool {
     (0..model.num_hidden_layers).any(|block| model.experts(block).is_some())
 }
 
-/// Whether a linear of some block has a bias.
-fn has_bias(model: &ModelConfig, id: LinearId) -> bool {
-    let mut linears = (0..model.num_hidden_layers).flat_map(|block| model.block_linears(block));
-    linears.any(|linear| linear.id == id && linear.bias)
-}
-
 /// Leaves out what the model does not allow, and of the rest says what holds for a part of it; a sentence
 /// on each.
 pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
@@ -54,13 +47,13 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
     }
     let (family, choices) = (model.family, &mut spec.choices);
     let mut notes = Vec::new();
-    if let (Rotate::Full | Rotate::Learned, Some(why)) = (choices.rotate, unrotatable(model)) {
-        let asked = std::mem::replace(&mut choices.rotate, Rotate::Heads);
+    if let (Rotate::Full, Some(why)) = (choices.rotate, unrotatable(model)) {
+        choices.rotate = Rotate::Heads;
         notes.push(format!(
             "{}={} instead of {}: the residual stream of a {family} model cannot be rotated, as {why}",
             Rotate::KEY,
             Rotate::Heads.name(),
-            asked.name()
+            Rotate::Full.name()
         ));
     }
     if let (true, Some(why)) = (choices.residual > 0.0, unshiftable(model)) {
@@ -71,21 +64,6 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
             choices.residual
         ));
         choices.residual = 0.0;
-    }
-    if choices.columns == Columns::Even {
-        let biased = [
-            ("o", "v", [LinearId::V, LinearId::Qkv]),
-            ("down", "up", [LinearId::Up, LinearId::GateUp]),
-        ]
-        .into_iter()
-        .filter(|(.., writers)| writers.iter().any(|&writer| has_bias(model, writer)));
-        for (reader, writer, _) in biased {
-            notes.push(format!(
-                "{}={} leaves {reader} of a {family} model as it is: {writer} has a bias",
-                Columns::KEY,
-                choices.columns.name()
-            ));
-        }
     }
     if choices.residual > 0.0 && has_experts(model) {
         notes.push(format!(
@@ -106,21 +84,6 @@ pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
         Some(note) => Err(Error::Choice { note }),
         None => Ok(()),
     }
-}
-
-/// Refuses what needs the whole model before the first block where its shards arrive one by one, and go.
-pub(crate) fn check_source(source: &Checkpoint, choices: &Choices) -> Result<()> {
-    if choices.rotate != Rotate::Learned || !source.is_arriving() {
-        return Ok(());
-    }
-    let note = format!(
-        "{}={} learns from all weights before the first block, and these arrive while blocks are \
-         quantized; use {}, or download the model first",
-        Rotate::KEY,
-        choices.rotate.name(),
-        Rotate::Full.name()
-    );
-    Err(Error::Choice { note })
 }
 
 /// Whether some block norms what is added to the residual stream.
@@ -155,15 +118,8 @@ mod tests {
     #[test]
     fn what_a_model_does_not_allow_is_left_out_and_said() {
         let best = Choices::BEST;
-        for family in ["llama", "gemma", "phi3", "granite", "smollm3"] {
+        for family in ["llama", "gemma", "phi3", "granite", "glm", "smollm3"] {
             assert_eq!(fitted(family, Recipe::Best), (best, vec![]), "{family}");
-        }
-        for family in ["glm", "qwen2"] {
-            let (choices, notes) = fitted(family, Recipe::Best);
-            assert_eq!((choices, notes.len()), (best, 1), "{family}");
-            assert!(
-                notes[0].contains("columns=even leaves o") && notes[0].contains("v has a bias")
-            );
         }
         for (family, why) in [
             ("gemma2", "is normed"),
@@ -174,12 +130,7 @@ mod tests {
         ] {
             let (choices, notes) = fitted(family, Recipe::Best);
             let without = Choices { rotate: Rotate::Heads, residual: 0.0, ..best };
-            // glm4's v has a bias, which is said as well.
-            assert_eq!(
-                (choices, notes.len()),
-                (without, 2 + usize::from(family == "glm4")),
-                "{family}"
-            );
+            assert_eq!((choices, notes.len()), (without, 2), "{family}");
             assert!(notes.iter().any(|note| note.contains(why)), "{family}: {notes:?}");
             assert!(notes[0].starts_with("rotate=heads instead of full"), "{notes:?}");
             for recipe in [Recipe::AutoGptq, Recipe::Rtn] {
@@ -193,10 +144,8 @@ mod tests {
     fn experts_take_everything_but_the_shift_of_down() {
         for family in ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"] {
             let (choices, notes) = fitted(family, Recipe::Best);
-            assert_eq!(choices, Choices::BEST, "{family}: {notes:?}");
-            // Some have biases of v, which are said before.
-            let note = notes.last().unwrap();
-            assert!(note.starts_with("residual=") && note.contains("experts"), "{notes:?}");
+            assert_eq!((choices, notes.len()), (Choices::BEST, 1), "{family}: {notes:?}");
+            assert!(notes[0].starts_with("residual=") && notes[0].contains("experts"), "{notes:?}");
             assert_eq!(fitted(family, Recipe::AutoGptq), (Choices::AUTOGPTQ, vec![]), "{family}");
         }
     }

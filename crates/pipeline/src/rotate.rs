@@ -9,36 +9,30 @@
 //! features are spread over all others, and every linear becomes easier to quantize (QuaRot, Ashkboos
 //! et al., arXiv 2404.00456); names, shapes and the architecture stay.
 
-use std::sync::Arc;
-
 use gptq_checkpoint::{
     Checkpoint, DenseId, DenseShape, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef,
 };
 use gptq_compute::Device;
 use gptq_model::{Block, Gains, LinearId, Mixture, NormId, Stage};
-use gptq_quant::{Choices, Columns, Rotate, Rotation};
+use gptq_quant::{Rotate, Rotation};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 
-use crate::columns::ColumnFactors;
 use crate::error::{Error, Result};
-use crate::learn_rotation::learned;
-use crate::progress::Progress;
 
 /// Fixed seeds: a source and its settings determine the file.
 const STREAM_SEED: u64 = 1;
 const HEAD_SEED: u64 = 2;
 
-/// The rotations of a model, and the factors of columns that are folded after them.
+/// The rotations of a model.
 #[derive(Debug)]
 pub(crate) struct FusedRotations {
     /// Over the residual stream.
-    stream: Option<Arc<Rotation>>,
+    stream: Option<Rotation>,
     /// Over the features of a head.
-    head: Option<Rotation>,
-    columns: Option<ColumnFactors>,
+    head: Rotation,
     /// Where values begin among the outputs of a linear that makes queries and keys as well.
     fused_values: usize,
     /// What files hold less of gains.
@@ -66,7 +60,7 @@ pub(crate) fn dense_head(
     rotations: Option<&FusedRotations>,
 ) -> Result<Vec<f16>> {
     let table = table(source, HEAD)?;
-    let head = match rotations.and_then(|f| f.stream.as_deref()) {
+    let head = match rotations.and_then(|f| f.stream.as_ref()) {
         Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?))?,
         None => table.to_f16()?,
     };
@@ -75,37 +69,16 @@ pub(crate) fn dense_head(
 }
 
 impl FusedRotations {
-    /// What these choices fold into the weights; `None` when that is nothing. A learned rotation is
-    /// learned here, from all weights of `source`.
-    ///
-    /// # Errors
-    /// Weights that cannot be read where a rotation is learned from them.
-    pub(crate) fn new(
-        source: &Checkpoint,
-        choices: &Choices,
-        progress: &dyn Progress,
-    ) -> Result<Option<Self>> {
-        let config = source.config();
-        let stream = || Rotation::new(config.hidden_size, STREAM_SEED);
-        let stream = match choices.rotate {
-            Rotate::None | Rotate::Heads => None,
-            Rotate::Full => Some(Arc::new(stream())),
-            Rotate::Learned => Some(Arc::new(learned(source, stream(), progress)?)),
+    /// The rotations asked for; `None` when there are none.
+    pub(crate) fn new(config: &ModelConfig, rotate: Rotate) -> Option<Self> {
+        let stream = match rotate {
+            Rotate::None => return None,
+            Rotate::Heads => None,
+            Rotate::Full => Some(Rotation::new(config.hidden_size, STREAM_SEED)),
         };
-        Ok(Self::of(config, choices, stream))
-    }
-
-    /// What these choices fold into the weights, where the rotation of the residual stream is known.
-    fn of(config: &ModelConfig, choices: &Choices, stream: Option<Arc<Rotation>>) -> Option<Self> {
-        let Choices { rotate, columns, .. } = *choices;
-        if (rotate, columns) == (Rotate::None, Columns::Own) {
-            return None;
-        }
-        let head = || Rotation::new(config.head_dim, HEAD_SEED);
         Some(Self {
             stream,
-            head: (rotate != Rotate::None).then(head),
-            columns: (columns == Columns::Even).then(|| ColumnFactors::new(config)),
+            head: Rotation::new(config.head_dim, HEAD_SEED),
             fused_values: (config.num_attention_heads + config.num_key_value_heads)
                 * config.head_dim,
             offset: config.norm.offset(),
@@ -142,30 +115,12 @@ impl FusedRotations {
             self.weight(id, &mut weight, gains.as_ref());
             block.set_weight(id, Device::Cpu.upload_f32(weight)?);
         }
-        match &self.columns {
-            Some(columns) => columns.fold(block),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    /// The same rotations, those of `choices`, with their factors of columns.
-    pub(crate) fn with_columns(
-        rotations: Option<&Self>,
-        config: &ModelConfig,
-        choices: &Choices,
-    ) -> Option<Self> {
-        Self::of(config, choices, rotations.and_then(|rotations| rotations.stream.clone()))
-    }
-
-    /// Whether a rotation makes the weights of a linear others than the source's.
+    /// Whether the weights of a linear are others than the source's.
     pub(crate) fn turns(&self, id: LinearId) -> bool {
-        let of_heads = matches!(id, LinearId::V | LinearId::Qkv | LinearId::O);
-        self.stream.is_some() || self.head.is_some() && of_heads
-    }
-
-    /// What brings the columns of turned weights to one norm.
-    pub(crate) fn columns(&self) -> Option<&ColumnFactors> {
-        self.columns.as_ref()
+        self.stream.is_some() || matches!(id, LinearId::V | LinearId::Qkv | LinearId::O)
     }
 
     /// Turns a linear's weights; `gains` are those of the block's norms, folded into what follows
@@ -178,12 +133,12 @@ impl FusedRotations {
                 Stage::Output | Stage::Down => stream.apply_outputs(weight.view_mut()),
             }
         }
-        match (id, &self.head) {
-            (LinearId::V | LinearId::Qkv, Some(head)) => {
+        match id {
+            LinearId::V | LinearId::Qkv => {
                 let first = if id == LinearId::Qkv { self.fused_values } else { 0 };
-                head.apply_outputs(weight.slice_mut(s![first.., ..]));
+                self.head.apply_outputs(weight.slice_mut(s![first.., ..]));
             }
-            (LinearId::O, Some(head)) => turn_inputs(head, weight, None),
+            LinearId::O => turn_inputs(&self.head, weight, None),
             _ => {}
         }
     }
@@ -191,10 +146,10 @@ impl FusedRotations {
     /// What the outputs of a linear are turned by, and the first that are.
     fn of_outputs(&self, id: LinearId) -> Option<(&Rotation, usize)> {
         match id {
-            LinearId::V => self.head.as_ref().map(|head| (head, 0)),
-            LinearId::Qkv => self.head.as_ref().map(|head| (head, self.fused_values)),
+            LinearId::V => Some((&self.head, 0)),
+            LinearId::Qkv => Some((&self.head, self.fused_values)),
             LinearId::O | LinearId::Down | LinearId::ExpertDown(_) | LinearId::SharedDown => {
-                self.stream.as_deref().map(|stream| (stream, 0))
+                self.stream.as_ref().map(|stream| (stream, 0))
             }
             LinearId::Q | LinearId::K | LinearId::Gate | LinearId::Up | LinearId::GateUp => None,
             LinearId::ExpertGate(_) | LinearId::ExpertUp(_) => None,
@@ -333,15 +288,17 @@ fn turned_table(
     gain: Option<&[f32]>,
 ) -> Result<Vec<f16>> {
     let mut turned = table.to_f16()?;
-    turned.par_chunks_mut(Rotation::ROWS * stream.order()).for_each_init(Vec::new, |wide, rows| {
-        wide.resize(rows.len(), 0.0_f32);
-        rows.convert_to_f32_slice(wide);
-        if let Some(gain) = gain {
-            scale_rows(wide, gain);
-        }
-        stream.apply_all(wide);
-        rows.convert_from_f32_slice(wide);
-    });
+    turned.par_chunks_mut(stream.order()).for_each_init(
+        || vec![0.0_f32; stream.order()],
+        |wide, row| {
+            row.convert_to_f32_slice(wide);
+            if let Some(gain) = gain {
+                scale_rows(wide, gain);
+            }
+            stream.apply_rows(wide);
+            row.convert_from_f32_slice(wide);
+        },
+    );
     if turned.par_iter().any(|v| !v.is_finite()) {
         return Err(Error::Rotated { tensor: table.name.to_owned() });
     }
@@ -360,7 +317,6 @@ mod tests {
     use ndarray::ArrayView1;
 
     use super::{family_models, *};
-    use crate::progress::Silent;
     use crate::recipe_fit::{has_experts, unrotatable};
 
     /// Of one window, or where there are experts of short ones, each of which keeps a token that goes
@@ -398,13 +354,9 @@ mod tests {
             family_models::assemble(dir.path(), name);
             let source = Checkpoint::open(dir.path()).unwrap();
             let want = logits(&source, None);
-            let streams = [Rotate::Full, Rotate::Learned].into_iter();
-            let streams = streams.filter(|_| unrotatable(source.config()).is_none());
-            let rotated = [Rotate::Heads].into_iter().chain(streams);
-            let both = |rotate| [Columns::Own, Columns::Even].map(|columns| (rotate, columns));
-            for (rotate, columns) in rotated.flat_map(both) {
-                let choices = Choices { rotate, columns, ..Choices::BEST };
-                let rotations = FusedRotations::new(&source, &choices, &Silent).unwrap();
+            let full = unrotatable(source.config()).is_none().then_some(Rotate::Full);
+            for rotate in [Rotate::Heads].into_iter().chain(full) {
+                let rotations = FusedRotations::new(source.config(), rotate);
                 let got = logits(&source, rotations.as_ref());
                 // In the total order NaN is the largest, where `max` would drop it.
                 let largest = |row: ArrayView1<'_, f32>| {
@@ -418,24 +370,8 @@ mod tests {
                 let place =
                     if has_experts(source.config()) { tokens.len() / 2 } else { tokens.len() - 1 };
                 let worst = tokens[place];
-                assert!(worst < ROUNDINGS, "{name}, {choices}: {worst} of {tokens:?}");
+                assert!(worst < ROUNDINGS, "{name}, {rotate:?}: {worst} of {tokens:?}");
             }
-        }
-    }
-
-    /// Nothing is rounded where only factors are folded. That they are not all 1 is tested where they are
-    /// made.
-    #[test]
-    fn even_columns_alone_change_no_logits() {
-        for name in family_models::names() {
-            let dir = tempfile::tempdir().unwrap();
-            family_models::assemble(dir.path(), name);
-            let source = Checkpoint::open(dir.path()).unwrap();
-            let choices = Choices { columns: Columns::Even, ..Choices::AUTOGPTQ };
-            let folded = FusedRotations::new(&source, &choices, &Silent).unwrap();
-            let off = &logits(&source, folded.as_ref()) - &logits(&source, None);
-            let worst = off.iter().map(|e| e.abs()).max_by(f32::total_cmp).unwrap();
-            assert!(worst < 1e-5, "{name}: {worst}");
         }
     }
 
@@ -447,7 +383,7 @@ mod tests {
             family_models::assemble(dir.path(), name);
             let source = Checkpoint::open(dir.path()).unwrap();
             assert!(unrotatable(source.config()).is_some(), "{name}");
-            let rotations = FusedRotations::new(&source, &Choices::BEST, &Silent).unwrap();
+            let rotations = FusedRotations::new(source.config(), Rotate::Full);
             let (got, want) = (logits(&source, rotations.as_ref()), logits(&source, None));
             let worst = (&got - &want).iter().map(|e| e.abs()).max_by(f32::total_cmp).unwrap();
             assert!(worst > 0.1, "{name}: {worst}");

@@ -56,18 +56,6 @@ pub enum Rotate {
     Heads,
     /// That, and one over the residual stream: norm gains are folded too, and the head is turned.
     Full,
-    /// As full, with the residual stream's learned from the model's weights.
-    Learned,
-}
-
-/// Factors of columns folded into the weights before they are quantized.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Columns {
-    /// None.
-    Own,
-    /// Columns of o and down have one norm each, and rows of v and up, whose products they read, are
-    /// divided by as much.
-    Even,
 }
 
 /// What the solver does where GPTQ leaves a choice.
@@ -89,8 +77,6 @@ pub struct Choices {
     pub head: f32,
     /// Rotations folded into the weights.
     pub rotate: Rotate,
-    /// Factors of columns folded into them after that.
-    pub columns: Columns,
     /// Steps of tuning all group scales by the finished model's KL to the unquantized one; 0 for none.
     pub tune: u32,
     /// How far the first of these steps moves the logarithm of a scale, about; later ones move it less.
@@ -107,7 +93,6 @@ impl Choices {
         residual: 0.0,
         head: 0.0,
         rotate: Rotate::None,
-        columns: Columns::Own,
         tune: 0,
         tune_rate: Self::TUNE_RATE,
     };
@@ -120,7 +105,6 @@ impl Choices {
         residual: 0.5,
         head: 1.0,
         rotate: Rotate::Full,
-        columns: Columns::Even,
         tune: 0,
         tune_rate: Self::TUNE_RATE,
     };
@@ -175,13 +159,9 @@ impl Choices {
 
 impl Display for Choices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Files of before there was tuning, or factors of columns, say nothing of it; those without
-        // stay as they are.
-        let said = TABLE.iter().filter(|choice| match choice.key {
-            Self::TUNE | Self::RATE => self.tune > 0,
-            Columns::KEY => self.columns != Columns::Own,
-            _ => true,
-        });
+        // Files of before there was tuning say nothing of it; those without stay as they are.
+        let of_tuning = |choice: &&Choice| [Self::TUNE, Self::RATE].contains(&choice.key);
+        let said = TABLE.iter().filter(|choice| self.tune > 0 || !of_tuning(choice));
         for (i, choice) in said.enumerate() {
             let space = if i == 0 { "" } else { " " };
             write!(f, "{space}{}={}", choice.key, (choice.value)(self))?;
@@ -214,7 +194,7 @@ enum Values {
 }
 
 /// All choices, in the order in which they are printed.
-const TABLE: [Choice; 10] = [
+const TABLE: [Choice; 9] = [
     Choice {
         key: "group-weights",
         values: Values::Names(names::<GroupWeights>),
@@ -256,12 +236,6 @@ const TABLE: [Choice; 10] = [
         values: Values::Names(names::<Rotate>),
         value: |choices| choices.rotate.name().to_owned(),
         set: |choices, text| Rotate::named(text).map(|v| choices.rotate = v),
-    },
-    Choice {
-        key: Columns::KEY,
-        values: Values::Names(names::<Columns>),
-        value: |choices| choices.columns.name().to_owned(),
-        set: |choices, text| Columns::named(text).map(|v| choices.columns = v),
     },
     Choice {
         key: Choices::TUNE,
@@ -321,22 +295,11 @@ named!(GroupWeights: Stale = "stale", Fresh = "fresh");
 named!(ScalePrecision: F32 = "f32", Half = "fp16");
 named!(Clip: None = "none", Search = "search", Solve = "solve");
 named!(Signs: Positive = "positive", Both = "both");
-named!(Rotate: None = "none", Heads = "heads", Full = "full", Learned = "learned");
-named!(Columns: Own = "own", Even = "even");
+named!(Rotate: None = "none", Heads = "heads", Full = "full");
 
 impl Rotate {
     /// Name of the choice, for messages about it.
     pub const KEY: &str = "rotate";
-
-    /// Its name in settings and reports.
-    pub fn name(self) -> &'static str {
-        Named::name(self)
-    }
-}
-
-impl Columns {
-    /// Name of the choice, for messages about it.
-    pub const KEY: &str = "columns";
 
     /// Its name in settings and reports.
     pub fn name(self) -> &'static str {
@@ -382,8 +345,7 @@ mod tests {
         for choices in [Choices::AUTOGPTQ, Choices::BEST, Choices::TUNED] {
             let other =
                 if choices == Choices::AUTOGPTQ { Choices::BEST } else { Choices::AUTOGPTQ };
-            // What is not said is the default of files.
-            let mut set = Choices { columns: Columns::Own, ..other };
+            let mut set = other;
             for setting in choices.to_string().split(' ') {
                 set.set(setting).unwrap();
             }
@@ -397,11 +359,7 @@ mod tests {
     #[test]
     fn what_is_not_tuned_says_nothing_of_it() {
         assert!(!Choices::BEST.to_string().contains("tune"));
-        assert!(
-            Choices::TUNED
-                .to_string()
-                .ends_with(" rotate=full columns=even tune=64 tune-rate=0.002")
-        );
+        assert!(Choices::TUNED.to_string().ends_with(" rotate=full tune=64 tune-rate=0.002"));
     }
 
     #[test]
@@ -409,8 +367,8 @@ mod tests {
         assert_eq!(
             Choices::help(),
             "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, \
-             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full|learned, \
-             columns=own|even, tune=STEPS, tune-rate=0..0.1"
+             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, tune=STEPS, \
+             tune-rate=0..0.1"
         );
     }
 
@@ -431,8 +389,7 @@ mod tests {
             ("tune-rate=NaN", "=0 to =0.1, but not 0"),
             (
                 "speed=fast",
-                "use group-weights, scales, clip, signs, residual, head, rotate, columns, tune or \
-                 tune-rate",
+                "use group-weights, scales, clip, signs, residual, head, rotate, tune or tune-rate",
             ),
             ("scales=bf16", "scales=f32 or =fp16"),
         ] {

@@ -3,12 +3,11 @@
 //! R = diag(signs) · (O ⊗ H): H a Walsh–Hadamard matrix of the largest power of two that divides n,
 //! O a Hartley matrix of the odd rest, random signs from a fixed seed. All entries have about the
 //! size 1/√n, so that no input feature dominates after it: what random orthogonal matrices do, in
-//! n log n operations a row where they need n² (QuaRot, Ashkboos et al., arXiv 2404.00456). A learned one
-//! ([`Learner`](crate::Learner)) turns blocks of features after that.
+//! n log n operations a row where they need n² (QuaRot, Ashkboos et al., arXiv 2404.00456).
 
 use std::f64::consts::TAU;
 
-use ndarray::{Array2, ArrayViewMut2, Axis};
+use ndarray::{ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 /// An orthogonal matrix R of order n.
@@ -18,8 +17,6 @@ pub struct Rotation {
     /// The Hartley matrix `[m, m]`, row-major; n = m · 2^k.
     odd: Vec<f32>,
     m: usize,
-    /// What turns features after that, block after block; none where nothing was learned.
-    blocks: Vec<Array2<f32>>,
 }
 
 impl Rotation {
@@ -32,18 +29,7 @@ impl Rotation {
             let angle = TAU * ((i / m) * (i % m) % m) as f64 / m as f64;
             ((angle.cos() + angle.sin()) / (m as f64).sqrt()) as f32
         };
-        let odd = (0..m * m).map(hartley).collect();
-        Self { signs: signs.collect(), odd, m, blocks: Vec::new() }
-    }
-
-    /// This one, and then orthogonal matrices of one order along the diagonal.
-    pub(crate) fn then(self, blocks: Vec<Array2<f32>>) -> Self {
-        Self { blocks, ..self }
-    }
-
-    /// The matrices along the diagonal of what follows.
-    pub(crate) fn blocks_mut(&mut self) -> &mut [Array2<f32>] {
-        &mut self.blocks
+        Self { signs: signs.collect(), odd: (0..m * m).map(hartley).collect(), m }
     }
 
     /// Order of the matrix.
@@ -54,28 +40,7 @@ impl Rotation {
     /// x ← x R for every run of n values: the inputs of a weight `[out, in]` after X ← X R, with
     /// one R for every n columns.
     pub fn apply_rows(&self, rows: &mut [f32]) {
-        rows.par_chunks_mut(Self::ROWS * self.order()).for_each(|rows| self.apply_all(rows));
-    }
-
-    /// Rows that a task turns: learned blocks are brought near to the processor once for so many.
-    pub const ROWS: usize = 64;
-
-    /// As [`Self::apply_rows`], on this thread alone.
-    pub fn apply_all(&self, rows: &mut [f32]) {
-        let order = self.order();
-        rows.chunks_exact_mut(order).for_each(|row| self.apply(row));
-        let shape = (rows.len() / order, order);
-        if let (false, Ok(mut rows)) =
-            (self.blocks.is_empty(), ArrayViewMut2::from_shape(shape, rows))
-        {
-            let side = order / self.blocks.len();
-            for (block, mut rows) in
-                self.blocks.iter().zip(rows.axis_chunks_iter_mut(Axis(1), side))
-            {
-                let turned = rows.dot(block);
-                rows.assign(&turned);
-            }
-        }
+        rows.par_chunks_mut(self.order()).for_each(|row| self.apply(row));
     }
 
     /// W ← (I ⊗ Rᵀ) W for a weight `[out, in]`: its outputs after Y ← Y R, with one R for every n
@@ -87,7 +52,9 @@ impl Rotation {
         panels.into_par_iter().for_each_init(Vec::new, |columns: &mut Vec<f32>, panel| {
             columns.clear();
             columns.extend(panel.t().iter());
-            self.apply_all(columns);
+            for column in columns.chunks_exact_mut(self.order()) {
+                self.apply(column);
+            }
             for (value, turned) in panel.reversed_axes().iter_mut().zip(&*columns) {
                 *value = *turned;
             }

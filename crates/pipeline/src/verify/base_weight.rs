@@ -1,17 +1,15 @@
 //! The base's weights row by row, in the checkpoint's coordinates.
 //!
 //! Where no rotation changes a linear its rows come from the mapped file as they are needed, so that
-//! nothing of it is copied; one that is turned is brought to host memory, by itself. Rows that are divided
-//! by what columns of another linear are multiplied with need that one as well, first.
+//! nothing of it is copied; one that is turned is brought to host memory, by itself.
 
 use gptq_checkpoint::{LinearShape, TensorRef};
-use gptq_model::{BlockParts, Linear, Model};
+use gptq_model::{Gains, Linear, Model};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
 use rayon::prelude::*;
 
-use crate::columns::ColumnFactors;
 use crate::error::Result;
 use crate::rotate::FusedRotations;
 
@@ -19,46 +17,34 @@ use crate::rotate::FusedRotations;
 pub(super) enum BaseWeight<'a> {
     /// As the file holds them.
     Stored(TensorRef<'a>),
-    /// Turned, or of other columns or rows.
+    /// Turned.
     Turned(Array2<f32>),
 }
 
 impl<'a> BaseWeight<'a> {
-    /// Of a linear of a block.
+    /// Of a linear; `gains` are those of its block's norms ([`FusedRotations::weight`]).
     pub(super) fn read(
         model: &'a Model<'_>,
         rotations: Option<&FusedRotations>,
         linear: &Linear<LinearShape>,
-        block: &BlockParts<LinearShape>,
+        gains: &Gains,
     ) -> Result<Self> {
-        let Some(rotations) = rotations else { return Self::stored(model, linear) };
-        let id = linear.id;
-        let pair = rotations.columns().and_then(|columns| {
-            let (reader, writer) = ColumnFactors::pair_of(id, block)?;
-            Some((columns, reader, writer))
-        });
-        let Some((columns, reader, writer)) = pair else {
-            return match rotations.turns(id) {
-                true => Ok(Self::Turned(turned(model, rotations, linear, block)?)),
-                false => Self::stored(model, linear),
-            };
-        };
-        let mut weight = turned(model, rotations, reader, block)?;
-        let factors = columns.factors(reader.id, &weight);
-        if id == reader.id {
-            columns.multiply(&factors, &mut weight);
-        } else {
-            weight = turned(model, rotations, writer, block)?;
-            columns.divide(&factors, id, &mut weight);
-        }
-        Ok(Self::Turned(weight))
-    }
-
-    /// As the file holds it.
-    fn stored(model: &'a Model<'_>, linear: &Linear<LinearShape>) -> Result<Self> {
-        let (out_features, in_features) = linear.weight.sides();
+        let (id, (out_features, in_features)) = (linear.id, linear.weight.sides());
         let name = format!("{}.weight", linear.name);
-        Ok(Self::Stored(model.checkpoint().tensor_shaped(&name, &[out_features, in_features])?))
+        let base = model.checkpoint();
+        let stored = Self::Stored(base.tensor_shaped(&name, &[out_features, in_features])?);
+        let Some(rotations) = rotations.filter(|rotations| rotations.turns(id)) else {
+            return Ok(stored);
+        };
+        let mut weight = Array2::zeros((out_features, in_features));
+        let rows = weight.as_slice_mut().unwrap_or_default().par_chunks_mut(in_features);
+        let read = |halves: &mut Vec<f16>, (row, values)| stored.row(row, halves, values);
+        let outcomes: Vec<Result<()>> = rows.enumerate().map_init(Vec::new, read).collect();
+        // In order, so that the first fault is the one that is reported.
+        outcomes.into_iter().collect::<Result<()>>()?;
+        base.release(&name);
+        rotations.weight(id, &mut weight, Some(gains));
+        Ok(Self::Turned(weight))
     }
 
     /// Brings a row into `values`; `halves` is room for it.
@@ -83,24 +69,4 @@ impl<'a> BaseWeight<'a> {
         }
         Ok(())
     }
-}
-
-/// A linear's weights, in host memory and turned.
-fn turned(
-    model: &Model<'_>,
-    rotations: &FusedRotations,
-    linear: &Linear<LinearShape>,
-    block: &BlockParts<LinearShape>,
-) -> Result<Array2<f32>> {
-    let stored = BaseWeight::stored(model, linear)?;
-    let (out_features, in_features) = linear.weight.sides();
-    let mut weight = Array2::zeros((out_features, in_features));
-    let rows = weight.as_slice_mut().unwrap_or_default().par_chunks_mut(in_features);
-    let read = |halves: &mut Vec<f16>, (row, values)| stored.row(row, halves, values);
-    let outcomes: Vec<Result<()>> = rows.enumerate().map_init(Vec::new, read).collect();
-    // In order, so that the first fault is the one that is reported.
-    outcomes.into_iter().collect::<Result<()>>()?;
-    model.checkpoint().release(&format!("{}.weight", linear.name));
-    rotations.weight(linear.id, &mut weight, Some(&block.gains));
-    Ok(weight)
 }

@@ -11,7 +11,7 @@ use std::sync::mpsc::{SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use gptq_checkpoint::{Checkpoint, GptqLinear, LEAVES, LinearShape, ModelConfig};
-use gptq_model::{BlockParts, Linear, LinearId, Model};
+use gptq_model::{Gains, Linear, LinearId, Model};
 
 use super::base_weight::BaseWeight;
 use crate::error::Result;
@@ -107,7 +107,7 @@ impl<'a> Pairs<'a> {
                 }
             };
             for (place, linear) in frame.linears.iter().enumerate() {
-                let pair = self.read(linear, &frame);
+                let pair = self.read(linear, &frame.gains);
                 let stop = pair.is_err() || failed.load(Ordering::Relaxed);
                 let sent = sender.send((first + place, pair));
                 if stop || sent.is_err() {
@@ -127,19 +127,15 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    /// A linear of both; `block` is that of the base.
-    pub(super) fn read(
-        self,
-        linear: &Linear<LinearShape>,
-        block: &BlockParts<LinearShape>,
-    ) -> Result<Pair<'a>> {
+    /// A linear of both; `gains` are those of the base's norms in its block.
+    pub(super) fn read(self, linear: &Linear<LinearShape>, gains: &Gains) -> Result<Pair<'a>> {
         let (id, name, shape) = (linear.id, linear.name.clone(), &linear.weight);
         let packed = match self.checkpoint.has_gptq_linear(&name) {
             true => Some(self.checkpoint.gptq_linear(&name, shape)?),
             false => None,
         };
         LEAVES.iter().for_each(|leaf| self.checkpoint.release(&format!("{name}.{leaf}")));
-        let base = BaseWeight::read(self.model, self.rotations, linear, block)?;
+        let base = BaseWeight::read(self.model, self.rotations, linear, gains)?;
         Ok(Pair { id, name, packed, base })
     }
 }
