@@ -200,9 +200,28 @@ fn mistakes_in_recipes_are_told() {
         "{}",
         shown.stderr
     );
+    let empty = json!({"prompt": "w4", "response": " "});
+    dir.write(
+        "chats.jsonl",
+        &format!("{twice}\n{empty}\n{empty}\n{}", format!("{good}\n").repeat(4)),
+    );
+    let shown = calib(&dir, "both.toml", &["--json"]);
+    // The rows of the windows come before the last of them in Python's order.
+    assert!(shown.stderr.contains("for others, as an answer in them is empty"), "{}", shown.stderr);
+    assert_eq!(shown.json()["sources"][1]["unanswered"], 1);
+    calib(&dir, "both.toml", &["--windows=10"]).refused(&[
+        "4 rows with text but 5 windows",
+        "template refuses 1 more",
+        "2 more have an empty answer",
+    ]);
+    calib(&dir, "packed.toml", &["--windows=80"])
+        .refused(&["32 need 1280", "refuses 1 more; 2 more"]);
     dir.write("chats.jsonl", "{\"text\": \"w4\"}");
-    calib(&dir, "both.toml", &[])
-        .refused(&["Line 1 of `chats.jsonl` is no conversation", "messages"]);
+    calib(&dir, "both.toml", &[]).refused(&[
+        "Line 1 of `chats.jsonl` is no conversation",
+        "messages",
+        "mend the row",
+    ]);
     fs::remove_file(dir.path("model/chat_template.jinja")).unwrap();
     calib(&dir, "both.toml", &[]).refused(&[
         "chats.jsonl",
@@ -214,4 +233,18 @@ fn mistakes_in_recipes_are_told() {
     // A recipe of texts does not look at it.
     dir.write("plain.toml", "name = \"p\"\ndataset = \"text.txt\"\njoin = \"card\"\nwindows = 2\nseq_len = 8\nseed = 0\n");
     calib(&dir, "plain.toml", &[]).ok();
+    // As `quantize` refuses it.
+    let long = ["Windows of 200 tokens do not fit the model's context of 128"];
+    calib(&dir, "plain.toml", &["--seq-len=200"]).refused(&long);
+    dir.gptq(&[
+        "quantize",
+        "model",
+        "--out",
+        "q",
+        "--calib",
+        "plain.toml",
+        "--seq-len=200",
+        "--device=cpu",
+    ])
+    .refused(&long);
 }

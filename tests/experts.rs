@@ -209,3 +209,62 @@ fn experts_are_verified_against_the_base() {
         );
     }
 }
+
+/// What is wrong with a mixture's configuration, its values or what is asked of it is said by name, and before
+/// a text is read.
+#[test]
+fn what_cannot_be_is_said_before_the_work() {
+    let dir = workdir(&["qwen3-moe"]);
+    let text = ["--calib-dataset=no-such.txt", "--windows=4", "--seq-len=48", "--device=cpu"];
+    let tuned = ["quantize", "qwen3-moe", "--out=out", "--recipe=tuned"];
+    dir.gptq(&[&tuned[..], &text].concat()).refused(&["tune=0", "qwen3_moe model cannot be tuned"]);
+    let sweep = "model = \"qwen3-moe\"\ncalibration = \"card\"\nrecipe = \"autogptq\"\n\
+                 [calibration_overrides]\ndataset = \"no-such.txt\"\nwindows = 8\nseq_len = 48\n\
+                 [[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 32\nact_order = true\n\
+                 [[branch]]\nname = \"t\"\nrecipe = \"tuned\"\nbits = 4\ngroup_size = 32\nact_order = true\n";
+    dir.write("sweep.toml", sweep);
+    dir.gptq(&["sweep", "sweep.toml", "--out=branches", "--device=cpu"])
+        .refused(&["cannot be tuned"]);
+    assert!(!dir.path("branches").exists() && !dir.path("out").exists());
+
+    let gain = "model.layers.0.input_layernorm.weight";
+    let router = "model.layers.1.mlp.gate.weight";
+    let nan = f32::NAN.to_le_bytes();
+    with_damage(
+        &dir,
+        "qwen3-moe",
+        |file| {
+            file.tensor(router)[4..8].copy_from_slice(&nan);
+            file.tensor(gain)[..4].copy_from_slice(&nan);
+            file.tensor(gain)[8..12].copy_from_slice(&nan);
+        },
+        || {
+            let run = dir.gptq(&["inspect", "qwen3-moe", "--json"]);
+            let shown = held(&dir, "inspect", &run);
+            assert_eq!(shown["not_finite"], json!({gain: 2, router: 1}));
+            let table = dir.gptq(&["inspect", "qwen3-moe"]);
+            assert!(table.ok().contains(&format!("2 values of {gain}")), "{}", table.stdout);
+        },
+    );
+
+    let file = dir.path("qwen3-moe/config.json");
+    let config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let refused = |change: &dyn Fn(&mut Value), named: &[&str]| {
+        let mut config = config.clone();
+        change(&mut config);
+        fs::write(&file, config.to_string()).unwrap();
+        dir.gptq(&["inspect", "qwen3-moe"]).refused(named);
+    };
+    let block = "model.layers.1.mlp.";
+    let without = |key: &str| {
+        let key = key.to_owned();
+        move |config: &mut Value| drop(config.as_object_mut().unwrap().remove(&key))
+    };
+    refused(&without("num_experts"), &["`num_experts` is missing; with 128", block]);
+    refused(&without("moe_intermediate_size"), &["`moe_intermediate_size` is missing; with 768"]);
+    refused(
+        &|config| config["num_local_experts"] = json!(4),
+        &["`num_experts` is 8, but `num_local_experts` is 4: correct the wrong one"],
+    );
+    refused(&|config| config["num_experts_per_tok"] = json!(9), &["chooses from 8 experts"]);
+}

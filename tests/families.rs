@@ -262,6 +262,134 @@ fn carried(source: &Path, made: &Path, best: bool, card: bool) {
     }
 }
 
+/// The parts around a language model, in both ways in which files call it: carried bit for bit, counted, and
+/// missed by `verify`; planned to the byte.
+#[test]
+fn other_parts_are_carried() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(1700));
+    for (name, prefix) in
+        [("llava", "model.language_model."), ("qwen2.5-vl", "model.language_model.")]
+    {
+        let source = assemble(&dir, name);
+        let later = dir.path(&format!("{name}-later"));
+        assemble_later(&source, &later, prefix);
+        for model in [name.to_owned(), format!("{name}-later")] {
+            let out = format!("{model}-4bit");
+            let fixed =
+                "--device=cpu --calib-dataset text.txt --windows=32 --seq-len=48 --recipe autogptq";
+            // Whose language model has frequencies in the file, too.
+            let layout = if model == *name { "modern" } else { "card" };
+            let ours = format!("--bits 4 --group-size 32 --layout {layout}");
+            let args = format!("quantize {model} --out {out} {ours} {fixed}");
+            let run = dir.gptq(&args.split(' ').collect::<Vec<_>>());
+            run.ok();
+            assert!(
+                run.stdout.contains("carried 3 tensors of other parts unchanged"),
+                "{}",
+                run.stdout
+            );
+            let bytes = fs::read(dir.path(&out).join("model.safetensors")).unwrap();
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            let given = fs::read(dir.path(&model).join("model.safetensors")).unwrap();
+            let given = SafeTensors::deserialize(&given).unwrap();
+            for (part, _, shape, values) in family_models::PARTS {
+                let part = if model == *name { part.to_owned() } else { format!("model.{part}") };
+                let (found, source) = (file.tensor(&part).unwrap(), given.tensor(&part).unwrap());
+                assert_eq!(
+                    (found.dtype(), found.shape(), found.data()),
+                    (source.dtype(), shape, values)
+                );
+            }
+            // The language model's names stay, too.
+            let stem = |name: &str| name.rsplit_once('.').unwrap().0.to_owned();
+            let stems = |file: &SafeTensors<'_>| -> std::collections::BTreeSet<String> {
+                file.names().into_iter().map(&stem).collect()
+            };
+            let heads = ["lm_head", "language_model.lm_head"];
+            let kept =
+                |n: &String| !heads.contains(&n.as_str()) && !n.ends_with("self_attn.rotary_emb");
+            let without = |file| stems(file).into_iter().filter(kept);
+            assert!(without(&file).eq(without(&given)), "{model}");
+
+            let config: Value =
+                serde_json::from_slice(&fs::read(dir.path(&out).join("config.json")).unwrap())
+                    .unwrap();
+            let quantized = &config["quantization_config"];
+            assert_eq!(quantized["block_name_to_quantize"], "model.language_model.layers");
+            assert_eq!(config["tie_word_embeddings"], json!(false));
+            let inspected = dir.gptq(&["inspect", &out, "--json"]).json();
+            assert_eq!(inspected["part_of"], config["model_type"]);
+            assert_eq!(
+                (&inspected["other_parts"], &inspected["left_out"]),
+                (&json!(3), &json!([]))
+            );
+            dir.gptq(&["verify", &out, "--base", &model]).ok();
+            damaged(&dir, &out, &model);
+        }
+        let known = plan(&dir, name);
+        assert_eq!(known["whole"], json!(true));
+        let made = fs::metadata(dir.path(&format!("{name}-4bit/model.safetensors"))).unwrap().len();
+        assert_eq!(known["file_bytes"], made);
+        fs::remove_file(source.join("model.safetensors")).unwrap();
+        let alone = plan(&dir, name);
+        assert_eq!(alone["whole"], json!(false));
+        let more = known["file_bytes"].as_u64().unwrap() - alone["file_bytes"].as_u64().unwrap();
+        let parts: usize = family_models::PARTS.iter().map(|part| part.3.len()).sum();
+        assert!(more > parts as u64 && more < 1000, "{more}");
+    }
+}
+
+/// What `plan` says of the branch that is made here.
+fn plan(dir: &Workdir, model: &str) -> Value {
+    dir.write(
+        "sweep.toml",
+        &format!(
+            "model = \"{model}\"\ncalibration = \"wikitext2\"\nrecipe = \"autogptq\"\n\
+             [calibration_overrides]\ndataset = \"text.txt\"\nwindows = 32\nseq_len = 48\n\
+             [[branch]]\nname = \"b\"\nbits = 4\ngroup_size = 32\nact_order = true\n"
+        ),
+    );
+    dir.gptq(&["plan", model, "--config", "sweep.toml", "--json"]).json()[0].clone()
+}
+
+/// The same model with the names that transformers has given since.
+fn assemble_later(source: &Path, later: &Path, prefix: &str) {
+    fs::create_dir_all(later).unwrap();
+    for file in ["config.json", "tokenizer.json"] {
+        fs::copy(source.join(file), later.join(file)).unwrap();
+    }
+    let bytes = fs::read(source.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let opened = Checkpoint::open(source).unwrap();
+    let renamed = file.tensors().into_iter().map(|(name, view)| {
+        let plain = opened.config().plain_name(&name).map(std::borrow::Cow::into_owned);
+        let name = match plain {
+            Some(head) if head.starts_with("lm_head") => head,
+            Some(plain) => format!("{prefix}{}", plain.strip_prefix("model.").unwrap()),
+            None => format!("model.{name}"),
+        };
+        (name, view)
+    });
+    fs::write(later.join("model.safetensors"), safetensors::serialize(renamed, None).unwrap())
+        .unwrap();
+}
+
+/// One bit of another part shows.
+fn damaged(dir: &Workdir, out: &str, base: &str) {
+    let file = dir.path(out).join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let (_, _, _, values) = family_models::PARTS[1];
+    let at = bytes.windows(values.len()).position(|window| window == values).unwrap();
+    bytes[at] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    // Not by sums: of a file of another program there are none.
+    fs::remove_file(dir.path(out).join("gptq_manifest.json")).unwrap();
+    let run = dir.gptq(&["verify", out, "--base", base]);
+    assert_eq!(run.code, 1, "{}", run.stdout);
+    assert!(run.stdout.contains("is not the base's, bit for bit"), "{}", run.stdout);
+}
+
 /// Layers behind the blocks, of published files, and experts as transformers has them in memory.
 #[test]
 fn what_mixtures_hold_besides_is_said_or_refused() {
@@ -300,9 +428,12 @@ fn what_mixtures_hold_besides_is_said_or_refused() {
 /// What holds for which family is what the code decides by.
 #[test]
 fn the_readme_has_the_table_of_families() {
-    let table = gptq_pipeline::families::table().unwrap();
     let readme = fs::read_to_string(util::repository().join("README.md")).unwrap();
-    assert!(readme.contains(&table), "README.md lacks this table:\n{table}");
+    for table in
+        [gptq_pipeline::families::table().unwrap(), gptq_pipeline::families::wrapper_table()]
+    {
+        assert!(readme.contains(&table), "README.md lacks this table:\n{table}");
+    }
 }
 
 #[test]

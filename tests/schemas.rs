@@ -157,8 +157,8 @@ fn plans_and_machines_print_what_their_schemas_say() {
     let stages = holds(&dir, &[&bench[..], &tuned].concat())["block"]["stages"].clone();
     let tune =
         stages.as_array().unwrap().iter().find(|stage| stage["operation"] == "tune").unwrap();
-    // One window goes four times forward in each of two steps; another is judged before them and after each.
-    let forward = 2.0 * tune["operations"].as_f64().unwrap() / 11.0;
+    // Two windows go four times forward in each of two steps; another is judged before them and after each.
+    let forward = 2.0 * tune["operations"].as_f64().unwrap() / 19.0;
     let whole =
         stages.as_array().unwrap().iter().find(|stage| stage["operation"] == "forward").unwrap();
     assert!((forward / whole["operations"].as_f64().unwrap() - 1.0).abs() < 1e-9);

@@ -12,7 +12,7 @@ mod util;
 use std::fs;
 
 use util::weight_file::{File, with_damage};
-use util::{TinyLlama, Weights, Workdir, repository, words};
+use util::{Noise, TinyLlama, Weights, Workdir, repository, words};
 
 /// Changes every tensor whose name has `part` in it: gets the position, the columns and the value.
 fn change(model: &mut TinyLlama, part: &str, with: impl Fn(usize, usize, f32) -> f32) {
@@ -239,4 +239,89 @@ fn what_is_planted_is_found() {
             }
         }
     }
+}
+
+/// Rows of a head that are enough for a matrix of 64 columns to show, and that are not.
+const HEAD_ROWS: [usize; 2] = [320, 64];
+
+/// A model of random weights whose blocks lose most of what they say at 2 bits.
+fn fragile(rows: usize) -> TinyLlama {
+    let mut model = TinyLlama::new();
+    change(&mut model, "_proj", |_, _, v| 1.8 * v);
+    let mut noise = Noise::new(rows as u64);
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        let table = model.tensor(name);
+        let scale = if name.starts_with("lm_head") { 0.3 } else { 1.0 };
+        table.shape[0] = rows;
+        table.values = (0..rows * 64).map(|_| scale * noise.next()).collect();
+    }
+    model.config["vocab_size"] = rows.into();
+    model
+}
+
+/// What a fit leaves of a head has no bound of its own: at 2 bits two thirds or half of it, the more windows
+/// the less. Its report says how much, and one matrix makes all rows: by either, a head that was destroyed is
+/// found, and none that was fitted.
+#[test]
+fn a_head_is_sound_however_little_fitting_leaves_of_it() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(4000));
+    let head = "lm_head.weight";
+    let (mut least, bare) = (1.0_f64, "gptq_report.json");
+    for rows in HEAD_ROWS {
+        fragile(rows).write(&dir.path("model"));
+        for (bits, windows) in [(2, 2), (2, 16), (2, 64), (3, 64), (8, 64)] {
+            let settings = format!("--recipe best --bits {bits} --group-size 32");
+            quantize(&dir, "model", &format!("--windows {windows} --seq-len 48"), &settings);
+            fs::remove_file(dir.path("q/gptq_manifest.json")).unwrap();
+            let what = format!("{rows} rows, {bits} bits, {windows} windows");
+            let verify = || dir.gptq(&["verify", "q", "--base", "model", "-q"]);
+            let outcome = verify();
+            assert_eq!(outcome.code, 0, "{what}: {}", outcome.stdout);
+            let report = fs::read_to_string(dir.path("q").join(bare)).unwrap();
+            let fit = serde_json::from_str::<serde_json::Value>(&report).unwrap();
+            least = least.min(fit["head"]["fit"]["gain"].as_f64().unwrap());
+
+            let values = File::open(&dir.path("q")).tensor(head).to_vec();
+            let value =
+                |at: usize| half::f16::from_le_bytes([values[2 * at], values[2 * at + 1]]).to_f32();
+            let mut noise = Noise::new(7);
+            let noise: Vec<f32> = (0..rows * 64).map(|_| noise.next()).collect();
+            type Damage<'d> = (&'static str, bool, &'d dyn Fn(usize, f32) -> f32);
+            // Whether it is found without the report, too, of few rows.
+            let damages: [Damage<'_>; 9] = [
+                ("rows of other tokens", true, &|at, _| value((at + 64) % (rows * 64))),
+                ("other columns", true, &|at, _| value(at ^ 63)),
+                ("another head", true, &|at, _| 0.3 * noise[at]),
+                ("all negated", true, &|_, v| -v),
+                ("a row of zeros", true, &|at, v| if at / 64 == 9 { 0.0 } else { v }),
+                ("a negated row", true, &|at, v| if at / 64 == 9 { -v } else { v }),
+                ("doubled", true, &|_, v| 2.0 * v),
+                ("signs flipped here and there", false, &|at, v| if at % 7 == 0 { -v } else { v }),
+                ("noise", false, &|at, v| v + 0.1 * noise[at]),
+            ];
+            let find = |(damage, _, change): &Damage<'_>, how: &str| {
+                let plant = |file: &mut File| file.change_halves(head, change);
+                with_damage(&dir, "q", plant, || {
+                    let outcome = verify();
+                    let found = outcome.code == 1 && outcome.stdout.contains(head);
+                    assert!(found, "{what}, {how}: {damage}\n{}", outcome.stdout);
+                });
+            };
+            damages.iter().for_each(|damage| find(damage, "recorded"));
+            // One matrix more makes these, and not knowing the fit nobody could tell.
+            find(&("a tenth smaller", false, &|_, v| 0.9 * v), "recorded");
+            find(
+                &("some columns negated", false, &|at, v| if at % 8 == 3 { -v } else { v }),
+                "recorded",
+            );
+            fs::remove_file(dir.path("q").join(bare)).unwrap();
+            let outcome = verify();
+            assert_eq!(outcome.code, 0, "{what}, without a report: {}", outcome.stdout);
+            let seen = |damage: &&Damage<'_>| damage.1 || rows > 64;
+            damages.iter().filter(seen).for_each(|damage| find(damage, "not recorded"));
+        }
+    }
+    // Else these models would not show what the test is for.
+    assert!(least < 0.7, "{least}");
 }

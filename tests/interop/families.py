@@ -29,9 +29,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from family_configs import SEEDED, SHORT_TOO
+from family_configs import SEEDED as ALONE
+from family_configs import SHORT_TOO
+from wrapped_models import WRAPPED, is_wrapped, load_wrapped, plain_name, published_name
+
+SEEDED = ALONE | WRAPPED
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "families"
 VOCABULARY = 64
@@ -84,10 +88,15 @@ def seq_lens(name):
     return [24, SEQ_LEN] if name == "dynamic" or name in SHORT_TOO else [SEQ_LEN]
 
 
+def made(config):
+    auto = AutoModelForImageTextToText if is_wrapped(config) else AutoModelForCausalLM
+    return auto.from_config(config)
+
+
 def random_weights(config, seed):
     """Every parameter drawn anew, exact in fp16; outputs keep about the size of inputs."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = made(config)
     tensors = {}
     for name, shape in sorted(stored_shapes(model).items()):
         noise = torch.randn(shape, generator=generator)
@@ -95,7 +104,7 @@ def random_weights(config, seed):
             value = usual_gain(config) + 0.3 * noise
         elif name.endswith(".bias"):
             value = 0.5 * noise
-        elif name.startswith("model.embed_tokens"):
+        elif plain_name(name).startswith("model.embed_tokens"):
             # Where the head is tied, logits are of the size of one.
             value = noise / shape[-1] ** 0.5
         else:
@@ -160,13 +169,14 @@ def seeded(name, count):
 def seeded_weights(config):
     """As `random_weights`, from the names of the tensors alone: tests/families.rs makes the same."""
     tensors = {}
-    for name, shape in stored_shapes(AutoModelForCausalLM.from_config(config)).items():
-        noise = seeded(name, int(np.prod(shape)))
+    for name, shape in stored_shapes(made(config)).items():
+        plain = plain_name(name)
+        noise = seeded(plain, int(np.prod(shape)))
         if name.endswith("norm.weight"):
             value = np.float32(usual_gain(config)) + np.float32(0.5) * noise
         elif name.endswith(".bias"):
             value = np.float32(0.8) * noise
-        elif name.startswith("model.embed_tokens"):
+        elif plain.startswith("model.embed_tokens"):
             value = np.float32(1.7 / shape[-1] ** 0.5) * noise
         else:
             value = np.float32(2.2 / shape[-1] ** 0.5) * noise
@@ -193,12 +203,24 @@ def write_tokenizer(folder):
     }))
 
 
+def write_processor(folder, config):
+    """What GPTQModel opens beside multimodal models, and every checkpoint has to carry."""
+    if "vision_config" in config:
+        images = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16},
+                  "crop_size": {"height": 16, "width": 16}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
+        (folder / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "pad_token": "<unk>"}))
+
+
 def load(folder, tensors=None):
     """The model of a folder as transformers understands its config.json."""
     config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
     # Dequantized weights are an ordinary model's.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if is_wrapped(config):
+        return load_wrapped(config, load_torch(folder / "model.safetensors") if tensors is None else tensors)
     if has_experts(config):
         return load_experts(folder, config, tensors)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -330,7 +352,7 @@ def dequantized(folder):
     stored = load_file(folder / "model.safetensors")
     tensors = {}
     for name, value in stored.items():
-        prefix, leaf = name.rsplit(".", 1)
+        prefix, _, leaf = name.rpartition(".")
         if f"{prefix}.qweight" not in stored:
             if leaf != "inv_freq":
                 tensors[name] = torch.from_numpy(value)
@@ -382,7 +404,15 @@ def check(gptq, seed, only, gptqmodel):
             tensors = random_weights(AutoConfig.from_pretrained(folder), 100 * seed + number)
             write_folder(folder, config, tensors)
             write_tokenizer(folder)
+            write_processor(folder, config)
             check_family(gptq, name, folder, tensors, seed, gptqmodel)
+            named = {published_name(key, config["model_type"]): value for key, value in tensors.items()}
+            if name in WRAPPED and named.keys() != tensors.keys():
+                folder = folder.with_name(f"{name}-published")
+                write_folder(folder, config, named)
+                write_tokenizer(folder)
+                write_processor(folder, config)
+                check_family(gptq, folder.name, folder, named, seed, gptqmodel)
 
 
 def held_by_gptqmodel(what, folder, ids, ours):
@@ -398,6 +428,29 @@ def held_by_gptqmodel(what, folder, ids, ours):
         print(f"{what:34}  GPTQModel refuses it: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
         return
     compare(f"{what}, GPTQModel", ours, losses_of_transformers(model, ids, SEQ_LEN))
+
+
+def held_by_transformers(what, folder, ids, ours):
+    """Its own integration, with optimum and GPTQModel, on the file as it is."""
+    import readers
+
+    try:
+        model = readers.transformers(folder, AutoModelForImageTextToText)
+    except Exception as error:
+        print(f"{what:34}  transformers refuses it: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
+        return
+    compare(f"{what}, transformers", ours, losses_of_transformers(torch.nn.Module.float(model), ids, SEQ_LEN))
+
+
+def same_parts(out, source):
+    """Everything but the language model is carried as it is."""
+    made, given = (load_file(folder / "model.safetensors") for folder in (out, source))
+    language = ("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head.")
+    inner = ("language_model.", "model.language_model.", "model.text_model.")
+    parts = [name for name in given if not name.startswith(language + inner)]
+    assert parts, "no other parts"
+    for name in parts:
+        assert made[name].tobytes() == given[name].tobytes() and made[name].dtype == given[name].dtype, name
 
 
 def check_family(gptq, name, folder, dense, seed, gptqmodel):
@@ -418,12 +471,17 @@ def check_family(gptq, name, folder, dense, seed, gptqmodel):
             "--bits", bits, "--group-size", 32, "--device", "cpu", "--calib-dataset", train, "--windows", 32,
             "--seq-len", SEQ_LEN, "--seed", 0)
         run(gptq, "verify", out, "--base", folder)
+        if is_wrapped(load_config(folder)):
+            same_parts(out, folder)
         ours, _ = losses_of_gptq(gptq, out, text, SEQ_LEN)
         tensors = without_zero_biases(dequantized(out), dense)
         theirs = losses_of_transformers(load(out, tensors), ids, SEQ_LEN)
         made = compare(f"{name}, {bits} bits, {recipe}, {layout}", ours, theirs)
         if gptqmodel:
-            held_by_gptqmodel(f"{name}, {bits} bits, {recipe}, {layout}", out, ids, ours)
+            what = f"{name}, {bits} bits, {recipe}, {layout}"
+            held_by_gptqmodel(what, out, ids, ours)
+            if is_wrapped(load_config(folder)):
+                held_by_transformers(what, out, ids, ours)
         # Of a random mixture of experts many tokens go another way once it is rounded.
         far = (0.1 if bits == 4 else 0.3) * (3 if has_experts(load_config(folder)) else 1)
         assert abs(np.log(made / base)) < far, f"{name}, {recipe}: perplexity {made} from {base}"
@@ -438,7 +496,8 @@ def main():
     checking.add_argument("--gptq", default="target/debug/gptq", help="the binary")
     checking.add_argument("--seed", type=int, default=1, help="of weights and texts")
     checking.add_argument("--only", nargs="*", help="names of families")
-    checking.add_argument("--gptqmodel", action="store_true", help="let GPTQModel read every file, too")
+    checking.add_argument("--gptqmodel", action="store_true", help="let GPTQModel read every file, too, and transformers those of"
+                               " multimodal models")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)

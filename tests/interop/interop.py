@@ -57,6 +57,10 @@ MATRIX = [
     (4, "32", False, "card", "rtn"),
     (4, "none", False, "modern", "rtn"),
     (3, "64", False, "modern", "rtn"),
+] + [
+    (bits, group, act, layout, "tuned")
+    for bits, group, act in ((4, "128", True), (4, "128", False), (3, "64", True), (2, "64", True))
+    for layout in ("modern", "card")
 ]
 # bits, group size, desc_act
 THEIRS = [(4, 128, True), (4, 32, False), (3, 64, True), (3, -1, False)]
@@ -83,8 +87,9 @@ class Ours:
             return
         run([self.gptq, "quantize", model, "--out", out, "--bits", bits, "--group-size", group,
              f"--act-order={str(act).lower()}", "--layout", layout, "--recipe", recipe, "-q",
-             "--calib", ROOT / "calib/demo.toml", "--windows", self.options.calibration_windows,
-             "--seq-len", 512, "--device", "cpu"])
+             "--calib", self.options.calib, "--windows", self.options.calibration_windows,
+             "--seq-len", self.options.calibration_seq_len, "--device", "cpu",
+             *(f"--set={choice}" for choice in self.options.set)])
 
     def losses(self, folder):
         """Windows of token ids without their first, and the loss of each token."""
@@ -115,7 +120,7 @@ def windows_of(folder, options):
 
 
 def negative_share(folder):
-    """Share of a file's scales that are negative: about half at 2 to 4 bits by `best`, else none."""
+    """Share of a file's scales that are negative: about half at 2 to 4 bits by `best` and `tuned`, else none."""
     scales = [t.flatten() for name, t in readers.tensors(folder).items() if name.endswith(".scales")]
     return (torch.cat(scales) < 0).float().mean().item()
 
@@ -252,7 +257,10 @@ def main():
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--calib", default=ROOT / "calib/demo.toml", help="a recipe of calibration: a file or a name")
     parser.add_argument("--calibration-windows", type=int, default=32)
+    parser.add_argument("--calibration-seq-len", type=int, default=512)
+    parser.add_argument("--set", nargs="*", default=[], metavar="CHOICE=VALUE", help="for `gptq quantize`")
     parser.add_argument("--only", nargs="*", default=[], help="names of cases")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -282,7 +290,7 @@ def main():
             found |= outside.compare(folder, mine)
             # Else the case would not show that a reader takes scales of either sign.
             share = found["ours"]["negative_scales"]
-            signed = name.endswith("-best") and not name.startswith("8bit")
+            signed = name.endswith(("-best", "-tuned")) and not name.startswith("8bit")
             found["ours"]["agrees"] = 0.3 < share < 0.7 if signed else share == 0
             verified, table = ours.verify(folder, options.model)
             hold_to_table(found, table, bits)
@@ -322,7 +330,8 @@ def write(options, cases, outside):
     facts = {
         "model": options.model.name,
         "text": f"{TEXT.relative_to(ROOT)}, {options.windows} windows of {options.seq_len} tokens",
-        "calibration": f"{options.calibration_windows} windows of 512 tokens",
+        "calibration": f"{Path(options.calib).stem}, {options.calibration_windows} windows of "
+                       f"{options.calibration_seq_len} tokens" + "".join(f", {choice}" for choice in options.set),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "outside": outside,

@@ -94,14 +94,14 @@ def gptqmodel(folder):
     return loaded.float().eval()
 
 
-def transformers(folder):
+def transformers(folder, auto=AutoModelForCausalLM):
     """transformers' own GPTQ integration, as a user calls it: fp16."""
     settings = json.loads((Path(folder) / "quantize_config.json").read_text())
     options = {}
     if settings["group_size"] == -1:
         # The kernel that GPTQModel chooses for a CPU by itself takes groups of 32 to 256 only.
         options["quantization_config"] = GPTQConfig(bits=settings["bits"], backend="torch")
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto.from_pretrained(
         str(folder), device_map="cpu", dtype=torch.float16, **options
     )
     kernels = {type(m).__name__ for m in model.modules() if hasattr(m, "qweight")}

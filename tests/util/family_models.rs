@@ -23,6 +23,25 @@ pub(crate) const STORED: [(&str, &str); 11] = [
     ("qwen3", "qwen3"),
 ];
 
+/// Models with other parts beside their language models, whose weights follow from names as those of the
+/// next: WRAPPED of tests/interop/wrapped_models.py.
+pub(crate) const WRAPPED: [&str; 14] = [
+    "llava",
+    "llava-mistral",
+    "llava-next",
+    "llava-onevision",
+    "mistral3",
+    "internvl",
+    "internvl-qwen3",
+    "gemma3-whole",
+    "qwen2-vl",
+    "qwen2-vl-nested",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "idefics3",
+    "smolvlm",
+];
+
 /// Models whose weights follow from names: SEEDED of tests/interop/family_configs.py.
 pub(crate) const SEEDED: [&str; 46] = [
     "llama-yarn",
@@ -82,7 +101,7 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 
 /// Every model's name.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
-    STORED.into_iter().map(|(name, _)| name).chain(SEEDED)
+    STORED.into_iter().map(|(name, _)| name).chain(SEEDED).chain(WRAPPED)
 }
 
 /// Makes a model's folder.
@@ -98,9 +117,31 @@ pub(crate) fn assemble(folder: &Path, name: &str) {
     }
 }
 
-/// A weight file of f32 values that are exact in fp16.
+/// Tensors of other parts: names, types, shapes and bytes, also of types that nothing is computed with.
+pub(crate) const PARTS: [(&str, &str, &[usize], &[u8]); 3] = [
+    (
+        "vision_tower.embeddings.position_ids",
+        "I64",
+        &[1, 2],
+        &[7, 0, 0, 0, 0, 0, 0, 0, 3, 1, 0, 0, 0, 0, 0, 0],
+    ),
+    ("vision_tower.layers.0.self_attn.q_proj.weight", "BF16", &[2, 3], b"0?1@2A3B4C5D"),
+    ("vision_tower.rotary_pos_emb.inv_freq", "F32", &[2], b"wxy?z{|@"),
+];
+
+/// A weight file of f32 values that are exact in fp16; of the parts around a language model [`PARTS`].
 fn seeded(config: &ModelConfig) -> Vec<u8> {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
+    let entry = |name: &str, dtype: &str, shape: &[usize], start: usize, end: usize| {
+        format!(
+            r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#
+        )
+    };
+    for (name, dtype, shape, bytes) in PARTS.into_iter().filter(|_| config.wrapper().is_some()) {
+        let start = data.len();
+        data.extend(bytes);
+        entries.push(entry(name, dtype, shape, start, data.len()));
+    }
     let tied = config.tie_word_embeddings;
     for (name, shape) in config.dense_tensors().into_iter().filter(|(n, _)| !(tied && n == HEAD)) {
         let start = data.len();
@@ -111,10 +152,7 @@ fn seeded(config: &ModelConfig) -> Vec<u8> {
             let value = half::f16::from_f32(offset + scale * noise).to_f32();
             data.extend(value.to_le_bytes());
         }
-        let end = data.len();
-        entries.push(format!(
-            r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{start},{end}]}}"#
-        ));
+        entries.push(entry(&config.stored_name(&name), "F32", &shape, start, data.len()));
     }
     let mut header = format!("{{{}}}", entries.join(",")).into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');

@@ -72,12 +72,12 @@ fn slides(fields: &Fields<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<
     let default = match family.window {
         // The list is only looked at: these families have one kind of attention.
         Window::All { .. } | Window::AllIf { .. } => return Ok(vec![true; blocks]),
-        Window::From { .. } => {
-            let first = max_window_layers(fields);
+        Window::From { first, .. } => {
+            let first = max_window_layers(fields, first);
             (0..blocks).map(|block| block >= first).collect()
         }
         Window::OddBefore { .. } => {
-            let end = max_window_layers(fields);
+            let end = max_window_layers(fields, 28);
             (0..blocks).map(|block| block.is_multiple_of(2) && block < end).collect()
         }
         Window::Pattern { every, .. } => {
@@ -90,9 +90,9 @@ fn slides(fields: &Fields<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<
 }
 
 /// Qwen's number of blocks on one side of which attention slides.
-fn max_window_layers(fields: &Fields<'_>) -> usize {
+fn max_window_layers(fields: &Fields<'_>, default: usize) -> usize {
     let blocks = fields.raw.get("max_window_layers").and_then(Value::as_u64);
-    blocks.map_or(28, |blocks| blocks as usize)
+    blocks.map_or(default, |blocks| blocks as usize)
 }
 
 /// Which blocks rotate queries and keys, by the config's list or by the family's default.

@@ -17,7 +17,9 @@ use crate::fields::Fields;
 use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
 use crate::rope::{Rope, RopeScaling};
 use crate::rope_settings::Reader;
-use crate::{Error, Result, foreign, json};
+use crate::stored_names::StoredNames;
+use crate::wrappers::{Language, Sizes, TEXT, Wrapper};
+use crate::{Error, Result, TensorSpec, foreign, json};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
 pub(crate) const MAX_WIDTH: u64 = 1 << 20;
@@ -29,7 +31,7 @@ const TIED: &str = "tie_word_embeddings";
 /// The shape of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// `model_type`: one of `FAMILIES`.
+    /// `model_type` of the language model: one of `FAMILIES`, or what one of `WRAPPERS` has in it.
     pub family: &'static str,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -72,8 +74,14 @@ pub struct ModelConfig {
     pub(crate) biases: Biases,
     pub(crate) head_norms: HeadNorms,
     pub(crate) rules: &'static Family,
+    /// What the language model is a part of, if it is not all.
+    pub(crate) wrapper: Option<&'static Wrapper>,
+    /// How the weights call its tensors.
+    pub(crate) names: StoredNames,
+    /// The tensors of the other parts; `None` where no weights are known.
+    pub(crate) carried: Option<Vec<TensorSpec>>,
     blocks: Vec<BlockAttention>,
-    raw: Map<String, Value>,
+    pub(crate) raw: Map<String, Value>,
 }
 
 /// Constants that parts of a forward pass are multiplied by; 1 where a family has none.
@@ -117,26 +125,26 @@ impl ModelConfig {
     /// [`Error::UnsupportedConfig`] for a model with parts that the engine does not have.
     pub fn parse(text: &str, file: &Path) -> Result<Self> {
         let raw: Map<String, Value> = serde_json::from_str(text).map_err(Error::json(file))?;
-        let fields = Fields::new(&raw, file);
-        let family = Family::of(&fields)?;
-        family.check(&fields)?;
-        let hidden_size = fields.size("hidden_size", None, MAX_WIDTH)?;
-        let heads = fields.size("num_attention_heads", None, MAX_WIDTH)?;
-        let kv_heads = kv_heads(&fields, family, heads)?;
-        let head_dim = head_dim(&fields, family, hidden_size, heads)?;
-        let layers = fields.size("num_hidden_layers", None, MAX_BLOCKS)?;
+        let language = Language::of(&raw, file)?;
+        let Language { wrapper, family, fields, sizes } = &language;
+        family.check(fields)?;
+        let size = |key, default: fn(&Sizes) -> usize, max| {
+            fields.size(key, sizes.as_ref().map(default), max)
+        };
+        let hidden_size = size("hidden_size", |sizes| sizes.hidden, MAX_WIDTH)?;
+        let heads = size("num_attention_heads", |sizes| sizes.heads, MAX_WIDTH)?;
+        let kv_heads = kv_heads(fields, family, heads)?;
+        let head_dim = head_dim(fields, family, hidden_size, heads)?;
+        let layers = size("num_hidden_layers", |sizes| sizes.blocks, MAX_BLOCKS)?;
         // It is read again where it is needed; what is no token shows now.
         fields.token("bos_token_id")?;
         let context = fields.size("max_position_embeddings", Some(family.context), MAX_CONTEXT)?;
-        let factor = |factor: Factor| factor.read(&fields, hidden_size, head_dim);
-        let (rope, local_rope) = Reader { fields: &fields, family, context, head_dim }.read()?;
+        let factor = |factor: Factor| factor.read(fields, hidden_size, head_dim);
+        let (rope, local_rope) = Reader { fields, family, context, head_dim }.read()?;
         let (eps_key, eps) = family.norm_eps;
-        let tie_word_embeddings = match fields.get(TIED) {
-            None => family.tied,
-            Some(_) => fields.flag(TIED)?,
-        };
-        let intermediate_size = fields.size("intermediate_size", None, MAX_WIDTH)?;
-        let experts = family.experts.map(|rules| rules.read(&fields, intermediate_size, layers));
+        let tie_word_embeddings = language.tied(&Fields::new(&raw, file))?;
+        let intermediate_size = size("intermediate_size", |sizes| sizes.intermediate, MAX_WIDTH)?;
+        let experts = family.experts.map(|rules| rules.read(fields, intermediate_size, layers));
         Ok(Self {
             family: family.name,
             hidden_size,
@@ -145,27 +153,30 @@ impl ModelConfig {
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,
-            vocab_size: fields.size("vocab_size", None, MAX_VOCAB)?,
+            vocab_size: size("vocab_size", |sizes| sizes.vocabulary, MAX_VOCAB)?,
             norm: family.norm,
             norm_eps: fields.positive(eps_key)?.unwrap_or(eps) as f32,
             rope,
             local_rope,
             max_position_embeddings: context,
-            activation: family.activation(&fields)?,
+            activation: family.activation(fields)?,
             factors: Factors {
                 embedding: factor(family.embedding)?,
                 attention: factor(family.attention)?,
                 residual: factor(family.residual)?,
                 logits: factor(family.logits)?,
             },
-            attention_softcap: Family::cap(&fields, family.attention_cap)?,
-            logit_softcap: Family::cap(&fields, family.logit_cap)?,
+            attention_softcap: Family::cap(fields, family.attention_cap)?,
+            logit_softcap: Family::cap(fields, family.logit_cap)?,
             tie_word_embeddings,
             experts: experts.transpose()?,
-            biases: family.biases(&fields)?,
-            head_norms: family.head_norms(&fields)?,
+            biases: family.biases(fields)?,
+            head_norms: family.head_norms(fields)?,
             rules: family,
-            blocks: block_attention::read(&fields, family, layers)?,
+            wrapper: *wrapper,
+            names: wrapper.map_or(StoredNames::PLAIN, |wrapper| wrapper.names[0]),
+            carried: wrapper.is_none().then(Vec::new),
+            blocks: block_attention::read(fields, family, layers)?,
             raw,
         })
     }
@@ -173,9 +184,13 @@ impl ModelConfig {
     /// The same model with a head of its own.
     #[must_use]
     pub fn untied(mut self) -> Self {
-        if self.tie_word_embeddings {
+        // Of a wrapper's two places readers look at either.
+        if self.tie_word_embeddings || self.wrapper.is_some() {
             self.tie_word_embeddings = false;
             self.raw.insert(TIED.to_owned(), Value::Bool(false));
+        }
+        if let (Some(_), Some(Value::Object(text))) = (self.wrapper, self.raw.get_mut(TEXT)) {
+            text.insert(TIED.to_owned(), Value::Bool(false));
         }
         self
     }

@@ -123,6 +123,18 @@ pub enum Error {
         /// Why.
         source: Cause,
     },
+    /// A model whose shards come and go has parts beside the language model.
+    #[error(
+        "`{}` is a {wrapper} model: of shards that are discarded only language models by themselves can be \
+         read",
+        dir.display()
+    )]
+    ArrivingParts {
+        /// The folder of its configuration.
+        dir: PathBuf,
+        /// Its `model_type`.
+        wrapper: &'static str,
+    },
     /// A weight is read again although its shard may be gone.
     #[error("`{tensor}` was read and discarded; shards that are discarded can be read once")]
     Discarded {

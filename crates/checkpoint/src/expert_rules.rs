@@ -66,6 +66,17 @@ impl ExpertRules {
         self.count.0.contains(&key)
     }
 
+    /// The sizes that a config leaves out, with what is taken for them: how many experts there are, and how
+    /// wide they are.
+    pub(crate) fn assumed(
+        &self,
+        keys: &serde_json::Map<String, Value>,
+    ) -> impl Iterator<Item = (&'static str, usize)> {
+        let absent = |(names, _): &Size| names.iter().all(|name| keys.get(*name).is_none());
+        let sizes = [Some(self.count), self.width].into_iter().flatten();
+        sizes.filter(absent).map(|(names, value)| (names[0], value)).collect::<Vec<_>>().into_iter()
+    }
+
     /// The mixture that a config describes; `dense_width` is that of an MLP.
     pub(crate) fn read(
         &'static self,
@@ -185,10 +196,18 @@ impl BlocksRule {
     }
 }
 
-/// The first of the keys that is there, and its value.
+/// The first of the keys that is there, and its value; the others may not contradict it.
 fn size(fields: &Fields<'_>, (keys, default): Size, max: u64) -> Result<(&'static str, usize)> {
     let key = key(fields, keys);
-    Ok((key, fields.size(key, Some(default), max)?))
+    let value = fields.size(key, Some(default), max)?;
+    for other in keys.iter().filter(|other| **other != key && fields.get(other).is_some()) {
+        let found = fields.size(other, None, max)?;
+        if found != value {
+            let reason = format!("is {value}, but `{other}` is {found}: correct the wrong one");
+            return Err(fields.invalid(key, reason));
+        }
+    }
+    Ok((key, value))
 }
 
 /// As [`size`], where 0 is a value, too.
@@ -360,12 +379,12 @@ mod tests {
         let specs = tensor_specs(&config, &quantize, Layout::Modern);
         let of = |name: &str| {
             let found = specs.iter().find(|spec| spec.name == name);
-            found.map(|spec| (spec.dtype, spec.shape.clone()))
+            found.map(|spec| (spec.is(DType::F32), spec.shape.clone()))
         };
         let gate = "model.layers.3.mlp.gate";
-        assert_eq!(of(&format!("{gate}.weight")), Some((DType::F16, vec![4, 64])));
+        assert_eq!(of(&format!("{gate}.weight")), Some((false, vec![4, 64])));
         let correction = format!("{gate}.e_score_correction_bias");
-        assert_eq!(of(&correction), Some((DType::F32, vec![4])));
+        assert_eq!(of(&correction), Some((true, vec![4])));
         assert_eq!(of("model.layers.0.mlp.gate.weight"), None);
         assert!(config.dense_named(&correction).is_some_and(|dense| dense.exact));
     }
@@ -376,6 +395,13 @@ mod tests {
             ("mixtral", r#","num_local_experts":0"#, "num_local_experts"),
             ("mixtral", r#","num_experts":5000"#, "`num_experts` is `5000`, expected 1 to 4096"),
             ("mixtral", r#","num_experts_per_tok":9"#, "a token chooses from 8 experts"),
+            (
+                "mixtral",
+                r#","num_experts":4,"num_local_experts":8"#,
+                "`num_local_experts` is 8, but `num_experts` is 4: correct the wrong one",
+            ),
+            ("qwen3_moe", r#","num_experts":4,"num_local_experts":8"#, "`num_experts` is 4, but"),
+            ("glm4_moe", r#","n_routed_experts":4,"num_local_experts":true"#, "num_local_experts"),
             ("qwen3_moe", r#","num_experts":"many""#, "num_experts"),
             ("qwen3_moe", r#","moe_intermediate_size":0"#, "moe_intermediate_size"),
             ("qwen3_moe", r#","norm_topk_prob":1"#, "norm_topk_prob"),

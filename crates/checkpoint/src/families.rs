@@ -42,7 +42,7 @@ const GLM_AROUND: &[(NormId, &str)] = &[
 /// One that attention and the MLP share.
 const SHARED: &[(NormId, &str)] = &[(NormId::BeforeAttention, "input_layernorm")];
 
-const LLAMA: Family = Family {
+pub(crate) const LLAMA: Family = Family {
     name: "llama",
     context: 2048,
     kv_heads: None,
@@ -69,6 +69,7 @@ const LLAMA: Family = Family {
     local_rope: None,
     original_context: None,
     yarn_is_longrope: false,
+    mrope: false,
     embedding: Factor::Number(1.0),
     attention: Factor::OverRootOfHead,
     residual: Factor::Number(1.0),
@@ -77,15 +78,35 @@ const LLAMA: Family = Family {
     logit_cap: None,
 };
 
-const QWEN2: Family = Family {
+pub(crate) const MISTRAL: Family = Family {
+    name: "mistral",
+    context: 4096 * 32,
+    kv_heads: Some(8),
+    qkv_bias: Part::Never,
+    output_bias: Part::Never,
+    mlp_bias: Part::Never,
+    window: Window::All { default: Some(4096) },
+    ..LLAMA
+};
+
+pub(crate) const QWEN2: Family = Family {
     name: "qwen2",
     context: 32_768,
     kv_heads: Some(32),
     qkv_bias: Part::Always,
     output_bias: Part::Never,
     mlp_bias: Part::Never,
-    window: Window::From { default: 4096 },
+    window: Window::From { default: 4096, first: 28 },
     ..LLAMA
+};
+
+pub(crate) const QWEN3: Family = Family {
+    name: "qwen3",
+    head_dim: Some(128),
+    qkv_bias: Part::Flag("attention_bias", false),
+    output_bias: Part::Flag("attention_bias", false),
+    head_norms: HeadNorms::Heads,
+    ..QWEN2
 };
 
 const GEMMA: Family = Family {
@@ -112,6 +133,18 @@ const GEMMA2: Family = Family {
     attention_cap: Some(("attn_logit_softcapping", Some(50.0))),
     logit_cap: Some(("final_logit_softcapping", Some(30.0))),
     ..GEMMA
+};
+
+pub(crate) const GEMMA3: Family = Family {
+    name: "gemma3_text",
+    context: 131_072,
+    head_norms: HeadNorms::Heads,
+    window: Window::Pattern { default: 4096, every: 6 },
+    theta: 1_000_000.0,
+    local_rope: Some(LocalRope::Base("rope_local_base_freq", 10_000.0)),
+    attention_cap: None,
+    logit_cap: Some(("final_logit_softcapping", None)),
+    ..GEMMA2
 };
 
 const OLMO2: Family = Family {
@@ -212,25 +245,9 @@ pub fn family_names() -> impl Iterator<Item = &'static str> {
 
 pub(crate) const FAMILIES: [Family; 22] = [
     LLAMA,
-    Family {
-        name: "mistral",
-        context: 4096 * 32,
-        kv_heads: Some(8),
-        qkv_bias: Part::Never,
-        output_bias: Part::Never,
-        mlp_bias: Part::Never,
-        window: Window::All { default: Some(4096) },
-        ..LLAMA
-    },
+    MISTRAL,
     QWEN2,
-    Family {
-        name: "qwen3",
-        head_dim: Some(128),
-        qkv_bias: Part::Flag("attention_bias", false),
-        output_bias: Part::Flag("attention_bias", false),
-        head_norms: HeadNorms::Heads,
-        ..QWEN2
-    },
+    QWEN3,
     Family {
         name: "smollm3",
         context: 32_768,
@@ -265,17 +282,7 @@ pub(crate) const FAMILIES: [Family; 22] = [
     },
     GEMMA,
     GEMMA2,
-    Family {
-        name: "gemma3_text",
-        context: 131_072,
-        head_norms: HeadNorms::Heads,
-        window: Window::Pattern { default: 4096, every: 6 },
-        theta: 1_000_000.0,
-        local_rope: Some(LocalRope::Base("rope_local_base_freq", 10_000.0)),
-        attention_cap: None,
-        logit_cap: Some(("final_logit_softcapping", None)),
-        ..GEMMA2
-    },
+    GEMMA3,
     OLMO2,
     Family {
         name: "olmo3",

@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::expert_rules::ExpertRules;
 use crate::families::FAMILIES;
 use crate::fields::Fields;
+use crate::wrappers::wrapper_names;
 use crate::{LinearId, NormId, Result};
 
 /// A `model_type` of transformers.
@@ -64,6 +65,8 @@ pub(crate) struct Family {
     pub(crate) original_context: Option<usize>,
     /// `yarn` is what its files once called `longrope`.
     pub(crate) yarn_is_longrope: bool,
+    /// Rotary positions have three parts, which are equal for text; `mrope` says so and changes nothing.
+    pub(crate) mrope: bool,
     /// What embeddings are multiplied by.
     pub(crate) embedding: Factor,
     /// What products of queries and keys are multiplied by.
@@ -153,8 +156,8 @@ pub(crate) enum Window {
     /// If `use_sliding_window` says so every other one, from the first on, before `max_window_layers` (by
     /// default 28).
     OddBefore { default: usize },
-    /// If `use_sliding_window` says so those from `max_window_layers` (by default 28) on.
-    From { default: usize },
+    /// If `use_sliding_window` says so those from `max_window_layers` (by default `first`) on.
+    From { default: usize, first: usize },
     /// All but every so many-th.
     Pattern { default: usize, every: usize },
     /// If `use_sliding_window` says so those that do not rotate.
@@ -173,7 +176,7 @@ impl Window {
             Self::All { default } => default,
             Self::AllIf { default }
             | Self::OddBefore { default }
-            | Self::From { default }
+            | Self::From { default, .. }
             | Self::Pattern { default, .. } => Some(default),
             Self::Unrotated => None,
         }
@@ -299,7 +302,13 @@ impl Family {
             static NAMES: LazyLock<String> = LazyLock::new(|| {
                 let [others @ .., last] =
                     FAMILIES.each_ref().map(|family| format!("`{}`", family.name));
-                format!("one of {} and {last}", others.join(", "))
+                let wrappers: Vec<String> =
+                    wrapper_names().map(|(name, _)| format!("`{name}`")).collect();
+                format!(
+                    "one of {} and {last}, and of models with other parts the language model of {}",
+                    others.join(", "),
+                    wrappers.join(", ")
+                )
             });
             fields.unsupported("model_type", model_type, &NAMES)
         })

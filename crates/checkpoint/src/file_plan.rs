@@ -21,10 +21,10 @@ use crate::{
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Name in the file.
+    /// Name; of a tensor of the language model that in a model by itself.
     pub name: String,
     /// Type of its values.
-    pub dtype: DType,
+    pub dtype: safetensors::Dtype,
     /// Dimensions.
     pub shape: Vec<usize>,
 }
@@ -33,7 +33,13 @@ impl TensorSpec {
     /// Bytes of the values.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.shape.iter().map(|&d| d as u64).product::<u64>() * self.dtype.size() as u64
+        self.shape.iter().map(|&d| d as u64).product::<u64>() * self.dtype.bitsize() as u64 / 8
+    }
+
+    /// Whether it is stored as one of the types that values are computed with.
+    #[must_use]
+    pub fn is(&self, dtype: DType) -> bool {
+        self.dtype == dtype.to_safetensors()
     }
 }
 
@@ -69,7 +75,7 @@ pub struct FilePlan {
 }
 
 /// Every tensor of a quantized checkpoint in the order of a single safetensors file: wider types
-/// first (F32, I32, F16), then by name, byte for byte.
+/// first (F32, I32, F16), then by name, byte for byte; with those of other parts, as far as they are known.
 #[must_use]
 pub fn tensor_specs(
     config: &ModelConfig,
@@ -77,7 +83,7 @@ pub fn tensor_specs(
     layout: Layout,
 ) -> Vec<TensorSpec> {
     let mut specs = model_order(config, quantize, layout);
-    sort_for_file(&mut specs);
+    sort_for_file(config, &mut specs);
     specs
 }
 
@@ -113,14 +119,14 @@ pub fn plan_files(
         } else {
             format!("{stem}-{:05}-of-{count:05}{SAFETENSORS_END}", index + 1)
         };
-        shards.push(place(file_name, specs, &metadata));
+        shards.push(place(config, file_name, specs, &metadata));
     }
     let total_bytes = shards.iter().map(|s| s.size).sum();
     Ok(FilePlan { shards, total_bytes })
 }
 
-/// The tensors as the model uses them: embedding, blocks, final norm, head. A tied model's head is
-/// written, too ([`Head`](crate::Head) says why).
+/// The tensors as the model uses them: embedding, blocks, final norm, head; other parts behind. A tied
+/// model's head is written, too ([`Head`](crate::Head) says why).
 fn model_order(config: &ModelConfig, quantize: &QuantizeConfig, layout: Layout) -> Vec<TensorSpec> {
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
     let mut specs = vec![f16(EMBEDDING.to_owned(), &[vocab, hidden])];
@@ -129,6 +135,7 @@ fn model_order(config: &ModelConfig, quantize: &QuantizeConfig, layout: Layout) 
     }
     specs.push(f16(FINAL_NORM.to_owned(), &[hidden]));
     specs.push(f16(HEAD.to_owned(), &[vocab, hidden]));
+    specs.extend_from_slice(config.carried().unwrap_or_default());
     specs
 }
 
@@ -145,11 +152,11 @@ fn block_specs(
     }
     for DenseShape { name, shape, exact, .. } in config.block_dense(block) {
         let dtype = if exact { DType::F32 } else { DType::F16 };
-        specs.push(TensorSpec { name: format!("{prefix}.{name}"), dtype, shape });
+        specs.push(spec(format!("{prefix}.{name}"), dtype, &shape));
     }
     if layout == Layout::Card {
         let name = format!("{prefix}.self_attn.rotary_emb.inv_freq");
-        specs.push(TensorSpec { name, dtype: DType::F32, shape: vec![config.rope.dims / 2] });
+        specs.push(spec(name, DType::F32, &[config.rope.dims / 2]));
     }
     for linear in config.block_linears(block) {
         let name = format!("{prefix}.{}", linear.name);
@@ -171,18 +178,22 @@ fn block_specs(
 }
 
 fn f16(name: String, shape: &[usize]) -> TensorSpec {
-    TensorSpec { name, dtype: DType::F16, shape: shape.to_vec() }
+    spec(name, DType::F16, shape)
 }
 
 fn i32(name: String, shape: &[usize]) -> TensorSpec {
-    TensorSpec { name, dtype: DType::I32, shape: shape.to_vec() }
+    spec(name, DType::I32, shape)
+}
+
+fn spec(name: String, dtype: DType, shape: &[usize]) -> TensorSpec {
+    TensorSpec { name, dtype: dtype.to_safetensors(), shape: shape.to_vec() }
 }
 
 /// The order of the safetensors library, so that our files equal those that it writes.
-fn sort_for_file(specs: &mut [TensorSpec]) {
+fn sort_for_file(config: &ModelConfig, specs: &mut [TensorSpec]) {
     specs.sort_by(|a, b| {
-        let by_type = b.dtype.to_safetensors().cmp(&a.dtype.to_safetensors());
-        by_type.then_with(|| a.name.cmp(&b.name))
+        let by_type = b.dtype.cmp(&a.dtype);
+        by_type.then_with(|| config.stored_name(&a.name).cmp(&config.stored_name(&b.name)))
     });
 }
 
@@ -208,20 +219,21 @@ fn split(specs: Vec<TensorSpec>, max: Option<u64>) -> Vec<Vec<TensorSpec>> {
 }
 
 fn place(
+    config: &ModelConfig,
     file_name: String,
     mut specs: Vec<TensorSpec>,
     metadata: &Map<String, Value>,
 ) -> ShardPlan {
-    sort_for_file(&mut specs);
+    sort_for_file(config, &mut specs);
     let mut json = Map::new();
     json.insert("__metadata__".to_owned(), Value::Object(metadata.clone()));
     let mut end = 0;
     for spec in &specs {
         let begin = end;
         end += spec.bytes();
-        let entry =
-            json!({"dtype": spec.dtype.name(), "shape": spec.shape, "data_offsets": [begin, end]});
-        json.insert(spec.name.clone(), entry);
+        let dtype = spec.dtype.to_string();
+        let entry = json!({"dtype": dtype, "shape": spec.shape, "data_offsets": [begin, end]});
+        json.insert(config.stored_name(&spec.name).into_owned(), entry);
     }
     let header = header::compose(Value::Object(json).to_string().into_bytes());
     let mut offset = header.len() as u64;
@@ -352,7 +364,7 @@ mod tests {
         let specs = tensor_specs(&config(), &quantize, Layout::Card);
         assert_eq!(specs[0].name, "model.layers.0.self_attn.rotary_emb.inv_freq");
         assert_eq!(specs[2].name, "model.layers.10.self_attn.rotary_emb.inv_freq");
-        assert_eq!((specs[80].dtype, specs[600].dtype), (DType::I32, DType::I32));
+        assert!(specs[80].is(DType::I32) && specs[600].is(DType::I32));
         assert_eq!(specs[3042].name, "model.norm.weight");
         let modern = tensor_specs(&config(), &quantize, Layout::Modern);
         assert_eq!(specs.len() - modern.len(), 80 * 8);

@@ -21,6 +21,7 @@ impl Error {
             Self::AmbiguousWeights { .. } => {
                 "set `model_file_base_name` in `quantize_config.json`".into()
             }
+            Self::ArrivingParts { .. } => "leave --discard-shards out".into(),
             Self::MissingShard { .. } => "download it again".into(),
             Self::LfsPointer { .. } => "fetch the weights with `git lfs pull`".into(),
             Self::Prefixed { .. } => "save the model inside of it".into(),

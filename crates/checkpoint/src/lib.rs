@@ -47,6 +47,7 @@ mod names;
 mod output_error;
 mod packed;
 mod partial;
+mod parts;
 mod pickle;
 mod pickle_names;
 mod pytorch;
@@ -58,11 +59,13 @@ mod rope_settings;
 mod settings;
 mod side_files;
 mod small_file;
+mod stored_names;
 mod strays;
 mod tensor;
 mod weight_files;
 mod weight_sum;
 mod weights;
+mod wrappers;
 mod writer;
 mod zip;
 
@@ -103,6 +106,7 @@ pub use strays::Strays;
 pub use tensor::TensorRef;
 pub use weight_files::WeightFile;
 pub use weight_sum::{Sum, WeightSum, sum_of_pieces, weight_pieces};
+pub use wrappers::wrapper_names;
 pub use writer::{CheckpointWriter, Sealed, Written};
 
 // Tensors move between memory and files by reinterpreting bytes, and safetensors is little-endian.

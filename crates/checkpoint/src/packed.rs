@@ -259,7 +259,7 @@ impl Checkpoint {
         if self.contains(&name) {
             return self.words(&name, &[in_features]);
         }
-        if self.weights().promised(&name).is_some() {
+        if self.weights().promised(&self.config().stored_name(&name)).is_some() {
             return Err(self.missing(&name));
         }
         self.in_order(prefix, in_features, "is missing")

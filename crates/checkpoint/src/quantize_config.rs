@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::names::{CONFIG_FILE, QUANTIZE_CONFIG_FILE};
 use crate::quantize_keys::{Keys, OBJECT, Sources};
+use crate::wrappers::{TEXT, Wrapper};
 use crate::{Bits, CheckpointFormat, Error, GroupSize, Layout, Result, json};
 
 /// How a checkpoint is quantized.
@@ -139,21 +140,26 @@ impl QuantizeConfig {
 
     /// Text of config.json: the base's keys in their order, `quantization_config` last. The type of
     /// the tensors is what is written, fp16; the `card` layout keeps the base's, as the published
-    /// branches do, but for bfloat16, which loaders would run the kernels in.
-    pub(crate) fn config_text(&self, base: &Map<String, Value>, layout: Layout) -> Result<String> {
+    /// branches do, but for bfloat16, which loaders would run the kernels in. Of a model with other parts
+    /// their types stay, and optimum is told where the quantized blocks are.
+    pub(crate) fn config_text(
+        &self,
+        base: &Map<String, Value>,
+        wrapper: Option<&Wrapper>,
+        layout: Layout,
+    ) -> Result<String> {
         let mut config = base.clone();
         config.shift_remove("quantization_config");
-        for key in ["torch_dtype", "dtype"] {
-            let Some(stored) = config.get_mut(key).filter(|value| value.is_string()) else {
-                continue;
-            };
-            if layout == Layout::Modern || stored == "bfloat16" {
-                *stored = json!("float16");
-            }
+        set_type(&mut config, layout);
+        if let (Some(_), Some(Value::Object(text))) = (wrapper, config.get_mut(TEXT)) {
+            set_type(text, layout);
         }
         let mut keys = self.keys(layout);
         if layout == Layout::Modern {
             keys.insert("checkpoint_format".to_owned(), json!("gptq"));
+        }
+        if let Some(wrapper) = wrapper {
+            keys.insert("block_name_to_quantize".to_owned(), json!(wrapper.blocks));
         }
         keys.insert("quant_method".to_owned(), json!("gptq"));
         config.insert("quantization_config".to_owned(), Value::Object(keys));
@@ -180,6 +186,18 @@ impl QuantizeConfig {
         ])
         .map(|(key, value)| (key.to_owned(), value))
         .collect()
+    }
+}
+
+/// Says the type of what is written.
+fn set_type(config: &mut Map<String, Value>, layout: Layout) {
+    for key in ["torch_dtype", "dtype"] {
+        let Some(stored) = config.get_mut(key).filter(|value| value.is_string()) else {
+            continue;
+        };
+        if layout == Layout::Modern || stored == "bfloat16" {
+            *stored = json!("float16");
+        }
     }
 }
 
@@ -244,7 +262,7 @@ mod tests {
         let before = json::indented(&base).unwrap();
         assert_eq!(before, "{\n  \"z\": 1,\n  \"rms_norm_eps\": 1e-05\n}");
         let added = |group_size, act| {
-            let text = config(group_size, act).config_text(&base, Layout::Card).unwrap();
+            let text = config(group_size, act).config_text(&base, None, Layout::Card).unwrap();
             assert!(text.ends_with("\"quant_method\": \"gptq\"\n  }\n}"));
             text.len() - before.len()
         };
@@ -257,7 +275,7 @@ mod tests {
     fn a_former_quantization_is_replaced_and_order_kept() {
         let base = r#"{"z":1,"quantization_config":{},"a":2,"b":3}"#;
         let base: Map<String, Value> = serde_json::from_str(base).unwrap();
-        let text = config(Some(32), true).config_text(&base, Layout::Modern).unwrap();
+        let text = config(Some(32), true).config_text(&base, None, Layout::Modern).unwrap();
         let read: Map<String, Value> = serde_json::from_str(&text).unwrap();
         assert_eq!(read.keys().collect::<Vec<_>>(), ["z", "a", "b", "quantization_config"]);
     }

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::arriving::{Arriving, Bring};
-use crate::names::{EMBEDDING, HEAD, QWEIGHT};
+use crate::names::{CONFIG_FILE, EMBEDDING, HEAD, QWEIGHT};
 use crate::strays::{Stored, Strays};
 use crate::weight_files::{View, WeightFile};
 use crate::weights::{Mapped, Weights};
 use crate::{
-    DType, Error, Head, LinearShape, ModelConfig, QuantizeConfig, Result, TensorRef, pytorch,
-    settings, side_files, strays,
+    DType, Error, Head, LinearShape, ModelConfig, QuantizeConfig, Result, TensorRef, TensorSpec,
+    pytorch, settings, side_files, strays,
 };
 
 /// A checkpoint folder, dense or GPTQ, opened for reading.
@@ -85,9 +85,13 @@ impl Checkpoint {
     /// tensors (embedding, norms, head) are kept in memory.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`] for what is in `dir`. What a shard holds is checked when it comes.
+    /// As [`Checkpoint::open`] for what is in `dir`, and [`Error::ArrivingParts`]. What a shard holds is
+    /// checked when it comes.
     pub fn open_arriving(dir: &Path, bring: Box<Bring>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
+        if let Some(wrapper) = config.wrapper() {
+            return Err(Error::ArrivingParts { dir: dir.to_owned(), wrapper });
+        }
         let quantize = QuantizeConfig::load(dir, config.raw(), true);
         let weights = Weights::Arriving(Arriving::open(dir, &config, bring)?);
         Self::new(dir, config, quantize, weights)
@@ -99,8 +103,9 @@ impl Checkpoint {
         quantize: Result<Option<QuantizeConfig>>,
         weights: Weights,
     ) -> Result<Self> {
+        let config = named_by(config, &weights);
         let (quantize, ignored_settings) = settings::that_hold(dir, &config, &weights, quantize)?;
-        settings::refuse_unreadable(dir, quantize.as_ref(), &weights)?;
+        settings::refuse_unreadable(dir, &config, quantize.as_ref(), &weights)?;
         let (dir, head) = (dir.to_owned(), OnceLock::new());
         Ok(Self { dir, config, quantize, ignored_settings, weights, head })
     }
@@ -127,7 +132,7 @@ impl Checkpoint {
         self.quantize.as_ref()
     }
 
-    /// Names of all tensors, sorted.
+    /// Names of all tensors as they are stored, sorted. What takes a name takes these, too.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.weights.names()
     }
@@ -135,7 +140,7 @@ impl Checkpoint {
     /// Whether the tensor is there.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
-        self.weights.contains(self.stored_name(name))
+        self.weights.contains(&self.stored_name(name))
     }
 
     /// Where the head comes from. The first call compares two stored tables, where a tied model has
@@ -156,7 +161,7 @@ impl Checkpoint {
         if !self.config().tie_word_embeddings {
             return Ok(Head::Own);
         }
-        let stored = |name| self.names().any(|stored| stored == name);
+        let stored = |name| self.weights.contains(&self.config.stored_name(name));
         if !(stored(EMBEDDING) && stored(HEAD)) {
             return Ok(Head::Tied);
         }
@@ -235,7 +240,7 @@ impl Checkpoint {
     }
 
     fn named(&self, name: &str) -> Result<(&str, StoredTensor<'_>)> {
-        let Some(View { name, entry, bytes }) = self.weights.view(self.stored_name(name))? else {
+        let Some(View { name, entry, bytes }) = self.weights.view(&self.stored_name(name))? else {
             return Err(self.missing(name));
         };
         let bytes = match &entry.strides {
@@ -252,7 +257,7 @@ impl Checkpoint {
     /// `None` when it is not there.
     #[must_use]
     pub fn stored_type(&self, name: &str) -> Option<safetensors::Dtype> {
-        self.weights.stored_type(name)
+        self.weights.stored_type(&self.stored_name(name))
     }
 
     /// A floating-point tensor that must have this shape.
@@ -261,7 +266,7 @@ impl Checkpoint {
     /// As [`Checkpoint::tensor`], and [`Error::Shape`] or [`Error::DType`] naming both sides.
     pub fn tensor_shaped(&self, name: &str, shape: &[usize]) -> Result<TensorRef<'_>> {
         let tensor = self.tensor(name)?;
-        check_float(name, tensor.dtype, (tensor.shape, shape))?;
+        check_float(tensor.name, tensor.dtype, (tensor.shape, shape))?;
         Ok(tensor)
     }
 
@@ -272,8 +277,26 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::MissingTensor`], or what explains it; [`Error::UnsupportedDType`], [`Error::Shape`],
-    /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`].
+    /// [`Error::DType`], [`Error::UnknownWeight`] and [`Error::Adapter`]; [`Error::InvalidConfig`] where the
+    /// configuration leaves out a size of experts that do not fit.
     pub fn check_tensors(&self) -> Result<()> {
+        self.compare_tensors().map_err(|error| self.explained(error))
+    }
+
+    /// Of experts that do not fit it may be the configuration that leaves out how many there are, or how
+    /// wide.
+    fn explained(&self, error: Error) -> Error {
+        let tensor = match &error {
+            Error::MissingTensor { tensor, .. } => tensor,
+            Error::Shape { tensor, .. } | Error::UnknownWeight { tensor, .. } => tensor,
+            _ => return error,
+        };
+        let Some((key, value)) = self.config.assumed_of(tensor) else { return error };
+        let reason = format!("is missing; with {value}, which is usual, `{tensor}` does not fit");
+        Error::InvalidConfig { path: self.dir.join(CONFIG_FILE), key: key.to_owned(), reason }
+    }
+
+    fn compare_tensors(&self) -> Result<()> {
         let packed = |linear: &str| self.has_gptq_linear(linear);
         Stored { config: &self.config, packed: &packed }.check(self.names())?;
         for (tensor, shape) in self.config.dense_tensors() {
@@ -285,9 +308,10 @@ impl Checkpoint {
                 return Err(self.missing(&tensor));
             }
             let Weights::Mapped(mapped) = &self.weights else { continue };
-            let Some(entry) = mapped.entry(self.stored_name(&tensor)) else { continue };
-            let dtype = DType::from_safetensors(entry.dtype, &tensor)?;
-            check_float(&tensor, dtype, (&entry.shape, &shape))?;
+            let stored = self.stored_name(&tensor);
+            let Some(entry) = mapped.entry(&stored) else { continue };
+            let dtype = DType::from_safetensors(entry.dtype, &stored)?;
+            check_float(&stored, dtype, (&entry.shape, &shape))?;
         }
         Ok(())
     }
@@ -335,14 +359,14 @@ impl Checkpoint {
     /// happens for a name that is not there, or on a system that does not take it.
     pub fn release(&self, name: &str) {
         if let Weights::Mapped(mapped) = &self.weights {
-            mapped.release(self.stored_name(name));
+            mapped.release(&self.stored_name(name));
         }
     }
 
     /// As [`Checkpoint::release`], of some bytes of the tensor.
     pub fn release_part(&self, name: &str, part: Range<usize>) {
         if let Weights::Mapped(mapped) = &self.weights {
-            mapped.release_part(self.stored_name(name), part);
+            mapped.release_part(&self.stored_name(name), part);
         }
     }
 
@@ -350,7 +374,7 @@ impl Checkpoint {
     /// only, as with [`Checkpoint::release`].
     pub fn announce(&self, name: &str) {
         if let Weights::Mapped(mapped) = &self.weights {
-            mapped.announce(self.stored_name(name));
+            mapped.announce(&self.stored_name(name));
         }
     }
 
@@ -367,15 +391,16 @@ impl Checkpoint {
     }
 
     /// The name that a tensor is stored under: a tied model's one table has two.
-    fn stored_name<'a>(&self, name: &'a str) -> &'a str {
+    fn stored_name<'a>(&self, name: &'a str) -> Cow<'a, str> {
+        let named = |name| self.config.stored_name(name);
         let other = match name {
             EMBEDDING => HEAD,
             HEAD => EMBEDDING,
-            _ => return name,
+            _ => return named(name),
         };
-        let stored = |name| self.weights.contains(name);
+        let stored = |name| self.weights.contains(&named(name));
         let elsewhere = self.config.tie_word_embeddings && !stored(name) && stored(other);
-        if elsewhere { other } else { name }
+        named(if elsewhere { other } else { name })
     }
 
     /// Whether the linear `prefix`, such as `model.layers.0.self_attn.q_proj`, is quantized.
@@ -387,9 +412,12 @@ impl Checkpoint {
     /// Why a tensor is not there.
     pub(crate) fn missing(&self, tensor: &str) -> Error {
         let dir = || self.dir().to_owned();
-        let tensor = tensor.to_owned();
+        let tensor = self.config.stored_name(tensor).into_owned();
         if let Some((index, shard)) = self.weights.promised(&tensor) {
             return Error::IndexMismatch { index, tensor, shard };
+        }
+        if self.config.wrapper().is_some() {
+            return Error::MissingTensor { dir: dir(), tensor };
         }
         let stored =
             |name: &&str| name.strip_suffix(tensor.as_str()).is_some_and(|p| p.ends_with('.'));
@@ -407,7 +435,7 @@ impl Checkpoint {
 
     /// The groups of columns that are stored as 64-bit integers.
     pub(crate) fn wide_index(&self, name: &str, columns: usize, groups: usize) -> Result<Vec<u32>> {
-        let Some(View { entry, bytes, .. }) = self.weights.view(name)? else {
+        let Some(View { name, entry, bytes }) = self.weights.view(&self.stored_name(name))? else {
             return Err(self.missing(name));
         };
         check_shape(name, (&entry.shape, &[columns]))?;
@@ -426,12 +454,22 @@ impl Checkpoint {
     /// A tensor with exactly this type and shape.
     pub(crate) fn exact(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<TensorRef<'_>> {
         let tensor = self.tensor(name)?;
-        check_shape(name, (tensor.shape, shape))?;
+        check_shape(tensor.name, (tensor.shape, shape))?;
         if tensor.dtype != dtype {
-            return Err(wrong_type(name, tensor.dtype, dtype.name()));
+            return Err(wrong_type(tensor.name, tensor.dtype, dtype.name()));
         }
         Ok(tensor)
     }
+}
+
+/// The model as these weights name it.
+fn named_by(config: ModelConfig, weights: &Weights) -> ModelConfig {
+    let Weights::Mapped(mapped) = weights else { return config };
+    let spec = |name: &str| {
+        let entry = mapped.entry(name)?;
+        Some(TensorSpec { name: name.to_owned(), dtype: entry.dtype, shape: entry.shape.clone() })
+    };
+    config.of_weights(mapped.names(), spec)
 }
 
 /// Checks what a tensor of floating-point values claims to be.

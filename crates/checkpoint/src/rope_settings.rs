@@ -156,6 +156,7 @@ impl Reader<'_> {
         };
         match value.as_str() {
             Some("default") => Ok(RopeScaling::None),
+            Some("mrope") if self.family.mrope => Ok(RopeScaling::None),
             Some("linear") => Ok(RopeScaling::Linear { factor: factor()? }),
             Some("dynamic") => {
                 Ok(RopeScaling::Dynamic { factor: factor()?, context: self.context })

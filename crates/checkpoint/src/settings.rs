@@ -49,9 +49,12 @@ pub(crate) fn that_hold(
 /// Whether every linear is there as a floating-point weight, and nothing beside it says how it would
 /// be quantized. Of weights that are still to come, only names are known.
 fn is_dense(config: &ModelConfig, weights: &Weights) -> bool {
+    // Of the language model alone: other parts are stored as they like.
     let quantized = |name: &str| {
         let leaf = name.rsplit('.').next().unwrap_or_default();
-        !matches!(leaf, "weight" | "bias" | "inv_freq") && name.contains("_proj.")
+        config.plain_name(name).is_some()
+            && !matches!(leaf, "weight" | "bias" | "inv_freq")
+            && name.contains("_proj.")
     };
     let float = |name: &str| match weights.stored_type(name) {
         Some(dtype) => {
@@ -59,20 +62,23 @@ fn is_dense(config: &ModelConfig, weights: &Weights) -> bool {
         }
         None => weights.contains(name),
     };
-    config.linears().all(|(name, _)| float(&format!("{name}.weight")))
+    config.linears().all(|(name, _)| float(&config.stored_name(&format!("{name}.weight"))))
         && !weights.names().any(quantized)
 }
 
 /// What was found packed that cannot be read, for a folder whose weights are known.
 pub(crate) fn refuse_unreadable(
     dir: &Path,
+    config: &ModelConfig,
     quantize: Option<&QuantizeConfig>,
     weights: &Weights,
 ) -> Result<()> {
-    for name in ["lm_head.qweight", "model.embed_tokens.qweight"] {
-        if quantize.is_some() && weights.contains(name) {
-            return Err(Error::PackedHead { tensor: name.to_owned() });
-        }
+    let of_table = |name: &&str| {
+        let plain = config.plain_name(name);
+        plain.is_some_and(|p| ["lm_head.qweight", "model.embed_tokens.qweight"].contains(&&*p))
+    };
+    if let Some(tensor) = quantize.and_then(|_| weights.names().find(of_table)) {
+        return Err(Error::PackedHead { tensor: tensor.to_owned() });
     }
     let mut packed = weights.names().filter(|name| name.ends_with(".qweight"));
     let Some(tensor) = packed.next().filter(|_| quantize.is_none()) else { return Ok(()) };

@@ -6,6 +6,7 @@
 //! refused, and the rest is said.
 
 use crate::names::{BLOCKS, EMBEDDING, FINAL_NORM, HEAD, LEAVES};
+use crate::stored_names::is_plain;
 use crate::{Error, ModelConfig, Result};
 
 /// What a tensor's name says that it is.
@@ -13,6 +14,8 @@ use crate::{Error, ModelConfig, Result};
 enum Role {
     /// A part of the model.
     Part,
+    /// Of another part of a multimodal model, as it is.
+    Carried,
     /// Rotary frequencies: every loader computes its own.
     Frequencies,
     /// Of a block that config.json does not count.
@@ -105,8 +108,8 @@ impl Stored<'_> {
     pub(crate) fn strays<'n>(&self, names: impl Iterator<Item = &'n str>) -> Strays {
         let mut strays = Strays::default();
         for name in names {
-            match self.role(name) {
-                Role::Part | Role::Frequencies => {}
+            match self.role_of_stored(name) {
+                Role::Part | Role::Frequencies | Role::Carried => {}
                 Role::Beyond => strays.beyond.push(name.to_owned()),
                 Role::Prediction => strays.prediction.push(name.to_owned()),
                 Role::Dense => strays.dense.push(name.to_owned()),
@@ -120,7 +123,7 @@ impl Stored<'_> {
     pub(crate) fn check<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<()> {
         let mut unknown = None;
         for name in names {
-            match self.role(name) {
+            match self.role_of_stored(name) {
                 Role::Fused => return Err(Error::FusedExperts { tensor: name.to_owned() }),
                 Role::Weight if unknown.is_none() => unknown = Some(name.to_owned()),
                 _ => {}
@@ -131,6 +134,16 @@ impl Stored<'_> {
             return Err(Error::Adapter { tensor });
         }
         Err(Error::UnknownWeight { tensor, family: self.config.family })
+    }
+
+    /// The role of a tensor by the name that it is stored under.
+    fn role_of_stored(&self, name: &str) -> Role {
+        match self.config.plain_name(name) {
+            Some(plain) => self.role(&plain),
+            None if self.config.wrapper().is_none() => self.role(name),
+            None if is_plain(name) => Role::Other,
+            None => Role::Carried,
+        }
     }
 
     fn role(&self, name: &str) -> Role {

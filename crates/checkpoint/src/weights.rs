@@ -25,7 +25,7 @@ impl Weights {
     /// All names, sorted.
     pub(crate) fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         match self {
-            Self::Mapped(mapped) => Box::new(mapped.tensors.keys().map(String::as_str)),
+            Self::Mapped(mapped) => Box::new(mapped.names()),
             Self::Arriving(arriving) => Box::new(arriving.names()),
         }
     }
@@ -87,6 +87,11 @@ impl Mapped {
 
     pub(crate) fn files(&self) -> &[WeightFile] {
         &self.files
+    }
+
+    /// All names, sorted.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> + Clone {
+        self.tensors.keys().map(String::as_str)
     }
 
     pub(crate) fn entry(&self, name: &str) -> Option<&Entry> {

@@ -76,7 +76,8 @@ pub struct Written {
 
 impl CheckpointWriter {
     /// Prepares `out`: makes the working folder, checks the disk, copies the tokenizer and the
-    /// other small files of `source`, whose shape the model has, and writes all headers.
+    /// other small files of `source`, whose shape the model has, and writes all headers; copies what
+    /// belongs to other parts than the language model.
     ///
     /// # Errors
     /// [`OutputError::Exists`], [`OutputError::ForeignPartial`], [`OutputError::PartialInUse`],
@@ -107,6 +108,7 @@ impl CheckpointWriter {
         };
         writer.write_headers()?;
         writer.write_frequencies()?;
+        writer.carry_parts(source)?;
         Ok(writer)
     }
 
@@ -222,7 +224,7 @@ impl CheckpointWriter {
             let (tensor, found) = (tensor.name.to_owned(), tensor.dtype.name());
             return Err(Error::DType { tensor, expected: "F32, F16 or BF16", found });
         }
-        if self.slots.get(name).is_some_and(|slot| slot.spec.dtype == DType::F32) {
+        if self.slots.get(name).is_some_and(|slot| slot.spec.is(DType::F32)) {
             self.slot(name, DType::F32, Some(tensor.shape))?;
             return self.put(name, bytes(&tensor.to_f32()));
         }
@@ -253,7 +255,8 @@ impl CheckpointWriter {
             let path = self.partial.path().join(&shard.file_name);
             file.sync_all().map_err(Error::io("write", &path))?;
         }
-        let text = self.quantize.config_text(self.config.raw(), self.layout)?;
+        let (raw, wrapper) = (self.config.raw(), self.config.wrapper);
+        let text = self.quantize.config_text(raw, wrapper, self.layout)?;
         self.partial.write(Path::new(CONFIG_FILE), text.as_bytes())?;
         let text = self.quantize.file_text(self.layout)?;
         self.partial.write(Path::new(QUANTIZE_CONFIG_FILE), text.as_bytes())?;
@@ -308,10 +311,20 @@ impl CheckpointWriter {
             1.0 / theta.powf(f64::from(exponent)) as f32
         };
         let values: Vec<f32> = (0..dim / 2).map(frequency).collect();
-        let names: Vec<String> =
-            self.slots.keys().filter(|name| name.ends_with(".inv_freq")).cloned().collect();
+        // Those of other parts are carried.
+        let own = |name: &str| name.starts_with(BLOCKS) && name.ends_with(".inv_freq");
+        let names: Vec<String> = self.slots.keys().filter(|name| own(name)).cloned().collect();
         for name in names {
             self.put(&name, bytes(&values))?;
+        }
+        Ok(())
+    }
+
+    /// Copies the tensors of other parts, bit for bit.
+    fn carry_parts(&mut self, source: &Checkpoint) -> Result<()> {
+        for TensorSpec { name, .. } in source.config().carried().unwrap_or_default() {
+            self.put(name, &source.stored(name)?.bytes)?;
+            source.release(name);
         }
         Ok(())
     }
@@ -326,8 +339,10 @@ impl CheckpointWriter {
         if slot.sum.is_some() {
             return Err(OutputError::WrittenTwice { tensor }.into());
         }
-        if slot.spec.dtype != dtype {
-            let (expected, found) = (slot.spec.dtype.name(), dtype.name());
+        if !slot.spec.is(dtype) {
+            // What is written by value is planned as one of these.
+            let planned = DType::from_safetensors(slot.spec.dtype, name)?;
+            let (expected, found) = (planned.name(), dtype.name());
             return Err(Error::DType { tensor, expected, found });
         }
         match shape {
@@ -426,7 +441,8 @@ impl CheckpointWriter {
         let mut weight_map = Map::new();
         for (name, slot) in &self.slots {
             total += slot.spec.bytes();
-            weight_map.insert(name.clone(), json!(self.plan.shards[slot.file].file_name));
+            let name = self.config.stored_name(name).into_owned();
+            weight_map.insert(name, json!(self.plan.shards[slot.file].file_name));
         }
         let mut index = Map::new();
         index.insert("metadata".to_owned(), json!({ "total_size": total }));

@@ -98,6 +98,57 @@ impl Block {
 }
 
 impl<W: Weight> Block<W> {
+    /// Queries and keys of whole windows of `seq_len` tokens as attention compares them, from the inputs of q:
+    /// normed, and turned by their places.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn queries_keys(
+        &self,
+        device: &Device,
+        input: &Tensor,
+        ropes: &Ropes,
+        seq_len: usize,
+    ) -> Result<[Tensor; 2]> {
+        let [q, k, _] = self.placed(device, input, ropes, seq_len)?;
+        Ok([q, k])
+    }
+
+    /// What attention makes of the inputs of v for one query head: A X `[tokens, in]`, A being the weights
+    /// that the head gives to the tokens of its window, from `queries` and `keys` of [`Self::queries_keys`],
+    /// and X the inputs. Its contexts are A X Wᵀ, where W are the rows of v that it reads.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn attended(
+        &self,
+        device: &Device,
+        [queries, keys]: &[Tensor; 2],
+        input: &Tensor,
+        head: usize,
+        seq_len: usize,
+    ) -> Result<Tensor> {
+        let BlockRule { heads, kv_heads, head_dim, attention: rule, .. } = self.rule();
+        let (n, part) = (input.cols(), *head_dim);
+        // As many heads that attend alike as the inputs are wide; what the last of them has too much of is
+        // taken from the first columns, and is left out of the result.
+        let copies = n.div_ceil(part);
+        let spread = |x: &Tensor, at: usize| {
+            let one = device.columns(x, at * part..(at + 1) * part)?;
+            device.joined(&vec![&one; copies])
+        };
+        let q = spread(queries, head)?;
+        let k = spread(keys, head / (heads / kv_heads))?;
+        let shape = AttentionShape { heads: copies, kv_heads: copies, head_dim: part, seq_len };
+        let missing = copies * part - n;
+        if missing == 0 {
+            return Ok(device.attention(&q, &k, input, shape, rule)?);
+        }
+        let values = device.joined(&[input, &device.columns(input, 0..missing)?])?;
+        let attended = device.attention(&q, &k, &values, shape, rule)?;
+        Ok(device.columns(&attended, 0..n)?)
+    }
+
     /// Outputs of a linear with its bias.
     pub(crate) fn project(&self, device: &Device, input: &Tensor, id: LinearId) -> Result<Tensor> {
         let Linear { weight, bias, .. } = self.linear(id);
@@ -148,6 +199,35 @@ impl<W: Weight> Block<W> {
         Ok([part(0, queries)?, part(queries, keys)?, part(queries + keys, keys)?])
     }
 
+    /// Queries, keys and values, the former two normed head by head where the block does so.
+    fn normed_heads(&self, device: &Device, input: &Tensor) -> Result<[Tensor; 3]> {
+        let [mut q, mut k, v] = self.queries_keys_values(device, input)?;
+        if let Some(normed) = self.norm(device, NormId::Queries, &q)? {
+            q = normed;
+        }
+        if let Some(normed) = self.norm(device, NormId::Keys, &k)? {
+            k = normed;
+        }
+        Ok([q, k, v])
+    }
+
+    /// Queries, keys and values of whole windows, with rotary embedding.
+    fn placed(
+        &self,
+        device: &Device,
+        input: &Tensor,
+        ropes: &Ropes,
+        seq_len: usize,
+    ) -> Result<[Tensor; 3]> {
+        let [mut q, mut k, v] = self.normed_heads(device, input)?;
+        if let Some(kind) = self.rule().rope {
+            for x in [&mut q, &mut k] {
+                device.rope(x, ropes.of_kind(kind), seq_len)?;
+            }
+        }
+        Ok([q, k, v])
+    }
+
     /// Input of o from the inputs of q, k, v: projections, norms of heads, rotary embedding, causal
     /// attention.
     fn attention(
@@ -157,27 +237,20 @@ impl<W: Weight> Block<W> {
         ropes: &Ropes,
         rows: &mut Rows<'_>,
     ) -> Result<Tensor> {
-        let [mut q, mut k, v] = self.queries_keys_values(device, input)?;
-        if let Some(normed) = self.norm(device, NormId::Queries, &q)? {
-            q = normed;
-        }
-        if let Some(normed) = self.norm(device, NormId::Keys, &k)? {
-            k = normed;
-        }
         let BlockRule { heads, kv_heads, head_dim, rope, attention: rule, .. } = self.rule();
-        let table = rope.map(|kind| ropes.of_kind(kind));
         match rows {
             Rows::Windows(seq_len) => {
-                for x in [&mut q, &mut k] {
-                    table.map(|table| device.rope(x, table, *seq_len)).transpose()?;
-                }
+                let [q, k, v] = self.placed(device, input, ropes, *seq_len)?;
                 let (heads, kv_heads, head_dim) = (*heads, *kv_heads, *head_dim);
                 let shape = AttentionShape { heads, kv_heads, head_dim, seq_len: *seq_len };
                 Ok(device.attention(&q, &k, &v, shape, rule)?)
             }
             Rows::Spans(spans, cache) => {
-                for x in [&mut q, &mut k] {
-                    table.map(|table| device.rope_spans(x, table, spans)).transpose()?;
+                let [mut q, mut k, v] = self.normed_heads(device, input)?;
+                if let Some(kind) = rope {
+                    for x in [&mut q, &mut k] {
+                        device.rope_spans(x, ropes.of_kind(*kind), spans)?;
+                    }
                 }
                 Ok(device.cached_attention(&q, &k, &v, cache, spans, rule)?)
             }

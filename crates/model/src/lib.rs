@@ -27,6 +27,6 @@ pub use error::{Error, Result};
 pub use experts::{Mixture, Routes, Share};
 pub use forward::Weight;
 pub use gptq_checkpoint::{Expert, LinearId, NormId};
-pub use model::{FinalNorm, Head, Model};
+pub use model::{FinalNorm, Head, Model, check_context};
 pub use stage::{Reading, Stage};
 pub use values::SourcePrecision;

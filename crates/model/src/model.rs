@@ -84,6 +84,15 @@ impl<W> Head<W> {
     }
 }
 
+/// Refuses windows of more tokens than the model was made for.
+///
+/// # Errors
+/// [`Error::ContextExceeded`].
+pub fn check_context(config: &ModelConfig, seq_len: usize) -> Result<()> {
+    let max = config.positions();
+    if seq_len > max { Err(Error::ContextExceeded { seq_len, max }) } else { Ok(()) }
+}
+
 impl<'a> Model<'a> {
     /// Prepares to run windows of up to `seq_len` tokens.
     ///
@@ -97,10 +106,7 @@ impl<'a> Model<'a> {
         seq_len: usize,
     ) -> Result<Self> {
         let config = checkpoint.config();
-        let max = config.positions();
-        if seq_len > max {
-            return Err(Error::ContextExceeded { seq_len, max });
-        }
+        check_context(config, seq_len)?;
         checkpoint.check_tensors()?;
         let table =
             checkpoint.tensor_shaped(EMBEDDING, &[config.vocab_size, config.hidden_size])?;

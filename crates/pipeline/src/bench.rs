@@ -24,7 +24,7 @@ use crate::chunk_store::ChunkStore;
 use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::memory::{BlockSizes, Offload, Workload, offload};
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::row_shards::largest;
 use crate::states::States;
 use crate::tune::{bench_tuning, check_tuning};
@@ -142,7 +142,7 @@ pub fn bench_block(
 ) -> Result<BlockBench> {
     check_tokens(windows, seq_len)?;
     check_tuning(spec, ranks, width, windows)?;
-    let reference = spec.choices.needs_reference();
+    let extras = Extras::of(&spec.choices);
     let config = ModelConfig::parse(&width.config_text(), Path::new(CONFIG_FILE))?;
     let experts = config.experts(0);
     ranks.agree(|| {
@@ -159,7 +159,7 @@ pub fn bench_block(
     let sizes = experts.map_or(sizes, |experts| sizes.with_experts(experts, &width.linears()));
     let own = ranks.share(windows, 1);
     let tokens = own.len() * seq_len;
-    let work = Workload { tokens, seq_len, reference, exact: false, shared_grams: 0 };
+    let work = Workload { tokens, held_out: 0, seq_len, extras, exact: false, shared_grams: 0 };
     let offload = offload(device, sizes, &[work])?;
     let rope = Rope { theta: 10_000.0, dims: width.head_dim(), scaling: RopeScaling::None };
     let ropes = Ropes::shared(RopeTable::new(&rope.frequencies(seq_len), seq_len));
@@ -170,8 +170,8 @@ pub fn bench_block(
     for run in 0..=RUNS {
         let mut block = synthetic_block(device, width, experts)?;
         let states = || synthetic_states(device, width, (own.clone(), seq_len), offload);
-        let reference = reference.then(states).transpose()?;
-        let mut streams = Streams { quantized: states()?, reference };
+        let reference = extras.reference.then(states).transpose()?;
+        let mut streams = Streams { quantized: states()?, reference, held_out: None };
         device.synchronize("preparing the benchmark")?;
         ranks.exchange(Vec::new())?;
         let start = Instant::now();
@@ -188,7 +188,7 @@ pub fn bench_block(
     let (seconds, stages) = runs.swap_remove(RUNS / 2);
     let cards = ranks.size() as f64;
     let gpu = matches!(device, Device::Cuda(_));
-    let counted = Operations::of_block(&width.kind(), (windows, seq_len), reference);
+    let counted = Operations::of_block(&width.kind(), (windows, seq_len), extras);
     let mut stages: Vec<Measurement> = stages
         .into_iter()
         .map(|(work, seconds)| {

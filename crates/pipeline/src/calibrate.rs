@@ -32,6 +32,9 @@ use crate::states::States;
 use crate::work::{StageSeconds, Work};
 
 mod experts;
+mod values;
+
+pub(crate) use values::Sample;
 
 /// Rows of a weight from which the energy of its outputs is estimated: the exact figure costs as
 /// much as two solves, and it only scales an error in a report.
@@ -66,6 +69,8 @@ pub(crate) type Sink<'s> = dyn FnMut(&str, RowShards) -> Result<()> + 's;
 pub(crate) struct Streams {
     pub(crate) quantized: States,
     pub(crate) reference: Option<States>,
+    /// The unquantized model's of windows that calibrate nothing.
+    pub(crate) held_out: Option<States>,
 }
 
 impl Calibrator<'_> {
@@ -78,9 +83,14 @@ impl Calibrator<'_> {
     ) -> Result<Calibrated> {
         let exact = block.take_exact().into_iter().map(Some).collect();
         let dense = streams.reference.is_some().then(|| block.clone());
+        let mut timer = StageTimer::start(self.device)?;
+        if let Some(states) = &mut streams.held_out {
+            states.past_block(self, block)?;
+            timer.mark(Work::Reference)?;
+        }
         let mut run = BlockRun {
             all: self,
-            timer: StageTimer::start(self.device)?,
+            timer,
             linears: Vec::with_capacity(block.linears().len()),
             sink,
             stream: Stream { states: &mut streams.quantized, kept: None },
@@ -191,6 +201,16 @@ impl Stream<'_> {
 }
 
 impl States {
+    /// Moves all chunks past a block.
+    fn past_block(&mut self, all: &Calibrator<'_>, block: &Block) -> Result<()> {
+        for (chunk, &seq_len) in self.seq_lens.iter().enumerate() {
+            let mut hidden = self.hidden.take(chunk)?;
+            block.forward(all.device, &mut hidden, all.ropes.for_windows(seq_len), seq_len)?;
+            self.hidden.put(chunk, hidden)?;
+        }
+        Ok(())
+    }
+
     /// One chunk of the unquantized model's states with the products of o or down added, for the
     /// caller to put back. Nothing here waits for a solve, so nothing is kept.
     fn past(
@@ -219,6 +239,20 @@ impl States {
             _ => dense.stage_output(device, stage, &input, &mut hidden)?,
         }
         Ok(hidden)
+    }
+}
+
+/// The factored Hessians of the linears of a stage.
+#[derive(Clone, Copy)]
+struct Along<'f> {
+    all: &'f Factored,
+    /// That of v, where it is another.
+    values: Option<&'f Factored>,
+}
+
+impl<'f> Along<'f> {
+    fn of(self, id: LinearId) -> &'f Factored {
+        self.values.filter(|_| id == LinearId::V).unwrap_or(self.all)
     }
 }
 
@@ -256,7 +290,18 @@ impl BlockRun<'_, '_, '_> {
         let first = first_of(block, stage).name.clone();
         let ids: Vec<LinearId> = block.stage(stage).map(|linear| linear.id).collect();
         let factored = self.factor(&gram, &first)?;
-        let energies = self.energies(block, &ids, &gram)?;
+        let values = self.values(block, stage, &factored)?;
+        let mut energies = self.energies(block, &ids, &gram)?;
+        let values = match values {
+            Some((gram, factored)) => {
+                let places = ids.iter().zip(&mut energies).filter(|(id, _)| **id == LinearId::V);
+                for (&id, energy) in places {
+                    *energy = self.energies(block, &[id], &gram)?[0];
+                }
+                Some(factored)
+            }
+            None => None,
+        };
         // The shift needs the room.
         drop(gram);
         self.timer.mark(Work::Factor)?;
@@ -270,7 +315,8 @@ impl BlockRun<'_, '_, '_> {
             return Err(Error::Activations { linear: first });
         }
         let share = scale * self.all.spec.choices.residual;
-        self.solve(block, &ids, &factored, shift.map(|s| (s, share)).as_ref(), &energies)
+        let along = Along { all: &factored, values: values.as_ref() };
+        self.solve(block, &ids, along, shift.map(|s| (s, share)).as_ref(), &energies)
     }
 
     /// s of every Hessian s XᵀX: one for all linears, an expert's too, however few tokens it sees. Damping
@@ -358,7 +404,7 @@ impl BlockRun<'_, '_, '_> {
         &mut self,
         block: &mut Block,
         ids: &[LinearId],
-        factored: &Factored,
+        along: Along<'_>,
         shift: Option<&(Tensor, f32)>,
         energies: &[f64],
     ) -> Result<()> {
@@ -367,7 +413,7 @@ impl BlockRun<'_, '_, '_> {
         for (&id, &energy) in ids.iter().zip(energies) {
             let linear = block.linear(id);
             let (name, rows) = (linear.name.clone(), linear.weight.rows());
-            let solved = self.solve_rows(block, id, &name, factored, shift)?;
+            let solved = self.solve_rows(block, id, &name, along.of(id), shift)?;
             numbers.extend([solved.as_ref().map_or(0.0, |s| s.loss.unwrap_or(f64::NAN)), energy]);
             let (stored, weight) = match solved {
                 Some(solved) => (Some(solved.stored), solved.weight),
@@ -383,7 +429,7 @@ impl BlockRun<'_, '_, '_> {
         let numbers = summed(ranks, numbers)?;
         for (&id, number) in ids.iter().zip(numbers.chunks_exact(2)) {
             let name = block.linear(id).name.clone();
-            self.linears.push(report(name, number[0], number[1], factored));
+            self.linears.push(report(name, number[0], number[1], along.of(id)));
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! estimated from those by what data sheets promise.
 
 use crate::bench::Width;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::stage_rates::{Entry, Source, Stage};
 
 /// A kind of card.
@@ -88,6 +88,42 @@ const STAGE_SECONDS: [(Stage, f64); 7] = [
     (Stage::Shift, 0.8529),
 ];
 
+/// What blocks with experts were measured with.
+const EXPERTS_MEASURED_WITH: (usize, usize) = (128, 2048);
+
+/// Seconds of blocks with experts by stage on one H200 (tests/bench/2026-11-29-tuned-scales.md), whose products
+/// are smaller the more experts there are: the stages of `autogptq`, then what `best` has of its own. To the
+/// shift falls all that no other stage of `best` counts.
+const EXPERTS_SECONDS: [(&str, [(Stage, f64); 7]); 2] = [
+    (
+        "mixtral-8x7b",
+        [
+            (Stage::Forward, 0.411),
+            (Stage::Gram, 0.237),
+            (Stage::Factor, 0.795),
+            (Stage::Solve, 0.557),
+            (Stage::SolveTrial, 2.725),
+            (Stage::Reference, 0.376),
+            (Stage::Shift, 0.021),
+        ],
+    ),
+    (
+        "qwen3-30b-a3b",
+        [
+            (Stage::Forward, 0.665),
+            (Stage::Gram, 0.081),
+            (Stage::Factor, 0.570),
+            (Stage::Solve, 0.341),
+            (Stage::SolveTrial, 1.425),
+            (Stage::Reference, 0.766),
+            (Stage::Shift, 0.083),
+        ],
+    ),
+];
+
+/// The card that [`EXPERTS_SECONDS`] are of.
+const EXPERTS_CARD: &str = "H200";
+
 impl std::str::FromStr for Card {
     type Err = String;
 
@@ -105,11 +141,32 @@ impl Card {
         CARDS.iter().find(|card| card.devices.contains(&name))
     }
 
-    pub(crate) fn entry(&self) -> Entry {
+    /// Rates of all kinds of blocks that are known.
+    pub(crate) fn entries(&self) -> Vec<Entry> {
+        let experts = EXPERTS_SECONDS.iter().filter(|_| self.name == EXPERTS_CARD);
+        let experts = experts.filter_map(|(width, seconds)| {
+            let width: Width = width.parse().ok()?;
+            let operations =
+                Operations::of_block(&width.kind(), EXPERTS_MEASURED_WITH, Extras::REFERENCE);
+            let rate =
+                |&(stage, seconds): &(Stage, f64)| (stage, operations.of(stage.work()) / seconds);
+            Some(Entry {
+                hidden: width.hidden(),
+                experts: true,
+                ranks: 1,
+                rates: seconds.iter().map(rate).collect(),
+                from: Source::Table,
+            })
+        });
+        std::iter::once(self.entry()).chain(experts).collect()
+    }
+
+    fn entry(&self) -> Entry {
         let [reference, ..] = CARDS;
         let scaled = |of: &Self| of.measured.map(|seconds| seconds * of.promised / self.promised);
         let seconds = self.measured.or(scaled(&reference)).unwrap_or(f64::INFINITY);
-        let operations = Operations::of_block(&Width::LARGEST.kind(), MEASURED_WITH, true);
+        let operations =
+            Operations::of_block(&Width::LARGEST.kind(), MEASURED_WITH, Extras::REFERENCE);
         // The four stages of `autogptq`, which the block's seconds are of; what no stage counts is
         // spread over them.
         let of_block: f64 = STAGE_SECONDS[..4].iter().map(|(_, seconds)| seconds).sum();

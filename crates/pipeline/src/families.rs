@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gptq_checkpoint::{ModelConfig, family_names};
+use gptq_checkpoint::{ModelConfig, family_names, wrapper_names};
 use gptq_model::has_step_program;
 
 use crate::error::Result;
@@ -17,6 +17,20 @@ fn smallest(family: &str) -> Result<ModelConfig> {
         "num_hidden_layers":4,"num_attention_heads":2,"num_key_value_heads":2,"head_dim":32}}"#
     );
     Ok(ModelConfig::parse(&text, Path::new(family))?)
+}
+
+/// A Markdown table of all multimodal models whose language model is quantized.
+#[must_use]
+pub fn wrapper_table() -> String {
+    let mut lines = vec![
+        "| `model_type` | language model (`text_config`) |".to_owned(),
+        "| --- | --- |".to_owned(),
+    ];
+    for (name, texts) in wrapper_names() {
+        let texts: Vec<String> = texts.iter().map(|text| format!("`{text}`")).collect();
+        lines.push(format!("| `{name}` | {} |", texts.join(", ")));
+    }
+    lines.join("\n")
 }
 
 /// A Markdown table of all families: a mark where something holds, and why where it does not.

@@ -11,9 +11,11 @@ use gptq_quant::{QuantSpec, factor};
 use gptq_records::branch_report::LinearRecord;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
 
 use crate::calibrate::Streams;
 use crate::error::{Error, Result};
+use crate::head_rows::{RowSums, head_fit};
 use crate::memory::HEAD_ROWS;
 use crate::recording::solved;
 use crate::rotate::{FusedRotations, dense_head, final_gain};
@@ -28,16 +30,18 @@ pub(crate) fn fitted(
 ) -> Result<(Option<Vec<f16>>, LinearRecord)> {
     let gain = final_gain(model.checkpoint(), rotations)?;
     let norm = FinalNorm::new(model.config(), gain);
-    let (map, report) = map(model, &norm, spec, windows, streams)?;
+    let (map, mut report) = map(model, &norm, spec, windows, streams)?;
     if !model.ranks().is_first() {
         return Ok((None, report));
     }
     let mut head = dense_head(model.checkpoint(), rotations)?;
     let width = model.config().hidden_size;
     let share = spec.choices.head * 2.0 / windows as f32;
+    let mut sums = Vec::with_capacity(head.len() / width);
     for rows in head.chunks_mut(HEAD_ROWS * width) {
-        move_rows(model.device(), rows, &map, share)?;
+        move_rows(model.device(), rows, &map, share, &mut sums)?;
     }
+    report.fit = head_fit(&sums);
     Ok((Some(head), report))
 }
 
@@ -73,14 +77,25 @@ fn map(
     if device.all_finite(&map)? { Ok((map, report)) } else { Err(activations()) }
 }
 
-/// Rows W ← W + share · W · map.
-fn move_rows(device: &Device, rows: &mut [f16], map: &Tensor, share: f32) -> Result<()> {
+/// Rows W ← W + share · W · map, and beside what they were.
+fn move_rows(
+    device: &Device,
+    rows: &mut [f16],
+    map: &Tensor,
+    share: f32,
+    sums: &mut Vec<RowSums>,
+) -> Result<()> {
     let width = map.cols();
     let shape = (rows.len() / width, width);
     let matrix = HostMatrix::new(bytemuck::cast_slice(rows), FloatType::F16, shape.0, shape.1);
     let moved = device.shifted_by(&device.upload(matrix)?, map, share)?.to_host()?;
     // Tensors in host memory are in standard layout.
-    rows.convert_from_f32_slice(moved.as_slice().unwrap_or_default());
+    let moved = moved.as_slice().unwrap_or_default();
+    let of_row = |(moved, base): (&[f32], &[f16])| {
+        RowSums::new(moved.iter().map(|&value| f16::from_f32(value).to_f32()), base)
+    };
+    sums.par_extend(moved.par_chunks(width).zip(rows.par_chunks(width)).map(of_row));
+    rows.convert_from_f32_slice(moved);
     if rows.iter().all(|v| v.is_finite()) {
         return Ok(());
     }

@@ -13,6 +13,7 @@ use gptq_text::calibration::Calibration;
 use crate::first_gram::FirstGrams;
 use crate::memory::{Offload, Workload};
 use crate::one_reading::Seat;
+use crate::operations::Extras;
 
 /// One branch to make.
 #[derive(Clone, Debug)]
@@ -61,6 +62,13 @@ impl QuantizeJob<'_> {
         self.calibration.map_or(&[], |calibration| &calibration.windows)
     }
 
+    /// Windows that its scales are judged by and that nothing else sees; none where it tunes nothing, or where its
+    /// text has no others.
+    pub(crate) fn held_out(&self) -> &[Vec<u32>] {
+        let tunes = self.spec.recipe.calibrates() && self.spec.choices.tune > 0;
+        self.calibration.filter(|_| tunes).map_or(&[], |calibration| &calibration.held_out)
+    }
+
     /// Waits until the branch may use the device; nobody else does until the answer is dropped.
     pub(crate) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
         self.beside.map(|beside| beside.seat.turn())
@@ -71,8 +79,9 @@ impl QuantizeJob<'_> {
         let own = &self.windows()[self.ranks.share(self.windows().len(), 1)];
         Workload {
             tokens: own.iter().map(Vec::len).sum(),
+            held_out: self.held_out().iter().map(Vec::len).sum(),
             seq_len: self.seq_len(),
-            reference: self.spec.choices.needs_reference(),
+            extras: Extras::of(&self.spec.choices),
             exact: self.source_dtype == SourceDtype::Fp32,
             shared_grams: self.shared.map_or(0, FirstGrams::after_one_more),
         }
@@ -80,7 +89,8 @@ impl QuantizeJob<'_> {
 
     /// Tokens of the longest window, for a model that is walked whether there are any or not.
     pub(crate) fn seq_len(&self) -> usize {
-        self.windows().iter().map(Vec::len).max().unwrap_or(1)
+        let windows = self.windows().iter().chain(self.held_out());
+        windows.map(Vec::len).max().unwrap_or(1)
     }
 }
 

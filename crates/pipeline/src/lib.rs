@@ -22,6 +22,7 @@ mod error;
 pub mod families;
 pub mod first_gram;
 mod fit_head;
+mod head_rows;
 pub mod host_memory;
 pub mod job;
 mod lock;

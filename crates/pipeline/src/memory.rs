@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::host_memory::ensure;
+use crate::operations::Extras;
 
 /// Shares of what is kept between stages that wait in host memory, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -149,10 +150,12 @@ pub(crate) const HEAD_ROWS: usize = 16_384;
 pub struct Workload {
     /// Tokens of all windows; 0 when there is no calibration.
     pub tokens: usize,
+    /// Tokens of windows that the unquantized model alone walks, to judge by.
+    pub held_out: usize,
     /// Tokens of the longest window.
     pub seq_len: usize,
-    /// The unquantized model's states are walked too, for the asymmetric term.
-    pub reference: bool,
+    /// What is walked and looked at beside the quantized model's states.
+    pub(crate) extras: Extras,
     /// Weights are solved from values wider than those that a GPU's forward uses.
     pub exact: bool,
     /// First Grams that a sweep's branches share, of the residual stream's width.
@@ -199,13 +202,27 @@ impl Workload {
     /// Device memory of `together` branches alike but for the one whose turn it is: their hidden states, a block
     /// at hand and one read ahead.
     pub(crate) fn waiting(self, block: BlockSizes, together: usize) -> usize {
-        let each = 4 * self.tokens * block.hidden * self.streams() + 2 * 2 * block.weights;
+        let each = 4 * self.states() * block.hidden + 2 * 2 * block.weights;
         each * together.saturating_sub(1)
+    }
+
+    /// The Gram of what attention makes of v's inputs and its factor, beside those of q and k, and of one
+    /// window the inputs, queries and keys as wide as they are, and what comes of them; `value` bytes each.
+    fn attended_bytes(self, block: BlockSizes, value: usize) -> usize {
+        if !self.extras.attended {
+            return 0;
+        }
+        8 * block.hidden * block.hidden + 6 * value * self.seq_len * block.hidden
     }
 
     /// Walks whose states are held.
     fn streams(self) -> usize {
-        1 + usize::from(self.reference)
+        1 + usize::from(self.extras.reference)
+    }
+
+    /// Tokens whose states are held, those of both walks counted twice.
+    fn states(self) -> usize {
+        self.tokens * self.streams() + self.held_out
     }
 
     /// Which expert each token goes through and how much of it gets, in host memory: a row and a weight
@@ -274,7 +291,7 @@ pub(crate) fn device_budget(device: &Device) -> Result<Option<u64>> {
 
 /// Values of hidden states, and of one stage's inputs, of all tokens.
 fn states_of(block: BlockSizes, work: Workload) -> usize {
-    work.tokens * (work.streams() * block.hidden + block.kept)
+    work.states() * block.hidden + work.tokens * block.kept
 }
 
 /// Bytes on a GPU: fp16 weights and activations, f32 hidden states and matrices.
@@ -293,7 +310,8 @@ struct GpuBytes {
 
 impl GpuBytes {
     fn new(block: BlockSizes, work: Workload) -> Self {
-        let Workload { tokens, seq_len, reference, exact, .. } = work;
+        let Workload { tokens, seq_len, extras, exact, .. } = work;
+        let reference = extras.reference;
         let streams = work.streams();
         // A window longer than a chunk is one of its own.
         let chunk = Device::GPU_CHUNK_TOKENS.max(seq_len).min(tokens.max(1));
@@ -317,10 +335,14 @@ impl GpuBytes {
         let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
         let solving = (9 * square + solve).max(4 * square + solve + 3 * shift);
         Self {
-            fixed: blocks + gathering.max(solving) + all_tokens + work.shared_bytes(block),
+            fixed: blocks
+                + gathering.max(solving)
+                + all_tokens
+                + work.attended_bytes(block, 2)
+                + work.shared_bytes(block),
             // The unquantized model's are used at once.
             inputs: 2 * tokens * block.kept,
-            hidden: 4 * tokens * block.hidden * streams,
+            hidden: 4 * work.states() * block.hidden,
             moving: 3 * chunk * (2 * block.kept + 4 * block.hidden),
             // Uploads go through pinned buffers; packed results wait for the writer; a block whose
             // rotations are folded is turned in f32, and one more waits to be solved from it.
@@ -371,13 +393,13 @@ impl GpuBytes {
 /// tokens, the blocks' weights (one read ahead), and the largest linear's solve; after the last one,
 /// hidden states still, and the tables that are written.
 pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
-    let Workload { tokens, seq_len, reference, .. } = work;
+    let Workload { tokens, seq_len, extras, .. } = work;
     let streams = work.streams();
     // The tokenizer, the program and the text take some tens of megabytes.
     let fixed = (128 << 20) + work.shared_bytes(block);
     let states = states_of(block, work);
     // One chunk's gate and up; with a reference states of both streams and their difference.
-    let lacking = if reference { 3 * block.hidden } else { 0 };
+    let lacking = if extras.reference { 3 * block.hidden } else { 0 };
     let chunk = Device::CPU_CHUNK_TOKENS.max(seq_len).min(tokens);
     let rows = if block.per_token > 0 { 2 * block.hidden } else { 0 };
     let flight = chunk * (2 * block.intermediate + lacking + rows);
@@ -386,9 +408,10 @@ pub fn plan_cpu(block: BlockSizes, work: Workload, tables: Tables) -> u64 {
     let square = if tokens > 0 { 20 * block.widest * block.widest } else { 0 };
     // With experts also the Gram of all tokens and its factor, and routes.
     let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
-    let solve = square + 13 * block.largest + all_tokens + work.route_bytes(block);
+    let attended = work.attended_bytes(block, 4);
+    let solve = square + 13 * block.largest + all_tokens + attended + work.route_bytes(block);
     let walking = 4 * ((1 + streams) * block.weights + states + flight) + solve + tables.walking;
-    let writing = 4 * tokens * streams * block.hidden + tables.writing;
+    let writing = 4 * work.states() * block.hidden + tables.writing;
     (fixed + walking.max(writing)) as u64
 }
 

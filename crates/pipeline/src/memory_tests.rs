@@ -15,9 +15,10 @@ fn llama_70b() -> ModelConfig {
 fn a_larger_card_offloads_less() {
     let block = BlockSizes::of(&llama_70b());
     let work = |reference| Workload {
+        held_out: 0,
         tokens: 128 * 4096,
         seq_len: 4096,
-        reference,
+        extras: Extras { reference, attended: false },
         exact: false,
         shared_grams: 0,
     };
@@ -42,6 +43,11 @@ fn a_larger_card_offloads_less() {
     let rounded = plan_gpu(block, work(false), 79 << 30);
     assert_eq!(exact.device_bytes - rounded.device_bytes, 4 * 28672 * 8192);
     assert_eq!(exact.host_bytes - rounded.host_bytes, 4 * 855_638_016);
+    // A Hessian of its own for v: a Gram and a factor of order 8192, and six matrices of a window in fp16.
+    let attended = Extras { attended: true, ..Extras::default() };
+    let attended = plan_gpu(block, Workload { extras: attended, ..work(false) }, 79 << 30);
+    let of_values = 2 * 4 * 8192 * 8192 + 6 * 2 * 4096 * 8192;
+    assert_eq!(attended.device_bytes - rounded.device_bytes, of_values);
 }
 
 /// Embedding and head of Llama 3.1 8B, 128,256 × 4096, of a gigabyte each.
@@ -63,10 +69,10 @@ fn tables_outside_of_the_blocks_count() {
     assert_eq!(tables(Recipe::AutoGptq, FloatType::F16), as_stored);
     let rounded = Tables { walking: table, writing: 3 * table };
     assert_eq!(tables(Recipe::AutoGptq, FloatType::BF16), rounded);
-    let (reference, exact) = (false, false);
+    let (extras, exact) = (Extras::default(), false);
     let work = |tokens, shared_grams| {
         let seq_len = 2048;
-        Workload { tokens, seq_len, reference, exact, shared_grams }
+        Workload { tokens, held_out: 0, seq_len, extras, exact, shared_grams }
     };
     let cpu = |tokens, tables| plan_cpu(block, work(tokens, 0), tables);
     // Without windows what is written is the peak, with many the walk.
@@ -115,9 +121,10 @@ fn experts_keep_what_gate_reads_and_one_experts_activations() {
     (few.count, few.per_token) = (3, 2);
     assert_eq!(kept_activations(&few, 100), 100 * 768);
     let work = Workload {
+        held_out: 0,
         tokens: 128 * 2048,
         seq_len: 2048,
-        reference: true,
+        extras: Extras::REFERENCE,
         exact: false,
         shared_grams: 0,
     };
@@ -144,8 +151,8 @@ fn experts_keep_what_gate_reads_and_one_experts_activations() {
 fn long_windows_take_larger_chunks() {
     let block = BlockSizes::of(&llama_70b());
     let tokens = 4 * 131_072;
-    let (reference, exact, shared_grams) = (false, false, 0);
-    let work = |seq_len| Workload { tokens, seq_len, reference, exact, shared_grams };
+    let (extras, exact, shared_grams) = (Extras::default(), false, 0);
+    let work = |seq_len| Workload { tokens, held_out: 0, seq_len, extras, exact, shared_grams };
     let tables = Tables::default();
     let device = |seq_len| plan_gpu(block, &[work(seq_len)], tables, 1 << 40).device_bytes;
     let host = |seq_len| plan_cpu(block, work(seq_len), tables);

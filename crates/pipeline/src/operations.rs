@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 
 use gptq_checkpoint::{Expert, Experts, LinearShape, ModelConfig};
 use gptq_model::{LinearId, Reading, Stage};
+use gptq_quant::{Choices, ValueInputs};
 use serde::Serialize;
 
+use crate::calibrate::Sample;
 use crate::work::Work;
 
 /// Operations, one multiply-add being two.
@@ -41,6 +43,30 @@ pub(crate) struct BlockKind {
     /// Tokens that a token attends to at most.
     pub(crate) window: Option<usize>,
     pub(crate) routing: Option<Routing>,
+    /// Key and value heads.
+    pub(crate) kv_heads: usize,
+}
+
+/// What a recipe has computed beside the solve of what goes forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Extras {
+    /// The unquantized model is walked too.
+    pub(crate) reference: bool,
+    /// v's Hessian is of what attention makes of its inputs.
+    pub(crate) attended: bool,
+}
+
+impl Extras {
+    /// The unquantized model's walk alone.
+    pub(crate) const REFERENCE: Self = Self { reference: true, attended: false };
+
+    /// That of a recipe's choices.
+    pub(crate) fn of(choices: &Choices) -> Self {
+        Self {
+            reference: choices.needs_reference(),
+            attended: choices.values == ValueInputs::Attended,
+        }
+    }
 }
 
 /// How a router spreads tokens over experts.
@@ -69,6 +95,7 @@ impl BlockKind {
             linears: model.block_linears(block),
             window: model.block_attention(block).window,
             routing: model.experts(block).map(Routing::of),
+            kv_heads: model.num_key_value_heads,
         }
     }
 
@@ -91,12 +118,11 @@ impl BlockKind {
 }
 
 impl Operations {
-    /// Of a block over `windows` windows of `seq_len` tokens, of which each expert sees as many. With
-    /// `reference`, the unquantized model is walked too.
+    /// Of a block over `windows` windows of `seq_len` tokens, of which each expert sees as many.
     pub(crate) fn of_block(
         block: &BlockKind,
         (windows, seq_len): (usize, usize),
-        reference: bool,
+        Extras { reference, attended }: Extras,
     ) -> Self {
         let BlockKind { linears, window, .. } = block;
         let tokens = windows as f64 * seq_len as f64;
@@ -133,11 +159,24 @@ impl Operations {
             }
         }
         sum.reference = if reference { sum.forward } else { 0.0 };
+        let value = linears.iter().find(|linear| linear.id == LinearId::V);
+        if let Some(value) = value.filter(|_| attended) {
+            let n = value.in_features;
+            let sample = Sample::of((windows, seq_len), n, block.kv_heads);
+            let (n, seen) = (n as f64, sample.windows(windows) as f64 * length);
+            // Queries, keys and values once more; then one head's attention, as wide as the inputs.
+            let inputs = linears.iter().filter(|linear| Stage::of(linear.id) == Stage::Qkv);
+            let rows: usize = inputs.map(|linear| linear.out_features).sum();
+            let heads = seen * sample.heads() as f64;
+            sum.forward += 2.0 * seen * n * rows as f64 + 2.0 * heads * reach * n;
+            sum.gram += heads * n * n;
+            sum.factor += 2.0 / 3.0 * n * n * n;
+        }
         sum
     }
 
     /// Of all blocks of a model.
-    pub(crate) fn of_model(model: &ModelConfig, tokens: (usize, usize), reference: bool) -> Self {
+    pub(crate) fn of_model(model: &ModelConfig, tokens: (usize, usize), extras: Extras) -> Self {
         let mut kinds: Vec<(BlockKind, usize)> = Vec::new();
         for block in 0..model.num_hidden_layers {
             let found = BlockKind::of(model, block);
@@ -147,7 +186,7 @@ impl Operations {
             }
         }
         let of_kind = |(kind, count): (BlockKind, usize)| {
-            Self::of_block(&kind, tokens, reference).times(count as f64)
+            Self::of_block(&kind, tokens, extras).times(count as f64)
         };
         kinds.into_iter().map(of_kind).reduce(Self::plus).unwrap_or_default()
     }
@@ -206,6 +245,26 @@ pub(crate) mod tests {
     use super::*;
     use crate::bench::Width;
 
+    /// Counted by hand for a 70B block: 32 of 128 windows, 4 heads of each.
+    #[test]
+    fn a_hessian_of_attended_inputs_takes_attention_over_all_of_them() {
+        let kind = "70b".parse::<Width>().unwrap().kind();
+        let with = |attended| {
+            Operations::of_block(&kind, (128, 4096), Extras { reference: true, attended })
+        };
+        let (plain, attended) = (with(false), with(true));
+        let (n, tokens) = (8192.0_f64, 32.0 * 4096.0);
+        let projections = 2.0 * tokens * n * (8192.0 + 2.0 * 1024.0);
+        let attention = 4.0 * 2.0 * tokens * 4096.0 * n;
+        let near = |found: f64, wanted: f64| {
+            assert!((found / wanted - 1.0).abs() < 1e-9, "{found} {wanted}");
+        };
+        near(attended.forward - plain.forward, projections + attention);
+        near(attended.gram - plain.gram, 4.0 * tokens * n * n);
+        near(attended.factor - plain.factor, 2.0 / 3.0 * n * n * n);
+        assert_eq!((attended.solve, attended.reference), (plain.solve, plain.reference));
+    }
+
     /// A Llama of 70B parameters.
     pub(crate) fn llama_70b() -> ModelConfig {
         model(
@@ -263,7 +322,7 @@ pub(crate) mod tests {
             ),
         ];
         for (model, tokens, [forward, gram, factor, solve, shift]) in counted {
-            let all = Operations::of_model(&model, tokens, true);
+            let all = Operations::of_model(&model, tokens, Extras::REFERENCE);
             let with_reference = all.shift + all.reference;
             assert_eq!(
                 (all.forward, all.gram, all.factor, all.solve, with_reference),
@@ -272,7 +331,7 @@ pub(crate) mod tests {
             assert_eq!(all.reference, forward);
             assert_eq!(all.total(), forward + gram + factor + solve + with_reference);
             let alone = Operations { reference: 0.0, shift: 0.0, ..all };
-            assert_eq!(Operations::of_model(&model, tokens, false), alone);
+            assert_eq!(Operations::of_model(&model, tokens, Extras::default()), alone);
         }
     }
 
@@ -326,7 +385,7 @@ pub(crate) mod tests {
             [Work::Forward, Work::Gram, Work::Factor, Work::Solve, Work::Reference, Work::Shift];
         for (width, tokens, expected) in counted {
             let kind = width.parse::<Width>().unwrap().kind();
-            let block = Operations::of_block(&kind, tokens, true);
+            let block = Operations::of_block(&kind, tokens, Extras::REFERENCE);
             assert_eq!(stages.map(|stage| block.of(stage)), expected, "{width}");
             assert_eq!((block.of(Work::Exchange), block.of(Work::Pack)), (0.0, 0.0));
         }
@@ -348,7 +407,7 @@ pub(crate) mod tests {
         let projections = 2.0 * tokens * (2.0 * h * h + 2.0 * h * kv);
         let router = 2.0 * tokens * h * 8.0;
         let routed = 2.0 * 2.0 * tokens * 3.0 * h * inner;
-        let all = Operations::of_model(&mixtral, (windows, seq_len), true);
+        let all = Operations::of_model(&mixtral, (windows, seq_len), Extras::REFERENCE);
         let near = |found: f64, of_block: f64| {
             let wanted = 32.0 * of_block;
             assert!((found / wanted - 1.0).abs() < 1e-12, "{found} {wanted}");

@@ -11,8 +11,8 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
 pub use crate::memory_text::TextMemory;
-use crate::operations::Operations;
-use crate::tune::{TuneBytes, operations};
+use crate::operations::{Extras, Operations};
+use crate::tune::{TuneBytes, operations, planned_held_out};
 use crate::write::quantize_config;
 
 /// Tokens of the text that is planned for, unless the model was made for fewer.
@@ -65,8 +65,10 @@ pub fn plan_branch(
     let block = BlockSizes::of(model);
     let tokens = if calibrates { windows * seq_len } else { 0 };
     let exact = source_dtype == SourceDtype::Fp32;
-    let reference = spec.choices.needs_reference();
-    let held = Workload { tokens, seq_len, reference, exact, shared_grams };
+    let extras = Extras::of(&spec.choices);
+    let held_out = planned_held_out(spec, windows);
+    let held =
+        Workload { tokens, held_out: held_out * seq_len, seq_len, extras, exact, shared_grams };
     // Weights that stay as wide as they are stored are read where the file is mapped.
     let tables = Tables::of(model, spec, stored(model), !exact);
     let walk = plan_gpu(block, &vec![held; together], tables, gpu_memory);
@@ -83,10 +85,17 @@ pub fn plan_branch(
         gpu,
         text: TextMemory::of(model, spec.bits, spec.group_size, TEXT_TOKENS.min(model.positions())),
         work: match calibrates {
-            true => Operations {
-                tune: operations(model, spec, (windows, seq_len)),
-                ..Operations::of_model(model, (windows, seq_len), reference)
-            },
+            true => {
+                let walk = Operations::of_model(model, (windows, seq_len), extras);
+                // The unquantized model walks what is held out, too.
+                let reference = Extras { reference: held_out > 0, ..Extras::default() };
+                let judged = Operations::of_model(model, (held_out, seq_len), reference);
+                Operations {
+                    tune: operations(model, spec, (windows, seq_len)),
+                    reference: walk.reference + judged.reference,
+                    ..walk
+                }
+            }
             false => Operations::default(),
         },
     })
@@ -95,9 +104,7 @@ pub fn plan_branch(
 /// The type that the configuration says the weights are stored in; without a word of it
 /// transformers takes f32.
 fn stored(model: &ModelConfig) -> FloatType {
-    let raw = model.raw();
-    let dtype = raw.get("dtype").or_else(|| raw.get("torch_dtype"));
-    match dtype.and_then(|dtype| dtype.as_str()) {
+    match model.stored_dtype() {
         Some("float16") => FloatType::F16,
         Some("bfloat16") => FloatType::BF16,
         _ => FloatType::F32,

@@ -243,10 +243,14 @@ fn calibrator<'a>(
     };
     let _turn = job.turn();
     let own = &windows[job.ranks.share(windows.len(), 1)];
-    let own: Vec<&[u32]> = own.iter().map(Vec::as_slice).collect();
-    let states = || embed(model, &own, offload.hidden);
-    let reference = work.reference.then(states).transpose()?;
-    let streams = Streams { quantized: states()?, reference };
+    let states = |windows: &[Vec<u32>]| {
+        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        embed(model, &windows, offload.hidden)
+    };
+    let reference = work.extras.reference.then(|| states(own)).transpose()?;
+    let others = Some(job.held_out()).filter(|windows| !windows.is_empty());
+    let held_out = others.map(states).transpose()?;
+    let streams = Streams { quantized: states(own)?, reference, held_out };
     let calibrator = Calibrator {
         device: model.device(),
         ropes: model.ropes(seq_len),
@@ -276,10 +280,10 @@ fn check_fallbacks(
     linears: &[LinearRecord],
     progress: &dyn Progress,
 ) -> Result<()> {
+    if job.strict {
+        refuse_fallbacks(linears, job.spec.damp)?;
+    }
     for linear in linears {
-        if job.strict {
-            refuse_fallbacks(linear, job.spec.damp)?;
-        }
         retries(linear, job.spec.damp).iter().for_each(|warning| progress.warn(warning));
     }
     few_tokens(linears).iter().for_each(|warning| progress.warn(warning));

@@ -4,12 +4,13 @@ use std::fs;
 use std::path::Path;
 
 use gptq_checkpoint::{Checkpoint, Layout};
-use gptq_compute::{Device, Ranks};
-use gptq_model::SourcePrecision;
+use gptq_compute::{Device, Ranks, Tensor};
+use gptq_model::{LinearId, SourcePrecision, Stage};
 use gptq_quant::{QuantSpec, Recipe, Rotate};
 use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_text::calibration::{Calibration, CalibrationOverrides, CalibrationRecipe};
 use gptq_text::tokens::TextTokenizer;
+use ndarray::s;
 use serde_json::{Map, json};
 
 use super::*;
@@ -100,24 +101,97 @@ fn assert_walked_alike(job: &QuantizeJob<'_>) {
     assert_eq!(values(&mut streams.unwrap().quantized), values(&mut reloaded));
 }
 
-#[test]
-fn the_file_gives_the_states_that_calibration_propagated() {
-    let source = Checkpoint::open(&fixtures().join("demo-llama")).unwrap();
+/// The demo's calibration.
+fn of_the_demo(source: &Checkpoint, windows: usize) -> Calibration {
     let demo = fixtures().join("../../calib/demo.toml");
     let overrides = CalibrationOverrides {
-        windows: Some(6),
+        windows: Some(windows),
         seq_len: Some(96),
         ..CalibrationOverrides::default()
     };
     let recipe = CalibrationRecipe::open(&demo.to_string_lossy()).unwrap().with(overrides).unwrap();
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
-    let calibration = recipe.sample(&tokenizer, None).unwrap();
+    recipe.sample(&tokenizer, None).unwrap()
+}
+
+#[test]
+fn the_file_gives_the_states_that_calibration_propagated() {
+    let source = Checkpoint::open(&fixtures().join("demo-llama")).unwrap();
+    let calibration = of_the_demo(&source, 6);
     let folder = tempfile::tempdir().unwrap();
     for (bits, group, act_order) in [(3, Some(128), true), (4, None, false)] {
         let spec = QuantSpec::new(bits, group, act_order, 0.03, Recipe::Best);
         let out = folder.path().join(bits.to_string());
         assert_walked_alike(&job(&source, &calibration, spec, &out));
     }
+    let mut spec = QuantSpec::new(3, Some(64), true, 0.03, Recipe::Best);
+    spec.set(&["values=attended".to_owned()]).unwrap();
+    assert_walked_alike(&job(&source, &calibration, spec, &folder.path().join("attended")));
+}
+
+/// Σ over heads and tokens of |A X (Ŵ − W)ᵀ|² in the first block, in f64 from queries and keys on: what an
+/// error of v does to the contexts.
+fn error_of_contexts(source: &Checkpoint, file: &Checkpoint, windows: &[Vec<u32>]) -> f64 {
+    let seq_len = windows[0].len();
+    let open =
+        |checkpoint| Model::new(checkpoint, Device::Cpu, SourcePrecision::Stored, seq_len).unwrap();
+    let (dense, quantized) = (open(source), open(file));
+    let (block, other) = (dense.load_block(0).unwrap(), quantized.load_block(0).unwrap());
+    let wide = |weight: &Tensor| weight.to_host().unwrap().mapv(f64::from);
+    let v = LinearId::V;
+    let error = wide(&other.linear(v).weight) - wide(&block.linear(v).weight);
+    let (rule, device, ropes) = (block.rule(), &Device::Cpu, dense.ropes(seq_len));
+    let width = rule.head_dim;
+    let mut sum = 0.0;
+    for ids in windows {
+        let hidden = dense.embed(ids).unwrap();
+        let input = block.stage_input(device, Stage::Qkv, &hidden, ropes, seq_len).unwrap();
+        let [q, k] = block.queries_keys(device, &input, ropes, seq_len).unwrap();
+        let (x, q, k) = (wide(&input), wide(&q), wide(&k));
+        for head in 0..rule.heads {
+            let kv = head / (rule.heads / rule.kv_heads);
+            let off = x.dot(&error.slice(s![kv * width..(kv + 1) * width, ..]).t());
+            for t in 0..seq_len {
+                let query = q.slice(s![t, head * width..(head + 1) * width]);
+                let score = |u: usize| {
+                    query.dot(&k.slice(s![u, kv * width..(kv + 1) * width])) / (width as f64).sqrt()
+                };
+                let weights: Vec<f64> = (0..=t).map(|u| score(u).exp()).collect();
+                let whole: f64 = weights.iter().sum();
+                let context = (0..=t).map(|u| &off.row(u) * (weights[u] / whole));
+                let context = context.reduce(|a, b| a + b).unwrap();
+                sum += context.dot(&context);
+            }
+        }
+    }
+    sum
+}
+
+#[test]
+fn a_hessian_of_attended_inputs_leaves_less_error_in_contexts() {
+    let source = Checkpoint::open(&fixtures().join("demo-llama")).unwrap();
+    let calibration = of_the_demo(&source, 24);
+    let folder = tempfile::tempdir().unwrap();
+    let made = |name: &str, settings: &[String]| {
+        let mut spec = QuantSpec::new(3, Some(64), true, 0.03, Recipe::AutoGptq);
+        spec.set(settings).unwrap();
+        let job = job_on(Device::Cpu, &source, &calibration, spec, &folder.path().join(name));
+        let Made { sealed, .. } = make(&job, &Quiet).unwrap().unwrap();
+        Checkpoint::open(&sealed.publish().unwrap().dir).unwrap()
+    };
+    let plain = made("plain", &[]);
+    let attended = made("attended", &["values=attended".to_owned()]);
+    // Everything else of the first block reads what it has read before v was solved.
+    let of = |file: &Checkpoint, name: &str| file.tensor(name).unwrap().bytes.to_vec();
+    for (linear, alike) in [("q", true), ("k", true), ("v", false)] {
+        let codes = format!("model.layers.0.self_attn.{linear}_proj.qweight");
+        assert_eq!(of(&plain, &codes) == of(&attended, &codes), alike, "{linear}");
+        let groups = format!("model.layers.0.self_attn.{linear}_proj.g_idx");
+        assert_eq!(of(&plain, &groups), of(&attended, &groups), "{linear}");
+    }
+    let error = |file| error_of_contexts(&source, file, &calibration.windows);
+    let (before, now) = (error(&plain), error(&attended));
+    assert!(now < 0.95 * before, "{now} of {before}");
 }
 
 /// A family of tests/fixtures/families as a folder of F32 tensors, none of whose values fp16 holds.
@@ -167,6 +241,7 @@ pub(crate) fn of_windows(windows: Vec<Vec<u32>>) -> Calibration {
         seq_len: windows.iter().map(Vec::len).max().unwrap(),
         windows,
         places: Vec::new(),
+        held_out: Vec::new(),
         sha256: String::new(),
         seed: 0,
         dataset: DatasetIdentity::new("text".to_owned(), None, &[]),

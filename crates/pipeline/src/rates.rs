@@ -28,7 +28,7 @@ use crate::bench::{BlockBench, Width};
 use crate::cards::Card;
 use crate::error::{Result, with_causes, with_hints};
 use crate::memory::Offload;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::plan::BranchPlan;
 use crate::progress::Progress;
 use crate::rates_file::{self, Record};
@@ -114,7 +114,7 @@ impl KnownRates {
 
     /// Of a card of the table.
     pub fn of_card(card: &Card) -> Self {
-        Self { entries: vec![card.entry()], ranks: 1, gpu: true }
+        Self { entries: card.entries(), ranks: 1, gpu: true }
     }
 
     /// Seconds of a process beside its branches.
@@ -185,24 +185,26 @@ impl KnownRates {
         };
         let answer = |entry: &Entry| {
             let mut from = entry.from;
-            if far(entry) > NEAR || entry.experts != has_experts(model) {
+            let other = entry.experts != has_experts(model);
+            if far(entry) > NEAR || other {
                 from = from.max(Source::OtherWidth);
             }
             let shared = if entry.ranks == self.ranks { 1 } else { self.ranks };
             if shared > 1 {
                 from = from.max(Source::OneDevice);
             }
-            Some((from, far(entry), seconds(&entry.rates)? / shared as f64))
+            Some((from, other, far(entry), seconds(&entry.rates)? / shared as f64))
         };
         // Rates of several devices say nothing of one.
         let usable = |entry: &&Entry| entry.ranks == self.ranks || entry.ranks == 1;
         let answers = self.entries.iter().filter(usable).filter_map(answer);
-        // Of estimates, the one from the nearest width.
+        // Of estimates, the one from such a block, and then from the nearest width.
         let rank = |from: Source| from.min(Source::OtherWidth);
-        let better = |a: &(Source, f64, f64), b: &(Source, f64, f64)| {
-            rank(a.0).cmp(&rank(b.0)).then(a.1.total_cmp(&b.1))
+        type Answer = (Source, bool, f64, f64);
+        let better = |a: &Answer, b: &Answer| {
+            rank(a.0).cmp(&rank(b.0)).then(a.1.cmp(&b.1)).then(a.2.total_cmp(&b.2))
         };
-        let (from, _, seconds) = answers.min_by(better)?;
+        let (from, .., seconds) = answers.min_by(better)?;
         Some(Prediction { seconds, from }).filter(|p| p.seconds.is_finite())
     }
 }
@@ -223,7 +225,7 @@ fn entries(key: &str, card: Option<&Card>, progress: &dyn Progress) -> Vec<Entry
         let experts = width.parse().is_ok_and(Width::has_experts);
         Entry { hidden, experts, ranks, rates, from: Source::Bench }
     });
-    measured.chain(card.map(Card::entry)).collect()
+    measured.chain(card.into_iter().flat_map(Card::entries)).collect()
 }
 
 /// What rates depend on: the card, or the CPU and the number of its threads.
@@ -271,9 +273,9 @@ pub fn keep(device: &Device, spec: &QuantSpec, bench: &BlockBench) -> Result<Opt
 
 /// The record of a benchmark.
 fn measured(device: String, spec: &QuantSpec, bench: &BlockBench) -> Record {
-    let reference = spec.choices.needs_reference();
+    let extras = Extras::of(&spec.choices);
     let operations =
-        Operations::of_block(&bench.width.kind(), (bench.windows, bench.seq_len), reference);
+        Operations::of_block(&bench.width.kind(), (bench.windows, bench.seq_len), extras);
     let counted = bench.stages.iter().filter(|stage| stage.operations > 0.0);
     let counted: f64 = counted.map(|stage| stage.seconds).sum();
     // Packing and exchanges, which have no operations, are spread over what has.

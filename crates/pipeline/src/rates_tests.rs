@@ -125,6 +125,51 @@ fn blocks_with_experts_have_rates_of_their_own() {
     assert_eq!(predicted(&known, Recipe::AutoGptq, 80 << 30).unwrap().from, Source::Table);
 }
 
+/// Blocks of Mixtral and Qwen3 with 128 x 2048 tokens on an H200 (tests/bench/2026-11-29-tuned-scales.md): its
+/// table gives back their seconds, of `best` but for what single runs differ by; and says nothing of dense
+/// blocks that it would not say without them.
+#[test]
+fn an_h200_knows_blocks_with_experts() {
+    let known = KnownRates::of_card(&"H200".parse().unwrap());
+    let mixtral = r#""model_type":"mixtral","hidden_size":4096,"intermediate_size":14336,"num_key_value_heads":8,
+        "vocab_size":32000"#;
+    let qwen = r#""model_type":"qwen3_moe","hidden_size":2048,"intermediate_size":6144,"num_key_value_heads":4,
+        "head_dim":128,"vocab_size":151936"#;
+    for (text, measured) in [(mixtral, [2.0, 4.452]), (qwen, [1.711, 3.793])] {
+        let model = model(&format!(r#"{{"num_hidden_layers":2,"num_attention_heads":32,{text}}}"#));
+        for (recipe, seconds) in [Recipe::AutoGptq, Recipe::Best].into_iter().zip(measured) {
+            let spec = spec(recipe);
+            let setting = Setting {
+                windows: 128,
+                seq_len: 2048,
+                shared_grams: 0,
+                together: 1,
+                gpu_memory: 141 << 30,
+            };
+            let plan = plan_branch(
+                &model,
+                &spec,
+                SourceDtype::Fp16,
+                Layout::Modern,
+                &BTreeMap::new(),
+                setting,
+            );
+            let predicted = known.run(&model, &spec, &plan.unwrap()).unwrap();
+            let tables = 4.0 * model.vocab_size as f64 * model.hidden_size as f64 / TABLES_RATE;
+            let block = (predicted.seconds - START_UP_GPU - tables) / 2.0;
+            assert_eq!(predicted.from, Source::Table);
+            assert!((block / seconds - 1.0).abs() < 0.06, "{block} for {seconds}");
+        }
+    }
+    let mut dense = llama_70b();
+    (dense.hidden_size, dense.intermediate_size) = (2048, 8192);
+    let (spec, h100) = (spec(Recipe::AutoGptq), KnownRates::of_card(&"H100".parse().unwrap()));
+    let plan = planned(&dense, &spec, 80 << 30);
+    let [known, without] = [known, h100].map(|rates| rates.run(&dense, &spec, &plan).unwrap());
+    assert_eq!((known.from, without.from), (Source::OtherWidth, Source::OtherWidth));
+    assert!((known.seconds / without.seconds - 1.0).abs() < 0.05, "{known:?} {without:?}");
+}
+
 /// What is kept of a benchmark gives back its seconds.
 #[test]
 fn a_benchmark_predicts_itself() {
@@ -142,7 +187,7 @@ fn predicts_itself(spec: &QuantSpec, name: &str) {
     let bench = bench.unwrap();
     let record = measured(device_key(&device), spec, &bench);
     assert!(record.device.contains("threads") && record.width == name, "{record:?}");
-    let counted = Operations::of_block(&width.kind(), tokens, true);
+    let counted = Operations::of_block(&width.kind(), tokens, Extras::REFERENCE);
     let seconds: f64 =
         by_stage(&counted, spec).iter().map(|(stage, count)| count / record.rates[stage]).sum();
     assert!((seconds / bench.seconds - 1.0).abs() < 1e-6, "{seconds} {}", bench.seconds);

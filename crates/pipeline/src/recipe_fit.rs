@@ -3,22 +3,28 @@
 //! A rotation of the residual stream needs norms that commute with it, and linears behind each norm that
 //! can take its gain over: RMS norms, and none of what attention or the MLP gives. A shift of o and down
 //! needs their products to reach the residual stream as they are, but for a factor. Everything else of a
-//! recipe looks at one linear and its inputs, and holds for all.
+//! recipe looks at one linear and its inputs, and holds for all. Into the stream of a language model that is
+//! a part of a larger one come the outputs of other parts, too, which are carried as they are: it stays in
+//! its coordinates.
 //!
 //! Experts are no obstacle: what routes tokens to them reads what gate reads, and is turned with it. Of a
 //! shift their downs have no part, as none of them gives a token all that its MLP does: in blocks with
 //! experts o alone makes up for what the stream lacks, which [`fit`] says.
 
-use gptq_checkpoint::{ModelConfig, NormId, NormKind};
-use gptq_quant::{Choices, QuantSpec, Rotate};
+use gptq_checkpoint::{LinearId, ModelConfig, NormId, NormKind};
+use gptq_quant::{Choices, QuantSpec, Rotate, ValueInputs};
 
 use crate::error::{Error, Result};
+use crate::tune;
 
 /// Why the residual stream cannot be rotated; `None` where it can.
 #[must_use]
 pub fn unrotatable(model: &ModelConfig) -> Option<&'static str> {
     if model.norm == NormKind::Layer {
         return Some("norms take means off");
+    }
+    if model.wrapper().is_some() {
+        return Some("what other parts make of images and sounds enters it as it is");
     }
     norms_results(model).then_some("what attention and the MLP give is normed")
 }
@@ -45,7 +51,8 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
     if !spec.recipe.calibrates() {
         return Vec::new();
     }
-    let (family, choices) = (model.family, &mut spec.choices);
+    let family = model.wrapper().unwrap_or(model.family);
+    let choices = &mut spec.choices;
     let mut notes = Vec::new();
     if let (Rotate::Full, Some(why)) = (choices.rotate, unrotatable(model)) {
         choices.rotate = Rotate::Heads;
@@ -65,6 +72,14 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
         ));
         choices.residual = 0.0;
     }
+    if choices.values == ValueInputs::Attended && fuses_values(model) {
+        notes.push(format!(
+            "{}=plain instead of attended: v of a {family} model is one linear with q and k, and has no Hessian \
+             of its own",
+            Choices::VALUES
+        ));
+        choices.values = ValueInputs::Plain;
+    }
     if choices.residual > 0.0 && has_experts(model) {
         notes.push(format!(
             "{}={} holds for o, and for down where there are no experts: no expert gives a token all that \
@@ -76,6 +91,14 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
     notes
 }
 
+/// Refuses a branch whose scales cannot be tuned as it asks.
+///
+/// # Errors
+/// [`Error::Choice`].
+pub fn check_tuning(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
+    tune::check_model(model, spec)
+}
+
 /// Refuses choices that [`fit`] would leave out.
 pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
     let mut fitted = spec.clone();
@@ -84,6 +107,12 @@ pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
         Some(note) => Err(Error::Choice { note }),
         None => Ok(()),
     }
+}
+
+/// Whether q, k and v are one linear.
+fn fuses_values(model: &ModelConfig) -> bool {
+    let linears = (0..model.num_hidden_layers).flat_map(|block| model.block_linears(block));
+    linears.into_iter().any(|linear| linear.id == LinearId::Qkv)
 }
 
 /// Whether some block norms what is added to the residual stream.
@@ -136,6 +165,24 @@ mod tests {
             for recipe in [Recipe::AutoGptq, Recipe::Rtn] {
                 assert_eq!(fitted(family, recipe), (Choices::AUTOGPTQ, vec![]), "{family}");
             }
+        }
+    }
+
+    #[test]
+    fn a_fused_v_has_no_hessian_of_its_own() {
+        for (family, fused) in [("llama", false), ("gemma3_text", false), ("phi3", true)] {
+            let text = format!(
+                r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":32,
+                "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
+            );
+            let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
+            let mut spec = QuantSpec::new(4, None, true, 0.01, Recipe::AutoGptq);
+            spec.set(&["values=attended".to_owned()]).unwrap();
+            assert_eq!(check(&model, &spec).is_err(), fused, "{family}");
+            let notes = fit(&model, &mut spec);
+            assert_eq!(notes.len(), usize::from(fused), "{family}: {notes:?}");
+            assert_eq!(spec.choices.values == ValueInputs::Plain, fused, "{family}");
+            check(&model, &spec).unwrap();
         }
     }
 

@@ -50,12 +50,17 @@ pub(crate) fn retries(linear: &LinearRecord, asked: f64) -> Vec<String> {
     warnings
 }
 
+/// Of the linears that saw too few tokens the one that saw fewest.
+fn fewest<'a>(linears: impl IntoIterator<Item = &'a LinearRecord>) -> Option<&'a LinearRecord> {
+    let few = linears.into_iter().filter(|linear| linear.few_tokens);
+    few.min_by_key(|linear| linear.tokens.unwrap_or(0))
+}
+
 /// The linears of a block that saw too few tokens, in one line: experts may be hundreds.
 pub(crate) fn few_tokens(linears: &[LinearRecord]) -> Option<String> {
-    let few = || linears.iter().filter(|linear| linear.few_tokens);
-    let seen = |linear: &&LinearRecord| linear.tokens.unwrap_or(0);
-    let LinearRecord { name, tokens, .. } = few().min_by_key(seen)?;
-    let (count, tokens) = (few().count(), tokens.unwrap_or(0));
+    let LinearRecord { name, tokens, .. } = fewest(linears)?;
+    let count = linears.iter().filter(|linear| linear.few_tokens).count();
+    let tokens = tokens.unwrap_or(0);
     let (linears, were) = if count == 1 { ("linear", "was") } else { ("linears", "were") };
     Some(format!(
         "{count} {linears} of experts saw fewer tokens than they have inputs and {were} calibrated on all \
@@ -64,11 +69,21 @@ pub(crate) fn few_tokens(linears: &[LinearRecord]) -> Option<String> {
 }
 
 /// Refuses what [`retries`] and [`few_tokens`] say, for `--strict`.
-pub(crate) fn refuse_fallbacks(linear: &LinearRecord, asked: f64) -> Result<()> {
-    let (name, damp) = (linear.name.clone(), linear.damp.unwrap_or(asked));
-    if linear.few_tokens {
-        return Err(Error::StrictTokens { linear: name, tokens: linear.tokens.unwrap_or(0) });
+pub(crate) fn refuse_fallbacks<'a>(
+    linears: impl IntoIterator<Item = &'a LinearRecord> + Clone,
+    asked: f64,
+) -> Result<()> {
+    linears.clone().into_iter().try_for_each(|linear| refuse_retries(linear, asked))?;
+    match fewest(linears) {
+        None => Ok(()),
+        Some(LinearRecord { name, tokens, .. }) => {
+            Err(Error::StrictTokens { linear: name.clone(), tokens: tokens.unwrap_or(0) })
+        }
     }
+}
+
+fn refuse_retries(linear: &LinearRecord, asked: f64) -> Result<()> {
+    let (name, damp) = (linear.name.clone(), linear.damp.unwrap_or(asked));
     match (linear.damp_retries, linear.f64_retries) {
         (0, 0) => Ok(()),
         (0, _) => Err(Error::StrictPrecision { linear: name, damp }),
@@ -151,7 +166,7 @@ mod tests {
             ..LinearRecord::default()
         };
         let usual = linear(0.01, 0, 0);
-        assert!(retries(&usual, 0.01).is_empty() && refuse_fallbacks(&usual, 0.01).is_ok());
+        assert!(retries(&usual, 0.01).is_empty() && refuse_fallbacks([&usual], 0.01).is_ok());
         for (linear, words) in [
             (linear(0.1, 1, 0), &["used 0.1"][..]),
             (linear(0.01, 0, 1), &["in f32 at damping 0.01; factored it in f64"]),
@@ -162,7 +177,7 @@ mod tests {
             for (line, words) in warnings.iter().zip(words) {
                 assert!(line.contains("`q_proj`") && line.contains(words), "{line}");
             }
-            let refused = refuse_fallbacks(&linear, 0.01).unwrap_err().to_string();
+            let refused = refuse_fallbacks([&linear], 0.01).unwrap_err().to_string();
             assert!(refused.contains("`q_proj`") && refused.contains("--strict"), "{refused}");
         }
     }
@@ -173,7 +188,9 @@ mod tests {
         let twice = LinearRecord { damp_retries: 2, ..once.clone() };
         let none = rounded("q_proj".to_owned());
         assert_eq!(count(&[&once, &twice, &none], |l| l.damp_retries), 2);
-        assert!(refuse_fallbacks(&none, 0.01).is_ok() && refuse_fallbacks(&once, 0.01).is_err());
+        assert!(
+            refuse_fallbacks([&none], 0.01).is_ok() && refuse_fallbacks([&once], 0.01).is_err()
+        );
     }
 
     #[test]
@@ -193,9 +210,9 @@ mod tests {
             "{warning}"
         );
         assert!(few_tokens(std::slice::from_ref(&one)).unwrap().contains("1 linear of"));
-        let refused = refuse_fallbacks(&two, 0.01).unwrap_err().to_string();
+        let refused = refuse_fallbacks([&one, &two, &enough], 0.01).unwrap_err().to_string();
         assert!(refused.contains("saw 7 tokens") && refused.contains("--strict"), "{refused}");
-        assert!(refuse_fallbacks(&enough, 0.01).is_ok());
+        assert!(refuse_fallbacks([&enough], 0.01).is_ok());
         assert_eq!(count(&[&one, &two, &enough], |l| u32::from(l.few_tokens)), 2);
     }
 }

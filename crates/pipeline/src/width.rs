@@ -187,7 +187,7 @@ impl Width {
             per_token,
             rows: count,
         });
-        BlockKind { linears: self.linears(), window: None, routing }
+        BlockKind { linears: self.linears(), window: None, routing, kv_heads: self.kv_heads }
     }
 
     /// A block of these weights, in the order of [`Self::ids`], and of what routes tokens.

@@ -58,6 +58,16 @@ pub enum Rotate {
     Full,
 }
 
+/// What the Hessian of v is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ValueInputs {
+    /// Its inputs X, as that of q and k.
+    Plain,
+    /// What attention makes of them: a head's contexts are A X Wᵀ, A being its weights and W v's rows, so that
+    /// an error of W is seen through A X alone. The order of columns stays that of q and k.
+    Attended,
+}
+
 /// What the solver does where GPTQ leaves a choice.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choices {
@@ -77,6 +87,8 @@ pub struct Choices {
     pub head: f32,
     /// Rotations folded into the weights.
     pub rotate: Rotate,
+    /// What the Hessian of v is made of.
+    pub values: ValueInputs,
     /// Steps of tuning all group scales by the finished model's KL to the unquantized one; 0 for none.
     pub tune: u32,
     /// How far the first of these steps moves the logarithm of a scale, about; later ones move it less.
@@ -93,6 +105,7 @@ impl Choices {
         residual: 0.0,
         head: 0.0,
         rotate: Rotate::None,
+        values: ValueInputs::Plain,
         tune: 0,
         tune_rate: Self::TUNE_RATE,
     };
@@ -105,6 +118,7 @@ impl Choices {
         residual: 0.5,
         head: 1.0,
         rotate: Rotate::Full,
+        values: ValueInputs::Plain,
         tune: 0,
         tune_rate: Self::TUNE_RATE,
     };
@@ -121,6 +135,8 @@ impl Choices {
     pub const HEAD: &str = "head";
     /// Name of the choice of the residual stream's share, likewise.
     pub const RESIDUAL: &str = "residual";
+    /// Name of the choice of v's Hessian, likewise.
+    pub const VALUES: &str = "values";
     /// Name of the choice of tuning steps, likewise.
     pub const TUNE: &str = "tune";
     /// Name of the choice of their rate, likewise.
@@ -159,9 +175,13 @@ impl Choices {
 
 impl Display for Choices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Files of before there was tuning say nothing of it; those without stay as they are.
-        let of_tuning = |choice: &&Choice| [Self::TUNE, Self::RATE].contains(&choice.key);
-        let said = TABLE.iter().filter(|choice| self.tune > 0 || !of_tuning(choice));
+        // Files of before there was a choice say nothing of it; those that were made so still stay as they are.
+        let is_said = |choice: &&Choice| match choice.key {
+            Self::TUNE | Self::RATE => self.tune > 0,
+            Self::VALUES => self.values != ValueInputs::Plain,
+            _ => true,
+        };
+        let said = TABLE.iter().filter(is_said);
         for (i, choice) in said.enumerate() {
             let space = if i == 0 { "" } else { " " };
             write!(f, "{space}{}={}", choice.key, (choice.value)(self))?;
@@ -194,7 +214,7 @@ enum Values {
 }
 
 /// All choices, in the order in which they are printed.
-const TABLE: [Choice; 9] = [
+const TABLE: [Choice; 10] = [
     Choice {
         key: "group-weights",
         values: Values::Names(names::<GroupWeights>),
@@ -236,6 +256,12 @@ const TABLE: [Choice; 9] = [
         values: Values::Names(names::<Rotate>),
         value: |choices| choices.rotate.name().to_owned(),
         set: |choices, text| Rotate::named(text).map(|v| choices.rotate = v),
+    },
+    Choice {
+        key: Choices::VALUES,
+        values: Values::Names(names::<ValueInputs>),
+        value: |choices| choices.values.name().to_owned(),
+        set: |choices, text| ValueInputs::named(text).map(|v| choices.values = v),
     },
     Choice {
         key: Choices::TUNE,
@@ -295,6 +321,7 @@ named!(GroupWeights: Stale = "stale", Fresh = "fresh");
 named!(ScalePrecision: F32 = "f32", Half = "fp16");
 named!(Clip: None = "none", Search = "search", Solve = "solve");
 named!(Signs: Positive = "positive", Both = "both");
+named!(ValueInputs: Plain = "plain", Attended = "attended");
 named!(Rotate: None = "none", Heads = "heads", Full = "full");
 
 impl Rotate {
@@ -363,12 +390,23 @@ mod tests {
     }
 
     #[test]
+    fn a_plain_hessian_of_v_is_not_spoken_of() {
+        let mut choices = Choices::BEST;
+        assert!(!choices.to_string().contains("values"));
+        choices.set("values=attended").unwrap();
+        assert!(choices.to_string().ends_with(" rotate=full values=attended"));
+        let mut set = Choices::BEST;
+        choices.to_string().split(' ').for_each(|setting| set.set(setting).unwrap());
+        assert_eq!(set, choices);
+    }
+
+    #[test]
     fn every_choice_is_listed_with_its_values() {
         assert_eq!(
             Choices::help(),
             "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, \
-             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, tune=STEPS, \
-             tune-rate=0..0.1"
+             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, \
+             values=plain|attended, tune=STEPS, tune-rate=0..0.1"
         );
     }
 
@@ -389,7 +427,7 @@ mod tests {
             ("tune-rate=NaN", "=0 to =0.1, but not 0"),
             (
                 "speed=fast",
-                "use group-weights, scales, clip, signs, residual, head, rotate, tune or tune-rate",
+                "use group-weights, scales, clip, signs, residual, head, rotate, values, tune or tune-rate",
             ),
             ("scales=bf16", "scales=f32 or =fp16"),
         ] {

@@ -39,6 +39,23 @@ pub struct Factored {
 /// [`Error::NotFinite`] when the diagonal holds NaN or infinities, [`Error::NotPositiveDefinite`]
 /// when raising the damping did not help.
 pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
+    factored(gram, scale, spec, None)
+}
+
+/// As [`factor`], in the order of another Hessian: of linears that fused loaders read as one.
+///
+/// # Errors
+/// As [`factor`].
+pub fn factor_in_order(
+    gram: &Gram,
+    scale: f32,
+    spec: &QuantSpec,
+    order: &[u32],
+) -> Result<Factored> {
+    factored(gram, scale, spec, Some(order))
+}
+
+fn factored(gram: &Gram, scale: f32, spec: &QuantSpec, order: Option<&[u32]>) -> Result<Factored> {
     let mut diagonal: Vec<f32> = gram.diagonal()?.iter().map(|d| d * scale).collect();
     if diagonal.iter().any(|d| !d.is_finite()) {
         return Err(Error::NotFinite { what: "The Hessian" });
@@ -47,7 +64,7 @@ pub fn factor(gram: &Gram, scale: f32, spec: &QuantSpec) -> Result<Factored> {
     for (d, _) in diagonal.iter_mut().zip(&dead).filter(|(_, dead)| **dead) {
         *d = 1.0;
     }
-    let order = solve_order(&diagonal, spec.act_order);
+    let order = order.map_or_else(|| solve_order(&diagonal, spec.act_order), <[u32]>::to_vec);
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / diagonal.len() as f64;
     let (mut damp, mut damp_retries) = (spec.damp, 0);
     loop {
@@ -111,6 +128,18 @@ mod tests {
         let u = f.upper.as_host();
         assert!((u[[3, 3]] - 1.0 / (1.0 + damp as f32).sqrt()).abs() < 1e-6);
         assert_eq!((f.damp_retries, f.precision), (0, Precision::Usual));
+    }
+
+    #[test]
+    fn another_hessians_order_is_kept_to() {
+        let gram = Gram::from_host(Array2::from_diag(&array![2.0, 0.0, 3.0]));
+        let f = factor_in_order(&gram, 1.0, &spec(true), &[1, 0, 2]).unwrap();
+        assert_eq!((f.order, f.dead), (vec![1, 0, 2], vec![false, true, false]));
+        assert_eq!(f.importance, [1.0, 2.0, 3.0]);
+        let u = f.upper.as_host();
+        for (j, h) in [1.0_f32, 2.0, 3.0].into_iter().enumerate() {
+            assert!((u[[j, j]] - 1.0 / (h + 0.02).sqrt()).abs() < 1e-6, "{j}");
+        }
     }
 
     #[test]

@@ -18,9 +18,9 @@ mod solver;
 mod spec;
 mod trial;
 
-pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision, Signs};
+pub use choices::{Choices, Clip, GroupWeights, Rotate, ScalePrecision, Signs, ValueInputs};
 pub use error::{Error, Result};
-pub use hessian::{Factored, factor};
+pub use hessian::{Factored, factor, factor_in_order};
 pub use rotation::{Rotation, split_mix};
 pub use rtn::{round_to_nearest, rounded_weight};
 pub use solved::{Codes, Quantized, Stored};

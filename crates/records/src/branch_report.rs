@@ -149,6 +149,23 @@ pub struct LinearRecord {
     /// where they were not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub few_tokens: bool,
+    /// What fitting made of it, of the head; left out of all else, and by versions that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fit: Option<HeadFit>,
+}
+
+/// A fitted head beside the one that it was made of, in the same coordinates: by how much it differs, which has
+/// no size of its own, as fitting makes up for whatever the blocks have lost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeadFit {
+    /// Energy of the difference over the original's.
+    pub change: f64,
+    /// What is left of the original: the products of both, summed, over its energy.
+    pub gain: f64,
+    /// The least such of a row.
+    pub least_gain: f64,
+    /// The most.
+    pub most_gain: f64,
 }
 
 impl LinearRecord {
@@ -184,8 +201,12 @@ pub struct TuningRecord {
     pub steps: u32,
     /// Calibration windows that were trained on.
     pub windows: usize,
-    /// Calibration windows that were not, and by which the best step was found.
+    /// Windows that were not, and by which the best step was found.
     pub held_out: usize,
+    /// Whether these are none of the calibration's, so that neither the solver nor the head has seen them; where the
+    /// text had no others, they are. Reports that do not say so were written before there were any.
+    #[serde(default)]
+    pub unseen: bool,
     /// Mean KL in nats a token on these before the first step.
     pub kl_before: f64,
     /// With the scales that were kept.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_checkpoint::{CONFIG_FILE, Checkpoint};
+use gptq_checkpoint::{CONFIG_FILE, Checkpoint, StoredTensor};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -74,6 +74,15 @@ impl SourceDigest {
 fn tensor_digest(source: &Checkpoint, name: &str) -> Result<Option<Vec<u8>>> {
     let mut hash = Sha256::new();
     part(&mut hash, name.as_bytes());
+    let carried = source.config().carried().unwrap_or_default();
+    if carried.iter().any(|spec| spec.name == name) {
+        // Copied whatever its type.
+        let StoredTensor { dtype, shape, bytes } = source.stored(name)?;
+        part(&mut hash, format!("{dtype} {shape:?}").as_bytes());
+        pieces(&bytes).into_iter().for_each(|piece| part(&mut hash, piece));
+        source.release(name);
+        return Ok(Some(hash.finalize().to_vec()));
+    }
     let tensor = match source.tensor(name) {
         Ok(tensor) => tensor,
         // Nothing here reads such a tensor.

@@ -49,9 +49,9 @@ pub(crate) fn measured_on(comparison: &Comparison<'_>) -> Option<String> {
     let tokens_in_text = first.tokens_in_text.map_or_else(String::new, counted);
     let bos = if first.window_bos == Some(false) { " without BOS" } else { "" };
     Some(format!(
-        "protocol {}{bos}: {} windows × {} tokens, {} scored, of {}{tokens_in_text}; {}",
+        "protocol {}{bos}: {} × {} tokens, {} scored, of {}{tokens_in_text}; {}",
         measurement.protocol,
-        measurement.windows,
+        units::plural(measurement.windows, "window"),
         measurement.seq_len,
         units::count(measurement.tokens),
         measurement.dataset,
@@ -118,11 +118,10 @@ fn device(branch: &BranchReport) -> String {
 fn calibration(record: &CalibrationRecord) -> String {
     let digest: String = record.sha256.chars().take(12).collect();
     let CalibrationRecord { windows, seq_len, seed, .. } = record;
+    let windows = units::plural(*windows, "window");
     let (length, all) = match record.tokens {
-        None => (format!("{windows} windows × {seq_len} tokens"), String::new()),
-        Some(all) => {
-            (format!("{windows} windows of up to {seq_len} tokens"), format!(", {all} in all"))
-        }
+        None => (format!("{windows} × {seq_len} tokens"), String::new()),
+        Some(all) => (format!("{windows} of up to {seq_len} tokens"), format!(", {all} in all")),
     };
     let each = record.source_windows.iter().zip(record.dataset.each());
     let each: Vec<String> = each.map(|(n, source)| format!("{n} of {}", source.name)).collect();

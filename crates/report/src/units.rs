@@ -31,12 +31,24 @@ impl Unit {
 
 /// A number with so many decimals, in a few characters whatever it is: as a power of ten where its
 /// digits say no more, and a dash where there is no number.
-pub(crate) fn number(value: f64, decimals: usize) -> String {
+#[must_use]
+pub fn number(value: f64, decimals: usize) -> String {
     match value.abs() {
-        size if size < 1e15 => format!("{value:.decimals$}"),
+        size if size < 1e15 => {
+            let text = format!("{value:.decimals$}");
+            // What rounds to zero has no sign.
+            let zero = text.bytes().all(|b| matches!(b, b'0' | b'.' | b'-'));
+            if zero { text.trim_start_matches('-').to_owned() } else { text }
+        }
         size if size.is_finite() => format!("{value:.2e}"),
         _ => "–".to_owned(),
     }
+}
+
+/// So many of something.
+#[must_use]
+pub fn plural(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// Perplexities have three decimals; those of a model that no longer speaks need none.

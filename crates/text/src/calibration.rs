@@ -10,9 +10,9 @@ use gptq_records::dataset_identity::DatasetIdentity;
 use gptq_records::digest::hex;
 use sha2::{Digest, Sha256};
 
-use crate::chat::{Message, Render, Unrendered};
+use crate::chat::{Message, Render, Unrendered, has_empty_answer};
 use crate::dataset::Dataset;
-use crate::error::{Error, Result};
+use crate::error::{Error, PassedOver, Result};
 use crate::python_random::PythonRandom;
 pub use crate::recipe::{CalibrationOverrides, CalibrationRecipe, Cut, MOST_TOKENS, RecipeSource};
 use crate::tokens::TextTokenizer;
@@ -25,6 +25,9 @@ pub struct Calibration {
     pub windows: Vec<Vec<u32>>,
     /// Where each is from.
     pub places: Vec<Place>,
+    /// Windows to judge by, which share no token or row with those: one for each [`HELD_OUT`] of a source's,
+    /// or as many as its text has room for.
+    pub held_out: Vec<Vec<u32>>,
     /// Length of a window; the most that one may have where they are rows.
     pub seq_len: usize,
     /// SHA-256 (hex) of all windows' tokens as little-endian u32; where one is shorter than `seq_len`,
@@ -37,6 +40,9 @@ pub struct Calibration {
     /// What each source gave.
     pub sources: Vec<DrawnSource>,
 }
+
+/// Windows of a source for each that is held out.
+pub const HELD_OUT: usize = 8;
 
 /// Where a window begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +84,8 @@ pub struct DrawnSource {
     /// Conversations that the chat template refused, which others were taken for, and what it said of
     /// the first.
     pub refused: Option<(usize, String)>,
+    /// Conversations with an empty answer, which others were taken for.
+    pub unanswered: usize,
 }
 
 impl Calibration {
@@ -130,9 +138,10 @@ impl CalibrationRecipe {
     /// The windows of all sources as one calibration.
     fn mixed(&self, drawn: Vec<Drawn>) -> Calibration {
         let counts: Vec<usize> = drawn.iter().map(|drawn| drawn.windows.len()).collect();
-        let (mut sources, mut left) = (Vec::new(), Vec::new());
+        let (mut sources, mut left, mut held_out) = (Vec::new(), Vec::new(), Vec::new());
         for drawn in drawn {
             sources.push(drawn.source);
+            held_out.extend(drawn.held_out);
             left.push(drawn.windows.into_iter());
         }
         let (mut windows, mut places) = (Vec::new(), Vec::new());
@@ -146,6 +155,7 @@ impl CalibrationRecipe {
         let mut calibration = Calibration {
             windows,
             places,
+            held_out,
             seq_len: self.seq_len,
             sha256: String::new(),
             seed: self.seed,
@@ -180,6 +190,7 @@ struct Draw<'d> {
 /// Windows of one source, in the order drawn.
 struct Drawn {
     windows: Vec<(Start, Vec<u32>)>,
+    held_out: Vec<Vec<u32>>,
     source: DrawnSource,
 }
 
@@ -223,19 +234,26 @@ impl Draw<'_> {
             (0..windows).map(|_| self.random.up_to(last_offset as u64) as usize).collect();
         let window = |&start: &usize| (Start::Token(start), ids[start..start + seq_len].to_vec());
         let drawn = self.drawn(offsets.iter().map(window).collect(), dataset, 1);
+        let held_out = between(&offsets, ids.len(), seq_len, self.to_hold_out());
+        let held_out = held_out.iter().map(|start| window(start).1).collect();
         let source = DrawnSource {
             tokens_in_text: Some(ids.len()),
             repeated: overlap(&offsets, seq_len),
             ..drawn.source
         };
-        Ok(Drawn { source, ..drawn })
+        Ok(Drawn { source, held_out, ..drawn })
+    }
+
+    /// Windows that are held out, where there are as many.
+    fn to_hold_out(&self) -> usize {
+        self.source.windows.div_ceil(HELD_OUT)
     }
 
     /// The beginnings of rows in random order, each row once.
     fn of_rows(mut self, rows: &[String], dataset: DatasetIdentity) -> Result<Drawn> {
-        let mut windows = Vec::new();
+        let (mut windows, most) = (Vec::new(), self.source.windows + self.to_hold_out());
         for row in self.random.shuffled(rows.len()) {
-            if windows.len() == self.source.windows {
+            if windows.len() == most {
                 break;
             }
             if rows[row].trim().is_empty() {
@@ -247,8 +265,10 @@ impl Draw<'_> {
                 windows.push((Start::Row(row), ids));
             }
         }
-        self.enough(&windows, &dataset)?;
-        Ok(self.drawn(windows, dataset, rows.len()))
+        let held_out = windows.split_off(windows.len().min(self.source.windows));
+        self.enough(&windows, &dataset, PassedOver::default())?;
+        let held_out = held_out.into_iter().map(|(_, ids)| ids).collect();
+        Ok(Drawn { held_out, ..self.drawn(windows, dataset, rows.len()) })
     }
 
     /// Windows of conversations in random order, each once.
@@ -261,11 +281,15 @@ impl Draw<'_> {
         let (windows, seq_len) = (self.source.windows, self.seq_len);
         let packed = self.source.cut.is_packed();
         let mut texts = Rendered { refused: None, taken: 0 };
+        let mut unanswered = 0;
         let (mut all, mut starts) = (Vec::new(), BTreeMap::new());
         let mut rows = Vec::new();
-        for row in self.random.shuffled(chats.len()) {
-            if rows.len() == windows || all.len() >= windows.saturating_mul(seq_len) {
-                break;
+        let mut order = self.random.shuffled(chats.len()).into_iter();
+        while rows.len() < windows && all.len() < windows.saturating_mul(seq_len) {
+            let Some(row) = order.next() else { break };
+            if has_empty_answer(&chats[row]) {
+                unanswered += 1;
+                continue;
             }
             let Some(text) = texts.text(chat, &chats[row], row, &dataset)? else { continue };
             // The template has written all special tokens, the first one too.
@@ -285,28 +309,67 @@ impl Draw<'_> {
             let (dataset, reason) = (dataset.name, reason.clone());
             return Err(Error::EveryChatRefused { dataset, reason });
         }
+        let passed =
+            PassedOver { refused: texts.refused.as_ref().map_or(0, |of| of.0), unanswered };
         if packed {
             if all.len() < windows.saturating_mul(seq_len) {
                 let (dataset, tokens) = (dataset.name, all.len());
-                return Err(Error::ConversationsTooShort { dataset, tokens, windows, seq_len });
+                let short =
+                    Error::ConversationsTooShort { dataset, tokens, windows, seq_len, passed };
+                return Err(short);
             }
             let begun =
                 |token: usize| starts.range(..=token).next_back().map_or(0, |(_, &row)| row);
             let cut = all.chunks_exact(seq_len).take(windows).enumerate();
             rows = cut.map(|(i, ids)| (Start::Row(begun(i * seq_len)), ids.to_vec())).collect();
         } else {
-            self.enough(&rows, &dataset)?;
+            self.enough(&rows, &dataset, passed)?;
         }
+        let rest = all.split_off(all.len().min(windows.saturating_mul(seq_len)));
+        let held_out = self.of_more_chats(rest, order.map(|row| &*chats[row]), chat);
         let drawn = self.drawn(rows, dataset, chats.len());
-        Ok(Drawn { source: DrawnSource { refused: texts.refused, ..drawn.source }, ..drawn })
+        let source = DrawnSource { refused: texts.refused, unanswered, ..drawn.source };
+        Ok(Drawn { source, held_out, ..drawn })
     }
 
-    fn enough(&self, windows: &[(Start, Vec<u32>)], dataset: &DatasetIdentity) -> Result<()> {
+    /// Windows to hold out, of what was left of the last conversation and of those behind it. These are worth
+    /// no error: what cannot be written or encoded is passed over.
+    fn of_more_chats<'c>(
+        &self,
+        mut left: Vec<u32>,
+        mut chats: impl Iterator<Item = &'c [Message]>,
+        chat: &Render<'_>,
+    ) -> Vec<Vec<u32>> {
+        let (wanted, seq_len) = (self.to_hold_out(), self.seq_len);
+        let mut rows = Vec::new();
+        while rows.len() < wanted && left.len() < wanted.saturating_mul(seq_len) {
+            let Some(messages) = chats.next() else { break };
+            let text = Some(messages).filter(|chat| !has_empty_answer(chat)).map(chat);
+            let ids = text.and_then(Result::ok).map(|text| self.tokenizer.encode_chat(&text));
+            let Some(Ok(mut ids)) = ids else { continue };
+            if self.source.cut.is_packed() {
+                left.append(&mut ids);
+            } else if !ids.is_empty() {
+                ids.truncate(seq_len);
+                rows.push(ids);
+            }
+        }
+        rows.extend(left.chunks_exact(seq_len).map(<[u32]>::to_vec));
+        rows.truncate(wanted);
+        rows
+    }
+
+    fn enough(
+        &self,
+        windows: &[(Start, Vec<u32>)],
+        dataset: &DatasetIdentity,
+        passed: PassedOver,
+    ) -> Result<()> {
         if windows.len() == self.source.windows {
             return Ok(());
         }
         let (dataset, rows) = (dataset.name.clone(), windows.len());
-        Err(Error::TooFewRows { dataset, rows, windows: self.source.windows })
+        Err(Error::TooFewRows { dataset, rows, windows: self.source.windows, passed })
     }
 
     fn drawn(
@@ -325,8 +388,9 @@ impl Draw<'_> {
             repeated: 0,
             glued: 0,
             refused: None,
+            unanswered: 0,
         };
-        Drawn { windows, source }
+        Drawn { windows, held_out: Vec::new(), source }
     }
 }
 
@@ -359,6 +423,20 @@ impl Rendered {
             }
         }
     }
+}
+
+/// Offsets of windows that share no token with each other or those at `offsets`, in a text of `length` tokens:
+/// `wanted` of them, spread evenly over all that have room, or as many as do.
+fn between(offsets: &[usize], length: usize, seq_len: usize, wanted: usize) -> Vec<usize> {
+    let mut sorted = offsets.to_vec();
+    sorted.sort_unstable();
+    let (mut free, mut end) = (Vec::new(), 0);
+    for start in sorted.into_iter().chain([length]) {
+        free.extend((end..(start + 1).saturating_sub(seq_len)).step_by(seq_len));
+        end = end.max(start + seq_len);
+    }
+    let count = wanted.min(free.len());
+    (0..count).map(|i| free[(2 * i + 1) * free.len() / (2 * count)]).collect()
 }
 
 /// Tokens of windows at these offsets that an earlier one holds, too: all, less those of the text that

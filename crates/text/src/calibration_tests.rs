@@ -180,7 +180,9 @@ fn packed_conversations_follow_each_other_without_a_second_begin() {
     assert_eq!(drawn.windows, [[64, 20, 65], [21, 65, 64], [10, 65, 11]].map(|w| w.to_vec()));
     let starts: Vec<Start> = drawn.places.iter().map(|place| place.start).collect();
     assert_eq!(starts, [Start::Row(2), Start::Row(2), Start::Row(1)]);
-    assert_eq!(*seen.borrow(), ["w20", "w10"]);
+    // And one more for the window that is held out.
+    assert_eq!(*seen.borrow(), ["w20", "w10", "w0"]);
+    assert_eq!(drawn.held_out, [[65, 64, 0]]);
     assert!(drawn.is_even());
     assert_eq!((drawn.sources[0].rows, drawn.sources[0].tokens_in_text), (5, None));
     let more = keys.replace("windows = 3", "windows = 9");
@@ -233,7 +235,7 @@ fn conversations_that_the_template_refuses_are_counted_and_others_taken() {
     assert_eq!(drawn.sources[0].refused, Some((3, "roles must alternate".to_owned())));
     let error = sources.write("a.jsonl", twice).sample(keys).unwrap_err();
     assert!(error.to_string().ends_with("a.jsonl`: roles must alternate"), "{error}");
-    let error = sources.write("a.jsonl", &chat("broken", "")).sample(keys).unwrap_err();
+    let error = sources.write("a.jsonl", &chat("broken", "w1")).sample(keys).unwrap_err();
     assert!(error.to_string().starts_with("Conversation 1 of `"), "{error}");
     assert!(std::error::Error::source(&error).unwrap().to_string().contains("is broken"));
     let error = sources.render(keys, None).unwrap_err();
@@ -283,4 +285,61 @@ fn card_recipe_reproduces_the_published_windows() {
     assert_eq!(ids.len(), 341_469);
     let windows = Protocol::Paper.windows(&ids, 2048, tokenizer.bos(), None).unwrap();
     assert_eq!(windows.len(), 166);
+}
+
+/// As many as an eighth, where the text has room between and beside the windows, none of whose tokens they hold.
+#[test]
+fn windows_that_are_held_out_share_no_token_with_the_others() {
+    let sources = Sources::new();
+    sources.write("a.txt", &words(0..60));
+    let keys =
+        |windows: usize| format!("dataset = \"a.txt\"\njoin = \"card\"\nwindows = {windows}\n");
+    for windows in [1, 2, 5, 9] {
+        let drawn = sources.sample(&keys(windows)).unwrap();
+        assert_eq!(drawn.held_out.len(), windows.div_ceil(HELD_OUT), "{windows}");
+        let mut seen: Vec<u32> = drawn.windows.concat();
+        seen.extend(drawn.held_out.concat());
+        let held = |window: &Vec<u32>| {
+            window.iter().all(|id| seen.iter().filter(|s| *s == id).count() == 1)
+        };
+        assert!(drawn.held_out.iter().all(held), "{:?}, {:?}", drawn.windows, drawn.held_out);
+    }
+    // Where windows cover the text, none is left.
+    assert!(sources.sample(&keys(400)).unwrap().held_out.is_empty());
+    assert_eq!(between(&[3, 20, 4], 30, 3, 9), [0, 7, 10, 13, 16, 23, 26]);
+    assert_eq!(between(&[3, 20, 4], 30, 3, 2), [7, 23]);
+    assert_eq!(between(&[0], 4, 4, 1), [0; 0]);
+}
+
+/// Rows and conversations behind those that the windows took; what gives no text is passed over.
+#[test]
+fn rows_that_are_held_out_are_those_behind_the_others() {
+    let sources = Sources::new();
+    let rows: String = (0..3).map(|row| format!("{{\"text\": \"w{row}\"}}\n")).collect();
+    sources.write("a.jsonl", &rows);
+    let text = |windows: usize| {
+        let keys = format!("dataset = \"a.jsonl\"\nrows = \"padded\"\nwindows = {windows}\n");
+        sources.sample(&keys).unwrap()
+    };
+    // random.seed(0); r = list(range(3)); random.shuffle(r): 0, 2, 1.
+    assert_eq!((text(1).windows, text(1).held_out), (vec![vec![64, 0]], vec![vec![64, 2]]));
+    assert_eq!(text(3).held_out, [[0; 0]; 0]);
+    let chats = chat("w1", "w2") + &chat("w3 w4 w5", "w6") + &chat("broken", "w9");
+    sources.write("b.jsonl", &chats);
+    let chats = |rows: &str| {
+        sources.sample(&format!(
+            "dataset = \"b.jsonl\"\ntemplate = \"chat\"\nrows = \"{rows}\"\nwindows = 1\n"
+        ))
+    };
+    let padded = chats("padded").unwrap();
+    let all = |ids: &str| sources.tokenizer.encode_chat(ids).unwrap();
+    let first = template(&[Message::new("user", "w1"), Message::new("assistant", "w2")]).unwrap();
+    let third =
+        template(&[Message::new("user", "w3 w4 w5"), Message::new("assistant", "w6")]).unwrap();
+    assert_eq!(padded.windows, [all(&first)[..3].to_vec()]);
+    assert_eq!(padded.held_out, [all(&third)[..3].to_vec()]);
+    let packed = chats("packed").unwrap();
+    let stream = [all(&first), all(&third)].concat();
+    assert_eq!((&packed.windows[0][..], &packed.held_out[0][..]), (&stream[..3], &stream[3..6]));
+    assert_eq!(packed.sources[0].refused, None);
 }

@@ -2,8 +2,10 @@
 //!
 //! Three shapes are read: a list of messages in `messages` or `conversations`, whose messages have
 //! `role` and `content` (OpenAI's) or `from` and `value` (ShareGPT's, with its own words for the
-//! roles); and columns of a prompt and its response, which are a conversation of two messages. What a
-//! model's chat template makes of them is another crate's business: callers pass a [`Render`] in.
+//! roles), or that is a list of each; a prompt and its response as two such lists (TRL's); and columns
+//! of a prompt and its response, which are a conversation of two messages. A column `system` begins
+//! what has no system message of its own. What a model's chat template makes of them is another
+//! crate's business: callers pass a [`Render`] in.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -25,6 +27,12 @@ const PAIRS: [(&str, Option<&str>, &str); 4] = [
 /// What the columns may be, for messages.
 pub(crate) const COLUMNS: &str = "messages, conversations, prompt and response or completion, instruction and output, question \
      and answer";
+
+/// The column of what the system says before the first message.
+pub(crate) const SYSTEM: &str = "system";
+
+/// What is wrong with messages of which a list of each is had.
+pub(crate) const UNEVEN: &str = "its messages have not as many roles as texts";
 
 /// Names of a message's two fields.
 pub(crate) const FIELDS: [(&str, &str); 2] = [("role", "content"), ("from", "value")];
@@ -99,10 +107,30 @@ pub(crate) fn of_pair(
     checked(vec![Message::new("user", prompt), Message::new("assistant", response)])
 }
 
-/// A conversation of messages by role and text, as a file has them.
-pub(crate) fn of_messages(
-    messages: impl Iterator<Item = (Option<String>, Option<String>)>,
+/// A conversation behind what its row's column `system` says, unless it begins so itself or the column is
+/// blank.
+pub(crate) fn behind_system(
+    mut chat: Vec<Message>,
+    system: Option<String>,
 ) -> Result<Vec<Message>, String> {
+    let begins = chat.first().is_some_and(|first| first.role == SYSTEM);
+    if let Some(system) = system.filter(|system| !begins && !system.trim().is_empty()) {
+        chat.insert(0, Message::new(SYSTEM, system));
+    }
+    checked(chat)
+}
+
+/// Whether an answer in it is empty: of a row that was never answered, or whose answer was something else
+/// than text.
+pub(crate) fn has_empty_answer(chat: &[Message]) -> bool {
+    chat.iter().any(|message| message.role == "assistant" && message.content.trim().is_empty())
+}
+
+/// Role and text of a message, as a file has them.
+pub(crate) type Said = (Option<String>, Option<String>);
+
+/// A conversation of messages by role and text.
+pub(crate) fn of_messages(messages: impl Iterator<Item = Said>) -> Result<Vec<Message>, String> {
     let mut conversation = Vec::new();
     for (index, (role, content)) in messages.enumerate() {
         let number = index + 1;
@@ -141,34 +169,55 @@ fn checked(conversation: Vec<Message>) -> Result<Vec<Message>, String> {
 pub(crate) fn of_json(row: &Value, asked: Option<&str>) -> Result<Vec<Message>, String> {
     let row = row.as_object().ok_or("it is not a JSON object")?;
     let names: Vec<&str> = row.keys().map(String::as_str).collect();
-    let list = match Columns::find(&names, asked) {
+    let text = |name: &str| match row.get(name) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        _ => Err(format!("field `{name}` is not a string")),
+    };
+    // Many rows are about nothing, and say so by a null.
+    let present = |name: &&str| !row.get(*name).is_none_or(Value::is_null);
+    let chat = match Columns::find(&names, asked) {
         None => {
             let wanted = asked.unwrap_or(COLUMNS);
             return Err(format!("none of its fields {} is {wanted}", names.join(", ")));
         }
-        Some(Columns::Pair { prompt, about, response }) => {
-            let text = |name: &str| match row.get(name) {
-                Some(Value::String(text)) => Ok(text.clone()),
-                _ => Err(format!("field `{name}` is not a string")),
-            };
-            // Many rows are about nothing, and say so by a null.
-            let about = about.filter(|name| !row.get(*name).is_none_or(Value::is_null));
-            return of_pair(text(prompt)?, about.map(text).transpose()?, text(response)?);
+        Some(Columns::Pair { prompt, response, .. }) if row[prompt].is_array() => {
+            let messages = [prompt, response].map(|name| messages(&row[name], name));
+            let [asked, answered] = messages;
+            of_messages(asked?.into_iter().chain(answered?))?
         }
-        Some(Columns::List(list)) => list,
+        Some(Columns::Pair { prompt, about, response }) => {
+            let about = about.filter(present).map(text).transpose()?;
+            of_pair(text(prompt)?, about, text(response)?)?
+        }
+        Some(Columns::List(list)) => of_messages(messages(&row[list], list)?.into_iter())?,
     };
-    let messages = row.get(list).and_then(Value::as_array);
-    let messages = messages.ok_or_else(|| format!("field `{list}` is not a list of messages"))?;
-    let text = |message: &Value, name| match message.get(name) {
-        Some(Value::String(text)) => Some(text.clone()),
-        _ => None,
-    };
-    of_messages(messages.iter().map(|message| {
-        let of = |fields: fn(&(&'static str, &'static str)) -> &'static str| {
-            FIELDS.iter().find_map(|pair| text(message, fields(pair)))
+    let system = Some(SYSTEM).filter(present).map(text).transpose()?;
+    behind_system(chat, system)
+}
+
+/// Role and text of the messages in field `name`: a list of objects, or an object of two lists.
+fn messages(value: &Value, name: &str) -> Result<Vec<Said>, String> {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    if let Value::Array(messages) = value {
+        let message = |message: &Value| {
+            let field = |name: &str| text(message.get(name));
+            (
+                FIELDS.iter().find_map(|(role, _)| field(role)),
+                FIELDS.iter().find_map(|(_, content)| field(content)),
+            )
         };
-        (of(|pair| pair.0), of(|pair| pair.1))
-    }))
+        return Ok(messages.iter().map(message).collect());
+    }
+    let list = |field: &str| value.get(field).and_then(Value::as_array);
+    let lists = FIELDS.iter().find_map(|(role, content)| Some((list(role)?, list(content)?)));
+    let Some((roles, contents)) = lists else {
+        return Err(format!("field `{name}` is not a list of messages"));
+    };
+    if roles.len() != contents.len() {
+        return Err(UNEVEN.to_owned());
+    }
+    let pairs = roles.iter().zip(contents);
+    Ok(pairs.map(|(role, content)| (text(Some(role)), text(Some(content)))).collect())
 }
 
 #[cfg(test)]
@@ -197,6 +246,11 @@ mod tests {
             json!({"instruction": "Q", "input": " ", "output": "A"}),
             json!({"instruction": "Q", "input": null, "output": "A"}),
             json!({"question": "Q", "answer": "A"}),
+            json!({"prompt": [{"role": "user", "content": "Q"}],
+                   "completion": [{"role": "assistant", "content": "A"}]}),
+            json!({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}}),
+            json!({"messages": {"content": ["Q", "A"], "role": ["user", "assistant"]}, "system": null}),
+            json!({"prompt": "Q", "response": "A", "system": " "}),
             // A list says more than the prompt that it begins with.
             json!({"prompt": "no", "response": "no", "messages": [
                 {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}),
@@ -208,8 +262,27 @@ mod tests {
         let tool = json!({"conversations": [{"from": "system", "value": "S"},
                                             {"from": "tool", "value": "T"}]});
         assert_eq!(said(&tool).iter().map(|m| &*m.0).collect::<Vec<_>>(), ["system", "tool"]);
+        for row in [
+            json!({"system": "S", "messages": [{"role": "user", "content": "Q"}]}),
+            json!({"system": "no", "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]}),
+        ] {
+            let two = [("system", "S"), ("user", "Q")].map(|(r, c)| (r.to_owned(), c.to_owned()));
+            assert_eq!(said(&row), two, "{row}");
+        }
+        let pair = said(&json!({"system": "S", "instruction": "Q", "output": "A"}));
+        assert_eq!(pair.iter().map(|m| &*m.0).collect::<Vec<_>>(), ["system", "user", "assistant"]);
         let named = json!({"messages": [], "turns": [{"role": "user", "content": "Q"}]});
         assert_eq!(of_json(&named, Some("turns")).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_empty_answer_is_known() {
+        let empty = |row: Value| has_empty_answer(&of_json(&row, None).unwrap());
+        assert!(empty(json!({"prompt": "Q", "response": " \n"})));
+        assert!(!empty(json!({"prompt": "", "response": "A"})));
+        let called = json!({"messages": [{"role": "user", "content": "Q"},
+            {"role": "assistant", "content": "", "tool_calls": []}, {"role": "tool", "content": "T"}]});
+        assert!(empty(called));
     }
 
     #[test]
@@ -227,6 +300,17 @@ mod tests {
             (json!({"messages": many}), "more than 4096 messages"),
             (json!({"prompt": "x".repeat(MOST_BYTES), "response": ""}), "more than 16777216"),
             (json!({"prompt": "x", "response": ["x"]}), "field `response` is not a string"),
+            (json!({"prompt": [], "response": "x"}), "field `response` is not a list of messages"),
+            (json!({"messages": {"role": ["user"], "content": []}}), "not as many roles as texts"),
+            (json!({"messages": {"role": ["user"]}}), "field `messages` is not a list of messages"),
+            (
+                json!({"prompt": "x", "response": "y", "system": 1}),
+                "field `system` is not a string",
+            ),
+            (
+                json!({"prompt": "x", "response": "y", "system": "x".repeat(MOST_BYTES)}),
+                "more than 16777216",
+            ),
         ] {
             let error = of_json(&row, None).unwrap_err();
             assert!(error.contains(reason), "{error}");

@@ -1,6 +1,7 @@
 //! Conversations out of local files: JSON lines, and parquet with its nested columns.
 //!
-//! A list of messages is stored in parquet as two columns of texts, the roles and what was said, each
+//! A list of messages, or a list of each of their fields, is stored in parquet as two columns of texts,
+//! the roles and what was said, each
 //! with two numbers a value: the definition level says how much of the path to it is there, the
 //! repetition level whether it begins a row (Melnik et al. 2010, Dremel). They are read here by these
 //! levels, so that a damaged file is an error as everywhere else.
@@ -15,9 +16,13 @@ use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
-use crate::chat::{Columns, FIELDS, Message, of_json, of_messages, of_pair};
+use crate::chat::{
+    Columns, FIELDS, Message, SYSTEM, Said, UNEVEN, behind_system, of_json, of_messages, of_pair,
+};
 use crate::error::{Error, Result};
-use crate::text_files::{damaged, decoded, open_parquet, read_parquet, without_mark};
+use crate::text_files::{
+    damaged, decoded, open_parquet, read_nullable, read_parquet, without_mark,
+};
 
 /// Most bytes of a line: a conversation with what JSON writes around it.
 const MOST_LINE: u64 = 64 << 20;
@@ -77,40 +82,40 @@ fn read_chats(path: &Path, column: Option<&str>, chats: &mut Vec<Vec<Message>>) 
         available: names.join(", "),
     };
     let invalid = |row: usize, reason| no_chat(path, format!("Row {row}"), reason);
+    let nullable =
+        |column: Option<&str>| column.map(|column| read_nullable(path, column)).transpose();
+    let mut systems = nullable(names.contains(&SYSTEM).then_some(SYSTEM))?.map(Vec::into_iter);
+    let mut add = |row: usize, chat: Result<Vec<Message>, String>| {
+        let system = systems.as_mut().and_then(Iterator::next).flatten();
+        let chat = chat.and_then(|chat| behind_system(chat, system));
+        push(path, chats, chat.map_err(|reason| invalid(row, reason))?)
+    };
     match Columns::find(&names, column).ok_or_else(absent)? {
         Columns::Pair { prompt, about, response } => {
-            let about = about.map(|about| read_parquet(path, about)).transpose()?;
-            let mut about = about.map(Vec::into_iter);
+            let lists = Lists::find(&reader, prompt).zip(Lists::find(&reader, response));
+            if let Some((prompts, responses)) = lists {
+                let said =
+                    prompts.read(&reader, path)?.into_iter().zip(responses.read(&reader, path)?);
+                for (index, (asked, answered)) in said.enumerate() {
+                    let both = || of_messages(asked?.into_iter().chain(answered?));
+                    add(index + 1, both())?;
+                }
+                return Ok(());
+            }
+            let mut about = nullable(about)?.map(Vec::into_iter);
             let pairs = read_parquet(path, prompt)?.into_iter().zip(read_parquet(path, response)?);
             for (index, (prompt, response)) in pairs.enumerate() {
-                let about = about.as_mut().and_then(Iterator::next);
-                let chat = of_pair(prompt, about, response).map_err(|r| invalid(index + 1, r))?;
-                push(path, chats, chat)?;
+                let about = about.as_mut().and_then(Iterator::next).flatten();
+                add(index + 1, of_pair(prompt, about, response))?;
             }
         }
         Columns::List(list) => {
-            let (role, content) = FIELDS
-                .into_iter()
-                .find_map(|(role, content)| {
-                    Some((Leaf::find(&reader, list, role)?, Leaf::find(&reader, list, content)?))
-                })
-                .ok_or_else(|| Error::NoMessages {
-                    path: path.to_owned(),
-                    column: list.to_owned(),
-                })?;
-            let mut row = 0;
-            for group in 0..reader.num_row_groups() {
-                let roles = role.lists(&reader, path, group)?;
-                let contents = content.lists(&reader, path, group)?;
-                for (roles, contents) in roles.into_iter().zip(contents) {
-                    row += 1;
-                    if roles.len() != contents.len() {
-                        let reason = "its messages have not as many roles as texts";
-                        return Err(invalid(row, reason.to_owned()));
-                    }
-                    let messages = roles.into_iter().zip(contents);
-                    push(path, chats, of_messages(messages).map_err(|r| invalid(row, r))?)?;
-                }
+            let lists = Lists::find(&reader, list).ok_or_else(|| Error::NoMessages {
+                path: path.to_owned(),
+                column: list.to_owned(),
+            })?;
+            for (index, messages) in lists.read(&reader, path)?.into_iter().enumerate() {
+                add(index + 1, messages.and_then(|said| of_messages(said.into_iter())))?;
             }
         }
     }
@@ -129,6 +134,43 @@ fn push(path: &Path, chats: &mut Vec<Vec<Message>>, chat: Vec<Message>) -> Resul
     Ok(())
 }
 
+/// The two columns of a list of messages.
+struct Lists {
+    role: Leaf,
+    content: Leaf,
+}
+
+impl Lists {
+    /// Those of the column `list`; `None` where it is no list of messages.
+    fn find(reader: &SerializedFileReader<File>, list: &str) -> Option<Self> {
+        FIELDS.into_iter().find_map(|(role, content)| {
+            let (role, content) =
+                (Leaf::find(reader, list, role)?, Leaf::find(reader, list, content)?);
+            Some(Self { role, content })
+        })
+    }
+
+    /// The messages of every row, or why roles and texts of one do not fit together.
+    fn read(
+        &self,
+        reader: &SerializedFileReader<File>,
+        path: &Path,
+    ) -> Result<Vec<Result<Vec<Said>, String>>> {
+        let mut rows = Vec::new();
+        for group in 0..reader.num_row_groups() {
+            let roles = self.role.lists(reader, path, group)?;
+            let contents = self.content.lists(reader, path, group)?;
+            rows.extend(roles.into_iter().zip(contents).map(|(roles, contents)| {
+                if roles.len() != contents.len() {
+                    return Err(UNEVEN.to_owned());
+                }
+                Ok(roles.into_iter().zip(contents).collect())
+            }));
+        }
+        Ok(rows)
+    }
+}
+
 /// A column of texts in a list of messages.
 struct Leaf {
     index: usize,
@@ -140,7 +182,7 @@ struct Leaf {
 
 impl Leaf {
     /// The texts `field` of the messages in the column `list`: `list.list.element.field`, or with
-    /// other names between, as writers have them.
+    /// other names between, as writers have them; or of a list of each field, `list.field.list.element`.
     fn find(reader: &SerializedFileReader<File>, list: &str, field: &str) -> Option<Self> {
         let schema = reader.metadata().file_metadata().schema_descr();
         let index = schema.columns().iter().position(|leaf| {
@@ -149,7 +191,7 @@ impl Leaf {
                 && leaf.max_rep_level() == 1
                 && (3..=4).contains(&parts.len())
                 && parts.first().is_some_and(|first| first == list)
-                && parts.last().is_some_and(|last| last == field)
+                && (parts.last().is_some_and(|last| last == field) || parts[1] == field)
         })?;
         let leaf = schema.column(index);
         let (mut level, mut message) = (0, 0);

@@ -39,6 +39,32 @@ fn lists_of_messages_are_read_by_their_levels() {
 }
 
 #[test]
+fn lists_of_each_field_are_lists_of_messages() {
+    let error = parquet(&fixture("sequences.parquet"), None).unwrap_err().to_string();
+    assert!(error.starts_with("Row 3 of `") && error.contains("not as many roles as"), "{error}");
+    let mut chats = Vec::new();
+    chats_of_parquet(&fixture("sequences.parquet"), None, &mut chats).unwrap_err();
+    assert_eq!(said(&chats[0]), [("user", "Q"), ("assistant", "A")]);
+    let turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")];
+    assert_eq!(said(&chats[1]), turns);
+}
+
+#[test]
+fn prompts_and_completions_may_be_lists_and_a_system_column_begins() {
+    let chats = parquet(&fixture("completions.parquet"), None).unwrap();
+    let turns = [
+        ("system", "Be brief."),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ];
+    assert_eq!(said(&chats[0]), turns);
+    assert_eq!(said(&chats[1]), [("user", "Q"), ("assistant", "A")]);
+    assert_eq!(said(&chats[2]), [("system", "S"), ("user", "Q"), ("assistant", "A")]);
+}
+
+#[test]
 fn a_row_without_messages_is_named() {
     let error = parquet(&fixture("conversations.parquet"), None).unwrap_err().to_string();
     assert!(error.starts_with("Row 2 of `") && error.ends_with("it has no messages"), "{error}");

@@ -5,10 +5,33 @@
 //! caller can tell "not downloaded yet" from "damaged".
 
 use std::borrow::Cow;
+use std::fmt;
 use std::path::PathBuf;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Conversations that others were looked for in place of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassedOver {
+    /// By the model's chat template.
+    pub refused: usize,
+    /// For an answer that is empty.
+    pub unanswered: usize,
+}
+
+impl fmt::Display for PassedOver {
+    /// The end of a sentence about those that are left.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.refused > 0 {
+            write!(f, "; the model's chat template refuses {} more", self.refused)?;
+        }
+        if self.unanswered > 0 {
+            write!(f, "; {} more have an empty answer", self.unanswered)?;
+        }
+        Ok(())
+    }
+}
 
 /// An error of datasets, tokenizers, calibration recipes or perplexity protocols.
 #[derive(Debug, thiserror::Error)]
@@ -276,7 +299,7 @@ pub enum Error {
     /// All rows together do not fill the windows asked for.
     #[error(
         "The conversations of dataset `{dataset}` give {tokens} tokens but {windows} windows of \
-         {seq_len} need {}",
+         {seq_len} need {}{passed}",
         windows.saturating_mul(*seq_len)
     )]
     ConversationsTooShort {
@@ -288,9 +311,13 @@ pub enum Error {
         windows: usize,
         /// Tokens of each.
         seq_len: usize,
+        /// What gives none of these.
+        passed: PassedOver,
     },
     /// There are fewer rows than windows.
-    #[error("Dataset `{dataset}` has {rows} rows with text but {windows} windows were asked for")]
+    #[error(
+        "Dataset `{dataset}` has {rows} rows with text but {windows} windows were asked for{passed}"
+    )]
     TooFewRows {
         /// The dataset as named by the user.
         dataset: String,
@@ -298,6 +325,8 @@ pub enum Error {
         rows: usize,
         /// Windows asked for.
         windows: usize,
+        /// Rows that give none.
+        passed: PassedOver,
     },
     /// A source of conversations, and a model that has no words for them.
     #[error("Dataset `{dataset}` holds conversations, and the model has no chat template for them")]
@@ -385,6 +414,9 @@ impl Error {
                 "ask for fewer windows, a smaller share or a smaller seq_len".into()
             }
             Self::TooFewRows { .. } => "ask for fewer windows or a smaller share".into(),
+            Self::NoConversation { .. } => "mend the row or take it out: what a shorter data set is calibrated \
+                                            on is for you to say"
+                .into(),
             Self::NoConversations { .. } => "leave `template` out, and say how to `join` it".into(),
             Self::NoChatColumns { .. } => "name a list of messages as `DATASET#COLUMN`".into(),
             Self::NoChatTemplate { .. } => "a base model continues a text: calibrate it on a recipe \

@@ -129,10 +129,26 @@ pub(crate) fn open_parquet(path: &Path) -> Result<SerializedFileReader<File>> {
 /// When the file cannot be read or decoded, has no text column of that name, or a row is null or
 /// not UTF-8.
 pub(crate) fn read_parquet(path: &Path, column: &str) -> Result<Vec<String>> {
+    let rows = read_nullable(path, column)?.into_iter().enumerate();
+    let text = |(index, text): (usize, Option<String>)| {
+        text.ok_or_else(|| Error::NullText {
+            path: path.to_owned(),
+            row: index + 1,
+            column: column.to_owned(),
+        })
+    };
+    rows.map(text).collect()
+}
+
+/// As [`read_parquet`], of a column whose rows may be null.
+///
+/// # Errors
+/// As [`read_parquet`], but for nulls.
+pub(crate) fn read_nullable(path: &Path, column: &str) -> Result<Vec<Option<String>>> {
     decoded(path, || read_texts(path, column))
 }
 
-fn read_texts(path: &Path, column: &str) -> Result<Vec<String>> {
+fn read_texts(path: &Path, column: &str) -> Result<Vec<Option<String>>> {
     let reader = open_parquet(path)?;
     let damaged = damaged(path);
     let index = text_column(&reader, path, column)?;
@@ -146,7 +162,7 @@ fn read_texts(path: &Path, column: &str) -> Result<Vec<String>> {
             return Err(column_not_found(&reader, path, column));
         };
         let before = rows.len();
-        read_column(values, path, column, &mut rows)?;
+        read_column(values, path, &mut rows)?;
         let (found, promised) = (rows.len() - before, group.metadata().num_rows());
         if i64::try_from(found).ok() != Some(promised) {
             return Err(Error::RowCount { path: path.to_owned(), found, promised });
@@ -160,8 +176,7 @@ fn read_texts(path: &Path, column: &str) -> Result<Vec<String>> {
 fn read_column(
     mut reader: ColumnReaderImpl<ByteArrayType>,
     path: &Path,
-    column: &str,
-    rows: &mut Vec<String>,
+    rows: &mut Vec<Option<String>>,
 ) -> Result<()> {
     let mut values: Vec<ByteArray> = Vec::new();
     // For an optional column, level 0 marks a null; for a required one no levels are written.
@@ -175,20 +190,18 @@ fn read_column(
         if records == 0 {
             return Ok(());
         }
-        let first_row = rows.len() + 1;
-        if let Some(offset) = levels.iter().position(|&level| level == 0) {
-            return Err(Error::NullText {
-                path: path.to_owned(),
-                row: first_row + offset,
-                column: column.to_owned(),
-            });
+        if levels.is_empty() {
+            levels.resize(values.len(), 1);
         }
-        for (offset, value) in values.iter().enumerate() {
-            let text = std::str::from_utf8(value.data()).map_err(|_| Error::NotUtf8 {
+        let mut values = values.iter();
+        for &level in &levels {
+            let row = rows.len() + 1;
+            let value = if level == 0 { None } else { values.next() };
+            let text = value.map(|value| std::str::from_utf8(value.data()).map(str::to_owned));
+            rows.push(text.transpose().map_err(|_| Error::NotUtf8 {
                 path: path.to_owned(),
-                place: format!(" at row {}", first_row + offset),
-            })?;
-            rows.push(text.to_owned());
+                place: format!(" at row {row}"),
+            })?);
         }
     }
 }

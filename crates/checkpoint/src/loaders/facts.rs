@@ -1,5 +1,7 @@
 //! What loaders look at in a checkpoint and the model behind it.
 
+use serde_json::{Map, Value};
+
 use crate::LinearShape;
 use crate::checkpoint_format::CheckpointFormat;
 use crate::config::ModelConfig;
@@ -53,8 +55,13 @@ pub struct LoaderFacts {
 /// What loaders look at, or overlook, in the model behind a checkpoint.
 #[derive(Clone, Debug)]
 pub struct Architecture {
-    /// `model_type`.
+    /// `model_type` of the language model.
     pub family: &'static str,
+    /// `model_type` of the whole, where there is more.
+    pub wrapper: Option<&'static str>,
+    /// What names of its tensors begin with where that is not where transformers 5 has them in memory, and
+    /// where that is.
+    pub other_names: Option<(&'static str, &'static str)>,
     /// The linears of a block of each kind, with whether they have a bias.
     pub linears: Vec<LinearShape>,
     /// Which blocks have experts.
@@ -73,6 +80,8 @@ impl From<&ModelConfig> for Architecture {
         let linears = [0].into_iter().chain(other).flat_map(|block| config.block_linears(block));
         Self {
             family: config.family,
+            wrapper: config.wrapper(),
+            other_names: config.other_names(),
             linears: linears.collect(),
             experts: match (other, mixed(0)) {
                 (Some(_), _) => InBlocks::Some,
@@ -110,9 +119,10 @@ pub enum GroupIndex {
 /// Whether config.json asks for bfloat16, under either name of the key.
 #[must_use]
 pub fn asks_for_bfloat16(config: &ModelConfig) -> bool {
-    ["dtype", "torch_dtype"]
-        .iter()
-        .any(|key| config.raw().get(*key).is_some_and(|value| value == "bfloat16"))
+    let asks = |keys: &Map<String, Value>| {
+        ["dtype", "torch_dtype"].iter().any(|key| keys.get(*key).is_some_and(|v| v == "bfloat16"))
+    };
+    config.settings().any(asks)
 }
 
 /// Biases that AutoGPTQ adds to the quantized linears of a checkpoint.

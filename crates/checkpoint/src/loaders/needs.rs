@@ -14,6 +14,12 @@ pub(super) const MARLIN_SHAPES: [Need; 4] =
 pub(super) enum Need {
     /// A model of one of these families.
     Family(&'static [&'static str]),
+    /// A language model by itself, or a part of one of these; without names none was tried.
+    Wrapper(&'static [&'static str]),
+    /// Of models with other parts none of these.
+    NoWrapper(&'static [&'static str]),
+    /// Tensors that are called as transformers 5 has them in memory.
+    NamesInMemory,
     /// No experts, or those of a family that was tried; without families none was.
     Experts(&'static [&'static str]),
     /// No experts: it keeps those of a block together.
@@ -228,8 +234,27 @@ impl Need {
     /// The needs that look at the model.
     fn unmet_by_model(&self, model: &Architecture) -> Option<String> {
         match *self {
-            Self::Family(known) => unless(known.contains(&model.family), || {
-                format!("{}: it computes {} only", model.family, listed(known))
+            Self::Family(known) => {
+                let whole = model.wrapper.unwrap_or(model.family);
+                unless(known.contains(&whole), || {
+                    format!("{whole}: it computes {} only", listed(known))
+                })
+            }
+            Self::Wrapper(known) => {
+                let whole = model.wrapper?;
+                unless(known.contains(&whole), || match known {
+                    [] => format!("{whole}: models with other parts were not tried"),
+                    _ => {
+                        format!("{whole}: of models with other parts {} were tried", listed(known))
+                    }
+                })
+            }
+            Self::NoWrapper(refused) => {
+                let whole = model.wrapper.filter(|whole| refused.contains(whole))?;
+                Some(format!("{whole}: it has no such model"))
+            }
+            Self::NamesInMemory => model.other_names.map(|(found, sought)| {
+                format!("tensors are called {found}…: it looks for {sought}")
             }),
             Self::Experts(known) if model.experts != InBlocks::None => {
                 unless(known.contains(&model.family), || match known {

@@ -13,7 +13,7 @@ use gptq_pipeline::rates::keep;
 use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
-use super::table::{gigabytes, table};
+use super::table::{gigabytes, plural, table};
 use super::text_model::text_device;
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
@@ -165,9 +165,9 @@ fn decode_text(found: &DecodeBench, width: Width) -> String {
 fn text(output: &Output) -> String {
     let block = &output.block;
     let mut text = format!(
-        "one {} block, {} windows × {}, 4-bit 128g act-order: {:.3} s on {}\n{}\n",
+        "one {} block, {} × {}, 4-bit 128g act-order: {:.3} s on {}\n{}\n",
         block.width.name,
-        block.windows,
+        plural(block.windows, "window"),
         block.seq_len,
         block.seconds,
         output.device,

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_generate::{ChatTemplate, Error};
+use gptq_model::check_context;
 use gptq_pipeline::progress::Progress;
 use gptq_text::calibration::{
     Calibration, CalibrationRecipe, Cut, DrawnSource, Place, RecipeSource, Start,
@@ -16,7 +17,7 @@ use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
 use super::source::{open_settings, provide_text};
-use super::table::table;
+use super::table::{plural, table};
 use super::{print_json, print_result};
 use crate::args::RecipeChanges;
 use crate::args::values::parse_whole;
@@ -75,6 +76,7 @@ struct SourceOutput {
     rows_in_dataset: usize,
     tokens_in_text: Option<usize>,
     refused: usize,
+    unanswered: usize,
     windows: usize,
     tokens: usize,
     /// Of all windows' tokens.
@@ -99,6 +101,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let (folder, config) = open_settings(&args.model, printer)?;
     let tokenizer = TextTokenizer::open(&folder, config.vocab_size)?;
     let calibration = draw(&folder, &tokenizer, &recipe, printer)?;
+    // What a quantizer would refuse.
+    check_context(&config, calibration.longest())?;
     let shown = calibration.windows.iter().zip(&calibration.places).take(args.show.unwrap_or(0));
     let shown = shown.enumerate().map(|(index, (ids, place))| show(&tokenizer, index, ids, place));
     let all = calibration.tokens();
@@ -175,6 +179,12 @@ fn warn(source: &DrawnSource, printer: &Printer) {
             dataset.name
         ));
     }
+    if source.unanswered > 0 {
+        printer.warn(&format!(
+            "{} conversations of {} were passed over for others, as an answer in them is empty",
+            source.unanswered, dataset.name
+        ));
+    }
 }
 
 /// The windows in words.
@@ -182,12 +192,10 @@ fn described(calibration: &Calibration) -> String {
     let Calibration { windows, seq_len, dataset, sources, .. } = calibration;
     let of = |source: &DrawnSource| format!("{} of {}", source.windows, source.dataset.name);
     let each: Vec<String> = sources.iter().map(of).collect();
-    let (windows, all) = (windows.len(), calibration.tokens());
+    let (windows, all) = (plural(windows.len(), "window"), calibration.tokens());
     let (length, all) = match calibration.is_even() {
-        true => (format!("{windows} windows × {seq_len} tokens"), String::new()),
-        false => {
-            (format!("{windows} windows of up to {seq_len} tokens"), format!(", {all} in all"))
-        }
+        true => (format!("{windows} × {seq_len} tokens"), String::new()),
+        false => (format!("{windows} of up to {seq_len} tokens"), format!(", {all} in all")),
     };
     match each.as_slice() {
         [_] => format!("{length} of {}{all}", dataset.name),
@@ -208,6 +216,7 @@ impl SourceOutput {
             rows_in_dataset: source.rows,
             tokens_in_text: source.tokens_in_text,
             refused: source.refused.as_ref().map_or(0, |(count, _)| *count),
+            unanswered: source.unanswered,
             windows: source.windows,
             tokens: source.tokens,
             share: source.tokens as f64 / all as f64,
@@ -246,7 +255,7 @@ fn text(output: &Output, calibration: &Calibration) -> String {
     let Output { recipe, model, seed, sha256, .. } = output;
     let length = described(calibration);
     let mut text = format!("{recipe}, tokens of {model}, seed {seed}: {length}\n\n");
-    let header = ["source", "rows as", "rows", "windows", "tokens", "share", "held twice"];
+    let header = ["source", "rows as", "rows", "windows", "tokens", "of all tokens", "held twice"];
     let percent = |part: f64| format!("{:.1} %", 100.0 * part);
     let rows: Vec<Vec<String>> = output
         .sources

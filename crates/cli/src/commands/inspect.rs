@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Result;
-use gptq_checkpoint::{Checkpoint, RopeScaling, Strays};
+use gptq_checkpoint::{Checkpoint, RopeScaling, Strays, TensorSpec};
 use gptq_records::digest::of_tensors;
 use serde::Serialize;
 
 use super::source::{open_checkpoint, warn_of};
-use super::table::{gigabytes, size, table};
+use super::table::{gigabytes, plural, size, table};
 use super::{print_json, print_result};
 use crate::printer::Printer;
 
@@ -38,6 +38,8 @@ const SHOWN: usize = 10;
 struct Output {
     dir: String,
     model_type: &'static str,
+    /// `model_type` of the whole, of which the language model is a part; `null` where it is all.
+    part_of: Option<&'static str>,
     rope: &'static str,
     blocks: usize,
     hidden_size: usize,
@@ -50,8 +52,13 @@ struct Output {
     file_bytes: u64,
     tensors: usize,
     dtypes: BTreeMap<String, usize>,
+    /// Tensors of parts beside the language model.
+    other_parts: usize,
+    other_parts_bytes: u64,
     /// Tensors that no part of the model uses.
     left_out: Vec<String>,
+    /// Values of norms, biases and routers that are no numbers, by tensor.
+    not_finite: BTreeMap<String, usize>,
     quantization: Option<Quantization>,
     checksum: Option<Checksum>,
 }
@@ -90,6 +97,7 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     checkpoint.check_tensors()?;
     let config = checkpoint.config();
     let Strays { beyond, prediction, dense, others } = checkpoint.strays();
+    let carried = config.carried().unwrap_or_default();
     let mut dtypes = BTreeMap::new();
     let mut tensors = 0;
     for name in checkpoint.names() {
@@ -101,6 +109,7 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
     Ok(Output {
         dir: checkpoint.dir().display().to_string(),
         model_type: config.family,
+        part_of: config.wrapper(),
         rope: match &config.rope.scaling {
             RopeScaling::None => "default",
             RopeScaling::Linear { .. } => "linear",
@@ -120,10 +129,31 @@ fn describe(checkpoint: &Checkpoint) -> Result<Output> {
         file_bytes: checkpoint.total_bytes(),
         tensors,
         dtypes,
+        other_parts: carried.len(),
+        other_parts_bytes: carried.iter().map(TensorSpec::bytes).sum(),
         left_out: [beyond, prediction, dense, others].concat(),
+        not_finite: not_finite(checkpoint)?,
         quantization: quantization(checkpoint)?,
         checksum: None,
     })
+}
+
+/// Values that are infinite or no numbers in what is small enough to be read at once: norms, biases, and what
+/// routes tokens to experts.
+fn not_finite(checkpoint: &Checkpoint) -> Result<BTreeMap<String, usize>> {
+    let config = checkpoint.config();
+    let mut found = BTreeMap::new();
+    for (name, shape) in config.dense_tensors() {
+        if shape.len() > 1 && config.dense_named(&name).is_none() {
+            continue;
+        }
+        let tensor = checkpoint.tensor(&name)?;
+        let count = tensor.to_f32().iter().filter(|value| !value.is_finite()).count();
+        if count > 0 {
+            found.insert(tensor.name.to_owned(), count);
+        }
+    }
+    Ok(found)
 }
 
 /// Reads every value.
@@ -162,9 +192,14 @@ fn quantization(checkpoint: &Checkpoint) -> Result<Option<Quantization>> {
 fn text(output: &Output) -> String {
     let line = |name: &str, value: String| vec![name.to_owned(), value];
     let dtypes: Vec<String> = output.dtypes.iter().map(|(name, n)| format!("{n} {name}")).collect();
+    let model = match output.part_of {
+        None => output.model_type.to_owned(),
+        Some(whole) => format!("{} in {whole}", output.model_type),
+    };
+    let model = format!("{model}, rotary scaling {}", output.rope);
     let mut rows = vec![
         line("folder", output.dir.clone()),
-        line("model", format!("{}, rotary scaling {}", output.model_type, output.rope)),
+        line("model", model),
         line("blocks", output.blocks.to_string()),
         line("width", format!("{} hidden, {} MLP", output.hidden_size, output.intermediate_size)),
         line("heads", format!("{} query, {} key/value", output.heads, output.kv_heads)),
@@ -173,11 +208,22 @@ fn text(output: &Output) -> String {
         line("weights", format!("{} ({} bytes)", size(output.file_bytes), output.file_bytes)),
         line("tensors", format!("{} ({})", output.tensors, dtypes.join(", "))),
     ];
+    if output.part_of.is_some() {
+        let (count, bytes) = (output.other_parts, size(output.other_parts_bytes));
+        rows.push(line("other parts", format!("{} ({bytes})", plural(count, "tensor"))));
+    }
     for (index, name) in output.left_out.iter().take(SHOWN).enumerate() {
         rows.push(line(if index == 0 { "left out" } else { "" }, name.clone()));
     }
     if let Some(more) = output.left_out.len().checked_sub(SHOWN).filter(|&more| more > 0) {
         rows.push(line("", format!("and {more} more, see --json")));
+    }
+    for (index, (name, count)) in output.not_finite.iter().take(SHOWN).enumerate() {
+        let first = if index == 0 { "not finite" } else { "" };
+        rows.push(line(first, format!("{} of {name}", plural(*count, "value"))));
+    }
+    if let Some(more) = output.not_finite.len().checked_sub(SHOWN).filter(|&more| more > 0) {
+        rows.push(line("", format!("and in {} more, see --json", plural(more, "tensor"))));
     }
     match &output.quantization {
         None => rows.push(line("quantized", "no".to_owned())),

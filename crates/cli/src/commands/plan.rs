@@ -9,7 +9,7 @@ use gptq_pipeline::write::planned_metadata;
 use serde::Serialize;
 
 use super::source::{open_config, open_sweep};
-use super::table::{gigabytes, group, operations, size, table, time, times_from, yes_no};
+use super::table::{gigabytes, group, operations, plural, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_bytes;
 use crate::printer::Printer;
@@ -53,6 +53,8 @@ struct Row {
     act_order: bool,
     #[serde(flatten)]
     plan: BranchPlan,
+    /// Whether the tensors of parts beside the language model are known, where it has some.
+    whole: bool,
     /// Of `gptq quantize`; `null` where nothing is known of the device.
     seconds: Option<f64>,
     seconds_from: Option<Source>,
@@ -95,9 +97,16 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             act_order: branch.spec.act_order,
             seconds: predicted.map(|p| p.seconds),
             seconds_from: predicted.map(|p| p.from),
+            whole: model.carried().is_some(),
             fits: plan.gpu.device_bytes <= gpu_memory,
             plan,
         });
+    }
+    if let (Some(whole), None) = (model.wrapper(), model.carried()) {
+        printer.note(&format!(
+            "sizes are of the language model in a {whole} model: the weights, which say what else is carried, \
+             are not here"
+        ));
     }
     if args.json {
         return print_json(&rows);
@@ -118,8 +127,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     ];
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
     let note = format!(
-        "{} windows × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
-        setting.windows,
+        "{} × {} tokens of {}. GPU and host: peak memory of a run on a card of {};\nCPU run: peak host memory without one; text: memory of a card that makes one of {} tokens.\n{}\n",
+        plural(setting.windows, "window"),
         setting.seq_len,
         config.calibration.unread().name,
         gigabytes(gpu_memory),

@@ -21,6 +21,7 @@ use gptq_text::tokens::TextTokenizer;
 use serde::Serialize;
 
 use super::source::{open_checkpoint, provide_text, warn_of};
+use super::table::{number, plural};
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
 use crate::args::values::parse_whole;
@@ -124,8 +125,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         ));
     }
     printer.note(&format!(
-        "{} windows of {} tokens of {}, protocol {}",
-        text.windows.len(),
+        "{} of {} tokens of {}, protocol {}",
+        plural(text.windows.len(), "window"),
         text.seq_len,
         text.dataset,
         text.protocol()
@@ -250,11 +251,11 @@ fn summary(output: &Output<'_>) -> String {
     let mut lines = super::table::perplexity(result, text, output.dtype);
     if let Some(base) = &output.base {
         lines.push_str(&format!(
-            "base       {:.4}  ({}); ratio {:.4}, KL {:.5} nats a token\n",
+            "base       {:.4}  ({}); ratio {:.4}, KL {} nats a token\n",
             base.perplexity,
             base.model,
             result.perplexity / base.perplexity,
-            base.kl
+            number(base.kl, 5)
         ));
     }
     lines

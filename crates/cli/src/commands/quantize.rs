@@ -22,8 +22,8 @@ use gptq_text::calibration::{Calibration, CalibrationRecipe, DrawnSource};
 use serde::Serialize;
 
 use super::calib::sample;
-use super::source::{open_arriving, open_checkpoint, open_sweep, warn_of};
-use super::table::size;
+use super::source::{note_parts, open_arriving, open_checkpoint, open_config, open_sweep, warn_of};
+use super::table::{number, plural, size};
 use super::{print_json, print_result};
 use crate::args::values::{parse_bits, parse_bytes, parse_number};
 use crate::args::{CalibrationArgs, DeviceArgs};
@@ -111,6 +111,7 @@ struct Output<'a> {
     source_dtype: SourceDtype,
     calibration: Option<CalibrationOutput<'a>>,
     file_bytes: u64,
+    carried: usize,
     seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     predicted_seconds: Option<f64>,
@@ -183,12 +184,16 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     if follower().is_none() {
         check_output(&args.out)?;
     }
+    if spec.choices.tune > 0 {
+        recipe_fit::check_tuning(&open_config(&args.model, printer)?, spec)?;
+    }
     let source = if args.discard_shards {
         args.device.check_one("--discard-shards lets each shard be read once")?;
         open_arriving(&args.model, printer)?.0
     } else {
         open_checkpoint(&args.model, printer)?
     };
+    note_parts(&source, printer);
     recipe_fit::fit(source.config(), spec).iter().for_each(|note| printer.note(note));
     // What was downloaded is nobody's prediction.
     let opened = Instant::now();
@@ -245,6 +250,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
             sha256: &c.sha256,
         }),
         file_bytes: outcome.written.bytes,
+        carried: source.config().carried().map_or(0, <[_]>::len),
         seconds: start.elapsed().as_secs_f64(),
         predicted_seconds: predicted.map(|p| p.seconds),
         predicted_from: predicted.map(|p| p.from),
@@ -359,6 +365,10 @@ fn summary(output: &Output<'_>, took: f64) -> String {
     if let Some(peak) = output.peak_device_bytes {
         text.push_str(&format!(" of host and {} of device", size(peak as u64)));
     }
+    if output.carried > 0 {
+        let carried = plural(output.carried, "tensor");
+        text.push_str(&format!("\ncarried {carried} of other parts unchanged"));
+    }
     if let Some(predicted) = Prediction::of(output.predicted_seconds, output.predicted_from) {
         text.push_str(&format!("\n{}", compared(predicted, took)));
     }
@@ -376,10 +386,14 @@ fn summary(output: &Output<'_>, took: f64) -> String {
         ));
     }
     if let Some(TuningOutput { record, seconds }) = &output.tuning {
+        let also = if record.unseen { "" } else { ", which the solver has seen" };
         text.push_str(&format!(
-            "\nscales were tuned in {seconds:.1} s: KL {:.4} before and {:.4} after {} of {} steps, on {} held-out \
-             windows",
-            record.kl_before, record.kl_after, record.best_step, record.steps, record.held_out
+            "\nscales were tuned in {seconds:.1} s: KL {} before and {} after {} of {}, on {}{also}",
+            number(record.kl_before, 4),
+            number(record.kl_after, 4),
+            record.best_step,
+            plural(record.steps as usize, "step"),
+            plural(record.held_out, "held-out window")
         ));
     }
     text.push_str(&format!("\nMeasure it: gptq ppl {dir}\n"));

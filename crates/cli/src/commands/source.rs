@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use gptq_checkpoint::{Checkpoint, Error, ModelConfig, TOKENIZER_FILE, resolve_model};
+use gptq_checkpoint::{Checkpoint, Error, ModelConfig, TOKENIZER_FILE, TensorSpec, resolve_model};
 use gptq_pipeline::progress::Progress;
 use gptq_pipeline::sweep::config::{ANY_MODEL, BUILT_IN, SweepConfig};
 use gptq_text::dataset::DatasetSpec;
 
+use super::table::{plural, size};
 use crate::hint::advised;
 use crate::hub;
 use crate::printer::Printer;
@@ -44,10 +45,38 @@ pub(super) fn open_arriving(model: &str, printer: &Printer) -> Result<(Checkpoin
     hub::arriving(model, printer)
 }
 
-/// Reads a model's configuration by folder or Hub id, of which nothing else is downloaded.
+/// Reads a model's configuration by folder or Hub id, of which nothing else is downloaded; where it has
+/// parts beside a language model, what its weights say of them if they are there.
 pub(super) fn open_config(model: &str, printer: &Printer) -> Result<ModelConfig> {
-    let opened = find(model).and_then(|dir| ModelConfig::load(&dir));
-    or_download(model, opened, Part::Config, printer, ModelConfig::load)
+    let opened = find(model).and_then(|dir| load_config(&dir));
+    or_download(model, opened, Part::Config, printer, load_config)
+}
+
+fn load_config(dir: &Path) -> Result<ModelConfig, Error> {
+    let config = ModelConfig::load(dir)?;
+    if config.wrapper().is_none() {
+        return Ok(config);
+    }
+    match Checkpoint::open(dir) {
+        Ok(checkpoint) => Ok(checkpoint.config().clone()),
+        Err(Error::NoWeights { .. } | Error::MissingShard { .. }) => Ok(config),
+        Err(error) => Err(error),
+    }
+}
+
+/// Says which part of a model is quantized, where that is not all of it.
+pub(super) fn note_parts(checkpoint: &Checkpoint, printer: &Printer) {
+    let config = checkpoint.config();
+    if let Some(whole) = config.wrapper() {
+        let carried = config.carried().unwrap_or_default();
+        printer.note(&format!(
+            "of this {whole} model the language model, {}, is quantized; {} of other parts ({}) are carried \
+             unchanged",
+            config.family,
+            plural(carried.len(), "tensor"),
+            size(carried.iter().map(TensorSpec::bytes).sum())
+        ));
+    }
 }
 
 /// The folder of a model's configuration and tokenizer, by folder or Hub id, of which no weights are

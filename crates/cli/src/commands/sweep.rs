@@ -7,6 +7,7 @@ use gptq_checkpoint::{check_folder, free_space};
 use gptq_compute::Device;
 use gptq_pipeline::plan::BranchPlan;
 use gptq_pipeline::rates::{KnownRates, Prediction, Source, compared};
+use gptq_pipeline::recipe_fit;
 use gptq_pipeline::sweep::config::{Branch, SweepConfig};
 use gptq_pipeline::sweep::jobs::Share;
 use gptq_pipeline::sweep::log::{SWEEP_FILE, SweepReport, SweepRow};
@@ -20,8 +21,10 @@ use gptq_text::calibration::CalibrationRecipe;
 use serde::Serialize;
 
 use super::calib::sample;
-use super::source::{open_arriving, open_checkpoint, open_sweep, provide_text, warn_of};
-use super::table::{group, operations, size, table, time, times_from, yes_no};
+use super::source::{
+    note_parts, open_arriving, open_checkpoint, open_config, open_sweep, provide_text, warn_of,
+};
+use super::table::{group, operations, plural, size, table, time, times_from, yes_no};
 use super::{print_json, print_result};
 use crate::args::values::parse_count;
 use crate::args::{CalibrationArgs, DeviceArgs};
@@ -99,10 +102,17 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     if !args.dry_run {
         check_folder(&args.out)?;
     }
+    if config.branches.iter().any(|branch| branch.spec.choices.tune > 0) {
+        let model = open_config(&model, printer)?;
+        for branch in selected(&config, &args.only)? {
+            recipe_fit::check_tuning(&model, &branch.spec)?;
+        }
+    }
     let (source, origin) = match args.discard_shards {
         true => open_arriving(&model, printer).map(|(source, of)| (source, Some(of)))?,
         false => (open_checkpoint(&model, printer)?, None),
     };
+    note_parts(&source, printer);
     config.fit(source.config()).iter().for_each(|note| printer.note(note));
     let branches = selected(&config, &args.only)?;
     warn_of(&source, args.strict, printer)?;
@@ -302,9 +312,9 @@ fn text(report: &SweepReport, dtype: &str) -> String {
     let mut text = table(&header, 1, &rows);
     if let (Some(e), Some(b)) = (&report.evaluation, &report.baseline) {
         text.push_str(&format!(
-            "\n{}: {} windows × {} tokens of {}; KL to {} in nats a token; {dtype}.\n",
+            "\n{}: {} × {} tokens of {}; KL to {} in nats a token; {dtype}.\n",
             e.protocol,
-            b.windows,
+            plural(b.windows, "window"),
             e.seq_len,
             e.dataset,
             report.source_dtype.name()

@@ -10,7 +10,7 @@ use gptq_text::evaluation::EvalText;
 use crate::plain::plain_word;
 use crate::terminal::width;
 
-pub(crate) use gptq_report::units::{gigabytes, group};
+pub(crate) use gptq_report::units::{gigabytes, group, number, plural};
 
 /// A table as wide as its cells; on a terminal that is narrower, each row as a paragraph. `left` names
 /// the number of leading columns that hold text.
@@ -120,12 +120,12 @@ pub(crate) fn times_from(all: impl IntoIterator<Item = Option<Prediction>>) -> S
 /// A perplexity with its standard error, and what was measured.
 pub(crate) fn perplexity(result: &Perplexity, text: &EvalText, dtype: &str) -> String {
     format!(
-        "perplexity {:.4} ± {:.4}  ({}, {}, {} windows × {}, {} tokens scored, {dtype})\n",
+        "perplexity {:.4} ± {:.4}  ({}, {}, {} × {}, {} tokens scored, {dtype})\n",
         result.perplexity,
         result.perplexity * result.standard_error,
         text.protocol(),
         text.dataset,
-        result.windows,
+        plural(result.windows, "window"),
         text.seq_len,
         result.tokens,
     )

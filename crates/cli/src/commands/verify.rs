@@ -12,7 +12,7 @@ use gptq_text::evaluation::EvaluationSpec;
 use gptq_text::protocol::Protocol;
 
 use super::source::{locate, open_checkpoint, provide_text, warn_of};
-use super::table::{group, size, table, yes_no};
+use super::table::{group, number, size, table, yes_no};
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
 use crate::args::values::{parse_limit, parse_whole};
@@ -249,7 +249,8 @@ fn outputs(report: &VerifyReport, dtype: &str) -> Option<String> {
         (outputs.base_perplexity, outputs.ratio, outputs.kl)
     {
         lines.push_str(&format!(
-            "base       {base:.4}; ratio {ratio:.4}, KL {kl:.5} nats a token\n"
+            "base       {base:.4}; ratio {ratio:.4}, KL {} nats a token\n",
+            number(kl, 5)
         ));
     }
     Some(lines)

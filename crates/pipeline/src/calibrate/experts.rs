@@ -14,7 +14,7 @@ use gptq_compute::{Device, Gram, Tensor};
 use gptq_model::{Block, LinearId, Routes, Stage};
 use gptq_quant::Factored;
 
-use super::{BlockRun, Work};
+use super::{Along, BlockRun, Work};
 use crate::chunk_store::ChunkStore;
 use crate::error::Result;
 use crate::memory::kept_activations;
@@ -180,7 +180,7 @@ impl BlockRun<'_, '_, '_> {
     ) -> Result<()> {
         let energies = self.energies(block, ids, gram)?;
         self.timer.mark(Work::Factor)?;
-        self.solve(block, ids, factored, None, &energies)
+        self.solve(block, ids, Along { all: factored, values: None }, None, &energies)
     }
 
     /// Writes of the last `count` linears down what they saw.

@@ -13,7 +13,7 @@ use super::group::device_of;
 use super::survey::{Survey, Surveyed};
 use super::sweep_job::SweepJob;
 use crate::error::Result;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::rates::{Prediction, Source};
 
 /// What the branches of a sweep will take, in the job's order.
@@ -80,7 +80,7 @@ fn measuring(job: &SweepJob<'_>, survey: &Survey) -> Option<Prediction> {
     let tokens = (text.windows.len(), text.seq_len);
     let head =
         2.0 * tokens.0 as f64 * tokens.1 as f64 * (model.vocab_size * model.hidden_size) as f64;
-    let walk = Operations::of_model(model, tokens, false).forward + head;
+    let walk = Operations::of_model(model, tokens, Extras::default()).forward + head;
     let shared = walks as f64 / job.devices.len().max(1) as f64;
     job.rates.forward(model, walk * shared)
 }

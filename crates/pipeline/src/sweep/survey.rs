@@ -65,9 +65,8 @@ impl Survey {
     pub(super) fn forbid_fallbacks(&self) -> Result<()> {
         let reports = self.branches.iter().filter_map(|b| b.state.report());
         for report in reports {
-            for linear in report.linears() {
-                refuse_fallbacks(linear, report.damp)?;
-            }
+            let linears: Vec<_> = report.linears().collect();
+            refuse_fallbacks(linears.iter().copied(), report.damp)?;
         }
         Ok(())
     }

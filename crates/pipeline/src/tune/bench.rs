@@ -15,7 +15,7 @@ use crate::bench::{Measurement, RUNS, Width, synthetic_block, synthetic_states};
 use crate::calibrate::{Calibrator, Streams};
 use crate::error::{Error, Result};
 use crate::memory::Offload;
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 use crate::states::States;
 use crate::work::Work;
 use crate::write::packed;
@@ -58,7 +58,7 @@ pub(crate) fn bench_tuning(
     let hidden = states()?.hidden.take(0)?;
     let chunk = (hidden.rows() / seq_len) as f64;
     let seconds = step_seconds(device, block, (&hidden, ropes, seq_len))?;
-    let forward = Operations::of_block(&width.kind(), (1, seq_len), false).forward;
+    let forward = Operations::of_block(&width.kind(), (1, seq_len), Extras::default()).forward;
     let operations = of_block(forward, spec, windows);
     let seconds = seconds * operations / (4.0 * chunk * forward);
     Ok(Some(Measurement::new(Work::Tune.name(), String::new(), seconds, operations, None)))
@@ -72,7 +72,7 @@ fn solved(
 ) -> Result<TunedBlock> {
     let Calibrator { device, spec, .. } = *calibrator;
     let mut block = synthetic_block(device, width, None)?;
-    let mut streams = Streams { quantized, reference: Some(reference) };
+    let mut streams = Streams { quantized, reference: Some(reference), held_out: None };
     let mut linears = BTreeMap::new();
     calibrator.block(&mut block, &mut streams, &mut |name, shards| {
         linears.insert(name.to_owned(), packed(shards, spec)?);

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::host_memory::ensure;
 use crate::job::QuantizeJob;
 use crate::memory::{BlockSizes, MemoryPlan, STAGING, USABLE, device_budget};
-use crate::operations::Operations;
+use crate::operations::{Extras, Operations};
 
 /// Logits of both models and what becomes of them, some rows at a time, on a GPU.
 const LOGITS: usize = 3 << 28;
@@ -40,10 +40,17 @@ impl TuneBytes {
         (windows, seq_len): (usize, usize),
         gpu: bool,
     ) -> Option<Self> {
-        if spec.choices.tune == 0 || !spec.recipe.calibrates() {
-            return None;
-        }
-        let split = Split::of(windows)?;
+        let split = planned(spec, windows)?;
+        Some(Self::of_split(model, spec, (&split, seq_len), gpu))
+    }
+
+    /// The same of windows that are known.
+    fn of_split(
+        model: &ModelConfig,
+        spec: &QuantSpec,
+        (split, seq_len): (&Split, usize),
+        gpu: bool,
+    ) -> Self {
         let block = BlockSizes::of(model);
         let (mut weights, mut scales, mut columns) = (0, 0, 0);
         for (_, linear) in model.linears() {
@@ -75,14 +82,14 @@ impl TuneBytes {
         // A gradient by a weight is summed over groups some rows at a time.
         let band = if gpu { GRADIENTS } else { 4 * block.largest };
         let working = value * block.weights + band + flight + logits;
-        let reference = value * windows * seq_len * hidden;
-        Some(Self {
+        let reference = value * (split.trained() + split.held_out()) * seq_len * hidden;
+        Self {
             fixed: codes + heads + working,
             heads,
             between: 4 * model.num_hidden_layers * chunk * hidden,
             // The values of a head are fp16 before they are on the device.
             host: reference + 2 * scales + 2 * 2 * vocab * hidden,
-        })
+        }
     }
 
     /// Share of the states between blocks that waits in host memory of a device with so much room.
@@ -114,13 +121,10 @@ impl TuneBytes {
 }
 
 /// Refuses a job whose quantized model its device cannot hold for tuning, before hours are spent on it.
-pub(super) fn check(job: &QuantizeJob<'_>) -> Result<()> {
-    let tokens = (job.windows().len(), job.seq_len());
+pub(super) fn check(job: &QuantizeJob<'_>, split: &Split) -> Result<()> {
     let budget = device_budget(&job.device)?;
-    let gpu = budget.is_some();
-    let Some(bytes) = TuneBytes::of(job.source.config(), &job.spec, tokens, gpu) else {
-        return Ok(());
-    };
+    let tokens = (split, job.seq_len());
+    let bytes = TuneBytes::of_split(job.source.config(), &job.spec, tokens, budget.is_some());
     let Some(budget) = budget else {
         let advice = "use the recipe best, or calibrate on fewer or shorter windows";
         return ensure("Tuning the scales of the whole model", bytes.of_cpu(), advice);
@@ -131,11 +135,9 @@ pub(super) fn check(job: &QuantizeJob<'_>) -> Result<()> {
 }
 
 /// Share of the states between blocks that this job keeps in host memory; the heads are on the device.
-pub(super) fn offloaded(model: &Model<'_>, job: &QuantizeJob<'_>) -> Result<f64> {
-    let tokens = (job.windows().len(), job.seq_len());
-    let memory = model.device().memory()?;
-    let bytes = TuneBytes::of(model.config(), &job.spec, tokens, memory.is_some());
-    let (Some(memory), Some(bytes)) = (memory, bytes) else { return Ok(0.0) };
+pub(super) fn offloaded(model: &Model<'_>, job: &QuantizeJob<'_>, split: &Split) -> Result<f64> {
+    let Some(memory) = model.device().memory()? else { return Ok(0.0) };
+    let bytes = TuneBytes::of_split(model.config(), &job.spec, (split, job.seq_len()), true);
     let budget = memory.budget.min(memory.free + memory.held);
     // Whatever else is there belongs to branches that wait for their turn.
     let others = memory.held.saturating_sub(bytes.heads);
@@ -151,7 +153,7 @@ pub(crate) fn operations(
     (windows, seq_len): (usize, usize),
 ) -> f64 {
     let Some((trained, judged)) = passes(spec, windows) else { return 0.0 };
-    let forward = Operations::of_model(model, (1, seq_len), false).forward;
+    let forward = Operations::of_model(model, (1, seq_len), Extras::default()).forward;
     let head = 2.0 * seq_len as f64 * (model.vocab_size * model.hidden_size) as f64;
     trained * (4.0 * forward + 3.0 * head) + judged * (forward + 2.0 * head)
 }
@@ -161,9 +163,19 @@ pub(super) fn of_block(forward: f64, spec: &QuantSpec, windows: usize) -> f64 {
     passes(spec, windows).map_or(0.0, |(trained, judged)| (4.0 * trained + judged) * forward)
 }
 
+/// What a run on so many windows will train on and judge by; `None` where nothing is tuned.
+fn planned(spec: &QuantSpec, windows: usize) -> Option<Split> {
+    Split::planned(windows).filter(|_| spec.recipe.calibrates() && spec.choices.tune > 0)
+}
+
+/// How many windows it will hold out.
+pub(crate) fn planned_held_out(spec: &QuantSpec, windows: usize) -> usize {
+    planned(spec, windows).map_or(0, |split| split.held_out())
+}
+
 /// Windows that are trained on and judged by, each as often as it is; `None` where nothing is tuned.
 fn passes(spec: &QuantSpec, windows: usize) -> Option<(f64, f64)> {
-    let split = Split::of(windows).filter(|_| spec.recipe.calibrates() && spec.choices.tune > 0)?;
+    let split = planned(spec, windows)?;
     let (steps, epoch) = (f64::from(spec.choices.tune), f64::from(split.epoch()));
     let trained = steps * split.trained() as f64 / epoch;
     let judged = (1.0 + (steps / epoch).ceil()) * split.held_out() as f64;

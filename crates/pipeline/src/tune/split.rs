@@ -2,34 +2,49 @@
 
 use std::ops::Range;
 
+use gptq_text::calibration::HELD_OUT;
+
 /// Windows of a batch.
 pub(super) const BATCH: usize = 8;
-/// One window of so many is held out.
-const HELD_OUT: usize = 8;
-
-/// Windows in order, which are drawn at random places of the text: the last are as good as any others to hold
-/// out.
+/// Windows to judge by are none of the calibration's, where its text has room for others. Else they are its last
+/// ones: windows are drawn at random places of the text, so these are as good as any others to hold out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Split {
-    windows: usize,
+    trained: usize,
     held_out: usize,
+    unseen: bool,
 }
 
 impl Split {
-    /// Of so many windows; `None` of fewer than two.
-    pub(crate) fn of(windows: usize) -> Option<Self> {
+    /// Of so many windows, and `others` that are none of them; `None` of fewer than two in all.
+    pub(crate) fn of(windows: usize, others: usize) -> Option<Self> {
+        if others > 0 {
+            let split = Self { trained: windows, held_out: others, unseen: true };
+            return (windows > 0).then_some(split);
+        }
         let held_out = (windows / HELD_OUT).max(1);
-        (windows > held_out).then_some(Self { windows, held_out })
+        let split = |trained| Self { trained, held_out, unseen: false };
+        windows.checked_sub(held_out).filter(|&trained| trained > 0).map(split)
+    }
+
+    /// Of a run that is not begun: of windows of one text that has room for all.
+    pub(crate) fn planned(windows: usize) -> Option<Self> {
+        Self::of(windows, windows.div_ceil(HELD_OUT))
     }
 
     /// Windows that are trained on: the first ones.
     pub(crate) fn trained(&self) -> usize {
-        self.windows - self.held_out
+        self.trained
     }
 
-    /// Windows that are held out: the others.
+    /// Windows that are held out: those behind them, or others.
     pub(crate) fn held_out(&self) -> usize {
         self.held_out
+    }
+
+    /// Whether these are others, which the solver does not see either.
+    pub(crate) fn unseen(&self) -> bool {
+        self.unseen
     }
 
     /// Steps that see every window once.
@@ -61,11 +76,16 @@ mod tests {
 
     #[test]
     fn every_window_is_trained_on_once_an_epoch_or_held_out() {
-        assert_eq!((Split::of(0), Split::of(1)), (None, None));
+        assert_eq!((Split::of(0, 0), Split::of(1, 0), Split::of(0, 1)), (None, None, None));
+        let others = Split::of(128, 16).unwrap();
+        assert_eq!(Split::planned(128).unwrap(), others);
+        assert_eq!((others.trained(), others.held_out(), others.epoch()), (128, 16, 16));
+        assert!(others.unseen() && others.largest() == 16);
         for (windows, trained, epoch) in
             [(2, 1, 1), (8, 7, 1), (9, 8, 1), (16, 14, 2), (128, 112, 14)]
         {
-            let split = Split::of(windows).unwrap();
+            let split = Split::of(windows, 0).unwrap();
+            assert!(!split.unseen());
             assert_eq!((split.trained(), split.epoch()), (trained, epoch), "{windows}");
             assert_eq!(split.trained() + split.held_out(), windows);
             let batches: Vec<_> = split.batches().collect();

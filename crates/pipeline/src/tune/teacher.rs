@@ -43,16 +43,16 @@ pub(super) struct Teacher {
 }
 
 impl Teacher {
-    /// Takes the states after the last block over; `head` is the quantized model's where it is fitted.
+    /// Takes the states after the last block over, those of the calibration's windows and of others to judge by,
+    /// where there are any; `head` is the quantized model's where it is fitted.
     pub(super) fn new(
         model: &Model<'_>,
-        rotations: Option<&FusedRotations>,
-        (windows, split): (&[Vec<u32>], &Split),
-        mut states: States,
-        head: Option<&[f16]>,
+        (rotations, head): (Option<&FusedRotations>, Option<&[f16]>),
+        (windows, split, mut states): (&[Vec<u32>], &Split, States),
+        others: Option<(&[Vec<u32>], States)>,
     ) -> Result<Self> {
         let norm = FinalNorm::new(model.config(), final_gain(model.checkpoint(), rotations)?);
-        let (train_windows, held_out) = windows.split_at(split.trained());
+        let (train_windows, last) = windows.split_at(split.trained());
         let mut batches = Vec::new();
         let mut ranges = Vec::new();
         for batch in split.batches() {
@@ -60,13 +60,21 @@ impl Teacher {
             ranges.extend(ranges_of(model.device(), train_windows, batch));
             batches.push(first..ranges.len());
         }
-        let held = ranges_of(model.device(), windows, 0..windows.len()).collect();
+        let all = |windows: &[Vec<u32>]| -> Vec<Range<usize>> {
+            ranges_of(model.device(), windows, 0..windows.len()).collect()
+        };
+        let held = all(windows);
         let mut pick = Picker { model, norm: &norm, states: &mut states, held, windows };
         let train = pick.lesson(ranges)?;
-        let held = ranges_of(model.device(), held_out, 0..held_out.len());
-        let behind =
-            |range: Range<usize>| range.start + split.trained()..range.end + split.trained();
-        let held_out = pick.lesson(held.map(behind).collect())?;
+        let held_out = if let Some((windows, mut states)) = others {
+            let held = all(windows);
+            let ranges = held.clone();
+            Picker { model, norm: &norm, states: &mut states, held, windows }.lesson(ranges)?
+        } else {
+            let first = split.trained();
+            let behind = |range: Range<usize>| range.start + first..range.end + first;
+            pick.lesson(all(last).into_iter().map(behind).collect())?
+        };
         let reference = table(model, &dense_head(model.checkpoint(), rotations)?)?;
         let head = head.map(|head| table(model, head)).transpose()?;
         let softcap = model.config().logit_softcap;

@@ -82,21 +82,27 @@ fn a_tuned_file_is_nearer_to_its_base_on_text_that_it_has_not_seen() {
     let out = folder.path().join("tuned");
     let tuned = quantize(&job(&source, &calibration, spec, &out), &Silent).unwrap().unwrap();
     let record = tuned.tuned.unwrap().record;
-    assert_eq!((record.steps, record.windows, record.held_out), (14, 56, 8));
+    assert_eq!((record.steps, record.windows, record.held_out), (14, 64, 8));
+    assert!(record.unseen, "{record:?}");
     assert!(record.kl_after < record.kl_before && record.best_step > 0, "{record:?}");
 
     // What was trained is what the file holds, and the start is `best`.
     let best = folder.path().join("best");
     let spec = QuantSpec::new(3, Some(64), true, 0.03, Recipe::Best);
     quantize(&job(&source, &calibration, spec, &best), &Silent).unwrap();
-    let held_out = &calibration.windows[56..];
     for (dir, said) in [(&best, record.kl_before), (&out, record.kl_after)] {
-        let measured = kl(&base, dir, held_out);
+        let measured = kl(&base, dir, &calibration.held_out);
         assert!((measured / said - 1.0).abs() < 0.02, "{}: {measured}, {said}", dir.display());
+    }
+    // The solver did not see what is held out.
+    let files = [&out, &best].map(|dir| Checkpoint::open(dir).unwrap());
+    for (name, shape) in source.config().linears() {
+        let [tuned, best] = files.each_ref().map(|file| file.gptq_linear(&name, &shape).unwrap());
+        assert!(tuned.qweight == best.qweight, "{name}");
     }
 
     // Of what was trained on most is learnt: there the solver has fitted all that it sees.
-    let trained = &calibration.windows[..56];
+    let trained = &calibration.windows;
     let (before, after) = (kl(&base, &best, trained), kl(&base, &out, trained));
     assert!(after < 0.95 * before, "{before} to {after} on what was trained on");
 
@@ -147,7 +153,8 @@ fn the_same_windows_give_the_same_scales_and_no_other_codes() {
         let (second, ..) = made(Recipe::Tuned, "second");
         assert!(first == second, "{name}: two runs differ");
         let record = tuned.unwrap().record;
-        assert!(record.kl_after < record.kl_before, "{name}: {record:?}");
+        assert!(record.kl_after < record.kl_before && !record.unseen, "{name}: {record:?}");
+        assert_eq!((record.windows, record.held_out), (56, 8), "{name}");
         let (_, best, none) = made(Recipe::Best, "best");
         assert!(none.is_none());
         let (tuned, best) = (Checkpoint::open(&dir).unwrap(), Checkpoint::open(&best).unwrap());

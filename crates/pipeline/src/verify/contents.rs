@@ -281,7 +281,8 @@ fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings, values: &mut Va
     let added: BTreeSet<String> = added.collect();
     let of_linear = |name: &&str| {
         let leaf = name.rsplit('.').next().unwrap_or_default();
-        LEAVES.contains(&leaf) || added.contains(*name)
+        let plain = checkpoint.config().plain_name(name);
+        plain.is_some_and(|plain| LEAVES.contains(&leaf) || added.contains(&*plain))
     };
     for name in checkpoint.names().filter(|name| !of_linear(name)) {
         let Ok(tensor) = checkpoint.tensor(name) else { continue };

@@ -1,5 +1,7 @@
 //! What is not quantized against the base's, in the same coordinates.
 
+use std::collections::BTreeSet;
+
 use gptq_checkpoint::{
     Checkpoint, DType, HEAD, LEAVES, Layout, QuantizeConfig, TensorSpec, tensor_specs,
 };
@@ -15,16 +17,22 @@ use crate::rotate::FusedRotations;
 const BATCH: usize = 1 << 16;
 
 /// Embeddings, norms, routers and the architecture's own biases: everything but the head, which a recipe may
-/// have fitted.
+/// have fitted; and what is carried of other parts.
 pub(super) fn check(
     checkpoint: &Checkpoint,
     base: &Checkpoint,
     (stored, rotations): (&QuantizeConfig, Option<&FusedRotations>),
     findings: &mut Findings,
 ) -> Result<()> {
+    check_carried(checkpoint, base, findings)?;
     let specs = tensor_specs(base.config(), stored, Layout::Modern).into_iter();
+    let carried: BTreeSet<&str> = carried(base).map(|spec| spec.name.as_str()).collect();
     let quantized = |name: &str| name.rsplit('.').next().is_some_and(|leaf| LEAVES.contains(&leaf));
-    for TensorSpec { name, dtype, .. } in specs.filter(|s| !quantized(&s.name) && s.name != HEAD) {
+    let dense = |s: &TensorSpec| {
+        !quantized(&s.name) && s.name != HEAD && !carried.contains(s.name.as_str())
+    };
+    for spec in specs.filter(dense) {
+        let (exact_type, name) = (spec.is(DType::F32), spec.name);
         findings.examine(Check::DenseWeights, 1);
         let Ok(found) = checkpoint.tensor(&name) else {
             // The checkpoint's own configuration does without it.
@@ -33,7 +41,7 @@ pub(super) fn check(
         };
         let turned = rotations.map(|f| f.tensor(base, &name)).transpose()?.flatten();
         let exact = turned.is_none();
-        if dtype == DType::F32 {
+        if exact_type {
             let wanted = base.tensor(&name)?.to_f32();
             let given = found.to_f32();
             let wrong = given.iter().zip(&wanted).filter(|(a, b)| a != b).count();
@@ -56,6 +64,38 @@ pub(super) fn check(
         };
         let wrong: usize = expected.par_chunks(BATCH).enumerate().map(wrong).sum();
         report(&name, wrong, (found.len(), expected.len()), findings);
+    }
+    Ok(())
+}
+
+/// The tensors of other parts.
+fn carried(base: &Checkpoint) -> impl Iterator<Item = &TensorSpec> {
+    base.config().carried().unwrap_or_default().iter()
+}
+
+/// They are the base's bit for bit, whatever they are.
+fn check_carried(
+    checkpoint: &Checkpoint,
+    base: &Checkpoint,
+    findings: &mut Findings,
+) -> Result<()> {
+    for TensorSpec { name, .. } in carried(base) {
+        findings.examine(Check::DenseWeights, 1);
+        // Programs that save such models since transformers 4.52 put them one level lower.
+        let lower = format!("model.{name}");
+        let Some(found) = [name, &lower].into_iter().find(|name| checkpoint.contains(name)) else {
+            findings.add(Check::DenseWeights, name.clone(), "is missing, but the base has it");
+            continue;
+        };
+        let (given, wanted) = (checkpoint.stored(found)?, base.stored(name)?);
+        let same = given.dtype == wanted.dtype
+            && given.shape == wanted.shape
+            && given.bytes == wanted.bytes;
+        if !same {
+            findings.add(Check::DenseWeights, found.clone(), "is not the base's, bit for bit");
+        }
+        checkpoint.release(found);
+        base.release(name);
     }
     Ok(())
 }

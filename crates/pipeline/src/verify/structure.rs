@@ -1,5 +1,6 @@
 //! Configuration files and the list of tensors: what can be checked before a value is read.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::Path;
@@ -274,7 +275,10 @@ pub(super) fn check_tensors(
             }
         }
     }
-    for name in checkpoint.names().filter(|name| !known.contains(name)) {
+    let config = checkpoint.config();
+    let of_known =
+        |name: &str| known.contains(&*config.plain_name(name).unwrap_or(Cow::Borrowed(name)));
+    for name in checkpoint.names().filter(|name| !of_known(name)) {
         findings.add(Check::Tensors, name, "is not part of such a checkpoint");
     }
     check_index(checkpoint, findings);
@@ -283,12 +287,16 @@ pub(super) fn check_tensors(
 
 /// What a tensor claims to be, against what its role requires.
 fn check_tensor(checkpoint: &Checkpoint, spec: &TensorSpec, findings: &mut Findings) {
+    // What is carried is of the types and shapes that it is planned as.
+    if checkpoint.config().carried().is_some_and(|carried| carried.contains(spec)) {
+        return;
+    }
     match checkpoint.tensor(&spec.name) {
         Err(error) => findings.add_error(Check::Tensors, spec.name.clone(), error),
         Ok(tensor) => {
             let mut fault = |message| findings.add(Check::Tensors, spec.name.clone(), message);
             if !takes(spec, tensor.dtype) {
-                let (found, wanted) = (tensor.dtype.name(), spec.dtype.name());
+                let (found, wanted) = (tensor.dtype.name(), spec.dtype);
                 fault(format!("is stored as {found}, expected {wanted}"));
             }
             if tensor.shape != spec.shape {
@@ -310,8 +318,8 @@ fn missing(checkpoint: &Checkpoint, stored: &QuantizeConfig, name: &str) -> Opti
 
 /// Loaders cast what is not quantized; the tensors of a linear have one type each.
 fn takes(spec: &TensorSpec, found: DType) -> bool {
-    let cast = matches!(spec.dtype, DType::F16 | DType::F32) && !spec.name.ends_with(".scales");
-    found == spec.dtype || (cast && found != DType::I32)
+    let cast = !spec.is(DType::I32) && !spec.name.ends_with(".scales");
+    spec.is(found) || (cast && found != DType::I32)
 }
 
 /// Every tensor of every shard is in the index, and the index knows how much that is.
@@ -328,7 +336,7 @@ fn check_index(checkpoint: &Checkpoint, findings: &mut Findings) {
         }
     }
     let Some((name, total)) = index_total(checkpoint) else { return };
-    let tensors = checkpoint.names().filter_map(|name| checkpoint.tensor(name).ok());
+    let tensors = checkpoint.names().filter_map(|name| checkpoint.stored(name).ok());
     let bytes: u64 = tensors.map(|tensor| tensor.bytes.len() as u64).sum();
     if total != bytes {
         let message = format!("says total_size {total}, but the tensors have {bytes} bytes");
@@ -389,7 +397,9 @@ pub(super) fn loader_facts(
             (false, false) => Bias::Absent,
         },
         other_types: other_types(checkpoint),
-        frequencies: checkpoint.names().any(|name| name.ends_with(".inv_freq")),
+        frequencies: checkpoint.names().any(|name| {
+            name.ends_with(".inv_freq") && checkpoint.config().plain_name(name).is_some()
+        }),
         file_stem: sharded.clone().unwrap_or_else(|| stem.to_string_lossy().into_owned()),
         sharded: sharded.is_some(),
         pt_metadata: weights.iter().all(|f| f.metadata.get("format").is_some_and(|v| v == "pt")),

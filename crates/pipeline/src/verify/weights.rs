@@ -78,7 +78,9 @@ pub(super) fn compare(
     }
     let rotations = FusedRotations::new(base.config(), rotate);
     let may_be_fitted = recorded.as_ref().is_none_or(|choices| choices.head > 0.0);
-    let head = HeadChange::new(checkpoint, base, rotations.as_ref(), may_be_fitted)?;
+    let report = BranchReport::read(checkpoint.dir()).ok();
+    let recorded_fit = report.and_then(|report| report.head?.fit);
+    let head = HeadChange::new(checkpoint, base, rotations.as_ref(), may_be_fitted, recorded_fit)?;
     // Nobody else rotates, and nobody else fits the head: a file that says nothing of how it was made
     // was made by this program's default recipe, or aims at the base's weights as every other program
     // does.

@@ -1,0 +1,80 @@
+//! What a language model's configuration says of the parts around it, and of the names that its tensors are
+//! stored under.
+
+use std::borrow::Cow;
+
+use serde_json::{Map, Value};
+
+use crate::stored_names::is_plain;
+use crate::wrappers::TEXT;
+use crate::{ModelConfig, TensorSpec};
+
+impl ModelConfig {
+    /// `model_type` of the whole, of which the language model is a part; `None` where it is all.
+    #[must_use]
+    pub fn wrapper(&self) -> Option<&'static str> {
+        self.wrapper.map(|wrapper| wrapper.name)
+    }
+
+    /// The tensors of the other parts, which belong to every checkpoint made from this one as they are;
+    /// `None` where there are other parts, but no weights are known.
+    #[must_use]
+    pub fn carried(&self) -> Option<&[TensorSpec]> {
+        self.carried.as_deref()
+    }
+
+    /// The name that a tensor of the language model is stored under. Everywhere else it is called as in a
+    /// model by itself.
+    #[must_use]
+    pub fn stored_name<'a>(&self, name: &'a str) -> Cow<'a, str> {
+        self.names.stored(name)
+    }
+
+    /// The name in a model by itself of what is stored under this name; `None` where it is of another part.
+    #[must_use]
+    pub fn plain_name<'a>(&self, stored: &'a str) -> Option<Cow<'a, str>> {
+        self.names.plain(stored)
+    }
+
+    /// A size of experts that the configuration leaves out, where a tensor of this name shows it: its key and
+    /// what is taken for it.
+    pub(crate) fn assumed_of(&self, tensor: &str) -> Option<(&'static str, usize)> {
+        let shows = tensor.contains(".experts.") || self.dense_named(tensor).is_some();
+        let rules = self.rules.experts.filter(|_| shows)?;
+        self.settings().next().and_then(|keys| rules.assumed(keys).next())
+    }
+
+    /// What names of the language model's tensors begin with where that is not where transformers 5 has them
+    /// in memory, and where that is.
+    pub(crate) fn other_names(&self) -> Option<(&'static str, &'static str)> {
+        let (blocks, model) = (self.wrapper?.blocks, self.names.model);
+        (blocks.strip_suffix("layers") != Some(model)).then_some((model, blocks))
+    }
+
+    /// The same model whose weights have tensors of these names, of which `spec` knows types and shapes.
+    pub(crate) fn of_weights<'n>(
+        mut self,
+        names: impl Iterator<Item = &'n str> + Clone,
+        spec: impl Fn(&'n str) -> Option<TensorSpec>,
+    ) -> Self {
+        let Some(wrapper) = self.wrapper else { return self };
+        let fitting = wrapper.names.iter().find(|stored| stored.fit(names.clone()));
+        self.names = *fitting.unwrap_or(&wrapper.names[0]);
+        // What would take the place of a tensor of the language model is left out as a stray.
+        let others = names.filter(|name| self.names.plain(name).is_none() && !is_plain(name));
+        self.carried = Some(others.filter_map(spec).collect());
+        self
+    }
+
+    /// The settings of the language model, and those of the whole where it is a part.
+    pub(crate) fn settings(&self) -> impl Iterator<Item = &Map<String, Value>> {
+        let text = self.wrapper.and_then(|_| self.raw.get(TEXT)).and_then(Value::as_object);
+        text.into_iter().chain([&self.raw])
+    }
+
+    /// The type that config.json says the language model's weights are stored in.
+    #[must_use]
+    pub fn stored_dtype(&self) -> Option<&str> {
+        self.settings().find_map(|keys| keys.get("dtype").or(keys.get("torch_dtype"))?.as_str())
+    }
+}
