@@ -390,6 +390,80 @@ fn damaged(dir: &Workdir, out: &str, base: &str) {
     assert!(run.stdout.contains("is not the base's, bit for bit"), "{}", run.stdout);
 }
 
+/// Puts one more tensor of f32 values into the weights of a folder.
+fn add_tensor(folder: &Path, tensor: &str, values: &[f32]) {
+    let file = folder.join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let stored = SafeTensors::deserialize(&bytes).unwrap();
+    let more: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let more = TensorView::new(safetensors::Dtype::F32, vec![values.len()], &more).unwrap();
+    let all = stored.tensors().into_iter().chain([(tensor.to_owned(), more)]);
+    let metadata = SafeTensors::read_metadata(&bytes).unwrap().1.metadata().clone();
+    fs::write(file, safetensors::serialize(all, metadata).unwrap()).unwrap();
+}
+
+/// Other parts may hold anything, wherever they lie; what programs read in different ways is refused.
+#[test]
+fn other_parts_are_whole_and_nothing_else() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(1700));
+    let ppl = |model: &str| {
+        dir.gptq(&["ppl", model, "--device=cpu", "--dataset=text.txt", "--seq-len=48"])
+    };
+    let norm = "language_model.layers.0.input_layernorm.weight";
+    for (alias, own) in [
+        (norm, "language_model.model.layers.0.input_layernorm.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("model.norm.weight", "language_model.model.norm.weight"),
+    ] {
+        add_tensor(&assemble(&dir, "llava"), alias, &[1.0; 64]);
+        ppl("llava").refused(&[alias, "is called as no others", own]);
+    }
+
+    let name = "qwen2.5-vl";
+    let source = assemble(&dir, name);
+    add_tensor(&source, "model.visual.mask", &[f32::NEG_INFINITY, 0.0]);
+    let inspected = dir.gptq(&["inspect", name, "--json"]).json();
+    assert_eq!((&inspected["other_parts"], &inspected["left_out"]), (&json!(4), &json!([])));
+    let made = "quantize qwen2.5-vl --out made --bits 4 --group-size 32 --recipe rtn --device=cpu";
+    dir.gptq(&made.split(' ').collect::<Vec<_>>()).ok();
+    let verify = ["verify", "made", "--base", name];
+    dir.gptq(&verify).ok();
+    fs::remove_file(dir.path("made/gptq_manifest.json")).unwrap();
+    dir.gptq(&verify).ok();
+    let told = |change: &dyn Fn(&mut Value), says: &str| {
+        let file = dir.path("made/config.json");
+        let kept = fs::read(&file).unwrap();
+        let mut config: Value = serde_json::from_slice(&kept).unwrap();
+        change(&mut config);
+        fs::write(&file, config.to_string()).unwrap();
+        let run = dir.gptq(&verify);
+        fs::write(&file, kept).unwrap();
+        assert_eq!(run.code, 1, "{}", run.stdout);
+        assert!(run.stdout.contains(says), "{says}: {}", run.stdout);
+    };
+    told(&|config| config["image_token_id"] = json!(3), "image_token_id");
+    told(&|config| config["vision_config"]["depth"] = json!(77), "vision_config.depth");
+    told(&|config| drop(config.as_object_mut().unwrap().remove("vision_config")), "vision_config");
+    add_tensor(&dir.path("made"), "visual.more", &[1.0]);
+    let run = dir.gptq(&verify);
+    assert_eq!(run.code, 1, "{}", run.stdout);
+    assert!(run.stdout.contains("is in no part of the base"), "{}", run.stdout);
+
+    // Of a shard that holds more than the index says some programs read all.
+    let (file, shard) =
+        (source.join("model.safetensors"), source.join("model-00001-of-00001.safetensors"));
+    let bytes = fs::read(&file).unwrap();
+    let names = SafeTensors::deserialize(&bytes).unwrap();
+    let named = names.names().into_iter().filter(|name| *name != "model.visual.mask");
+    let map: serde_json::Map<_, _> =
+        named.map(|name| (name.to_owned(), json!("model-00001-of-00001.safetensors"))).collect();
+    fs::rename(file, shard).unwrap();
+    fs::write(source.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string())
+        .unwrap();
+    ppl(name).refused(&["model.visual.mask", "the index does not name"]);
+}
+
 /// Layers behind the blocks, of published files, and experts as transformers has them in memory.
 #[test]
 fn what_mixtures_hold_besides_is_said_or_refused() {
@@ -399,14 +473,7 @@ fn what_mixtures_hold_besides_is_said_or_refused() {
         dir.gptq(&["ppl", model, "--device=cpu", "--dataset", "text.txt", "--seq-len=48"])
     };
     let with = |tensor: &str, values: usize, name: &str| {
-        let folder = assemble(&dir, name);
-        let file = folder.join("model.safetensors");
-        let bytes = fs::read(&file).unwrap();
-        let stored = SafeTensors::deserialize(&bytes).unwrap();
-        let zeros = vec![0; 4 * values];
-        let more = TensorView::new(safetensors::Dtype::F32, vec![values], &zeros).unwrap();
-        let all = stored.tensors().into_iter().chain([(tensor.to_owned(), more)]);
-        fs::write(file, safetensors::serialize(all, None).unwrap()).unwrap();
+        add_tensor(&assemble(&dir, name), tensor, &vec![0.0; values]);
     };
     // The config says one layer of these.
     with("model.layers.3.enorm.weight", 64, "glm4-moe");

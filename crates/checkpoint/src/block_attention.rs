@@ -55,6 +55,9 @@ pub(crate) fn read(
 /// The window of the blocks that slide.
 fn window(fields: &Fields<'_>, family: &Family) -> Result<Option<usize>> {
     const KEY: &str = "sliding_window";
+    if family.window == Window::None {
+        return Ok(None);
+    }
     if family.window.is_optional() && !fields.flag("use_sliding_window")? {
         return Ok(None);
     }
@@ -71,6 +74,7 @@ fn slides(fields: &Fields<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<
     let listed = layer_types(fields, blocks)?;
     let default = match family.window {
         // The list is only looked at: these families have one kind of attention.
+        Window::None => return Ok(vec![false; blocks]),
         Window::All { .. } | Window::AllIf { .. } => return Ok(vec![true; blocks]),
         Window::From { first, .. } => {
             let first = max_window_layers(fields, first);

@@ -401,6 +401,14 @@ mod tests {
         assert_eq!((mistral.num_key_value_heads, mistral.max_position_embeddings), (8, 131_072));
         assert_eq!((mistral.sliding_window(), mistral.sliding_blocks()), (Some(4096), vec![0, 1]));
         assert_eq!(family("mistral", r#","sliding_window":null"#).sliding_window(), None);
+        // transformers' model of these reads no such key.
+        for name in ["llama", "granite", "gemma", "olmo2", "glm", "cohere", "seed_oss"] {
+            assert_eq!(family(name, r#","sliding_window":8"#).sliding_window(), None, "{name}");
+        }
+        for name in ["phi3", "mixtral"] {
+            let of = |extra: &str| family(name, extra).sliding_window();
+            assert_eq!((of(""), of(r#","sliding_window":8"#)), (None, Some(8)), "{name}");
+        }
         assert_eq!(family("mistral", r#","num_key_value_heads":null"#).num_key_value_heads, 32);
         assert_eq!(biased(&mistral), vec![0; 7]);
         let qwen2 = family("qwen2", "");
@@ -479,7 +487,6 @@ mod tests {
             ),
             (r#","layer_types":["chunked_attention"]"#, "chunked_attention"),
             (r#","layer_types":"all""#, "layer_types"),
-            (r#","sliding_window":0"#, "sliding_window"),
             (r#","partial_rotary_factor":0.5"#, "partial_rotary_factor"),
             (r#","num_key_value_heads":3"#, "num_key_value_heads"),
             (r#","num_key_value_heads":0"#, "num_key_value_heads"),

@@ -228,6 +228,29 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// A multimodal model's file has a tensor of the language model under two names, or under one that its
+    /// others do not have.
+    #[error(
+        "Tensor `{tensor}` is called as no others of this language model are, and programs may read it as \
+         `{own}`"
+    )]
+    Alias {
+        /// The tensor.
+        tensor: String,
+        /// The name that it would have.
+        own: String,
+    },
+    /// A shard holds a tensor that the index does not name.
+    #[error(
+        "`{shard}` holds `{tensor}`, which the index does not name: some programs read it and others do not",
+        shard = shard.display()
+    )]
+    Unindexed {
+        /// The file.
+        shard: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
     /// A block holds a part of an adapter.
     #[error("Tensor `{tensor}` is of an adapter that was not merged into the model")]
     Adapter {

@@ -61,7 +61,7 @@ pub(crate) const LLAMA: Family = Family {
     norms: BEFORE,
     head_norms: HeadNorms::None,
     parallel: false,
-    window: Window::All { default: None },
+    window: Window::None,
     rotates: Rotates::All,
     theta: 10_000.0,
     partial: None,
@@ -269,6 +269,7 @@ pub(crate) const FAMILIES: [Family; 22] = [
     Family {
         name: "phi3",
         context: 4096,
+        window: Window::All { default: None },
         qkv_bias: Part::Never,
         output_bias: Part::Never,
         mlp_bias: Part::Never,
@@ -314,6 +315,7 @@ pub(crate) const FAMILIES: [Family; 22] = [
     Family {
         name: "mixtral",
         context: 4096 * 32,
+        window: Window::All { default: None },
         kv_heads: Some(8),
         qkv_bias: Part::Never,
         output_bias: Part::Never,

@@ -149,6 +149,8 @@ pub(crate) enum HeadNorms {
 /// Which blocks attend to so many tokens only.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Window {
+    /// None, whatever the configuration says: transformers' model of the family knows no window.
+    None,
     /// All, where there is a window.
     All { default: Option<usize> },
     /// All, if `use_sliding_window` says so.
@@ -167,7 +169,7 @@ pub(crate) enum Window {
 impl Window {
     /// Without a flag there is none.
     pub(crate) fn is_optional(self) -> bool {
-        !matches!(self, Self::All { .. } | Self::Pattern { .. })
+        !matches!(self, Self::None | Self::All { .. } | Self::Pattern { .. })
     }
 
     /// Tokens where the config says nothing.
@@ -178,7 +180,7 @@ impl Window {
             | Self::OddBefore { default }
             | Self::From { default, .. }
             | Self::Pattern { default, .. } => Some(default),
-            Self::Unrotated => None,
+            Self::None | Self::Unrotated => None,
         }
     }
 }

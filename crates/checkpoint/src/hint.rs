@@ -29,6 +29,8 @@ impl Error {
             Self::Adapter { .. } => {
                 "merge the adapter (PEFT: `merge_and_unload`) and save the result".into()
             }
+            Self::Alias { .. } => "rename it, or take it out of the file".into(),
+            Self::Unindexed { .. } => "write the index again, or take it out of the file".into(),
             Self::FusedExperts { .. } => {
                 "save the model by `save_pretrained` of transformers, which parts them".into()
             }

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value};
 
-use crate::stored_names::is_plain;
+use crate::stored_names::{StoredNames, is_plain, likely_plain};
 use crate::wrappers::TEXT;
 use crate::{ModelConfig, TensorSpec};
 
@@ -33,7 +33,10 @@ impl ModelConfig {
     /// The name in a model by itself of what is stored under this name; `None` where it is of another part.
     #[must_use]
     pub fn plain_name<'a>(&self, stored: &'a str) -> Option<Cow<'a, str>> {
-        self.names.plain(stored)
+        let plain = self.names.plain(stored)?;
+        // Beside a language model that has no folder of its own lie the other parts.
+        let beside = self.wrapper.is_some() && self.names == StoredNames::PLAIN;
+        (!beside || is_plain(&plain)).then_some(plain)
     }
 
     /// A size of experts that the configuration leaves out, where a tensor of this name shows it: its key and
@@ -60,9 +63,11 @@ impl ModelConfig {
         let Some(wrapper) = self.wrapper else { return self };
         let fitting = wrapper.names.iter().find(|stored| stored.fit(names.clone()));
         self.names = *fitting.unwrap_or(&wrapper.names[0]);
-        // What would take the place of a tensor of the language model is left out as a stray.
-        let others = names.filter(|name| self.names.plain(name).is_none() && !is_plain(name));
-        self.carried = Some(others.filter_map(spec).collect());
+        // What some reader would take for a tensor of the language model is no other part.
+        let others =
+            names.filter(|name| self.plain_name(name).is_none() && likely_plain(name).is_none());
+        let carried = others.filter_map(spec).collect();
+        self.carried = Some(carried);
         self
     }
 

@@ -299,6 +299,7 @@ impl Checkpoint {
     fn compare_tensors(&self) -> Result<()> {
         let packed = |linear: &str| self.has_gptq_linear(linear);
         Stored { config: &self.config, packed: &packed }.check(self.names())?;
+        self.check_indexed()?;
         for (tensor, shape) in self.config.dense_tensors() {
             let linear = tensor.strip_suffix(".weight").unwrap_or(&tensor);
             if self.has_gptq_linear(linear) {
@@ -314,6 +315,18 @@ impl Checkpoint {
             check_float(&stored, dtype, (&entry.shape, &shape))?;
         }
         Ok(())
+    }
+
+    /// Refuses shards that hold more than their index says where that may be of a part that is carried.
+    fn check_indexed(&self) -> Result<()> {
+        let Weights::Mapped(mapped) = &self.weights else { return Ok(()) };
+        let unnamed = mapped.files().iter().find_map(|file| Some((file, file.unindexed.first()?)));
+        match unnamed.filter(|_| self.config.wrapper().is_some()) {
+            Some((file, tensor)) => {
+                Err(Error::Unindexed { shard: file.path.clone(), tensor: tensor.clone() })
+            }
+            None => Ok(()),
+        }
     }
 
     /// The same checkpoint read with other settings than its files give: what its tensors say,

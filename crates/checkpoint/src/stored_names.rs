@@ -56,5 +56,25 @@ impl StoredNames {
 
 /// Whether this is a name of a language model by itself.
 pub(crate) fn is_plain(name: &str) -> bool {
-    name.starts_with(BLOCKS) || name == EMBEDDING || name == FINAL_NORM || name == HEAD
+    name.starts_with(BLOCKS) || name == EMBEDDING || name == FINAL_NORM || is_head(name)
+}
+
+/// Whether it is that of a head, or of what a packed one consists of.
+fn is_head(name: &str) -> bool {
+    name.starts_with(HEAD.trim_end_matches("weight"))
+}
+
+/// The name in a model by itself of a tensor that some reader or other takes for the language model's,
+/// however deep it lies; `None` where it is of another part.
+pub(crate) fn likely_plain(stored: &str) -> Option<String> {
+    let mut rest = stored;
+    let inner = |name: &'_ str| -> Option<usize> {
+        let parts = [MODEL, "language_model.", "text_model."];
+        parts.iter().find(|part| name.starts_with(**part)).map(|part| part.len())
+    };
+    while let Some(length) = inner(rest) {
+        rest = &rest[length..];
+    }
+    let name = if is_head(rest) { rest.to_owned() } else { format!("{MODEL}{rest}") };
+    is_plain(&name).then_some(name)
 }

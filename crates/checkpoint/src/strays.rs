@@ -6,7 +6,7 @@
 //! refused, and the rest is said.
 
 use crate::names::{BLOCKS, EMBEDDING, FINAL_NORM, HEAD, LEAVES};
-use crate::stored_names::is_plain;
+use crate::stored_names::likely_plain;
 use crate::{Error, ModelConfig, Result};
 
 /// What a tensor's name says that it is.
@@ -16,6 +16,9 @@ enum Role {
     Part,
     /// Of another part of a multimodal model, as it is.
     Carried,
+    /// Of the language model of a multimodal one under a name that its others do not have: some reader would
+    /// take it in place of the one that is named as they are.
+    Alias,
     /// Rotary frequencies: every loader computes its own.
     Frequencies,
     /// Of a block that config.json does not count.
@@ -113,7 +116,9 @@ impl Stored<'_> {
                 Role::Beyond => strays.beyond.push(name.to_owned()),
                 Role::Prediction => strays.prediction.push(name.to_owned()),
                 Role::Dense => strays.dense.push(name.to_owned()),
-                Role::Weight | Role::Fused | Role::Other => strays.others.push(name.to_owned()),
+                Role::Weight | Role::Fused | Role::Alias | Role::Other => {
+                    strays.others.push(name.to_owned());
+                }
             }
         }
         strays
@@ -125,6 +130,11 @@ impl Stored<'_> {
         for name in names {
             match self.role_of_stored(name) {
                 Role::Fused => return Err(Error::FusedExperts { tensor: name.to_owned() }),
+                Role::Alias => {
+                    let plain = likely_plain(name).unwrap_or_default();
+                    let own = self.config.stored_name(&plain).into_owned();
+                    return Err(Error::Alias { tensor: name.to_owned(), own });
+                }
                 Role::Weight if unknown.is_none() => unknown = Some(name.to_owned()),
                 _ => {}
             }
@@ -141,7 +151,7 @@ impl Stored<'_> {
         match self.config.plain_name(name) {
             Some(plain) => self.role(&plain),
             None if self.config.wrapper().is_none() => self.role(name),
-            None if is_plain(name) => Role::Other,
+            None if likely_plain(name).is_some() => Role::Alias,
             None => Role::Carried,
         }
     }

@@ -88,7 +88,7 @@ const QWEN3_VL_TEXT: Text = Text {
     family: Family {
         name: "qwen3_vl_text",
         context: 128_000,
-        window: Window::All { default: None },
+        window: Window::None,
         theta: 500_000.0,
         mrope: true,
         ..QWEN3
@@ -329,12 +329,33 @@ mod tests {
             ("model.language_model.layers.1.mlp", crate::HEAD)
         );
         assert_eq!((found, carried), (plain, vec![]));
+        // What other readers take for the language model's is no other part.
+        let aliases =
+            [first, "language_model.layers.0.mlp.up_proj.weight", "text_model.norm.weight"];
+        assert_eq!(stored(&aliases).3, Vec::<String>::new());
         let names = parse(text)
             .unwrap()
             .of_weights(["language_model.lm_head.qweight"].into_iter(), |_| None);
         let head =
             names.plain_name("language_model.lm_head.qweight").map(std::borrow::Cow::into_owned);
         assert_eq!(head.as_deref(), Some("lm_head.qweight"));
+    }
+
+    #[test]
+    fn parts_beside_a_language_model_without_a_folder_are_told_apart() {
+        let text = r#"{"model_type":"qwen2_vl","hidden_size":64}"#;
+        let names = ["model.layers.0.mlp.up_proj.weight", "model.visual.blocks.0.norm1.weight"];
+        let spec = |name: &str| {
+            let dtype = safetensors::Dtype::F32;
+            Some(crate::TensorSpec { name: name.to_owned(), dtype, shape: vec![1] })
+        };
+        let config = parse(text).unwrap().of_weights(names.into_iter(), spec);
+        let carried: Vec<_> = config.carried().unwrap().iter().map(|spec| &spec.name).collect();
+        assert_eq!(carried, [names[1]]);
+        assert_eq!(
+            (config.plain_name(names[0]).as_deref(), config.plain_name(names[1])),
+            (Some(names[0]), None)
+        );
     }
 
     #[test]

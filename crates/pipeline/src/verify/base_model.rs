@@ -12,6 +12,7 @@ use gptq_checkpoint::{
 use gptq_text::tokens::TextTokenizer;
 
 use super::findings::{Check, Findings};
+use super::other_parts;
 
 /// Compares the configuration and the tokenizer with the base's.
 pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut Findings) {
@@ -20,6 +21,11 @@ pub(super) fn check(checkpoint: &Checkpoint, base: &Checkpoint, findings: &mut F
         let message = format!("says {key} {mine}, but the base's says {theirs}");
         findings.add(Check::Model, CONFIG_FILE, message);
     }
+    let mut differ = Vec::new();
+    if base.config().wrapper().is_some() {
+        other_parts::compare(checkpoint.config().raw(), base.config().raw(), &mut differ);
+    }
+    differ.into_iter().for_each(|how| findings.add(Check::Model, CONFIG_FILE, how));
     let has = |of: &Checkpoint| of.dir().join(TOKENIZER_FILE).is_file();
     if !(has(checkpoint) && has(base)) {
         return;

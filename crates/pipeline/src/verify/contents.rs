@@ -284,7 +284,11 @@ fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings, values: &mut Va
         let plain = checkpoint.config().plain_name(name);
         plain.is_some_and(|plain| LEAVES.contains(&leaf) || added.contains(&*plain))
     };
-    for name in checkpoint.names().filter(|name| !of_linear(name)) {
+    // What is carried of other parts, such as masks, may hold anything.
+    let carried = checkpoint.config().carried().unwrap_or_default();
+    let carried: BTreeSet<&str> = carried.iter().map(|spec| spec.name.as_str()).collect();
+    let looked_at = |name: &&str| !of_linear(name) && !carried.contains(*name);
+    for name in checkpoint.names().filter(looked_at) {
         let Ok(tensor) = checkpoint.tensor(name) else { continue };
         findings.examine(Check::Dense, 1);
         if let Err(error) = tensor.check_finite() {

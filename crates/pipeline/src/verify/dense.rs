@@ -68,9 +68,9 @@ pub(super) fn check(
     Ok(())
 }
 
-/// The tensors of other parts.
-fn carried(base: &Checkpoint) -> impl Iterator<Item = &TensorSpec> {
-    base.config().carried().unwrap_or_default().iter()
+/// The tensors of a checkpoint's other parts.
+fn carried(of: &Checkpoint) -> impl Iterator<Item = &TensorSpec> {
+    of.config().carried().unwrap_or_default().iter()
 }
 
 /// They are the base's bit for bit, whatever they are.
@@ -81,9 +81,8 @@ fn check_carried(
 ) -> Result<()> {
     for TensorSpec { name, .. } in carried(base) {
         findings.examine(Check::DenseWeights, 1);
-        // Programs that save such models since transformers 4.52 put them one level lower.
-        let lower = format!("model.{name}");
-        let Some(found) = [name, &lower].into_iter().find(|name| checkpoint.contains(name)) else {
+        let other = other_place(name);
+        let Some(found) = [name, &other].into_iter().find(|name| checkpoint.contains(name)) else {
             findings.add(Check::DenseWeights, name.clone(), "is missing, but the base has it");
             continue;
         };
@@ -97,7 +96,18 @@ fn check_carried(
         checkpoint.release(found);
         base.release(name);
     }
+    for TensorSpec { name, .. } in carried(checkpoint) {
+        if !base.contains(name) && !base.contains(&other_place(name)) {
+            findings.add(Check::DenseWeights, name.clone(), "is in no part of the base");
+        }
+    }
     Ok(())
+}
+
+/// Where a tensor of another part lies in files of the other kind: programs that save such models since
+/// transformers 4.52 put them one level lower.
+fn other_place(name: &str) -> String {
+    name.strip_prefix("model.").map_or_else(|| format!("model.{name}"), str::to_owned)
 }
 
 /// Says that values of a tensor are not the base's, if some are not.

@@ -24,6 +24,7 @@ mod head;
 mod job;
 mod odd_words;
 mod one_map;
+mod other_parts;
 mod outputs;
 mod pairs;
 mod rows;
