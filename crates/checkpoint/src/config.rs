@@ -494,6 +494,7 @@ mod tests {
             (r#","head_dim":1048576"#, "head_dim"),
             (r#","rms_norm_eps":"x""#, "rms_norm_eps"),
             (r#","bos_token_id":-1"#, "bos_token_id"),
+            (r#","is_causal":false"#, "`is_causal` is `false`"),
         ] {
             let message = parse(&minimal(extra)).unwrap_err().to_string();
             assert!(message.contains(named), "{extra}: {message}");

@@ -332,7 +332,13 @@ impl Family {
                 return Err(fields.unsupported(key, value, supported));
             }
         }
-        Ok(())
+        // transformers attends to later tokens then, whatever the family.
+        match fields.get("is_causal") {
+            Some(value @ Value::Bool(false)) => {
+                Err(fields.unsupported("is_causal", value, "`true`"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether a key changes the forward pass of this family in a way that the engine has.

@@ -343,7 +343,7 @@ mod tests {
 
     #[test]
     fn parts_beside_a_language_model_without_a_folder_are_told_apart() {
-        let text = r#"{"model_type":"qwen2_vl","hidden_size":64}"#;
+        let text = r#"{"model_type":"qwen2_vl","hidden_size":64,"num_attention_heads":2,"num_key_value_heads":1}"#;
         let names = ["model.layers.0.mlp.up_proj.weight", "model.visual.blocks.0.norm1.weight"];
         let spec = |name: &str| {
             let dtype = safetensors::Dtype::F32;
