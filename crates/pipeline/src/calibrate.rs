@@ -85,7 +85,7 @@ impl Calibrator<'_> {
         let dense = streams.reference.is_some().then(|| block.clone());
         let mut timer = StageTimer::start(self.device)?;
         if let Some(states) = &mut streams.held_out {
-            states.past_block(self, block)?;
+            states.past_block(self.device, block, |seq_len| self.ropes.for_windows(seq_len))?;
             timer.mark(Work::Reference)?;
         }
         let mut run = BlockRun {
@@ -201,16 +201,6 @@ impl Stream<'_> {
 }
 
 impl States {
-    /// Moves all chunks past a block.
-    fn past_block(&mut self, all: &Calibrator<'_>, block: &Block) -> Result<()> {
-        for (chunk, &seq_len) in self.seq_lens.iter().enumerate() {
-            let mut hidden = self.hidden.take(chunk)?;
-            block.forward(all.device, &mut hidden, all.ropes.for_windows(seq_len), seq_len)?;
-            self.hidden.put(chunk, hidden)?;
-        }
-        Ok(())
-    }
-
     /// One chunk of the unquantized model's states with the products of o or down added, for the
     /// caller to put back. Nothing here waits for a solve, so nothing is kept.
     fn past(

@@ -3,7 +3,8 @@
 //! A model is walked layer by layer with the states of every window held, so a chunk is what one
 //! matrix product sees: several short windows, or one long one.
 
-use gptq_model::{Block, Model};
+use gptq_compute::Device;
+use gptq_model::{Block, Model, Ropes};
 
 use crate::chunk_store::ChunkStore;
 use crate::error::Result;
@@ -42,14 +43,26 @@ pub(crate) fn chunk_ranges(windows: &[&[u32]], tokens: usize) -> Vec<std::ops::R
     ranges
 }
 
-/// Runs a whole block over every chunk.
+/// Runs a whole block of a model over every chunk.
 pub(crate) fn forward(model: &Model<'_>, block: &Block, states: &mut States) -> Result<()> {
-    for (chunk, &seq_len) in states.seq_lens.iter().enumerate() {
-        let mut hidden = states.hidden.take(chunk)?;
-        block.forward(model.device(), &mut hidden, model.ropes(seq_len), seq_len)?;
-        states.hidden.put(chunk, hidden)?;
+    states.past_block(model.device(), block, |seq_len| model.ropes(seq_len))
+}
+
+impl States {
+    /// Moves all chunks past a block; `ropes` has the angles for windows of so many tokens.
+    pub(crate) fn past_block<'r>(
+        &mut self,
+        device: &Device,
+        block: &Block,
+        ropes: impl Fn(usize) -> &'r Ropes,
+    ) -> Result<()> {
+        for (chunk, &seq_len) in self.seq_lens.iter().enumerate() {
+            let mut hidden = self.hidden.take(chunk)?;
+            block.forward(device, &mut hidden, ropes(seq_len), seq_len)?;
+            self.hidden.put(chunk, hidden)?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 #[cfg(test)]

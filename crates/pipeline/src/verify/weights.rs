@@ -65,7 +65,8 @@ pub(super) fn compare(
 ) -> Result<Weights> {
     check_base(checkpoint, base)?;
     let model = Model::new(base, Device::Cpu, SourcePrecision::Half, 1)?;
-    let recorded = recorded_choices(checkpoint);
+    let report = BranchReport::read(checkpoint.dir()).ok();
+    let recorded = recorded_choices(checkpoint, report.as_ref());
     let rotate = rotation(checkpoint, &model, recorded.map(|choices| choices.rotate))?;
     if let Some(choices) = recorded.filter(|choices| choices.rotate != rotate) {
         let message = format!(
@@ -78,7 +79,6 @@ pub(super) fn compare(
     }
     let rotations = FusedRotations::new(base.config(), rotate);
     let may_be_fitted = recorded.as_ref().is_none_or(|choices| choices.head > 0.0);
-    let report = BranchReport::read(checkpoint.dir()).ok();
     let recorded_fit = report.and_then(|report| report.head?.fit);
     let head = HeadChange::new(checkpoint, base, rotations.as_ref(), may_be_fitted, recorded_fit)?;
     // Nobody else rotates, and nobody else fits the head: a file that says nothing of how it was made
@@ -138,13 +138,13 @@ impl Judged {
 }
 
 /// Choices that the metadata records, or else the report: the card layout has no metadata.
-fn recorded_choices(checkpoint: &Checkpoint) -> Option<Choices> {
+fn recorded_choices(checkpoint: &Checkpoint, report: Option<&BranchReport>) -> Option<Choices> {
     let metadata = &checkpoint.weight_files().first()?.metadata;
     let (recipe, choices) = match metadata.get("recipe") {
         Some(recipe) => (recipe.clone(), metadata.get("choices").cloned()),
         None => {
-            let report = BranchReport::read(checkpoint.dir()).ok()?;
-            (report.recipe, report.choices)
+            let report = report?;
+            (report.recipe.clone(), report.choices.clone())
         }
     };
     let recipe: Recipe = recipe.parse().ok()?;
