@@ -84,14 +84,22 @@ __device__ __forceinline__ CellInputs<S> inputs_of(const Inputs<S>& inputs, int 
     return of;
 }
 
-// Copies rows of tokens from global to shared memory, by so many threads.
-__device__ __forceinline__ void stage_rows(unsigned char* to, int to_stride, const unsigned char* from,
-                                           long long from_stride, int bytes, int tokens, int thread, int threads) {
-    const int lanes = tokens == 1 ? threads : 8;
-    for (int token = thread / lanes; token < tokens; token += threads / lanes) {
-#pragma unroll 8
-        for (int i = thread % lanes * 16; i < bytes; i += lanes * 16) {
-            *(uint4*)(to + token * to_stride + i) = *(const uint4*)(from + token * from_stride + i);
+// A row of one token's inputs and cells, `bytes` of them and `cell_bytes`, from global to shared memory by so many
+// threads: eight at a time are under way, whether it is one or the other.
+__device__ __forceinline__ void stage_token(unsigned char* x, unsigned char* cells, const unsigned char* from_x,
+                                            const unsigned char* from_cells, int bytes, int cell_bytes, int thread,
+                                            int threads) {
+    for (int first = thread * 16; first < bytes + cell_bytes; first += 8 * 16 * threads) {
+        uint4 v[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const int at = first + k * 16 * threads;
+            if (at < bytes + cell_bytes) v[k] = *(const uint4*)(at < bytes ? from_x + at : from_cells + (at - bytes));
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const int at = first + k * 16 * threads;
+            if (at < bytes + cell_bytes) *(uint4*)(at < bytes ? x + at : cells + (at - bytes)) = v[k];
         }
     }
 }
@@ -106,10 +114,13 @@ __device__ __forceinline__ Inputs<S> stage_inputs(const Product& p, const Share&
     const int most = (p.steps + p.slices - 1) / p.slices, row = most * STEP, cell_row = most * CELLS + 16;
     const int before = share.first - share.slice_first;
     unsigned char *x = shared + before * STEP, *cells = shared + p.tokens * row + before * CELLS;
-    stage_rows(x, row, (const unsigned char*)p.x + share.first * STEP, 2ll * p.x_stride, share.steps * STEP, p.tokens,
-               thread, threads);
-    stage_rows(cells, cell_row, (const unsigned char*)p.x_cells + share.first * CELLS, (long long)p.steps * CELLS,
-               share.steps * CELLS, p.tokens, thread, threads);
+    const int lanes = p.tokens == 1 ? threads : 8;
+    for (int token = thread / lanes; token < p.tokens; token += threads / lanes) {
+        stage_token(x + token * row, cells + token * cell_row,
+                    (const unsigned char*)p.x + share.first * STEP + 2ll * token * p.x_stride,
+                    (const unsigned char*)p.x_cells + (token * (long long)p.steps + share.first) * CELLS,
+                    share.steps * STEP, share.steps * CELLS, thread % lanes, lanes);
+    }
     if (ALL) {
         __syncthreads();
     } else {

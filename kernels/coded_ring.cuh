@@ -94,10 +94,14 @@ __device__ __forceinline__ int units_of(const Part& part) {
 template <class S>
 __device__ __forceinline__ Share share_of(const Product& p, int warp) {
     Share share;
-    const int group = blockIdx.x / p.slices, groups = gridDim.x / p.slices;
-    share.slice = blockIdx.x % p.slices;
-    share.slice_first = share.slice * p.steps / p.slices;
-    share.slice_steps = (share.slice + 1) * p.steps / p.slices - share.slice_first;
+    int group = blockIdx.x, groups = gridDim.x;
+    share.slice = share.slice_first = 0, share.slice_steps = p.steps;
+    if (p.slices > 1) {
+        group /= p.slices, groups /= p.slices;
+        share.slice = blockIdx.x % p.slices;
+        share.slice_first = share.slice * p.steps / p.slices;
+        share.slice_steps = (share.slice + 1) * p.steps / p.slices - share.slice_first;
+    }
     if (S::TURNS == 0) {
         share.unit = group * S::WARPS + warp, share.apart = groups * S::WARPS;
         share.first = share.slice_first, share.steps = share.slice_steps;
