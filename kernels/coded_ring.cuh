@@ -24,9 +24,10 @@ struct Product {
     const void* x;
     const int4* x_cells;
     float* shares;
+    int* counters;
     int part_count, steps, x_stride, tokens, add, slices;
 };
-static_assert(sizeof(Product) == 216, "as in product.rs");
+static_assert(sizeof(Product) == 224, "as in product.rs");
 
 namespace {
 
@@ -55,6 +56,7 @@ __device__ __forceinline__ void await(int barrier, int threads) {
 // Whether a block may have 227 KiB of shared memory (Hopper and the Blackwell of data centers); all others have 99 KiB
 // at least.
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define LARGE
 constexpr bool kLarge = true;
 #else
 constexpr bool kLarge = false;
