@@ -11,7 +11,6 @@ use half::f16;
 use super::buffer::Buffer;
 use super::coded::{CELL_WORDS, Coded, Ordered, SUB};
 use super::context::Cuda;
-use super::dense::int;
 use super::elementwise::device_table;
 use super::error::StageContext;
 use super::kv::Cache;
@@ -286,13 +285,7 @@ impl Program {
         launcher.norm(
             (self.at(&self.room.hidden), self.at(&self.norm), self.eps),
             self.width(),
-            &Ordered {
-                places: 0,
-                x: self.at(&self.room.normed),
-                cells: 0,
-                padded: int(self.width())?,
-                every: 0,
-            },
+            &Ordered::plain(self.at(&self.room.normed), self.width())?,
         )
     }
 
@@ -335,8 +328,20 @@ impl Program {
             splits: self.splits,
         };
         launcher.attention(&attention)?;
-        launcher.join(&attention, &self.ordered(&block.linears[OUT])?)?;
+        self.queue_join(launcher, &attention, &self.ordered(&block.linears[OUT])?)?;
         self.queue_into_hidden(launcher, block, OUT)
+    }
+
+    /// Attention's splits put together, in the order of the output projection.
+    fn queue_join(&self, launcher: &Launcher<'_>, of: &Attention, to: &Ordered) -> Result<()> {
+        if !self.splits.join_then_gather(to) {
+            return launcher.join(of, to);
+        }
+        let values = self.shape.heads * self.shape.head_dim;
+        // Queries, keys and values are done with: their place, wider than this, takes the values.
+        let own = Ordered::plain(of.qkv, values)?;
+        launcher.join(of, &own)?;
+        launcher.gather(of.qkv, values, to)
     }
 
     fn queue_mlp(&self, launcher: &Launcher<'_>, block: &Block) -> Result<()> {
