@@ -450,7 +450,7 @@ fn what_makes_no_sense_is_refused_in_a_sentence() {
     // Several processes would each make the text.
     let launched = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
     let launched: Vec<_> =
-        launched.into_iter().zip(["1", "1", "2", "localhost", "29500"]).collect();
+        launched.into_iter().zip(["0", "0", "2", "localhost", "29500"]).collect();
     dir.gptq_env(&["generate", &model, "--prompt", "x", CPU], &launched)
         .refused(&["one process", "--device cuda:0,1"]);
 }
