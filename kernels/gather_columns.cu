@@ -3,6 +3,7 @@
 // Layout   x [tokens, cols] fp16 or f32 row major; `to` as in ordered.cuh.
 // Launch   grid (blocks of 256 places, tokens), 256 threads.
 // Regime   latency: a few tokens; of a prompt memory, whose reads lie apart. Bound: 8 bytes a value.
+#include "dependent.cuh"
 #include "ordered.cuh"
 
 namespace {
@@ -13,8 +14,10 @@ __device__ __forceinline__ half_t as_half(float value) { return float_to_half(va
 template <class T>
 __device__ __forceinline__ void gather(const T* x, const Ordered& to, int cols) {
     __shared__ OrderedRoom room;
+    launch_next();
     const int place = blockIdx.x * 256 + threadIdx.x;
     const int column = column_at(to, place, cols);
+    wait_for_last();
     const half_t value = column < 0 ? 0 : as_half(x[(long long)blockIdx.y * cols + column]);
     put_ordered(to, blockIdx.y, place, value, room);
 }

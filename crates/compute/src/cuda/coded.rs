@@ -82,6 +82,13 @@ pub(super) struct Ordered {
 
 const _: () = assert!(size_of::<Ordered>() == 32, "as in ordered.cuh");
 
+impl Ordered {
+    /// fp16 values of tokens, each in its own place.
+    pub(super) fn plain(x: u64, values: usize) -> Result<Self> {
+        Ok(Self { places: 0, x, cells: 0, padded: int(values)?, every: 0 })
+    }
+}
+
 // SAFETY: integers and addresses, laid out as the kernels' struct.
 unsafe impl DeviceRepr for Ordered {}
 

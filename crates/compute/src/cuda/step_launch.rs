@@ -32,6 +32,9 @@ impl Splits {
     const KEYS: usize = 64;
     /// Splits of a sequence, about: enough to fill a card, and few enough to be put together.
     const MOST: usize = 128;
+    /// More of them are put together in their own order and gathered afterwards: a value that is fetched
+    /// alone costs a sector of 32 bytes of each.
+    const GATHERED: usize = 8;
 
     /// Enough to fill a card at long contexts, and no smaller than pays.
     pub(super) fn of(shape: CacheShape) -> Self {
@@ -43,6 +46,11 @@ impl Splits {
             _ => 8,
         };
         Self { count: shape.capacity.div_ceil(keys).max(1), keys, group }
+    }
+
+    /// Whether values are put together in their own order before they are brought into another.
+    pub(super) fn join_then_gather(&self, to: &Ordered) -> bool {
+        to.places != 0 && self.count > Self::GATHERED
     }
 }
 
@@ -170,6 +178,17 @@ impl Launcher<'_> {
         let (heads, dim) = (int(of.shape.heads)?, int(of.shape.head_dim)?);
         let (count, split) = (int(of.splits.count)?, int(of.splits.keys)?);
         let mut given = arguments![&of.sums, &of.stats, &of.at, to, &heads, &dim, &count, &split];
+        // SAFETY: as above.
+        unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
+    }
+
+    /// fp16 values brought into the order of a weight.
+    pub(super) fn gather(&self, from: u64, cols: usize, to: &Ordered) -> Result<()> {
+        const NAME: &str = "gather_columns_f16";
+        let function = self.cuda.kernel("gather_columns.cu", NAME)?;
+        let config = per_place(to.padded as usize, self.tokens);
+        let cols = int(cols)?;
+        let mut given = arguments![&from, to, &cols];
         // SAFETY: as above.
         unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
