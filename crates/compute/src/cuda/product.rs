@@ -323,7 +323,7 @@ fn many(op: &'static str, x: &Matrix, w: &Coded, beta: f32, target: Operand) -> 
 
 /// The kernel's file and its variants in the order of [`Kind`], with cells of one sub-block, of two and of four.
 /// Values in fp16 have no cells.
-fn names(bits: u8) -> (&'static str, &'static [[&'static str; 4]]) {
+fn names(bits: u8) -> (&'static str, &'static [[&'static str; 5]]) {
     macro_rules! of {
         ($bits:literal) => {
             (
@@ -334,6 +334,7 @@ fn names(bits: u8) -> (&'static str, &'static [[&'static str; 4]]) {
         (@ $bits:literal, $every:literal) => {
             [
                 concat!("coded_linear_", $bits, "_pair", $every),
+                concat!("coded_linear_", $bits, "_deep", $every),
                 concat!("coded_linear_", $bits, "_single", $every),
                 concat!("coded_linear_", $bits, "_eight", $every),
                 concat!("coded_linear_", $bits, "_sixteen", $every),
@@ -348,6 +349,8 @@ fn names(bits: u8) -> (&'static str, &'static [[&'static str; 4]]) {
         _ => (
             "coded_linear_16.cu",
             &[[
+                "coded_linear_16_pair",
+                // No deeper one.
                 "coded_linear_16_pair",
                 "coded_linear_16_single",
                 "coded_linear_16_eight",
