@@ -1,4 +1,5 @@
-// coded_linear: up to 16 tokens times weights whose codes lie as coded.cuh says, for all widths.
+// coded_linear: up to 16 tokens, on cards with much shared memory 4, times weights whose codes lie as coded.cuh says,
+// for all widths.
 //
 // Layout   of up to three weights that read the same tokens: tiles and cells as in coded.cuh, `tail` vectors of
 //          cells a step, bias [rows] f32 or null, out [tokens, out_stride] f32, set or added to. x and x_cells as in
@@ -291,16 +292,14 @@ __device__ __forceinline__ void coded_linear(const Product& p) {
         coded_linear<Shape<BITS, EVERY, RT, WARPS, TOKENS, TURNS, ROOM>>(p);                \
     }
 
-// For up to so many tokens. Of few, pairs of row tiles are read faster, with deeper rings where inputs leave room for
-// them, and single ones are shared out more evenly. Of many, each warp has units of its own. The launcher knows these
-// numbers, too.
+// For up to so many tokens. Pairs of row tiles are read faster, with deeper rings where inputs leave room for them, and
+// single ones are shared out more evenly. Of many, each warp has units of its own; on cards with much shared memory
+// coded_stream takes them. The launcher knows these numbers, too.
 #ifdef LARGE
-#define CODED_LINEAR_OF(BITS, EVERY)                                       \
-    CODED_LINEAR(BITS, pair, EVERY, 4, 2, 16, 2, 163840)                   \
-    CODED_LINEAR(BITS, deep, EVERY, 4, 2, 16, 2, 212992)                   \
-    CODED_LINEAR(BITS, single, EVERY, 4, 1, 16, 2, 163840)                 \
-    CODED_LINEAR(BITS, eight, EVERY, 8, (BITS < 8 ? 4 : 2), 8, 0, 139264)  \
-    CODED_LINEAR(BITS, sixteen, EVERY, 16, (BITS < 8 ? 4 : 2), 8, 0, 139264)
+#define CODED_LINEAR_OF(BITS, EVERY)                       \
+    CODED_LINEAR(BITS, pair, EVERY, 4, 2, 16, 2, 163840)   \
+    CODED_LINEAR(BITS, deep, EVERY, 4, 2, 16, 2, 212992)   \
+    CODED_LINEAR(BITS, single, EVERY, 4, 1, 16, 2, 163840)
 #else
 #define CODED_LINEAR_OF(BITS, EVERY)                       \
     CODED_LINEAR(BITS, pair, EVERY, 4, 1, 8, 2, 75776)     \

@@ -24,9 +24,10 @@ struct Product {
     const void* x;
     const int4* x_cells;
     float* shares;
+    float* stream_shares;
     int part_count, steps, x_stride, tokens, add, slices;
 };
-static_assert(sizeof(Product) == 216, "as in product.rs");
+static_assert(sizeof(Product) == 224, "as in product.rs");
 
 namespace {
 
