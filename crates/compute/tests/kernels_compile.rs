@@ -31,7 +31,9 @@ fn compile_without_spills(arch: &str) {
     }
     let reports = compile_all(arch).unwrap();
     for file in kernel_files() {
-        assert!(reports.iter().any(|r| r.file == file), "{file} holds no kernel");
+        // Streams need bulk copies, which the oldest card has not.
+        let here = arch != "sm_80" || !file.starts_with("coded_stream_");
+        assert_eq!(reports.iter().any(|r| r.file == file), here, "kernels of {file}");
     }
     println!("{arch:>28}  registers  stack  spills  shared");
     for r in &reports {
