@@ -5,8 +5,9 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value};
 
+use crate::names::TEXT_CONFIG;
 use crate::stored_names::{StoredNames, is_plain, likely_plain};
-use crate::wrappers::TEXT;
+use crate::wrappers::TIED;
 use crate::{ModelConfig, TensorSpec};
 
 impl ModelConfig {
@@ -73,8 +74,14 @@ impl ModelConfig {
 
     /// The settings of the language model, and those of the whole where it is a part.
     pub(crate) fn settings(&self) -> impl Iterator<Item = &Map<String, Value>> {
-        let text = self.wrapper.and_then(|_| self.raw.get(TEXT)).and_then(Value::as_object);
+        let text = self.wrapper.and_then(|_| self.raw.get(TEXT_CONFIG)).and_then(Value::as_object);
         text.into_iter().chain([&self.raw])
+    }
+
+    /// The language model's settings tie the head, where nobody looks for that.
+    pub(crate) fn is_tied_by_text_alone(&self) -> bool {
+        let text = self.settings().next().and_then(|keys| keys.get(TIED));
+        self.wrapper.is_some() && !self.tie_word_embeddings && text == Some(&Value::Bool(true))
     }
 
     /// The type that config.json says the language model's weights are stored in.
