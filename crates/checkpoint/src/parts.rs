@@ -17,11 +17,18 @@ impl ModelConfig {
         self.wrapper.map(|wrapper| wrapper.name)
     }
 
-    /// The tensors of the other parts, which belong to every checkpoint made from this one as they are;
+    /// The tensors of the other parts by name, which belong to every checkpoint made from this one as they are;
     /// `None` where there are other parts, but no weights are known.
     #[must_use]
     pub fn carried(&self) -> Option<&[TensorSpec]> {
         self.carried.as_deref()
+    }
+
+    /// Whether the tensor that is stored under this name is one of those.
+    #[must_use]
+    pub fn is_carried(&self, stored: &str) -> bool {
+        let carried = self.carried.as_deref().unwrap_or_default();
+        carried.binary_search_by(|spec| spec.name.as_str().cmp(stored)).is_ok()
     }
 
     /// The name that a tensor of the language model is stored under. Everywhere else it is called as in a
@@ -67,7 +74,8 @@ impl ModelConfig {
         // What some reader would take for a tensor of the language model is no other part.
         let others =
             names.filter(|name| self.plain_name(name).is_none() && likely_plain(name).is_none());
-        let carried = others.filter_map(spec).collect();
+        let mut carried: Vec<TensorSpec> = others.filter_map(spec).collect();
+        carried.sort_by(|a, b| a.name.cmp(&b.name));
         self.carried = Some(carried);
         self
     }

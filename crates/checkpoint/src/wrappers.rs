@@ -332,7 +332,7 @@ mod tests {
             stored(&[first, "vision_tower.position_ids", "image_newline", "lm_head.weight"]);
         let names = ("language_model.model.layers.1.mlp", "language_model.lm_head.weight");
         // A head that is not where the language model is would take its place.
-        let carried = vec!["vision_tower.position_ids".to_owned(), "image_newline".to_owned()];
+        let carried = vec!["image_newline".to_owned(), "vision_tower.position_ids".to_owned()];
         assert_eq!(found, (names.0.to_owned(), names.1.to_owned(), plain.clone(), carried));
         let later = "model.language_model.layers.0.self_attn.q_proj.weight";
         let (block, head, found, carried) = stored(&[later, "lm_head.weight"]);
@@ -365,6 +365,7 @@ mod tests {
         let config = parse(text).unwrap().of_weights(names.into_iter(), spec);
         let carried: Vec<_> = config.carried().unwrap().iter().map(|spec| &spec.name).collect();
         assert_eq!(carried, [names[1]]);
+        assert!(config.is_carried(names[1]) && !config.is_carried(names[0]));
         assert_eq!(
             (config.plain_name(names[0]).as_deref(), config.plain_name(names[1])),
             (Some(names[0]), None)
