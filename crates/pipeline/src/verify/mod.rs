@@ -106,6 +106,7 @@ pub fn verify(job: &VerifyJob<'_>, progress: &dyn Progress) -> Result<VerifyRepo
         loaders: Vec::new(),
     };
     sums::check(job.dir, &mut findings)?;
+    sums::check_report(job.dir, &mut findings);
     let files = structure::ConfigFiles::read(job.dir)?;
     if let Some(checkpoint) = open(job.dir, &mut findings)? {
         readable(job, checkpoint, &files, &mut findings, &mut report, progress)?;
