@@ -40,6 +40,18 @@ impl Splits {
         Self { count: shape.capacity.div_ceil(keys).max(1), keys }
     }
 
+    /// For sequences of up to so many keys: few sizes, as each is recorded by itself, of four times as many
+    /// splits each. Where sequences are cut stays, and so do a token's bits.
+    pub(super) fn up_to(self, keys: usize) -> Self {
+        const FIRST: usize = 4;
+        let needed = keys.div_ceil(self.keys);
+        let mut count = FIRST;
+        while count < needed {
+            count *= 4;
+        }
+        Self { count: count.min(self.count), ..self }
+    }
+
     /// Query heads that a block of threads takes, of those that share a key head: all, up to 8, for the keys
     /// are read once for them; fewer where too few blocks for the card come of that. A head's bits are the
     /// same.
@@ -238,5 +250,18 @@ mod tests {
         assert_eq!(group(6, 6, 160, 16), 1);
         assert_eq!(group(12, 4, 4096, 4), 4);
         assert_eq!(group(56, 8, 4096, 4), 8);
+    }
+
+    #[test]
+    fn sequences_are_cut_alike_however_long_they_are() {
+        let shape = CacheShape { slots: 1, capacity: 9000, heads: 8, kv_heads: 8, head_dim: 64 };
+        let all = Splits::of(shape);
+        assert_eq!((all.count, all.keys), (71, 128));
+        for (keys, count) in [(1, 4), (512, 4), (513, 16), (2049, 64), (8193, 71), (9000, 71)] {
+            let some = all.up_to(keys);
+            assert_eq!((some.count, some.keys), (count, 128), "{keys}");
+        }
+        let small = Splits::of(CacheShape { capacity: 100, ..shape });
+        assert_eq!(small.up_to(100).count, 2);
     }
 }
