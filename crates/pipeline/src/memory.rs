@@ -177,7 +177,10 @@ impl Tables {
     pub fn of(model: &ModelConfig, spec: &QuantSpec, stored: FloatType, rounds: bool) -> Self {
         let (vocab, width) = (model.vocab_size, model.hidden_size);
         let table = 2 * vocab * width;
-        let turned = spec.choices.rotate == Rotate::Full;
+        let turned = spec.choices.rotate.turns_stream();
+        // A learned rotation is a matrix, and stays to the end.
+        let learned = spec.recipe.calibrates() && spec.choices.rotate == Rotate::Learned;
+        let matrix = if learned { 4 * width * width } else { 0 };
         let wide = rounds && stored != FloatType::F16;
         // The embedding as the walk reads it: turned, rounded, or the file's own.
         let walking = if turned || wide { table } else { 0 };
@@ -189,6 +192,7 @@ impl Tables {
         // Pages of the file stay as long as one table is read.
         let read = copied + stored.size() * vocab * width;
         let writing = if fits { table + read.max(fitting) } else { read };
+        let walking = walking + matrix;
         Self { walking, writing: walking + writing }
     }
 }

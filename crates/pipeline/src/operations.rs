@@ -29,9 +29,12 @@ pub struct Operations {
     /// Tuning the scales of the whole model, where a recipe does.
     #[serde(skip_serializing_if = "is_none")]
     pub tune: f64,
+    /// Learning the residual stream's rotation, where a recipe does.
+    #[serde(skip_serializing_if = "is_none")]
+    pub learn: f64,
 }
 
-/// Plans of recipes that do not tune stay as they were before there was tuning.
+/// Plans of recipes that do neither stay as they were before there was tuning or learning.
 fn is_none(count: &f64) -> bool {
     *count == 0.0
 }
@@ -201,6 +204,7 @@ impl Operations {
             reference: self.reference + other.reference,
             shift: self.shift + other.shift,
             tune: self.tune + other.tune,
+            learn: self.learn + other.learn,
         }
     }
 
@@ -214,6 +218,7 @@ impl Operations {
             reference: self.reference * blocks,
             shift: self.shift * blocks,
             tune: self.tune * blocks,
+            learn: self.learn * blocks,
         }
     }
 
@@ -234,7 +239,7 @@ impl Operations {
     /// The sum.
     pub fn total(&self) -> f64 {
         let walk = self.forward + self.gram + self.factor + self.solve;
-        walk + self.reference + self.shift + self.tune
+        walk + self.reference + self.shift + self.tune + self.learn
     }
 }
 

@@ -39,6 +39,11 @@ pub(crate) struct FusedRotations {
     offset: f32,
 }
 
+/// The rotation of the residual stream that is the same for all models of a width.
+pub(crate) fn random_stream(config: &ModelConfig) -> Rotation {
+    Rotation::new(config.hidden_size, STREAM_SEED)
+}
+
 /// Gain of the norm before the head that is written, as it is multiplied with.
 pub(crate) fn final_gain(
     source: &Checkpoint,
@@ -69,20 +74,29 @@ pub(crate) fn dense_head(
 }
 
 impl FusedRotations {
-    /// The rotations asked for; `None` when there are none.
-    pub(crate) fn new(config: &ModelConfig, rotate: Rotate) -> Option<Self> {
+    /// The rotations asked for; `None` when there are none. What `learned` gives is asked for where one is to
+    /// be learned from the weights.
+    ///
+    /// # Errors
+    /// Those of `learned`.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        rotate: Rotate,
+        learned: impl FnOnce() -> Result<Rotation>,
+    ) -> Result<Option<Self>> {
         let stream = match rotate {
-            Rotate::None => return None,
+            Rotate::None => return Ok(None),
             Rotate::Heads => None,
-            Rotate::Full => Some(Rotation::new(config.hidden_size, STREAM_SEED)),
+            Rotate::Full => Some(random_stream(config)),
+            Rotate::Learned => Some(learned()?),
         };
-        Some(Self {
+        Ok(Some(Self {
             stream,
             head: Rotation::new(config.head_dim, HEAD_SEED),
             fused_values: (config.num_attention_heads + config.num_key_value_heads)
                 * config.head_dim,
             offset: config.norm.offset(),
-        })
+        }))
     }
 
     /// Turns the weights of a block on the CPU.
@@ -288,17 +302,15 @@ fn turned_table(
     gain: Option<&[f32]>,
 ) -> Result<Vec<f16>> {
     let mut turned = table.to_f16()?;
-    turned.par_chunks_mut(stream.order()).for_each_init(
-        || vec![0.0_f32; stream.order()],
-        |wide, row| {
-            row.convert_to_f32_slice(wide);
-            if let Some(gain) = gain {
-                scale_rows(wide, gain);
-            }
-            stream.apply_rows(wide);
-            row.convert_from_f32_slice(wide);
-        },
-    );
+    turned.par_chunks_mut(Rotation::ROWS * stream.order()).for_each_init(Vec::new, |wide, rows| {
+        wide.resize(rows.len(), 0.0_f32);
+        rows.convert_to_f32_slice(wide);
+        if let Some(gain) = gain {
+            scale_rows(wide, gain);
+        }
+        stream.apply_rows(wide);
+        rows.convert_from_f32_slice(wide);
+    });
     if turned.par_iter().any(|v| !v.is_finite()) {
         return Err(Error::Rotated { tensor: table.name.to_owned() });
     }
@@ -311,12 +323,14 @@ pub(crate) mod family_models;
 
 #[cfg(test)]
 mod tests {
-    use gptq_compute::{FloatType, HostMatrix};
+    use gptq_compute::{FloatType, HostMatrix, Ranks};
     use gptq_model::{FinalNorm, Model, SourcePrecision};
 
     use ndarray::ArrayView1;
 
     use super::{family_models, *};
+    use crate::learn_rotation::learned;
+    use crate::progress::Silent;
     use crate::recipe_fit::{has_experts, unrotatable};
 
     /// Of one window, or where there are experts of short ones, each of which keeps a token that goes
@@ -345,6 +359,17 @@ mod tests {
         device.linear(&normed, &device.upload(head).unwrap()).unwrap().to_host().unwrap()
     }
 
+    /// Those of a source, learned by itself where one is.
+    fn rotations(source: &Checkpoint, rotate: Rotate) -> Option<FusedRotations> {
+        FusedRotations::new(source.config(), rotate, || {
+            let (start, alone) = (random_stream(source.config()), Ranks::alone());
+            let learned = learned(source, &start, (&Device::Cpu, &alone), &Silent)?;
+            assert!(learned.record.after < learned.record.before, "{:?}", learned.record);
+            Ok(learned.rotation)
+        })
+        .unwrap()
+    }
+
     /// Only tables and biases are rounded to fp16, once: that is what may differ.
     #[test]
     fn rotated_models_of_every_family_are_the_same_function() {
@@ -354,9 +379,10 @@ mod tests {
             family_models::assemble(dir.path(), name);
             let source = Checkpoint::open(dir.path()).unwrap();
             let want = logits(&source, None);
-            let full = unrotatable(source.config()).is_none().then_some(Rotate::Full);
-            for rotate in [Rotate::Heads].into_iter().chain(full) {
-                let rotations = FusedRotations::new(source.config(), rotate);
+            let streams = [Rotate::Full, Rotate::Learned].into_iter();
+            let streams = streams.filter(|_| unrotatable(source.config()).is_none());
+            for rotate in [Rotate::Heads].into_iter().chain(streams) {
+                let rotations = rotations(&source, rotate);
                 let got = logits(&source, rotations.as_ref());
                 // In the total order NaN is the largest, where `max` would drop it.
                 let largest = |row: ArrayView1<'_, f32>| {
@@ -383,7 +409,7 @@ mod tests {
             family_models::assemble(dir.path(), name);
             let source = Checkpoint::open(dir.path()).unwrap();
             assert!(unrotatable(source.config()).is_some(), "{name}");
-            let rotations = FusedRotations::new(source.config(), Rotate::Full);
+            let rotations = rotations(&source, Rotate::Full);
             let (got, want) = (logits(&source, rotations.as_ref()), logits(&source, None));
             let worst = (&got - &want).iter().map(|e| e.abs()).max_by(f32::total_cmp).unwrap();
             assert!(worst > 0.1, "{name}: {worst}");

@@ -43,6 +43,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "diagonal.cu",
     "dot.cu",
     "finite.cu",
+    "fourth_powers.cu",
     "gated_backward.cu",
     "gather_columns.cu",
     "gelu_mul.cu",
