@@ -1,10 +1,10 @@
 // fourth_powers: turned vectors brought to one norm, y = v * sqrt(cols / sum v^2), their cubes, and the mean of their
 // fourth powers: what a learned rotation is judged by, and its gradient, normedT * cubes, made of. A vector of zeros stays
-// so. gained: a rotation with the gain of the norm before it, diag(gain) * rotation, as the product takes it.
+// so.
 //
 // Layout   turned [rows, cols] f32; normed, cubes [rows, cols] fp16, cubes times `scale`, a power of two that keeps the
-//          largest, cols^1.5, within fp16; means [rows] f32. rotation [order, order] f32, gain [order] f32, out fp16.
-// Launch   fourth_powers: a block of 256 threads a row; gained: 256 threads, grid-stride over n = order^2 values.
+//          largest, cols^1.5, within fp16; means [rows] f32.
+// Launch   a block of 256 threads a row.
 // Regime   memory: a row is read twice, the second time from the first-level cache.
 // Bound    8 bytes a value at 3 TB/s: 0.18 ms for 8192 rows of 8192, beside 3.7 ms of their two products.
 #include "load.cuh"
@@ -67,11 +67,4 @@ fourth_powers(const float* turned, half_t* normed, half_t* cubes, float* means, 
     }
     fourth = block_reduce<Add>(fourth, scratch);
     if (threadIdx.x == 0) means[blockIdx.x] = fourth / cols;
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-gained(const float* rotation, const float* gain, half_t* out, int order, long long n) {
-    for (long long i = blockIdx.x * 256LL + threadIdx.x; i < n; i += gridDim.x * 256LL) {
-        out[i] = float_to_half(rotation[i] * gain[i / order]);
-    }
 }

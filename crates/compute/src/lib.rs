@@ -34,6 +34,7 @@ mod steps;
 mod tensor;
 #[cfg(test)]
 mod testing;
+mod turning;
 
 pub use activation::Activation;
 pub use adam::Adam;
@@ -57,3 +58,4 @@ pub use share::share;
 pub use stage_timer::StageTimer;
 pub use steps::{StepBlock, StepModel, Steps};
 pub use tensor::Tensor;
+pub use turning::Turning;

@@ -209,3 +209,83 @@ pub(crate) fn operations(model: &ModelConfig) -> f64 {
     let step = 2.0 * Device::STEP_PRODUCTS as f64 * width.powi(3);
     LOOKS as f64 * (4.0 * weights * width + step)
 }
+
+#[cfg(test)]
+mod tests {
+    use gptq_checkpoint::Layout;
+    use gptq_compute::Ranks;
+    use gptq_quant::{QuantSpec, Recipe, Rotate};
+    use gptq_records::source_dtype::SourceDtype;
+
+    use super::*;
+    use crate::operations::tests::llama_70b;
+    use crate::plan::{BranchPlan, Setting, plan_branch};
+    use crate::progress::Silent;
+    use crate::rotate::{family_models, random_stream};
+
+    /// Counted by hand: two products of 68 billion weights with a matrix of 8192 a look.
+    #[test]
+    fn what_learning_takes_is_planned() {
+        let model = llama_70b();
+        let of_block = 2.0 * 8192.0_f64.powi(2) + 2.0 * 8192.0 * 1024.0 + 3.0 * 8192.0 * 28_672.0;
+        let step = 2.0 * 17.0 * 8192.0_f64.powi(3);
+        let wanted = LOOKS as f64 * (2.0 * 2.0 * 80.0 * of_block * 8192.0 + step);
+        assert!((operations(&model) / wanted - 1.0).abs() < 1e-12);
+
+        let plan = |rotate, recipe, gpu_memory| -> BranchPlan {
+            let mut spec = QuantSpec::new(4, Some(128), true, 0.03, recipe);
+            spec.choices.rotate = rotate;
+            let setting =
+                Setting { windows: 1, seq_len: 256, shared_grams: 0, together: 1, gpu_memory };
+            let metadata = std::collections::BTreeMap::new();
+            let (dtype, layout) = (SourceDtype::Fp16, Layout::Modern);
+            plan_branch(&model, &spec, dtype, layout, &metadata, setting).unwrap()
+        };
+        let (best, large) = (Recipe::Best, 180 << 30);
+        let full = plan(Rotate::Full, best, 80 << 30);
+        let learned = plan(Rotate::Learned, best, 80 << 30);
+        // Every weight is turned once, by a matrix in two halves, after twelve looks.
+        let turned = 80.0 * 4.0 * of_block * 8192.0;
+        assert_eq!(full.work.learn, 0.0);
+        assert!((learned.work.learn / (wanted + turned) - 1.0).abs() < 1e-12);
+        // The matrix in host memory, and on the card what turns by it.
+        assert!(learned.cpu_bytes >= full.cpu_bytes + (4 << 26));
+        assert!(learned.gpu.host_bytes >= full.gpu.host_bytes + (4 << 26));
+        assert!(learned.gpu.device_bytes > full.gpu.device_bytes);
+        // All weights stay on a card that holds them.
+        let kept = plan(Rotate::Learned, best, large).gpu.device_bytes;
+        assert!(kept as usize > weights_of(&model), "{kept}");
+        assert_eq!(plan(Rotate::Learned, Recipe::Rtn, large).work.learn, 0.0);
+    }
+
+    /// Ranks that look at a block or two each learn together what one learns alone, and all have the same bits.
+    #[test]
+    fn ranks_learn_one_rotation() {
+        let dir = tempfile::tempdir().unwrap();
+        family_models::assemble(dir.path(), "llama");
+        let source = Checkpoint::open(dir.path()).unwrap();
+        let start = random_stream(source.config());
+        let alone = learned(&source, &start, (&Device::Cpu, &Ranks::alone()), &Silent).unwrap();
+        assert!(alone.record.after < alone.record.before);
+        let together = std::thread::scope(|scope| {
+            let handles: Vec<_> = Ranks::threads(2)
+                .into_iter()
+                .map(|handle| {
+                    let (source, start) = (&source, &start);
+                    scope.spawn(move || {
+                        handle.run(&Device::Cpu, |ranks| {
+                            learned(source, start, (&Device::Cpu, ranks), &Silent)
+                        })
+                    })
+                })
+                .collect();
+            handles.into_iter().map(|handle| handle.join().unwrap().unwrap()).collect::<Vec<_>>()
+        });
+        let [first, second] = together.as_slice() else { unreachable!() };
+        assert_eq!(first.rotation.matrix(), second.rotation.matrix());
+        assert_eq!(first.record, second.record);
+        let off = (first.rotation.matrix() - alone.rotation.matrix()).mapv(f32::abs);
+        assert!(off.iter().all(|v| *v < 1e-3));
+        assert!((first.record.after - alone.record.after).abs() < 1e-3);
+    }
+}

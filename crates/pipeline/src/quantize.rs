@@ -102,6 +102,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
         learned_by = Some(learned.record);
         Ok(learned.rotation)
     })?;
+    let rotations = rotations.map(|rotations| rotations.on(&job.device)).transpose()?;
     let mut writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
     if let Some(writer) = &mut writer {
         copy_ahead(job, rotations.as_ref(), writer)?;

@@ -53,6 +53,12 @@ impl Rotation {
         Self(Form::Matrix(matrix))
     }
 
+    /// Whether it is a matrix that takes n² operations a row.
+    #[must_use]
+    pub fn is_matrix(&self) -> bool {
+        matches!(self.0, Form::Matrix(_))
+    }
+
     /// Its values `[n, n]`.
     #[must_use]
     pub fn matrix(&self) -> Array2<f32> {

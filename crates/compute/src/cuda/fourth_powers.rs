@@ -12,6 +12,7 @@ use super::elementwise::{block_per_row, to_f16};
 use super::error::StageContext;
 use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm};
 use super::matrix::{Matrix, ensure_same_card};
+use super::turning::halves;
 use crate::error::Result;
 use crate::fourth_powers::Turned;
 
@@ -36,9 +37,10 @@ pub(crate) fn add(
     ensure_same_card(OP, &[rotation, gradient, weight])?;
     let (cuda, order) = (Arc::clone(rotation.cuda()), rotation.rows());
     let weight = to_f16(weight)?;
+    // Vectors are brought to one norm below, whatever gains were scaled by.
     let rotation = match turned {
-        Turned::Rows(Some(gain)) => gained(&cuda, rotation, gain)?,
-        Turned::Rows(None) | Turned::Columns => to_f16(rotation)?,
+        Turned::Rows(gain) => halves(rotation, gain)?.high,
+        Turned::Columns => halves(rotation, None)?.high,
     };
     let vectors = match turned {
         Turned::Rows(_) => weight.rows(),
@@ -88,18 +90,4 @@ fn add_product(
     let target = Operand::new(cuda, gradient.f32_mut(OP)?, 0, order, PLAIN);
     // SAFETY: both operands hold at least `rows` rows of `order` values; the gradient is [order, order].
     unsafe { gemm(cuda, OP, (order, order, rows), (left, right), 1.0, target) }
-}
-
-/// diag(gain) · rotation in fp16.
-fn gained(cuda: &Arc<Cuda>, rotation: &Matrix, gain: &[f32]) -> Result<Matrix> {
-    let (order, count) = (rotation.rows(), rotation.rows() * rotation.cols());
-    let mut out = Matrix::uninit_f16(cuda, OP, rotation.shape())?;
-    let gain = cuda.copied(OP, gain)?;
-    let kernel = cuda.kernel("fourth_powers.cu", "gained")?;
-    let (side, n) = (int(order)?, count as i64);
-    let mut launch = cuda.stream().launch_builder(&kernel);
-    launch.arg(rotation.f32(OP)?).arg(gain.slice()).arg(out.f16_mut(OP)?).arg(&side).arg(&n);
-    // SAFETY: the arguments are the kernel's; rotation and out hold n values, gain `order`.
-    unsafe { launch.launch(cuda.spread(count)) }.stage(OP)?;
-    Ok(out)
 }

@@ -72,6 +72,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "step_norm.cu",
     "step_silu.cu",
     "tri_inverse.cu",
+    "turn.cu",
     "unpermute.cu",
 ];
 

@@ -64,6 +64,7 @@ mod step_launch;
 mod timing;
 pub(crate) mod token_loss;
 mod transfer;
+pub(crate) mod turning;
 pub(crate) mod upload;
 
 pub use cache::cache_folder;

@@ -14,7 +14,7 @@ use half::f16;
 use ndarray::Array2;
 
 use crate::error::{Error, Result};
-use crate::rotate::random_stream;
+use crate::rotate::{FusedRotations, random_stream};
 
 /// Rows of the embedding for each feature of a row: more would make nothing better that is compared.
 const ROWS_PER_FEATURE: usize = 8;
@@ -81,4 +81,35 @@ pub(super) fn learned_stream(
     // The distance of two unrelated rotations is 2.
     let is_common = distance(&matrix, &common) < SAME;
     Ok((!is_common).then(|| Rotation::of_matrix(matrix.mapv(|value| value as f32))))
+}
+
+/// Whether the checkpoint's embedding is the base's under these rotations, as far as some rows show it.
+///
+/// # Errors
+/// Tensors that cannot be read.
+pub(super) fn is_embedding_of(
+    checkpoint: &Checkpoint,
+    base: &Checkpoint,
+    rotations: Option<&FusedRotations>,
+) -> Result<bool> {
+    const ROWS: usize = 64;
+    const SAME: f64 = 1e-3;
+    let (vocabulary, width) = (base.config().vocab_size, base.config().hidden_size);
+    let from = base.tensor_shaped(EMBEDDING, &[vocabulary, width])?;
+    let to = checkpoint.tensor_shaped(EMBEDDING, &[vocabulary, width])?;
+    let (mut halves, mut wide) = (vec![f16::ZERO; width], vec![0.0_f32; width]);
+    let (mut off, mut energy) = (0.0, 0.0);
+    for row in (0..vocabulary).step_by((vocabulary / ROWS).max(1)) {
+        from.read_f16(row * width, &mut halves)?;
+        to.read_f32(row * width, &mut wide);
+        let mut turned: Vec<f32> = halves.iter().map(|v| v.to_f32()).collect();
+        if let Some(rotations) = rotations {
+            rotations.stream_rows(&mut turned);
+        }
+        for (&a, &b) in turned.iter().zip(&wide) {
+            off += f64::from(a - b).powi(2);
+            energy += f64::from(a).powi(2);
+        }
+    }
+    Ok(off <= SAME * energy)
 }

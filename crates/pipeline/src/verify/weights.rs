@@ -18,7 +18,7 @@ use super::dense;
 use super::findings::{Check, Findings};
 use super::fit::{Fit, energies};
 use super::head::HeadChange;
-use super::learned_stream::learned_stream;
+use super::learned_stream::{is_embedding_of, learned_stream};
 use super::pairs::{Pair, Pairs};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -161,42 +161,46 @@ type Folded = (Rotate, Option<FusedRotations>);
 /// The rotation under which the model's v, q and o are nearest to the checkpoint's: a full rotation
 /// turns all of them, one of the heads v and o. Of rotations that fit alike, as where those weights are
 /// all zeros, the recorded one. A learned one is found from the embeddings ([`learned_stream`]), where it is
-/// recorded, or where nothing is and no other fits.
+/// recorded, or where these are not as the nearest other one would leave them.
 fn rotation(
     checkpoint: &Checkpoint,
     model: &Model<'_>,
     recorded: Option<Rotate>,
 ) -> Result<Folded> {
-    /// Of v and q, or of the one that makes both, unrelated weights have 4 or 2 with o's.
-    const STRANGE: f64 = 1.5;
+    /// How much nearer a learned rotation has to be than all others where none is recorded.
+    const NEARER: f64 = 0.5;
     let (base, rotatable) = (model.checkpoint(), unrotatable(model.config()).is_none());
+    let not_found = || Error::RotationNotFound { checkpoint: checkpoint.dir().to_owned() };
+    let folded = |rotate| {
+        let none = || Err(not_found());
+        Ok::<Folded, Error>((rotate, FusedRotations::new(model.config(), rotate, none)?))
+    };
+    let learned = || {
+        let Some(stream) = learned_stream(checkpoint, base)? else { return Ok(None) };
+        let rotations = FusedRotations::new(model.config(), Rotate::Learned, || Ok(stream))?;
+        Ok::<Option<Folded>, Error>(Some((Rotate::Learned, rotations)))
+    };
     let mut rotations = vec![Rotate::None, Rotate::Heads];
     rotations.extend(rotatable.then_some(Rotate::Full));
     rotations.sort_by_key(|&rotate| Some(rotate) != recorded);
-    let folded = |rotate| {
-        let learned = || Err(Error::RotationNotFound { checkpoint: checkpoint.dir().to_owned() });
-        Ok::<Folded, Error>((rotate, FusedRotations::new(model.config(), rotate, learned)?))
-    };
     let mut possible = rotations.into_iter().map(folded).collect::<Result<Vec<_>>>()?;
-    let learned = |known: &mut Vec<Folded>| {
-        let Some(stream) = learned_stream(checkpoint, base)? else { return Ok(()) };
-        let rotations = FusedRotations::new(model.config(), Rotate::Learned, || Ok(stream))?;
-        known.insert(0, (Rotate::Learned, rotations));
-        Ok::<(), Error>(())
+    let is_recorded = recorded == Some(Rotate::Learned) && rotatable;
+    if is_recorded && let Some(learned) = learned()? {
+        possible.insert(0, learned);
+    }
+    let (place, distance) = nearest(checkpoint, model, &possible)?;
+    let found = possible.swap_remove(place);
+    if is_recorded || !rotatable || is_embedding_of(checkpoint, base, found.1.as_ref())? {
+        return Ok(found);
+    }
+    // An embedding that says nothing of its rotation is compared with the others.
+    let learned = match learned() {
+        Err(Error::RotationNotFound { .. }) => None,
+        learned => learned?,
     };
-    if recorded == Some(Rotate::Learned) && rotatable {
-        learned(&mut possible)?;
-    }
-    let (mut found, distance) = nearest(checkpoint, model, &possible)?;
-    if recorded.is_none() && rotatable && distance > STRANGE {
-        // Embeddings that no rotation relates, or too few, are those of another model.
-        match learned(&mut possible) {
-            Ok(()) | Err(Error::RotationNotFound { .. }) => {}
-            Err(error) => return Err(error),
-        }
-        (found, _) = nearest(checkpoint, model, &possible)?;
-    }
-    Ok(possible.swap_remove(found))
+    let Some(learned) = learned else { return Ok(found) };
+    let (_, least) = nearest(checkpoint, model, std::slice::from_ref(&learned))?;
+    Ok(if least < NEARER * distance { learned } else { found })
 }
 
 /// The place of the rotation under which the linears that rotations turn are nearest to the checkpoint's, and how
