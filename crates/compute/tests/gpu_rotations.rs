@@ -24,9 +24,9 @@ fn orthogonal(random: &mut Random, order: usize) -> Array2<f64> {
     let mut r = Array2::eye(order);
     for _ in 0..4 {
         let noise = random.halves(order, order, 0.5 / (order as f32).sqrt()).mapv(f64::from);
-        // Singular values of a random skew matrix end at 2 √2 times its deviation times √n.
+        // Its singular values end at about 0.7.
         let skew = (&noise - &noise.t()) / 2.0;
-        r = Device::Cpu.orthogonal_step(&r, &skew, 1.0).unwrap();
+        r = Device::Cpu.orthogonal_step(&r, &skew, 0.8, 0.5).unwrap();
     }
     r
 }
@@ -121,7 +121,7 @@ fn the_same_bits_come_of_the_same_weights() {
     };
     assert_eq!(look(), look());
     let skew = &r - &r.t();
-    let step = || gpu.orthogonal_step(&r, &(&skew * 0.1), 0.2).unwrap();
+    let step = || gpu.orthogonal_step(&r, &skew, 2.0, 0.2).unwrap();
     assert_eq!(step(), step());
 }
 
@@ -133,13 +133,16 @@ fn steps_match_the_hosts_and_stay_orthogonal() {
         let r = orthogonal(&mut random, order);
         let noise = random.halves(order, order, 0.5 / (order as f32).sqrt()).mapv(f64::from);
         let skew = (&noise - &noise.t()) / 2.0;
-        let got = gpu.orthogonal_step(&r, &skew, 1.0).unwrap();
-        let want = Device::Cpu.orthogonal_step(&r, &skew, 1.0).unwrap();
+        let got = gpu.orthogonal_step(&r, &skew, 0.8, 0.4).unwrap();
+        let want = Device::Cpu.orthogonal_step(&r, &skew, 0.8, 0.4).unwrap();
         let largest = |a: &Array2<f64>| a.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
         let off = largest(&(got.t().dot(&got) - Array2::<f64>::eye(order)));
         let apart = largest(&(&got - &want));
         println!("order {order}: {off:.1e} from orthogonal, {apart:.1e} from the host's");
         assert!(off < 1e-12 && apart < 1e-12, "{order}: {off} {apart}");
+        let stretched = &r * 1.3;
+        let got = gpu.nearest_orthogonal(&stretched).unwrap();
+        assert!(largest(&(got - &r)) < 1e-12);
     }
 }
 
@@ -220,6 +223,6 @@ fn a_look_at_a_70b_block() {
         if i == j { 0.0 } else { (i as f64 - j as f64).signum() * 1e-5 }
     });
     timed("a step of order 8192", &mut || {
-        gpu.orthogonal_step(&r, &skew, 0.1).unwrap();
+        gpu.orthogonal_step(&r, &skew, 0.1, 0.4).unwrap();
     });
 }

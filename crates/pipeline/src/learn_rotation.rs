@@ -23,7 +23,7 @@ use crate::memory::{BlockSizes, MemoryPlan, STAGING, USABLE, device_budget};
 use crate::progress::Progress;
 
 /// Looks at the whole model, the first at what is begun with, each after that at where a step led.
-pub(crate) const LOOKS: usize = 12;
+pub(crate) const LOOKS: usize = 8;
 /// The widest residual stream whose rotation is learned: a matrix of this order takes 1 GiB in f32, and the
 /// cube of its order operations a product.
 pub(crate) const WIDEST: usize = 16_384;
@@ -54,7 +54,8 @@ pub(crate) fn learned(
     let mut kept = stay.then(Vec::new);
     let mut means = Vec::with_capacity(LOOKS);
     progress.begin_steps("learn the rotation", LOOKS * blocks.len());
-    for _ in 0..LOOKS {
+    let mut best = None;
+    for left in (0..LOOKS).rev() {
         let here = learner.as_ref().map(Learner::rotation);
         let rotation = handed_on(here, start.order(), device, ranks)?;
         let mut sums = device.fourth_powers(&rotation)?;
@@ -74,12 +75,14 @@ pub(crate) fn learned(
         }
         sums.sum_over(ranks)?;
         means.push(sums.mean());
-        if let Some(learner) = &mut learner {
-            learner.step(sums.mean(), &sums.gradient()?).map_err(Error::Learn)?;
+        match &mut learner {
+            Some(learner) if left > 0 => {
+                learner.step(sums.mean(), &sums.gradient()?).map_err(Error::Learn)?;
+            }
+            _ => best = learner.take().map(|learner| learner.finish(sums.mean())),
         }
     }
     progress.end();
-    let best = learner.and_then(Learner::best).map(|(_, rotation)| rotation);
     let rotation = Rotation::of_matrix(handed_on(best, start.order(), device, ranks)?);
     let least = means.iter().copied().fold(f64::INFINITY, f64::min);
     let record = RotationRecord {
@@ -207,7 +210,7 @@ pub(crate) fn operations(model: &ModelConfig) -> f64 {
     let weights = weights_of(model) as f64 / 2.0;
     let width = model.hidden_size as f64;
     let step = 2.0 * Device::STEP_PRODUCTS as f64 * width.powi(3);
-    LOOKS as f64 * (4.0 * weights * width + step)
+    LOOKS as f64 * 4.0 * weights * width + (LOOKS - 1) as f64 * step
 }
 
 #[cfg(test)]
@@ -228,8 +231,8 @@ mod tests {
     fn what_learning_takes_is_planned() {
         let model = llama_70b();
         let of_block = 2.0 * 8192.0_f64.powi(2) + 2.0 * 8192.0 * 1024.0 + 3.0 * 8192.0 * 28_672.0;
-        let step = 2.0 * 17.0 * 8192.0_f64.powi(3);
-        let wanted = LOOKS as f64 * (2.0 * 2.0 * 80.0 * of_block * 8192.0 + step);
+        let step = 2.0 * 19.0 * 8192.0_f64.powi(3);
+        let wanted = 8.0 * 2.0 * 2.0 * 80.0 * of_block * 8192.0 + 7.0 * step;
         assert!((operations(&model) / wanted - 1.0).abs() < 1e-12);
 
         let plan = |rotate, recipe, gpu_memory| -> BranchPlan {
@@ -244,7 +247,7 @@ mod tests {
         let (best, large) = (Recipe::Best, 180 << 30);
         let full = plan(Rotate::Full, best, 80 << 30);
         let learned = plan(Rotate::Learned, best, 80 << 30);
-        // Every weight is turned once, by a matrix in two halves, after twelve looks.
+        // Every weight is turned once, by a matrix in two halves, after eight looks.
         let turned = 80.0 * 4.0 * of_block * 8192.0;
         assert_eq!(full.work.learn, 0.0);
         assert!((learned.work.learn / (wanted + turned) - 1.0).abs() < 1e-12);

@@ -7,8 +7,11 @@
 //! looked at for every step: what a sample of them gains, the others do not
 //! (tests/bench/2026-11-29-forward-only.md).
 //!
-//! A step is R ← polar(R (1 − t D)), which stays orthogonal to the last digits of f64, D being the gradient's
-//! skew part A = 4 (YᵀY³ − (Y³)ᵀY) with Y = W R, in the mean with those of earlier steps.
+//! A step goes along the gradient's skew part A = 4 (YᵀY³ − (Y³)ᵀY), Y = W R, in the mean with those of earlier
+//! steps. What bounds its length is the plane that it turns most, while most of what there is to gain lies in
+//! the many that it turns little; so the singular values of the direction are flattened first, as Muon's are
+//! (Jordan et al. 2024, by Newton–Schulz iterations): as much is gained in half the looks. R stays orthogonal to the last
+//! digits of f64.
 
 use gptq_compute::Device;
 use ndarray::Array2;
@@ -18,14 +21,12 @@ use crate::error::{Error, Result};
 use crate::rotation::Rotation;
 
 /// Share of a step's direction that is the last one's.
-const MOMENTUM: f64 = 0.5;
-/// Length of the first step.
-const RATE: f64 = 0.4;
-/// What it is multiplied by after each: a longer way at once leads beyond all that is flat, where weights are
-/// spikier than normal ones and no gradient leads back.
-const SHORTER: f64 = 0.93;
-/// The tangent of the largest angle that a step may turn a plane by.
-const LARGEST: f64 = 1.2;
+const MOMENTUM: f64 = 0.3;
+/// The tangent of the largest angle of the first step. A longer way at once leads beyond all that is flat, where
+/// weights are spikier than normal ones and no gradient leads back.
+const TANGENT: f64 = 0.4;
+/// What it is multiplied by after each.
+const SHORTER: f64 = 0.88;
 
 /// A rotation that is being learned.
 #[derive(Debug)]
@@ -37,7 +38,8 @@ pub struct Learner {
     direction: Array2<f64>,
     /// Where the least mean was found, and the gradient's skew part there.
     best: Option<Best>,
-    rate: f64,
+    /// The tangent of the next step's largest angle.
+    tangent: f64,
 }
 
 #[derive(Debug)]
@@ -55,9 +57,9 @@ impl Learner {
     pub fn new(rotation: &Rotation, device: Device) -> Result<Self> {
         let order = rotation.order();
         let zeros = Array2::zeros((order, order));
-        // Values in f32 are orthogonal to 10⁻⁷; a step of no length makes them so to 10⁻¹⁵.
-        let here = device.orthogonal_step(&rotation.matrix().mapv(f64::from), &zeros, 0.0)?;
-        Ok(Self { device, here, direction: zeros, best: None, rate: RATE })
+        // Values in f32 are orthogonal to 10⁻⁷ alone.
+        let here = device.nearest_orthogonal(&rotation.matrix().mapv(f64::from))?;
+        Ok(Self { device, here, direction: zeros, best: None, tangent: TANGENT / SHORTER })
     }
 
     /// The rotation to look at all weights under, `[n, n]`.
@@ -81,26 +83,29 @@ impl Learner {
             let skew = (gradient - &gradient.t()) * 4.0;
             let rotation = self.here.clone();
             self.best = Some(Best { mean, rotation, skew });
-            self.rate *= SHORTER;
+            self.tangent *= SHORTER;
         } else {
             self.direction.fill(0.0);
-            self.rate /= 2.0;
+            self.tangent /= 2.0;
         }
         let Some(best) = &self.best else { return Ok(()) };
         self.direction.zip_mut_with(&best.skew, |direction, skew| {
             *direction = MOMENTUM * *direction + (1.0 - MOMENTUM) * skew;
         });
-        let norm = self.rate * largest_singular_value(&self.direction);
-        let shorter = if norm > LARGEST { LARGEST / norm } else { 1.0 };
-        let step = &self.direction * (self.rate * shorter);
-        self.here = self.device.orthogonal_step(&best.rotation, &step, norm * shorter)?;
+        let norm = largest_singular_value(&self.direction);
+        self.here =
+            self.device.orthogonal_step(&best.rotation, &self.direction, norm, self.tangent)?;
         Ok(())
     }
 
-    /// The least mean fourth power of what was looked at, and the rotation there; `None` where nothing was.
+    /// The rotation with the least mean fourth power of those that were looked at; `mean` is the last one's, from
+    /// which no step goes on.
     #[must_use]
-    pub fn best(self) -> Option<(f64, Array2<f32>)> {
-        self.best.map(|best| (best.mean, best.rotation.mapv(|value| value as f32)))
+    pub fn finish(self, mean: f64) -> Array2<f32> {
+        match self.best {
+            Some(best) if !(mean < best.mean) => best.rotation.mapv(|value| value as f32),
+            _ => self.rotation(),
+        }
     }
 }
 
@@ -153,17 +158,21 @@ mod tests {
             let weights = hidden(order, 400);
             let mut learner = Learner::new(&Rotation::new(order, 1), Device::Cpu).unwrap();
             let mut means = Vec::new();
-            for _ in 0..60 {
+            for _ in 0..20 {
                 let (mean, gradient) = look(&weights, &learner.rotation());
                 means.push(mean);
                 learner.step(mean, &gradient).unwrap();
             }
-            let best = learner.best.as_ref().unwrap().rotation.clone();
-            let off = best.t().dot(&best) - Array2::<f64>::eye(order);
+            let best = learner.best.as_ref().unwrap();
+            let off = best.rotation.t().dot(&best.rotation) - Array2::<f64>::eye(order);
             assert!(off.iter().all(|v| v.abs() < 1e-13), "{order}: {off}");
-            let (least, rotation) = learner.best().unwrap();
+            let least = best.mean;
             assert!(means[0] > 2.3 && least < 0.8 * means[0], "{order}: {means:?}");
-            assert_eq!(look(&weights, &rotation).0, least);
+            // What is worse than the best is not kept, what is better is.
+            let here = learner.rotation();
+            let (last, _) = look(&weights, &here);
+            let rotation = learner.finish(last);
+            assert_eq!(look(&weights, &rotation).0, least.min(last));
         }
     }
 
@@ -201,8 +210,9 @@ mod tests {
         assert!(matches!(new().step(f64::NAN, &zeros), Err(Error::NotFinite { .. })));
         let mut learner = new();
         learner.step(3.0, &zeros).unwrap();
+        let first = learner.rotation();
         learner.step(f64::NAN, &zeros).unwrap();
-        assert_eq!(learner.best().unwrap().0, 3.0);
+        assert_eq!(learner.finish(f64::NAN), first);
     }
 
     #[test]

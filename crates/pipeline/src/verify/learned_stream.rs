@@ -69,7 +69,7 @@ pub(super) fn learned_stream(
     }
     [base, checkpoint].iter().for_each(|of| of.release(EMBEDDING));
     let Some(solution) = equations.solve() else { return Err(not_found()) };
-    let matrix = Device::Cpu.orthogonal_step(&solution, &Array2::zeros((width, width)), 0.0)?;
+    let matrix = Device::Cpu.nearest_orthogonal(&solution)?;
     let distance = |a: &Array2<f64>, b: &Array2<f64>| {
         a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / width as f64
     };
