@@ -24,9 +24,9 @@ use crate::rotation::Rotation;
 const MOMENTUM: f64 = 0.3;
 /// The tangent of the largest angle of the first step. A longer way at once leads beyond all that is flat, where
 /// weights are spikier than normal ones and no gradient leads back.
-const TANGENT: f64 = 0.4;
+const TANGENT: f64 = 0.45;
 /// What it is multiplied by after each.
-const SHORTER: f64 = 0.88;
+const SHORTER: f64 = 0.9;
 
 /// A rotation that is being learned.
 #[derive(Debug)]

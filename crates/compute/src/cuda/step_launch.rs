@@ -8,24 +8,13 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, LaunchConfig};
 use half::f16;
 
-use super::coded::per_place;
+use super::coded::{Ordered, per_place};
 use super::context::Cuda;
 use super::dense::int;
 use super::dependent::{Arguments, launch};
 use super::product::Launch;
 use crate::error::Result;
 use crate::kv_cache::CacheShape;
-
-/// Where tokens' values go in a weight's order.
-pub(super) struct Ordered {
-    /// Address of the column at every place; 0 where each is in its own.
-    pub(super) places: u64,
-    /// Places of a token.
-    pub(super) padded: usize,
-    /// Address of the values in fp16, and of the sums of every 32 of them, or 0 for none.
-    pub(super) x: u64,
-    pub(super) sums: u64,
-}
 
 /// How keys are cut for attention.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +32,9 @@ impl Splits {
     const KEYS: usize = 64;
     /// Splits of a sequence, about: enough to fill a card, and few enough to be put together.
     const MOST: usize = 128;
+    /// More of them are put together in their own order and gathered afterwards: a value that is fetched
+    /// alone costs a sector of 32 bytes of each.
+    const GATHERED: usize = 8;
 
     /// Enough to fill a card at long contexts, and no smaller than pays.
     pub(super) fn of(shape: CacheShape) -> Self {
@@ -54,6 +46,11 @@ impl Splits {
             _ => 8,
         };
         Self { count: shape.capacity.div_ceil(keys).max(1), keys, group }
+    }
+
+    /// Whether values are put together in their own order before they are brought into another.
+    pub(super) fn join_then_gather(&self, to: &Ordered) -> bool {
+        to.places != 0 && self.count > Self::GATHERED
     }
 }
 
@@ -122,10 +119,9 @@ impl Launcher<'_> {
     ) -> Result<()> {
         const NAME: &str = "step_norm";
         let function = self.cuda.kernel("step_norm.cu", NAME)?;
-        let config = per_place(to.padded, self.tokens);
-        let (cols, padded) = (int(cols)?, int(to.padded)?);
-        let mut given =
-            arguments![&hidden, &gain, &to.places, &to.x, &to.sums, &cols, &padded, &eps];
+        let config = per_place(to.padded as usize, self.tokens);
+        let cols = int(cols)?;
+        let mut given = arguments![&hidden, &gain, to, &cols, &eps];
         // SAFETY: the arguments are the kernel's, over memory of the program for so many tokens.
         unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
@@ -178,14 +174,21 @@ impl Launcher<'_> {
     pub(super) fn join(&self, of: &Attention, to: &Ordered) -> Result<()> {
         const NAME: &str = "step_join";
         let function = self.cuda.kernel("step_attention.cu", NAME)?;
-        let config = grid((to.padded.div_ceil(64), self.tokens, 1), 256, 0);
+        let config = grid(((to.padded as usize).div_ceil(128), self.tokens, 1), 512, 0);
         let (heads, dim) = (int(of.shape.heads)?, int(of.shape.head_dim)?);
         let (count, split) = (int(of.splits.count)?, int(of.splits.keys)?);
-        let padded = int(to.padded)?;
-        let mut given = arguments![
-            &of.sums, &of.stats, &of.at, &to.places, &to.x, &to.sums, &heads, &dim, &count, &split,
-            &padded,
-        ];
+        let mut given = arguments![&of.sums, &of.stats, &of.at, to, &heads, &dim, &count, &split];
+        // SAFETY: as above.
+        unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
+    }
+
+    /// fp16 values brought into the order of a weight.
+    pub(super) fn gather(&self, from: u64, cols: usize, to: &Ordered) -> Result<()> {
+        const NAME: &str = "gather_columns_f16";
+        let function = self.cuda.kernel("gather_columns.cu", NAME)?;
+        let config = per_place(to.padded as usize, self.tokens);
+        let cols = int(cols)?;
+        let mut given = arguments![&from, to, &cols];
         // SAFETY: as above.
         unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
@@ -194,9 +197,9 @@ impl Launcher<'_> {
     pub(super) fn silu(&self, (gate, up): (u64, u64), cols: usize, to: &Ordered) -> Result<()> {
         const NAME: &str = "step_silu";
         let function = self.cuda.kernel("step_silu.cu", NAME)?;
-        let config = per_place(to.padded, self.tokens);
-        let (cols, padded) = (int(cols)?, int(to.padded)?);
-        let mut given = arguments![&gate, &up, &to.places, &to.x, &to.sums, &cols, &padded];
+        let config = per_place(to.padded as usize, self.tokens);
+        let cols = int(cols)?;
+        let mut given = arguments![&gate, &up, to, &cols];
         // SAFETY: as above.
         unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
