@@ -107,7 +107,10 @@ fn a_learned_rotation_is_found_whatever_is_said_of_it() {
             fs::write(&report, before.replace(&choice, &format!("rotate={said}"))).unwrap();
             let wanted = format!("records rotate={said}, but the weights have {rotation}");
             let findings = verify();
-            assert!(findings.contains(&wanted) && findings.matches("place").count() == 1, "{findings}");
+            assert!(
+                findings.contains(&wanted) && findings.matches("place").count() == 1,
+                "{findings}"
+            );
         }
         fs::remove_file(&report).unwrap();
         assert_eq!(verify(), "[]");

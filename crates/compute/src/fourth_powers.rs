@@ -207,7 +207,7 @@ mod tests {
         let mut alone = Device::Cpu.fourth_powers(&rotation).unwrap();
         weights.iter().for_each(|weight| add(&mut alone, weight));
         let means = std::thread::scope(|scope| {
-            let handles: Vec<_> = crate::Ranks::threads(2)
+            let handles: Vec<_> = crate::RankHandle::threads(2)
                 .into_iter()
                 .map(|handle| {
                     let (rotation, weights) = (&rotation, &weights);

@@ -82,8 +82,7 @@ mod tests {
             for tangent in [0.1, 0.5, 0.3] {
                 let direction = skew(order);
                 let norm = bound(&direction);
-                let next =
-                    Device::Cpu.orthogonal_step(&r, &direction, norm, tangent).unwrap();
+                let next = Device::Cpu.orthogonal_step(&r, &direction, norm, tangent).unwrap();
                 let off = next.t().dot(&next) - Array2::<f64>::eye(order);
                 assert!(off.iter().all(|v| v.abs() < 1e-13), "{order}: {off}");
                 // No vector turns by more than the angle.

@@ -216,7 +216,7 @@ pub(crate) fn operations(model: &ModelConfig) -> f64 {
 #[cfg(test)]
 mod tests {
     use gptq_checkpoint::Layout;
-    use gptq_compute::Ranks;
+    use gptq_compute::{RankHandle, Ranks};
     use gptq_quant::{QuantSpec, Recipe, Rotate};
     use gptq_records::source_dtype::SourceDtype;
 
@@ -265,13 +265,13 @@ mod tests {
     #[test]
     fn ranks_learn_one_rotation() {
         let dir = tempfile::tempdir().unwrap();
-        family_models::assemble(dir.path(), "llama");
+        family_models::assemble(dir.path(), "qwen2-moe");
         let source = Checkpoint::open(dir.path()).unwrap();
         let start = random_stream(source.config());
         let alone = learned(&source, &start, (&Device::Cpu, &Ranks::alone()), &Silent).unwrap();
         assert!(alone.record.after < alone.record.before);
         let together = std::thread::scope(|scope| {
-            let handles: Vec<_> = Ranks::threads(2)
+            let handles: Vec<_> = RankHandle::threads(2)
                 .into_iter()
                 .map(|handle| {
                     let (source, start) = (&source, &start);

@@ -63,8 +63,7 @@ pub(crate) struct Extras {
 
 impl Extras {
     /// The unquantized model's walk alone.
-    pub(crate) const REFERENCE: Self =
-        Self { reference: true, attended: false, learned: false };
+    pub(crate) const REFERENCE: Self = Self { reference: true, attended: false, learned: false };
 
     /// That of a recipe's choices.
     pub(crate) fn of(choices: &Choices) -> Self {

@@ -97,7 +97,8 @@ pub fn plan_branch(
                 let judged = Operations::of_model(model, (held_out, seq_len), reference);
                 Operations {
                     tune: operations(model, spec, (windows, seq_len)),
-                    learn: walk.learn + if learns { learn_rotation::operations(model) } else { 0.0 },
+                    learn: walk.learn
+                        + if learns { learn_rotation::operations(model) } else { 0.0 },
                     reference: walk.reference + judged.reference,
                     ..walk
                 }

@@ -35,7 +35,9 @@ pub fn unrotatable(model: &ModelConfig) -> Option<&'static str> {
 fn unlearnable(model: &ModelConfig) -> Option<String> {
     let (width, vocabulary) = (model.hidden_size, model.vocab_size);
     if width > WIDEST {
-        return Some(format!("no rotation of more than {WIDEST} features is learned, and it has {width}"));
+        return Some(format!(
+            "no rotation of more than {WIDEST} features is learned, and it has {width}"
+        ));
     }
     (vocabulary < width).then(|| {
         format!(

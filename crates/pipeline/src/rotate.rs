@@ -155,12 +155,7 @@ impl FusedRotations {
     }
 
     /// Turns what [`Self::block`] left of a block, now on the GPU; `gains` is what it gave.
-    pub(crate) fn placed(
-        &self,
-        device: &Device,
-        block: &mut Block,
-        gains: &Gains,
-    ) -> Result<()> {
+    pub(crate) fn placed(&self, device: &Device, block: &mut Block, gains: &Gains) -> Result<()> {
         let Some(turning) = &self.turning else { return Ok(()) };
         for id in block.ids() {
             let weight = &block.linear(id).weight;
@@ -414,7 +409,7 @@ mod tests {
         for index in 0..model.config().num_hidden_layers {
             let mut block = model.load_block(index).unwrap();
             if let Some(rotations) = rotations {
-                rotations.block(&mut block).unwrap();
+                assert!(rotations.block(&mut block, false).unwrap().is_none());
             }
             block.forward(&device, &mut hidden, model.ropes(seq_len), seq_len).unwrap();
         }

@@ -247,7 +247,8 @@ mod tests {
         assert_eq!((matrix.order(), matrix.matrix()), (24, fast.matrix()));
         let rows = Array2::from_shape_fn((150, 24), |(i, j)| ((i * 7 + j * 3) % 11) as f32 - 5.0);
         let turned = |rotation: &Rotation| {
-            let (mut rows, mut outputs) = (rows.clone(), rows.t().as_standard_layout().into_owned());
+            let (mut rows, mut outputs) =
+                (rows.clone(), rows.t().as_standard_layout().into_owned());
             rotation.apply_rows(rows.as_slice_mut().unwrap());
             rotation.apply_outputs(outputs.view_mut());
             [rows, outputs.reversed_axes()]

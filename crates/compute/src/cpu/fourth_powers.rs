@@ -23,7 +23,8 @@ pub(crate) fn add(
     let (mut sum, order) = (0.0, rotation.nrows());
     for first in (0..vectors.nrows()).step_by(VECTORS) {
         let rows = VECTORS.min(vectors.nrows() - first);
-        let mut values = vectors.slice(s![first..first + rows, ..]).as_standard_layout().into_owned();
+        let mut values =
+            vectors.slice(s![first..first + rows, ..]).as_standard_layout().into_owned();
         if let Some(gain) = gain {
             values.outer_iter_mut().for_each(|mut row| {
                 row.iter_mut().zip(gain).for_each(|(v, gain)| *v *= gain);
@@ -32,7 +33,8 @@ pub(crate) fn add(
         let mut turned = Array2::zeros(values.dim());
         matmul_nt(values.view(), rotation.t(), 0.0, turned.view_mut());
         let mut cubes = values;
-        let pairs = [&mut turned, &mut cubes].map(|values| values.as_slice_mut().unwrap_or_default());
+        let pairs =
+            [&mut turned, &mut cubes].map(|values| values.as_slice_mut().unwrap_or_default());
         let [vectors_of, cubes_of] = pairs.map(|values| values.par_chunks_mut(order.max(1)));
         let means: Vec<f64> = vectors_of.zip(cubes_of).map(|(v, cubes)| cube(v, cubes)).collect();
         sum += means.iter().sum::<f64>();

@@ -59,9 +59,11 @@ mod tests {
     use super::*;
     use crate::testing::largest;
 
-    fn noise(rows: usize, cols: usize, salt: usize) -> Array2<f64> {
+    fn noise(rows: usize, cols: usize, salt: u64) -> Array2<f64> {
         Array2::from_shape_fn((rows, cols), |(i, j)| {
-            (((i * cols + j + salt) * 2_654_435_761) % 1009) as f64 / 500.0 - 1.0
+            let mixed = ((i * cols + j + 1) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15 + salt);
+            let mixed = (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            (mixed >> 40) as f64 / f64::from(1 << 23) - 1.0
         })
     }
 

@@ -30,7 +30,8 @@ pub(crate) struct Halves {
 pub(crate) fn halves(rotation: &Matrix, gain: Option<&[f32]>) -> Result<Halves> {
     let (cuda, order) = (rotation.cuda(), rotation.rows());
     let largest = gain.map_or(1.0, |gain| gain.iter().fold(0.0_f32, |most, g| most.max(g.abs())));
-    let up = if largest > 0.0 && largest.is_finite() { 12 - largest.log2().ceil() as i32 } else { 0 };
+    let up =
+        if largest > 0.0 && largest.is_finite() { 12 - largest.log2().ceil() as i32 } else { 0 };
     // Far from where powers of two end in f32.
     let up = up.clamp(-60, 60);
     let by = 2.0_f32.powi(up);
