@@ -18,7 +18,7 @@ fn a_larger_card_offloads_less() {
         held_out: 0,
         tokens: 128 * 4096,
         seq_len: 4096,
-        extras: Extras { reference, attended: false },
+        extras: Extras { reference, ..Extras::default() },
         exact: false,
         shared_grams: 0,
     };

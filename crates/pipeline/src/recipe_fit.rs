@@ -11,10 +11,11 @@
 //! shift their downs have no part, as none of them gives a token all that its MLP does: in blocks with
 //! experts o alone makes up for what the stream lacks, which [`fit`] says.
 
-use gptq_checkpoint::{LinearId, ModelConfig, NormId, NormKind};
+use gptq_checkpoint::{Checkpoint, LinearId, ModelConfig, NormId, NormKind};
 use gptq_quant::{Choices, QuantSpec, Rotate, ValueInputs};
 
 use crate::error::{Error, Result};
+use crate::learn_rotation::WIDEST;
 use crate::tune;
 
 /// Why the residual stream cannot be rotated; `None` where it can.
@@ -27,6 +28,23 @@ pub fn unrotatable(model: &ModelConfig) -> Option<&'static str> {
         return Some("what other parts make of images and sounds enters it as it is");
     }
     norms_results(model).then_some("what attention and the MLP give is normed")
+}
+
+/// Why a rotation of the residual stream cannot be learned from the weights, where it can be rotated; `None`
+/// where it can.
+fn unlearnable(model: &ModelConfig) -> Option<String> {
+    let (width, vocabulary) = (model.hidden_size, model.vocab_size);
+    if width > WIDEST {
+        return Some(format!(
+            "no rotation of more than {WIDEST} features is learned, and it has {width}"
+        ));
+    }
+    (vocabulary < width).then(|| {
+        format!(
+            "a learned rotation is found again from the embedding, whose {vocabulary} rows do not span {width} \
+             features"
+        )
+    })
 }
 
 /// Why o and down cannot be shifted to make up for what the residual stream lacks; `None` where they
@@ -54,13 +72,22 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
     let family = model.wrapper().unwrap_or(model.family);
     let choices = &mut spec.choices;
     let mut notes = Vec::new();
-    if let (Rotate::Full, Some(why)) = (choices.rotate, unrotatable(model)) {
+    let asked = choices.rotate;
+    if let (true, Some(why)) = (asked.turns_stream(), unrotatable(model)) {
         choices.rotate = Rotate::Heads;
         notes.push(format!(
             "{}={} instead of {}: the residual stream of a {family} model cannot be rotated, as {why}",
             Rotate::KEY,
             Rotate::Heads.name(),
-            Rotate::Full.name()
+            asked.name()
+        ));
+    } else if let (Rotate::Learned, Some(why)) = (asked, unlearnable(model)) {
+        choices.rotate = Rotate::Full;
+        notes.push(format!(
+            "{}={} instead of {}: {why}",
+            Rotate::KEY,
+            Rotate::Full.name(),
+            asked.name()
         ));
     }
     if let (true, Some(why)) = (choices.residual > 0.0, unshiftable(model)) {
@@ -109,6 +136,23 @@ pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
     }
 }
 
+/// Refuses to learn from weights that arrive one shard after the other, and go: they are looked at again and
+/// again before the first block.
+pub(crate) fn check_source(source: &Checkpoint, spec: &QuantSpec) -> Result<()> {
+    let learns = spec.recipe.calibrates() && spec.choices.rotate == Rotate::Learned;
+    if !(learns && source.is_arriving()) {
+        return Ok(());
+    }
+    let note = format!(
+        "{}={} learns from all weights before the first block, and these arrive while blocks are quantized; use \
+         {}, or download the model first",
+        Rotate::KEY,
+        Rotate::Learned.name(),
+        Rotate::Full.name()
+    );
+    Err(Error::Choice { note })
+}
+
 /// Whether q, k and v are one linear.
 fn fuses_values(model: &ModelConfig) -> bool {
     let linears = (0..model.num_hidden_layers).flat_map(|block| model.block_linears(block));
@@ -142,6 +186,38 @@ mod tests {
         assert_eq!(check(&model, &asked).is_err(), asked.choices != spec.choices, "{family}");
         check(&model, &spec).unwrap();
         (spec.choices, notes)
+    }
+
+    /// What is left of `rotate=learned` for a model of this width and vocabulary.
+    fn learned(family: &str, (width, vocabulary): (usize, usize)) -> (Rotate, Vec<String>) {
+        let text = format!(
+            r#"{{"model_type":"{family}","hidden_size":{width},"intermediate_size":64,"vocab_size":{vocabulary},
+            "num_hidden_layers":1,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
+        );
+        let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
+        let mut spec = QuantSpec::new(4, None, true, 0.01, Recipe::Best);
+        spec.choices.rotate = Rotate::Learned;
+        let asked = spec.clone();
+        let notes = fit(&model, &mut spec);
+        assert_eq!(check(&model, &asked).is_err(), spec.choices.rotate != Rotate::Learned);
+        (spec.choices.rotate, notes)
+    }
+
+    #[test]
+    fn a_rotation_is_learned_where_it_can_be_folded_and_found_again() {
+        assert_eq!(learned("llama", (64, 64)), (Rotate::Learned, vec![]));
+        assert_eq!(learned("mixtral", (64, 64)).0, Rotate::Learned);
+        let (rotate, notes) = learned("gemma2", (64, 64));
+        assert_eq!(rotate, Rotate::Heads);
+        assert!(notes[0].starts_with("rotate=heads instead of learned: the residual"), "{notes:?}");
+        for (sides, why) in [
+            ((64, 63), "rotate=full instead of learned: a learned rotation is found again"),
+            ((16_448, 20_000), "rotate=full instead of learned: no rotation of more than 16384"),
+        ] {
+            let (rotate, notes) = learned("llama", sides);
+            assert_eq!(rotate, Rotate::Full);
+            assert!(notes[0].starts_with(why), "{notes:?}");
+        }
     }
 
     #[test]

@@ -56,6 +56,8 @@ pub enum Rotate {
     Heads,
     /// That, and one over the residual stream: norm gains are folded too, and the head is turned.
     Full,
+    /// As full, with the residual stream's learned from the model's weights ([`Learner`](crate::Learner)).
+    Learned,
 }
 
 /// What the Hessian of v is made of.
@@ -322,9 +324,15 @@ named!(ScalePrecision: F32 = "f32", Half = "fp16");
 named!(Clip: None = "none", Search = "search", Solve = "solve");
 named!(Signs: Positive = "positive", Both = "both");
 named!(ValueInputs: Plain = "plain", Attended = "attended");
-named!(Rotate: None = "none", Heads = "heads", Full = "full");
+named!(Rotate: None = "none", Heads = "heads", Full = "full", Learned = "learned");
 
 impl Rotate {
+    /// Whether the residual stream is turned.
+    #[must_use]
+    pub fn turns_stream(self) -> bool {
+        matches!(self, Self::Full | Self::Learned)
+    }
+
     /// Name of the choice, for messages about it.
     pub const KEY: &str = "rotate";
 
@@ -381,6 +389,11 @@ mod tests {
         let mut heads = Choices::BEST;
         heads.set("rotate=heads").unwrap();
         assert_eq!(heads.rotate, Rotate::Heads);
+        let mut learned = Choices::TUNED;
+        learned.set("rotate=learned").unwrap();
+        let mut set = Choices::AUTOGPTQ;
+        learned.to_string().split(' ').for_each(|setting| set.set(setting).unwrap());
+        assert_eq!(set, learned);
     }
 
     #[test]
@@ -405,7 +418,7 @@ mod tests {
         assert_eq!(
             Choices::help(),
             "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, \
-             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, \
+             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full|learned, \
              values=plain|attended, tune=STEPS, tune-rate=0..0.1"
         );
     }

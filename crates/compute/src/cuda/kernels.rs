@@ -44,6 +44,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "diagonal.cu",
     "dot.cu",
     "finite.cu",
+    "fourth_powers.cu",
     "gated_backward.cu",
     "gather_columns.cu",
     "gelu_mul.cu",
@@ -72,6 +73,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "step_norm.cu",
     "step_silu.cu",
     "tri_inverse.cu",
+    "turn.cu",
     "unpermute.cu",
 ];
 
