@@ -62,10 +62,10 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
         ),
         ("card", "none", &["--bits", "3", "--recipe", "autogptq", "--layout", "card"]),
         ("rtn", "none", &["--bits", "3", "--recipe", "rtn", "--group-size", "none"]),
-        ("best", "full", &["--bits", "3", "--recipe", "best", "--group-size", "64"]),
+        ("best", "learned", &["--bits", "3", "--recipe", "best", "--group-size", "64"]),
         // Without metadata the rotation has to be found from the weights.
-        ("bare", "full", &["--bits", "4", "--recipe", "best", "--layout", "card"]),
-        ("learned", "learned", &["--bits", "3", "--recipe", "best", "--set", "rotate=learned"]),
+        ("bare", "learned", &["--bits", "4", "--recipe", "best", "--layout", "card"]),
+        ("full", "full", &["--bits", "3", "--recipe", "best", "--set", "rotate=full"]),
         ("heads", "heads", &["--recipe", "best", "--set", "rotate=heads", "--set", "head=0"]),
     ] {
         quantize(&dir, name, settings);
@@ -79,7 +79,7 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
         let takes =
             |loader| loaders.iter().find(|l| l["loader"] == loader).unwrap()["loads"].clone();
         assert_eq!(takes("transformers"), true);
-        assert_eq!(takes("ExLlama"), !matches!(name, "card" | "rtn" | "best" | "learned"));
+        assert_eq!(takes("ExLlama"), !matches!(name, "card" | "rtn" | "best" | "full"));
         // It splits q, k and v into equal parts, which those of this model are not.
         assert_eq!(takes("GPTQ-for-LLaMa"), false);
     }
@@ -201,7 +201,7 @@ fn single_words_are_found_against_the_base() {
         ("a3", &["--bits", "3", "--recipe", "autogptq", "--group-size", "64"]),
         ("b4", &["--bits", "4", "--recipe", "best", "--group-size", "none"]),
         ("b3", &["--bits", "3", "--recipe", "best"]),
-        ("l3", &["--bits", "3", "--recipe", "best", "--set", "rotate=learned"]),
+        ("f3", &["--bits", "3", "--recipe", "best", "--set", "rotate=full"]),
     ] {
         quantize(&dir, name, settings);
         let mut noise = Noise::new(11);

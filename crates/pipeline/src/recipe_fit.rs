@@ -15,8 +15,11 @@ use gptq_checkpoint::{Checkpoint, LinearId, ModelConfig, NormId, NormKind};
 use gptq_quant::{Choices, QuantSpec, Rotate, ValueInputs};
 
 use crate::error::{Error, Result};
-use crate::learn_rotation::WIDEST;
+use crate::learn_rotation::{LOOKS, WIDEST};
 use crate::tune;
+
+/// Weights in the blocks of the largest model whose rotation is learned where nothing is said: a look reads them all.
+const MOST_WEIGHTS: usize = 10_000_000_000;
 
 /// Why the residual stream cannot be rotated; `None` where it can.
 #[must_use]
@@ -47,6 +50,26 @@ fn unlearnable(model: &ModelConfig) -> Option<String> {
     })
 }
 
+/// Why a rotation is learned only where that is asked for.
+fn dear(model: &ModelConfig, arriving: bool) -> Option<String> {
+    if arriving {
+        return Some(
+            "a learned one is learned from all weights, which are not there yet".to_owned(),
+        );
+    }
+    let blocks = (0..model.num_hidden_layers).flat_map(|block| model.block_linears(block));
+    let weights: usize = blocks.map(|linear| linear.in_features * linear.out_features).sum();
+    (weights > MOST_WEIGHTS).then(|| {
+        format!(
+            "its blocks have {:.0} billion weights, all of which are read {LOOKS} times to learn one; ask for it with \
+             --set {}={}",
+            weights as f64 / 1e9,
+            Rotate::KEY,
+            Rotate::Learned.name()
+        )
+    })
+}
+
 /// Why o and down cannot be shifted to make up for what the residual stream lacks; `None` where they
 /// can.
 #[must_use]
@@ -63,13 +86,15 @@ pub(crate) fn has_experts(model: &ModelConfig) -> bool {
     (0..model.num_hidden_layers).any(|block| model.experts(block).is_some())
 }
 
-/// Leaves out what the model does not allow, and of the rest says what holds for a part of it; a sentence
-/// on each.
-pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
+/// Leaves out what the model does not allow, of a recipe's defaults also what would take too long for it, and of the
+/// rest says what holds for a part of it; a sentence on each. Of a model whose shards are `arriving` nothing is
+/// looked at before its blocks are.
+pub fn fit(model: &ModelConfig, arriving: bool, spec: &mut QuantSpec) -> Vec<String> {
     if !spec.recipe.calibrates() {
         return Vec::new();
     }
     let family = model.wrapper().unwrap_or(model.family);
+    let own_rotate = spec.own_rotate;
     let choices = &mut spec.choices;
     let mut notes = Vec::new();
     let asked = choices.rotate;
@@ -81,7 +106,9 @@ pub fn fit(model: &ModelConfig, spec: &mut QuantSpec) -> Vec<String> {
             Rotate::Heads.name(),
             asked.name()
         ));
-    } else if let (Rotate::Learned, Some(why)) = (asked, unlearnable(model)) {
+    } else if let (Rotate::Learned, Some(why)) =
+        (asked, unlearnable(model).or_else(|| dear(model, arriving).filter(|_| !own_rotate)))
+    {
         choices.rotate = Rotate::Full;
         notes.push(format!(
             "{}={} instead of {}: {why}",
@@ -129,7 +156,7 @@ pub fn check_tuning(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
 /// Refuses choices that [`fit`] would leave out.
 pub(crate) fn check(model: &ModelConfig, spec: &QuantSpec) -> Result<()> {
     let mut fitted = spec.clone();
-    let note = fit(model, &mut fitted).into_iter().next();
+    let note = fit(model, false, &mut fitted).into_iter().next();
     match note.filter(|_| fitted.choices != spec.choices) {
         Some(note) => Err(Error::Choice { note }),
         None => Ok(()),
@@ -182,7 +209,7 @@ mod tests {
         let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
         let mut spec = QuantSpec::new(4, None, true, 0.01, recipe);
         let asked = spec.clone();
-        let notes = fit(&model, &mut spec);
+        let notes = fit(&model, false, &mut spec);
         assert_eq!(check(&model, &asked).is_err(), asked.choices != spec.choices, "{family}");
         check(&model, &spec).unwrap();
         (spec.choices, notes)
@@ -198,7 +225,7 @@ mod tests {
         let mut spec = QuantSpec::new(4, None, true, 0.01, Recipe::Best);
         spec.choices.rotate = Rotate::Learned;
         let asked = spec.clone();
-        let notes = fit(&model, &mut spec);
+        let notes = fit(&model, false, &mut spec);
         assert_eq!(check(&model, &asked).is_err(), spec.choices.rotate != Rotate::Learned);
         (spec.choices.rotate, notes)
     }
@@ -220,6 +247,42 @@ mod tests {
         }
     }
 
+    /// By default only where a look is cheap; what was asked for by name stays.
+    #[test]
+    fn large_models_and_those_that_arrive_keep_the_common_rotation_unless_asked() {
+        let large = crate::operations::tests::llama_70b();
+        let small = r#"{"model_type":"llama","hidden_size":4096,"intermediate_size":14336,"vocab_size":128256,
+            "num_hidden_layers":32,"num_attention_heads":32,"num_key_value_heads":8}"#;
+        let small = ModelConfig::parse(small, Path::new("config.json")).unwrap();
+        for recipe in [Recipe::Best, Recipe::Tuned] {
+            for (model, arriving, asks, rotate, said) in [
+                (&small, false, false, Rotate::Learned, None),
+                (&small, true, false, Rotate::Full, Some("which are not there yet")),
+                (
+                    &large,
+                    false,
+                    false,
+                    Rotate::Full,
+                    Some("have 68 billion weights, all of which are read 12 times"),
+                ),
+                (&large, false, true, Rotate::Learned, None),
+                (&small, true, true, Rotate::Learned, None),
+            ] {
+                let mut spec = QuantSpec::new(4, None, true, 0.03, recipe);
+                if asks {
+                    spec.set(&["rotate=learned".to_owned()]).unwrap();
+                }
+                let notes = fit(model, arriving, &mut spec);
+                assert_eq!(spec.choices.rotate, rotate, "{notes:?}");
+                assert_eq!(notes.len(), usize::from(said.is_some()), "{notes:?}");
+                assert!(said.is_none_or(|said| notes[0].contains(said)), "{notes:?}");
+                // What was fitted is not refused, what would have been changed is.
+                check(model, &spec).unwrap();
+            }
+        }
+        assert!(check(&large, &QuantSpec::new(4, None, true, 0.03, Recipe::Best)).is_err());
+    }
+
     #[test]
     fn what_a_model_does_not_allow_is_left_out_and_said() {
         let best = Choices::BEST;
@@ -237,7 +300,7 @@ mod tests {
             let without = Choices { rotate: Rotate::Heads, residual: 0.0, ..best };
             assert_eq!((choices, notes.len()), (without, 2), "{family}");
             assert!(notes.iter().any(|note| note.contains(why)), "{family}: {notes:?}");
-            assert!(notes[0].starts_with("rotate=heads instead of full"), "{notes:?}");
+            assert!(notes[0].starts_with("rotate=heads instead of learned"), "{notes:?}");
             for recipe in [Recipe::AutoGptq, Recipe::Rtn] {
                 assert_eq!(fitted(family, recipe), (Choices::AUTOGPTQ, vec![]), "{family}");
             }
@@ -255,7 +318,7 @@ mod tests {
             let mut spec = QuantSpec::new(4, None, true, 0.01, Recipe::AutoGptq);
             spec.set(&["values=attended".to_owned()]).unwrap();
             assert_eq!(check(&model, &spec).is_err(), fused, "{family}");
-            let notes = fit(&model, &mut spec);
+            let notes = fit(&model, false, &mut spec);
             assert_eq!(notes.len(), usize::from(fused), "{family}: {notes:?}");
             assert_eq!(spec.choices.values == ValueInputs::Plain, fused, "{family}");
             check(&model, &spec).unwrap();

@@ -119,7 +119,7 @@ impl Choices {
         signs: Signs::Both,
         residual: 0.5,
         head: 1.0,
-        rotate: Rotate::Full,
+        rotate: Rotate::Learned,
         values: ValueInputs::Plain,
         tune: 0,
         tune_rate: Self::TUNE_RATE,
@@ -389,17 +389,17 @@ mod tests {
         let mut heads = Choices::BEST;
         heads.set("rotate=heads").unwrap();
         assert_eq!(heads.rotate, Rotate::Heads);
-        let mut learned = Choices::TUNED;
-        learned.set("rotate=learned").unwrap();
-        let mut set = Choices::AUTOGPTQ;
-        learned.to_string().split(' ').for_each(|setting| set.set(setting).unwrap());
-        assert_eq!(set, learned);
+        let mut full = Choices::TUNED;
+        full.set("rotate=full").unwrap();
+        let mut set = Choices::BEST;
+        full.to_string().split(' ').for_each(|setting| set.set(setting).unwrap());
+        assert_eq!(set, full);
     }
 
     #[test]
     fn what_is_not_tuned_says_nothing_of_it() {
         assert!(!Choices::BEST.to_string().contains("tune"));
-        assert!(Choices::TUNED.to_string().ends_with(" rotate=full tune=64 tune-rate=0.002"));
+        assert!(Choices::TUNED.to_string().ends_with(" rotate=learned tune=64 tune-rate=0.002"));
     }
 
     #[test]
@@ -407,7 +407,7 @@ mod tests {
         let mut choices = Choices::BEST;
         assert!(!choices.to_string().contains("values"));
         choices.set("values=attended").unwrap();
-        assert!(choices.to_string().ends_with(" rotate=full values=attended"));
+        assert!(choices.to_string().ends_with(" rotate=learned values=attended"));
         let mut set = Choices::BEST;
         choices.to_string().split(' ').for_each(|setting| set.set(setting).unwrap());
         assert_eq!(set, choices);
