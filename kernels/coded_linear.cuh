@@ -1,4 +1,5 @@
-// coded_linear: up to 16 tokens times weights whose codes lie as coded.cuh says, for all widths.
+// coded_linear: up to 16 tokens, on cards with much shared memory 4, times weights whose codes lie as coded.cuh says,
+// for all widths.
 //
 // Layout   of up to three weights that read the same tokens: tiles and cells as in coded.cuh, `tail` vectors of
 //          cells a step, bias [rows] f32 or null, out [tokens, out_stride] f32, set or added to. x and x_cells as in
@@ -84,14 +85,23 @@ __device__ __forceinline__ CellInputs<S> inputs_of(const Inputs<S>& inputs, int 
     return of;
 }
 
-// Copies rows of tokens from global to shared memory, by so many threads.
-__device__ __forceinline__ void stage_rows(unsigned char* to, int to_stride, const unsigned char* from,
-                                           long long from_stride, int bytes, int tokens, int thread, int threads) {
-    const int lanes = tokens == 1 ? threads : 8;
-    for (int token = thread / lanes; token < tokens; token += threads / lanes) {
-#pragma unroll 8
-        for (int i = thread % lanes * 16; i < bytes; i += lanes * 16) {
-            *(uint4*)(to + token * to_stride + i) = *(const uint4*)(from + token * from_stride + i);
+// A row of one token's inputs and cells, `bytes` of them and `cell_bytes`, from global to shared memory by so many
+// threads: as many are under way at a time as eight lanes have of 512 columns.
+__device__ __forceinline__ void stage_token(unsigned char* x, unsigned char* cells, const unsigned char* from_x,
+                                            const unsigned char* from_cells, int bytes, int cell_bytes, int thread,
+                                            int threads) {
+    constexpr int AT_A_TIME = 9;
+    for (int first = thread * 16; first < bytes + cell_bytes; first += AT_A_TIME * 16 * threads) {
+        uint4 v[AT_A_TIME];
+#pragma unroll
+        for (int k = 0; k < AT_A_TIME; ++k) {
+            const int at = first + k * 16 * threads;
+            if (at < bytes + cell_bytes) v[k] = *(const uint4*)(at < bytes ? from_x + at : from_cells + (at - bytes));
+        }
+#pragma unroll
+        for (int k = 0; k < AT_A_TIME; ++k) {
+            const int at = first + k * 16 * threads;
+            if (at < bytes + cell_bytes) *(uint4*)(at < bytes ? x + at : cells + (at - bytes)) = v[k];
         }
     }
 }
@@ -106,10 +116,13 @@ __device__ __forceinline__ Inputs<S> stage_inputs(const Product& p, const Share&
     const int most = (p.steps + p.slices - 1) / p.slices, row = most * STEP, cell_row = most * CELLS + 16;
     const int before = share.first - share.slice_first;
     unsigned char *x = shared + before * STEP, *cells = shared + p.tokens * row + before * CELLS;
-    stage_rows(x, row, (const unsigned char*)p.x + share.first * STEP, 2ll * p.x_stride, share.steps * STEP, p.tokens,
-               thread, threads);
-    stage_rows(cells, cell_row, (const unsigned char*)p.x_cells + share.first * CELLS, (long long)p.steps * CELLS,
-               share.steps * CELLS, p.tokens, thread, threads);
+    const int lanes = p.tokens == 1 ? threads : p.tokens == 2 ? threads / 2 : 8;
+    for (int token = thread / lanes; token < p.tokens; token += threads / lanes) {
+        stage_token(x + token * row, cells + token * cell_row,
+                    (const unsigned char*)p.x + share.first * STEP + 2ll * token * p.x_stride,
+                    (const unsigned char*)p.x_cells + (token * (long long)p.steps + share.first) * CELLS,
+                    share.steps * STEP, share.steps * CELLS, thread % lanes, lanes);
+    }
     if (ALL) {
         __syncthreads();
     } else {
@@ -279,10 +292,18 @@ __device__ __forceinline__ void coded_linear(const Product& p) {
         coded_linear<Shape<BITS, EVERY, RT, WARPS, TOKENS, TURNS, ROOM>>(p);                \
     }
 
-// For up to so many tokens. Of few, pairs of row tiles are read faster, and single ones are shared out more evenly. Of
-// many, each warp has units of its own. The launcher knows these numbers, too.
-#define CODED_LINEAR_OF(BITS, EVERY)                                                                               \
-    CODED_LINEAR(BITS, pair, EVERY, 4, (kLarge ? 2 : 1), (kLarge ? 16 : 8), 2, (kLarge ? 163840 : 75776))          \
-    CODED_LINEAR(BITS, single, EVERY, 4, 1, (kLarge ? 16 : 8), 2, (kLarge ? 163840 : 75776))                       \
-    CODED_LINEAR(BITS, eight, EVERY, 8, (kLarge ? BITS < 8 ? 4 : 2 : 1), 8, 0, (kLarge ? 139264 : 75776))          \
-    CODED_LINEAR(BITS, sixteen, EVERY, 16, (kLarge ? BITS < 8 ? 4 : 2 : 1), 8, 0, (kLarge ? 139264 : 75776))
+// For up to so many tokens. Pairs of row tiles are read faster, with deeper rings where inputs leave room for them, and
+// single ones are shared out more evenly. Of many, each warp has units of its own; on cards with much shared memory
+// coded_stream takes them. The launcher knows these numbers, too.
+#ifdef LARGE
+#define CODED_LINEAR_OF(BITS, EVERY)                       \
+    CODED_LINEAR(BITS, pair, EVERY, 4, 2, 16, 2, 163840)   \
+    CODED_LINEAR(BITS, deep, EVERY, 4, 2, 16, 2, 212992)   \
+    CODED_LINEAR(BITS, single, EVERY, 4, 1, 16, 2, 163840)
+#else
+#define CODED_LINEAR_OF(BITS, EVERY)                       \
+    CODED_LINEAR(BITS, pair, EVERY, 4, 1, 8, 2, 75776)     \
+    CODED_LINEAR(BITS, single, EVERY, 4, 1, 8, 2, 75776)   \
+    CODED_LINEAR(BITS, eight, EVERY, 8, 1, 8, 0, 75776)    \
+    CODED_LINEAR(BITS, sixteen, EVERY, 16, 1, 8, 0, 75776)
+#endif

@@ -24,9 +24,10 @@ struct Product {
     const void* x;
     const int4* x_cells;
     float* shares;
+    float* stream_shares;
     int part_count, steps, x_stride, tokens, add, slices;
 };
-static_assert(sizeof(Product) == 216, "as in product.rs");
+static_assert(sizeof(Product) == 224, "as in product.rs");
 
 namespace {
 
@@ -55,6 +56,7 @@ __device__ __forceinline__ void await(int barrier, int threads) {
 // Whether a block may have 227 KiB of shared memory (Hopper and the Blackwell of data centers); all others have 99 KiB
 // at least.
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define LARGE
 constexpr bool kLarge = true;
 #else
 constexpr bool kLarge = false;
@@ -94,10 +96,14 @@ __device__ __forceinline__ int units_of(const Part& part) {
 template <class S>
 __device__ __forceinline__ Share share_of(const Product& p, int warp) {
     Share share;
-    const int group = blockIdx.x / p.slices, groups = gridDim.x / p.slices;
-    share.slice = blockIdx.x % p.slices;
-    share.slice_first = share.slice * p.steps / p.slices;
-    share.slice_steps = (share.slice + 1) * p.steps / p.slices - share.slice_first;
+    int group = blockIdx.x, groups = gridDim.x;
+    share.slice = share.slice_first = 0, share.slice_steps = p.steps;
+    if (p.slices > 1) {
+        group /= p.slices, groups /= p.slices;
+        share.slice = blockIdx.x % p.slices;
+        share.slice_first = share.slice * p.steps / p.slices;
+        share.slice_steps = (share.slice + 1) * p.steps / p.slices - share.slice_first;
+    }
     if (S::TURNS == 0) {
         share.unit = group * S::WARPS + warp, share.apart = groups * S::WARPS;
         share.first = share.slice_first, share.steps = share.slice_steps;

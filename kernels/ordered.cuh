@@ -4,6 +4,10 @@
 // bytes, unit a power of two for the columns of a cell, 32 * every of them: [token][64 columns][low, high]
 // [8 columns: 4][32 columns: 2][8], two bytes a column; and beside them, [token][cell], -(sum of low), -(sum of high)
 // and unit. padded is a multiple of 128 then.
+//
+// For streams (coded_stream.cuh) fp16 values again, of `slots` tokens side by side: [8 places][slots][8], of 32 places
+// those with 4 <= place % 8 behind the others, and of each half first those with 0 and 2 = place % 4, of all eights, then
+// those with 1 and 3; and [cell][slots] the sums of its values, f32. What slots without a token hold is nobody's.
 #pragma once
 #include "half.cuh"
 
@@ -13,8 +17,9 @@ struct Ordered {
     half_t* x;
     int4* cells;
     int padded, every;
+    int slots;  // of a stream, or 0
 };
-static_assert(sizeof(Ordered) == 32, "as in coded.rs");
+static_assert(sizeof(Ordered) == 40, "as in coded.rs");
 
 // The column of `cols` that stands at a place, -1 for none.
 static __device__ __forceinline__ int column_at(const Ordered& to, int place, int cols) {
@@ -25,7 +30,26 @@ static __device__ __forceinline__ int column_at(const Ordered& to, int place, in
 struct OrderedRoom {
     unsigned most[32];
     int2 sums[32];
+    float totals[32];
 };
+
+// As put_ordered, for streams.
+static __device__ __forceinline__ void put_in_stream(const Ordered& to, int token, int place, half_t value,
+                                                     OrderedRoom& room) {
+    const int warp = threadIdx.x / 32;
+    float total = half_to_float(value);
+    for (int apart = 16; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
+    if (threadIdx.x % 32 == 0) room.totals[warp] = total;
+    __syncthreads();
+    if (place >= to.padded) return;
+    const int at = place / 32 * 32 + place % 8 / 4 * 16 + place % 2 * 8 + place % 32 / 8 * 2 + place % 4 / 2;
+    to.x[((long long)(at / 8) * to.slots + token) * 8 + at % 8] = value;
+    if (place % (32 * to.every) == 0) {
+        float sum = 0.0f;
+        for (int i = 0; i < to.every; ++i) sum += room.totals[warp + i];
+        ((float*)to.cells)[(long long)(place / 32 / to.every) * to.slots + token] = sum;
+    }
+}
 
 // Puts a value at a place of a token; all threads of a block call it, with neighboring places from a multiple of 128
 // on, 0 where none is there. A value that is not finite makes its cell NaN.
@@ -34,6 +58,10 @@ static __device__ __forceinline__ void put_ordered(const Ordered& to, int token,
     const bool there = place < to.padded;
     if (to.every == 0) {
         if (there) to.x[(long long)token * to.padded + place] = value;
+        return;
+    }
+    if (to.slots > 0) {
+        put_in_stream(to, token, place, value, room);
         return;
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp - warp % to.every;

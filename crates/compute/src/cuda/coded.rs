@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use half::f16;
 use rayon::prelude::*;
 
 use super::buffer::{Buffer, Values};
@@ -13,6 +14,7 @@ use super::context::Cuda;
 use super::dense::int;
 use super::error::StageContext;
 use super::matrix::Matrix;
+use super::shares::slots;
 use super::transfer::address;
 use crate::error::{Error, Result};
 use crate::resident::CodedMatrix;
@@ -78,14 +80,16 @@ pub(super) struct Ordered {
     pub(super) padded: i32,
     /// Sub-blocks of a cell, or 0 for values in fp16.
     pub(super) every: i32,
+    /// Slots of a stream, or 0.
+    pub(super) slots: i32,
 }
 
-const _: () = assert!(size_of::<Ordered>() == 32, "as in ordered.cuh");
+const _: () = assert!(size_of::<Ordered>() == 40, "as in ordered.cuh");
 
 impl Ordered {
     /// fp16 values of tokens, each in its own place.
     pub(super) fn plain(x: u64, values: usize) -> Result<Self> {
-        Ok(Self { places: 0, x, cells: 0, padded: int(values)?, every: 0 })
+        Ok(Self { places: 0, x, cells: 0, padded: int(values)?, every: 0, slots: 0 })
     }
 }
 
@@ -109,6 +113,11 @@ fn lane_words(bits: u8) -> usize {
 /// Words of the tiles of so many rows and steps.
 fn tile_words(bits: u8, rows: usize, steps: usize) -> usize {
     rows.div_ceil(TILE_ROWS) * steps * lane_words(bits) * 32
+}
+
+/// Bytes of a step of a row tile: of codes, and of cells of so many vectors.
+pub(super) fn step_bytes(bits: u8, tail: usize) -> [usize; 2] {
+    [lane_words(bits) * 32 * size_of::<u32>(), tail * VECTOR]
 }
 
 /// Bytes of the cells of so many rows and steps, `tail` vectors each.
@@ -323,44 +332,59 @@ impl Coded {
         words * size_of::<u32>() + cell_bytes(self.rows, self.steps, self.grid.tail)
     }
 
-    /// Where tokens' values go for products of this weight with a few of them.
-    pub(super) fn ordered(&self, x: u64, cells: u64) -> Result<Ordered> {
+    /// Where tokens' values go for products of this weight with so many of them.
+    pub(super) fn ordered(&self, x: u64, cells: u64, tokens: usize) -> Result<Ordered> {
         let every = if self.bits < 16 { self.grid.every } else { 0 };
-        let places = self.order.address(&self.cuda);
-        Ok(Ordered { places, x, cells, padded: int(self.padded())?, every: int(every)? })
+        let (places, padded) = (self.order.address(&self.cuda), int(self.padded())?);
+        Ok(Ordered {
+            places,
+            x,
+            cells,
+            padded,
+            every: int(every)?,
+            slots: int(slots(self, tokens))?,
+        })
     }
 
     /// Tokens `[tokens, cols]` in this weight's order, fp16.
     pub(super) fn in_order(&self, x: &Matrix) -> Result<Matrix> {
         let mut out = Matrix::uninit_f16(&self.cuda, GATHER, (x.rows(), self.padded()))?;
-        let to = Ordered { every: 0, ..self.ordered(out.address_mut()?, 0)? };
-        self.gather(x, to)?;
+        let to = Ordered { every: 0, slots: 0, ..self.ordered(out.address_mut()?, 0, 1)? };
+        self.gather(x, (0, x.rows()), to)?;
         Ok(out)
     }
 
-    /// The same as products with a few tokens take them, and what belongs to their cells.
-    pub(super) fn in_cells(&self, x: &Matrix) -> Result<(Matrix, Buffer<i32>)> {
-        let mut out = Matrix::uninit_f16(&self.cuda, GATHER, (x.rows(), self.padded()))?;
-        let count = x.rows() * self.padded() / SUB / self.grid.every * CELL_WORDS;
+    /// So many tokens from one of `x` on as products with that many take them, and what belongs to their cells.
+    pub(super) fn in_cells(
+        &self,
+        x: &Matrix,
+        (first, tokens): (usize, usize),
+    ) -> Result<(Matrix, Buffer<i32>)> {
+        let rows = tokens.max(slots(self, tokens));
+        let mut out = Matrix::uninit_f16(&self.cuda, GATHER, (rows, self.padded()))?;
+        let count = rows * self.padded() / SUB / self.grid.every * CELL_WORDS;
         let cells = self.cuda.uninit::<i32>(GATHER, count)?;
-        let to = self.ordered(out.address_mut()?, address(cells.slice(), self.cuda.stream()))?;
-        self.gather(x, to)?;
+        let cells_address = address(cells.slice(), self.cuda.stream());
+        let to = self.ordered(out.address_mut()?, cells_address, tokens)?;
+        self.gather(x, (first, tokens), to)?;
         Ok((out, cells))
     }
 
-    fn gather(&self, x: &Matrix, to: Ordered) -> Result<()> {
-        if x.rows() == 0 {
+    /// So many tokens from one on.
+    fn gather(&self, x: &Matrix, (first, tokens): (usize, usize), to: Ordered) -> Result<()> {
+        if tokens == 0 {
             return Ok(());
         }
-        if x.rows() > MOST_ROWS {
-            let reason = format!("{} tokens at a time are more than {MOST_ROWS}", x.rows());
+        if tokens > MOST_ROWS {
+            let reason = format!("{tokens} tokens at a time are more than {MOST_ROWS}");
             return Err(Error::Unsupported { op: GATHER, reason });
         }
         let half = matches!(x.values(), Values::F16(_));
         let name = if half { "gather_columns_f16" } else { "gather_columns_f32" };
         let function = self.cuda.kernel("gather_columns.cu", name)?;
-        let (from, cols) = (x.address(), int(self.cols)?);
-        let config = per_place(self.padded(), x.rows());
+        let bytes = if half { size_of::<f16>() } else { size_of::<f32>() };
+        let (from, cols) = (x.address() + (first * self.cols * bytes) as u64, int(self.cols)?);
+        let config = per_place(self.padded(), tokens);
         let mut launch = self.cuda.stream().launch_builder(&function);
         launch.arg(&from).arg(&to).arg(&cols);
         // SAFETY: the arguments are the kernel's; x holds rows of `cols` values of its type, places, where

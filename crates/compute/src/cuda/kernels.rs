@@ -37,6 +37,10 @@ const SOURCES: &[(&str, &str)] = embedded![
     "coded_linear_3.cu",
     "coded_linear_4.cu",
     "coded_linear_8.cu",
+    "coded_stream_2.cu",
+    "coded_stream_3.cu",
+    "coded_stream_4.cu",
+    "coded_stream_8.cu",
     "coded_tiles.cu",
     "combine.cu",
     "convert.cu",
@@ -80,9 +84,11 @@ const SOURCES: &[(&str, &str)] = embedded![
 /// Files that kernels may include.
 const HEADERS: &[(&str, &str)] = embedded![
     "attention.cuh",
+    "bulk.cuh",
     "coded.cuh",
     "coded_linear.cuh",
     "coded_ring.cuh",
+    "coded_stream.cuh",
     "dependent.cuh",
     "gated.cuh",
     "gptq.cuh",

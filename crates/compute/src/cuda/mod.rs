@@ -21,6 +21,7 @@ pub(crate) mod attention;
 pub(crate) mod attention_backward;
 pub(crate) mod backward;
 pub(crate) mod block_parts;
+mod boxes;
 pub(crate) mod buffer;
 mod cache;
 pub(crate) mod coded;

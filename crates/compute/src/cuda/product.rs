@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUtensorMap;
 use cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg};
-use half::f16;
 
+use super::boxes::tensor_map;
 use super::buffer::Buffer;
-use super::coded::Coded;
+use super::coded::{Coded, TILE_ROWS, step_bytes};
 use super::context::Cuda;
 use super::dense::int;
 use super::dependent::{self, Arguments};
@@ -14,7 +15,7 @@ use super::elementwise::to_f16;
 use super::error::StageContext;
 use super::gemm::{Operand, PLAIN, TRANSPOSED, gemm};
 use super::matrix::Matrix;
-use super::shares::Plan;
+use super::shares::{Kind, Plan};
 use super::timing::Timer;
 use super::transfer::address;
 use crate::error::{Error, Result};
@@ -53,17 +54,60 @@ struct Product {
     slices: i32,
 }
 
-/// Addresses of tokens in the weights' order, of what belongs to their cells, and of where slices leave their
-/// shares, as many values as [`share_values`] says.
+/// Addresses of tokens in the weights' order, of what belongs to their cells, and of what parts of a product leave for
+/// each other.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Inputs {
     pub(super) x: u64,
     pub(super) cells: u64,
     pub(super) shares: u64,
+    pub(super) stream_shares: u64,
 }
 
-const _: () = assert!(size_of::<Product>() == 216, "as in coded_ring.cuh");
+const _: () = assert!(size_of::<Product>() == 224, "as in coded_ring.cuh");
+
+/// `Maps` of `coded_stream.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Maps {
+    tiles: [CUtensorMap; PARTS],
+    cells: [CUtensorMap; PARTS],
+}
+
+// SAFETY: what the driver made for kernels to have as an argument.
+unsafe impl DeviceRepr for Maps {}
+
+/// Memory by which parts of a product put their sums together, one product after the other.
+pub(super) struct Sums {
+    shares: Buffer<f32>,
+    /// All zero between products.
+    stream_shares: Buffer<f32>,
+}
+
+/// How many values of both a product of some weights that go together needs.
+pub(super) fn sums_of(weights: &[&Coded], tokens: usize) -> (usize, usize) {
+    let rows = weights.iter().map(|weight| weight.shape().0);
+    let plan = Plan::new(weights[0], rows, tokens);
+    (plan.share_values(), plan.stream_values())
+}
+
+impl Sums {
+    pub(super) fn new(
+        cuda: &Cuda,
+        op: &'static str,
+        (shares, of_streams): (usize, usize),
+    ) -> Result<Self> {
+        Ok(Self { shares: cuda.uninit(op, shares)?, stream_shares: cuda.zeros(op, of_streams)? })
+    }
+
+    /// With tokens and what belongs to their cells.
+    pub(super) fn with(&self, x: u64, cells: u64, stream: &Arc<CudaStream>) -> Inputs {
+        let [shares, stream_shares] =
+            [&self.shares, &self.stream_shares].map(|buffer| address(buffer.slice(), stream));
+        Inputs { x, cells, shares, stream_shares }
+    }
+}
 
 // SAFETY: integers and addresses, laid out as the kernel's struct.
 unsafe impl DeviceRepr for Product {}
@@ -81,6 +125,8 @@ pub(super) struct Launch {
     function: CudaFunction,
     config: LaunchConfig,
     product: Product,
+    /// Of a stream.
+    maps: Option<Box<Maps>>,
     join: Option<Join>,
 }
 
@@ -99,6 +145,9 @@ impl Launch {
     pub(super) unsafe fn queue(&self, cuda: &Cuda, stream: &CudaStream) -> Result<()> {
         let mut arguments = Arguments::new();
         arguments.push(&self.product);
+        if let Some(maps) = &self.maps {
+            arguments.push(&**maps);
+        }
         let on = (cuda, stream);
         // SAFETY: the arguments are the kernels', which keep to the rule; the caller vouches for the rest.
         unsafe {
@@ -117,7 +166,10 @@ impl Launch {
     unsafe fn queue_after_all(&self, op: &'static str, stream: &CudaStream) -> Result<()> {
         let mut launch = stream.launch_builder(&self.function);
         launch.arg(&self.product);
-        // SAFETY: the argument is the kernel's; the caller vouches for its addresses.
+        if let Some(maps) = &self.maps {
+            launch.arg(&**maps);
+        }
+        // SAFETY: the arguments are the kernel's; the caller vouches for their addresses.
         unsafe { launch.launch(self.config) }.stage(op)?;
         let Some(Join { function, config, sides }) = &self.join else { return Ok(()) };
         let mut launch = stream.launch_builder(function);
@@ -130,12 +182,6 @@ impl Launch {
 
 const JOIN: &str = "coded_join";
 
-/// Values that slices of a product of some weights that go together leave, 0 where there is one slice.
-pub(super) fn share_values(weights: &[&Coded], tokens: usize) -> usize {
-    let rows = weights.iter().map(|weight| weight.shape().0);
-    Plan::new(weights[0], rows, tokens).share_values()
-}
-
 /// Prepares the product of tokens, in the weights' common order, with some weights that go together.
 pub(super) fn prepare(
     outputs: &[Output<'_>],
@@ -146,9 +192,9 @@ pub(super) fn prepare(
     let weight = outputs[0].weight;
     let (cuda, every) = (weight.cuda(), weight.grid().every);
     let plan = Plan::new(weight, outputs.iter().map(|output| output.weight.shape().0), tokens);
-    let (file, names) = names(weight.bits());
-    let name = names[(every / 2).min(2)][plan.kind as usize];
+    let (file, name) = kernel(weight.bits(), every, plan.kind);
     let function = cuda.kernel_with_shared(file, name, plan.most_shared)?;
+    let maps = if plan.is_stream() { Some(Box::new(maps(outputs, plan.unit_rows)?)) } else { None };
     let mut parts = [Part::default(); PARTS];
     for (part, output) in parts.iter_mut().zip(outputs) {
         let (weight, grid) = (output.weight, output.weight.grid());
@@ -195,8 +241,29 @@ pub(super) fn prepare(
             add: add.into(),
             slices: int(plan.slices)?,
         },
+        maps,
         join,
     })
+}
+
+/// Steps of so many rows' tiles and cells, as boxes of each weight.
+fn maps(outputs: &[Output<'_>], unit_rows: usize) -> Result<Maps> {
+    const OP: &str = "coded_stream";
+    let none = CUtensorMap { opaque: [0; 16] };
+    let mut maps = Maps { tiles: [none; PARTS], cells: [none; PARTS] };
+    for (i, output) in outputs.iter().enumerate() {
+        let weight = output.weight;
+        let row_tiles = weight.shape().0.div_ceil(TILE_ROWS);
+        let [codes, cells] = step_bytes(weight.bits(), weight.grid().tail);
+        let [at_tiles, at_cells] = weight.addresses();
+        let map = |at: u64, bytes: usize| {
+            let a_box = (unit_rows / TILE_ROWS, bytes);
+            tensor_map(OP, at, (row_tiles, weight.steps() * bytes), a_box)
+        };
+        maps.tiles[i] = map(at_tiles, codes)?;
+        maps.cells[i] = map(at_cells, cells)?;
+    }
+    Ok(maps)
 }
 
 /// x · wᵀ as fp16.
@@ -235,22 +302,16 @@ pub(crate) fn linear_add(x: &Matrix, w: &Coded, residual: &mut Matrix) -> Result
 
 /// By the kernel, into f32 values `[x.rows, w.rows]` at `out`, or added to them.
 fn few(op: &'static str, x: &Matrix, w: &Coded, out: u64, add: bool) -> Result<()> {
-    let (ordered, cells) = w.in_cells(x)?;
     let rows = w.shape().0;
     if rows == 0 {
         return Ok(());
     }
-    let stream = w.cuda().stream();
-    let most = FEW_TOKENS.min(x.rows());
-    let shares = w.cuda().uninit::<f32>(op, share_values(&[w], most))?;
+    let (cuda, stream) = (w.cuda(), w.cuda().stream());
     for first in (0..x.rows()).step_by(FEW_TOKENS) {
         let tokens = FEW_TOKENS.min(x.rows() - first);
-        // The last ones may be cut into more slices than all before.
-        let shares = match tokens == most {
-            true => shares.clone(),
-            false => w.cuda().uninit::<f32>(op, share_values(&[w], tokens))?,
-        };
-        let inputs = inputs_at((&ordered, &cells, &shares), first, stream);
+        let (ordered, cells) = w.in_cells(x, (first, tokens))?;
+        let sums = Sums::new(cuda, op, sums_of(&[w], tokens))?;
+        let inputs = sums.with(ordered.address(), address(cells.slice(), stream), stream);
         let out = out + (first * rows * size_of::<f32>()) as u64;
         let output = Output { weight: w, bias: 0, out, stride: rows };
         let launch = prepare(&[output], inputs, tokens, add)?;
@@ -261,20 +322,6 @@ fn few(op: &'static str, x: &Matrix, w: &Coded, out: u64, add: bool) -> Result<(
     Ok(())
 }
 
-/// Tokens from `first` on, all of them in a weight's order.
-fn inputs_at(
-    (x, cells, shares): (&Matrix, &Buffer<i32>, &Buffer<f32>),
-    first: usize,
-    stream: &Arc<CudaStream>,
-) -> Inputs {
-    let a_token = cells.slice().len() / x.rows().max(1) * size_of::<i32>();
-    Inputs {
-        x: x.address() + (first * x.cols() * size_of::<f16>()) as u64,
-        cells: address(cells.slice(), stream) + (first * a_token) as u64,
-        shares: address(shares.slice(), stream),
-    }
-}
-
 /// Seconds of a launch of tokens with each of some sets of weights that go together, one after the other as
 /// a step has them; the best of some rounds.
 pub(crate) fn seconds(x: &Matrix, sets: &[Vec<&Coded>]) -> Result<f64> {
@@ -282,9 +329,9 @@ pub(crate) fn seconds(x: &Matrix, sets: &[Vec<&Coded>]) -> Result<f64> {
     const ROUNDS: usize = 5;
     let first = &sets[0];
     let (cuda, tokens) = (first[0].cuda(), x.rows());
-    let (ordered, cells) = first[0].in_cells(x)?;
-    let shares = cuda.uninit::<f32>(OP, share_values(first, tokens))?;
-    let inputs = inputs_at((&ordered, &cells, &shares), 0, cuda.stream());
+    let (ordered, cells) = first[0].in_cells(x, (0, tokens))?;
+    let (sums, stream) = (Sums::new(cuda, OP, sums_of(first, tokens))?, cuda.stream());
+    let inputs = sums.with(ordered.address(), address(cells.slice(), stream), stream);
     let outs = first.iter().map(|weight| {
         let mut out = Matrix::uninit_f32(cuda, OP, (tokens, weight.shape().0))?;
         Ok((out.address_mut()?, out))
@@ -321,23 +368,29 @@ fn many(op: &'static str, x: &Matrix, w: &Coded, beta: f32, target: Operand) -> 
     unsafe { gemm(cuda, op, (w.shape().0, x.rows(), k), (left, right), beta, target) }
 }
 
-/// The kernel's file and its variants in the order of [`Kind`], with cells of one sub-block, of two and of four.
-/// Values in fp16 have no cells.
-fn names(bits: u8) -> (&'static str, &'static [[&'static str; 4]]) {
+/// A kernel's file and name, for cells of one sub-block, of two or of four. Values in fp16 have no cells.
+fn kernel(bits: u8, every: usize, kind: Kind) -> (&'static str, &'static str) {
     macro_rules! of {
         ($bits:literal) => {
-            (
-                concat!("coded_linear_", $bits, ".cu"),
-                &[of!(@ $bits, "_1"), of!(@ $bits, "_2"), of!(@ $bits, "_4")],
-            )
+            match every {
+                1 => of!(@ $bits, "_1"),
+                2 => of!(@ $bits, "_2"),
+                _ => of!(@ $bits, "_4"),
+            }
         };
         (@ $bits:literal, $every:literal) => {
-            [
-                concat!("coded_linear_", $bits, "_pair", $every),
-                concat!("coded_linear_", $bits, "_single", $every),
-                concat!("coded_linear_", $bits, "_eight", $every),
-                concat!("coded_linear_", $bits, "_sixteen", $every),
-            ]
+            match kind {
+                Kind::Pair => of!(@ "coded_linear_", $bits, "_pair", $every),
+                Kind::Deep => of!(@ "coded_linear_", $bits, "_deep", $every),
+                Kind::Single => of!(@ "coded_linear_", $bits, "_single", $every),
+                Kind::Eight => of!(@ "coded_linear_", $bits, "_eight", $every),
+                Kind::Sixteen => of!(@ "coded_linear_", $bits, "_sixteen", $every),
+                Kind::StreamEight => of!(@ "coded_stream_", $bits, "_eight", $every),
+                Kind::StreamSixteen => of!(@ "coded_stream_", $bits, "_sixteen", $every),
+            }
+        };
+        (@ $file:literal, $bits:literal, $kind:literal, $every:literal) => {
+            (concat!($file, $bits, ".cu"), concat!($file, $bits, $kind, $every))
         };
     }
     match bits {
@@ -347,12 +400,12 @@ fn names(bits: u8) -> (&'static str, &'static [[&'static str; 4]]) {
         8 => of!(8),
         _ => (
             "coded_linear_16.cu",
-            &[[
-                "coded_linear_16_pair",
-                "coded_linear_16_single",
-                "coded_linear_16_eight",
-                "coded_linear_16_sixteen",
-            ]],
+            match kind {
+                Kind::Single => "coded_linear_16_single",
+                Kind::Eight => "coded_linear_16_eight",
+                Kind::Sixteen => "coded_linear_16_sixteen",
+                _ => "coded_linear_16_pair",
+            },
         ),
     }
 }

@@ -6,10 +6,23 @@ use super::coded::{Coded, SUB, TILE_ROWS, subs};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Pair,
+    /// As `Pair`, with a deeper ring; of codes, on cards with much shared memory.
+    Deep,
     Single,
     Eight,
     Sixteen,
+    /// Of `coded_stream.cuh`, for up to 8 tokens.
+    StreamEight,
+    /// For up to 16.
+    StreamSixteen,
 }
+
+/// Rows of a unit of a stream, threads of its blocks, bytes of shared memory for its ring, and most stages of that; as
+/// in `coded_stream.cuh`.
+const STREAM_ROWS: usize = 256;
+const STREAM_THREADS: usize = 544;
+const STREAM_ROOM: usize = 230_144;
+const MOST_STAGES: usize = 12;
 
 /// What one takes; as in `coded_linear.cuh` and `coded_linear_16.cu`.
 #[derive(Clone, Copy)]
@@ -62,6 +75,11 @@ impl Card {
         Self { large: matches!(arch.get(3..5), Some("90" | "10" | "11")), processors }
     }
 
+    fn of(weight: &Coded) -> Self {
+        let cuda = weight.cuda();
+        Self::new(cuda.arch(), cuda.driver().multiprocessors())
+    }
+
     fn most_shared(self) -> usize {
         if self.large { 226 << 10 } else { 99 << 10 }
     }
@@ -72,25 +90,29 @@ impl Card {
         if bits == 16 {
             let room = by_size(184_320, 101_376);
             return match kind {
-                Kind::Pair => Variant { tokens: 2, row_tiles: 2, warps: wide, turns: 4, room },
+                Kind::Pair | Kind::Deep => {
+                    Variant { tokens: 2, row_tiles: 2, warps: wide, turns: 4, room }
+                }
                 Kind::Single => Variant { tokens: 2, row_tiles: 1, warps: wide, turns: 4, room },
                 Kind::Eight => {
                     Variant { tokens: 8, row_tiles: by_size(2, 1), warps: wide, turns: 2, room }
                 }
-                Kind::Sixteen => {
+                _ => {
                     let room = by_size(221_184, 101_376);
                     Variant { tokens: 16, row_tiles: by_size(4, 1), warps: 8, turns: 2, room }
                 }
             };
         }
         let pair = by_size(2, 1);
-        let row_tiles = by_size(if bits < 8 { 4 } else { 2 }, 1);
-        let (few, many) = (by_size(163_840, 75_776), by_size(139_264, 75_776));
+        let few = by_size(163_840, 75_776);
         match kind {
             Kind::Pair => Variant { tokens: 4, row_tiles: pair, warps: wide, turns: 2, room: few },
+            Kind::Deep => {
+                Variant { tokens: 4, row_tiles: pair, warps: wide, turns: 2, room: 212_992 }
+            }
             Kind::Single => Variant { tokens: 4, row_tiles: 1, warps: wide, turns: 2, room: few },
-            Kind::Eight => Variant { tokens: 8, row_tiles, warps: 8, turns: 0, room: many },
-            Kind::Sixteen => Variant { tokens: 16, row_tiles, warps: 8, turns: 0, room: many },
+            Kind::Eight => Variant { tokens: 8, row_tiles: 1, warps: 8, turns: 0, room: 75_776 },
+            _ => Variant { tokens: 16, row_tiles: 1, warps: 8, turns: 0, room: 75_776 },
         }
     }
 
@@ -105,6 +127,27 @@ impl Card {
         }
         if tokens <= 8 { Kind::Eight } else { Kind::Sixteen }
     }
+
+    /// Slots of a stream that takes so many tokens, 0 where another kernel does: a stream takes more than four, and
+    /// fewer if four have too much input for one slice.
+    fn slots(self, layout: Layout, tokens: usize) -> usize {
+        let pair = self.variant(layout.bits, Kind::Pair);
+        let fits = |tokens| {
+            pair.fixed(layout) + tokens * layout.inputs(layout.steps) <= self.most_shared()
+        };
+        match tokens {
+            _ if !self.large || layout.bits == 16 => 0,
+            0..=1 => 0,
+            2..=4 if fits(pair.tokens) => 0,
+            ..=8 => 8,
+            _ => 16,
+        }
+    }
+}
+
+/// Slots that the inputs of a weight's product with so many tokens have to have, 0 where they lie token by token.
+pub(super) fn slots(weight: &Coded, tokens: usize) -> usize {
+    Card::of(weight).slots(Layout::of(weight), tokens)
 }
 
 /// Units of weights of so many rows.
@@ -113,6 +156,10 @@ fn units(rows: &[usize], row_tiles: usize) -> usize {
 }
 
 impl Layout {
+    fn of(weight: &Coded) -> Self {
+        Self { bits: weight.bits(), every: weight.grid().every, steps: weight.steps() }
+    }
+
     /// Cells of a step.
     fn cells(self) -> usize {
         if self.bits < 16 { subs(self.bits) / self.every } else { 0 }
@@ -137,17 +184,18 @@ impl Variant {
 impl Plan {
     /// For tokens and weights that go together with this one, of so many rows each.
     pub(super) fn new(weight: &Coded, rows: impl Iterator<Item = usize>, tokens: usize) -> Self {
-        let cuda = weight.cuda();
-        let card = Card::new(cuda.arch(), cuda.driver().multiprocessors());
-        let (bits, every, steps) = (weight.bits(), weight.grid().every, weight.steps());
-        Self::of(card, Layout { bits, every, steps }, &rows.collect::<Vec<_>>(), tokens)
+        Self::of(Card::of(weight), Layout::of(weight), &rows.collect::<Vec<_>>(), tokens)
     }
 
     fn of(card: Card, layout: Layout, rows: &[usize], tokens: usize) -> Self {
-        let kind = card.choose(layout.bits, tokens, rows);
-        let variant = card.variant(layout.bits, kind);
+        let slots = card.slots(layout, tokens);
+        if slots > 0 {
+            return Self::stream(card, layout, rows, slots);
+        }
+        let mut kind = card.choose(layout.bits, tokens, rows);
+        let mut variant = card.variant(layout.bits, kind);
         let units = units(rows, variant.row_tiles);
-        let fixed = variant.fixed(layout);
+        let mut fixed = variant.fixed(layout);
         // A token's sums are put together in the same way whoever comes with it.
         let together = if tokens == 1 { 1 } else { variant.tokens };
         // Of fp16 values they are read where they are.
@@ -159,6 +207,12 @@ impl Plan {
             }
             false => (1, 0),
         };
+        // A deeper ring changes no sum.
+        let deep = card.variant(layout.bits, Kind::Deep);
+        let fits = slices == 1 && deep.fixed(layout) + inputs <= card.most_shared();
+        if card.large && layout.bits < 16 && kind == Kind::Pair && fits {
+            (kind, variant, fixed) = (Kind::Deep, deep, deep.fixed(layout));
+        }
         let workers = if variant.turns == 0 { variant.warps } else { 1 };
         let groups = (card.processors / slices).clamp(1, units.div_ceil(workers).max(1));
         Self {
@@ -174,11 +228,44 @@ impl Plan {
         }
     }
 
+    /// By a stream: a block for every multiprocessor that there is a step for.
+    fn stream(card: Card, layout: Layout, rows: &[usize], slots: usize) -> Self {
+        let units = units(rows, STREAM_ROWS / TILE_ROWS);
+        let codes = subs(layout.bits) * usize::from(layout.bits) / 8 * 512;
+        let weights = STREAM_ROWS / TILE_ROWS * (codes + layout.cells() * 48);
+        let inputs = subs(layout.bits) * SUB * slots * 2 + layout.cells() * slots * 4;
+        let stage = (weights + inputs).next_multiple_of(128) + 16;
+        Self {
+            kind: if slots == 8 { Kind::StreamEight } else { Kind::StreamSixteen },
+            slices: 1,
+            units,
+            unit_rows: STREAM_ROWS,
+            blocks: card.processors.min(units * layout.steps).max(1),
+            threads: STREAM_THREADS,
+            shared: (STREAM_ROOM / stage).min(MOST_STAGES) * stage,
+            most_shared: card.most_shared(),
+            tokens: slots,
+        }
+    }
+
+    /// Whether `coded_stream.cuh` has the kernel.
+    pub(super) fn is_stream(&self) -> bool {
+        matches!(self.kind, Kind::StreamEight | Kind::StreamSixteen)
+    }
+
     /// Values that slices leave, 0 where there is one.
     pub(super) fn share_values(&self) -> usize {
         match self.slices {
             1 => 0,
             slices => slices * self.units * self.unit_rows * self.tokens,
+        }
+    }
+
+    /// Values that blocks of a stream leave for each other.
+    pub(super) fn stream_values(&self) -> usize {
+        match self.is_stream() {
+            true => (self.units + self.blocks) * self.unit_rows * self.tokens,
+            false => 0,
         }
     }
 }
@@ -253,7 +340,7 @@ mod tests {
         assert_eq!(H100.choose(4, 3, &[1024]), Kind::Single);
         assert_eq!(H100.choose(4, 4, &[2560]), Kind::Pair);
         assert_eq!(H100.choose(16, 3, &[2560]), Kind::Eight);
-        assert_eq!(H100.choose(4, 8, &[2560]), Kind::Eight);
+        assert_eq!(A10.choose(4, 8, &[2560]), Kind::Eight);
         assert_eq!(A10.choose(8, 16, &[2560]), Kind::Sixteen);
     }
 
@@ -266,10 +353,42 @@ mod tests {
         assert_eq!(slices(64, 8192, 1), 1);
         assert_eq!(slices(64, 8192, 4), 1);
         assert_eq!(slices(224, 8192, 1), 1);
-        assert_eq!(slices(224, 8192, 4), 4);
-        assert_eq!(slices(224, 8192, 2), 4);
-        assert_eq!(slices(64, 8192, 16), 8);
-        assert_eq!(slices(64, 57_344, 16), 8);
+        let of_small = |steps, tokens| {
+            Plan::of(A10, Layout { bits: 4, every: 4, steps }, &[8192], tokens).slices
+        };
+        assert_eq!(of_small(64, 1), 1);
+        assert!(of_small(64, 2) == of_small(64, 4) && of_small(64, 4) > 1);
+        assert_eq!(slices(64, 8192, 16), 1);
+    }
+
+    #[test]
+    fn streams_have_a_block_for_every_multiprocessor() {
+        let plan = |rows: &[usize], steps, tokens| {
+            Plan::of(H100, Layout { bits: 4, every: 4, steps }, rows, tokens)
+        };
+        let gate_up = plan(&[28_672, 28_672], 64, 16);
+        assert_eq!((gate_up.kind, gate_up.blocks), (Kind::StreamSixteen, 132));
+        assert_eq!(gate_up.stream_values(), (224 + 132) * 256 * 16);
+        assert_eq!((plan(&[40], 3, 5).kind, plan(&[40], 3, 5).blocks), (Kind::StreamEight, 3));
+        assert_eq!(plan(&[40], 3, 5).stream_values(), (1 + 3) * 256 * 8);
+        assert_eq!(plan(&[8192], 64, 4).stream_values(), 0);
+        // Four tokens of 28672 columns are more than fit; so two take the same way.
+        let kind = |tokens| plan(&[8192], 224, tokens).kind;
+        assert_eq!([1, 2, 4].map(kind), [Kind::Pair, Kind::StreamEight, Kind::StreamEight]);
+    }
+
+    /// Where inputs leave room for it.
+    #[test]
+    fn rings_are_deep_for_few_inputs() {
+        let kind = |card, bits, steps, tokens| {
+            Plan::of(card, Layout { bits, every: 4, steps }, &[8192], tokens).kind
+        };
+        assert_eq!(kind(H100, 4, 64, 1), Kind::Deep);
+        assert_eq!(kind(H100, 3, 32, 1), Kind::Deep);
+        assert_eq!(kind(H100, 4, 64, 4), Kind::Pair);
+        assert_eq!(kind(H100, 4, 224, 1), Kind::Pair);
+        assert_eq!(kind(H100, 16, 128, 1), Kind::Pair);
+        assert_eq!(kind(A10, 4, 64, 1), Kind::Pair);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::elementwise::device_table;
 use super::error::StageContext;
 use super::kv::Cache;
 use super::matrix::Matrix;
-use super::product::{FEW_TOKENS, Inputs, Output, prepare, share_values};
+use super::product::{FEW_TOKENS, Inputs, Output, Sums, prepare, sums_of};
 use super::rope_table::DeviceTable;
 use super::step_launch::{Attention, Launcher, Splits};
 use super::transfer::address;
@@ -93,8 +93,8 @@ struct Room {
     ordered: Buffer<f16>,
     /// What belongs to their cells.
     ordered_cells: Buffer<i32>,
-    /// What slices of products leave.
-    shares: Buffer<f32>,
+    /// By which parts of products put their sums together.
+    product_sums: Sums,
     qkv: Buffer<f32>,
     gate: Buffer<f32>,
     up: Buffer<f32>,
@@ -171,14 +171,14 @@ impl Program {
         let wide = blocks.iter().map(|block| block.linears[4].shape().0).max().unwrap_or(0);
         let (width, values) = (model.width, shape.heads * shape.head_dim);
         let sets = blocks.iter().flat_map(Block::sets);
-        let needed = sets.flat_map(|set| (1..=MOST_TOKENS).map(move |n| share_values(&set, n)));
-        let shares = needed.max().unwrap_or(0);
+        let needed = sets.flat_map(|set| (1..=MOST_TOKENS).map(move |n| sums_of(&set, n)));
+        let sums = needed.fold((0, 0), |most, one| (most.0.max(one.0), most.1.max(one.1)));
         let f32s = |count: usize| cuda.uninit::<f32>(STAGE, MOST_TOKENS * count);
         let room = Room {
             hidden: f32s(width)?,
             ordered: cuda.uninit(STAGE, MOST_TOKENS * padded)?,
             ordered_cells: cuda.uninit(STAGE, MOST_TOKENS * padded / SUB * CELL_WORDS)?,
-            shares: cuda.uninit(STAGE, shares)?,
+            product_sums: Sums::new(cuda, STAGE, sums)?,
             qkv: f32s((shape.heads + 2 * shape.kv_heads) * shape.head_dim)?,
             gate: f32s(wide)?,
             up: f32s(wide)?,
@@ -299,17 +299,14 @@ impl Program {
     }
 
     /// Where the inputs of a weight go, in its order.
-    fn ordered(&self, weight: &Coded) -> Result<Ordered> {
-        weight.ordered(self.at(&self.room.ordered), self.at(&self.room.ordered_cells))
+    fn ordered(&self, weight: &Coded, tokens: usize) -> Result<Ordered> {
+        weight.ordered(self.at(&self.room.ordered), self.at(&self.room.ordered_cells), tokens)
     }
 
-    /// The same as products find them, and where slices leave their shares.
+    /// The same as products find them.
     fn inputs(&self) -> Inputs {
-        Inputs {
-            x: self.at(&self.room.ordered),
-            cells: self.at(&self.room.ordered_cells),
-            shares: self.at(&self.room.shares),
-        }
+        let [x, cells] = [self.at(&self.room.ordered), self.at(&self.room.ordered_cells)];
+        self.room.product_sums.with(x, cells, self.cuda.stream())
     }
 
     fn at<T: DeviceRepr>(&self, buffer: &Buffer<T>) -> u64 {
@@ -342,7 +339,11 @@ impl Program {
             splits,
         };
         launcher.attention(&attention)?;
-        self.queue_join(launcher, &attention, &self.ordered(&block.linears[OUT])?)?;
+        self.queue_join(
+            launcher,
+            &attention,
+            &self.ordered(&block.linears[OUT], launcher.tokens)?,
+        )?;
         self.queue_into_hidden(launcher, block, OUT)
     }
 
@@ -362,7 +363,7 @@ impl Program {
         let wide = block.linears[GATE_UP[0]].shape().0;
         let [gate, up] = [&self.room.gate, &self.room.up].map(|buffer| self.at(buffer));
         self.queue_normed(launcher, block, &GATE_UP, 1, &[(gate, wide), (up, wide)])?;
-        launcher.silu((gate, up), wide, &self.ordered(&block.linears[DOWN])?)?;
+        launcher.silu((gate, up), wide, &self.ordered(&block.linears[DOWN], launcher.tokens)?)?;
         self.queue_into_hidden(launcher, block, DOWN)
     }
 
@@ -380,7 +381,7 @@ impl Program {
             launcher.norm(
                 (self.at(&self.room.hidden), self.at(&block.norms[norm]), self.eps),
                 self.width(),
-                &self.ordered(&block.linears[together[0]])?,
+                &self.ordered(&block.linears[together[0]], launcher.tokens)?,
             )?;
             let outputs: Vec<_> = together
                 .into_iter()
