@@ -85,6 +85,11 @@ impl FusedRotations {
         })
     }
 
+    /// Whether the residual stream is turned.
+    pub(crate) fn turns_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
     /// Turns the weights of a block on the CPU.
     pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
         let gains = self.stream.is_some().then(|| block.gains().clone());
