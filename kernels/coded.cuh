@@ -2,19 +2,20 @@
 //
 // A weight [rows, columns] is cut into tiles of 16 rows, and its columns (side by side by group, filled
 // up with columns that nothing is multiplied with) into sub-blocks of 32. A lane of a warp holds of a
-// sub-block the columns 8 (lane % 4) .. + 7 of rows lane / 4 and lane / 4 + 8: what it gives to two
-// products m16n8k16, whose sums do not mind in which order columns come. A lane so takes eight
-// neighbors of a token's row, 16 bytes, as the other operand.
+// sub-block the columns 8 (lane % 4) .. + 7 of rows lane / 4 and lane / 4 + 8: what it gives to one product
+// m16n8k32 of bytes, or of fp16 values to two products m16n8k16, whose sums do not mind in which order columns
+// come. A lane so takes eight neighbors of a token's row as the other operand.
 //
-// Pair i = 4 t + f of a lane's eight pairs is register f of product t: row lane / 4 + 8 (f % 2), columns
-// 8 (lane % 4) + 4 t + 2 (f / 2) and the next. Its codes lie in the halves of a word, so that a shift and
-// a mask make two fp16 values of them: subnormal ones, code * 2^-24, which tensor cores multiply
-// exactly. Codes of the lower eight rows stay kLift bits higher, which saves every second shift; a row
-// has one factor for all of its sums.
+// Codes: register r of a lane's four is row lane / 4 + 8 (r % 2), columns 8 (lane % 4) + 4 (r / 2) .. + 3, a byte
+// each. They lie in the bytes of a word, so that a mask makes an operand of them; codes of the lower eight rows stay
+// kLift bits higher, which saves every second shift: a row has one factor for all of its sums.
+//
+// fp16: pair i = 4 t + f of a lane's eight pairs is register f of product t: row lane / 4 + 8 (f % 2), columns
+// 8 (lane % 4) + 4 t + 2 (f / 2) and the next.
 //
 // A step is as many sub-blocks as fill whole 16 bytes a lane: [row tile][step][vector][lane] uint4. Beside them are
-// the cells of every step's columns, of 1, 2 or 4 sub-blocks of one group each: [row tile][step] scales [cell][16]
-// fp16 and, where zeros differ, zeros [cell][16] in bytes.
+// the cells of every step's columns, of 1, 2 or 4 sub-blocks of one group each: [row tile][step] scales
+// [cell][8][2] fp16, of rows i and i + 8 side by side, and, where zeros differ, zeros [cell][8][2] in bytes.
 #pragma once
 #include "mma.cuh"
 
@@ -22,7 +23,6 @@ namespace {
 
 constexpr int kTileRows = 16;
 constexpr int kSub = 32;  // columns of a sub-block
-constexpr float kUnit = 0x1p24f;  // one over what a code of 1 is as an fp16 value
 
 // Sub-blocks of a step.
 template <int BITS>
@@ -32,81 +32,59 @@ constexpr int kSubs = BITS < 4 ? 8 : BITS < 16 ? 4 : 2;
 template <int BITS>
 constexpr int kVectors = kSubs<BITS> * BITS / 8;
 
-// Bits by which codes of the lower rows are too high in their pairs.
+// Bits by which codes of the lower rows are too high in their bytes.
 template <int BITS>
 constexpr int kLift = BITS < 8 ? BITS : 0;
 
-// With 3 bits two sub-blocks share three words of five pairs each: which of the sixteen come one after the
-// other. The sixteenth is in the bits that are left.
-__device__ constexpr int kThrees[3][5] = {{0, 1, 2, 3, 4}, {6, 5, 8, 7, 9}, {10, 11, 12, 13, 14}};
-
-// The last pair of three words.
-__device__ __forceinline__ unsigned spare_pair(const unsigned* words) {
-    return (words[0] >> 12 & 0x00080008u) | (words[1] >> 11 & 0x00100010u) | (words[2] >> 10 & 0x00200020u);
-}
-
-// Pair `at` of the others; all of it is known to the compiler.
-__device__ __forceinline__ unsigned pair_of_three(const unsigned* words, int at) {
-    unsigned pair = 0;
-#pragma unroll
-    for (int word = 0; word < 3; ++word)
-#pragma unroll
-        for (int i = 0; i < 5; ++i) {
-            const int lift = at % 2 * 3;
-            if (kThrees[word][i] == at) pair = words[word] >> (3 * i - lift) & 0x00070007u << lift;
-        }
-    return pair;
-}
-
-// The pairs of one sub-block of a lane's words of a step.
+// The operand of one sub-block of a lane's words of a step. With 3 bits two sub-blocks share three words: six of
+// their registers are in the low bits of bytes, two in the highest two bits of all three words.
 template <int BITS>
-__device__ __forceinline__ void pairs_of(const unsigned (&words)[4 * kVectors<BITS>], int sub,
-                                         unsigned (&a)[2][4]) {
+__device__ __forceinline__ void operand_of(const unsigned (&words)[4 * kVectors<BITS>], int sub, unsigned (&a)[4]) {
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-#pragma unroll
-        for (int f = 0; f < 4; ++f) {
-            const int pair = 4 * t + f;
-            if (BITS == 2) {
-                a[t][f] = words[sub] >> (pair / 2 * 4) & 0x00030003u << (f % 2 * 2);
-            } else if (BITS == 3) {
-                const unsigned* three = words + sub / 2 * 3;
-                const int at = sub % 2 * 8 + pair;
-                a[t][f] = at == 15 ? spare_pair(three) : pair_of_three(three, at);
-            } else if (BITS == 4) {
-                a[t][f] = words[2 * sub + t] >> (f / 2 * 8) & 0x000f000fu << (f % 2 * 4);
-            } else if (BITS == 8) {
-                a[t][f] = words[4 * sub + 2 * t + f / 2] >> (8 * (f % 2)) & 0x00ff00ffu;
+    for (int r = 0; r < 4; ++r) {
+        const int lift = r % 2 * kLift<BITS>;
+        if (BITS == 2) {
+            a[r] = words[sub] >> (r / 2 * 4) & 0x03030303u << lift;
+        } else if (BITS == 3) {
+            const unsigned* three = words + sub / 2 * 3;
+            const int at = sub % 2 * 4 + r;
+            if (at < 6) {
+                a[r] = three[at / 2] & 0x07070707u << lift;
+            } else if (at == 6) {
+                a[r] = (three[0] >> 6 & 0x03030303u) | (three[1] >> 4 & 0x04040404u);
             } else {
-                a[t][f] = words[8 * sub + pair];
+                a[r] = (three[1] >> 4 & 0x08080808u) | (three[2] >> 2 & 0x30303030u);
             }
+        } else if (BITS == 4) {
+            a[r] = words[2 * sub + r / 2] & 0x0f0f0f0fu << lift;
+        } else {
+            a[r] = words[4 * sub + r];
         }
     }
 }
 
-// One word of a lane's words of a step; `code(sub, pair, half)` is the code in its place.
+// One word of a lane's words of a step; `code(sub, register, byte)` is the code in its place, of fp16
+// `code(sub, pair, half)`.
 template <int BITS, class Code>
 __device__ __forceinline__ unsigned word_of(int word, Code code) {
     unsigned bits = 0;
-    for (int half = 0; half < 2; ++half) {
-        const int to = 16 * half;
+    if (BITS == 16) return code(word / 8, word % 8, 0) | code(word / 8, word % 8, 1) << 16;
+    for (int byte = 0; byte < 4; ++byte) {
+        const int to = 8 * byte;
         if (BITS == 2) {
-            for (int i = 0; i < 8; ++i) bits |= code(word, i, half) << (2 * i + to);
+            for (int r = 0; r < 4; ++r) bits |= code(word, r, byte) << (2 * r + to);
         } else if (BITS == 3) {
             const int first = word / 3 * 2, third = word % 3;
-            for (int i = 0; i < 5; ++i) {
-                const int at = kThrees[third][i];
-                bits |= code(first + at / 8, at % 8, half) << (3 * i + to);
-            }
-            bits |= (code(first + 1, 7, half) >> third & 1) << (15 + to);
-        } else if (BITS == 4) {
-            for (int f = 0; f < 4; ++f) bits |= code(word / 2, word % 2 * 4 + f, half) << (4 * f + to);
-        } else if (BITS == 8) {
             for (int i = 0; i < 2; ++i) {
-                bits |= code(word / 4, word % 4 * 2 + i, half) << (8 * i + to);
+                const int at = 2 * third + i;
+                bits |= code(first + at / 4, at % 4, byte) << (3 * i + to);
             }
+            const unsigned spare = code(first + 1, 2, byte) | code(first + 1, 3, byte) << 3;
+            bits |= (spare >> (2 * third) & 3) << (6 + to);
+        } else if (BITS == 4) {
+            for (int i = 0; i < 2; ++i) bits |= code(word / 2, word % 2 * 2 + i, byte) << (4 * i + to);
         } else {
-            bits |= code(word / 8, word % 8, half) << to;
+            bits |= code(word / 4, word % 4, byte) << to;
         }
     }
     return bits;

@@ -20,19 +20,21 @@ __device__ __forceinline__ void make_tiles(const Value* values, const int* place
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
         const int at = i % WORDS, step = i / WORDS % steps, tile = i / WORDS / steps;
         const int lane = at / 4 % 32, word = at / 128 * 4 + at % 4;
-        tiles[i] = word_of<BITS>(word, [&](int sub, int pair, int half) -> unsigned {
-            const int row = tile * kTileRows + lane / 4 + 8 * (pair % 2);
-            const int place = (step * kSubs<BITS> + sub) * kSub + 8 * (lane % 4) + pair / 4 * 4 +
-                              pair / 2 % 2 * 2 + half;
+        // Of a word's code or value: its sub-block, register or pair, and byte or half.
+        tiles[i] = word_of<BITS>(word, [&](int sub, int r, int part) -> unsigned {
+            const int row = tile * kTileRows + lane / 4 + 8 * (r % 2);
+            const int in_eight = BITS < 16 ? r / 2 * 4 + part : r / 4 * 4 + r / 2 % 2 * 2 + part;
+            const int place = (step * kSubs<BITS> + sub) * kSub + 8 * (lane % 4) + in_eight;
             const int column = places ? places[place] : place < cols ? place : -1;
             return row < rows && column >= 0 ? values[(long long)row * cols + column] : 0;
         });
     }
 }
 
-// Two codes of a word as fp16 values.
-__device__ __forceinline__ half2_t widened(unsigned codes, float scale, float zero) {
-    return floats_to_half2(scale * ((codes & 0xffff) - zero), scale * ((codes >> 16) - zero));
+// Four codes of a word as fp16 values.
+__device__ __forceinline__ uint2 widened(unsigned codes, float scale, float zero) {
+    const auto value = [&](int i) { return scale * ((codes >> 8 * i & 0xff) - zero); };
+    return {floats_to_half2(value(0), value(1)), floats_to_half2(value(2), value(3))};
 }
 
 template <int BITS>
@@ -54,19 +56,22 @@ __device__ __forceinline__ void widen(const uint4* tiles, const uint4* cells, in
         }
 #pragma unroll
         for (int sub = 0; sub < SUBS; ++sub) {
-            unsigned a[2][4];
-            pairs_of<BITS>(words, sub, a);
+            unsigned a[4];
+            if (BITS < 16) operand_of<BITS>(words, sub, a);
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int row = tile * kTileRows + lane / 4 + 8 * below;
                 if (row >= rows) continue;
-                uint4 eight = {a[0][below], a[0][2 + below], a[1][below], a[1][2 + below]};
+                uint4 eight;
                 if (BITS < 16) {
-                    const int cell = sub / every * kTileRows + lane / 4 + 8 * below;
+                    const int cell = sub / every * kTileRows + lane / 4 * 2 + below;
                     const int lift = below ? kLift<BITS> : 0;
                     const float s = half_to_float(scales[cell]), z = zeros ? places[cell] : zero;
-                    eight.x = widened(eight.x >> lift, s, z), eight.y = widened(eight.y >> lift, s, z);
-                    eight.z = widened(eight.z >> lift, s, z), eight.w = widened(eight.w >> lift, s, z);
+                    const uint2 low = widened(a[below] >> lift, s, z), high = widened(a[2 + below] >> lift, s, z);
+                    eight = {low.x, low.y, high.x, high.y};
+                } else {
+                    const unsigned* pairs = words + 8 * sub + below;
+                    eight = {pairs[0], pairs[2], pairs[4], pairs[6]};
                 }
                 const long long at = ((long long)row * steps * SUBS + step * SUBS + sub) * kSub + 8 * (lane % 4);
                 *(uint4*)(out + at) = eight;

@@ -5,12 +5,10 @@
 // Layout   qkv [tokens, (heads + 2 kv_heads) * D] f32: queries, keys, values. keys, values [sequences, capacity,
 //          kv_heads, D] fp16; at [tokens]: sequence and position. cos, sin [positions, D / 2] f32; gains [D] f32 or
 //          null. sums [tokens, heads, splits, D] and stats [tokens, heads, splits] (maximum, sum) f32; only what a
-//          token's length asks for is written. step_join: places [padded] the value that stands at each place, -1
-//          for none, or null; out [tokens, padded] fp16, padded a multiple of 32; out_sums [tokens, padded / 32] f32
-//          of every 32 of them.
+//          token's length asks for is written. step_join: `to` as in ordered.cuh.
 // Launch   grid (kv_heads * groups of up to GROUP query heads, splits, tokens), 128 threads, dynamic shared memory
 //          for 64 keys and values of D and for GROUP (128 + 64) floats, queries and weights. step_join: grid (blocks
-//          of 64 places, tokens), 256 threads.
+//          of 128 places, tokens), 512 threads.
 // Regime   latency; memory for long sequences, whose keys and values are read once for all query heads that share
 //          them. Bound: 4 kv_heads * D bytes a token of context and block, 16 MB at 4096 tokens and 8 heads of 128: 4
 //          us at 4 TB/s.
@@ -21,6 +19,7 @@
 #include "dependent.cuh"
 #include "mma.cuh"
 #include "ordered.cuh"
+#include "reduce.cuh"
 
 namespace {
 
@@ -254,15 +253,16 @@ STEP_ATTENTION(2)
 STEP_ATTENTION(4)
 STEP_ATTENTION(8)
 
-extern "C" __global__ void __launch_bounds__(256)
-step_join(const float* sums, const float2* stats, const int2* at, const int* places, half_t* out, float* out_sums,
-          int heads, int dim, int splits, int split, int padded) {
-    constexpr int PLACES = 64, QUARTERS = 4;  // so many threads share a place's splits
+extern "C" __global__ void __launch_bounds__(512)
+step_join(const float* sums, const float2* stats, const int2* at, const __grid_constant__ Ordered to, int heads, int dim,
+          int splits, int split) {
+    constexpr int PLACES = 128, QUARTERS = 4;  // so many threads share a place's splits
     __shared__ float3 found[QUARTERS][PLACES];
+    __shared__ OrderedRoom room;
     launch_next();
     const int here = threadIdx.x % PLACES, quarter = threadIdx.x / PLACES;
     const int place = blockIdx.x * PLACES + here, token = blockIdx.y;
-    const int value = column_at(places, place, heads * dim, padded);
+    const int value = column_at(to, place, heads * dim);
     const int active = (at[token].y + split) / split;  // of position + 1 keys
     wait_for_last();
     float3 mine = {Max::identity(), 0.0f, 0.0f};  // maximum, total and weighted sum
@@ -278,17 +278,15 @@ step_join(const float* sums, const float2* stats, const int2* at, const int* pla
     }
     found[quarter][here] = mine;
     __syncthreads();
-    if (quarter > 0) return;
     float top = mine.x, total = 0.0f, sum = 0.0f;
-    for (int q = 1; q < QUARTERS; ++q) top = fmaxf(top, found[q][here].x);
+    for (int q = 0; q < QUARTERS; ++q) top = fmaxf(top, found[q][here].x);
     for (int q = 0; q < QUARTERS; ++q) {
         const float3 part = found[q][here];
         const float weight = exp2f(part.x - top);
         total = fmaf(weight, part.y, total);
         sum = fmaf(weight, part.z, sum);
     }
-    const half_t joined = value < 0 ? 0 : float_to_half(sum / total);
-    const long long to = (long long)token * padded + place;
-    if (place < padded) out[to] = joined;
-    put_sum(out_sums, to, place, padded, joined);
+    // The first quarter's threads put it.
+    const bool mine_to_put = quarter == 0 && value >= 0;
+    put_ordered(to, token, quarter == 0 ? place : to.padded, mine_to_put ? float_to_half(sum / total) : 0, room);
 }

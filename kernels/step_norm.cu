@@ -1,21 +1,20 @@
 // step_norm: x / rms(x) * gain of one new token of each sequence, in the order of a weight's columns.
 //
-// Layout   hidden [tokens, cols] f32, gain [cols] f32; places [padded] the column that stands at each place, -1
-//          for none, or null where all stand in their own places; out [tokens, padded] fp16, sums [tokens, padded /
-//          32] f32 of every 32 of them, of which padded is a multiple then, or null.
+// Layout   hidden [tokens, cols] f32, gain [cols] f32; `to` as in ordered.cuh.
 // Launch   grid (blocks of 256 places, tokens), 256 threads. Every block reads the whole row: that takes no longer
 //          than reading a part of it, and a second kernel would.
 // Regime   latency. Bound: 32 KiB of a row of 8192 from the second-level cache, about 1 us.
 #include "dependent.cuh"
 #include "ordered.cuh"
+#include "reduce.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-step_norm(const float* hidden, const float* gain, const int* places, half_t* out, float* sums, int cols,
-          int padded, float eps) {
+step_norm(const float* hidden, const float* gain, const __grid_constant__ Ordered to, int cols, float eps) {
     __shared__ float scratch[32];
+    __shared__ OrderedRoom room;
     launch_next();
     const int place = blockIdx.x * 256 + threadIdx.x;
-    const int column = column_at(places, place, cols, padded);
+    const int column = column_at(to, place, cols);
     const float factor = column < 0 ? 0.0f : gain[column];
     wait_for_last();
     hidden += (long long)blockIdx.y * cols;
@@ -31,8 +30,5 @@ step_norm(const float* hidden, const float* gain, const int* places, half_t* out
         for (int i = threadIdx.x; i < cols; i += 256) squares = fmaf(hidden[i], hidden[i], squares);
     }
     const float inverse = rsqrtf(block_reduce<Add>(squares, scratch) / cols + eps);
-    const half_t rounded = float_to_half(value * inverse);
-    const long long to = (long long)blockIdx.y * padded + place;
-    if (place < padded) out[to] = rounded;
-    if (sums) put_sum(sums, to, place, padded, rounded);
+    put_ordered(to, blockIdx.y, place, float_to_half(value * inverse), room);
 }

@@ -49,7 +49,8 @@ def one(args, job):
 
 def table(rows, texts):
     """Variants down, settings across: perplexity and KL on each text."""
-    settings = [s for s in CARD if any(r["setting"] == s for r in rows)]
+    measured = list(dict.fromkeys(r["setting"] for r in rows))
+    settings = sorted(measured, key=lambda s: CARD.index(s) if s in CARD else len(CARD))
     variants = list(dict.fromkeys(r["variant"] for r in rows))
     lines = []
     for text in texts:

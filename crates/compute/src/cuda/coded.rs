@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::resident::CodedMatrix;
 
 const STAGE: &str = "keeping a weight";
+const GATHER: &str = "gather_columns";
 /// As in `coded.cuh`: rows of a tile, columns of a sub-block.
 pub(super) const TILE_ROWS: usize = 16;
 pub(super) const SUB: usize = 32;
@@ -59,6 +60,37 @@ struct Order {
     /// `None` where every column stands in its own place.
     places: Option<(Vec<i32>, Buffer<i32>)>,
 }
+
+/// Words of what belongs to a cell of a token, as in `ordered.cuh`.
+pub(super) const CELL_WORDS: usize = 4;
+
+/// `Ordered` of `ordered.cuh`: where tokens' values go in a weight's order.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Ordered {
+    /// Address of the column at every place; 0 where each is in its own.
+    pub(super) places: u64,
+    /// Address of the values, two bytes a place.
+    pub(super) x: u64,
+    /// Address of what belongs to cells.
+    pub(super) cells: u64,
+    /// Places of a token.
+    pub(super) padded: i32,
+    /// Sub-blocks of a cell, or 0 for values in fp16.
+    pub(super) every: i32,
+}
+
+const _: () = assert!(size_of::<Ordered>() == 32, "as in ordered.cuh");
+
+impl Ordered {
+    /// fp16 values of tokens, each in its own place.
+    pub(super) fn plain(x: u64, values: usize) -> Result<Self> {
+        Ok(Self { places: 0, x, cells: 0, padded: int(values)?, every: 0 })
+    }
+}
+
+// SAFETY: integers and addresses, laid out as the kernels' struct.
+unsafe impl DeviceRepr for Ordered {}
 
 /// Sub-blocks of a step, as in `coded.cuh`.
 pub(super) fn subs(bits: u8) -> usize {
@@ -178,11 +210,12 @@ impl Coded {
                 for (i, &group) in groups.iter().enumerate() {
                     let from = group as usize * rows;
                     let here = from + rows_here.start..from + rows_here.end;
-                    let at = i * TILE_ROWS;
-                    to_scales[2 * at..][..2 * here.len()]
-                        .copy_from_slice(bytemuck::cast_slice(&scales[here.clone()]));
-                    if differ {
-                        to_zeros[at..][..here.len()].copy_from_slice(&zeros[here]);
+                    for (row, at) in here.enumerate() {
+                        let to = i * TILE_ROWS + row % 8 * 2 + row / 8;
+                        to_scales[2 * to..][..2].copy_from_slice(&scales[at].to_le_bytes());
+                        if differ {
+                            to_zeros[to] = zeros[at];
+                        }
                     }
                 }
             }
@@ -278,11 +311,6 @@ impl Coded {
         [address(self.tiles.slice(), stream), address(self.cells.slice(), stream)]
     }
 
-    /// Address of the column at every place; 0 where each stands in its own.
-    pub(super) fn places(&self) -> u64 {
-        self.order.address(&self.cuda)
-    }
-
     /// Whether tokens in the order of one are in that of the other, and the kernels can take both at once.
     pub(crate) fn goes_with(&self, other: &Self) -> bool {
         let layout = |weight: &Self| (weight.bits, weight.cols, weight.steps, weight.grid.every);
@@ -295,32 +323,50 @@ impl Coded {
         words * size_of::<u32>() + cell_bytes(self.rows, self.steps, self.grid.tail)
     }
 
-    /// Tokens `[tokens, cols]` in this weight's order, fp16, and the sums of every 32 of their values.
-    pub(super) fn in_order(&self, x: &Matrix) -> Result<(Matrix, Matrix)> {
-        const OP: &str = "gather_columns";
-        let padded = self.padded();
-        let mut out = Matrix::uninit_f16(&self.cuda, OP, (x.rows(), padded))?;
-        let mut sums = Matrix::uninit_f32(&self.cuda, OP, (x.rows(), padded / SUB))?;
+    /// Where tokens' values go for products of this weight with a few of them.
+    pub(super) fn ordered(&self, x: u64, cells: u64) -> Result<Ordered> {
+        let every = if self.bits < 16 { self.grid.every } else { 0 };
+        let places = self.order.address(&self.cuda);
+        Ok(Ordered { places, x, cells, padded: int(self.padded())?, every: int(every)? })
+    }
+
+    /// Tokens `[tokens, cols]` in this weight's order, fp16.
+    pub(super) fn in_order(&self, x: &Matrix) -> Result<Matrix> {
+        let mut out = Matrix::uninit_f16(&self.cuda, GATHER, (x.rows(), self.padded()))?;
+        let to = Ordered { every: 0, ..self.ordered(out.address_mut()?, 0)? };
+        self.gather(x, to)?;
+        Ok(out)
+    }
+
+    /// The same as products with a few tokens take them, and what belongs to their cells.
+    pub(super) fn in_cells(&self, x: &Matrix) -> Result<(Matrix, Buffer<i32>)> {
+        let mut out = Matrix::uninit_f16(&self.cuda, GATHER, (x.rows(), self.padded()))?;
+        let count = x.rows() * self.padded() / SUB / self.grid.every * CELL_WORDS;
+        let cells = self.cuda.uninit::<i32>(GATHER, count)?;
+        let to = self.ordered(out.address_mut()?, address(cells.slice(), self.cuda.stream()))?;
+        self.gather(x, to)?;
+        Ok((out, cells))
+    }
+
+    fn gather(&self, x: &Matrix, to: Ordered) -> Result<()> {
         if x.rows() == 0 {
-            return Ok((out, sums));
+            return Ok(());
         }
         if x.rows() > MOST_ROWS {
             let reason = format!("{} tokens at a time are more than {MOST_ROWS}", x.rows());
-            return Err(Error::Unsupported { op: OP, reason });
+            return Err(Error::Unsupported { op: GATHER, reason });
         }
         let half = matches!(x.values(), Values::F16(_));
         let name = if half { "gather_columns_f16" } else { "gather_columns_f32" };
         let function = self.cuda.kernel("gather_columns.cu", name)?;
-        let (places, from) = (self.places(), x.address());
-        let (cols, width) = (int(self.cols)?, int(padded)?);
-        let config = per_place(padded, x.rows());
+        let (from, cols) = (x.address(), int(self.cols)?);
+        let config = per_place(self.padded(), x.rows());
         let mut launch = self.cuda.stream().launch_builder(&function);
-        launch.arg(&from).arg(&places).arg(out.f16_mut(OP)?).arg(sums.f32_mut(OP)?);
-        launch.arg(&cols).arg(&width);
+        launch.arg(&from).arg(&to).arg(&cols);
         // SAFETY: the arguments are the kernel's; x holds rows of `cols` values of its type, places, where
-        // there are any, `padded` columns of them.
-        unsafe { launch.launch(config) }.stage(OP)?;
-        Ok((out, sums))
+        // there are any, `padded` columns of them, and the caller made room for as many and their cells.
+        unsafe { launch.launch(config) }.stage(GATHER)?;
+        Ok(())
     }
 
     /// The weight in fp16, its columns in its own order: `[rows, padded]`.

@@ -54,6 +54,7 @@ mod read_rate;
 pub(crate) mod residual_shift;
 mod rope_table;
 pub(crate) mod scaled_codes;
+mod shares;
 mod solve;
 mod split;
 mod staging;

@@ -9,15 +9,15 @@ use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
 use half::f16;
 
 use super::buffer::Buffer;
-use super::coded::{Coded, SUB};
+use super::coded::{CELL_WORDS, Coded, Ordered, SUB};
 use super::context::Cuda;
 use super::elementwise::device_table;
 use super::error::StageContext;
 use super::kv::Cache;
 use super::matrix::Matrix;
-use super::product::{FEW_TOKENS, Output, prepare};
+use super::product::{FEW_TOKENS, Inputs, Output, prepare, share_values};
 use super::rope_table::DeviceTable;
-use super::step_launch::{Attention, Launcher, Ordered, Splits};
+use super::step_launch::{Attention, Launcher, Splits};
 use super::transfer::address;
 use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, Span};
@@ -38,7 +38,9 @@ pub(crate) struct Program {
     shape: CacheShape,
     eps: f32,
     blocks: Vec<Block>,
-    norm: Buffer<f32>,
+    /// Values of a hidden state.
+    width: usize,
+    norm: Option<Buffer<f32>>,
     table: DeviceTable,
     splits: Splits,
     room: Room,
@@ -89,10 +91,12 @@ impl Drop for Graph {
 struct Room {
     /// Hidden states, f32.
     hidden: Buffer<f32>,
-    /// Inputs of a linear, fp16, in its order.
+    /// Inputs of a linear, two bytes each, in its order.
     ordered: Buffer<f16>,
-    /// The sums of every 32 of them.
-    ordered_sums: Buffer<f32>,
+    /// What belongs to their cells.
+    ordered_cells: Buffer<i32>,
+    /// What slices of products leave.
+    shares: Buffer<f32>,
     qkv: Buffer<f32>,
     gate: Buffer<f32>,
     up: Buffer<f32>,
@@ -136,6 +140,28 @@ impl Block {
     }
 }
 
+impl Block {
+    /// Those of some linears whose columns are in the same order, which are one launch.
+    fn together(&self, linears: &[usize]) -> Vec<Vec<usize>> {
+        let mut left = linears.to_vec();
+        let mut found = Vec::new();
+        while let Some(&first) = left.first() {
+            let goes = |&i: &usize| self.linears[i].goes_with(&self.linears[first]);
+            let (together, others) = left.into_iter().partition(goes);
+            found.push(together);
+            left = others;
+        }
+        found
+    }
+
+    /// The weights of every launch.
+    fn sets(&self) -> impl Iterator<Item = Vec<&Coded>> {
+        let all = [&QKV[..], &[OUT], &GATE_UP, &[DOWN]];
+        let sets = all.into_iter().flat_map(|linears| self.together(linears));
+        sets.map(|set| set.into_iter().map(|i| &*self.linears[i]).collect())
+    }
+}
+
 impl Program {
     /// The caller has checked that the parts fit one another.
     pub(crate) fn new(cuda: &Arc<Cuda>, model: &StepModel<'_>, shape: CacheShape) -> Result<Self> {
@@ -145,12 +171,16 @@ impl Program {
         let linears = || blocks.iter().flat_map(|block| &block.linears);
         let padded = linears().map(|linear| linear.padded()).max().unwrap_or(0);
         let wide = blocks.iter().map(|block| block.linears[4].shape().0).max().unwrap_or(0);
-        let (width, values) = (model.norm.len(), shape.heads * shape.head_dim);
+        let (width, values) = (model.width, shape.heads * shape.head_dim);
+        let sets = blocks.iter().flat_map(Block::sets);
+        let needed = sets.flat_map(|set| (1..=MOST_TOKENS).map(move |n| share_values(&set, n)));
+        let shares = needed.max().unwrap_or(0);
         let f32s = |count: usize| cuda.uninit::<f32>(STAGE, MOST_TOKENS * count);
         let room = Room {
             hidden: f32s(width)?,
             ordered: cuda.uninit(STAGE, MOST_TOKENS * padded)?,
-            ordered_sums: f32s(padded / SUB)?,
+            ordered_cells: cuda.uninit(STAGE, MOST_TOKENS * padded / SUB * CELL_WORDS)?,
+            shares: cuda.uninit(STAGE, shares)?,
             qkv: f32s((shape.heads + 2 * shape.kv_heads) * shape.head_dim)?,
             gate: f32s(wide)?,
             up: f32s(wide)?,
@@ -164,7 +194,8 @@ impl Program {
             shape,
             eps: model.eps,
             blocks,
-            norm: cuda.copied(STAGE, model.norm)?,
+            width,
+            norm: model.norm.map(|gain| cuda.copied(STAGE, gain)).transpose()?,
             table: device_table(cuda, model.rope)?,
             splits,
             room,
@@ -184,7 +215,7 @@ impl Program {
 
     /// Values of a hidden state.
     pub(crate) fn width(&self) -> usize {
-        self.norm.slice().len()
+        self.width
     }
 
     /// As [`crate::Steps::run`], which has checked everything.
@@ -205,6 +236,12 @@ impl Program {
             .memcpy_dtod(&from, &mut self.room.hidden.make_mut()?.slice_mut(..count))
             .stage(STAGE)?;
         self.go(tokens)?;
+        if self.norm.is_none() {
+            let mut out = Matrix::uninit_f32(&self.cuda, STAGE, (tokens, width))?;
+            let hidden = self.room.hidden.slice().slice(..count);
+            stream.memcpy_dtod(&hidden, out.f32_mut(STAGE)?).stage(STAGE)?;
+            return Ok(out);
+        }
         let mut out = Matrix::uninit_f16(&self.cuda, STAGE, (tokens, width))?;
         stream
             .memcpy_dtod(&self.room.normed.slice().slice(..count), out.f16_mut(STAGE)?)
@@ -254,20 +291,25 @@ impl Program {
             self.queue_attention(&launcher, block)?;
             self.queue_mlp(&launcher, block)?;
         }
+        let Some(norm) = &self.norm else { return Ok(()) };
         launcher.norm(
-            (self.at(&self.room.hidden), self.at(&self.norm), self.eps),
-            self.width(),
-            &Ordered { places: 0, padded: self.width(), x: self.at(&self.room.normed), sums: 0 },
+            (self.at(&self.room.hidden), self.at(norm), self.eps),
+            self.width,
+            &Ordered::plain(self.at(&self.room.normed), self.width)?,
         )
     }
 
     /// Where the inputs of a weight go, in its order.
-    fn ordered(&self, weight: &Coded) -> Ordered {
-        Ordered {
-            places: weight.places(),
-            padded: weight.padded(),
+    fn ordered(&self, weight: &Coded) -> Result<Ordered> {
+        weight.ordered(self.at(&self.room.ordered), self.at(&self.room.ordered_cells))
+    }
+
+    /// The same as products find them, and where slices leave their shares.
+    fn inputs(&self) -> Inputs {
+        Inputs {
             x: self.at(&self.room.ordered),
-            sums: self.at(&self.room.ordered_sums),
+            cells: self.at(&self.room.ordered_cells),
+            shares: self.at(&self.room.shares),
         }
     }
 
@@ -296,19 +338,32 @@ impl Program {
             splits: self.splits,
         };
         launcher.attention(&attention)?;
-        launcher.join(&attention, &self.ordered(&block.linears[OUT]))?;
+        self.queue_join(launcher, &attention, &self.ordered(&block.linears[OUT])?)?;
         self.queue_into_hidden(launcher, block, OUT)
+    }
+
+    /// Attention's splits put together, in the order of the output projection.
+    fn queue_join(&self, launcher: &Launcher<'_>, of: &Attention, to: &Ordered) -> Result<()> {
+        if !self.splits.join_then_gather(to) {
+            return launcher.join(of, to);
+        }
+        let values = self.shape.heads * self.shape.head_dim;
+        // Queries, keys and values are done with: their place, wider than this, takes the values.
+        let own = Ordered::plain(of.qkv, values)?;
+        launcher.join(of, &own)?;
+        launcher.gather(of.qkv, values, to)
     }
 
     fn queue_mlp(&self, launcher: &Launcher<'_>, block: &Block) -> Result<()> {
         let wide = block.linears[GATE_UP[0]].shape().0;
         let [gate, up] = [&self.room.gate, &self.room.up].map(|buffer| self.at(buffer));
         self.queue_normed(launcher, block, &GATE_UP, 1, &[(gate, wide), (up, wide)])?;
-        launcher.silu((gate, up), wide, &self.ordered(&block.linears[DOWN]))?;
+        launcher.silu((gate, up), wide, &self.ordered(&block.linears[DOWN])?)?;
         self.queue_into_hidden(launcher, block, DOWN)
     }
 
-    /// A norm and the linears that read it: one launch for all whose columns are in the same order.
+    /// A norm and the linears that read it, which stand side by side in the block: one launch for all whose
+    /// columns are in the same order.
     fn queue_normed(
         &self,
         launcher: &Launcher<'_>,
@@ -317,29 +372,22 @@ impl Program {
         norm: usize,
         to: &[(u64, usize)],
     ) -> Result<()> {
-        let mut left: Vec<usize> = (0..linears.len()).collect();
-        while let Some(&first) = left.first() {
-            let weight = &block.linears[linears[first]];
-            let (together, others): (Vec<_>, _) =
-                left.into_iter().partition(|&i| block.linears[linears[i]].goes_with(weight));
-            left = others;
-            let ordered = self.ordered(weight);
+        for together in block.together(linears) {
             launcher.norm(
                 (self.at(&self.room.hidden), self.at(&block.norms[norm]), self.eps),
                 self.width(),
-                &ordered,
+                &self.ordered(&block.linears[together[0]])?,
             )?;
             let outputs: Vec<_> = together
                 .into_iter()
-                .map(|i| Output {
-                    weight: &block.linears[linears[i]],
-                    bias: self.bias(block, linears[i]),
-                    out: to[i].0,
-                    stride: to[i].1,
+                .map(|linear| Output {
+                    weight: &block.linears[linear],
+                    bias: self.bias(block, linear),
+                    out: to[linear - linears[0]].0,
+                    stride: to[linear - linears[0]].1,
                 })
                 .collect();
-            let x = (ordered.x, ordered.sums);
-            launcher.product(&prepare(&outputs, x, launcher.tokens, false)?)?;
+            launcher.product(&prepare(&outputs, self.inputs(), launcher.tokens, false)?)?;
         }
         Ok(())
     }
@@ -357,8 +405,7 @@ impl Program {
             out: self.at(&self.room.hidden),
             stride: self.width(),
         };
-        let x = (self.at(&self.room.ordered), self.at(&self.room.ordered_sums));
-        launcher.product(&prepare(&[output], x, launcher.tokens, true)?)
+        launcher.product(&prepare(&[output], self.inputs(), launcher.tokens, true)?)
     }
 
     fn bias(&self, block: &Block, linear: usize) -> u64 {

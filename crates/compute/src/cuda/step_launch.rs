@@ -8,24 +8,13 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, LaunchConfig};
 use half::f16;
 
-use super::coded::per_place;
+use super::coded::{Ordered, per_place};
 use super::context::Cuda;
 use super::dense::int;
 use super::dependent::{Arguments, launch};
 use super::product::Launch;
 use crate::error::Result;
 use crate::kv_cache::CacheShape;
-
-/// Where tokens' values go in a weight's order.
-pub(super) struct Ordered {
-    /// Address of the column at every place; 0 where each is in its own.
-    pub(super) places: u64,
-    /// Places of a token.
-    pub(super) padded: usize,
-    /// Address of the values in fp16, and of the sums of every 32 of them, or 0 for none.
-    pub(super) x: u64,
-    pub(super) sums: u64,
-}
 
 /// How keys are cut for attention.
 #[derive(Clone, Copy, Debug)]
@@ -34,8 +23,6 @@ pub(super) struct Splits {
     pub(super) count: usize,
     /// Keys of a split.
     keys: usize,
-    /// Query heads that a block of threads takes.
-    group: usize,
 }
 
 impl Splits {
@@ -43,17 +30,32 @@ impl Splits {
     const KEYS: usize = 64;
     /// Splits of a sequence, about: enough to fill a card, and few enough to be put together.
     const MOST: usize = 128;
+    /// More of them are put together in their own order and gathered afterwards: a value that is fetched
+    /// alone costs a sector of 32 bytes of each.
+    const GATHERED: usize = 8;
 
     /// Enough to fill a card at long contexts, and no smaller than pays.
     pub(super) fn of(shape: CacheShape) -> Self {
         let keys = shape.capacity.div_ceil(Self::MOST).next_multiple_of(Self::KEYS).max(Self::KEYS);
-        let group = match shape.heads / shape.kv_heads {
-            0 | 1 => 1,
-            2 => 2,
-            3 | 4 => 4,
-            _ => 8,
-        };
-        Self { count: shape.capacity.div_ceil(keys).max(1), keys, group }
+        Self { count: shape.capacity.div_ceil(keys).max(1), keys }
+    }
+
+    /// Query heads that a block of threads takes, of those that share a key head: all, up to 8, for the keys
+    /// are read once for them; fewer where too few blocks for the card come of that. A head's bits are the
+    /// same.
+    fn group(&self, shape: CacheShape, tokens: usize, processors: usize) -> usize {
+        let together = shape.heads / shape.kv_heads;
+        let blocks = |group: usize| shape.kv_heads * together.div_ceil(group) * self.count * tokens;
+        let mut group = together.next_power_of_two().min(8);
+        while group > 1 && blocks(group / 2) <= 2 * processors {
+            group /= 2;
+        }
+        group
+    }
+
+    /// Whether values are put together in their own order before they are brought into another.
+    pub(super) fn join_then_gather(&self, to: &Ordered) -> bool {
+        to.places != 0 && self.count > Self::GATHERED
     }
 }
 
@@ -122,10 +124,9 @@ impl Launcher<'_> {
     ) -> Result<()> {
         const NAME: &str = "step_norm";
         let function = self.cuda.kernel("step_norm.cu", NAME)?;
-        let config = per_place(to.padded, self.tokens);
-        let (cols, padded) = (int(cols)?, int(to.padded)?);
-        let mut given =
-            arguments![&hidden, &gain, &to.places, &to.x, &to.sums, &cols, &padded, &eps];
+        let config = per_place(to.padded as usize, self.tokens);
+        let cols = int(cols)?;
+        let mut given = arguments![&hidden, &gain, to, &cols, &eps];
         // SAFETY: the arguments are the kernel's, over memory of the program for so many tokens.
         unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
@@ -140,7 +141,9 @@ impl Launcher<'_> {
     /// split's share of attention.
     pub(super) fn attention(&self, of: &Attention) -> Result<()> {
         let CacheShape { heads, kv_heads, head_dim, capacity, .. } = of.shape;
-        let Splits { count, keys: split, group } = of.splits;
+        let Splits { count, keys: split } = of.splits;
+        let processors = self.cuda.driver().multiprocessors();
+        let group = of.splits.group(of.shape, self.tokens, processors);
         let name = match group {
             1 => "step_attention_1",
             2 => "step_attention_2",
@@ -178,14 +181,21 @@ impl Launcher<'_> {
     pub(super) fn join(&self, of: &Attention, to: &Ordered) -> Result<()> {
         const NAME: &str = "step_join";
         let function = self.cuda.kernel("step_attention.cu", NAME)?;
-        let config = grid((to.padded.div_ceil(64), self.tokens, 1), 256, 0);
+        let config = grid(((to.padded as usize).div_ceil(128), self.tokens, 1), 512, 0);
         let (heads, dim) = (int(of.shape.heads)?, int(of.shape.head_dim)?);
         let (count, split) = (int(of.splits.count)?, int(of.splits.keys)?);
-        let padded = int(to.padded)?;
-        let mut given = arguments![
-            &of.sums, &of.stats, &of.at, &to.places, &to.x, &to.sums, &heads, &dim, &count, &split,
-            &padded,
-        ];
+        let mut given = arguments![&of.sums, &of.stats, &of.at, to, &heads, &dim, &count, &split];
+        // SAFETY: as above.
+        unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
+    }
+
+    /// fp16 values brought into the order of a weight.
+    pub(super) fn gather(&self, from: u64, cols: usize, to: &Ordered) -> Result<()> {
+        const NAME: &str = "gather_columns_f16";
+        let function = self.cuda.kernel("gather_columns.cu", NAME)?;
+        let config = per_place(to.padded as usize, self.tokens);
+        let cols = int(cols)?;
+        let mut given = arguments![&from, to, &cols];
         // SAFETY: as above.
         unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
@@ -194,9 +204,9 @@ impl Launcher<'_> {
     pub(super) fn silu(&self, (gate, up): (u64, u64), cols: usize, to: &Ordered) -> Result<()> {
         const NAME: &str = "step_silu";
         let function = self.cuda.kernel("step_silu.cu", NAME)?;
-        let config = per_place(to.padded, self.tokens);
-        let (cols, padded) = (int(cols)?, int(to.padded)?);
-        let mut given = arguments![&gate, &up, &to.places, &to.x, &to.sums, &cols, &padded];
+        let config = per_place(to.padded as usize, self.tokens);
+        let cols = int(cols)?;
+        let mut given = arguments![&gate, &up, to, &cols];
         // SAFETY: as above.
         unsafe { launch((self.cuda, self.stream), NAME, &function, config, &mut given) }
     }
@@ -207,5 +217,26 @@ fn grid((x, y, z): (usize, usize, usize), threads: u32, shared: usize) -> Launch
         grid_dim: (x as u32, y as u32, z as u32),
         block_dim: (threads, 1, 1),
         shared_mem_bytes: shared as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_texts_have_blocks_for_the_whole_card() {
+        let group = |heads, kv_heads, capacity, tokens| {
+            let shape = CacheShape { slots: 16, capacity, heads, kv_heads, head_dim: 128 };
+            Splits::of(shape).group(shape, tokens, 132)
+        };
+        assert_eq!(group(64, 8, 160, 1), 1);
+        assert_eq!(group(64, 8, 160, 2), 2);
+        assert_eq!(group(64, 8, 160, 16), 8);
+        assert_eq!(group(64, 8, 4096, 1), 8);
+        // As many as share a key head, whatever that leaves idle.
+        assert_eq!(group(6, 6, 160, 16), 1);
+        assert_eq!(group(12, 4, 4096, 4), 4);
+        assert_eq!(group(56, 8, 4096, 4), 8);
     }
 }
