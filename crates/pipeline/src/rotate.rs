@@ -106,6 +106,11 @@ impl FusedRotations {
         }))
     }
 
+    /// Whether the residual stream is turned.
+    pub(crate) fn turns_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
     /// Turns by a learned rotation on `device` from now on, where that is a GPU: a host would need longer for it
     /// than a GPU for all else.
     ///

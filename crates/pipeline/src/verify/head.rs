@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::base::relative;
 use super::findings::{Check, Findings};
+use super::head_columns;
 use super::one_map::{LEFT_OVER, left_over};
 use crate::error::Result;
 use crate::head_rows::{RowSums, head_fit};
@@ -53,6 +54,9 @@ pub(super) struct HeadChange {
     left_over: Option<Vec<f64>>,
     /// What its report says that fitting made of it.
     recorded: Option<HeadFit>,
+    /// What is left of each column, of a fitted head in rotated coordinates of which nothing is recorded;
+    /// `None` of others, and of few rows.
+    columns: Option<Vec<f64>>,
     /// Columns.
     width: usize,
     /// It has the base's shape.
@@ -84,11 +88,14 @@ impl HeadChange {
         let rows: Vec<RowSums> = expected_rows.map_init(Vec::new, of_row).collect();
         let all = RowSums::sum(&rows);
         let own = matches!(base.head()?, Head::Own | Head::Untied);
+        let values = (may_be_fitted && all.change > 0.0).then(|| found.to_f32());
+        let left_over = values.as_ref().and_then(|values| left_over(values, &expected, width));
+        let turned = recorded.is_none() && rotations.is_some_and(FusedRotations::turns_stream);
+        let columns = values.filter(|_| turned && left_over.is_some());
         Ok(Self {
             rows,
-            left_over: (may_be_fitted && all.change > 0.0)
-                .then(|| left_over(&found.to_f32(), &expected, width))
-                .flatten(),
+            left_over,
+            columns: columns.map(|values| head_columns::gains(&values, &expected, width)),
             all,
             recorded,
             width,
@@ -162,7 +169,7 @@ impl HeadChange {
                 "differs from the base's: it is {gain:.2} times that, which no fitting leaves"
             ));
         }
-        if self.left_over.is_none() { self.odd_row(gain) } else { None }
+        if self.left_over.is_none() { self.odd_row(gain) } else { self.odd_column(gain) }
     }
 
     /// That a fit left other sums than these.
@@ -181,6 +188,17 @@ impl HeadChange {
         Some(format!(
             "differs from the base's otherwise than {REPORT_FILE} says of its fit: {what} of {found:.6} in \
              place of {recorded:.6}"
+        ))
+    }
+
+    /// A column that is no more like the base's than another, in a head of this gain.
+    fn odd_column(&self, gain: f64) -> Option<String> {
+        let columns = self.columns.as_ref()?;
+        let (column, wrong) = head_columns::odd(columns, gain)?;
+        Some(format!(
+            "differs from the base's, of whose column {column} it has {:.2}, and {gain:.2} of all, which no \
+             fitting leaves ({wrong} such)",
+            columns[column]
         ))
     }
 

@@ -21,6 +21,7 @@ mod fit;
 mod gains;
 mod grid;
 mod head;
+mod head_columns;
 mod job;
 mod learned_stream;
 mod odd_words;
