@@ -422,7 +422,6 @@ fn what_makes_no_sense_is_refused_in_a_sentence() {
         &["no chat template", "--template"],
     );
     refused(&["chat", &model, CPU], &["no chat template", "--template"]);
-    refused(&["generate", &model, "--prompt", "x", "--device", "cuda:0,1"], &["one device"]);
     dir.write("bad.jsonl", "\"fine\"\n{\"text\": \"what\"}\n");
     refused(&["generate", &model, "--prompts", "bad.jsonl", CPU], &["Line 2 of `bad.jsonl`"]);
     dir.write("bad.jsonl", "{\"prompt\": \"x\", \"messages\": []}\n");
@@ -448,4 +447,10 @@ fn what_makes_no_sense_is_refused_in_a_sentence() {
         refused(&["generate", "broken", "--chat", "--prompt", "x", CPU], &[named]);
         std::fs::remove_dir_all(dir.path("broken")).unwrap();
     }
+    // Several processes would each make the text.
+    let launched = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
+    let launched: Vec<_> =
+        launched.into_iter().zip(["0", "0", "2", "localhost", "29500"]).collect();
+    dir.gptq_env(&["generate", &model, "--prompt", "x", CPU], &launched)
+        .refused(&["one process", "--device cuda:0,1"]);
 }

@@ -29,13 +29,15 @@ pub struct StepBlock<'a> {
     pub cache: &'a KvCache,
 }
 
-/// What a step goes through.
+/// What a step goes through: a model, or the blocks of it that one card holds.
 #[derive(Debug)]
 pub struct StepModel<'a> {
     /// In order.
     pub blocks: Vec<StepBlock<'a>>,
-    /// Gain of the last norm.
-    pub norm: &'a [f32],
+    /// Values of a hidden state.
+    pub width: usize,
+    /// Gain of the last norm; `None` where another card's blocks follow.
+    pub norm: Option<&'a [f32]>,
     /// Added to mean squares in norms.
     pub eps: f32,
     /// Angles of at least as many positions as a cache has.
@@ -50,8 +52,8 @@ impl Steps {
     /// Tokens that a step takes at most.
     pub const MOST_TOKENS: usize = cuda::step::MOST_TOKENS;
 
-    /// Takes the first hidden states `[spans.len(), hidden]` of one new token each through the blocks:
-    /// their final hidden states, normed. Keys and values go into the caches.
+    /// Takes hidden states `[spans.len(), hidden]` of one new token each, f32, through the blocks: fp16 and
+    /// normed where the model has a last norm, f32 without. Keys and values go into the caches.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] for spans that are not single tokens of different sequences within the
@@ -97,7 +99,9 @@ impl Device {
         if !cuda::attention::has_steps(shape.head_dim) || !model.rope.is_plain() {
             return Ok(None);
         }
-        let width = model.norm.len();
+        let width = model.width;
+        let normed = model.norm.map_or(width, <[f32]>::len);
+        ensure_shape(normed == width, OP, (normed, 1), (width, 1))?;
         let positions = (model.rope.positions(), 2 * model.rope.half);
         ensure_shape(
             positions.0 >= shape.capacity && positions.1 == shape.head_dim,

@@ -287,7 +287,8 @@ fn what_no_kernel_has_is_said() {
         (64, 32, RopeLayout::Interleaved),
     ] {
         let rope = RopeTable::with(&vec![0.5; half], 16, head_dim, layout, 1.0);
-        let model = StepModel { blocks: Vec::new(), norm: &norm, eps: 1e-5, rope: &rope };
+        let norm = Some(&norm[..]);
+        let model = StepModel { blocks: Vec::new(), width: 8, norm, eps: 1e-5, rope: &rope };
         let shape = CacheShape { slots: 1, capacity: 16, heads: 2, kv_heads: 1, head_dim };
         assert!(gpu.steps(&model, shape).unwrap().is_none(), "{head_dim} {half} {layout:?}");
     }

@@ -369,7 +369,8 @@ fn steps_match() {
         let (mut here_caches, mut there_caches) = (cache(&cpu), cache(&gpu));
         let model = StepModel {
             blocks: small.blocks(&there, &there_caches),
-            norm: &small.norms[0][0],
+            width: WIDTH,
+            norm: Some(&small.norms[0][0]),
             eps: EPS,
             rope: &rope,
         };

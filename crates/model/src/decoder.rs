@@ -1,22 +1,20 @@
-//! A model that stays on its device whole, and sequences that it goes on with token by token.
+//! A model that stays on its devices whole, and sequences that it goes on with token by token.
 //!
 //! The forward pass is that of [`crate::Block`]; what differs is where attention finds the tokens
-//! before, and that weights are kept as their file has them.
+//! before, and that weights are kept as their file has them. Several devices have a part of the blocks each.
 
 use gptq_checkpoint::{
-    Checkpoint, Expert, HEAD, LinearId, LinearShape, ModelConfig, NormId, NormShape, RopeKind,
-    RopeScaling,
+    Checkpoint, Expert, LinearId, ModelConfig, NormId, NormShape, RopeKind, RopeScaling,
 };
-use gptq_compute::{
-    CacheShape, CodedMatrix, Device, KvCache, Resident, Span, StepModel, Steps, Tensor,
-};
+use gptq_compute::{CacheShape, Device, Resident, Span, Steps, Tensor};
 use ndarray::{Array2, Axis};
 
 use crate::block::{Block, Linear};
-use crate::block_rule::{BlockRule, Norm};
+use crate::block_rule::BlockRule;
+use crate::decoder_part::{Part, PartCache, keep_head, shares};
 use crate::error::{Error, Result};
-use crate::model::{FinalNorm, Head, Model};
-use crate::values::{SourcePrecision, Values};
+use crate::model::{Head, Model};
+use crate::values::SourcePrecision;
 
 /// Tokens of a prompt that go through the model at a time: what they take besides the weights is a few
 /// activations of so many rows.
@@ -58,21 +56,22 @@ pub fn has_step_program(config: &ModelConfig, context: usize) -> bool {
     rotates_all && (0..config.num_hidden_layers).all(block)
 }
 
-/// A model whose blocks all stay on the device.
+/// A model whose blocks all stay on their devices.
 #[derive(Debug)]
 pub struct Decoder<'a> {
+    /// On the first device.
     model: Model<'a>,
-    blocks: Vec<Block<Resident>>,
+    parts: Vec<Part>,
+    /// On the last device.
     head: Head<Resident>,
+    last: Device,
     context: usize,
 }
 
 /// Keys and values of every block, for some sequences at a time.
 #[derive(Debug)]
 pub struct Cache {
-    blocks: Vec<KvCache>,
-    /// A GPU's program for steps of these sequences.
-    steps: Option<Steps>,
+    parts: Vec<PartCache>,
     /// Tokens of each sequence.
     lengths: Vec<usize>,
     capacity: usize,
@@ -114,40 +113,40 @@ impl Cache {
 }
 
 impl<'a> Decoder<'a> {
-    /// Loads every block; `progress` hears of each. Sequences have up to `context` tokens.
+    /// Loads every block; `progress` hears of each. Sequences have up to `context` tokens. Several devices
+    /// get blocks that follow one another, the last also the head: as many as fill them alike.
     ///
     /// # Errors
-    /// [`Error::ContextTooLong`], and as [`Model::new`] and [`Model::load_block`].
+    /// [`Error::ContextTooLong`], [`Error::TooManyDevices`], and as [`Model::new`] and
+    /// [`Model::load_block`].
+    ///
+    /// # Panics
+    /// Without a device.
     pub fn load(
         checkpoint: &'a Checkpoint,
-        device: Device,
+        devices: &[Device],
         context: usize,
         mut progress: impl FnMut(usize),
     ) -> Result<Self> {
+        let (Some(first), Some(last)) = (devices.first(), devices.last()) else {
+            panic!("a decoder needs a device");
+        };
         let (most, why) = context_limit(checkpoint.config());
         if context > most {
             return Err(Error::ContextTooLong { context, most, why });
         }
         let config = checkpoint.config();
-        device.check_heads(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )?;
-        let model = Model::new(checkpoint, device, SourcePrecision::Stored, context)?;
-        let head = Head {
-            norm: model.final_norm()?,
-            weight: keep(&model, HEAD, config.vocab_size, config.hidden_size)?,
-        };
-        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
-        for index in 0..config.num_hidden_layers {
-            let frame = model.load_frame(index)?;
-            let keep =
-                |linear: &Linear<LinearShape>| keep_linear(&model, &linear.name, &linear.weight);
-            blocks.push(Block::new(frame.with_weights(keep)?));
-            progress(index);
+        for device in devices {
+            let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+            device.check_heads(heads, kv_heads, config.head_dim)?;
         }
-        Ok(Self { model, blocks, head, context })
+        let model = Model::new(checkpoint, first.clone(), SourcePrecision::Stored, context)?;
+        let shares = shares(checkpoint, devices)?;
+        let head = keep_head(&model, last)?;
+        let parts = devices.iter().zip(shares);
+        let parts = parts.map(|(device, blocks)| Part::load(&model, device, blocks, &mut progress));
+        let parts = parts.collect::<Result<_>>()?;
+        Ok(Self { model, parts, head, last: last.clone(), context })
     }
 
     /// The model's shape.
@@ -156,10 +155,10 @@ impl<'a> Decoder<'a> {
         self.model.config()
     }
 
-    /// The device that runs the model.
+    /// The device that has the head, and final hidden states.
     #[must_use]
     pub fn device(&self) -> &Device {
-        self.model.device()
+        &self.last
     }
 
     /// Bytes of weights that one step of one sequence reads: of experts those of one token.
@@ -176,7 +175,8 @@ impl<'a> Decoder<'a> {
                 mixture.router.bytes() + mixture.shared_gate.as_ref().map_or(0, Tensor::bytes);
             all - of_experts + of_experts / experts.count * experts.per_token + router
         };
-        self.blocks.iter().map(block).sum::<usize>() + self.head.weight.bytes()
+        let blocks = self.parts.iter().flat_map(|part| &part.blocks);
+        blocks.map(block).sum::<usize>() + self.head.weight.bytes()
     }
 
     /// An empty cache for `slots` sequences of up to `capacity` tokens.
@@ -189,18 +189,20 @@ impl<'a> Decoder<'a> {
             return Err(Error::ContextTooLong { context: capacity, most: self.context, why });
         }
         let shape = cache_shape(self.config(), slots, capacity);
-        let blocks = self.blocks.iter().map(|_| Ok(self.device().kv_cache(shape)?));
-        let blocks: Vec<KvCache> = blocks.collect::<Result<_>>()?;
-        let rope = self.model.ropes(self.context).of_kind(RopeKind::Global);
-        let steps = self.blocks.iter().zip(&blocks).map(|(block, kept)| block.step(kept));
-        let steps = match steps.collect::<Option<Vec<_>>>() {
-            Some(blocks) if has_step_program(self.config(), self.context) => {
-                let FinalNorm { gain, rule: Norm { eps, .. } } = &self.head.norm;
-                self.device().steps(&StepModel { blocks, norm: gain, eps: *eps, rope }, shape)?
-            }
-            _ => None,
-        };
-        Ok(Cache { blocks, steps, lengths: vec![0; slots], capacity })
+        let rope = has_step_program(self.config(), self.context)
+            .then(|| self.model.ropes(self.context).of_kind(RopeKind::Global));
+        let norm = &self.head.norm;
+        let mut parts = Vec::with_capacity(self.parts.len());
+        for (i, part) in self.parts.iter().enumerate() {
+            let last = (i + 1 == self.parts.len()).then_some(norm.gain.as_slice());
+            parts.push(part.cache(
+                shape,
+                rope,
+                (self.config().hidden_size, norm.rule.eps),
+                last,
+            )?);
+        }
+        Ok(Cache { parts, lengths: vec![0; slots], capacity })
     }
 
     /// Goes on with a sequence by some tokens; their final hidden states `[ids.len(), hidden]`, normed.
@@ -231,14 +233,21 @@ impl<'a> Decoder<'a> {
         let spans =
             next.iter().map(|&(slot, _)| cache.span(slot, 1)).collect::<Result<Vec<_>>>()?;
         let ids: Vec<_> = next.iter().map(|&(_, id)| id).collect();
-        match &mut cache.steps {
-            Some(steps) if (1..=Steps::MOST_TOKENS).contains(&spans.len()) => {
-                let hidden = steps.run(&self.model.embed(&ids)?, &spans)?;
-                cache.take(&spans);
-                Ok(hidden)
-            }
-            _ => self.pass(cache, &ids, &spans),
+        let few = (1..=Steps::MOST_TOKENS).contains(&spans.len());
+        if !few || cache.parts.iter().any(|part| part.steps.is_none()) {
+            return self.pass(cache, &ids, &spans);
         }
+        let mut hidden = self.model.embed(&ids)?;
+        for (i, (part, kept)) in self.parts.iter().zip(&mut cache.parts).enumerate() {
+            if i > 0 {
+                hidden = part.bring(&hidden)?;
+            }
+            if let Some(steps) = &mut kept.steps {
+                hidden = steps.run(&hidden, &spans)?;
+            }
+        }
+        cache.take(&spans);
+        Ok(hidden)
     }
 
     /// The last row of hidden states: what the token after a prompt is chosen by.
@@ -264,14 +273,16 @@ impl<'a> Decoder<'a> {
 
     /// All blocks over `ids`, the rows of `spans`.
     fn pass(&self, cache: &mut Cache, ids: &[u32], spans: &[Span]) -> Result<Tensor> {
-        let device = self.device();
         let mut hidden = self.model.embed(ids)?;
         let ropes = self.model.ropes(self.context);
-        for (block, kept) in self.blocks.iter().zip(&mut cache.blocks) {
-            block.forward_spans(device, &mut hidden, ropes, spans, kept)?;
+        for (i, (part, kept)) in self.parts.iter().zip(&mut cache.parts).enumerate() {
+            if i > 0 {
+                hidden = part.bring(&hidden)?;
+            }
+            part.pass(kept, &mut hidden, ropes, spans)?;
         }
         cache.take(spans);
-        self.head.norm(device, &hidden)
+        self.head.norm(self.device(), &hidden)
     }
 }
 
@@ -284,31 +295,4 @@ fn cache_shape(config: &ModelConfig, slots: usize, capacity: usize) -> CacheShap
         kv_heads: config.num_key_value_heads,
         head_dim: config.head_dim,
     }
-}
-
-/// Keeps a linear, dense or quantized, as it is stored.
-fn keep_linear(model: &Model<'_>, name: &str, shape: &LinearShape) -> Result<Resident> {
-    let (rows, cols) = (shape.out_features, shape.in_features);
-    let Some(linear) = model.gptq_linear(name, shape)? else {
-        return keep(model, &format!("{name}.weight"), rows, cols);
-    };
-    Ok(model.device().keep_coded(CodedMatrix {
-        bits: linear.bits.get(),
-        rows,
-        cols,
-        codes: &linear.unpack_codes(),
-        zeros: &linear.unpack_zeros(),
-        scales: &linear.scales,
-        group_of: &linear.g_idx,
-    })?)
-}
-
-/// Keeps a dense weight as it is stored.
-fn keep(model: &Model<'_>, name: &str, rows: usize, cols: usize) -> Result<Resident> {
-    let tensor = model.checkpoint().tensor_shaped(name, &[rows, cols])?;
-    tensor.check_finite()?;
-    let values = Values::read(tensor, SourcePrecision::Stored)?;
-    let kept = model.device().keep(values.matrix(rows, cols))?;
-    model.checkpoint().release(name);
-    Ok(kept)
 }

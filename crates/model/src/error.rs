@@ -40,6 +40,14 @@ pub enum Error {
         /// What says so.
         why: &'static str,
     },
+    /// More devices than there is work for.
+    #[error("{devices} devices were named for a model of {blocks} blocks")]
+    TooManyDevices {
+        /// How many were named.
+        devices: usize,
+        /// Blocks of the model.
+        blocks: usize,
+    },
     /// A part of a model that nothing can be trained through.
     #[error("{what} has no backward pass: {why}")]
     NoBackward {

@@ -12,6 +12,7 @@ mod backward;
 mod block;
 mod block_rule;
 mod decoder;
+mod decoder_part;
 mod error;
 mod experts;
 mod forward;

@@ -214,7 +214,11 @@ impl<'a> Model<'a> {
         self.load_frame_on(&self.device, index)
     }
 
-    fn load_frame_on(&self, device: &Device, index: usize) -> Result<BlockParts<LinearShape>> {
+    pub(crate) fn load_frame_on(
+        &self,
+        device: &Device,
+        index: usize,
+    ) -> Result<BlockParts<LinearShape>> {
         let config = self.config();
         let prefix = ModelConfig::block_prefix(index);
         let linear = |shape: LinearShape| {

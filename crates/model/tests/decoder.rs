@@ -4,12 +4,17 @@
 
 #[path = "../../../tests/util/family_models.rs"]
 mod family_models;
+#[path = "../../../tests/util/gpus.rs"]
+mod gpus;
+#[path = "../../../tests/util/needs.rs"]
+mod needs;
 
 use std::path::Path;
 
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::Device;
 use gptq_model::{Decoder, Error, Model, SourcePrecision};
+use gpus::{gpu, gpus};
 use ndarray::{Array2, Axis};
 
 const TOKENS: usize = 90;
@@ -43,7 +48,7 @@ fn close(found: &Array2<f32>, wanted: &Array2<f32>) {
 #[test]
 fn sequences_that_grow_have_what_whole_windows_have() {
     let checkpoint = demo();
-    let decoder = Decoder::load(&checkpoint, Device::Cpu, 128, |_| ()).unwrap();
+    let decoder = Decoder::load(&checkpoint, &[Device::Cpu], 128, |_| ()).unwrap();
     let texts = [ids(1, decoder.config().vocab_size), ids(2, decoder.config().vocab_size)];
     let wanted = texts.each_ref().map(|ids| whole(&checkpoint, ids));
 
@@ -93,7 +98,7 @@ fn sequences_of_every_family_grow_as_whole_windows() {
         let length = LENGTH.min(gptq_model::context_limit(checkpoint.config()).0);
         let ids: Vec<u32> = (0..length as u32).map(|i| 2 + (i * 7919 + 5) % 62).collect();
         let wanted = whole(&checkpoint, &ids);
-        let decoder = Decoder::load(&checkpoint, Device::Cpu, length, |_| ()).unwrap();
+        let decoder = Decoder::load(&checkpoint, &[Device::Cpu], length, |_| ()).unwrap();
         let mut cache = decoder.cache(1, length).unwrap();
         let mut found = vec![
             decoder.feed(&mut cache, 0, &ids[..13]).unwrap().into_host(),
@@ -116,13 +121,61 @@ fn sequences_of_every_family_grow_as_whole_windows() {
     assert!(kinds > 50, "{kinds}");
 }
 
+/// Final hidden states and logits of two sequences that grow together, by a model on some devices.
+fn grown(checkpoint: &Checkpoint, devices: &[Device]) -> Vec<Array2<f32>> {
+    let decoder = Decoder::load(checkpoint, devices, 128, |_| ()).unwrap();
+    let vocab = decoder.config().vocab_size;
+    let texts = [ids(1, vocab), ids(2, vocab)];
+    let mut cache = decoder.cache(2, 100).unwrap();
+    let mut found = Vec::new();
+    for (slot, prompt) in [40, 3].into_iter().enumerate() {
+        let hidden = decoder.feed(&mut cache, slot, &texts[slot][..prompt]).unwrap();
+        found.push(decoder.logits(&decoder.last_row(&hidden).unwrap()).unwrap());
+        found.push(hidden.to_host().unwrap());
+    }
+    for i in 0..20 {
+        let next = [(1, texts[1][3 + i]), (0, texts[0][40 + i])];
+        let hidden = decoder.step(&mut cache, if i % 3 == 0 { &next[..1] } else { &next }).unwrap();
+        found.push(decoder.logits(&hidden).unwrap());
+        found.push(hidden.to_host().unwrap());
+    }
+    found
+}
+
+/// A model that is cut into parts has the states and logits of the whole, to the bit.
+#[test]
+fn parts_have_what_the_whole_has() {
+    let checkpoint = demo();
+    let blocks = checkpoint.config().num_hidden_layers;
+    let whole = grown(&checkpoint, &[Device::Cpu]);
+    for parts in [2, 3, blocks] {
+        assert!(grown(&checkpoint, &vec![Device::Cpu; parts]) == whole, "{parts} parts");
+    }
+    let error = Decoder::load(&checkpoint, &vec![Device::Cpu; blocks + 1], 16, |_| ()).unwrap_err();
+    let wanted = format!("{} devices were named for a model of {blocks} blocks", blocks + 1);
+    assert_eq!(error.to_string(), wanted);
+}
+
+/// So has one whose parts are on one GPU, and on several.
+#[test]
+fn parts_on_gpus_have_what_the_whole_has() {
+    let Some(gpu) = gpu() else { return };
+    let checkpoint = demo();
+    let whole = grown(&checkpoint, std::slice::from_ref(&gpu));
+    assert!(grown(&checkpoint, &[gpu.clone(), gpu.clone(), gpu]) == whole, "three parts, one GPU");
+    let Some(gpus) = gpus() else { return };
+    let one = grown(&checkpoint, &gpus[1..2]);
+    assert!(one == whole, "another GPU");
+    assert!(grown(&checkpoint, &gpus[..2]) == whole, "two GPUs");
+}
+
 #[test]
 fn contexts_have_an_end() {
     let checkpoint = demo();
     let most = checkpoint.config().positions();
-    let error = Decoder::load(&checkpoint, Device::Cpu, most + 1, |_| ()).unwrap_err();
+    let error = Decoder::load(&checkpoint, &[Device::Cpu], most + 1, |_| ()).unwrap_err();
     assert!(matches!(error, Error::ContextTooLong { .. }), "{error}");
-    let decoder = Decoder::load(&checkpoint, Device::Cpu, 16, |_| ()).unwrap();
+    let decoder = Decoder::load(&checkpoint, &[Device::Cpu], 16, |_| ()).unwrap();
     assert!(decoder.cache(1, 17).is_err());
     let mut cache = decoder.cache(1, 8).unwrap();
     let error = decoder.feed(&mut cache, 0, &[1; 9]).unwrap_err();

@@ -216,7 +216,8 @@ impl Stack {
                 .zip(&caches)
                 .filter_map(|(b, cache)| b.step(cache))
                 .collect(),
-            norm: &self.norm,
+            width: self.norm.len(),
+            norm: Some(&self.norm),
             eps: 1e-5,
             rope: self.ropes.of_kind(RopeKind::Global),
         };

@@ -115,13 +115,8 @@ impl DeviceArgs {
         }
         let devices = self.all()?;
         devices.iter().try_for_each(|device| self.limit(device))?;
-        let names: Vec<String> = devices.iter().map(Device::name).collect();
-        printer.note(&match names.as_slice() {
-            [first, others @ ..] if !others.is_empty() && others.iter().all(|o| o == first) => {
-                format!("devices: {} × {first}", names.len())
-            }
-            names => format!("device: {}", names.join(", ")),
-        });
+        let many = if devices.len() > 1 { "s" } else { "" };
+        printer.note(&format!("device{many}: {}", names(&devices)));
         Ok(devices)
     }
 
@@ -145,15 +140,17 @@ impl DeviceArgs {
         Ok(())
     }
 
-    /// What a process of this program is to be told so that it uses the device that this one would, and
-    /// the type of the numbers there; nothing is opened. `advice` says what to do instead of several.
-    pub(crate) fn for_child(&self, advice: &str) -> Result<(Vec<String>, &'static str)> {
-        self.check_one(advice)?;
-        let card = self.cards()?.first().copied();
-        let name = card.map_or_else(|| "cpu".to_owned(), |card| format!("cuda:{card}"));
+    /// What a process of this program is to be told so that it uses the devices that this one would, and
+    /// the type of the numbers there; nothing is opened.
+    pub(crate) fn for_child(&self) -> Result<(Vec<String>, &'static str)> {
+        let cards: Vec<_> = self.cards()?.iter().map(usize::to_string).collect();
+        let (name, dtype) = match cards.is_empty() {
+            true => ("cpu".to_owned(), Device::CPU_DTYPE),
+            false => (format!("cuda:{}", cards.join(",")), Device::GPU_DTYPE),
+        };
         let mut options = vec![format!("--device={name}")];
         options.extend(self.gpu_memory.map(|bytes| format!("--gpu-memory={bytes}")));
-        Ok((options, if card.is_some() { Device::GPU_DTYPE } else { Device::CPU_DTYPE }))
+        Ok((options, dtype))
     }
 
     /// The devices of a process that is alone.
@@ -218,6 +215,17 @@ impl DeviceArgs {
     }
 }
 
+/// What some devices are called together.
+pub(crate) fn names(devices: &[Device]) -> String {
+    let names: Vec<String> = devices.iter().map(Device::name).collect();
+    match names.as_slice() {
+        [first, others @ ..] if !others.is_empty() && others.iter().all(|other| other == first) => {
+            format!("{} × {first}", names.len())
+        }
+        names => names.join(", "),
+    }
+}
+
 /// Every card that the kernels support.
 fn every_card() -> Result<Vec<usize>> {
     let cards: Vec<usize> =
@@ -237,7 +245,7 @@ mod tests {
     fn a_child_is_told_what_was_typed() {
         let told = |device: &str, gpu_memory| {
             let device = Some(device.parse().unwrap());
-            DeviceArgs { device, gpu_memory }.for_child("")
+            DeviceArgs { device, gpu_memory }.for_child()
         };
         assert_eq!(told("cpu", None).unwrap(), (vec!["--device=cpu".to_owned()], "f32"));
         let (options, dtype) = told("cuda:3", Some(5)).unwrap();
@@ -245,7 +253,7 @@ mod tests {
             (options.join(" "), dtype),
             ("--device=cuda:3 --gpu-memory=5".to_owned(), "fp16")
         );
-        assert!(told("cuda:0,1", None).is_err());
+        assert_eq!(told("cuda:1,0", None).unwrap(), (vec!["--device=cuda:1,0".to_owned()], "fp16"));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use crate::commands::Command;
 
 pub(crate) use calibration::{CalibrationArgs, RecipeChanges};
-pub(crate) use device::DeviceArgs;
+pub(crate) use device::{DeviceArgs, names as device_names};
 pub(crate) use sampling::SamplingArgs;
 pub(crate) use typed::typed;
 

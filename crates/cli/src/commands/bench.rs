@@ -14,7 +14,6 @@ use gptq_quant::{QuantSpec, Recipe};
 use serde::Serialize;
 
 use super::table::{gigabytes, plural, table};
-use super::text_model::text_device;
 use super::{print_json, print_result};
 use crate::args::DeviceArgs;
 use crate::args::values::{parse_calibrated, parse_count};
@@ -109,7 +108,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
 
 /// `--decode`.
 fn decode(args: &Args, printer: &Printer) -> Result<()> {
-    let device = text_device(&args.device, printer)?;
+    let device = args.device.open_one(printer, "steps are measured on one, as --device cuda:0")?;
     let found = bench_decode(&device, args.width)?;
     if args.json { print_json(&found) } else { print_result(&decode_text(&found, args.width)) }
 }

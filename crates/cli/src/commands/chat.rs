@@ -8,7 +8,7 @@ use gptq_generate::{Engine, Error, Finish, Message, Request};
 use gptq_pipeline::progress::Progress;
 use serde::Serialize;
 
-use super::text_model::{TextModel, text_device, warn_of_lost_system};
+use super::text_model::{TextModel, text_devices, warn_of_lost_system};
 use super::{print_part, print_result};
 use crate::args::{DeviceArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
@@ -51,14 +51,14 @@ struct Answer {
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let options = &args.sampling;
-    let device = text_device(&args.device, printer)?;
+    let devices = text_devices(&args.device, printer)?;
     let model = TextModel::open(&args.model, options, usize::MAX, printer)?;
     model.note_choice(options, printer);
     let template = model.template(options.template.as_deref())?;
     warn_of_lost_system(&model, &template, options.system.as_deref(), printer)?;
     let context = model.context(options.context);
     let interrupt = Interrupt::listen()?;
-    let decoder = model.decoder(&device, context, printer)?;
+    let decoder = model.decoder(&devices, context, printer)?;
     let mut engine = Engine::new(&decoder, &model.tokenizer, 1, context)?;
     engine.heed(interrupt.flag());
     let begin = || -> Vec<Message> {

@@ -13,11 +13,11 @@ use gptq_generate::{Engine, Error, Finish, Message, Step};
 use serde::{Deserialize, Serialize};
 
 use super::text_model::{
-    Template, TextModel, check_at_once, conversation, text_device, warn_of_lost_system,
+    Template, TextModel, check_at_once, conversation, text_devices, warn_of_lost_system,
 };
 use super::{print_json, print_part, print_result};
 use crate::args::values::parse_count;
-use crate::args::{DeviceArgs, SamplingArgs};
+use crate::args::{DeviceArgs, SamplingArgs, device_names};
 use crate::interrupt::Interrupt;
 use crate::printer::Printer;
 
@@ -141,13 +141,13 @@ fn memory_speed(device: &Device) -> Option<f64> {
 
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     check_at_once("--batch", args.batch)?;
-    let device = text_device(&args.device, printer)?;
+    let devices = text_devices(&args.device, printer)?;
     let model = TextModel::open(&args.model, &args.sampling, MAX_TOKENS, printer)?;
     model.note_choice(&args.sampling, printer);
     let prompts = prompts(args, &model, printer)?;
     let context = context(args, &model, &prompts, printer)?;
     let interrupt = Interrupt::listen()?;
-    let decoder = model.decoder(&device, context, printer)?;
+    let decoder = model.decoder(&devices, context, printer)?;
     let slots = args.batch.min(prompts.len());
     // Once the weights are read: from here on Ctrl-C keeps what there is, be it nothing yet.
     interrupt.begin();
@@ -195,7 +195,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let [prompt_seconds, step_seconds] = engine.spent().map(|spent| spent.as_secs_f64());
     let per_second = |count: usize| (steps > 0).then(|| count as f64 / step_seconds);
     let bytes_per_second = per_second(steps * decoder.step_bytes());
-    let memory_bytes_per_second = bytes_per_second.and_then(|_| memory_speed(&device));
+    let memory_bytes_per_second = bytes_per_second.and_then(|_| memory_speed(&devices[0]));
     let speed = Speed {
         prompt_tokens: texts[..next].iter().map(|text| text.prompt_ids.len()).sum(),
         new_tokens,
@@ -211,8 +211,8 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     if args.json {
         let output = Output {
             model: &args.model,
-            device: device.name(),
-            dtype: device.dtype(),
+            device: device_names(&devices),
+            dtype: devices[0].dtype(),
             sampling: model.sampling.describe(),
             seed: args.sampling.seed,
             context,

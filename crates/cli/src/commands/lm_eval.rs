@@ -60,7 +60,7 @@ fn ask_server(
              off the beginnings of longer questions; --context says how many"
         ));
     }
-    let (device, dtype) = args.device.for_child(text_model::ONE_DEVICE)?;
+    let (device, dtype) = args.device.for_child()?;
     let mut serve = vec![format!("--max-batch={}", args.batch), format!("--context={context}")];
     serve.extend(device);
     let server = Server::start(folder, &serve, interrupt)?;

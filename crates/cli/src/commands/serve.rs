@@ -67,7 +67,7 @@ mod with_server {
     use super::Args;
     use crate::args::SamplingArgs;
     use crate::commands::print_result;
-    use crate::commands::text_model::{TextModel, check_at_once, text_device};
+    use crate::commands::text_model::{TextModel, check_at_once, text_devices};
     use crate::interrupt::hangup_is_ignored;
     use crate::printer::Printer;
 
@@ -80,7 +80,7 @@ mod with_server {
         let key = args.api_key_file.as_deref().map(ApiKey::read).transpose()?;
         // Before the weights are read: what is wrong with the address is known at once.
         let listener = Listener::bind(&args.host, args.port, key)?;
-        let device = text_device(&args.device, printer)?;
+        let devices = text_devices(&args.device, printer)?;
         let model = TextModel::open(&args.model, &SamplingArgs::default(), usize::MAX, printer)?;
         printer.note(&format!(
             "choosing, where a request says nothing: {}; what is drawn without a seed gets one of \
@@ -89,7 +89,7 @@ mod with_server {
         ));
         let context = model.context(args.context);
         let served = served(args, &model, context)?;
-        let decoder = model.decoder(&device, context, printer)?;
+        let decoder = model.decoder(&devices, context, printer)?;
         let mut engine = Engine::new(&decoder, &model.tokenizer, slots, context)?;
         printer.note(&format!(
             "serving {}: {slots} texts at once of up to {context} tokens, {} requests may wait",

@@ -145,14 +145,20 @@ impl TextModel {
     /// Reads the weights, for texts of up to `context` tokens.
     pub(crate) fn decoder(
         &self,
-        device: &Device,
+        devices: &[Device],
         context: usize,
         printer: &Printer,
     ) -> Result<Decoder<'_>> {
         printer.begin("load", self.checkpoint.config().num_hidden_layers);
-        let decoder = Decoder::load(&self.checkpoint, device.clone(), context, |_| printer.step());
+        let decoder = Decoder::load(&self.checkpoint, devices, context, |_| printer.step());
         printer.end();
-        Ok(decoder?)
+        decoder.map_err(|error| match &error {
+            gptq_model::Error::Compute(gptq_compute::Error::OutOfMemory { .. }) => advised(
+                error.to_string(),
+                "share the model between several GPUs, as --device cuda:all, or use --device cpu",
+            ),
+            _ => error.into(),
+        })
     }
 
     /// What is to be made of a prompt.
@@ -222,12 +228,9 @@ pub(crate) fn check_at_once(option: &str, texts: usize) -> Result<()> {
     Ok(())
 }
 
-/// What to do instead of naming several devices.
-pub(crate) const ONE_DEVICE: &str = "text is made on one device; name it, as in --device cuda:0";
-
-/// Where text is made: one device, which holds the whole model.
-pub(crate) fn text_device(args: &DeviceArgs, printer: &Printer) -> Result<Device> {
-    args.open_one(printer, ONE_DEVICE)
+/// Where text is made: one device, which holds the whole model, or several, each of which holds a part.
+pub(crate) fn text_devices(args: &DeviceArgs, printer: &Printer) -> Result<Vec<Device>> {
+    args.open_each(printer, "start it once, and name the GPUs: --device cuda:0,1")
 }
 
 /// Warns of a `--system` that a template has no place for.

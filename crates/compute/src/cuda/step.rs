@@ -38,7 +38,9 @@ pub(crate) struct Program {
     shape: CacheShape,
     eps: f32,
     blocks: Vec<Block>,
-    norm: Buffer<f32>,
+    /// Values of a hidden state.
+    width: usize,
+    norm: Option<Buffer<f32>>,
     table: DeviceTable,
     splits: Splits,
     room: Room,
@@ -169,7 +171,7 @@ impl Program {
         let linears = || blocks.iter().flat_map(|block| &block.linears);
         let padded = linears().map(|linear| linear.padded()).max().unwrap_or(0);
         let wide = blocks.iter().map(|block| block.linears[4].shape().0).max().unwrap_or(0);
-        let (width, values) = (model.norm.len(), shape.heads * shape.head_dim);
+        let (width, values) = (model.width, shape.heads * shape.head_dim);
         let sets = blocks.iter().flat_map(Block::sets);
         let needed = sets.flat_map(|set| (1..=MOST_TOKENS).map(move |n| share_values(&set, n)));
         let shares = needed.max().unwrap_or(0);
@@ -192,7 +194,8 @@ impl Program {
             shape,
             eps: model.eps,
             blocks,
-            norm: cuda.copied(STAGE, model.norm)?,
+            width,
+            norm: model.norm.map(|gain| cuda.copied(STAGE, gain)).transpose()?,
             table: device_table(cuda, model.rope)?,
             splits,
             room,
@@ -212,7 +215,7 @@ impl Program {
 
     /// Values of a hidden state.
     pub(crate) fn width(&self) -> usize {
-        self.norm.slice().len()
+        self.width
     }
 
     /// As [`crate::Steps::run`], which has checked everything.
@@ -233,6 +236,12 @@ impl Program {
             .memcpy_dtod(&from, &mut self.room.hidden.make_mut()?.slice_mut(..count))
             .stage(STAGE)?;
         self.go(tokens)?;
+        if self.norm.is_none() {
+            let mut out = Matrix::uninit_f32(&self.cuda, STAGE, (tokens, width))?;
+            let hidden = self.room.hidden.slice().slice(..count);
+            stream.memcpy_dtod(&hidden, out.f32_mut(STAGE)?).stage(STAGE)?;
+            return Ok(out);
+        }
         let mut out = Matrix::uninit_f16(&self.cuda, STAGE, (tokens, width))?;
         stream
             .memcpy_dtod(&self.room.normed.slice().slice(..count), out.f16_mut(STAGE)?)
@@ -282,10 +291,11 @@ impl Program {
             self.queue_attention(&launcher, block)?;
             self.queue_mlp(&launcher, block)?;
         }
+        let Some(norm) = &self.norm else { return Ok(()) };
         launcher.norm(
-            (self.at(&self.room.hidden), self.at(&self.norm), self.eps),
-            self.width(),
-            &Ordered::plain(self.at(&self.room.normed), self.width())?,
+            (self.at(&self.room.hidden), self.at(norm), self.eps),
+            self.width,
+            &Ordered::plain(self.at(&self.room.normed), self.width)?,
         )
     }
 
