@@ -5,10 +5,10 @@
 //! gradient by R, in the coordinates that R leads to, is Σ yᵀ y³ over the turned vectors y = w R, each brought to the
 //! norm √n: two products of all weights with matrices of order n.
 //!
-//! A GPU takes R, y and y³ in fp16 with f32 sums. That moves y by some 2⁻¹² of its size, independently value by value,
-//! which changes the mean by less than 10⁻⁵ and a direction of 10⁵ and more angles by as little: steps of a descent
-//! differ by 10⁻², so R in two halves or TF32, of twice the cost, would buy nothing. What is folded into weights is
-//! never this R, but the f64 one that it is rounded from.
+//! A GPU takes R, y and y³ in fp16 with f32 sums. That moves y by some 2⁻¹² of its size, value by value, which changes the
+//! mean by less than 10⁻⁵ of itself and the gradient's skew part by less than 10⁻³: looks of a descent differ by
+//! 10⁻², so that R in two halves or TF32, at half as much or twice the cost, would buy nothing. What is folded into
+//! weights is never this R, but the f64 one that it is rounded from.
 
 use ndarray::Array2;
 

@@ -4,7 +4,7 @@
 //! Weights are values that fp16 holds exactly. Each check prints its error. Without a GPU the tests say why they are
 //! skipped.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../../tests/util/gpus.rs"]
 mod gpus;

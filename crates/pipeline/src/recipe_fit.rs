@@ -203,7 +203,7 @@ mod tests {
 
     fn fitted(family: &str, recipe: Recipe) -> (Choices, Vec<String>) {
         let text = format!(
-            r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":32,
+            r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":64,
             "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
         );
         let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
@@ -311,7 +311,7 @@ mod tests {
     fn a_fused_v_has_no_hessian_of_its_own() {
         for (family, fused) in [("llama", false), ("gemma3_text", false), ("phi3", true)] {
             let text = format!(
-                r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":32,
+                r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":64,
                 "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
             );
             let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();

@@ -102,8 +102,9 @@ impl Learner {
     /// which no step goes on.
     #[must_use]
     pub fn finish(self, mean: f64) -> Array2<f32> {
-        match self.best {
-            Some(best) if !(mean < best.mean) => best.rotation.mapv(|value| value as f32),
+        match &self.best {
+            // A mean that is no number is less than none.
+            Some(best) if mean >= best.mean || mean.is_nan() => best.rotation.mapv(|v| v as f32),
             _ => self.rotation(),
         }
     }

@@ -1,8 +1,8 @@
 //! The learned rotation that a checkpoint has over its base, found from the two.
 //!
 //! A rotation R of the residual stream leaves the file with E R in the place of the base's embedding E, in fp16, so
-//! that R is the solution of a least-squares problem with tens of thousands of equations for each of its
-//! columns: known to some 10⁻⁵, whatever computed it, and without a word of the report. Descents on two devices
+//! that R is the solution of a least-squares problem with some eight equations for each unknown of a
+//! column: known to some 10⁻⁴ of itself, whatever computed it, and without a word of the report. Descents on two devices
 //! round differently, and a step that is taken on one may be taken back on the other; worked out again, R
 //! could be another one altogether. That it is orthogonal is all that a rotation has to be: if one R makes the
 //! base's embedding, norms, linears and head those of the file, the file is the base in other coordinates.
@@ -74,7 +74,8 @@ pub(super) fn learned_stream(
         a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / width as f64
     };
     // What is far from every orthogonal matrix may have become none, or no number.
-    if !(distance(&matrix, &solution) < ORTHOGONAL) {
+    let off = distance(&matrix, &solution);
+    if off > ORTHOGONAL || off.is_nan() {
         return Ok(None);
     }
     let common = random_stream(config).matrix().mapv(f64::from);
