@@ -62,9 +62,10 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
         ),
         ("card", "none", &["--bits", "3", "--recipe", "autogptq", "--layout", "card"]),
         ("rtn", "none", &["--bits", "3", "--recipe", "rtn", "--group-size", "none"]),
-        ("best", "full", &["--bits", "3", "--recipe", "best", "--group-size", "64"]),
+        ("best", "learned", &["--bits", "3", "--recipe", "best", "--group-size", "64"]),
         // Without metadata the rotation has to be found from the weights.
-        ("bare", "full", &["--bits", "4", "--recipe", "best", "--layout", "card"]),
+        ("bare", "learned", &["--bits", "4", "--recipe", "best", "--layout", "card"]),
+        ("full", "full", &["--bits", "3", "--recipe", "best", "--set", "rotate=full"]),
         ("heads", "heads", &["--recipe", "best", "--set", "rotate=heads", "--set", "head=0"]),
     ] {
         quantize(&dir, name, settings);
@@ -78,10 +79,55 @@ fn sound_checkpoints_pass_in_their_own_coordinates() {
         let takes =
             |loader| loaders.iter().find(|l| l["loader"] == loader).unwrap()["loads"].clone();
         assert_eq!(takes("transformers"), true);
-        assert_eq!(takes("ExLlama"), !matches!(name, "card" | "rtn" | "best"));
+        assert_eq!(takes("ExLlama"), !matches!(name, "card" | "rtn" | "best" | "full"));
         // It splits q, k and v into equal parts, which those of this model are not.
         assert_eq!(takes("GPTQ-for-LLaMa"), false);
     }
+}
+
+/// It is found from the two models, not from what made it: nothing that a report leaves out or says wrongly, nor
+/// another device's roundings, make another one of it.
+#[test]
+fn a_learned_rotation_is_found_whatever_is_said_of_it() {
+    let dir = Workdir::new();
+    let settings = ["--bits", "3", "--recipe", "best", "--layout", "card", "--set"];
+    for (name, rotation) in [("l", "learned"), ("f", "full")] {
+        let choice = format!("rotate={rotation}");
+        quantize(&dir, name, &[&settings[..], &[choice.as_str()]].concat());
+        let report = dir.path(name).join("gptq_report.json");
+        let before = fs::read_to_string(&report).unwrap();
+        let verify = || {
+            let outcome = dir.gptq(&["verify", name, "--base", &demo(), "-q", "--json"]);
+            let verdict: Value = serde_json::from_str(&outcome.stdout).unwrap();
+            assert_eq!(verdict["weights"]["rotation"], rotation);
+            verdict["findings"].to_string()
+        };
+        assert_eq!(verify(), "[]");
+        for said in ["learned", "full", "heads"].into_iter().filter(|said| *said != rotation) {
+            fs::write(&report, before.replace(&choice, &format!("rotate={said}"))).unwrap();
+            let wanted = format!("records rotate={said}, but the weights have {rotation}");
+            let findings = verify();
+            assert!(
+                findings.contains(&wanted) && findings.matches("place").count() == 1,
+                "{findings}"
+            );
+        }
+        fs::remove_file(&report).unwrap();
+        assert_eq!(verify(), "[]");
+    }
+    // Every embedding but a few values, and nothing else, tells of it: a row that was changed is found, and R is
+    // what it was.
+    let embedding = "model.embed_tokens.weight";
+    let change = |file: &mut File| {
+        let row = file.tensor(embedding);
+        row[1] ^= 0x80;
+        row[3 * 512..4 * 512].fill(0x55);
+    };
+    with_damage(&dir, "l", change, || {
+        let outcome = against_base(&dir, "l");
+        finds(&outcome, &[embedding, "257 values"]);
+        assert!(outcome.stderr.contains("has a fault"), "{}", outcome.stdout);
+    });
 }
 
 #[test]
@@ -155,6 +201,7 @@ fn single_words_are_found_against_the_base() {
         ("a3", &["--bits", "3", "--recipe", "autogptq", "--group-size", "64"]),
         ("b4", &["--bits", "4", "--recipe", "best", "--group-size", "none"]),
         ("b3", &["--bits", "3", "--recipe", "best"]),
+        ("f3", &["--bits", "3", "--recipe", "best", "--set", "rotate=full"]),
     ] {
         quantize(&dir, name, settings);
         let mut noise = Noise::new(11);

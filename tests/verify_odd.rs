@@ -311,17 +311,50 @@ fn a_head_is_sound_however_little_fitting_leaves_of_it() {
             damages.iter().for_each(|damage| find(damage, "recorded"));
             // One matrix more makes these, and not knowing the fit nobody could tell.
             find(&("a tenth smaller", false, &|_, v| 0.9 * v), "recorded");
-            find(
-                &("some columns negated", false, &|at, v| if at % 8 == 3 { -v } else { v }),
-                "recorded",
-            );
+            find(&("a thousandth larger", false, &|_, v| 1.001 * v), "recorded");
+            let exchanged =
+                |at: usize, v| if [12, 40].contains(&(at % 64)) { value(at ^ 36) } else { v };
+            find(&("two columns exchanged", false, &exchanged), "recorded");
+            let some_negated = |at: usize, v: f32| if at % 8 == 3 { -v } else { v };
+            let no_column = |at: usize, v: f32| if at % 64 == 50 { 0.0 } else { v };
+            let columns: [Damage<'_>; 2] = [
+                ("some columns negated", false, &some_negated),
+                ("a column of zeros", false, &no_column),
+            ];
+            columns.iter().for_each(|damage| find(damage, "recorded"));
             fs::remove_file(dir.path("q").join(bare)).unwrap();
             let outcome = verify();
             assert_eq!(outcome.code, 0, "{what}, without a report: {}", outcome.stdout);
             let seen = |damage: &&Damage<'_>| damage.1 || rows > 64;
-            damages.iter().filter(seen).for_each(|damage| find(damage, "not recorded"));
+            let damages = damages.iter().chain(&columns);
+            damages.filter(seen).for_each(|damage| find(damage, "not recorded"));
         }
     }
     // Else these models would not show what the test is for.
     assert!(least < 0.7, "{least}");
+}
+
+/// It would be taken for one that was left out, and a fitted head held to less.
+#[test]
+fn a_report_that_cannot_be_read_is_found() {
+    let dir = Workdir::new();
+    dir.write("text.txt", &words(2000));
+    TinyLlama::new().write(&dir.path("model"));
+    quantize(&dir, "model", "--windows 4 --seq-len 48", "--recipe best --bits 4 --group-size 32");
+    fs::remove_file(dir.path("q/gptq_manifest.json")).unwrap();
+    let file = dir.path("q/gptq_report.json");
+    let whole = fs::read_to_string(&file).unwrap();
+    let verify = |args: &[&str]| dir.gptq(&[&["verify", "q", "-q"], args].concat());
+    verify(&["--base", "model"]).ok();
+    let no_fit = whole.replacen("\"gain\": ", "\"gain\": null, \"was\": ", 1);
+    assert_ne!(no_fit, whole);
+    for text in [&whole[..whole.len() / 2], "", "[]", &no_fit] {
+        fs::write(&file, text).unwrap();
+        for args in [&[][..], &["--base", "model"]] {
+            let run = verify(args);
+            assert_eq!(run.code, 1, "{}", run.stdout);
+            let says = "gptq_report.json is not a report of this program: ";
+            assert!(run.stdout.contains(says), "{}", run.stdout);
+        }
+    }
 }

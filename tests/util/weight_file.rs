@@ -5,6 +5,8 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::Value;
 
 use super::Workdir;
@@ -125,4 +127,16 @@ impl File {
             value.copy_from_slice(&changed.to_le_bytes());
         }
     }
+}
+
+/// Puts one more tensor of f32 values into the weights of a folder.
+pub(crate) fn add_tensor(folder: &Path, tensor: &str, values: &[f32]) {
+    let file = folder.join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let stored = SafeTensors::deserialize(&bytes).unwrap();
+    let more: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let more = TensorView::new(safetensors::Dtype::F32, vec![values.len()], &more).unwrap();
+    let all = stored.tensors().into_iter().chain([(tensor.to_owned(), more)]);
+    let metadata = SafeTensors::read_metadata(&bytes).unwrap().1.metadata().clone();
+    fs::write(file, safetensors::serialize(all, metadata).unwrap()).unwrap();
 }

@@ -14,11 +14,11 @@ use crate::block_attention::{self, BlockAttention};
 use crate::experts::Experts;
 use crate::family::{Activation, Biases, Factor, Family, HeadNorms, NormKind};
 use crate::fields::Fields;
-use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD};
+use crate::names::{CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD, TEXT_CONFIG};
 use crate::rope::{Rope, RopeScaling};
 use crate::rope_settings::Reader;
 use crate::stored_names::StoredNames;
-use crate::wrappers::{Language, Sizes, TEXT, Wrapper};
+use crate::wrappers::{Language, Sizes, TIED, Wrapper};
 use crate::{Error, Result, TensorSpec, foreign, json};
 
 /// Larger than any Llama's, and small enough that no size computed from a config overflows `u64`.
@@ -26,7 +26,6 @@ pub(crate) const MAX_WIDTH: u64 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 24;
 pub(crate) const MAX_BLOCKS: u64 = 1 << 12;
 const MAX_CONTEXT: u64 = 1 << 40;
-const TIED: &str = "tie_word_embeddings";
 
 /// The shape of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -189,7 +188,8 @@ impl ModelConfig {
             self.tie_word_embeddings = false;
             self.raw.insert(TIED.to_owned(), Value::Bool(false));
         }
-        if let (Some(_), Some(Value::Object(text))) = (self.wrapper, self.raw.get_mut(TEXT)) {
+        if let (Some(_), Some(Value::Object(text))) = (self.wrapper, self.raw.get_mut(TEXT_CONFIG))
+        {
             text.insert(TIED.to_owned(), Value::Bool(false));
         }
         self

@@ -69,7 +69,7 @@ pub(crate) const LLAMA: Family = Family {
     local_rope: None,
     original_context: None,
     yarn_is_longrope: false,
-    mrope: false,
+    mrope: None,
     embedding: Factor::Number(1.0),
     attention: Factor::OverRootOfHead,
     residual: Factor::Number(1.0),

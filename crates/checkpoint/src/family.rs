@@ -65,8 +65,8 @@ pub(crate) struct Family {
     pub(crate) original_context: Option<usize>,
     /// `yarn` is what its files once called `longrope`.
     pub(crate) yarn_is_longrope: bool,
-    /// Rotary positions have three parts, which are equal for text; `mrope` says so and changes nothing.
-    pub(crate) mrope: bool,
+    /// Rotary positions have three parts, which are equal for text.
+    pub(crate) mrope: Option<Mrope>,
     /// What embeddings are multiplied by.
     pub(crate) embedding: Factor,
     /// What products of queries and keys are multiplied by.
@@ -202,6 +202,16 @@ pub(crate) enum LocalRope {
     Base(&'static str, f64),
     /// Of the same base, but never stretched.
     Unscaled,
+}
+
+/// Which pairs of rotated features turn by which of three positions: `mrope_section` has a number of pairs
+/// for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mrope {
+    /// So many pairs beside each other; the default.
+    Beside([usize; 3]),
+    /// In turn, as long as there are so many.
+    Interleaved,
 }
 
 /// What something is multiplied by.

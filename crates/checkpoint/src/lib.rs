@@ -90,8 +90,8 @@ pub use layout::Layout;
 pub use linear_shape::{DenseId, DenseShape, Expert, LinearId, LinearShape, NormId, NormShape};
 pub use names::{
     CARD_FILE, CONFIG_FILE, EMBEDDING, FINAL_NORM, G_IDX, HEAD, INDEX_END, LEAVES, MANIFEST_FILE,
-    PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TOKENIZER_FILE,
-    is_hub_name, weight_file_names,
+    PARTIAL_END, QUANTIZE_CONFIG_FILE, QWEIGHT, QZEROS, REPORT_FILE, SCALES, TEXT_CONFIG,
+    TOKENIZER_FILE, is_hub_name, weight_file_names,
 };
 pub use output_error::OutputError;
 pub use packed::{PackedGrid, PackedNotes, StoredZeros};

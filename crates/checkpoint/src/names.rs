@@ -23,6 +23,8 @@ pub const LEAVES: [&str; 4] = [QWEIGHT, QZEROS, SCALES, G_IDX];
 
 /// The model's configuration.
 pub const CONFIG_FILE: &str = "config.json";
+/// The key of `config.json` for the settings of a multimodal model's language model.
+pub const TEXT_CONFIG: &str = "text_config";
 /// The tokenizer.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The quantization settings.

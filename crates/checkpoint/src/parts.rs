@@ -5,8 +5,9 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value};
 
+use crate::names::TEXT_CONFIG;
 use crate::stored_names::{StoredNames, is_plain, likely_plain};
-use crate::wrappers::TEXT;
+use crate::wrappers::TIED;
 use crate::{ModelConfig, TensorSpec};
 
 impl ModelConfig {
@@ -16,11 +17,18 @@ impl ModelConfig {
         self.wrapper.map(|wrapper| wrapper.name)
     }
 
-    /// The tensors of the other parts, which belong to every checkpoint made from this one as they are;
+    /// The tensors of the other parts by name, which belong to every checkpoint made from this one as they are;
     /// `None` where there are other parts, but no weights are known.
     #[must_use]
     pub fn carried(&self) -> Option<&[TensorSpec]> {
         self.carried.as_deref()
+    }
+
+    /// Whether the tensor that is stored under this name is one of those.
+    #[must_use]
+    pub fn is_carried(&self, stored: &str) -> bool {
+        let carried = self.carried.as_deref().unwrap_or_default();
+        carried.binary_search_by(|spec| spec.name.as_str().cmp(stored)).is_ok()
     }
 
     /// The name that a tensor of the language model is stored under. Everywhere else it is called as in a
@@ -66,15 +74,22 @@ impl ModelConfig {
         // What some reader would take for a tensor of the language model is no other part.
         let others =
             names.filter(|name| self.plain_name(name).is_none() && likely_plain(name).is_none());
-        let carried = others.filter_map(spec).collect();
+        let mut carried: Vec<TensorSpec> = others.filter_map(spec).collect();
+        carried.sort_by(|a, b| a.name.cmp(&b.name));
         self.carried = Some(carried);
         self
     }
 
     /// The settings of the language model, and those of the whole where it is a part.
     pub(crate) fn settings(&self) -> impl Iterator<Item = &Map<String, Value>> {
-        let text = self.wrapper.and_then(|_| self.raw.get(TEXT)).and_then(Value::as_object);
+        let text = self.wrapper.and_then(|_| self.raw.get(TEXT_CONFIG)).and_then(Value::as_object);
         text.into_iter().chain([&self.raw])
+    }
+
+    /// The language model's settings tie the head, where nobody looks for that.
+    pub(crate) fn is_tied_by_text_alone(&self) -> bool {
+        let text = self.settings().next().and_then(|keys| keys.get(TIED));
+        self.wrapper.is_some() && !self.tie_word_embeddings && text == Some(&Value::Bool(true))
     }
 
     /// The type that config.json says the language model's weights are stored in.

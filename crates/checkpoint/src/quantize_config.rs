@@ -13,9 +13,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::names::{CONFIG_FILE, QUANTIZE_CONFIG_FILE};
+use crate::names::{CONFIG_FILE, QUANTIZE_CONFIG_FILE, TEXT_CONFIG};
 use crate::quantize_keys::{Keys, OBJECT, Sources};
-use crate::wrappers::{TEXT, Wrapper};
+use crate::wrappers::Wrapper;
 use crate::{Bits, CheckpointFormat, Error, GroupSize, Layout, Result, json};
 
 /// How a checkpoint is quantized.
@@ -151,7 +151,7 @@ impl QuantizeConfig {
         let mut config = base.clone();
         config.shift_remove("quantization_config");
         set_type(&mut config, layout);
-        if let (Some(_), Some(Value::Object(text))) = (wrapper, config.get_mut(TEXT)) {
+        if let (Some(_), Some(Value::Object(text))) = (wrapper, config.get_mut(TEXT_CONFIG)) {
             set_type(text, layout);
         }
         let mut keys = self.keys(layout);

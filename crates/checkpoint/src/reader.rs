@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::arriving::{Arriving, Bring};
-use crate::names::{CONFIG_FILE, EMBEDDING, HEAD, QWEIGHT};
+use crate::names::{CONFIG_FILE, EMBEDDING, HEAD, QWEIGHT, TEXT_CONFIG};
 use crate::strays::{Stored, Strays};
 use crate::weight_files::{View, WeightFile};
 use crate::weights::{Mapped, Weights};
+use crate::wrappers::TIED;
 use crate::{
     DType, Error, Head, LinearShape, ModelConfig, QuantizeConfig, Result, TensorRef, TensorSpec,
     pytorch, settings, side_files, strays,
@@ -429,7 +430,15 @@ impl Checkpoint {
         if let Some((index, shard)) = self.weights.promised(&tensor) {
             return Error::IndexMismatch { index, tensor, shard };
         }
-        if self.config.wrapper().is_some() {
+        if let Some(wrapper) = self.config.wrapper() {
+            if tensor == self.config.stored_name(HEAD) && self.config.is_tied_by_text_alone() {
+                let (path, key) = (self.dir.join(CONFIG_FILE), format!("{TEXT_CONFIG}.{TIED}"));
+                let reason = format!(
+                    "is `true`, but the weights have no `{tensor}`, and transformers 5 ties the head of \
+                     `{wrapper}` by the key of the whole alone"
+                );
+                return Error::InvalidConfig { path, key, reason };
+            }
             return Error::MissingTensor { dir: dir(), tensor };
         }
         let stored =

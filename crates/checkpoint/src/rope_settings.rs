@@ -6,7 +6,7 @@
 use serde_json::{Map, Value};
 
 use crate::Result;
-use crate::family::{Family, LocalRope};
+use crate::family::{Family, LocalRope, Mrope};
 use crate::fields::Fields;
 use crate::rope::{LongRope, Rope, RopeScaling, Yarn};
 
@@ -16,6 +16,7 @@ const BY_KIND: &str = "an object for each of `full_attention` and `sliding_atten
 const MAX_CONTEXT: u64 = 1 << 40;
 const ORIGINAL: &str = "original_max_position_embeddings";
 const PARTIAL: &str = "partial_rotary_factor";
+const SECTIONS: &str = "mrope_section";
 
 /// What settings are read against.
 #[derive(Clone, Copy)]
@@ -92,16 +93,36 @@ impl Reader<'_> {
         }
         let older =
             older.map(|raw| Fields { raw, file: self.fields.file, within: "rope_scaling." });
-        let full = older.or(full);
+        if let Some(older) = &older {
+            refuse_ambiguous(older, full.as_ref().map(|full| full.raw), newer.is_some())?;
+        }
+        let full = full.or(older);
         let global = self.settings(self.theta(full.as_ref())?, full.as_ref())?;
         let theta = match (local, &sliding) {
             (_, Some(nested)) if nested.get("rope_theta").is_some() => {
                 nested.required("rope_theta")?
             }
             (LocalRope::Base(key, default), _) => self.fields.positive(key)?.unwrap_or(default),
-            (LocalRope::Unscaled, _) => global.theta,
+            (LocalRope::Unscaled, _) => self.unscaled_theta()?,
         };
         Ok((global, self.settings(theta, sliding.as_ref())?))
+    }
+
+    /// The base of blocks that slide in a family of one base, where their own settings say none: what
+    /// transformers 5 takes, unless versions before it took another.
+    fn unscaled_theta(self) -> Result<f64> {
+        const KEY: &str = "rope_theta";
+        let default = self.family.theta;
+        match self.fields.positive(KEY)? {
+            Some(theta) if theta != default => Err(self.fields.invalid(
+                KEY,
+                format!(
+                    "is `{theta}`, which versions of transformers take for all blocks or for those that do \
+                     not slide; say the base of either kind in `rope_parameters`"
+                ),
+            )),
+            _ => Ok(default),
+        }
     }
 
     /// The base, of nested settings or beside them.
@@ -114,6 +135,9 @@ impl Reader<'_> {
 
     fn settings(self, theta: f64, nested: Option<&Fields<'_>>) -> Result<Rope> {
         let dims = self.dims(nested)?;
+        if let Some(mrope) = self.family.mrope {
+            self.check_sections(mrope, nested, dims / 2)?;
+        }
         let scaling = match nested {
             Some(nested) => self.scaling(nested, dims)?,
             None => RopeScaling::None,
@@ -141,6 +165,30 @@ impl Reader<'_> {
         Ok(dims)
     }
 
+    /// Positions in three parts are equal for text, so that it does not matter which pairs of features turn
+    /// by which: unless they do not add up.
+    fn check_sections(self, mrope: Mrope, nested: Option<&Fields<'_>>, pairs: usize) -> Result<()> {
+        let stated = nested.and_then(|nested| Some((nested, nested.raw.get(SECTIONS)?)));
+        let (reason, fields) = match (stated, mrope) {
+            (None, Mrope::Interleaved) => return Ok(()),
+            (None, Mrope::Beside(usual)) if usual.iter().sum::<usize>() == pairs => return Ok(()),
+            (None, Mrope::Beside(usual)) => {
+                (format!("is missing; {usual:?}, which is usual, does"), nested)
+            }
+            (Some((nested, value)), _) => {
+                let size = |value: &Value| value.as_u64().filter(|&size| size <= pairs as u64);
+                let sizes = value.as_array().and_then(|list| list.iter().map(size).collect());
+                let three = sizes.filter(|sizes: &Vec<u64>| sizes.len() == 3);
+                if three.is_some_and(|sizes| sizes.iter().sum::<u64>() == pairs as u64) {
+                    return Ok(());
+                }
+                (format!("is `{value}`, which does"), Some(nested))
+            }
+        };
+        let reason = format!("{reason} not share {pairs} pairs of features among three positions");
+        Err(fields.unwrap_or(self.fields).invalid(SECTIONS, reason))
+    }
+
     /// How frequencies are stretched.
     fn scaling(self, nested: &Fields<'_>, dims: usize) -> Result<RopeScaling> {
         let Some(value) = kind(nested.raw) else {
@@ -156,7 +204,9 @@ impl Reader<'_> {
         };
         match value.as_str() {
             Some("default") => Ok(RopeScaling::None),
-            Some("mrope") if self.family.mrope => Ok(RopeScaling::None),
+            Some("mrope") if matches!(self.family.mrope, Some(Mrope::Beside(_))) => {
+                Ok(RopeScaling::None)
+            }
             Some("linear") => Ok(RopeScaling::Linear { factor: factor()? }),
             Some("dynamic") => {
                 Ok(RopeScaling::Dynamic { factor: factor()?, context: self.context })
@@ -233,6 +283,36 @@ impl Reader<'_> {
             original_context,
             attention_factor,
         }))
+    }
+}
+
+/// Refuses older settings beside those of each kind of block, where versions of transformers do not take
+/// them for the same. Version 5 puts them over `full`, which has a `rope_type` by default, so that it does
+/// not look at `type`.
+fn refuse_ambiguous(
+    older: &Fields<'_>,
+    full: Option<&Map<String, Value>>,
+    newer: bool,
+) -> Result<()> {
+    if older.get("rope_type").is_none() {
+        let reason = match older.get("type") {
+            None => "is missing".to_owned(),
+            Some(kind) => format!(
+                "is missing; `type`, which is `{kind}`, says the same to some versions of transformers and \
+                 nothing to others"
+            ),
+        };
+        return Err(older.invalid("rope_type", reason));
+    }
+    let said = |(key, value)| full.is_some_and(|full| full.get(key) == Some(value));
+    match older.raw.iter().find(|pair| newer && !said(*pair)) {
+        None => Ok(()),
+        Some((key, value)) => {
+            let reason = format!(
+                "is `{value}`, which `rope_parameters.full_attention` does not say as well"
+            );
+            Err(older.invalid(key, reason))
+        }
     }
 }
 

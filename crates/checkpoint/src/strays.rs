@@ -113,12 +113,12 @@ impl Stored<'_> {
         for name in names {
             match self.role_of_stored(name) {
                 Role::Part | Role::Frequencies | Role::Carried => {}
+                // Not left out: the model is refused.
+                Role::Weight | Role::Fused | Role::Alias => {}
                 Role::Beyond => strays.beyond.push(name.to_owned()),
                 Role::Prediction => strays.prediction.push(name.to_owned()),
                 Role::Dense => strays.dense.push(name.to_owned()),
-                Role::Weight | Role::Fused | Role::Alias | Role::Other => {
-                    strays.others.push(name.to_owned());
-                }
+                Role::Other => strays.others.push(name.to_owned()),
             }
         }
         strays

@@ -10,12 +10,12 @@ use serde_json::{Map, Value};
 
 use crate::Result;
 use crate::families::{GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3};
-use crate::family::{Family, Window};
+use crate::family::{Family, Mrope, Window};
 use crate::fields::Fields;
+use crate::names::TEXT_CONFIG;
 use crate::stored_names::StoredNames;
 
-/// Key of the language model's settings.
-pub(crate) const TEXT: &str = "text_config";
+pub(crate) const TIED: &str = "tie_word_embeddings";
 
 /// A `model_type` of transformers that has a language model in it.
 #[derive(Debug, PartialEq)]
@@ -28,6 +28,8 @@ pub(crate) struct Wrapper {
     supported: &'static str,
     /// Default of `tie_word_embeddings`.
     tied: bool,
+    /// The language model may say it, too; of others transformers 5 does not look there.
+    text_ties: bool,
     /// Settings of the language model may lie among the others instead of in an object of their own.
     flat: bool,
     /// How its tensors are called, as published and as saved since; the first is planned for where no
@@ -77,7 +79,7 @@ const QWEN2_VL: Family = Family {
     norm_eps: ("rms_norm_eps", 1e-5),
     window: Window::From { default: 4096, first: 80 },
     theta: 1_000_000.0,
-    mrope: true,
+    mrope: Some(Mrope::Beside([16, 24, 24])),
     ..QWEN2
 };
 const QWEN2_VL_TEXT: Text =
@@ -90,7 +92,7 @@ const QWEN3_VL_TEXT: Text = Text {
         context: 128_000,
         window: Window::None,
         theta: 500_000.0,
-        mrope: true,
+        mrope: Some(Mrope::Interleaved),
         ..QWEN3
     },
     sizes: Sizes::of([4096, 22_016, 32, 32, 151_936]),
@@ -108,6 +110,7 @@ const LLAVA: Wrapper = Wrapper {
     texts: &[LLAMA_TEXT, MISTRAL_TEXT, QWEN2_TEXT, QWEN3_TEXT],
     supported: "one of `llama`, `mistral`, `qwen2` and `qwen3`",
     tied: false,
+    text_ties: true,
     flat: false,
     names: &[WHOLE, INNER],
     blocks: "model.language_model.layers",
@@ -117,6 +120,7 @@ const IDEFICS3: Wrapper = Wrapper {
     name: "idefics3",
     texts: &[LLAMA_TEXT],
     supported: "`llama`",
+    text_ties: false,
     names: &[TEXT_MODEL],
     blocks: "model.text_model.layers",
     ..LLAVA
@@ -133,7 +137,7 @@ const QWEN2_VL_WRAPPER: Wrapper = Wrapper {
 
 pub(crate) static WRAPPERS: [Wrapper; 11] = [
     LLAVA,
-    Wrapper { name: "llava_next", ..LLAVA },
+    Wrapper { name: "llava_next", text_ties: false, ..LLAVA },
     Wrapper {
         name: "llava_onevision",
         texts: &[QWEN2_TEXT, LLAMA_TEXT, MISTRAL_TEXT, QWEN3_TEXT],
@@ -144,6 +148,7 @@ pub(crate) static WRAPPERS: [Wrapper; 11] = [
         texts: &[MISTRAL_TEXT],
         supported: "`mistral`",
         tied: true,
+        text_ties: false,
         ..LLAVA
     },
     Wrapper {
@@ -151,6 +156,7 @@ pub(crate) static WRAPPERS: [Wrapper; 11] = [
         texts: &[QWEN2_TEXT, QWEN3_TEXT, LLAMA_TEXT],
         supported: "one of `qwen2`, `qwen3` and `llama`",
         tied: true,
+        text_ties: false,
         ..LLAVA
     },
     Wrapper {
@@ -158,6 +164,7 @@ pub(crate) static WRAPPERS: [Wrapper; 11] = [
         texts: &[GEMMA3_TEXT],
         supported: "`gemma3_text`",
         tied: true,
+        text_ties: false,
         ..LLAVA
     },
     QWEN2_VL_WRAPPER,
@@ -171,6 +178,7 @@ pub(crate) static WRAPPERS: [Wrapper; 11] = [
         name: "qwen3_vl",
         texts: &[QWEN3_VL_TEXT],
         supported: "`qwen3_vl_text`",
+        text_ties: false,
         names: &[INNER],
         ..LLAVA
     },
@@ -211,16 +219,19 @@ impl<'a> Language<'a> {
         }
     }
 
-    /// Default of `tie_word_embeddings`, which the wrapper says first and the language model then.
+    /// Whether the head is the embedding, as transformers 5 has it: by the key of the whole, and for some
+    /// also by that of the language model.
     pub(crate) fn tied(&self, top: &Fields<'_>) -> Result<bool> {
-        const KEY: &str = "tie_word_embeddings";
-        let default = self.wrapper.map_or(self.family.tied, |wrapper| wrapper.tied);
-        for fields in [top, &self.fields] {
-            if fields.get(KEY).is_some() {
-                return fields.flag(KEY);
-            }
+        let said = |fields: &Fields<'_>| match fields.get(TIED) {
+            None => Ok(None),
+            Some(_) => fields.flag(TIED).map(Some),
+        };
+        let (whole, text) = (said(top)?, said(&self.fields)?);
+        let Some(wrapper) = self.wrapper else { return Ok(whole.unwrap_or(self.family.tied)) };
+        if top.raw.get(TIED).is_some_and(Value::is_null) {
+            return Err(top.invalid(TIED, "is `null`, expected a boolean".to_owned()));
         }
-        Ok(default)
+        Ok(whole.unwrap_or(wrapper.tied) || (wrapper.text_ties && text == Some(true)))
     }
 }
 
@@ -234,12 +245,12 @@ impl Wrapper {
             sizes: Some(sizes),
         };
         let first = &self.texts[0];
-        let fields = match top.get(TEXT) {
+        let fields = match top.get(TEXT_CONFIG) {
             None if self.flat => return Ok(language(&first.family, first.sizes, top)),
-            None => return Err(top.invalid(TEXT, "is missing".to_owned())),
+            None => return Err(top.invalid(TEXT_CONFIG, "is missing".to_owned())),
             Some(Value::Object(raw)) => Fields { raw, file: top.file, within: "text_config." },
             Some(other) => {
-                return Err(top.invalid(TEXT, format!("is `{other}`, expected an object")));
+                return Err(top.invalid(TEXT_CONFIG, format!("is `{other}`, expected an object")));
             }
         };
         let text = match fields.get("model_type") {
@@ -287,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_says_first_whether_the_head_is_tied() {
+    fn the_head_is_tied_as_transformers_has_it() {
         let tied = |name: &str, top: &str, text: &str| {
             let text = format!(
                 r#"{{"model_type":"{name}"{top},"text_config":{{"hidden_size":64{text}}}}}"#
@@ -296,8 +307,9 @@ mod tests {
         };
         let [yes, no] = [r#","tie_word_embeddings":true"#, r#","tie_word_embeddings":false"#];
         assert!(!tied("llava", "", "") && tied("gemma3", "", ""));
-        assert!(tied("llava", "", yes) && !tied("gemma3", "", no));
-        assert!(tied("llava", yes, no) && !tied("llava", no, yes));
+        // tests/multimodal.rs has all of them, as transformers says it.
+        assert!(tied("llava", "", yes) && !tied("llava_next", "", yes) && tied("gemma3", "", no));
+        assert!(tied("llava", yes, no) && tied("llava", no, yes) && !tied("gemma3", no, yes));
     }
 
     #[test]
@@ -320,7 +332,7 @@ mod tests {
             stored(&[first, "vision_tower.position_ids", "image_newline", "lm_head.weight"]);
         let names = ("language_model.model.layers.1.mlp", "language_model.lm_head.weight");
         // A head that is not where the language model is would take its place.
-        let carried = vec!["vision_tower.position_ids".to_owned(), "image_newline".to_owned()];
+        let carried = vec!["image_newline".to_owned(), "vision_tower.position_ids".to_owned()];
         assert_eq!(found, (names.0.to_owned(), names.1.to_owned(), plain.clone(), carried));
         let later = "model.language_model.layers.0.self_attn.q_proj.weight";
         let (block, head, found, carried) = stored(&[later, "lm_head.weight"]);
@@ -343,7 +355,8 @@ mod tests {
 
     #[test]
     fn parts_beside_a_language_model_without_a_folder_are_told_apart() {
-        let text = r#"{"model_type":"qwen2_vl","hidden_size":64,"num_attention_heads":2,"num_key_value_heads":1}"#;
+        let text = r#"{"model_type":"qwen2_vl","hidden_size":64,"num_attention_heads":2,
+            "num_key_value_heads":1,"rope_scaling":{"type":"mrope","mrope_section":[4,6,6]}}"#;
         let names = ["model.layers.0.mlp.up_proj.weight", "model.visual.blocks.0.norm1.weight"];
         let spec = |name: &str| {
             let dtype = safetensors::Dtype::F32;
@@ -352,6 +365,7 @@ mod tests {
         let config = parse(text).unwrap().of_weights(names.into_iter(), spec);
         let carried: Vec<_> = config.carried().unwrap().iter().map(|spec| &spec.name).collect();
         assert_eq!(carried, [names[1]]);
+        assert!(config.is_carried(names[1]) && !config.is_carried(names[0]));
         assert_eq!(
             (config.plain_name(names[0]).as_deref(), config.plain_name(names[1])),
             (Some(names[0]), None)

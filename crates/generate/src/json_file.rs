@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 pub(crate) struct JsonFile {
     path: PathBuf,
     fields: Map<String, Value>,
+    /// What keys are named after in messages, such as `text_config.`.
+    within: String,
 }
 
 impl JsonFile {
@@ -19,7 +21,7 @@ impl JsonFile {
     pub(crate) fn open(path: PathBuf) -> Result<Option<Self>> {
         let Some(text) = read_if_present(&path)? else { return Ok(None) };
         match serde_json::from_str(&text) {
-            Ok(Value::Object(fields)) => Ok(Some(Self { path, fields })),
+            Ok(Value::Object(fields)) => Ok(Some(Self { path, fields, within: String::new() })),
             Ok(_) => Err(Error::Invalid { path, reason: "it is not a JSON object".to_owned() }),
             Err(error) => Err(Error::Invalid { path, reason: error.to_string() }),
         }
@@ -35,6 +37,12 @@ impl JsonFile {
         self.fields.get(key).filter(|value| !value.is_null())
     }
 
+    /// The object that a field holds, where it holds one.
+    pub(crate) fn object(&self, key: &str) -> Option<Self> {
+        let fields = self.get(key)?.as_object()?.clone();
+        Some(Self { path: self.path.clone(), fields, within: format!("{}{key}.", self.within) })
+    }
+
     /// A field that must be what `read` understands.
     pub(crate) fn read<T>(
         &self,
@@ -43,9 +51,9 @@ impl JsonFile {
         what: &str,
     ) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        read(value)
-            .map(Some)
-            .ok_or_else(|| self.invalid(format!("{key} is {value}, which is not {what}")))
+        read(value).map(Some).ok_or_else(|| {
+            self.invalid(format!("{}{key} is {value}, which is not {what}", self.within))
+        })
     }
 
     /// The error of what a field says.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gptq_checkpoint::CONFIG_FILE;
+use gptq_checkpoint::{CONFIG_FILE, TEXT_CONFIG};
 use gptq_text::tokens::TextTokenizer;
 
 use crate::error::Result;
@@ -15,7 +15,7 @@ use crate::special_tokens::SpecialTokens;
 pub enum StopOrigin {
     /// `eos_token_id` of `generation_config.json`.
     GenerationConfig,
-    /// `eos_token_id` of `config.json`.
+    /// `eos_token_id` of `config.json`, or of `text_config` in it.
     Config,
     /// `eos_token` of the tokenizer's configuration.
     Tokenizer,
@@ -47,9 +47,12 @@ impl StopTokens {
             return found(generation.eos_token_ids.clone(), StopOrigin::GenerationConfig);
         }
         if let Some(config) = JsonFile::open(folder.join(CONFIG_FILE))? {
-            let ids = eos_token_ids(&config)?;
-            if !ids.is_empty() {
-                return found(ids, StopOrigin::Config);
+            // As transformers has it: what the whole of a multimodal model says, else its language model.
+            for settings in [Some(&config), config.object(TEXT_CONFIG).as_ref()] {
+                let ids = settings.map(eos_token_ids).transpose()?.unwrap_or_default();
+                if !ids.is_empty() {
+                    return found(ids, StopOrigin::Config);
+                }
             }
         }
         let eos = SpecialTokens::open(folder)?.eos;
@@ -100,6 +103,16 @@ mod tests {
         assert_eq!(find().unwrap(), StopTokens { ids: vec![5], origin: StopOrigin::Tokenizer });
         write("config.json", r#"{"eos_token_id": [3, 4]}"#);
         assert_eq!(find().unwrap(), StopTokens { ids: vec![3, 4], origin: StopOrigin::Config });
+        write("config.json", r#"{"eos_token_id": null, "text_config": {"eos_token_id": 6}}"#);
+        assert_eq!(find().unwrap(), StopTokens { ids: vec![6], origin: StopOrigin::Config });
+        write("config.json", r#"{"text_config": {"eos_token_id": [6, -1]}}"#);
+        let error = find().unwrap_err().to_string();
+        assert!(
+            error.contains("config.json") && error.contains("text_config.eos_token_id"),
+            "{error}"
+        );
+        write("config.json", r#"{"eos_token_id": 4, "text_config": {"eos_token_id": 6}}"#);
+        assert_eq!(find().unwrap().ids, [4]);
         write("generation_config.json", "{}");
         assert_eq!(find().unwrap().origin, StopOrigin::Config);
         write("generation_config.json", r#"{"eos_token_id": 2}"#);

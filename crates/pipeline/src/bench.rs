@@ -142,7 +142,7 @@ pub fn bench_block(
 ) -> Result<BlockBench> {
     check_tokens(windows, seq_len)?;
     check_tuning(spec, ranks, width, windows)?;
-    let extras = Extras::of(&spec.choices);
+    let extras = Extras { learned: false, ..Extras::of(&spec.choices) };
     let config = ModelConfig::parse(&width.config_text(), Path::new(CONFIG_FILE))?;
     let experts = config.experts(0);
     ranks.agree(|| {

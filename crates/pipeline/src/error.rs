@@ -61,6 +61,19 @@ pub enum Error {
         /// The source's tensor.
         tensor: String,
     },
+    /// A rotation that cannot be learned from the weights.
+    #[error("Cannot learn a rotation of the residual stream")]
+    Learn(#[source] gptq_quant::Error),
+    /// A learned rotation that the base does not determine.
+    #[error(
+        "Cannot compare `{}` with the base: it has a learned rotation, and the base's embedding does not span the \
+         residual stream, so that it cannot be found from it",
+        checkpoint.display()
+    )]
+    RotationNotFound {
+        /// The quantized folder.
+        checkpoint: PathBuf,
+    },
     /// A fitted head that fp16 cannot hold.
     #[error("`{tensor}` overflows fp16 once it is fitted")]
     Fitted {
@@ -317,7 +330,9 @@ impl Error {
         match self {
             Self::Compute(error) => error.is_internal(),
             Self::Model(error) => error.is_internal(),
-            Self::Spec(error) | Self::Solve { source: error, .. } => error.is_internal(),
+            Self::Spec(error) | Self::Learn(error) | Self::Solve { source: error, .. } => {
+                error.is_internal()
+            }
             Self::Branches { internal, .. } => *internal,
             _ => false,
         }

@@ -59,11 +59,11 @@ fn best(model: &ModelConfig) -> String {
         }
         (None, None) => YES.to_owned(),
         (Some(one), Some(other)) if one == other => {
-            format!("{YES}, without `rotate=full` and `residual`: {one}")
+            format!("{YES}, without `rotate=learned` and `residual`: {one}")
         }
         _ => {
             let of = |choice: &str, why: Option<_>| why.map(|why| format!("`{choice}`: {why}"));
-            let without = [of("rotate=full", rotation), of("residual", shift)];
+            let without = [of("rotate=learned", rotation), of("residual", shift)];
             let without: Vec<String> = without.into_iter().flatten().collect();
             format!("{YES}, without {}", without.join("; "))
         }

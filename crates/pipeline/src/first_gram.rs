@@ -17,16 +17,21 @@ use gptq_compute::Gram;
 use gptq_quant::Rotate;
 
 use crate::error::Result;
+use crate::learn_rotation::Learned;
 use crate::lock::lock;
 
-/// Grams by rotation, of one source, calibration and device.
+/// Grams by rotation, of one source, calibration and device, and the rotation that was learned from the source's
+/// weights.
 #[derive(Debug, Default)]
-pub struct FirstGrams(Mutex<Vec<(Rotate, Arc<Gram>)>>);
+pub struct FirstGrams {
+    grams: Mutex<Vec<(Rotate, Arc<Gram>)>>,
+    learned: Mutex<Option<Learned>>,
+}
 
 impl FirstGrams {
     /// Nothing that panics leaves a half-made entry.
     fn made(&self) -> MutexGuard<'_, Vec<(Rotate, Arc<Gram>)>> {
-        lock(&self.0)
+        lock(&self.grams)
     }
 
     /// How many there will be when one more rotation is asked for.
@@ -47,6 +52,15 @@ impl FirstGrams {
         let gram = Arc::new(make()?);
         made.push((rotate, Arc::clone(&gram)));
         Ok(gram)
+    }
+
+    /// The rotation that `learn` learns, for the first branch that asks; others wait for it.
+    pub(crate) fn get_or_learn(&self, learn: impl FnOnce() -> Result<Learned>) -> Result<Learned> {
+        let mut learned = lock(&self.learned);
+        if let Some(learned) = &*learned {
+            return Ok(learned.clone());
+        }
+        Ok(learned.insert(learn()?).clone())
     }
 }
 

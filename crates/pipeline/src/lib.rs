@@ -25,6 +25,7 @@ mod fit_head;
 mod head_rows;
 pub mod host_memory;
 pub mod job;
+mod learn_rotation;
 mod lock;
 pub mod memory;
 mod memory_evaluation;

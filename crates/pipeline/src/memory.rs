@@ -5,7 +5,7 @@
 //! what gate and up read waits in their place, and what one expert makes of its tokens.
 
 use gptq_checkpoint::{Experts, LinearId, LinearShape, ModelConfig};
-use gptq_compute::{Device, FloatType};
+use gptq_compute::{Device, FloatType, Turning};
 use gptq_quant::{QuantSpec, Rotate};
 use serde::Serialize;
 
@@ -177,7 +177,10 @@ impl Tables {
     pub fn of(model: &ModelConfig, spec: &QuantSpec, stored: FloatType, rounds: bool) -> Self {
         let (vocab, width) = (model.vocab_size, model.hidden_size);
         let table = 2 * vocab * width;
-        let turned = spec.choices.rotate == Rotate::Full;
+        let turned = spec.choices.rotate.turns_stream();
+        // A learned rotation is a matrix, and stays to the end.
+        let learned = spec.recipe.calibrates() && spec.choices.rotate == Rotate::Learned;
+        let matrix = if learned { 4 * width * width } else { 0 };
         let wide = rounds && stored != FloatType::F16;
         // The embedding as the walk reads it: turned, rounded, or the file's own.
         let walking = if turned || wide { table } else { 0 };
@@ -189,6 +192,7 @@ impl Tables {
         // Pages of the file stay as long as one table is read.
         let read = copied + stored.size() * vocab * width;
         let writing = if fits { table + read.max(fitting) } else { read };
+        let walking = walking + matrix;
         Self { walking, writing: walking + writing }
     }
 }
@@ -331,6 +335,9 @@ impl GpuBytes {
         let wide = if exact { 4 * block.largest } else { 0 };
         let solve = 8 * block.largest + 4 * 1024 * block.rows + wide;
         let gathering = 4 * square + flight + shift;
+        // The matrix that a block's weights are turned by when they are read ahead.
+        let turns = extras.learned && !exact;
+        let turning = if turns { Turning::bytes(block.hidden, block.largest) } else { 0 };
         // The Gram of all tokens and its factor, for experts that see too few.
         let all_tokens = if block.per_token > 0 { 8 * block.hidden * block.hidden } else { 0 };
         let solving = (9 * square + solve).max(4 * square + solve + 3 * shift);
@@ -338,6 +345,7 @@ impl GpuBytes {
             fixed: blocks
                 + gathering.max(solving)
                 + all_tokens
+                + turning
                 + work.attended_bytes(block, 2)
                 + work.shared_bytes(block),
             // The unquantized model's are used at once.

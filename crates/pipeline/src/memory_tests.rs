@@ -1,6 +1,6 @@
 //! Plans of memory for models whose sizes are counted by hand.
 
-use gptq_quant::Recipe;
+use gptq_quant::{Recipe, Rotate};
 
 use super::*;
 
@@ -18,7 +18,7 @@ fn a_larger_card_offloads_less() {
         held_out: 0,
         tokens: 128 * 4096,
         seq_len: 4096,
-        extras: Extras { reference, attended: false },
+        extras: Extras { reference, ..Extras::default() },
         exact: false,
         shared_grams: 0,
     };
@@ -59,12 +59,19 @@ fn tables_outside_of_the_blocks_count() {
     let model = ModelConfig::parse(text, std::path::Path::new("config.json")).unwrap();
     let block = BlockSizes::of(&model);
     let table = 2 * 128_256 * 4096;
-    let tables = |recipe, stored| {
-        Tables::of(&model, &QuantSpec::new(4, Some(128), true, 0.01, recipe), stored, true)
+    let with = |recipe, rotate, stored| {
+        let mut spec = QuantSpec::new(4, Some(128), true, 0.01, recipe);
+        spec.choices.rotate = rotate;
+        Tables::of(&model, &spec, stored, true)
     };
+    let tables = |recipe, stored| with(recipe, Rotate::None, stored);
     // Turned for the walk; then a fitted head, and the embedding read and turned once more.
     let best = Tables { walking: table, writing: 4 * table };
-    assert_eq!(tables(Recipe::Best, FloatType::F16), best);
+    assert_eq!(with(Recipe::Best, Rotate::Full, FloatType::F16), best);
+    // A learned rotation is there all the time.
+    let matrix = 4 * 4096 * 4096;
+    let learned = Tables { walking: table + matrix, writing: 4 * table + matrix };
+    assert_eq!(with(Recipe::Best, Rotate::Learned, FloatType::F16), learned);
     let as_stored = Tables { walking: 0, writing: table };
     assert_eq!(tables(Recipe::AutoGptq, FloatType::F16), as_stored);
     let rounded = Tables { walking: table, writing: 3 * table };

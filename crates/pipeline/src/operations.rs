@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use gptq_checkpoint::{Expert, Experts, LinearShape, ModelConfig};
 use gptq_model::{LinearId, Reading, Stage};
-use gptq_quant::{Choices, ValueInputs};
+use gptq_quant::{Choices, Rotate, ValueInputs};
 use serde::Serialize;
 
 use crate::calibrate::Sample;
@@ -29,9 +29,12 @@ pub struct Operations {
     /// Tuning the scales of the whole model, where a recipe does.
     #[serde(skip_serializing_if = "is_none")]
     pub tune: f64,
+    /// Learning the residual stream's rotation, where a recipe does.
+    #[serde(skip_serializing_if = "is_none")]
+    pub learn: f64,
 }
 
-/// Plans of recipes that do not tune stay as they were before there was tuning.
+/// Plans of recipes that do neither stay as they were before there was tuning or learning.
 fn is_none(count: &f64) -> bool {
     *count == 0.0
 }
@@ -54,17 +57,20 @@ pub(crate) struct Extras {
     pub(crate) reference: bool,
     /// v's Hessian is of what attention makes of its inputs.
     pub(crate) attended: bool,
+    /// Weights are turned by a matrix.
+    pub(crate) learned: bool,
 }
 
 impl Extras {
     /// The unquantized model's walk alone.
-    pub(crate) const REFERENCE: Self = Self { reference: true, attended: false };
+    pub(crate) const REFERENCE: Self = Self { reference: true, attended: false, learned: false };
 
     /// That of a recipe's choices.
     pub(crate) fn of(choices: &Choices) -> Self {
         Self {
             reference: choices.needs_reference(),
             attended: choices.values == ValueInputs::Attended,
+            learned: choices.rotate == Rotate::Learned,
         }
     }
 }
@@ -122,7 +128,7 @@ impl Operations {
     pub(crate) fn of_block(
         block: &BlockKind,
         (windows, seq_len): (usize, usize),
-        Extras { reference, attended }: Extras,
+        Extras { reference, attended, learned }: Extras,
     ) -> Self {
         let BlockKind { linears, window, .. } = block;
         let tokens = windows as f64 * seq_len as f64;
@@ -147,6 +153,9 @@ impl Operations {
             let tokens = tokens * block.share(linear.id);
             sum.forward += 2.0 * tokens * n * rows;
             sum.solve += rows * n * n;
+            // By both halves of the matrix.
+            let turned = if matches!(stage, Stage::Output | Stage::Down) { rows } else { n };
+            sum.learn += if learned { 4.0 * rows * n * turned } else { 0.0 };
             // k and v share q's inputs, and up shares gate's; every expert has its own.
             if counted.insert(Reading::of(linear.id)) {
                 sum.gram += tokens * n * n;
@@ -201,6 +210,7 @@ impl Operations {
             reference: self.reference + other.reference,
             shift: self.shift + other.shift,
             tune: self.tune + other.tune,
+            learn: self.learn + other.learn,
         }
     }
 
@@ -214,6 +224,7 @@ impl Operations {
             reference: self.reference * blocks,
             shift: self.shift * blocks,
             tune: self.tune * blocks,
+            learn: self.learn * blocks,
         }
     }
 
@@ -234,7 +245,7 @@ impl Operations {
     /// The sum.
     pub fn total(&self) -> f64 {
         let walk = self.forward + self.gram + self.factor + self.solve;
-        walk + self.reference + self.shift + self.tune
+        walk + self.reference + self.shift + self.tune + self.learn
     }
 }
 
@@ -250,7 +261,7 @@ pub(crate) mod tests {
     fn a_hessian_of_attended_inputs_takes_attention_over_all_of_them() {
         let kind = "70b".parse::<Width>().unwrap().kind();
         let with = |attended| {
-            Operations::of_block(&kind, (128, 4096), Extras { reference: true, attended })
+            Operations::of_block(&kind, (128, 4096), Extras { attended, ..Extras::REFERENCE })
         };
         let (plain, attended) = (with(false), with(true));
         let (n, tokens) = (8192.0_f64, 32.0 * 4096.0);

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use gptq_checkpoint::{Layout, ModelConfig, plan_files};
 use gptq_compute::FloatType;
-use gptq_quant::QuantSpec;
+use gptq_quant::{QuantSpec, Rotate};
 use gptq_records::source_dtype::SourceDtype;
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::learn_rotation::{self, LearnBytes};
 use crate::memory::{BlockSizes, MemoryPlan, Tables, Workload, plan_cpu, plan_gpu};
 pub use crate::memory_text::TextMemory;
 use crate::operations::{Extras, Operations};
@@ -73,6 +74,10 @@ pub fn plan_branch(
     let tables = Tables::of(model, spec, stored(model), !exact);
     let walk = plan_gpu(block, &vec![held; together], tables, gpu_memory);
     let walk_of_cpu = plan_cpu(block, held, tables);
+    let learns = calibrates && spec.choices.rotate == Rotate::Learned;
+    let learning = learns.then(|| LearnBytes::of(model));
+    let walk = learning.map_or(walk, |bytes| bytes.before(model, walk, gpu_memory));
+    let walk_of_cpu = learning.map_or(walk_of_cpu, |bytes| walk_of_cpu.max(bytes.of_cpu()));
     let tuning = |gpu| TuneBytes::of(model, spec, (windows, seq_len), gpu);
     let gpu = match tuning(true) {
         Some(bytes) => bytes.after(walk, gpu_memory, held.waiting(block, together)),
@@ -92,6 +97,8 @@ pub fn plan_branch(
                 let judged = Operations::of_model(model, (held_out, seq_len), reference);
                 Operations {
                     tune: operations(model, spec, (windows, seq_len)),
+                    learn: walk.learn
+                        + if learns { learn_rotation::operations(model) } else { 0.0 },
                     reference: walk.reference + judged.reference,
                     ..walk
                 }

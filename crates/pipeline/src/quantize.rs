@@ -20,6 +20,7 @@ use crate::calibrate::{Calibrated, Calibrator, Streams};
 use crate::error::{Error, Result};
 use crate::fit_head;
 use crate::job::{QuantizeJob, precision};
+use crate::learn_rotation::{self, Learned};
 use crate::memory::{BlockSizes, offload};
 use crate::progress::{BlockReport, Progress, Silent};
 use crate::read_ahead::{next_block, read_ahead};
@@ -27,7 +28,7 @@ use crate::recipe_fit;
 use crate::recording::{
     branch_report, few_tokens, refuse_fallbacks, retries, rounded as rounded_record,
 };
-use crate::rotate::FusedRotations;
+use crate::rotate::{FusedRotations, random_stream};
 use crate::row_shards::RowShards;
 use crate::states::embed;
 use crate::tune::{self, Tuned, Walked};
@@ -93,9 +94,15 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     job.source.check_tensors()?;
     recipe_fit::check(job.source.config(), &job.spec)?;
     tune::check(job)?;
-    let rotate = job.spec.choices.rotate;
-    let rotations = FusedRotations::new(job.source.config(), rotate);
+    recipe_fit::check_source(job.source, &job.spec)?;
     let progress = if job.ranks.is_first() { progress } else { &Silent };
+    let mut learned_by = None;
+    let rotations = FusedRotations::new(job.source.config(), job.spec.choices.rotate, || {
+        let learned = learned(job, progress)?;
+        learned_by = Some(learned.record);
+        Ok(learned.rotation)
+    })?;
+    let rotations = rotations.map(|rotations| rotations.on(&job.device)).transpose()?;
     let mut writer = job.ranks.is_first().then(|| writer(job)).transpose()?;
     if let Some(writer) = &mut writer {
         copy_ahead(job, rotations.as_ref(), writer)?;
@@ -152,7 +159,7 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
     copy_dense(job.source, rotations, |_| true, &mut writer)?;
     let sealed = writer.seal()?;
     let tuning = tuned.as_ref().map(|tuned| tuned.record);
-    let report = branch_report(job, sealed.bytes, &blocks, head_report, tuning);
+    let report = branch_report(job, sealed.bytes, &blocks, head_report, tuning, learned_by);
     sealed.folder.replace(REPORT_FILE, &report.to_bytes()?)?;
     Ok(Some(Made {
         sealed,
@@ -162,6 +169,19 @@ pub(crate) fn make(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Opt
         #[cfg(test)]
         streams,
     }))
+}
+
+/// The rotation that is learned from the source, once for all branches that are made of it.
+fn learned(job: &QuantizeJob<'_>, progress: &dyn Progress) -> Result<Learned> {
+    let learn = || {
+        let _turn = job.turn();
+        let start = random_stream(job.source.config());
+        learn_rotation::learned(job.source, &start, (&job.device, &job.ranks), progress)
+    };
+    match job.shared {
+        Some(shared) => shared.get_or_learn(learn),
+        None => learn(),
+    }
 }
 
 /// The embedding that the file will hold, where it is not what the model would read by itself.

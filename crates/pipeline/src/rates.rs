@@ -8,7 +8,8 @@
 //! Blocks are read and written beside the work, which hides both unless the disk is slower than the
 //! device; that, and the head that `best` fits (a tenth of a block or so), are left out. Recipes that
 //! do not calibrate have no operations that are counted, and no prediction. Tuning that was not
-//! measured (`gptq bench --recipe tuned`) is taken to go at the rate of a forward.
+//! measured (`gptq bench --recipe tuned`) is taken to go at the rate of a forward, and so is learning a
+//! rotation, whose reads of a model that the device cannot hold are left out.
 //!
 //! Rates are, in this order, those that `gptq bench` has measured on the device with a block of about
 //! the model's width; those of a table of cards; and those of a benchmark of another width. Whatever
@@ -48,7 +49,9 @@ fn by_stage(operations: &Operations, spec: &QuantSpec) -> Vec<(Stage, f64)> {
         [Stage::Forward, Stage::Gram, Stage::Factor, solve, Stage::Reference, Stage::Shift];
     let tunes = (operations.tune > 0.0).then_some(Stage::Tune);
     let stages = stages.into_iter().chain(tunes);
-    stages.map(|stage| (stage, operations.of(stage.work()))).collect()
+    // Learning is products of fp16 with f32 sums, as a forward is.
+    let learned = |stage| if stage == Stage::Forward { operations.learn } else { 0.0 };
+    stages.map(|stage| (stage, operations.of(stage.work()) + learned(stage))).collect()
 }
 
 /// What something will take.

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use gptq_checkpoint::Layout;
-use gptq_quant::Recipe;
+use gptq_quant::{Recipe, Rotate};
 use gptq_records::source_dtype::SourceDtype;
 
 use super::*;
@@ -9,8 +9,13 @@ use crate::cards::MEASURED_WITH;
 use crate::operations::tests::{llama_70b, model};
 use crate::plan::{Setting, plan_branch};
 
+/// Without looks at the weights, which models of these sizes do without.
 fn spec(recipe: Recipe) -> QuantSpec {
-    QuantSpec::new(4, Some(128), true, recipe.damp(), recipe)
+    let mut spec = QuantSpec::new(4, Some(128), true, recipe.damp(), recipe);
+    if spec.choices.rotate == Rotate::Learned {
+        spec.choices.rotate = Rotate::Full;
+    }
+    spec
 }
 
 fn planned(model: &ModelConfig, spec: &QuantSpec, gpu_memory: u64) -> BranchPlan {

@@ -65,13 +65,15 @@ fn load(
     if exact {
         block.round_biases();
     }
-    if let Some(rotations) = rotations {
-        rotations.block(&mut block)?;
-    }
+    let left = rotations.map(|rotations| rotations.block(&mut block, exact)).transpose()?.flatten();
     if exact {
         block.round_dense();
     }
-    Ok(model.place(block, exact)?)
+    let mut block = model.place(block, exact)?;
+    if let (Some(rotations), Some(gains)) = (rotations, left) {
+        rotations.placed(model.device(), &mut block, &gains)?;
+    }
+    Ok(block)
 }
 
 /// No walk reads a block's linears twice: where shards arrive and go, these may go.

@@ -3,7 +3,8 @@
 use gptq_compute::Precision;
 use gptq_quant::Factored;
 use gptq_records::branch_report::{
-    BlockRecord, BranchReport, CalibrationRecord, LinearRecord, REPORT_FORMAT, TOOL, TuningRecord,
+    BlockRecord, BranchReport, CalibrationRecord, LinearRecord, REPORT_FORMAT, RotationRecord,
+    TOOL, TuningRecord,
 };
 use gptq_text::calibration::Calibration;
 
@@ -118,6 +119,7 @@ pub(crate) fn branch_report(
     blocks: &[BlockReport],
     head: Option<LinearRecord>,
     tuning: Option<TuningRecord>,
+    rotation: Option<RotationRecord>,
 ) -> BranchReport {
     let spec = &job.spec;
     let calibrates = spec.recipe.calibrates();
@@ -146,6 +148,7 @@ pub(crate) fn branch_report(
         blocks: blocks.iter().map(record).collect(),
         head,
         tuning,
+        rotation,
         evaluations: Vec::new(),
         tasks: Vec::new(),
     }

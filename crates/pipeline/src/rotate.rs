@@ -8,11 +8,15 @@
 //! are added to; norms of query and key heads stay, as nothing before or after them is turned. Large
 //! features are spread over all others, and every linear becomes easier to quantize (QuaRot, Ashkboos
 //! et al., arXiv 2404.00456); names, shapes and the architecture stay.
+//!
+//! A rotation that is the same for all models takes n log n operations a row, which the host does behind a GPU's
+//! work. A learned one is a matrix: a GPU turns by it what it holds, the host where it computes itself, or where
+//! weights are solved from wider values than a GPU's.
 
 use gptq_checkpoint::{
     Checkpoint, DenseId, DenseShape, EMBEDDING, FINAL_NORM, HEAD, ModelConfig, TensorRef,
 };
-use gptq_compute::Device;
+use gptq_compute::{Device, Turning};
 use gptq_model::{Block, Gains, LinearId, Mixture, NormId, Stage};
 use gptq_quant::{Rotate, Rotation};
 use half::f16;
@@ -31,12 +35,19 @@ const HEAD_SEED: u64 = 2;
 pub(crate) struct FusedRotations {
     /// Over the residual stream.
     stream: Option<Rotation>,
+    /// The same on a GPU, where it is a matrix: what turns weights there.
+    turning: Option<Turning>,
     /// Over the features of a head.
     head: Rotation,
     /// Where values begin among the outputs of a linear that makes queries and keys as well.
     fused_values: usize,
     /// What files hold less of gains.
     offset: f32,
+}
+
+/// The rotation of the residual stream that is the same for all models of a width.
+pub(crate) fn random_stream(config: &ModelConfig) -> Rotation {
+    Rotation::new(config.hidden_size, STREAM_SEED)
 }
 
 /// Gain of the norm before the head that is written, as it is multiplied with.
@@ -60,8 +71,8 @@ pub(crate) fn dense_head(
     rotations: Option<&FusedRotations>,
 ) -> Result<Vec<f16>> {
     let table = table(source, HEAD)?;
-    let head = match rotations.and_then(|f| f.stream.as_ref()) {
-        Some(stream) => turned_table(stream, &table, Some(&final_gain(source, None)?))?,
+    let head = match rotations.filter(|f| f.stream.is_some()) {
+        Some(rotations) => rotations.table(&table, Some(&final_gain(source, None)?))?,
         None => table.to_f16()?,
     };
     source.release(HEAD);
@@ -69,24 +80,54 @@ pub(crate) fn dense_head(
 }
 
 impl FusedRotations {
-    /// The rotations asked for; `None` when there are none.
-    pub(crate) fn new(config: &ModelConfig, rotate: Rotate) -> Option<Self> {
+    /// The rotations asked for; `None` when there are none. What `learned` gives is asked for where one is to
+    /// be learned from the weights.
+    ///
+    /// # Errors
+    /// Those of `learned`.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        rotate: Rotate,
+        learned: impl FnOnce() -> Result<Rotation>,
+    ) -> Result<Option<Self>> {
         let stream = match rotate {
-            Rotate::None => return None,
+            Rotate::None => return Ok(None),
             Rotate::Heads => None,
-            Rotate::Full => Some(Rotation::new(config.hidden_size, STREAM_SEED)),
+            Rotate::Full => Some(random_stream(config)),
+            Rotate::Learned => Some(learned()?),
         };
-        Some(Self {
+        Ok(Some(Self {
             stream,
+            turning: None,
             head: Rotation::new(config.head_dim, HEAD_SEED),
             fused_values: (config.num_attention_heads + config.num_key_value_heads)
                 * config.head_dim,
             offset: config.norm.offset(),
-        })
+        }))
     }
 
-    /// Turns the weights of a block on the CPU.
-    pub(crate) fn block(&self, block: &mut Block) -> Result<()> {
+    /// Whether the residual stream is turned.
+    pub(crate) fn turns_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// Turns by a learned rotation on `device` from now on, where that is a GPU: a host would need longer for it
+    /// than a GPU for all else.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(crate) fn on(mut self, device: &Device) -> Result<Self> {
+        let stream = self.stream.as_ref().filter(|stream| stream.is_matrix());
+        if let Some(stream) = stream {
+            self.turning = device.turning(&stream.matrix())?;
+        }
+        Ok(self)
+    }
+
+    /// Turns the weights of a block on the CPU. What is left for a GPU to turn once they are there, by
+    /// [`Self::placed`], follows from the gains that are given back; with `exact`, nothing is.
+    pub(crate) fn block(&self, block: &mut Block, exact: bool) -> Result<Option<Gains>> {
+        let left = self.turning.is_some() && !exact;
         let gains = self.stream.is_some().then(|| block.gains().clone());
         if self.stream.is_some() {
             for norm in [NormId::BeforeAttention, NormId::BeforeMlp] {
@@ -108,19 +149,47 @@ impl FusedRotations {
             {
                 turn_bias(rotation, &mut bias[first..]);
             }
-            if !self.turns(id) {
+            if !(self.turns(id) && (!left || turned_by_head(id))) {
                 continue;
             }
             let mut weight = block.linear(id).weight.to_host()?;
-            self.weight(id, &mut weight, gains.as_ref());
+            self.weight(id, &mut weight, gains.as_ref().filter(|_| !left));
             block.set_weight(id, Device::Cpu.upload_f32(weight)?);
+        }
+        Ok(gains.filter(|_| left))
+    }
+
+    /// Turns what [`Self::block`] left of a block, now on the GPU; `gains` is what it gave.
+    pub(crate) fn placed(&self, device: &Device, block: &mut Block, gains: &Gains) -> Result<()> {
+        let Some(turning) = &self.turning else { return Ok(()) };
+        for id in block.ids() {
+            let weight = &block.linear(id).weight;
+            let turned = match Stage::of(id) {
+                Stage::Qkv => turning.inputs(weight, gains.get(NormId::BeforeAttention))?,
+                Stage::GateUp => turning.inputs(weight, gains.get(NormId::BeforeMlp))?,
+                Stage::Output | Stage::Down => turning.outputs(weight)?,
+            };
+            block.set_weight(id, turned);
+        }
+        // What is read of the GPU waits for all that is queued, so that it is asked when all is.
+        for linear in block.linears() {
+            if !device.all_finite(&linear.weight)? {
+                return Err(Error::Rotated { tensor: format!("{}.weight", linear.name) });
+            }
         }
         Ok(())
     }
 
+    /// x ← x R for every run of the residual stream's features.
+    pub(crate) fn stream_rows(&self, rows: &mut [f32]) {
+        if let Some(stream) = &self.stream {
+            stream.apply_rows(rows);
+        }
+    }
+
     /// Whether the weights of a linear are others than the source's.
     pub(crate) fn turns(&self, id: LinearId) -> bool {
-        self.stream.is_some() || matches!(id, LinearId::V | LinearId::Qkv | LinearId::O)
+        self.stream.is_some() || turned_by_head(id)
     }
 
     /// Turns a linear's weights; `gains` are those of the block's norms, folded into what follows
@@ -238,13 +307,34 @@ impl FusedRotations {
         Ok(Some(turned))
     }
 
+    /// T · diag(gain) · R of a table of row vectors, in fp16.
+    fn table(&self, table: &TensorRef<'_>, gain: Option<&[f32]>) -> Result<Vec<f16>> {
+        let mut turned = table.to_f16()?;
+        match (&self.turning, &self.stream) {
+            (Some(turning), Some(_)) => turning.rows(&mut turned, gain)?,
+            (None, Some(stream)) => turn_rows(stream, &mut turned, gain),
+            (_, None) => {}
+        }
+        if turned.par_iter().any(|v| !v.is_finite()) {
+            return Err(Error::Rotated { tensor: table.name.to_owned() });
+        }
+        Ok(turned)
+    }
+
     /// The embedding; `None` when it is the source's own.
     pub(crate) fn embedding(&self, source: &Checkpoint) -> Result<Option<Vec<f16>>> {
-        let Some(stream) = &self.stream else { return Ok(None) };
-        let turned = turned_table(stream, &table(source, EMBEDDING)?, None)?;
+        if self.stream.is_none() {
+            return Ok(None);
+        }
+        let turned = self.table(&table(source, EMBEDDING)?, None)?;
         source.release(EMBEDDING);
         Ok(Some(turned))
     }
+}
+
+/// Whether the rotation of heads turns a linear's inputs or outputs.
+fn turned_by_head(id: LinearId) -> bool {
+    matches!(id, LinearId::V | LinearId::Qkv | LinearId::O)
 }
 
 fn table<'a>(source: &'a Checkpoint, name: &str) -> Result<TensorRef<'a>> {
@@ -281,28 +371,17 @@ fn scale_rows(values: &mut [f32], gain: &[f32]) {
     });
 }
 
-/// T · diag(gain) · R of a table of row vectors, in fp16.
-fn turned_table(
-    stream: &Rotation,
-    table: &TensorRef<'_>,
-    gain: Option<&[f32]>,
-) -> Result<Vec<f16>> {
-    let mut turned = table.to_f16()?;
-    turned.par_chunks_mut(stream.order()).for_each_init(
-        || vec![0.0_f32; stream.order()],
-        |wide, row| {
-            row.convert_to_f32_slice(wide);
-            if let Some(gain) = gain {
-                scale_rows(wide, gain);
-            }
-            stream.apply_rows(wide);
-            row.convert_from_f32_slice(wide);
-        },
-    );
-    if turned.par_iter().any(|v| !v.is_finite()) {
-        return Err(Error::Rotated { tensor: table.name.to_owned() });
-    }
-    Ok(turned)
+/// T ← T · diag(gain) · R on the host.
+fn turn_rows(stream: &Rotation, turned: &mut [f16], gain: Option<&[f32]>) {
+    turned.par_chunks_mut(Rotation::ROWS * stream.order()).for_each_init(Vec::new, |wide, rows| {
+        wide.resize(rows.len(), 0.0_f32);
+        rows.convert_to_f32_slice(wide);
+        if let Some(gain) = gain {
+            scale_rows(wide, gain);
+        }
+        stream.apply_rows(wide);
+        rows.convert_from_f32_slice(wide);
+    });
 }
 
 #[cfg(test)]
@@ -311,12 +390,14 @@ pub(crate) mod family_models;
 
 #[cfg(test)]
 mod tests {
-    use gptq_compute::{FloatType, HostMatrix};
+    use gptq_compute::{FloatType, HostMatrix, Ranks};
     use gptq_model::{FinalNorm, Model, SourcePrecision};
 
     use ndarray::ArrayView1;
 
     use super::{family_models, *};
+    use crate::learn_rotation::learned;
+    use crate::progress::Silent;
     use crate::recipe_fit::{has_experts, unrotatable};
 
     /// Of one window, or where there are experts of short ones, each of which keeps a token that goes
@@ -333,7 +414,7 @@ mod tests {
         for index in 0..model.config().num_hidden_layers {
             let mut block = model.load_block(index).unwrap();
             if let Some(rotations) = rotations {
-                rotations.block(&mut block).unwrap();
+                assert!(rotations.block(&mut block, false).unwrap().is_none());
             }
             block.forward(&device, &mut hidden, model.ropes(seq_len), seq_len).unwrap();
         }
@@ -345,6 +426,17 @@ mod tests {
         device.linear(&normed, &device.upload(head).unwrap()).unwrap().to_host().unwrap()
     }
 
+    /// Those of a source, learned by itself where one is.
+    fn rotations(source: &Checkpoint, rotate: Rotate) -> Option<FusedRotations> {
+        FusedRotations::new(source.config(), rotate, || {
+            let (start, alone) = (random_stream(source.config()), Ranks::alone());
+            let learned = learned(source, &start, (&Device::Cpu, &alone), &Silent)?;
+            assert!(learned.record.after < learned.record.before, "{:?}", learned.record);
+            Ok(learned.rotation)
+        })
+        .unwrap()
+    }
+
     /// Only tables and biases are rounded to fp16, once: that is what may differ.
     #[test]
     fn rotated_models_of_every_family_are_the_same_function() {
@@ -354,9 +446,10 @@ mod tests {
             family_models::assemble(dir.path(), name);
             let source = Checkpoint::open(dir.path()).unwrap();
             let want = logits(&source, None);
-            let full = unrotatable(source.config()).is_none().then_some(Rotate::Full);
-            for rotate in [Rotate::Heads].into_iter().chain(full) {
-                let rotations = FusedRotations::new(source.config(), rotate);
+            let streams = [Rotate::Full, Rotate::Learned].into_iter();
+            let streams = streams.filter(|_| unrotatable(source.config()).is_none());
+            for rotate in [Rotate::Heads].into_iter().chain(streams) {
+                let rotations = rotations(&source, rotate);
                 let got = logits(&source, rotations.as_ref());
                 // In the total order NaN is the largest, where `max` would drop it.
                 let largest = |row: ArrayView1<'_, f32>| {
@@ -383,7 +476,7 @@ mod tests {
             family_models::assemble(dir.path(), name);
             let source = Checkpoint::open(dir.path()).unwrap();
             assert!(unrotatable(source.config()).is_some(), "{name}");
-            let rotations = FusedRotations::new(source.config(), Rotate::Full);
+            let rotations = rotations(&source, Rotate::Full);
             let (got, want) = (logits(&source, rotations.as_ref()), logits(&source, None));
             let worst = (&got - &want).iter().map(|e| e.abs()).max_by(f32::total_cmp).unwrap();
             assert!(worst > 0.1, "{name}: {worst}");

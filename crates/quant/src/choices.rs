@@ -56,6 +56,8 @@ pub enum Rotate {
     Heads,
     /// That, and one over the residual stream: norm gains are folded too, and the head is turned.
     Full,
+    /// As full, with the residual stream's learned from the model's weights ([`Learner`](crate::Learner)).
+    Learned,
 }
 
 /// What the Hessian of v is made of.
@@ -117,7 +119,7 @@ impl Choices {
         signs: Signs::Both,
         residual: 0.5,
         head: 1.0,
-        rotate: Rotate::Full,
+        rotate: Rotate::Learned,
         values: ValueInputs::Plain,
         tune: 0,
         tune_rate: Self::TUNE_RATE,
@@ -322,9 +324,15 @@ named!(ScalePrecision: F32 = "f32", Half = "fp16");
 named!(Clip: None = "none", Search = "search", Solve = "solve");
 named!(Signs: Positive = "positive", Both = "both");
 named!(ValueInputs: Plain = "plain", Attended = "attended");
-named!(Rotate: None = "none", Heads = "heads", Full = "full");
+named!(Rotate: None = "none", Heads = "heads", Full = "full", Learned = "learned");
 
 impl Rotate {
+    /// Whether the residual stream is turned.
+    #[must_use]
+    pub fn turns_stream(self) -> bool {
+        matches!(self, Self::Full | Self::Learned)
+    }
+
     /// Name of the choice, for messages about it.
     pub const KEY: &str = "rotate";
 
@@ -381,12 +389,17 @@ mod tests {
         let mut heads = Choices::BEST;
         heads.set("rotate=heads").unwrap();
         assert_eq!(heads.rotate, Rotate::Heads);
+        let mut full = Choices::TUNED;
+        full.set("rotate=full").unwrap();
+        let mut set = Choices::BEST;
+        full.to_string().split(' ').for_each(|setting| set.set(setting).unwrap());
+        assert_eq!(set, full);
     }
 
     #[test]
     fn what_is_not_tuned_says_nothing_of_it() {
         assert!(!Choices::BEST.to_string().contains("tune"));
-        assert!(Choices::TUNED.to_string().ends_with(" rotate=full tune=64 tune-rate=0.002"));
+        assert!(Choices::TUNED.to_string().ends_with(" rotate=learned tune=64 tune-rate=0.002"));
     }
 
     #[test]
@@ -394,7 +407,7 @@ mod tests {
         let mut choices = Choices::BEST;
         assert!(!choices.to_string().contains("values"));
         choices.set("values=attended").unwrap();
-        assert!(choices.to_string().ends_with(" rotate=full values=attended"));
+        assert!(choices.to_string().ends_with(" rotate=learned values=attended"));
         let mut set = Choices::BEST;
         choices.to_string().split(' ').for_each(|setting| set.set(setting).unwrap());
         assert_eq!(set, choices);
@@ -405,7 +418,7 @@ mod tests {
         assert_eq!(
             Choices::help(),
             "group-weights=stale|fresh, scales=f32|fp16, clip=none|search|solve, \
-             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full, \
+             signs=positive|both, residual=0..1, head=0..1, rotate=none|heads|full|learned, \
              values=plain|attended, tune=STEPS, tune-rate=0..0.1"
         );
     }

@@ -3,16 +3,27 @@
 //! R = diag(signs) · (O ⊗ H): H a Walsh–Hadamard matrix of the largest power of two that divides n,
 //! O a Hartley matrix of the odd rest, random signs from a fixed seed. All entries have about the
 //! size 1/√n, so that no input feature dominates after it: what random orthogonal matrices do, in
-//! n log n operations a row where they need n² (QuaRot, Ashkboos et al., arXiv 2404.00456).
+//! n log n operations a row where they need n² (QuaRot, Ashkboos et al., arXiv 2404.00456). One that was
+//! learned ([`Learner`](crate::Learner)) has no such form, and takes them.
 
 use std::f64::consts::TAU;
 
-use ndarray::{ArrayViewMut2, Axis};
+use ndarray::{Array2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 /// An orthogonal matrix R of order n.
 #[derive(Clone, Debug)]
-pub struct Rotation {
+pub struct Rotation(Form);
+
+#[derive(Clone, Debug)]
+enum Form {
+    Fast(Fast),
+    Matrix(Array2<f32>),
+}
+
+/// A product of matrices with few values each.
+#[derive(Clone, Debug)]
+struct Fast {
     signs: Vec<f32>,
     /// The Hartley matrix `[m, m]`, row-major; n = m · 2^k.
     odd: Vec<f32>,
@@ -20,6 +31,9 @@ pub struct Rotation {
 }
 
 impl Rotation {
+    /// Rows that a task turns: a matrix is brought near to the processor once for so many.
+    pub const ROWS: usize = 64;
+
     /// The rotation of order `n` for this seed.
     pub fn new(n: usize, seed: u64) -> Self {
         let mut state = seed;
@@ -29,18 +43,47 @@ impl Rotation {
             let angle = TAU * ((i / m) * (i % m) % m) as f64 / m as f64;
             ((angle.cos() + angle.sin()) / (m as f64).sqrt()) as f32
         };
-        Self { signs: signs.collect(), odd: (0..m * m).map(hartley).collect(), m }
+        let odd = (0..m * m).map(hartley).collect();
+        Self(Form::Fast(Fast { signs: signs.collect(), odd, m }))
+    }
+
+    /// An orthogonal matrix, square as it is.
+    #[must_use]
+    pub fn of_matrix(matrix: Array2<f32>) -> Self {
+        Self(Form::Matrix(matrix))
+    }
+
+    /// Whether it is a matrix that takes n² operations a row.
+    #[must_use]
+    pub fn is_matrix(&self) -> bool {
+        matches!(self.0, Form::Matrix(_))
+    }
+
+    /// Its values `[n, n]`.
+    #[must_use]
+    pub fn matrix(&self) -> Array2<f32> {
+        match &self.0 {
+            Form::Matrix(matrix) => matrix.clone(),
+            Form::Fast(_) => {
+                let mut matrix = Array2::eye(self.order());
+                self.apply_rows(matrix.as_slice_mut().unwrap_or_default());
+                matrix
+            }
+        }
     }
 
     /// Order of the matrix.
     pub fn order(&self) -> usize {
-        self.signs.len()
+        match &self.0 {
+            Form::Fast(fast) => fast.signs.len(),
+            Form::Matrix(matrix) => matrix.nrows(),
+        }
     }
 
     /// x ← x R for every run of n values: the inputs of a weight `[out, in]` after X ← X R, with
     /// one R for every n columns.
     pub fn apply_rows(&self, rows: &mut [f32]) {
-        rows.par_chunks_mut(self.order()).for_each(|row| self.apply(row));
+        rows.par_chunks_mut(Self::ROWS * self.order()).for_each(|rows| self.apply(rows));
     }
 
     /// W ← (I ⊗ Rᵀ) W for a weight `[out, in]`: its outputs after Y ← Y R, with one R for every n
@@ -52,15 +95,30 @@ impl Rotation {
         panels.into_par_iter().for_each_init(Vec::new, |columns: &mut Vec<f32>, panel| {
             columns.clear();
             columns.extend(panel.t().iter());
-            for column in columns.chunks_exact_mut(self.order()) {
-                self.apply(column);
-            }
+            self.apply(columns);
             for (value, turned) in panel.reversed_axes().iter_mut().zip(&*columns) {
                 *value = *turned;
             }
         });
     }
 
+    /// As [`Self::apply_rows`], on this thread alone.
+    fn apply(&self, rows: &mut [f32]) {
+        let order = self.order();
+        match &self.0 {
+            Form::Fast(fast) => rows.chunks_exact_mut(order).for_each(|row| fast.apply(row)),
+            Form::Matrix(matrix) => {
+                let shape = (rows.len() / order, order);
+                if let Ok(mut rows) = ArrayViewMut2::from_shape(shape, rows) {
+                    let turned = rows.dot(matrix);
+                    rows.assign(&turned);
+                }
+            }
+        }
+    }
+}
+
+impl Fast {
     fn apply(&self, x: &mut [f32]) {
         for (v, sign) in x.iter_mut().zip(&self.signs) {
             *v *= sign;
@@ -179,6 +237,25 @@ mod tests {
             assert!(largest < 1.42 / (n as f32).sqrt() + 1e-6, "n = {n}: {largest}");
         }
         assert_ne!(matrix(&Rotation::new(64, 1)), matrix(&Rotation::new(64, 2)));
+    }
+
+    /// A matrix turns as the form that it is of.
+    #[test]
+    fn a_matrix_is_the_rotation_that_it_is_of() {
+        let fast = Rotation::new(24, 5);
+        let matrix = Rotation::of_matrix(fast.matrix());
+        assert_eq!((matrix.order(), matrix.matrix()), (24, fast.matrix()));
+        let rows = Array2::from_shape_fn((150, 24), |(i, j)| ((i * 7 + j * 3) % 11) as f32 - 5.0);
+        let turned = |rotation: &Rotation| {
+            let (mut rows, mut outputs) =
+                (rows.clone(), rows.t().as_standard_layout().into_owned());
+            rotation.apply_rows(rows.as_slice_mut().unwrap());
+            rotation.apply_outputs(outputs.view_mut());
+            [rows, outputs.reversed_axes()]
+        };
+        for (a, b) in turned(&fast).iter().zip(turned(&matrix)) {
+            assert!(largest(&(a - &b)) < 1e-4);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use gptq_checkpoint::GroupSize;
 use serde::{Deserialize, Serialize};
 
-use crate::choices::{Choices, Signs};
+use crate::choices::{Choices, Rotate, Signs};
 use crate::error::{Error, Result};
 
 /// A named set of solver choices.
@@ -84,6 +84,8 @@ pub struct QuantSpec {
     pub recipe: Recipe,
     /// The solver's choices.
     pub choices: Choices,
+    /// The rotation was asked for by name, and is not the recipe's default.
+    pub own_rotate: bool,
 }
 
 impl QuantSpec {
@@ -95,7 +97,8 @@ impl QuantSpec {
         damp: f64,
         recipe: Recipe,
     ) -> Self {
-        Self { bits, group_size, act_order, damp, recipe, choices: recipe.choices() }
+        let choices = recipe.choices();
+        Self { bits, group_size, act_order, damp, recipe, choices, own_rotate: false }
     }
 
     /// Sets choices given as `KEY=VALUE`.
@@ -109,6 +112,7 @@ impl QuantSpec {
                 return Err(Error::NoChoice { setting: setting.clone() });
             }
             self.choices.set(setting)?;
+            self.own_rotate |= setting.split('=').next() == Some(Rotate::KEY);
         }
         Ok(())
     }

@@ -72,6 +72,9 @@ pub struct BranchReport {
     /// What tuning the scales of the whole model did; left out where nothing was tuned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<TuningRecord>,
+    /// What learning the residual stream's rotation did; left out where none was learned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotation: Option<RotationRecord>,
     /// Measurements from the file; empty until there is one.
     pub evaluations: Vec<EvaluationRecord>,
     /// Results on tasks of a harness, by task and metric; left out until there is one.
@@ -213,6 +216,18 @@ pub struct TuningRecord {
     pub kl_after: f64,
     /// Steps behind which these were; 0 where nothing was better than the start.
     pub best_step: u32,
+}
+
+/// What learning a rotation from the weights did.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RotationRecord {
+    /// Times that all weights were looked at.
+    pub looks: usize,
+    /// Mean fourth power of the turned weights, those of a row brought to a mean square of 1, under the rotation
+    /// that learning began at.
+    pub before: f64,
+    /// Under the one that was learned.
+    pub after: f64,
 }
 
 /// Perplexity of the file on one text.
@@ -391,6 +406,7 @@ mod tests {
             }],
             head: None,
             tuning: None,
+            rotation: None,
             evaluations: vec![EvaluationRecord {
                 protocol: "paper".to_owned(),
                 dataset,

@@ -67,6 +67,7 @@ pub(crate) fn branch(
         blocks: blocks.collect(),
         head: None,
         tuning: None,
+        rotation: None,
         evaluations: vec![EvaluationRecord {
             protocol: "paper".to_owned(),
             dataset: text("heldout.txt"),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gptq_checkpoint::CONFIG_FILE;
+use gptq_checkpoint::{CONFIG_FILE, TEXT_CONFIG};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -27,6 +27,7 @@ pub(crate) fn adds_bos(folder: &Path) -> Result<Option<bool>> {
 /// An explicit null in the former is an answer: several models list a BOS number in `config.json`
 /// that their tokenizer never uses.
 pub(crate) fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>> {
+    const KEY: &str = "bos_token_id";
     let path = folder.join("tokenizer_config.json");
     if let Some(token) = read_field(&path, "bos_token")? {
         // A plain string, or a description of an added token with the string as its content.
@@ -50,15 +51,19 @@ pub(crate) fn find_bos(folder: &Path, tokenizer: &Tokenizer) -> Result<Option<u3
         };
     }
     let path = folder.join(CONFIG_FILE);
-    match read_field(&path, "bos_token_id")? {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
-            Some(id) => Ok(Some(id)),
-            None => Err(Error::ConfigInvalid {
-                path,
-                reason: format!("bos_token_id is {value}, which is not a token"),
-            }),
-        },
+    let is_said = |value: &Value| !value.is_null();
+    let value = match read_field(&path, KEY)?.filter(is_said) {
+        // Of a multimodal model the language model may say it.
+        None => read_field(&path, TEXT_CONFIG)?.and_then(|text| text.get(KEY).cloned()),
+        said => said,
+    };
+    let Some(value) = value.filter(is_said) else { return Ok(None) };
+    match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
+        Some(id) => Ok(Some(id)),
+        None => Err(Error::ConfigInvalid {
+            path,
+            reason: format!("{KEY} is {value}, which is not a token"),
+        }),
     }
 }
 

@@ -31,6 +31,9 @@ pub(crate) const COLUMNS: &str = "messages, conversations, prompt and response o
 /// The column of what the system says before the first message.
 pub(crate) const SYSTEM: &str = "system";
 
+/// The role of answers.
+const ASSISTANT: &str = "assistant";
+
 /// What is wrong with messages of which a list of each is had.
 pub(crate) const UNEVEN: &str = "its messages have not as many roles as texts";
 
@@ -104,7 +107,7 @@ pub(crate) fn of_pair(
         prompt.push_str("\n\n");
         prompt.push_str(&about);
     }
-    checked(vec![Message::new("user", prompt), Message::new("assistant", response)])
+    checked(vec![Message::new("user", prompt), Message::new(ASSISTANT, response)])
 }
 
 /// A conversation behind what its row's column `system` says, unless it begins so itself or the column is
@@ -123,11 +126,66 @@ pub(crate) fn behind_system(
 /// Whether an answer in it is empty: of a row that was never answered, or whose answer was something else
 /// than text.
 pub(crate) fn has_empty_answer(chat: &[Message]) -> bool {
-    chat.iter().any(|message| message.role == "assistant" && message.content.trim().is_empty())
+    chat.iter().any(|message| message.role == ASSISTANT && message.content.trim().is_empty())
 }
 
 /// Role and text of a message, as a file has them.
-pub(crate) type Said = (Option<String>, Option<String>);
+pub(crate) type Said = (Option<String>, Content);
+
+/// What a file has in the place of a message's text.
+#[derive(Debug)]
+pub(crate) enum Content {
+    /// The text.
+    Text(String),
+    /// That there is none: as of an answer that calls a tool, or was never given.
+    Empty,
+    /// Nothing.
+    Missing,
+    /// Something else than a text.
+    Other(&'static str),
+}
+
+impl Content {
+    /// Of a column of texts.
+    pub(crate) fn of_text(text: Option<String>) -> Self {
+        text.map_or(Self::Empty, Self::Text)
+    }
+
+    /// Of a field of JSON that is there.
+    fn of_json(value: &Value) -> Self {
+        match value {
+            Value::String(text) => Self::Text(text.clone()),
+            Value::Null => Self::Empty,
+            Value::Array(_) => Self::Other("a list"),
+            Value::Object(_) => Self::Other("an object"),
+            Value::Number(_) => Self::Other("a number"),
+            Value::Bool(_) => Self::Other("a boolean"),
+        }
+    }
+
+    /// Of a message in JSON.
+    fn of_message(message: &Value) -> Self {
+        let mut fields = FIELDS.iter().filter_map(|(_, content)| message.get(content));
+        let text = fields.clone().find(|field| field.is_string());
+        match text.or_else(|| fields.next()) {
+            Some(field) => Self::of_json(field),
+            None if message.get("tool_calls").is_some() => Self::Empty,
+            None => Self::Missing,
+        }
+    }
+
+    /// The text of the message of this number; an answer may be empty.
+    fn text(self, role: &str, number: usize) -> Result<String, String> {
+        match self {
+            Self::Text(text) => Ok(text),
+            Self::Empty if role == ASSISTANT => Ok(String::new()),
+            Self::Empty | Self::Missing => Err(format!("message {number} has no text")),
+            Self::Other(what) => {
+                Err(format!("the text of message {number} is {what}, where only a string is read"))
+            }
+        }
+    }
+}
 
 /// A conversation of messages by role and text.
 pub(crate) fn of_messages(messages: impl Iterator<Item = Said>) -> Result<Vec<Message>, String> {
@@ -135,11 +193,12 @@ pub(crate) fn of_messages(messages: impl Iterator<Item = Said>) -> Result<Vec<Me
     for (index, (role, content)) in messages.enumerate() {
         let number = index + 1;
         let role = role.ok_or_else(|| format!("message {number} has no role"))?;
-        let content = content.ok_or_else(|| format!("message {number} has no text"))?;
+        let role = role_of(role, number)?;
+        let content = content.text(&role, number)?;
         if conversation.len() == MOST_MESSAGES {
             return Err(format!("it has more than {MOST_MESSAGES} messages"));
         }
-        conversation.push(Message { role: role_of(role, number)?, content });
+        conversation.push(Message { role, content });
     }
     checked(conversation)
 }
@@ -148,7 +207,7 @@ pub(crate) fn of_messages(messages: impl Iterator<Item = Said>) -> Result<Vec<Me
 fn role_of(role: String, number: usize) -> Result<String, String> {
     Ok(match role.as_str() {
         "human" => "user".to_owned(),
-        "gpt" => "assistant".to_owned(),
+        "gpt" => ASSISTANT.to_owned(),
         "" => return Err(format!("the role of message {number} is empty")),
         _ => role,
     })
@@ -187,7 +246,8 @@ pub(crate) fn of_json(row: &Value, asked: Option<&str>) -> Result<Vec<Message>, 
         }
         Some(Columns::Pair { prompt, about, response }) => {
             let about = about.filter(present).map(text).transpose()?;
-            of_pair(text(prompt)?, about, text(response)?)?
+            let response = Some(response).filter(present).map(text).transpose()?;
+            of_pair(text(prompt)?, about, response.unwrap_or_default())?
         }
         Some(Columns::List(list)) => of_messages(messages(&row[list], list)?.into_iter())?,
     };
@@ -200,11 +260,8 @@ fn messages(value: &Value, name: &str) -> Result<Vec<Said>, String> {
     let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
     if let Value::Array(messages) = value {
         let message = |message: &Value| {
-            let field = |name: &str| text(message.get(name));
-            (
-                FIELDS.iter().find_map(|(role, _)| field(role)),
-                FIELDS.iter().find_map(|(_, content)| field(content)),
-            )
+            let role = FIELDS.iter().find_map(|(role, _)| text(message.get(role)));
+            (role, Content::of_message(message))
         };
         return Ok(messages.iter().map(message).collect());
     }
@@ -217,7 +274,7 @@ fn messages(value: &Value, name: &str) -> Result<Vec<Said>, String> {
         return Err(UNEVEN.to_owned());
     }
     let pairs = roles.iter().zip(contents);
-    Ok(pairs.map(|(role, content)| (text(Some(role)), text(Some(content)))).collect())
+    Ok(pairs.map(|(role, content)| (text(Some(role)), Content::of_json(content))).collect())
 }
 
 #[cfg(test)]
@@ -283,6 +340,18 @@ mod tests {
         let called = json!({"messages": [{"role": "user", "content": "Q"},
             {"role": "assistant", "content": "", "tool_calls": []}, {"role": "tool", "content": "T"}]});
         assert!(empty(called));
+        // As OpenAI's interface has calls of tools, and files rows that nobody answered.
+        let calls = |answer: Value| json!({"messages": [{"role": "user", "content": "Q"}, answer]});
+        for answer in [
+            json!({"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}),
+            json!({"role": "assistant", "tool_calls": [{"id": "1"}]}),
+            json!({"from": "gpt", "value": null}),
+            json!({"role": "assistant", "content": null, "value": ""}),
+        ] {
+            assert!(empty(calls(answer.clone())), "{answer}");
+        }
+        assert!(empty(json!({"prompt": "Q", "response": null})));
+        assert!(empty(json!({"conversations": {"from": ["human", "gpt"], "value": ["Q", null]}})));
     }
 
     #[test]
@@ -297,6 +366,12 @@ mod tests {
             (json!({"messages": [{"content": "x"}]}), "message 1 has no role"),
             (json!({"messages": [{"role": "user", "content": null}]}), "message 1 has no text"),
             (json!({"messages": [{"role": "", "content": "x"}]}), "message 1 is empty"),
+            (json!({"messages": [{"role": "assistant", "text": "x"}]}), "message 1 has no text"),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
+                "the text of message 1 is a list, where only a string is read",
+            ),
+            (json!({"prompt": null, "response": "x"}), "field `prompt` is not a string"),
             (json!({"messages": many}), "more than 4096 messages"),
             (json!({"prompt": "x".repeat(MOST_BYTES), "response": ""}), "more than 16777216"),
             (json!({"prompt": "x", "response": ["x"]}), "field `response` is not a string"),

@@ -17,7 +17,8 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::chat::{
-    Columns, FIELDS, Message, SYSTEM, Said, UNEVEN, behind_system, of_json, of_messages, of_pair,
+    Columns, Content, FIELDS, Message, SYSTEM, Said, UNEVEN, behind_system, of_json, of_messages,
+    of_pair,
 };
 use crate::error::{Error, Result};
 use crate::text_files::{
@@ -103,10 +104,10 @@ fn read_chats(path: &Path, column: Option<&str>, chats: &mut Vec<Vec<Message>>) 
                 return Ok(());
             }
             let mut about = nullable(about)?.map(Vec::into_iter);
-            let pairs = read_parquet(path, prompt)?.into_iter().zip(read_parquet(path, response)?);
+            let pairs = read_parquet(path, prompt)?.into_iter().zip(read_nullable(path, response)?);
             for (index, (prompt, response)) in pairs.enumerate() {
                 let about = about.as_mut().and_then(Iterator::next).flatten();
-                add(index + 1, of_pair(prompt, about, response))?;
+                add(index + 1, of_pair(prompt, about, response.unwrap_or_default()))?;
             }
         }
         Columns::List(list) => {
@@ -164,7 +165,7 @@ impl Lists {
                 if roles.len() != contents.len() {
                     return Err(UNEVEN.to_owned());
                 }
-                Ok(roles.into_iter().zip(contents).collect())
+                Ok(roles.into_iter().zip(contents.into_iter().map(Content::of_text)).collect())
             }));
         }
         Ok(rows)

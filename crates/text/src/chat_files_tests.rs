@@ -71,6 +71,17 @@ fn a_row_without_messages_is_named() {
 }
 
 #[test]
+fn an_answer_may_be_null_and_a_question_not() {
+    let mut chats = Vec::new();
+    let error = chats_of_parquet(&fixture("calls.parquet"), None, &mut chats).unwrap_err();
+    let error = error.to_string();
+    assert!(error.starts_with("Row 3 of `") && error.ends_with("message 1 has no text"), "{error}");
+    let turns = [("user", "Q"), ("assistant", ""), ("tool", "T"), ("assistant", "A")];
+    assert_eq!(said(&chats[0]), turns);
+    assert_eq!(said(&chats[1]), [("user", "Q"), ("assistant", "A")]);
+}
+
+#[test]
 fn columns_that_hold_no_conversations_are_named() {
     let error = parquet(&fixture("messages.parquet"), Some("turns")).unwrap_err();
     assert!(error.to_string().ends_with("columns prompt, messages is turns"), "{error}");

@@ -467,6 +467,8 @@ mod tests {
         assert_eq!(bos(&[]).unwrap(), None);
         assert_eq!(bos(&[config]).unwrap(), Some(3));
         assert_eq!(bos(&[("config.json", r#"{"bos_token_id": null}"#)]).unwrap(), None);
+        let inner = r#"{"bos_token_id": null, "text_config": {"bos_token_id": 2}}"#;
+        assert_eq!(bos(&[("config.json", inner)]).unwrap(), Some(2));
         assert_eq!(bos(&tokenizer("{}")).unwrap(), Some(3));
         assert_eq!(bos(&tokenizer(r#"{"bos_token": "<s>"}"#)).unwrap(), Some(0));
         assert_eq!(bos(&tokenizer(r#"{"bos_token": {"content": "b"}}"#)).unwrap(), Some(2));
@@ -480,6 +482,7 @@ mod tests {
             ("tokenizer_config.json", r#"{"bos_token": 1}"#),
             ("tokenizer_config.json", "[]"),
             ("config.json", r#"{"bos_token_id": -1}"#),
+            ("config.json", r#"{"text_config": {"bos_token_id": -1}}"#),
             ("config.json", "{"),
         ] {
             let error = bos(&[(file, content)]).unwrap_err();

@@ -135,7 +135,7 @@ fn models_with_other_parts_are_judged_by_what_was_tried() {
     let of = |name: &str, stored: &str| {
         let text = format!(
             r#"{{"model_type":"{name}","text_config":{{"hidden_size":256,"intermediate_size":512,
-            "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":4,"vocab_size":64}}}}"#
+            "num_hidden_layers":2,"num_attention_heads":2,"num_key_value_heads":2,"vocab_size":64}}}}"#
         );
         let config = ModelConfig::parse(&text, std::path::Path::new("config.json")).unwrap();
         let config = config.of_weights([stored].into_iter(), |_| None);

@@ -65,7 +65,7 @@ struct Row {
 pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
     let mut config = open_sweep(&args.config)?;
     let model = open_config(&args.model, printer)?;
-    config.fit(&model).iter().for_each(|note| printer.note(note));
+    config.fit(&model, false).iter().for_each(|note| printer.note(note));
     let rates = match &args.card {
         Some(card) => KnownRates::of_card(card),
         None => KnownRates::of_this_machine(printer),

@@ -194,7 +194,9 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         open_checkpoint(&args.model, printer)?
     };
     note_parts(&source, printer);
-    recipe_fit::fit(source.config(), spec).iter().for_each(|note| printer.note(note));
+    recipe_fit::fit(source.config(), source.is_arriving(), spec)
+        .iter()
+        .for_each(|note| printer.note(note));
     // What was downloaded is nobody's prediction.
     let opened = Instant::now();
     warn_of(&source, args.strict, printer)?;

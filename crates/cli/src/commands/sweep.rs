@@ -113,7 +113,7 @@ pub(crate) fn run(args: &Args, printer: &Printer) -> Result<()> {
         false => (open_checkpoint(&model, printer)?, None),
     };
     note_parts(&source, printer);
-    config.fit(source.config()).iter().for_each(|note| printer.note(note));
+    config.fit(source.config(), source.is_arriving()).iter().for_each(|note| printer.note(note));
     let branches = selected(&config, &args.only)?;
     warn_of(&source, args.strict, printer)?;
     if let Some(evaluation) = &config.evaluation {

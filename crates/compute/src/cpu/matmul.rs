@@ -4,7 +4,7 @@
 //! product into tiles scales further and nests with every other parallel loop.
 
 use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayView2, ArrayViewMut2, s};
+use ndarray::{ArrayView2, ArrayViewMut2, LinalgScalar, s};
 use rayon::prelude::*;
 
 use super::tiles::tiles_mut;
@@ -20,12 +20,12 @@ const MOST_ROWS: usize = 1024;
 const BALANCED_ROWS: usize = 256;
 const LEAST_ROWS: usize = 64;
 
-/// out = x · wᵀ + beta · out, for x `[m, k]`, w `[n, k]`, out `[m, n]`; beta is 0 or 1.
-pub(crate) fn matmul_nt(
-    x: ArrayView2<'_, f32>,
-    w: ArrayView2<'_, f32>,
-    beta: f32,
-    out: ArrayViewMut2<'_, f32>,
+/// out = x · wᵀ + beta · out, for x `[m, k]`, w `[n, k]`, out `[m, n]`; beta is 0 or 1. In f32 or f64.
+pub(crate) fn matmul_nt<T: LinalgScalar + Send + Sync>(
+    x: ArrayView2<'_, T>,
+    w: ArrayView2<'_, T>,
+    beta: T,
+    out: ArrayViewMut2<'_, T>,
 ) {
     // Sums run along k, which no tile cuts: results do not depend on the number of threads.
     let rows = tile_rows(out.dim(), rayon::current_num_threads());
@@ -33,7 +33,7 @@ pub(crate) fn matmul_nt(
         let (m, n) = tile.view.dim();
         let x = x.slice(s![tile.row..tile.row + m, ..]);
         let w = w.slice(s![tile.col..tile.col + n, ..]);
-        general_mat_mul(1.0, &x, &w.t(), beta, &mut tile.view);
+        general_mat_mul(T::one(), &x, &w.t(), beta, &mut tile.view);
     });
 }
 

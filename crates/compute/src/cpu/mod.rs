@@ -12,9 +12,12 @@ mod dots;
 #[cfg(target_arch = "x86_64")]
 mod dots_avx2;
 pub(crate) mod elementwise;
+pub(crate) mod fourth_powers;
 pub(crate) mod gram;
+pub(crate) mod least_squares;
 pub mod linalg;
 pub(crate) mod matmul;
+pub(crate) mod orthogonal;
 pub(crate) mod resident;
 pub(crate) mod rows;
 pub(crate) mod scaled_codes;

@@ -48,6 +48,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "diagonal.cu",
     "dot.cu",
     "finite.cu",
+    "fourth_powers.cu",
     "gated_backward.cu",
     "gather_columns.cu",
     "gelu_mul.cu",
@@ -76,6 +77,7 @@ const SOURCES: &[(&str, &str)] = embedded![
     "step_norm.cu",
     "step_silu.cu",
     "tri_inverse.cu",
+    "turn.cu",
     "unpermute.cu",
 ];
 

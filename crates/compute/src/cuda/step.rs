@@ -1,5 +1,6 @@
 //! The program of a step: memory that stays, the order of the kernels, and their recording.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -44,8 +45,8 @@ pub(crate) struct Program {
     table: DeviceTable,
     splits: Splits,
     room: Room,
-    /// For every number of tokens.
-    recorded: [Recorded; MOST_TOKENS],
+    /// For every number of tokens, and of the splits that the longest of their sequences needs.
+    recorded: HashMap<(usize, usize), Recorded>,
 }
 
 impl fmt::Debug for Program {
@@ -54,11 +55,8 @@ impl fmt::Debug for Program {
     }
 }
 
-/// How far the recording of a step for some tokens is.
-#[derive(Default)]
+/// How far the recording of a step is.
 enum Recorded {
-    #[default]
-    Unknown,
     /// Its kernels were launched once, one by one, and are ready.
     Launched,
     Graph(Graph),
@@ -199,7 +197,7 @@ impl Program {
             table: device_table(cuda, model.rope)?,
             splits,
             room,
-            recorded: Default::default(),
+            recorded: HashMap::new(),
         })
     }
 
@@ -235,7 +233,8 @@ impl Program {
         stream
             .memcpy_dtod(&from, &mut self.room.hidden.make_mut()?.slice_mut(..count))
             .stage(STAGE)?;
-        self.go(tokens)?;
+        let longest = spans.iter().map(|span| span.start + span.len).max().unwrap_or(0);
+        self.go(tokens, self.splits.up_to(longest))?;
         if self.norm.is_none() {
             let mut out = Matrix::uninit_f32(&self.cuda, STAGE, (tokens, width))?;
             let hidden = self.room.hidden.slice().slice(..count);
@@ -251,31 +250,31 @@ impl Program {
 
     /// Launches the step's kernels: one by one the first time, which makes them ready, from then on as a
     /// graph.
-    fn go(&mut self, tokens: usize) -> Result<()> {
-        match &self.recorded[tokens - 1] {
-            Recorded::Unknown => {
-                self.queue(self.cuda.stream(), tokens)?;
-                self.recorded[tokens - 1] = Recorded::Launched;
-                return Ok(());
+    fn go(&mut self, tokens: usize, splits: Splits) -> Result<()> {
+        let of = (tokens, splits.count);
+        let now = match self.recorded.get(&of) {
+            Some(Recorded::Graph(graph)) => return graph.launch(&self.cuda),
+            Some(Recorded::Launched) => {
+                let graph = self.record(tokens, splits)?;
+                graph.launch(&self.cuda)?;
+                Recorded::Graph(graph)
             }
-            Recorded::Launched => {
-                self.recorded[tokens - 1] = Recorded::Graph(self.record(tokens)?);
+            None => {
+                self.queue(self.cuda.stream(), tokens, splits)?;
+                Recorded::Launched
             }
-            Recorded::Graph(_) => {}
-        }
-        match &self.recorded[tokens - 1] {
-            Recorded::Graph(graph) => graph.launch(&self.cuda),
-            _ => Ok(()),
-        }
+        };
+        self.recorded.insert(of, now);
+        Ok(())
     }
 
     /// Records a step on a stream of its own: what else is queued meanwhile is no part of it.
-    fn record(&self, tokens: usize) -> Result<Graph> {
+    fn record(&self, tokens: usize, splits: Splits) -> Result<Graph> {
         let context = Arc::clone(self.cuda.context());
         let stream = context.new_stream().stage(STAGE)?;
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).stage(STAGE)?;
-        let queued = self.queue(&stream, tokens);
+        let queued = self.queue(&stream, tokens, splits);
         // Whatever became of the launches, the stream has to leave its state of being recorded.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags).stage(STAGE);
@@ -285,10 +284,10 @@ impl Program {
     }
 
     /// All kernels of a step, in order.
-    fn queue(&self, stream: &CudaStream, tokens: usize) -> Result<()> {
+    fn queue(&self, stream: &CudaStream, tokens: usize, splits: Splits) -> Result<()> {
         let launcher = Launcher { cuda: &self.cuda, stream, tokens };
         for block in &self.blocks {
-            self.queue_attention(&launcher, block)?;
+            self.queue_attention(&launcher, block, splits)?;
             self.queue_mlp(&launcher, block)?;
         }
         let Some(norm) = &self.norm else { return Ok(()) };
@@ -314,7 +313,12 @@ impl Program {
         address(buffer.slice(), self.cuda.stream())
     }
 
-    fn queue_attention(&self, launcher: &Launcher<'_>, block: &Block) -> Result<()> {
+    fn queue_attention(
+        &self,
+        launcher: &Launcher<'_>,
+        block: &Block,
+        splits: Splits,
+    ) -> Result<()> {
         let CacheShape { heads, kv_heads, head_dim, .. } = self.shape;
         let qkv = self.at(&self.room.qkv);
         let stride = (heads + 2 * kv_heads) * head_dim;
@@ -332,7 +336,7 @@ impl Program {
             sums: self.at(&self.room.sums),
             stats: self.at(&self.room.stats),
             shape: self.shape,
-            splits: self.splits,
+            splits,
         };
         launcher.attention(&attention)?;
         self.queue_join(
@@ -345,7 +349,7 @@ impl Program {
 
     /// Attention's splits put together, in the order of the output projection.
     fn queue_join(&self, launcher: &Launcher<'_>, of: &Attention, to: &Ordered) -> Result<()> {
-        if !self.splits.join_then_gather(to) {
+        if !of.splits.join_then_gather(to) {
             return launcher.join(of, to);
         }
         let values = self.shape.heads * self.shape.head_dim;

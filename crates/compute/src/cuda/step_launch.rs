@@ -23,8 +23,6 @@ pub(super) struct Splits {
     pub(super) count: usize,
     /// Keys of a split.
     keys: usize,
-    /// Query heads that a block of threads takes.
-    group: usize,
 }
 
 impl Splits {
@@ -39,13 +37,32 @@ impl Splits {
     /// Enough to fill a card at long contexts, and no smaller than pays.
     pub(super) fn of(shape: CacheShape) -> Self {
         let keys = shape.capacity.div_ceil(Self::MOST).next_multiple_of(Self::KEYS).max(Self::KEYS);
-        let group = match shape.heads / shape.kv_heads {
-            0 | 1 => 1,
-            2 => 2,
-            3 | 4 => 4,
-            _ => 8,
-        };
-        Self { count: shape.capacity.div_ceil(keys).max(1), keys, group }
+        Self { count: shape.capacity.div_ceil(keys).max(1), keys }
+    }
+
+    /// For sequences of up to so many keys: few sizes, as each is recorded by itself, of four times as many
+    /// splits each. Where sequences are cut stays, and so do a token's bits.
+    pub(super) fn up_to(self, keys: usize) -> Self {
+        const FIRST: usize = 4;
+        let needed = keys.div_ceil(self.keys);
+        let mut count = FIRST;
+        while count < needed {
+            count *= 4;
+        }
+        Self { count: count.min(self.count), ..self }
+    }
+
+    /// Query heads that a block of threads takes, of those that share a key head: all, up to 8, for the keys
+    /// are read once for them; fewer where too few blocks for the card come of that. A head's bits are the
+    /// same.
+    fn group(&self, shape: CacheShape, tokens: usize, processors: usize) -> usize {
+        let together = shape.heads / shape.kv_heads;
+        let blocks = |group: usize| shape.kv_heads * together.div_ceil(group) * self.count * tokens;
+        let mut group = together.next_power_of_two().min(8);
+        while group > 1 && blocks(group / 2) <= 2 * processors {
+            group /= 2;
+        }
+        group
     }
 
     /// Whether values are put together in their own order before they are brought into another.
@@ -136,7 +153,9 @@ impl Launcher<'_> {
     /// split's share of attention.
     pub(super) fn attention(&self, of: &Attention) -> Result<()> {
         let CacheShape { heads, kv_heads, head_dim, capacity, .. } = of.shape;
-        let Splits { count, keys: split, group } = of.splits;
+        let Splits { count, keys: split } = of.splits;
+        let processors = self.cuda.driver().multiprocessors();
+        let group = of.splits.group(of.shape, self.tokens, processors);
         let name = match group {
             1 => "step_attention_1",
             2 => "step_attention_2",
@@ -210,5 +229,39 @@ fn grid((x, y, z): (usize, usize, usize), threads: u32, shared: usize) -> Launch
         grid_dim: (x as u32, y as u32, z as u32),
         block_dim: (threads, 1, 1),
         shared_mem_bytes: shared as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_texts_have_blocks_for_the_whole_card() {
+        let group = |heads, kv_heads, capacity, tokens| {
+            let shape = CacheShape { slots: 16, capacity, heads, kv_heads, head_dim: 128 };
+            Splits::of(shape).group(shape, tokens, 132)
+        };
+        assert_eq!(group(64, 8, 160, 1), 1);
+        assert_eq!(group(64, 8, 160, 2), 2);
+        assert_eq!(group(64, 8, 160, 16), 8);
+        assert_eq!(group(64, 8, 4096, 1), 8);
+        // As many as share a key head, whatever that leaves idle.
+        assert_eq!(group(6, 6, 160, 16), 1);
+        assert_eq!(group(12, 4, 4096, 4), 4);
+        assert_eq!(group(56, 8, 4096, 4), 8);
+    }
+
+    #[test]
+    fn sequences_are_cut_alike_however_long_they_are() {
+        let shape = CacheShape { slots: 1, capacity: 9000, heads: 8, kv_heads: 8, head_dim: 64 };
+        let all = Splits::of(shape);
+        assert_eq!((all.count, all.keys), (71, 128));
+        for (keys, count) in [(1, 4), (512, 4), (513, 16), (2049, 64), (8193, 71), (9000, 71)] {
+            let some = all.up_to(keys);
+            assert_eq!((some.count, some.keys), (count, 128), "{keys}");
+        }
+        let small = Splits::of(CacheShape { capacity: 100, ..shape });
+        assert_eq!(small.up_to(100).count, 2);
     }
 }

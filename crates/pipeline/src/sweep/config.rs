@@ -116,11 +116,11 @@ pub struct Branch {
 }
 
 impl SweepConfig {
-    /// Leaves out of every branch what the model does not allow; a sentence on each thing.
-    pub fn fit(&mut self, model: &ModelConfig) -> Vec<String> {
+    /// Leaves out of every branch what the model does not allow ([`recipe_fit::fit`]); a sentence on each thing.
+    pub fn fit(&mut self, model: &ModelConfig, arriving: bool) -> Vec<String> {
         let mut notes = Vec::new();
         for branch in &mut self.branches {
-            for note in recipe_fit::fit(model, &mut branch.spec) {
+            for note in recipe_fit::fit(model, arriving, &mut branch.spec) {
                 if !notes.contains(&note) {
                     notes.push(note);
                 }

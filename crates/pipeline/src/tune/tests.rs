@@ -144,7 +144,7 @@ fn the_same_windows_give_the_same_scales_and_no_other_codes() {
                 spec.choices.tune = 7;
                 spec.choices.tune_rate = 1e-3;
             }
-            crate::recipe_fit::fit(source.config(), &mut spec);
+            crate::recipe_fit::fit(source.config(), false, &mut spec);
             let out = folder.path().join(out);
             let done = quantize(&job(&source, &calibration, spec, &out), &Silent).unwrap().unwrap();
             (fs::read(out.join(&done.written.files[0])).unwrap(), out, done.tuned)
@@ -193,7 +193,7 @@ fn what_cannot_be_tuned_is_refused_in_one_sentence() {
         family_models::assemble(&dir, name);
         let source = Checkpoint::open(&dir).unwrap();
         let mut spec = QuantSpec::new(4, Some(32), true, 0.1, Recipe::Tuned);
-        crate::recipe_fit::fit(source.config(), &mut spec);
+        crate::recipe_fit::fit(source.config(), false, &mut spec);
         let (calibration, out) = (windows(count), folder.path().join("out"));
         let refused = quantize(&job(&source, &calibration, spec, &out), &Silent).unwrap_err();
         let said = refused.to_string();
@@ -225,7 +225,7 @@ fn a_gpu_tunes_as_the_cpu_does() {
             let mut spec = QuantSpec::new(3, Some(32), true, 0.1, Recipe::Tuned);
             (spec.choices.residual, spec.choices.head) = (0.0, 0.0);
             (spec.choices.tune, spec.choices.tune_rate) = (14, 1e-3);
-            crate::recipe_fit::fit(source.config(), &mut spec);
+            crate::recipe_fit::fit(source.config(), false, &mut spec);
             let out = folder.path().join(format!("{name}-{out}"));
             let job = job(&source, &calibration, spec, &out);
             let job = QuantizeJob { device: device.clone(), ..job };

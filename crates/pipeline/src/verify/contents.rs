@@ -285,9 +285,7 @@ fn check_dense(checkpoint: &Checkpoint, findings: &mut Findings, values: &mut Va
         plain.is_some_and(|plain| LEAVES.contains(&leaf) || added.contains(&*plain))
     };
     // What is carried of other parts, such as masks, may hold anything.
-    let carried = checkpoint.config().carried().unwrap_or_default();
-    let carried: BTreeSet<&str> = carried.iter().map(|spec| spec.name.as_str()).collect();
-    let looked_at = |name: &&str| !of_linear(name) && !carried.contains(*name);
+    let looked_at = |name: &&str| !of_linear(name) && !checkpoint.config().is_carried(name);
     for name in checkpoint.names().filter(looked_at) {
         let Ok(tensor) = checkpoint.tensor(name) else { continue };
         findings.examine(Check::Dense, 1);

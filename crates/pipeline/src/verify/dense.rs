@@ -1,7 +1,5 @@
 //! What is not quantized against the base's, in the same coordinates.
 
-use std::collections::BTreeSet;
-
 use gptq_checkpoint::{
     Checkpoint, DType, HEAD, LEAVES, Layout, QuantizeConfig, TensorSpec, tensor_specs,
 };
@@ -26,10 +24,9 @@ pub(super) fn check(
 ) -> Result<()> {
     check_carried(checkpoint, base, findings)?;
     let specs = tensor_specs(base.config(), stored, Layout::Modern).into_iter();
-    let carried: BTreeSet<&str> = carried(base).map(|spec| spec.name.as_str()).collect();
     let quantized = |name: &str| name.rsplit('.').next().is_some_and(|leaf| LEAVES.contains(&leaf));
     let dense = |s: &TensorSpec| {
-        !quantized(&s.name) && s.name != HEAD && !carried.contains(s.name.as_str())
+        !quantized(&s.name) && s.name != HEAD && !base.config().is_carried(&s.name)
     };
     for spec in specs.filter(dense) {
         let (exact_type, name) = (spec.is(DType::F32), spec.name);

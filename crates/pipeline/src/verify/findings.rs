@@ -15,7 +15,8 @@ pub enum Check {
     Sums,
     /// Weight files and their index can be read.
     Files,
-    /// quantize_config.json, config.json and the metadata agree with each other and the tensors.
+    /// quantize_config.json, config.json and the metadata agree with each other and the tensors, and a
+    /// report can be read.
     Configuration,
     /// Names, types and shapes of all tensors.
     Tensors,

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::base::relative;
 use super::findings::{Check, Findings};
+use super::head_columns;
 use super::one_map::{LEFT_OVER, left_over};
 use crate::error::Result;
 use crate::head_rows::{RowSums, head_fit};
@@ -17,11 +18,15 @@ use crate::rotate::{FusedRotations, dense_head};
 const ROUNDING: f64 = 1e-5;
 /// Root mean square of a row of the base's that fitting may make zeros of: fp16 knows no less than 6e-8.
 const FAINT: f64 = 1e-6;
-/// How far the sums over a fitted head may be from those that its report records: for the turned base's
-/// rounding, which moves gains by 1e-5 or so, a row's by more.
-const RECORDED_GAIN: f64 = 1e-3;
+/// How far the sums over a fitted head may be from those that its report records. They are over the file's
+/// values and the turned base's, which another processor may round the other way in one of some hundred
+/// places: that moves the gain of a head of half a million values by 1e-7, and its change by less; a row of
+/// few or faint values by more.
+const RECORDED_GAIN: f64 = 5e-5;
 const RECORDED_ROW_GAIN: f64 = 0.02;
-const RECORDED_CHANGE: f64 = 0.01;
+const RECORDED_CHANGE: f64 = 1e-3;
+/// The same where next to nothing was changed.
+const RECORDED_LEAST: f64 = 1e-6;
 /// Gains of a whole fitted head that nothing is recorded of. The map is a ridge regression of the unquantized
 /// model's states on the quantized model's, so its gain is the share of these that still says something of
 /// those: 0.52 to 1.02 in random models of 48 configurations at 2 bits, and towards 0 in one that is lost; above 1
@@ -49,6 +54,9 @@ pub(super) struct HeadChange {
     left_over: Option<Vec<f64>>,
     /// What its report says that fitting made of it.
     recorded: Option<HeadFit>,
+    /// What is left of each column, of a fitted head in rotated coordinates of which nothing is recorded;
+    /// `None` of others, and of few rows.
+    columns: Option<Vec<f64>>,
     /// Columns.
     width: usize,
     /// It has the base's shape.
@@ -80,11 +88,14 @@ impl HeadChange {
         let rows: Vec<RowSums> = expected_rows.map_init(Vec::new, of_row).collect();
         let all = RowSums::sum(&rows);
         let own = matches!(base.head()?, Head::Own | Head::Untied);
+        let values = (may_be_fitted && all.change > 0.0).then(|| found.to_f32());
+        let left_over = values.as_ref().and_then(|values| left_over(values, &expected, width));
+        let turned = recorded.is_none() && rotations.is_some_and(FusedRotations::turns_stream);
+        let columns = values.filter(|_| turned && left_over.is_some());
         Ok(Self {
             rows,
-            left_over: (may_be_fitted && all.change > 0.0)
-                .then(|| left_over(&found.to_f32(), &expected, width))
-                .flatten(),
+            left_over,
+            columns: columns.map(|values| head_columns::gains(&values, &expected, width)),
             all,
             recorded,
             width,
@@ -158,13 +169,13 @@ impl HeadChange {
                 "differs from the base's: it is {gain:.2} times that, which no fitting leaves"
             ));
         }
-        if self.left_over.is_none() { self.odd_row(gain) } else { None }
+        if self.left_over.is_none() { self.odd_row(gain) } else { self.odd_column(gain) }
     }
 
     /// That a fit left other sums than these.
     fn unlike(&self, recorded: &HeadFit) -> Option<String> {
         let found = head_fit(&self.rows)?;
-        let change = ROUNDING + RECORDED_CHANGE * recorded.change;
+        let change = RECORDED_LEAST + RECORDED_CHANGE * recorded.change;
         let pairs = [
             ("a gain", found.gain, recorded.gain, RECORDED_GAIN),
             ("a change", found.change, recorded.change, change),
@@ -175,8 +186,19 @@ impl HeadChange {
             .into_iter()
             .find(|(_, found, recorded, most)| (found - recorded).abs() > *most)?;
         Some(format!(
-            "differs from the base's otherwise than {REPORT_FILE} says of its fit: {what} of {found:.4} in \
-             place of {recorded:.4}"
+            "differs from the base's otherwise than {REPORT_FILE} says of its fit: {what} of {found:.6} in \
+             place of {recorded:.6}"
+        ))
+    }
+
+    /// A column that is no more like the base's than another, in a head of this gain.
+    fn odd_column(&self, gain: f64) -> Option<String> {
+        let columns = self.columns.as_ref()?;
+        let (column, wrong) = head_columns::odd(columns, gain)?;
+        Some(format!(
+            "differs from the base's, of whose column {column} it has {:.2}, and {gain:.2} of all, which no \
+             fitting leaves ({wrong} such)",
+            columns[column]
         ))
     }
 

@@ -21,7 +21,9 @@ mod fit;
 mod gains;
 mod grid;
 mod head;
+mod head_columns;
 mod job;
+mod learned_stream;
 mod odd_words;
 mod one_map;
 mod other_parts;
@@ -106,6 +108,7 @@ pub fn verify(job: &VerifyJob<'_>, progress: &dyn Progress) -> Result<VerifyRepo
         loaders: Vec::new(),
     };
     sums::check(job.dir, &mut findings)?;
+    sums::check_report(job.dir, &mut findings);
     let files = structure::ConfigFiles::read(job.dir)?;
     if let Some(checkpoint) = open(job.dir, &mut findings)? {
         readable(job, checkpoint, &files, &mut findings, &mut report, progress)?;
@@ -175,8 +178,7 @@ fn readable(
     // Nor is there anything to run where a norm or the embedding is not finite.
     let runs = sound && findings.of(Check::Dense) == 0;
     if let Some(spec) = job.text.filter(|_| runs) {
-        let rotations = report.weights.as_ref().zip(job.base);
-        let rotations = rotations.and_then(|(weights, base)| weights.rotations(base.config()));
+        let rotations = report.weights.as_ref().and_then(|weights| weights.rotations.clone());
         let run = outputs::Run { job, checkpoint: &checkpoint, rotations };
         let (text, measured) = run.measure(spec, report.weights.as_mut(), progress)?;
         outputs::check_limits(job, &measured, report.weights.as_ref(), findings);

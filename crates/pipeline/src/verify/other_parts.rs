@@ -3,6 +3,7 @@
 //! Programs that save such a model add settings, spell defaults out and leave others off, so only a value that
 //! both files have, and a part that one does not speak of at all, is told from the base's.
 
+use gptq_checkpoint::TEXT_CONFIG;
 use serde_json::{Map, Value};
 
 /// Settings that change with the file and not with the model.
@@ -24,8 +25,7 @@ pub(super) fn compare(
     for (key, theirs) in theirs {
         let part = match theirs {
             Value::Object(_) => {
-                key.ends_with("_config")
-                    && !["text_config", "quantization_config"].contains(&&**key)
+                key.ends_with("_config") && ![TEXT_CONFIG, "quantization_config"].contains(&&**key)
             }
             _ => {
                 key == "model_type"

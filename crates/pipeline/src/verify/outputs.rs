@@ -8,6 +8,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::Arc;
 
 use gptq_checkpoint::Checkpoint;
 use gptq_compute::{Device, Gram, Tensor};
@@ -47,7 +48,7 @@ pub(super) struct Run<'a> {
     pub(super) job: &'a VerifyJob<'a>,
     pub(super) checkpoint: &'a Checkpoint,
     /// Rotations that the checkpoint has over the base.
-    pub(super) rotations: Option<FusedRotations>,
+    pub(super) rotations: Option<Arc<FusedRotations>>,
 }
 
 impl Run<'_> {
@@ -116,7 +117,7 @@ impl Run<'_> {
         progress.begin(&batch.label("output errors"), blocks);
         std::thread::scope(|scope| {
             let ahead = read_ahead(scope, model, None, false, None);
-            let ahead_of_base = read_ahead(scope, dense, self.rotations.as_ref(), false, None);
+            let ahead_of_base = read_ahead(scope, dense, self.rotations.as_deref(), false, None);
             for first in block_starts(dense.config()).take(blocks) {
                 let (block, wanted) = (next_block(&ahead)?, next_block(&ahead_of_base)?);
                 let grams = forward(model, &block, &mut states)?;

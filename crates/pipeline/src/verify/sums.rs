@@ -5,7 +5,9 @@
 
 use std::path::Path;
 
-use gptq_checkpoint::MANIFEST_FILE;
+use gptq_checkpoint::{MANIFEST_FILE, REPORT_FILE};
+use gptq_records::Error;
+use gptq_records::branch_report::BranchReport;
 use gptq_records::manifest::Manifest;
 
 use super::findings::{Check, Findings};
@@ -31,4 +33,19 @@ pub(super) fn check(dir: &Path, findings: &mut Findings) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Looks whether a report can be read, unless its sum is a finding already. One that cannot would pass for one
+/// that was left out, and the base's head would be held to less than what is recorded.
+pub(super) fn check_report(dir: &Path, findings: &mut Findings) {
+    let known = findings.list.iter().any(|finding| finding.place == REPORT_FILE);
+    match BranchReport::read(dir) {
+        Ok(_) | Err(Error::NoReport(_)) => {}
+        Err(_) if known => {}
+        Err(Error::Report { message, .. }) => {
+            let message = format!("is not a report of this program: {message}");
+            findings.add(Check::Configuration, REPORT_FILE, message);
+        }
+        Err(error) => findings.add_error(Check::Configuration, REPORT_FILE, error),
+    }
 }

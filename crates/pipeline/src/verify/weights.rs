@@ -4,7 +4,9 @@
 //! weights are compared; which way is found by trying ([`rotation`]). How a linear then sits on its
 //! weights, and what distinguishes damage from quantization, is [`Fit`]'s matter.
 
-use gptq_checkpoint::{Checkpoint, ModelConfig, QuantizeConfig};
+use std::sync::Arc;
+
+use gptq_checkpoint::{Checkpoint, QuantizeConfig};
 use gptq_compute::Device;
 use gptq_model::{LinearId, Model, SourcePrecision};
 use gptq_quant::{Choices, Recipe, Rotate};
@@ -16,8 +18,9 @@ use super::dense;
 use super::findings::{Check, Findings};
 use super::fit::{Fit, energies};
 use super::head::HeadChange;
+use super::learned_stream::{is_embedding_of, learned_stream};
 use super::pairs::{Pair, Pairs};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::recipe_fit::unrotatable;
 use crate::rotate::FusedRotations;
@@ -25,14 +28,15 @@ use crate::rotate::FusedRotations;
 /// Comparison with the base.
 #[derive(Clone, Debug, Serialize)]
 pub struct Weights {
-    /// Rotation folded into the checkpoint: `none`, `heads` or `full`.
+    /// Rotation folded into the checkpoint: `none`, `heads`, `full` or `learned`.
     pub rotation: &'static str,
     /// Change of the head's values, as energy over the base's; `null` where those are all zero.
     pub head_change: Option<f64>,
     /// Every linear.
     pub linears: Vec<LinearError>,
+    /// What brings a model of this shape into the checkpoint's coordinates.
     #[serde(skip)]
-    rotate: Rotate,
+    pub(super) rotations: Option<Arc<FusedRotations>>,
 }
 
 /// How far a linear is from the base's.
@@ -48,13 +52,6 @@ pub struct LinearError {
     pub output_error: Option<f64>,
 }
 
-impl Weights {
-    /// The rotations that bring a model of this shape into the checkpoint's coordinates.
-    pub(super) fn rotations(&self, config: &ModelConfig) -> Option<FusedRotations> {
-        FusedRotations::new(config, self.rotate)
-    }
-}
-
 /// Compares every tensor with the base's.
 pub(super) fn compare(
     checkpoint: &Checkpoint,
@@ -67,7 +64,8 @@ pub(super) fn compare(
     let model = Model::new(base, Device::Cpu, SourcePrecision::Half, 1)?;
     let report = BranchReport::read(checkpoint.dir()).ok();
     let recorded = recorded_choices(checkpoint, report.as_ref());
-    let rotate = rotation(checkpoint, &model, recorded.map(|choices| choices.rotate))?;
+    let recorded_rotate = recorded.map(|choices| choices.rotate);
+    let (rotate, rotations) = rotation(checkpoint, &model, recorded_rotate)?;
     if let Some(choices) = recorded.filter(|choices| choices.rotate != rotate) {
         let message = format!(
             "records {}={}, but the weights have {}",
@@ -77,7 +75,6 @@ pub(super) fn compare(
         );
         findings.add(Check::Weights, "metadata", message);
     }
-    let rotations = FusedRotations::new(base.config(), rotate);
     let may_be_fitted = recorded.as_ref().is_none_or(|choices| choices.head > 0.0);
     let recorded_fit = report.and_then(|report| report.head?.fit);
     let head = HeadChange::new(checkpoint, base, rotations.as_ref(), may_be_fitted, recorded_fit)?;
@@ -96,7 +93,8 @@ pub(super) fn compare(
     dense::check(checkpoint, base, (stored, rotations.as_ref()), findings)?;
     head.report(choices.head > 0.0, findings);
     let head_change = head.relative();
-    Ok(Weights { rotation: rotate.name(), head_change, linears, rotate })
+    let rotations = rotations.map(Arc::new);
+    Ok(Weights { rotation: rotate.name(), head_change, linears, rotations })
 }
 
 /// What was found of a linear, which is little beside the linear.
@@ -157,55 +155,93 @@ fn recorded_choices(checkpoint: &Checkpoint, report: Option<&BranchReport>) -> O
     Some(recorded)
 }
 
+/// A rotation of the recipe's choices, and what it folds.
+type Folded = (Rotate, Option<FusedRotations>);
+
 /// The rotation under which the model's v, q and o are nearest to the checkpoint's: a full rotation
 /// turns all of them, one of the heads v and o. Of rotations that fit alike, as where those weights are
-/// all zeros, the recorded one.
+/// all zeros, the recorded one. A learned one is found from the embeddings ([`learned_stream`]), where it is
+/// recorded, or where these are not as the nearest other one would leave them.
 fn rotation(
     checkpoint: &Checkpoint,
     model: &Model<'_>,
     recorded: Option<Rotate>,
-) -> Result<Rotate> {
-    let blocks = model.config().num_hidden_layers;
-    let mut nearest = (f64::INFINITY, Rotate::None);
-    for index in 0..blocks {
+) -> Result<Folded> {
+    /// How much nearer a learned rotation has to be than all others where none is recorded.
+    const NEARER: f64 = 0.5;
+    let (base, rotatable) = (model.checkpoint(), unrotatable(model.config()).is_none());
+    let not_found = || Error::RotationNotFound { checkpoint: checkpoint.dir().to_owned() };
+    let folded = |rotate| {
+        let none = || Err(not_found());
+        Ok::<Folded, Error>((rotate, FusedRotations::new(model.config(), rotate, none)?))
+    };
+    let learned = || {
+        let Some(stream) = learned_stream(checkpoint, base)? else { return Ok(None) };
+        let rotations = FusedRotations::new(model.config(), Rotate::Learned, || Ok(stream))?;
+        Ok::<Option<Folded>, Error>(Some((Rotate::Learned, rotations)))
+    };
+    let mut rotations = vec![Rotate::None, Rotate::Heads];
+    rotations.extend(rotatable.then_some(Rotate::Full));
+    rotations.sort_by_key(|&rotate| Some(rotate) != recorded);
+    let mut possible = rotations.into_iter().map(folded).collect::<Result<Vec<_>>>()?;
+    let is_recorded = recorded == Some(Rotate::Learned) && rotatable;
+    if is_recorded && let Some(learned) = learned()? {
+        possible.insert(0, learned);
+    }
+    let (place, distance) = nearest(checkpoint, model, &possible)?;
+    let found = possible.swap_remove(place);
+    if is_recorded || !rotatable || is_embedding_of(checkpoint, base, found.1.as_ref())? {
+        return Ok(found);
+    }
+    // An embedding that says nothing of its rotation is compared with the others.
+    let learned = match learned() {
+        Err(Error::RotationNotFound { .. }) => None,
+        learned => learned?,
+    };
+    let Some(learned) = learned else { return Ok(found) };
+    let (_, least) = nearest(checkpoint, model, std::slice::from_ref(&learned))?;
+    Ok(if least < NEARER * distance { learned } else { found })
+}
+
+/// The place of the rotation under which the linears that rotations turn are nearest to the checkpoint's, and how
+/// far they are.
+fn nearest(
+    checkpoint: &Checkpoint,
+    model: &Model<'_>,
+    possible: &[Folded],
+) -> Result<(usize, f64)> {
+    let mut nearest = (0, f64::INFINITY);
+    for index in 0..model.config().num_hidden_layers {
         let mut all_known = true;
-        nearest.0 = f64::INFINITY;
-        let mut rotations = vec![Rotate::None, Rotate::Heads];
-        rotations.extend(unrotatable(model.config()).is_none().then_some(Rotate::Full));
-        rotations.sort_by_key(|&rotate| Some(rotate) != recorded);
-        for rotate in rotations {
-            let distance = distance(checkpoint, model, (index, rotate))?;
+        nearest.1 = f64::INFINITY;
+        for (place, (_, rotations)) in possible.iter().enumerate() {
+            let pairs = Pairs { checkpoint, model, rotations: rotations.as_ref() };
+            let distance = distance(pairs, index)?;
             all_known &= distance.is_some();
             let distance = distance.unwrap_or(0.0);
-            if distance < nearest.0 {
-                nearest = (distance, rotate);
+            if distance < nearest.1 {
+                nearest = (place, distance);
             }
         }
         if all_known {
             break;
         }
     }
-    Ok(nearest.1)
+    Ok(nearest)
 }
 
 /// How far v, q and o of a block are from the base's, turned so: the sum of their relative errors,
 /// each at most that of unrelated weights. `None` where v is all zeros, which no rotation changes.
-fn distance(
-    checkpoint: &Checkpoint,
-    model: &Model<'_>,
-    (index, rotate): (usize, Rotate),
-) -> Result<Option<f64>> {
+fn distance(pairs: Pairs<'_>, index: usize) -> Result<Option<f64>> {
     const UNRELATED: f64 = 2.0;
-    let rotations = FusedRotations::new(model.config(), rotate);
-    let pairs = Pairs { checkpoint, model, rotations: rotations.as_ref() };
-    let frame = model.load_frame(index)?;
+    let frame = pairs.model.load_frame(index)?;
     let mut sum = Some(0.0);
     for id in [LinearId::V, LinearId::Q, LinearId::Qkv, LinearId::O] {
         let Some(linear) = frame.linears.iter().find(|linear| linear.id == id) else { continue };
         let pair = pairs.read(linear, &frame.gains)?;
         let (error, energy) = match &pair.packed {
             Some(packed) => energies(packed, &pair.base)?,
-            None => dense::energies(checkpoint, &pair.name, &pair.base)?,
+            None => dense::energies(pairs.checkpoint, &pair.name, &pair.base)?,
         };
         let error = relative(error, energy).map(|error| error.min(UNRELATED));
         sum = match (sum, error) {
