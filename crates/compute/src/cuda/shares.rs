@@ -139,7 +139,7 @@ impl Card {
             _ if !self.large || layout.bits == 16 => 0,
             0..=1 => 0,
             2..=4 if fits(pair.tokens) => 0,
-            ..=8 => 8,
+            2..=8 => 8,
             _ => 16,
         }
     }
