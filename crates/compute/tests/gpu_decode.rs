@@ -159,6 +159,25 @@ fn wide_weights_match_f64() {
     }
 }
 
+/// As long as a model: four tokens' inputs are more than a multiprocessor holds.
+#[test]
+fn long_weights_match_f64() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random::new();
+    for bits in [2, 3, 4, 8] {
+        let (rows, cols) = (264, 28_672);
+        let weight =
+            Coded::new(&mut random, bits, (rows, cols), 224, |column| column as u32 / 128, true);
+        let kept = weight.kept(&gpu);
+        for tokens in [1, 2, 4, 7, 16] {
+            let x = random.halves(tokens, cols, 1.0);
+            let want = x.mapv(f64::from).dot(&weight.exact.t()).mapv(|v| v as f32);
+            let got = gpu.resident_logits(&gpu.upload_f32(x).unwrap(), &kept).unwrap();
+            check(&format!("long, {bits} bits, {tokens} tokens"), &got, &want, SUMS);
+        }
+    }
+}
+
 #[test]
 fn dense_weights_match_f64() {
     let Some(gpu) = gpu() else { return };

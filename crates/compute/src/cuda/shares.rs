@@ -129,7 +129,7 @@ impl Card {
     }
 
     /// Slots of a stream that takes so many tokens, 0 where another kernel does: a stream takes more than four, and
-    /// fewer if four have too much input for one slice.
+    /// fewer if four have too much input for one slice and codes are not so small that slices are faster.
     fn slots(self, layout: Layout, tokens: usize) -> usize {
         let pair = self.variant(layout.bits, Kind::Pair);
         let fits = |tokens| {
@@ -138,7 +138,7 @@ impl Card {
         match tokens {
             _ if !self.large || layout.bits == 16 => 0,
             0..=1 => 0,
-            2..=4 if fits(pair.tokens) => 0,
+            2..=4 if layout.bits < 4 || fits(pair.tokens) => 0,
             2..=8 => 8,
             _ => 16,
         }
@@ -207,10 +207,10 @@ impl Plan {
             }
             false => (1, 0),
         };
-        // A deeper ring changes no sum.
+        // A deeper ring changes no sum. At 2 bits it is no faster.
         let deep = card.variant(layout.bits, Kind::Deep);
         let fits = slices == 1 && deep.fixed(layout) + inputs <= card.most_shared();
-        if card.large && layout.bits < 16 && kind == Kind::Pair && fits {
+        if card.large && (3..16).contains(&layout.bits) && kind == Kind::Pair && fits {
             (kind, variant, fixed) = (Kind::Deep, deep, deep.fixed(layout));
         }
         let workers = if variant.turns == 0 { variant.warps } else { 1 };
@@ -375,6 +375,8 @@ mod tests {
         // Four tokens of 28672 columns are more than fit; so two take the same way.
         let kind = |tokens| plan(&[8192], 224, tokens).kind;
         assert_eq!([1, 2, 4].map(kind), [Kind::Pair, Kind::StreamEight, Kind::StreamEight]);
+        let at_3_bits = Plan::of(H100, Layout { bits: 3, every: 4, steps: 112 }, &[8192], 2);
+        assert_eq!((at_3_bits.kind, at_3_bits.slices > 1), (Kind::Pair, true));
     }
 
     /// Where inputs leave room for it.
@@ -385,6 +387,7 @@ mod tests {
         };
         assert_eq!(kind(H100, 4, 64, 1), Kind::Deep);
         assert_eq!(kind(H100, 3, 32, 1), Kind::Deep);
+        assert_eq!(kind(H100, 2, 32, 1), Kind::Pair);
         assert_eq!(kind(H100, 4, 64, 4), Kind::Pair);
         assert_eq!(kind(H100, 4, 224, 1), Kind::Pair);
         assert_eq!(kind(H100, 16, 128, 1), Kind::Pair);
