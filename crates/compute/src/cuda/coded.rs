@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{DeviceRepr, PushKernelArg};
 use half::f16;
 use rayon::prelude::*;
 
@@ -14,6 +14,7 @@ use super::context::Cuda;
 use super::dense::int;
 use super::error::StageContext;
 use super::matrix::Matrix;
+use super::ordered::{CELL_WORDS, Ordered, per_place};
 use super::shares::slots;
 use super::transfer::address;
 use crate::error::{Error, Result};
@@ -62,39 +63,6 @@ struct Order {
     /// `None` where every column stands in its own place.
     places: Option<(Vec<i32>, Buffer<i32>)>,
 }
-
-/// Words of what belongs to a cell of a token, as in `ordered.cuh`.
-pub(super) const CELL_WORDS: usize = 4;
-
-/// `Ordered` of `ordered.cuh`: where tokens' values go in a weight's order.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct Ordered {
-    /// Address of the column at every place; 0 where each is in its own.
-    pub(super) places: u64,
-    /// Address of the values, two bytes a place.
-    pub(super) x: u64,
-    /// Address of what belongs to cells.
-    pub(super) cells: u64,
-    /// Places of a token.
-    pub(super) padded: i32,
-    /// Sub-blocks of a cell, or 0 for values in fp16.
-    pub(super) every: i32,
-    /// Slots of a stream, or 0.
-    pub(super) slots: i32,
-}
-
-const _: () = assert!(size_of::<Ordered>() == 40, "as in ordered.cuh");
-
-impl Ordered {
-    /// fp16 values of tokens, each in its own place.
-    pub(super) fn plain(x: u64, values: usize) -> Result<Self> {
-        Ok(Self { places: 0, x, cells: 0, padded: int(values)?, every: 0, slots: 0 })
-    }
-}
-
-// SAFETY: integers and addresses, laid out as the kernels' struct.
-unsafe impl DeviceRepr for Ordered {}
 
 /// Sub-blocks of a step, as in `coded.cuh`.
 pub(super) fn subs(bits: u8) -> usize {
@@ -416,15 +384,6 @@ fn duplicate<T: DeviceRepr>(cuda: &Cuda, from: &Buffer<T>) -> Result<Buffer<T>> 
     let mut to = cuda.uninit::<T>(STAGE, from.slice().len())?;
     cuda.stream().memcpy_dtod(from.slice(), to.make_mut()?).stage(STAGE)?;
     Ok(to)
-}
-
-/// A thread for every place of every token.
-pub(super) fn per_place(padded: usize, tokens: usize) -> LaunchConfig {
-    LaunchConfig {
-        grid_dim: (padded.div_ceil(256) as u32, tokens as u32, 1),
-        block_dim: (256, 1, 1),
-        shared_mem_bytes: 0,
-    }
 }
 
 impl Order {

@@ -46,6 +46,7 @@ pub(crate) mod nccl;
 mod nccl_api;
 mod nvrtc;
 pub(crate) mod offload;
+mod ordered;
 pub(crate) mod orthogonal;
 mod pack;
 mod permutation;

@@ -10,12 +10,13 @@ use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
 use half::f16;
 
 use super::buffer::Buffer;
-use super::coded::{CELL_WORDS, Coded, Ordered, SUB};
+use super::coded::{Coded, SUB};
 use super::context::Cuda;
 use super::elementwise::device_table;
 use super::error::StageContext;
 use super::kv::Cache;
 use super::matrix::Matrix;
+use super::ordered::{CELL_WORDS, Ordered};
 use super::product::{FEW_TOKENS, Inputs, Output, Sums, prepare, sums_of};
 use super::rope_table::DeviceTable;
 use super::step_launch::{Attention, Launcher, Splits};

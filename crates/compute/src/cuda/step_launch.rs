@@ -8,10 +8,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, LaunchConfig};
 use half::f16;
 
-use super::coded::{Ordered, per_place};
 use super::context::Cuda;
 use super::dense::int;
 use super::dependent::{Arguments, launch};
+use super::ordered::{Ordered, per_place};
 use super::product::Launch;
 use crate::error::Result;
 use crate::kv_cache::CacheShape;
