@@ -45,10 +45,6 @@ struct alignas(64) TensorMap {
     unsigned long long words[16];
 };
 
-static __device__ __forceinline__ void map_prefetch(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Copies the box that begins at (x, y), zeros where the matrix ends, and counts all its bytes off the barrier's phase.
 static __device__ __forceinline__ void copy_box(unsigned shared, const TensorMap* map, int x, int y, unsigned barrier) {
     asm volatile(

@@ -292,13 +292,12 @@ __device__ __forceinline__ void coded_linear(const Product& p) {
         coded_linear<Shape<BITS, EVERY, RT, WARPS, TOKENS, TURNS, ROOM>>(p);                \
     }
 
-// For up to so many tokens. Pairs of row tiles are read faster, with deeper rings where inputs leave room for them, and
-// single ones are shared out more evenly. Of many, each warp has units of its own; on cards with much shared memory
-// coded_stream takes them. The launcher knows these numbers, too.
+// For up to so many tokens. Pairs of row tiles are read faster, and single ones are shared out more evenly; both leave
+// shared memory to the small kernels of a step, which are on the card before a product is done. Of many, each warp has
+// units of its own; on cards with much shared memory coded_stream takes them. The launcher knows these numbers, too.
 #ifdef LARGE
 #define CODED_LINEAR_OF(BITS, EVERY)                       \
     CODED_LINEAR(BITS, pair, EVERY, 4, 2, 16, 2, 163840)   \
-    CODED_LINEAR(BITS, deep, EVERY, 4, 2, 16, 2, 212992)   \
     CODED_LINEAR(BITS, single, EVERY, 4, 1, 16, 2, 163840)
 #else
 #define CODED_LINEAR_OF(BITS, EVERY)                       \

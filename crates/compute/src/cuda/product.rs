@@ -381,7 +381,6 @@ fn kernel(bits: u8, every: usize, kind: Kind) -> (&'static str, &'static str) {
         (@ $bits:literal, $every:literal) => {
             match kind {
                 Kind::Pair => of!(@ "coded_linear_", $bits, "_pair", $every),
-                Kind::Deep => of!(@ "coded_linear_", $bits, "_deep", $every),
                 Kind::Single => of!(@ "coded_linear_", $bits, "_single", $every),
                 Kind::Eight => of!(@ "coded_linear_", $bits, "_eight", $every),
                 Kind::Sixteen => of!(@ "coded_linear_", $bits, "_sixteen", $every),

@@ -6,8 +6,6 @@ use super::coded::{Coded, SUB, TILE_ROWS, subs};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Pair,
-    /// As `Pair`, with a deeper ring; of codes, on cards with much shared memory.
-    Deep,
     Single,
     Eight,
     Sixteen,
@@ -90,9 +88,7 @@ impl Card {
         if bits == 16 {
             let room = by_size(184_320, 101_376);
             return match kind {
-                Kind::Pair | Kind::Deep => {
-                    Variant { tokens: 2, row_tiles: 2, warps: wide, turns: 4, room }
-                }
+                Kind::Pair => Variant { tokens: 2, row_tiles: 2, warps: wide, turns: 4, room },
                 Kind::Single => Variant { tokens: 2, row_tiles: 1, warps: wide, turns: 4, room },
                 Kind::Eight => {
                     Variant { tokens: 8, row_tiles: by_size(2, 1), warps: wide, turns: 2, room }
@@ -107,9 +103,6 @@ impl Card {
         let few = by_size(163_840, 75_776);
         match kind {
             Kind::Pair => Variant { tokens: 4, row_tiles: pair, warps: wide, turns: 2, room: few },
-            Kind::Deep => {
-                Variant { tokens: 4, row_tiles: pair, warps: wide, turns: 2, room: 212_992 }
-            }
             Kind::Single => Variant { tokens: 4, row_tiles: 1, warps: wide, turns: 2, room: few },
             Kind::Eight => Variant { tokens: 8, row_tiles: 1, warps: 8, turns: 0, room: 75_776 },
             _ => Variant { tokens: 16, row_tiles: 1, warps: 8, turns: 0, room: 75_776 },
@@ -192,10 +185,10 @@ impl Plan {
         if slots > 0 {
             return Self::stream(card, layout, rows, slots);
         }
-        let mut kind = card.choose(layout.bits, tokens, rows);
-        let mut variant = card.variant(layout.bits, kind);
+        let kind = card.choose(layout.bits, tokens, rows);
+        let variant = card.variant(layout.bits, kind);
         let units = units(rows, variant.row_tiles);
-        let mut fixed = variant.fixed(layout);
+        let fixed = variant.fixed(layout);
         // A token's sums are put together in the same way whoever comes with it.
         let together = if tokens == 1 { 1 } else { variant.tokens };
         // Of fp16 values they are read where they are.
@@ -207,12 +200,6 @@ impl Plan {
             }
             false => (1, 0),
         };
-        // A deeper ring changes no sum. At 2 bits it is no faster.
-        let deep = card.variant(layout.bits, Kind::Deep);
-        let fits = slices == 1 && deep.fixed(layout) + inputs <= card.most_shared();
-        if card.large && (3..16).contains(&layout.bits) && kind == Kind::Pair && fits {
-            (kind, variant, fixed) = (Kind::Deep, deep, deep.fixed(layout));
-        }
         let workers = if variant.turns == 0 { variant.warps } else { 1 };
         let groups = (card.processors / slices).clamp(1, units.div_ceil(workers).max(1));
         Self {
@@ -377,21 +364,6 @@ mod tests {
         assert_eq!([1, 2, 4].map(kind), [Kind::Pair, Kind::StreamEight, Kind::StreamEight]);
         let at_3_bits = Plan::of(H100, Layout { bits: 3, every: 4, steps: 112 }, &[8192], 2);
         assert_eq!((at_3_bits.kind, at_3_bits.slices > 1), (Kind::Pair, true));
-    }
-
-    /// Where inputs leave room for it.
-    #[test]
-    fn rings_are_deep_for_few_inputs() {
-        let kind = |card, bits, steps, tokens| {
-            Plan::of(card, Layout { bits, every: 4, steps }, &[8192], tokens).kind
-        };
-        assert_eq!(kind(H100, 4, 64, 1), Kind::Deep);
-        assert_eq!(kind(H100, 3, 32, 1), Kind::Deep);
-        assert_eq!(kind(H100, 2, 32, 1), Kind::Pair);
-        assert_eq!(kind(H100, 4, 64, 4), Kind::Pair);
-        assert_eq!(kind(H100, 4, 224, 1), Kind::Pair);
-        assert_eq!(kind(H100, 16, 128, 1), Kind::Pair);
-        assert_ne!(kind(A10, 4, 64, 1), Kind::Deep);
     }
 
     #[test]
