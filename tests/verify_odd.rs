@@ -216,8 +216,8 @@ fn what_is_planted_is_found() {
         for linear in ["model.layers.1.mlp.up_proj", "model.layers.3.self_attn.q_proj"] {
             for (what, damage, named) in FAULTS {
                 // Three steps do not tell one scale from another, nor do seven where a search has cut
-                // the largest weights off.
-                let untold = bits == 3 && what == "one of the scales, doubled";
+                // the largest weights off and a learned rotation has made the others flat.
+                let untold = bits == 3 && what.starts_with("one of the scales");
                 if untold || bits == 2 && what.contains("scales") {
                     continue;
                 }

@@ -42,10 +42,10 @@ fn unlearnable(model: &ModelConfig) -> Option<String> {
             "no rotation of more than {WIDEST} features is learned, and it has {width}"
         ));
     }
-    (vocabulary < width).then(|| {
+    (vocabulary < 2 * width).then(|| {
         format!(
-            "a learned rotation is found again from the embedding, whose {vocabulary} rows do not span {width} \
-             features"
+            "a learned rotation is found again from the embedding, and {vocabulary} rows of {width} features are too \
+             few for that"
         )
     })
 }
@@ -203,7 +203,7 @@ mod tests {
 
     fn fitted(family: &str, recipe: Recipe) -> (Choices, Vec<String>) {
         let text = format!(
-            r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":64,
+            r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":128,
             "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
         );
         let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();
@@ -232,13 +232,13 @@ mod tests {
 
     #[test]
     fn a_rotation_is_learned_where_it_can_be_folded_and_found_again() {
-        assert_eq!(learned("llama", (64, 64)), (Rotate::Learned, vec![]));
-        assert_eq!(learned("mixtral", (64, 64)).0, Rotate::Learned);
-        let (rotate, notes) = learned("gemma2", (64, 64));
+        assert_eq!(learned("llama", (64, 128)), (Rotate::Learned, vec![]));
+        assert_eq!(learned("mixtral", (64, 128)).0, Rotate::Learned);
+        let (rotate, notes) = learned("gemma2", (64, 128));
         assert_eq!(rotate, Rotate::Heads);
         assert!(notes[0].starts_with("rotate=heads instead of learned: the residual"), "{notes:?}");
         for (sides, why) in [
-            ((64, 63), "rotate=full instead of learned: a learned rotation is found again"),
+            ((64, 127), "rotate=full instead of learned: a learned rotation is found again"),
             ((16_448, 20_000), "rotate=full instead of learned: no rotation of more than 16384"),
         ] {
             let (rotate, notes) = learned("llama", sides);
@@ -311,7 +311,7 @@ mod tests {
     fn a_fused_v_has_no_hessian_of_its_own() {
         for (family, fused) in [("llama", false), ("gemma3_text", false), ("phi3", true)] {
             let text = format!(
-                r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":64,
+                r#"{{"model_type":"{family}","hidden_size":64,"intermediate_size":64,"vocab_size":128,
                 "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16}}"#
             );
             let model = ModelConfig::parse(&text, Path::new("config.json")).unwrap();

@@ -32,16 +32,21 @@ impl NormalEquations {
         matmul_nt(a.t(), b.t(), 1.0, self.product.view_mut());
     }
 
-    /// X `[n, n]`; `None` where the rows of A do not span all columns.
+    /// X `[n, n]` that minimizes ‖A X − B‖² + damp · m ‖X‖², m being the mean of AᵀA's diagonal; `None` where the
+    /// rows of A do not span all columns.
     #[must_use]
-    pub fn solve(self) -> Option<Array2<f64>> {
+    pub fn solve(self, damp: f64) -> Option<Array2<f64>> {
         let Self { mut square, product } = self;
         let n = square.nrows();
         let mean = square.diag().sum() / n as f64;
+        let mut damped = square.clone();
+        damped.diag_mut().mapv_inplace(|value| value + damp * mean);
         cholesky_lower(&mut square).ok()?;
         if square.diag().iter().any(|pivot| pivot * pivot < LEAST_PIVOT * mean) {
             return None;
         }
+        let mut square = damped;
+        cholesky_lower(&mut square).ok()?;
         invert_lower(&mut square);
         // X = L⁻ᵀ L⁻¹ AᵀB.
         let mut halfway = Array2::zeros((n, n));
@@ -75,7 +80,7 @@ mod tests {
         for rows in [0..100, 100..300] {
             equations.add(a.slice(s![rows.clone(), ..]), b.slice(s![rows, ..]));
         }
-        let off = equations.solve().unwrap() - &x;
+        let off = equations.solve(0.0).unwrap() - &x;
         assert!(largest(&off) < 1e-9, "{}", largest(&off));
     }
 
@@ -85,8 +90,25 @@ mod tests {
         let (a, b) = (noise(50, 8, 1), noise(50, 8, 7));
         let mut equations = NormalEquations::new(8);
         equations.add(a.view(), b.view());
-        let left = b - a.dot(&equations.solve().unwrap());
+        let left = b - a.dot(&equations.solve(0.0).unwrap());
         assert!(largest(&a.t().dot(&left)) < 1e-9);
+    }
+
+    /// Of A with orthogonal columns of length √g, X is g / (g + damp · mean) times what it is without.
+    #[test]
+    fn damping_takes_weak_directions_back() {
+        let a = Array2::from_diag(&ndarray::arr1(&[3.0, 1.0, 0.1]));
+        let b = noise(3, 3, 5);
+        let mut equations = NormalEquations::new(3);
+        equations.add(a.view(), b.view());
+        let found = equations.solve(0.5).unwrap();
+        let mean = (9.0 + 1.0 + 0.01) / 3.0;
+        for (i, g) in [9.0_f64, 1.0, 0.01].into_iter().enumerate() {
+            for j in 0..3 {
+                let want = b[[i, j]] / g.sqrt() * g / (g + 0.5 * mean);
+                assert!((found[[i, j]] - want).abs() < 1e-12);
+            }
+        }
     }
 
     #[test]
@@ -98,9 +120,9 @@ mod tests {
             a.column_mut(column).fill(0.0);
             let mut equations = NormalEquations::new(9);
             equations.add(a.view(), b.view());
-            assert!(equations.solve().is_none());
+            assert!(equations.solve(0.1).is_none());
             a = kept;
         }
-        assert!(NormalEquations::new(9).solve().is_none());
+        assert!(NormalEquations::new(9).solve(0.1).is_none());
     }
 }

@@ -178,7 +178,9 @@ fn rotation(
     let learned = || {
         let Some(stream) = learned_stream(checkpoint, base)? else { return Ok(None) };
         let rotations = FusedRotations::new(model.config(), Rotate::Learned, || Ok(stream))?;
-        Ok::<Option<Folded>, Error>(Some((Rotate::Learned, rotations)))
+        // Where the two embeddings are not related by any, it is none.
+        let fits = is_embedding_of(checkpoint, base, rotations.as_ref())?;
+        Ok::<Option<Folded>, Error>(fits.then_some((Rotate::Learned, rotations)))
     };
     let mut rotations = vec![Rotate::None, Rotate::Heads];
     rotations.extend(rotatable.then_some(Rotate::Full));
