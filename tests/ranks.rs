@@ -19,6 +19,7 @@ use gptq_compute::{Device, RankHandle};
 use gptq_pipeline::job::QuantizeJob;
 use gptq_pipeline::progress::Silent;
 use gptq_pipeline::quantize::quantize as quantize_branch;
+use gptq_pipeline::recipe_fit;
 use gptq_quant::{QuantSpec, Recipe};
 use gptq_records::source_dtype::SourceDtype;
 use gptq_text::calibration::{CalibrationOverrides, CalibrationRecipe};
@@ -129,6 +130,8 @@ fn threads_make_the_file_that_processes_make() {
     let recipe = CalibrationRecipe::open("wikitext2").unwrap().with(overrides).unwrap();
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
     let calibration = recipe.sample(&tokenizer, None).unwrap();
+    let mut spec = QuantSpec::new(4, Some(32), true, Recipe::Best.damp(), Recipe::Best);
+    recipe_fit::fit(source.config(), false, &mut spec);
     let run = |handle: RankHandle| {
         handle.run(&Device::Cpu, |ranks| {
             let job = QuantizeJob {
@@ -138,7 +141,7 @@ fn threads_make_the_file_that_processes_make() {
                 source_dtype: SourceDtype::Fp16,
                 device: Device::Cpu,
                 ranks: ranks.clone(),
-                spec: QuantSpec::new(4, Some(32), true, Recipe::Best.damp(), Recipe::Best),
+                spec: spec.clone(),
                 calibration: Some(&calibration),
                 layout: Layout::Modern,
                 out: dir.path("threads"),

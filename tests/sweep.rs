@@ -166,8 +166,9 @@ fn several_devices_make_and_measure_what_one_does() {
     let calibration = fs::read_to_string(dir.path("calibration.toml")).unwrap();
     let data = format!("{:?}", dir.path("text.txt"));
     dir.write("calibration.toml", &calibration.replace("\"text.txt\"", &data));
-    let config = SweepConfig::open(dir.path("absolute.toml").to_str().unwrap()).unwrap();
+    let mut config = SweepConfig::open(dir.path("absolute.toml").to_str().unwrap()).unwrap();
     let source = Checkpoint::open(&dir.path("model")).unwrap();
+    config.fit(source.config(), false);
     let tokenizer = TextTokenizer::open(source.dir(), source.config().vocab_size).unwrap();
     let job = SweepJob {
         config: &config,

@@ -160,6 +160,11 @@ fn nine_branches_come_from_one_download() {
     let table = &config[config.find("[[branch]]").unwrap()..];
     assert_eq!(table.matches("[[branch]]").count(), 9);
     configure(&setting, [&text("calibration.txt"), &text("heldout.txt")], 64, table);
+    // No rotation is learned from shards that come and go.
+    let config = fs::read_to_string(setting.dir.path("sweep.toml")).unwrap();
+    let config =
+        config.replacen("recipe = \"best\"\n", "recipe = \"best\"\nset = [\"rotate=full\"]\n", 1);
+    setting.dir.write("sweep.toml", &config);
 
     let mut discarding = Value::Null;
     let most = most_on_disk(&setting, || {
