@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TIED, EOS, SECTIONS = "tie_word_embeddings", "eos_token_id", "mrope_section"
 ROPE = ["rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters"]
+WINDOW = ["layer_types", "sliding_window", "use_sliding_window", "max_window_layers"]
 # A model of every wrapper whose settings lie in `text_config`, and the others.
 NESTED = ["llava", "llava-next", "llava-onevision", "mistral3", "internvl", "gemma3-whole", "qwen2-vl-nested", "qwen3-vl",
           "idefics3", "smolvlm"]
@@ -26,6 +27,11 @@ SLIDING = {"sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}
 
 def said(**keys):
     return {key: value for key, value in keys.items() if value != "absent"}
+
+
+def blocks(base):
+    config = settings(base, [], {}, {})
+    return config.get("text_config", config)["num_hidden_layers"]
 
 
 def cases():
@@ -51,6 +57,17 @@ def cases():
             keys = {"rope_scaling": rope}
             yield base, ROPE, keys if base in FLAT else {}, {} if base in FLAT else keys
         yield base, ROPE, {}, {}
+    for base in ["llama2", "granite", "gemma", "cohere", "mistral-nemo", "phi3", "mixtral", "qwen2", "qwen3", "smollm3", "gemma2", "olmo3",
+                 "cohere2", "llava", "llava-mistral", "qwen2-vl-nested"]:
+        for window in [None, 2]:
+            for kinds in [["full"], ["sliding"], ["sliding", "full"]]:
+                types = [f"{kinds[block % len(kinds)]}_attention" for block in range(blocks(base))]
+                if window is None and base in ["mistral-nemo", "gemma2", "olmo3", "cohere2"]:
+                    # These always have one, or with a list.
+                    continue
+                keys = {"sliding_window": window, "layer_types": types}
+                nested = base in NESTED + ["llava-mistral"]
+                yield base, WINDOW, {} if nested else keys, keys if nested else {}
     for base in ["gemma3", "gemma3-whole", "olmo3"]:
         for keys in [
             {"rope_scaling": LINEAR},
@@ -91,9 +108,9 @@ def frequencies(model):
     """The rotary frequencies of blocks that attend to everything and of those that slide."""
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     of = {kind: getattr(rotary, f"{kind}_attention_inv_freq", None) for kind in ["full", "sliding"]}
-    if of["full"] is None:
+    if of["full"] is None and of["sliding"] is None:
         return {"full": rotary.inv_freq.tolist()}
-    return {kind: values.tolist() for kind, values in of.items()}
+    return {kind: values.tolist() for kind, values in of.items() if values is not None}
 
 
 @torch.no_grad()
@@ -104,15 +121,16 @@ def understood(config):
         try:
             config = AutoConfig.from_pretrained(work)
             auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-            model = auto.from_config(config).eval()
-            model(input_ids=torch.tensor([[3, 4, 5]]))
+            model = auto.from_config(config, attn_implementation="eager").eval()
+            attended = model(input_ids=torch.tensor([[3, 4, 5, 6]]), output_attentions=True).attentions
         except Exception as error:
             return {"error": f"{type(error).__name__}: {str(error).splitlines()[-1].strip()}"}
     model.tie_weights()
     # Of a flat file the settings are those of the language model.
     ids = GenerationConfig.from_model_config(config).eos_token_id
     return {"tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
-            "eos": [ids] if isinstance(ids, int) else ids or [], "frequencies": frequencies(model)}
+            "eos": [ids] if isinstance(ids, int) else ids or [], "frequencies": frequencies(model),
+            "seen": [int((weights[0, 0, -1] > 0).sum()) for weights in attended]}
 
 
 def main():
@@ -123,7 +141,7 @@ def main():
         for kind, values in found.get("frequencies", {}).items():
             found["frequencies"][kind] = [float(f"{value:.7g}") for value in values]
         # Everything else is as in other cases.
-        kept = {TIED: ["tied"], EOS: ["eos"]}.get(without[0], ["frequencies"])
+        kept = {TIED: ["tied"], EOS: ["eos"], WINDOW[0]: ["seen"]}.get(without[0], ["frequencies"])
         found = {key: value for key, value in found.items() if key in ["error", *kept]}
         lines.append(json.dumps({"base": base, "without": without, "whole": whole, "text": text, **found}))
     file = FIXTURES / "settings.json"

@@ -9,6 +9,7 @@ use crate::fields::Fields;
 
 /// Larger than any window.
 const MAX_WINDOW: u64 = 1 << 40;
+const LAYER_TYPES: &str = "layer_types";
 const KINDS: &str = "a list of `full_attention` and `sliding_attention`, one a block";
 
 /// Attention of a block.
@@ -36,8 +37,19 @@ pub(crate) fn read(
     blocks: usize,
 ) -> Result<Vec<BlockAttention>> {
     let rotated = rotated(fields, family, blocks)?;
-    let slides = slides(fields, family, &rotated)?;
+    let listed = layer_types(fields, blocks)?;
+    let slides = slides(fields, family, &rotated, listed.clone())?;
     let window = window(fields, family)?;
+    // transformers fails then, takes a window that is switched off, or keeps no more than one in its cache.
+    let has_window = |block: usize| slides[block] && window.is_some();
+    let mut listed = listed.iter().flatten().enumerate();
+    if let Some(block) = listed.position(|(block, &slides)| slides && !has_window(block)) {
+        let reason = format!(
+            "says that block {block} slides, but in this `{}` model it has no window",
+            family.name
+        );
+        return Err(fields.invalid(LAYER_TYPES, reason));
+    }
     let block = |(rotates, slides): (bool, bool)| {
         let rotates = match family.rotates {
             Rotates::Sliding => slides,
@@ -69,13 +81,18 @@ fn window(fields: &Fields<'_>, family: &Family) -> Result<Option<usize>> {
 }
 
 /// Which blocks slide, if the model has a window.
-fn slides(fields: &Fields<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<bool>> {
+fn slides(
+    fields: &Fields<'_>,
+    family: &Family,
+    rotated: &[bool],
+    listed: Option<Vec<bool>>,
+) -> Result<Vec<bool>> {
     let blocks = rotated.len();
-    let listed = layer_types(fields, blocks)?;
     let default = match family.window {
-        // The list is only looked at: these families have one kind of attention.
+        // The list says nothing else: these families have one kind of attention.
         Window::None => return Ok(vec![false; blocks]),
         Window::All { .. } | Window::AllIf { .. } => return Ok(vec![true; blocks]),
+        Window::AllUnlisted { .. } => vec![true; blocks],
         Window::From { first, .. } => {
             let first = max_window_layers(fields, first);
             (0..blocks).map(|block| block >= first).collect()
@@ -121,14 +138,13 @@ fn rotated(fields: &Fields<'_>, family: &Family, blocks: usize) -> Result<Vec<bo
 /// Whether each block slides, where the config lists kinds of attention. A list that is too short, as
 /// older files have one, leaves the other blocks full.
 fn layer_types(fields: &Fields<'_>, blocks: usize) -> Result<Option<Vec<bool>>> {
-    const KEY: &str = "layer_types";
-    let Some(value) = fields.get(KEY) else { return Ok(None) };
+    let Some(value) = fields.get(LAYER_TYPES) else { return Ok(None) };
     let Some(kinds) = value.as_array() else {
-        return Err(fields.unsupported(KEY, value, KINDS));
+        return Err(fields.unsupported(LAYER_TYPES, value, KINDS));
     };
     let known = |kind: &Value| kind == "full_attention" || kind == "sliding_attention";
     if let Some(kind) = kinds.iter().find(|kind| !known(kind)) {
-        return Err(fields.unsupported(KEY, kind, KINDS));
+        return Err(fields.unsupported(LAYER_TYPES, kind, KINDS));
     }
     let slides = |block| kinds.get(block).is_some_and(|kind: &Value| kind == "sliding_attention");
     Ok(Some((0..blocks).map(slides).collect()))

@@ -85,7 +85,8 @@ pub(crate) const MISTRAL: Family = Family {
     qkv_bias: Part::Never,
     output_bias: Part::Never,
     mlp_bias: Part::Never,
-    window: Window::All { default: Some(4096) },
+    // With a list transformers takes it for a Ministral, which is the same otherwise.
+    window: Window::AllUnlisted { default: 4096 },
     ..LLAMA
 };
 

@@ -153,6 +153,8 @@ pub(crate) enum Window {
     None,
     /// All, where there is a window.
     All { default: Option<usize> },
+    /// The same, but for those that `layer_types` has as full.
+    AllUnlisted { default: usize },
     /// All, if `use_sliding_window` says so.
     AllIf { default: usize },
     /// If `use_sliding_window` says so every other one, from the first on, before `max_window_layers` (by
@@ -169,14 +171,18 @@ pub(crate) enum Window {
 impl Window {
     /// Without a flag there is none.
     pub(crate) fn is_optional(self) -> bool {
-        !matches!(self, Self::None | Self::All { .. } | Self::Pattern { .. })
+        !matches!(
+            self,
+            Self::None | Self::All { .. } | Self::AllUnlisted { .. } | Self::Pattern { .. }
+        )
     }
 
     /// Tokens where the config says nothing.
     pub(crate) fn default(self) -> Option<usize> {
         match self {
             Self::All { default } => default,
-            Self::AllIf { default }
+            Self::AllUnlisted { default }
+            | Self::AllIf { default }
             | Self::OddBefore { default }
             | Self::From { default, .. }
             | Self::Pattern { default, .. } => Some(default),

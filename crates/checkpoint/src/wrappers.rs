@@ -63,8 +63,11 @@ impl Sizes {
 }
 
 const LLAMA_TEXT: Text = Text { family: LLAMA, sizes: Sizes::of([4096, 11_008, 32, 32, 32_000]) };
-const MISTRAL_TEXT: Text =
-    Text { family: MISTRAL, sizes: Sizes::of([4096, 14_336, 32, 32, 32_000]) };
+/// Without a list of blocks that slide, which is looked for in a model by itself alone.
+const MISTRAL_TEXT: Text = Text {
+    family: Family { window: Window::All { default: Some(4096) }, ..MISTRAL },
+    sizes: Sizes::of([4096, 14_336, 32, 32, 32_000]),
+};
 const QWEN2_TEXT: Text = Text { family: QWEN2, sizes: Sizes::of([4096, 22_016, 32, 32, 151_936]) };
 const QWEN3_TEXT: Text = Text { family: QWEN3, sizes: Sizes::of([4096, 22_016, 32, 32, 151_936]) };
 /// Without the cap on logits, which the model around it does not apply.
