@@ -62,9 +62,10 @@ pub(crate) fn job_on<'a>(
     device: Device,
     source: &'a Checkpoint,
     calibration: &'a Calibration,
-    spec: QuantSpec,
+    mut spec: QuantSpec,
     out: &Path,
 ) -> QuantizeJob<'a> {
+    crate::recipe_fit::fit(source.config(), false, &mut spec);
     QuantizeJob {
         source,
         model: "model".to_owned(),
