@@ -179,13 +179,7 @@ __device__ __forceinline__ void multiply_step(const unsigned char* stage, const 
     // As many row tiles side by side as make four products that do not wait for one another.
     constexpr int NT = kFours<S>, SIDE = NT >= 4 ? 1 : 4 / NT < S::RT ? 4 / NT : S::RT;
     unsigned words[S::RT][4 * S::VECTORS];
-#pragma unroll
-    for (int i = 0; i < S::RT * S::VECTORS; ++i) {
-        const int rt = i / S::VECTORS, vector = i % S::VECTORS;
-        const uint4 v = *(const uint4*)(stage + rt * S::RECORD + vector * 512 + lane * 16);
-        unsigned* to = words[rt] + vector * 4;
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    }
+    read_stage<S>(stage, lane, words);
 #pragma unroll
     for (int cell = 0; cell < S::CELLS; ++cell) {
         const CellInputs<S> in = inputs_of<S>(inputs, step, cell);

@@ -28,13 +28,7 @@ template <class S>
 __device__ __forceinline__ void multiply_step(const unsigned char* stage, const Tokens<S>& tokens, int step, int lane,
                                               Sums<S>& acc) {
     unsigned words[S::RT][4 * S::VECTORS];
-#pragma unroll
-    for (int i = 0; i < S::RT * S::VECTORS; ++i) {
-        const int rt = i / S::VECTORS, vector = i % S::VECTORS;
-        const uint4 v = *(const uint4*)(stage + rt * S::RECORD + vector * 512 + lane * 16);
-        unsigned* to = words[rt] + vector * 4;
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    }
+    read_stage<S>(stage, lane, words);
 #pragma unroll
     for (int sub = 0; sub < S::SUBS; ++sub) {
         uint4 b[kEights<S>];

@@ -180,6 +180,19 @@ struct Fetcher {
     }
 };
 
+// A lane's words of a stage.
+template <class S>
+__device__ __forceinline__ void read_stage(const unsigned char* stage, int lane,
+                                           unsigned (&words)[S::RT][4 * S::VECTORS]) {
+#pragma unroll
+    for (int i = 0; i < S::RT * S::VECTORS; ++i) {
+        const int rt = i / S::VECTORS, vector = i % S::VECTORS;
+        const uint4 v = *(const uint4*)(stage + rt * S::RECORD + vector * 512 + lane * 16);
+        unsigned* to = words[rt] + vector * 4;
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    }
+}
+
 // Adds a unit's finished sum to what its output begins with.
 __device__ __forceinline__ void put_output(const Product& p, const Part& w, int row, int token, float sum) {
     float* out = w.out + (long long)token * w.out_stride + row;

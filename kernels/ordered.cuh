@@ -19,7 +19,7 @@ struct Ordered {
     int padded, every;
     int slots;  // of a stream, or 0
 };
-static_assert(sizeof(Ordered) == 40, "as in coded.rs");
+static_assert(sizeof(Ordered) == 40, "as in ordered.rs");
 
 // The column of `cols` that stands at a place, -1 for none.
 static __device__ __forceinline__ int column_at(const Ordered& to, int place, int cols) {

@@ -237,17 +237,12 @@ impl<'a> Decoder<'a> {
         if !few || cache.parts.iter().any(|part| part.steps.is_none()) {
             return self.pass(cache, &ids, &spans);
         }
-        let mut hidden = self.model.embed(&ids)?;
-        for (i, (part, kept)) in self.parts.iter().zip(&mut cache.parts).enumerate() {
-            if i > 0 {
-                hidden = part.bring(&hidden)?;
-            }
+        self.through_parts(cache, &ids, &spans, |_, kept, hidden| {
             if let Some(steps) = &mut kept.steps {
-                hidden = steps.run(&hidden, &spans)?;
+                *hidden = steps.run(hidden, &spans)?;
             }
-        }
-        cache.take(&spans);
-        Ok(hidden)
+            Ok(())
+        })
     }
 
     /// The last row of hidden states: what the token after a prompt is chosen by.
@@ -273,16 +268,30 @@ impl<'a> Decoder<'a> {
 
     /// All blocks over `ids`, the rows of `spans`.
     fn pass(&self, cache: &mut Cache, ids: &[u32], spans: &[Span]) -> Result<Tensor> {
-        let mut hidden = self.model.embed(ids)?;
         let ropes = self.model.ropes(self.context);
+        let hidden = self.through_parts(cache, ids, spans, |part, kept, hidden| {
+            part.pass(kept, hidden, ropes, spans)
+        })?;
+        self.head.norm(self.device(), &hidden)
+    }
+
+    /// Takes the embeddings of `ids` from part to part, by what `each` does on its device, and counts the tokens.
+    fn through_parts(
+        &self,
+        cache: &mut Cache,
+        ids: &[u32],
+        spans: &[Span],
+        each: impl Fn(&Part, &mut PartCache, &mut Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        let mut hidden = self.model.embed(ids)?;
         for (i, (part, kept)) in self.parts.iter().zip(&mut cache.parts).enumerate() {
             if i > 0 {
                 hidden = part.bring(&hidden)?;
             }
-            part.pass(kept, &mut hidden, ropes, spans)?;
+            each(part, kept, &mut hidden)?;
         }
         cache.take(spans);
-        self.head.norm(self.device(), &hidden)
+        Ok(hidden)
     }
 }
 

@@ -154,13 +154,17 @@ fn look(sums: &mut FourthPowers, block: &Block) -> Result<()> {
 /// the system keeps what there is room for.
 fn stay(model: &ModelConfig, budget: u64) -> bool {
     let room = (budget as f64 * USABLE) as usize;
-    weights_of(model) + LearnBytes::of(model).device < room
+    bytes_of(model) + LearnBytes::of(model).device < room
 }
 
-/// Bytes of all linears' weights in fp16.
-fn weights_of(model: &ModelConfig) -> usize {
-    let linears = (0..model.num_hidden_layers).flat_map(|block| model.block_linears(block));
-    linears.map(|linear| 2 * linear.in_features * linear.out_features).sum()
+/// Weights of all linears in the blocks.
+pub(crate) fn block_weights(model: &ModelConfig) -> usize {
+    model.linears().map(|(_, linear)| linear.in_features * linear.out_features).sum()
+}
+
+/// Their bytes in fp16.
+fn bytes_of(model: &ModelConfig) -> usize {
+    2 * block_weights(model)
 }
 
 /// Peaks of memory while a rotation is learned, mapped files and weights that stay apart.
@@ -189,7 +193,7 @@ impl LearnBytes {
 
     /// The plan of a run that learns before it walks as `walk` says, on a GPU of `budget` bytes.
     pub(crate) fn before(self, model: &ModelConfig, walk: MemoryPlan, budget: u64) -> MemoryPlan {
-        let kept = if stay(model, budget) { weights_of(model) } else { 0 };
+        let kept = if stay(model, budget) { bytes_of(model) } else { 0 };
         MemoryPlan {
             device_bytes: walk.device_bytes.max((self.device + kept) as u64),
             host_bytes: walk.host_bytes.max((self.host + STAGING) as u64),
@@ -207,7 +211,7 @@ impl LearnBytes {
 /// Operations of learning: two products of all weights with a matrix of the stream's width a look, and of each
 /// step the products of its polar factor.
 pub(crate) fn operations(model: &ModelConfig) -> f64 {
-    let weights = weights_of(model) as f64 / 2.0;
+    let weights = block_weights(model) as f64;
     let width = model.hidden_size as f64;
     let step = 2.0 * Device::STEP_PRODUCTS as f64 * width.powi(3);
     LOOKS as f64 * 4.0 * weights * width + (LOOKS - 1) as f64 * step
@@ -257,7 +261,7 @@ mod tests {
         assert!(learned.gpu.device_bytes > full.gpu.device_bytes);
         // All weights stay on a card that holds them.
         let kept = plan(Rotate::Learned, best, large).gpu.device_bytes;
-        assert!(kept as usize > weights_of(&model), "{kept}");
+        assert!(kept as usize > bytes_of(&model), "{kept}");
         assert_eq!(plan(Rotate::Learned, Recipe::Rtn, large).work.learn, 0.0);
     }
 

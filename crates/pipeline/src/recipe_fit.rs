@@ -15,7 +15,7 @@ use gptq_checkpoint::{Checkpoint, LinearId, ModelConfig, NormId, NormKind};
 use gptq_quant::{Choices, QuantSpec, Rotate, ValueInputs};
 
 use crate::error::{Error, Result};
-use crate::learn_rotation::{LOOKS, WIDEST};
+use crate::learn_rotation::{LOOKS, WIDEST, block_weights};
 use crate::tune;
 
 /// Weights in the blocks of the largest model whose rotation is learned where nothing is said: a look reads them all.
@@ -57,8 +57,7 @@ fn dear(model: &ModelConfig, arriving: bool) -> Option<String> {
             "a learned one is learned from all weights, which are not there yet".to_owned(),
         );
     }
-    let blocks = (0..model.num_hidden_layers).flat_map(|block| model.block_linears(block));
-    let weights: usize = blocks.map(|linear| linear.in_features * linear.out_features).sum();
+    let weights = block_weights(model);
     (weights > MOST_WEIGHTS).then(|| {
         format!(
             "its blocks have {:.0} billion weights, all of which are read {LOOKS} times to learn one; ask for it with \
